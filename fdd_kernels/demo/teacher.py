@@ -1,6 +1,6 @@
 """The demo's teacher: a small Llama-style model of Python source, shipped with the package and made by this file.
 
-    python -m fdd_kernels.demo.teacher --output DIR --steps 6000
+python -m fdd_kernels.demo.teacher --output DIR --steps 6000
 """
 
 from __future__ import annotations

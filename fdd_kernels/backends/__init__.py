@@ -1,0 +1,58 @@
+"""The backends: each is the two operations of `ops.py` plus the reason why it cannot run, if there is one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fdd_kernels.backends import torch_stream
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Two functions and a check; `unavailable(device)` returns the reason and the remedy, or None."""
+
+    stats: Callable
+    grad: Callable
+    unavailable: Callable[[torch.device], str | None]
+
+
+BACKENDS: dict[str, Backend] = {
+    "torch": Backend(torch_stream.stats, torch_stream.grad, unavailable=lambda device: None),
+}
+# What "auto" prefers on a device, first to last.
+PREFERENCE = {"cuda": ("torch",), "cpu": ("torch",)}
+_warned: set[str] = set()
+
+
+def why_unavailable(name: str, device: torch.device) -> str | None:
+    """Why the backend `name` cannot run on `device` and what to do about it; None if it can."""
+    if name == "reference":
+        return None
+    if name not in BACKENDS:
+        return f'this version of fdd_kernels contains no "{name}" kernels; use backend="auto" or backend="torch"'
+    return BACKENDS[name].unavailable(device)
+
+
+def resolve_backend(name: str, device: torch.device) -> str:
+    """The backend to run for the option `backend=name` on `device`.
+
+    Raises:
+        RuntimeError: a backend was named that cannot run here; says why and what to do.
+    """
+    if name != "auto":
+        reason = why_unavailable(name, device)
+        if reason is not None:
+            raise RuntimeError(f'backend="{name}" cannot run on device "{device}": {reason}')
+        return name
+    preferred, *others = PREFERENCE.get(device.type, ("torch",))
+    reason = why_unavailable(preferred, device)
+    if reason is None:
+        return preferred
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f'fdd_kernels: the "{preferred}" backend is not used on "{device}": {reason}', stacklevel=2)
+    return next(other for other in others if why_unavailable(other, device) is None)

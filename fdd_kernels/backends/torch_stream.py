@@ -1,0 +1,440 @@
+"""The backend "torch": the two operations in plain PyTorch, streamed over rows and columns, on any device.
+
+Products, sums and statistics are float32 (float64 for float64 inputs) whatever the inputs are, and logits are never
+rounded below that. Beyond inputs, outputs and statistics it allocates tiles and accumulators of bounded size.
+
+Shape suffixes: L layers, R rows, r rows of a block, C columns, c columns of a tile, D a hidden width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fdd_kernels.divergences import DIVERGENCES
+from fdd_kernels.spec import (
+    COUNT,
+    LSE_S,
+    LSE_T,
+    M_DD,
+    M_SS,
+    M_ST,
+    M_TT,
+    MEAN_S,
+    MEAN_T,
+    MOMENT_STATS,
+    NLL,
+    OWN,
+    READ_STATS,
+    SLOPE,
+    VALUE,
+    LensInputs,
+    LensSpec,
+    Read,
+)
+
+MIB = 2**20
+# Tiles of logits: inside the last cache level of a CPU; large enough to fill an accelerator.
+TILE_BYTES = {"cpu": 32 * MIB}
+ACCELERATOR_TILE_BYTES = 128 * MIB
+OPERAND_BYTES = 48 * MIB  # of the hidden states of a row block, and of the head's rows of a column tile
+ACCUMULATOR_BYTES = 96 * MIB  # of a gradient that is accumulated in a wider dtype than its own
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How the work is cut: `rows` and `columns` of a tile, `resident_rows` whose gradient is accumulated at a time."""
+
+    rows: int
+    columns: int
+    resident_rows: int
+
+
+def choose_tiles(layers: int, rows: int, columns: int, student_width: int, teacher_width: int, itemsize: int,
+                 device_type: str) -> Tiles:  # fmt: skip
+    """Tile sizes that keep every buffer within the byte budgets of this file."""
+    # Student and teacher logits and the gradient for every layer, and about eight temporaries of one layer.
+    elements = TILE_BYTES.get(device_type, ACCELERATOR_TILE_BYTES) // (itemsize * (3 * layers + 8))
+    width = student_width + teacher_width
+    most_columns = max(1, OPERAND_BYTES // (itemsize * width))
+    most_rows = max(1, OPERAND_BYTES // (itemsize * width * layers))
+    tile_columns = max(1, min(columns, 2048, most_columns))
+    tile_rows = max(1, min(rows, most_rows, elements // tile_columns))
+    tile_columns = max(1, min(columns, most_columns, max(tile_columns, elements // tile_rows)))
+    resident = max(tile_rows, ACCUMULATOR_BYTES // (itemsize * layers * student_width))
+    return Tiles(tile_rows, tile_columns, resident)
+
+
+class _Side:
+    """One model: its hidden states and head, read in tiles."""
+
+    def __init__(self, hidden: list[Tensor], weight: Tensor | None, bias: Tensor | None, logit_scale: float,
+                 softcap: float | None, dtype: torch.dtype):  # fmt: skip
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.logit_scale, self.softcap, self.dtype = logit_scale, softcap, dtype
+
+    def rows(self, rows: Tensor | slice) -> Tensor:
+        """The hidden states of a row block: (L, r, D)."""
+        return torch.stack([h[rows].to(self.dtype) for h in self.hidden])
+
+    def weight_tile(self, columns: slice) -> Tensor | None:
+        """The head's rows of a column tile, (c, D); None for the identity."""
+        return None if self.weight is None else self.weight[columns].to(self.dtype)
+
+    def values(self, hidden_LrD: Tensor, weight_cD: Tensor | None, columns: slice) -> Tensor:
+        """u = softcap(logit_scale * (h W^T + b)) of one tile: (L, r, c), a new tensor."""
+        if weight_cD is None:
+            return hidden_LrD[..., columns].clone()
+        layers, rows, width = hidden_LrD.shape
+        u = (hidden_LrD.reshape(layers * rows, width) @ weight_cD.T).view(layers, rows, -1)
+        if self.bias is not None:
+            u += self.bias[columns].to(self.dtype)
+        if self.logit_scale != 1.0:
+            u *= self.logit_scale
+        if self.softcap is not None:
+            u.div_(self.softcap).tanh_().mul_(self.softcap)
+        return u
+
+    def chain(self, grad_u: Tensor, u: Tensor) -> Tensor:
+        """dL/du -> dL/dx with x = h W^T + b, in place; u is the value before any pivot is subtracted."""
+        if self.softcap is not None:
+            grad_u *= 1 - (u / self.softcap).square()
+        if self.logit_scale != 1.0:
+            grad_u *= self.logit_scale
+        return grad_u
+
+
+class _Problem:
+    """The inputs of one call, cut into row blocks and column tiles."""
+
+    def __init__(self, inputs: LensInputs, spec: LensSpec):
+        self.dtype, self.device, self.total_rows = inputs.statistics_dtype, inputs.device, inputs.rows
+        self.spec, self.labels = spec, inputs.labels
+        self.student = _Side(
+            inputs.student_hidden, inputs.student_weight, inputs.student_bias, spec.student_logit_scale,
+            spec.student_softcap, self.dtype,
+        )  # fmt: skip
+        self.teacher = _Side(
+            inputs.teacher_hidden, inputs.teacher_weight, inputs.teacher_bias, spec.teacher_logit_scale,
+            spec.teacher_softcap, self.dtype,
+        )  # fmt: skip
+        # Only a bias can make a logit infinite, so only then are columns looked at one by one.
+        self.may_be_infinite = inputs.student_bias is not None or inputs.teacher_bias is not None
+        self.layers = len(inputs.student_hidden)
+        self.valid_rows = None if inputs.valid is None else inputs.valid.nonzero().squeeze(1)
+        self.count = self.total_rows if inputs.valid is None else len(self.valid_rows)
+        teacher_width = inputs.teacher_hidden[0].shape[-1] if spec.needs_teacher else 0
+        self.tiles = choose_tiles(
+            self.layers, max(self.count, 1), spec.columns, inputs.student_hidden[0].shape[-1], teacher_width,
+            self.dtype.itemsize, self.device.type,
+        )  # fmt: skip
+
+    def row_blocks(self, size: int, start: int = 0, stop: int | None = None):
+        """Row selections of at most `size` valid rows; with the first and last position among the valid rows."""
+        stop = self.count if stop is None else stop
+        for first in range(start, stop, size):
+            last = min(first + size, stop)
+            rows = slice(first, last) if self.valid_rows is None else self.valid_rows[first:last]
+            yield rows, first, last
+
+    def column_tiles(self):
+        for first in range(0, self.spec.columns, self.tiles.columns):
+            yield slice(first, min(first + self.tiles.columns, self.spec.columns))
+
+    def label_columns(self, rows, columns: slice) -> tuple[Tensor, Tensor]:
+        """For each row of a block: whether its label is in the column tile, and at which of its columns (else 0)."""
+        local = self.labels[rows] - columns.start
+        inside = (local >= 0) & (local < columns.stop - columns.start)
+        return inside, local.where(inside, 0)
+
+
+class _OnlineSoftmax:
+    """Running log-sum-exp of a row block, and the expectation of another quantity under the softmax."""
+
+    def __init__(self, rows: int, like: Tensor):
+        self.max = like.new_full((rows,), -torch.inf)
+        self.total, self.weighted = like.new_zeros(rows), like.new_zeros(rows)
+
+    def add(self, z_rc: Tensor, quantity_rc: Tensor | None, guard: bool) -> None:
+        new_max = torch.maximum(self.max, z_rc.amax(-1))
+        # While every logit so far is -inf the shift must stay finite.
+        shift = new_max.clamp(min=torch.finfo(z_rc.dtype).min)
+        scale, weights = (self.max - shift).exp(), (z_rc - shift[:, None]).exp()
+        self.max = new_max
+        self.total = self.total * scale + weights.sum(-1)
+        if quantity_rc is not None:
+            product = weights * quantity_rc
+            if guard:
+                product = torch.where(weights > 0, product, 0.0)
+            self.weighted = self.weighted * scale + product.sum(-1)
+
+    @property
+    def log_sum_exp(self) -> Tensor:
+        return self.max + self.total.log()
+
+    @property
+    def expectation(self) -> Tensor:
+        return self.weighted / self.total
+
+
+def _at_temperature(u: Tensor, temperature: float) -> Tensor:
+    return u if temperature == 1.0 else u / temperature
+
+
+def _vectors(u_LrC: Tensor, target: tuple[int, int], temperature: float) -> Tensor:
+    """A moment target's vector of one model: (r, c), a new tensor."""
+    first, second = target
+    vector = u_LrC[second] / temperature
+    return vector if first == OWN else vector.sub_(u_LrC[first], alpha=1 / temperature)
+
+
+def _tile_moments(s: Tensor, t: Tensor, guard: bool) -> Tensor:
+    """(MOMENT_STATS, r) of one tile's vectors s and t, both (r, c); overwrites them."""
+    out = s.new_empty((MOMENT_STATS, len(s)))
+    if guard:
+        live = s.isfinite() & t.isfinite()
+        count = live.sum(-1).to(s.dtype)
+        s, t = torch.where(live, s, 0.0), torch.where(live, t, 0.0)
+    else:
+        live, count = None, s.new_full((len(s),), s.shape[-1])
+    out[COUNT], divisor = count, count.clamp(min=1)
+    for vector, mean in ((s, MEAN_S), (t, MEAN_T)):
+        # About the first column first: the sum then has no large common part to round.
+        base = vector[:, :1].clone()
+        vector -= base
+        offset = (vector if live is None else torch.where(live, vector, 0.0)).sum(-1) / divisor
+        vector -= offset[:, None]
+        out[mean] = base[:, 0] + offset
+        if live is not None:
+            vector *= live
+    out[M_SS], out[M_TT], out[M_ST] = (s * s).sum(-1), (t * t).sum(-1), (s * t).sum(-1)
+    out[M_DD] = s.sub_(t).square_().sum(-1)
+    return out
+
+
+def _merge_moments(a: Tensor, b: Tensor) -> Tensor:
+    """Moments of the union of two sets of columns (Chan, Golub and LeVeque's update): (MOMENT_STATS, r)."""
+    count = a[COUNT] + b[COUNT]
+    weight_b = b[COUNT] / count.clamp(min=1)
+    cross = a[COUNT] * weight_b
+    delta_s, delta_t = b[MEAN_S] - a[MEAN_S], b[MEAN_T] - a[MEAN_T]
+    out = a + b
+    out[MEAN_S], out[MEAN_T] = a[MEAN_S] + delta_s * weight_b, a[MEAN_T] + delta_t * weight_b
+    out[M_SS] += cross * delta_s * delta_s
+    out[M_TT] += cross * delta_t * delta_t
+    out[M_ST] += cross * delta_s * delta_t
+    out[M_DD] += cross * (delta_s - delta_t).square()
+    return out
+
+
+def _pivot(u_LrC: Tensor) -> Tensor:
+    """The largest finite value of each row of the first tile: (L, r)."""
+    largest = u_LrC.amax(-1)
+    return largest.where(largest.isfinite(), 0.0)
+
+
+def stats(inputs: LensInputs, spec: LensSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Statistics: pivots (2, L, R), reads (reads, 4, R), moments (moments, 7, R); see `spec.py`."""
+    problem = _Problem(inputs, spec)
+    new = inputs.student_weight.new_zeros
+    pivots = new((2, problem.layers, problem.total_rows), dtype=problem.dtype)
+    reads = new((len(spec.reads), READ_STATS, problem.total_rows), dtype=problem.dtype)
+    moments = new((len(spec.moments), MOMENT_STATS, problem.total_rows), dtype=problem.dtype)
+    for rows, _, _ in problem.row_blocks(problem.tiles.rows):
+        pivots[..., rows], reads[..., rows], moments[..., rows] = _block_stats(problem, rows)
+    return pivots, reads, moments
+
+
+def _block_stats(problem: _Problem, rows) -> tuple[Tensor, Tensor, Tensor]:
+    """The statistics of one row block, all layers, every column."""
+    spec, student, teacher = problem.spec, problem.student, problem.teacher
+    student_LrD = student.rows(rows)
+    teacher_LrD = teacher.rows(rows) if spec.needs_teacher else None
+    layers, count = student_LrD.shape[:2]
+    guard = problem.may_be_infinite
+    pivots = student_LrD.new_zeros((2, layers, count))
+    moments = student_LrD.new_zeros((len(spec.moments), MOMENT_STATS, count))
+    reads = student_LrD.new_zeros((len(spec.reads), READ_STATS, count))
+    softmaxes = [[_OnlineSoftmax(count, student_LrD) for _ in range(2)] for _ in spec.reads]
+
+    for columns in problem.column_tiles():
+        u_s = student.values(student_LrD, student.weight_tile(columns), columns)
+        u_t = teacher.values(teacher_LrD, teacher.weight_tile(columns), columns) if spec.needs_teacher else None
+        if columns.start == 0 and spec.reads:
+            pivots[0] = _pivot(u_s)
+            if u_t is not None:
+                pivots[1] = _pivot(u_t)
+        if spec.reads:
+            u_s -= pivots[0, ..., None]
+            if u_t is not None:
+                u_t -= pivots[1, ..., None]
+        for index, read in enumerate(spec.reads):
+            z_s = _at_temperature(u_s[read.layer], read.temperature)
+            if read.divergence == NLL:
+                inside, at = problem.label_columns(rows, columns)
+                softmaxes[index][0].add(z_s, None, guard)
+                reads[index, VALUE] -= torch.where(inside, z_s.gather(1, at[:, None])[:, 0], 0.0)
+                continue
+            z_t = _at_temperature(u_t[read.layer], read.temperature)
+            of = DIVERGENCES[read.divergence].expectation_of if read.divergence else None
+            softmaxes[index][0].add(z_s, z_s - z_t if of == "student" else None, guard)
+            softmaxes[index][1].add(z_t, z_t - z_s if of == "teacher" else None, guard)
+        for index, target in enumerate(spec.moments):
+            s, t = (_vectors(u, target, spec.moment_temperature) for u in (u_s, u_t))
+            moments[index] = _merge_moments(moments[index], _tile_moments(s, t, guard))
+
+    for index, read in enumerate(spec.reads):
+        of_student, of_teacher = softmaxes[index]
+        reads[index, LSE_S] = of_student.log_sum_exp
+        if read.divergence == NLL:
+            reads[index, VALUE] += of_student.log_sum_exp
+            continue
+        reads[index, LSE_T] = of_teacher.log_sum_exp
+        of = DIVERGENCES[read.divergence].expectation_of if read.divergence else None
+        excess = of_student.log_sum_exp - of_teacher.log_sum_exp
+        if of == "teacher":
+            reads[index, VALUE] = of_teacher.expectation + excess
+            reads[index, SLOPE] = -1.0
+        elif of == "student":
+            reads[index, VALUE] = of_student.expectation - excess
+            reads[index, SLOPE] = reads[index, VALUE] + 1.0
+    second_pass = [i for i, r in enumerate(spec.reads) if _needs_second_pass(r)]
+    if second_pass:
+        for columns in problem.column_tiles():
+            u_s = student.values(student_LrD, student.weight_tile(columns), columns) - pivots[0, ..., None]
+            u_t = teacher.values(teacher_LrD, teacher.weight_tile(columns), columns) - pivots[1, ..., None]
+            for index in second_pass:
+                log_q, log_p = _log_probabilities(spec.reads[index], u_s, u_t, reads[index])
+                divergence = DIVERGENCES[spec.reads[index].divergence]
+                reads[index, VALUE] += divergence.value(log_q, log_p).sum(-1)
+                reads[index, SLOPE] += divergence.slope(log_q, log_p).sum(-1)
+    return pivots, reads, moments
+
+
+def _needs_second_pass(read: Read) -> bool:
+    """Whether the read's divergence is summed with both log-sum-exps known."""
+    return read.divergence in DIVERGENCES and DIVERGENCES[read.divergence].expectation_of is None
+
+
+def _log_probabilities(read: Read, u_s: Tensor, u_t: Tensor, read_stats: Tensor) -> tuple[Tensor, Tensor]:
+    """log q and log p of one tile, (r, c) each, from u relative to the pivots."""
+    log_q = _at_temperature(u_s[read.layer], read.temperature) - read_stats[LSE_S, :, None]
+    log_p = _at_temperature(u_t[read.layer], read.temperature) - read_stats[LSE_T, :, None]
+    return log_q, log_p
+
+
+def grad(inputs: LensInputs, spec: LensSpec, per_row: tuple[Tensor, ...], needed: list[bool]) -> list[Tensor]:
+    """Gradients of [*student_hidden, student_weight, student_bias] marked in `needed`.
+
+    `per_row` are the three statistics and the upstream gradients of the last two. A gradient of a low-precision head is
+    accumulated in float32; where neither that of the whole head nor that of all hidden states fits the accumulator
+    budget, the columns are walked twice, once for each.
+    """
+    problem = _Problem(inputs, spec)
+    student_hidden, student_weight, student_bias = inputs.student_hidden, inputs.student_weight, inputs.student_bias
+    *needs_hidden, needs_weight, needs_bias = needed
+    grad_hidden = [
+        torch.zeros_like(h, memory_format=torch.contiguous_format) if need else None
+        for h, need in zip(student_hidden, needs_hidden)
+    ]
+    grad_weight = torch.zeros_like(student_weight, memory_format=torch.contiguous_format) if needs_weight else None
+    grad_bias = torch.zeros_like(student_bias, dtype=problem.dtype) if needs_bias else None
+
+    all_rows = max(problem.count, 1)
+    resident = problem.tiles.resident_rows if any(needs_hidden) else all_rows
+    # Written once per set of resident rows: with one set, or in a dtype wide enough, no accumulator is needed.
+    summed_in_place = not needs_weight or problem.count <= resident or student_weight.dtype == problem.dtype
+    if summed_in_place:
+        _accumulate(problem, per_row, grad_hidden, grad_weight, grad_bias, resident)
+    elif student_weight.numel() * problem.dtype.itemsize <= ACCUMULATOR_BYTES:
+        accumulator = torch.zeros_like(grad_weight, dtype=problem.dtype)
+        _accumulate(problem, per_row, grad_hidden, accumulator, grad_bias, resident)
+        grad_weight.copy_(accumulator)
+    else:
+        _accumulate(problem, per_row, grad_hidden, None, None, resident)
+        _accumulate(problem, per_row, [], grad_weight, grad_bias, all_rows)
+    if grad_bias is not None:
+        grad_bias = grad_bias.to(student_bias.dtype)
+    return [g for g in (*grad_hidden, grad_weight, grad_bias) if g is not None]
+
+
+def _accumulate(problem: _Problem, per_row, grad_hidden, grad_weight, grad_bias, resident_rows: int) -> None:
+    """Add the gradients into the tensors given, one per layer, or none, for the hidden states; None is not computed.
+
+    For each set of resident rows the columns are outermost, so a tile of the head's gradient is summed over these rows
+    in the working dtype and written once.
+    """
+    student, teacher = problem.student, problem.teacher
+    width = student.hidden[0].shape[-1]
+    want_hidden = any(g is not None for g in grad_hidden)
+    for start in range(0, problem.count, resident_rows):
+        stop = min(start + resident_rows, problem.count)
+        summed = None
+        if want_hidden:
+            summed = student.hidden[0].new_zeros((problem.layers, stop - start, width), dtype=problem.dtype)
+        for columns in problem.column_tiles():
+            weight_cD, teacher_cD = student.weight_tile(columns), teacher.weight_tile(columns)
+            summed_cD = torch.zeros_like(weight_cD) if grad_weight is not None else None
+            for rows, first, last in problem.row_blocks(problem.tiles.rows, start, stop):
+                student_LrD = student.rows(rows)
+                teacher_LrD = teacher.rows(rows) if problem.spec.needs_teacher else None
+                grad_x = _tile_gradient(problem, per_row, rows, columns, student_LrD, weight_cD, teacher_LrD, teacher_cD)
+                if grad_bias is not None:
+                    grad_bias[columns] += grad_x.sum((0, 1))
+                flat = grad_x.reshape(-1, grad_x.shape[-1])
+                if summed is not None:
+                    summed[:, first - start : last - start] += (flat @ weight_cD).view(problem.layers, -1, width)
+                if summed_cD is not None:
+                    summed_cD.addmm_(flat.T, student_LrD.reshape(-1, width))
+            if grad_weight is not None:
+                grad_weight[columns] += summed_cD
+        if want_hidden:
+            rows, _, _ = next(problem.row_blocks(stop - start, start, stop))
+            for layer, out in enumerate(grad_hidden):
+                if out is not None:
+                    out[rows] = summed[layer].to(out.dtype)
+
+
+def _tile_gradient(problem: _Problem, per_row, rows, columns: slice, student_LrD, weight_cD, teacher_LrD, teacher_cD):
+    """dL/dx of one tile, x = h W^T + b of the student: (L, r, c)."""
+    spec, student, teacher = problem.spec, problem.student, problem.teacher
+    pivots, reads, moments, grad_reads, grad_moments = (stat[..., rows, None] for stat in per_row)
+    raw_s = student.values(student_LrD, weight_cD, columns)
+    u_s = raw_s - pivots[0]
+    u_t = None
+    if spec.needs_teacher:
+        u_t = teacher.values(teacher_LrD, teacher_cD, columns)
+        u_t -= pivots[1]
+    grad_u = torch.zeros_like(u_s)
+    for index, read in enumerate(spec.reads):
+        upstream, stat = grad_reads[index], reads[index]
+        log_q = _at_temperature(u_s[read.layer], read.temperature) - stat[LSE_S]
+        q = log_q.exp()
+        if read.divergence is None:
+            grad_z = q * upstream[LSE_S]
+        elif read.divergence == NLL:
+            inside, at = problem.label_columns(rows, columns)
+            grad_z = q * (upstream[LSE_S] + upstream[VALUE])
+            grad_z.scatter_add_(1, at[:, None], torch.where(inside[:, None], -upstream[VALUE], 0.0))
+        else:
+            log_p = _at_temperature(u_t[read.layer], read.temperature) - stat[LSE_T]
+            grad_z = DIVERGENCES[read.divergence].slope(log_q, log_p).sub_(q * stat[SLOPE]).mul_(upstream[VALUE])
+            grad_z += q * upstream[LSE_S]
+        grad_u[read.layer].add_(grad_z, alpha=1 / read.temperature)
+    for index, target in enumerate(spec.moments):
+        upstream, stat = grad_moments[index], moments[index]
+        s, t = (_vectors(u, target, spec.moment_temperature) for u in (u_s, u_t))
+        live = s.isfinite() & t.isfinite() if problem.may_be_infinite else None
+        s -= stat[MEAN_S]
+        t -= stat[MEAN_T]
+        grad_vector = (2 * upstream[M_SS]) * s + upstream[M_ST] * t + upstream[MEAN_S] / stat[COUNT].clamp(min=1)
+        grad_vector += (2 * upstream[M_DD]) * s.sub_(t)
+        if live is not None:
+            grad_vector = torch.where(live, grad_vector, 0.0)
+        first, second = target
+        grad_u[second].add_(grad_vector, alpha=1 / spec.moment_temperature)
+        if first != OWN:
+            grad_u[first].sub_(grad_vector, alpha=1 / spec.moment_temperature)
+    return student.chain(grad_u, raw_s)
