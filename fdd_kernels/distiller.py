@@ -88,7 +88,8 @@ class Distiller:
                 causal LM takes them (unshifted, -100 where there is nothing to learn), the state at position t counts
                 where labels[t + 1] is not -100; without labels every attended position counts.
             num_items_in_batch: divides the sum over positions instead of their number in this batch.
-            teacher_states: the result of `teacher_states(batch)`, to save running the teacher again.
+            teacher_states: the result of `teacher_states(batch)`, of this distiller or of another with the same teacher
+                and teacher layers, to save running the teacher again.
 
         Returns:
             `FDDLossTerms` of scalars.
@@ -104,7 +105,7 @@ class Distiller:
         options = self.options if labels is not None else replace(self.options, shift=False)
         train = (lambda t: t) if self.config.train_head else (lambda t: None if t is None else t.detach())
         return fused_fdd_loss(
-            student_states, train(self.student.weight), teacher_states, self.teacher.weight.detach(), labels, mask=mask,
+            student_states, train(self.student.weight), teacher_states[-len(student_states) :], self.teacher.weight.detach(), labels, mask=mask,
             student_bias=train(self.student.bias), num_items_in_batch=num_items_in_batch, return_terms=True,
             teacher_bias=None if self.teacher.bias is None else self.teacher.bias.detach(),
             **{f.name: getattr(options, f.name) for f in fields(LossOptions)},
