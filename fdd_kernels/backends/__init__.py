@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fdd_kernels.backends import torch_stream
+from fdd_kernels.backends import cpu, torch_stream, triton
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,12 @@ class Backend:
 
 
 BACKENDS: dict[str, Backend] = {
+    "cpu": Backend(cpu.stats, cpu.grad, cpu.unavailable),
     "torch": Backend(torch_stream.stats, torch_stream.grad, unavailable=lambda device: None),
+    "triton": Backend(triton.stats, triton.grad, triton.unavailable),
 }
 # What "auto" prefers on a device, first to last.
-PREFERENCE = {"cuda": ("torch",), "cpu": ("torch",)}
+PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("cpu", "torch")}
 _warned: set[str] = set()
 
 

@@ -1,0 +1,88 @@
+"""Launch configurations: a plain function of operation, shape, dtype and architecture.
+
+How the numbers were argued (benchmarks/roofline.py prints the model, benchmarks/aot.py the resources). Products of this
+kind are bound by what the multiprocessors fetch from the second cache level: 2 / block_rows + 2 / block_columns bytes per
+16-bit product and model. So the tile is the largest whose accumulator leaves room for two programs a multiprocessor
+(128 x 128 with 8 warps: 64 registers a thread), one's exponentials then overlap the other's products. Tiles wait for
+their neighbours in scratch, not in registers, so the tile does not depend on what is computed of it. Float32 products at
+"ieee" precision run on the ordinary cores, from registers, and want small tiles.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+F32_PRECISION = "FDD_KERNELS_TRITON_F32"
+F32_PRECISIONS = ("ieee", "tf32x3", "tf32")
+INTERPRETER = "interpreter"
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Tile (block_rows x block_columns), step along the hidden width, columns of a strip in the elementwise part."""
+
+    block_rows: int
+    block_columns: int
+    block_depth: int
+    block_strip: int
+    num_warps: int
+    num_stages: int
+
+
+def architecture_of(device: torch.device, interpreting: bool) -> str:
+    """The name of a device's architecture, as in ARCHITECTURES; those unknown are treated as their nearest relative."""
+    if interpreting or device.type != "cuda":
+        return INTERPRETER
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def multiprocessors(device: torch.device, interpreting: bool) -> int:
+    """How many programs' worth of hardware a device has; two in the interpreter, so that work is always split."""
+    if interpreting or device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def f32_precision() -> str:
+    """How float32 inputs are multiplied: "ieee" (exact, no tensor cores), or by FDD_KERNELS_TRITON_F32 "tf32x3", "tf32".
+
+    Raises:
+        ValueError: the environment variable holds something else.
+    """
+    precision = os.environ.get(F32_PRECISION, "ieee")
+    if precision not in F32_PRECISIONS:
+        raise ValueError(f"{F32_PRECISION}={precision!r} is not one of {', '.join(F32_PRECISIONS)}")
+    return precision
+
+
+def choose(rows: int, dtype: torch.dtype, architecture: str) -> LaunchConfig:
+    """The configuration of the three heavy kernels for `rows` rows; `dtype` is the wider of the two models' products."""
+    if architecture == INTERPRETER:
+        return LaunchConfig(16, 32, 16, 16, num_warps=4, num_stages=1)
+    amd = architecture.startswith("gfx")
+    few = rows <= 64  # half a tile of rows would be computed for nothing
+    if dtype == torch.float32:
+        return LaunchConfig(64, 64, 16, 32, num_warps=4, num_stages=2)
+    if amd:
+        return LaunchConfig(64 if few else 128, 128, 64, 32, num_warps=4 if few else 8, num_stages=2)
+    # Shared memory a multiprocessor: 227 KiB on sm_90 and sm_100, 163 on sm_80, 99 on sm_89 and sm_120.
+    stages = 3 if architecture in ("sm_80", "sm_90", "sm_100") else 2
+    return LaunchConfig(64 if few else 128, 128, 64, 32, num_warps=4 if few else 8, num_stages=stages)
+
+
+def candidates(rows: int, dtype: torch.dtype, architecture: str) -> list[LaunchConfig]:
+    """What autotuning tries: the default and its neighbours in tile and depth of the pipeline."""
+    default = choose(rows, dtype, architecture)
+    found = [default]
+    for block_rows, block_columns, num_warps in ((128, 128, 8), (64, 128, 4), (128, 64, 4), (128, 256, 8), (64, 256, 8)):
+        for block_depth, num_stages in ((64, 2), (64, 3), (64, 4), (32, 4)):
+            for block_strip in (32, 64):
+                found.append(LaunchConfig(block_rows, block_columns, block_depth, block_strip, num_warps, num_stages))
+    return list(dict.fromkeys(found)) if dtype != torch.float32 else [default]

@@ -1,0 +1,100 @@
+"""Second pass: value and slope of the divergences that need both log-sum-exps, summed per range of columns.
+
+Shape suffixes: r rows of a tile, c columns of a tile, e columns of a strip.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fdd_kernels import spec
+from fdd_kernels.backends.triton.divergences import divergence_slope, divergence_value
+from fdd_kernels.backends.triton.launch import launch
+from fdd_kernels.backends.triton.tables import SECOND_INVERSE, SECOND_LAYER, SECOND_READ
+from fdd_kernels.backends.triton.tiles import table_entry, table_float, tile_values
+
+READ_FIELDS = tl.constexpr(spec.READ_STATS)
+LSE_S = tl.constexpr(spec.LSE_S)
+LSE_T = tl.constexpr(spec.LSE_T)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "first", "rows", "total_rows", "columns", "layers", "table_width", "tiles_per_range", "student_has_bias",
+        "teacher_has_bias", "ranges", "seconds",
+    ]
+)  # fmt: skip
+def divergence_stats_kernel(
+    sums, reads, pivots, scratch, table, count, order, student_hidden, student_weight, student_bias, teacher_hidden,
+    teacher_weight, teacher_bias, first, rows, total_rows, columns, layers, student_width, student_stride, student_scale,
+    student_cap, student_has_bias, teacher_width, teacher_stride, teacher_scale, teacher_cap, teacher_has_bias, table_width,
+    ranges, tiles_per_range, seconds, TEACHER: tl.constexpr, IDENTITY: tl.constexpr, DIVERGENCE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """sums (ranges, reads of this pass, 2, rows): value and slope; `reads` and `pivots` are the first pass's."""
+    TILE: tl.constexpr = BLOCK_R * BLOCK_C
+    r = tl.arange(0, BLOCK_R)
+    c = tl.arange(0, BLOCK_C)
+    e = tl.arange(0, BLOCK_E)
+    program = tl.program_id(0)
+    tile_s = scratch + program.to(tl.int64) * (2 * TILE)
+    tile_t = tile_s + TILE
+    tile_rc = r[:, None] * BLOCK_C + c[None, :]
+    strip_re = r[:, None] * BLOCK_C + e[None, :]
+    live_rows = tl.minimum(tl.load(count) - first, rows)
+    row_tiles = tl.cdiv(tl.maximum(live_rows, 0), BLOCK_R)
+    row_stride = rows.to(tl.int64)
+    statistic_stride = total_rows.to(tl.int64)
+    for item in range(program, row_tiles * ranges, tl.num_programs(0)):
+        rows_r = (item % row_tiles) * BLOCK_R + r
+        counts = rows_r < live_rows
+        row_r = tl.load(order + first + rows_r, mask=counts, other=0)
+        own_sums = sums + (item // row_tiles).to(tl.int64) * seconds * 2 * row_stride + rows_r
+        first_tile = (item // row_tiles) * tiles_per_range
+        for tile in range(first_tile, tl.minimum(first_tile + tiles_per_range, tl.cdiv(columns, BLOCK_C))):
+            columns_c = tile * BLOCK_C + c
+            for second in range(seconds):
+                layer = table_entry(table, table_width, SECOND_LAYER, second)
+                inverse = table_float(table, table_width, SECOND_INVERSE, second)
+                read = table_entry(table, table_width, SECOND_READ, second)
+                lse = reads + read * READ_FIELDS * statistic_stride + row_r
+                tl.debug_barrier()  # the tiles that stood here have been read
+                u = tile_values(
+                    student_hidden + layer * row_stride * student_width, student_weight, student_bias, rows_r,
+                    columns_c, columns, student_width, student_stride, student_scale, student_cap, student_has_bias,
+                    False, PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
+                )  # fmt: skip
+                pivot_r = tl.load(pivots + layer * statistic_stride + row_r, mask=counts, other=0.0)
+                lse_r = tl.load(lse + LSE_S * statistic_stride, mask=counts, other=0.0)
+                tl.store(tile_s + tile_rc, (u - pivot_r[:, None]) * inverse - lse_r[:, None])
+                u = tile_values(
+                    teacher_hidden + layer * row_stride * teacher_width, teacher_weight, teacher_bias, rows_r,
+                    columns_c, columns, teacher_width, teacher_stride, teacher_scale, teacher_cap, teacher_has_bias,
+                    IDENTITY, PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
+                )  # fmt: skip
+                pivot_r = tl.load(pivots + (layers + layer) * statistic_stride + row_r, mask=counts, other=0.0)
+                lse_r = tl.load(lse + LSE_T * statistic_stride, mask=counts, other=0.0)
+                tl.store(tile_t + tile_rc, (u - pivot_r[:, None]) * inverse - lse_r[:, None])
+                tl.debug_barrier()  # every thread's part of the tiles can be read
+                carried = (tl.zeros((BLOCK_R,), dtype=tl.int32) + tile) != first_tile
+                value_r = tl.load(own_sums + 2 * second * row_stride, mask=carried, other=0.0)
+                slope_r = tl.load(own_sums + (2 * second + 1) * row_stride, mask=carried, other=0.0)
+                for start in range(0, BLOCK_C, BLOCK_E):
+                    log_q = tl.load(tile_s + strip_re + start)
+                    log_p = tl.load(tile_t + strip_re + start)
+                    value_r += tl.sum(divergence_value(log_q, log_p, DIVERGENCE), 1)
+                    slope_r += tl.sum(divergence_slope(log_q, log_p, DIVERGENCE), 1)
+                tl.store(own_sums + 2 * second * row_stride, value_r)
+                tl.store(own_sums + (2 * second + 1) * row_stride, slope_r)
+
+
+def launch_divergence(block, sums, reads, pivots) -> None:
+    """Fill `sums` (ranges, reads of this pass, 2, rows) for one block of rows; see `operations.Block`."""
+    config = block.config
+    launch(
+        divergence_stats_kernel, (block.programs(sums.shape[0]),), config.num_warps, config.num_stages, sums=sums,
+        reads=reads, pivots=pivots, scratch=block.scratch(sums.shape[0], ring=1), order=block.order,
+        total_rows=reads.shape[-1], ranges=sums.shape[0], tiles_per_range=block.tiles_per_range,
+        seconds=block.table.second_pass, DIVERGENCE=block.table.divergence, BLOCK_E=config.block_strip, **block.arguments(),
+    )  # fmt: skip

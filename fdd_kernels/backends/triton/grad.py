@@ -1,0 +1,221 @@
+"""The gradient with respect to the student's values x = h W^T + b, one block of rows x columns at a time.
+
+A program owns tiles of rows x columns and walks all layers. It computes the tiles of u - pivot of both models again and
+parks them in a ring of three layers in its scratch: dL/du of a layer, a strip at a time, needs the layers beside it
+(moments of pairs make the gradient tridiagonal). Per slot, with per-row coefficients from the upstream gradients,
+
+    dL/dz = a q + b p + d slope(log_q, log_p) + n [column = label]
+
+where KL(p || q) gives b, another divergence d, the label's cross-entropy n, and each of them and the log-sum-exp a; per
+moment target, about the means, 2 g_SS s + g_ST t + g_MEAN / count + 2 g_DD (s - t), with sign - at the first of a pair.
+
+G goes to a bounded buffer in the dtype of the products, and plain matrix products make dH and dW of it: accumulating dH in
+the kernel would send a float32 row of the hidden width through atomics for every column tile, several times the traffic
+of G itself, in an order that changes from run to run.
+
+Shape suffixes: r rows of a tile, c columns of a tile, e columns of a strip.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fdd_kernels import spec
+from fdd_kernels.backends.triton.divergences import divergence_slope
+from fdd_kernels.backends.triton.launch import launch
+from fdd_kernels.backends.triton.stats import MOMENT_FIELDS, vectors
+from fdd_kernels.backends.triton.tables import (
+    FIRST,
+    KIND_KL,
+    KIND_LSE,
+    KIND_NLL,
+    PART_BEGIN,
+    PART_INDEX,
+    PART_ROLE,
+    READ_BEGIN,
+    READ_INDEX,
+    READ_KIND,
+    SECOND,
+    SLOT_BEGIN,
+    SLOT_INVERSE,
+)
+from fdd_kernels.backends.triton.tiles import table_entry, table_float, tile_values
+
+READ_FIELDS = tl.constexpr(spec.READ_STATS)
+LSE_S, LSE_T = tl.constexpr(spec.LSE_S), tl.constexpr(spec.LSE_T)
+VALUE, SLOPE = tl.constexpr(spec.VALUE), tl.constexpr(spec.SLOPE)
+COUNT, MEAN_S, MEAN_T = tl.constexpr(spec.COUNT), tl.constexpr(spec.MEAN_S), tl.constexpr(spec.MEAN_T)
+M_SS, M_ST, M_DD = tl.constexpr(spec.M_SS), tl.constexpr(spec.M_ST), tl.constexpr(spec.M_DD)
+
+
+@triton.jit
+def slot_gradient(
+    reads, grad_reads, stride, counts, label_r, columns_e, u_s, tile_t, strip_re, table, table_width, slot,
+    TEACHER: tl.constexpr, DIVERGENCE: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """dL/du of one strip from the reads of one slot."""
+    q_r = tl.zeros((BLOCK_R,), dtype=tl.float32)
+    p_r, slope_r, label_value_r, lse_s, lse_t = q_r, q_r, q_r, q_r, q_r
+    for entry in range(
+        table_entry(table, table_width, READ_BEGIN, slot), table_entry(table, table_width, READ_BEGIN, slot + 1)
+    ):
+        kind = table_entry(table, table_width, READ_KIND, entry)
+        at = table_entry(table, table_width, READ_INDEX, entry) * READ_FIELDS * stride
+        lse_s = tl.load(reads + at + LSE_S * stride, mask=counts, other=0.0)
+        q_r += tl.load(grad_reads + at + LSE_S * stride, mask=counts, other=0.0)
+        if kind != KIND_LSE:
+            upstream = tl.load(grad_reads + at + VALUE * stride, mask=counts, other=0.0)
+            if kind == KIND_NLL:
+                q_r += upstream
+                label_value_r -= upstream
+            else:
+                q_r -= upstream * tl.load(reads + at + SLOPE * stride, mask=counts, other=0.0)
+                if kind == KIND_KL:
+                    p_r -= upstream
+                else:
+                    slope_r += upstream
+        if kind != KIND_NLL:
+            lse_t = tl.load(reads + at + LSE_T * stride, mask=counts, other=0.0)
+    inverse = table_float(table, table_width, SLOT_INVERSE, slot)
+    log_q = u_s * inverse - lse_s[:, None]
+    grad = q_r[:, None] * tl.exp(log_q)
+    grad += tl.where(columns_e[None, :] == label_r[:, None], label_value_r[:, None], 0.0)
+    if TEACHER:
+        log_p = tl.load(tile_t + strip_re) * inverse - lse_t[:, None]
+        grad += p_r[:, None] * tl.exp(log_p)
+        if DIVERGENCE != "kl":
+            grad += slope_r[:, None] * divergence_slope(log_q, log_p, DIVERGENCE)
+    return grad * inverse
+
+
+@triton.jit
+def moment_gradient(
+    moments, grad_moments, stride, counts, tile_s, tile_t, before_s, before_t, after_s, after_t, strip_re, role, inverse,
+):  # fmt: skip
+    """dL/du of one strip from one moment target that the layer is part of."""
+    if role == FIRST:
+        s, t, live = vectors(after_s, after_t, tile_s, tile_t, strip_re, True, inverse)
+    else:
+        s, t, live = vectors(tile_s, tile_t, before_s, before_t, strip_re, role == SECOND, inverse)
+    s -= tl.load(moments + MEAN_S * stride, mask=counts, other=0.0)[:, None]
+    t -= tl.load(moments + MEAN_T * stride, mask=counts, other=0.0)[:, None]
+    grad_mean = tl.load(grad_moments + MEAN_S * stride, mask=counts, other=0.0)
+    grad_mean /= tl.maximum(tl.load(moments + COUNT * stride, mask=counts, other=1.0), 1.0)
+    grad = grad_mean[:, None] + (2.0 * tl.load(grad_moments + M_SS * stride, mask=counts, other=0.0))[:, None] * s
+    grad += tl.load(grad_moments + M_ST * stride, mask=counts, other=0.0)[:, None] * t
+    grad += (2.0 * tl.load(grad_moments + M_DD * stride, mask=counts, other=0.0))[:, None] * (s - t)
+    sign = tl.where(role == FIRST, -inverse, inverse)
+    return tl.where(live, grad * sign, 0.0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "first", "rows", "total_rows", "columns", "layers", "table_width", "student_has_bias", "teacher_has_bias",
+        "first_tile", "tiles", "grad_width",
+    ]
+)  # fmt: skip
+def lens_grad_kernel(
+    grad, reads, moments, grad_reads, grad_moments, pivots, grad_scale, scratch, table, count, order, labels,
+    student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, first, rows, total_rows,
+    columns, layers, student_width, student_stride, student_scale, student_cap, student_has_bias, teacher_width,
+    teacher_stride, teacher_scale, teacher_cap, teacher_has_bias, table_width, moment_inverse, first_tile, tiles,
+    grad_width, TEACHER: tl.constexpr, IDENTITY: tl.constexpr, MOMENTS: tl.constexpr, DIVERGENCE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """grad (L, rows, grad_width) = grad_scale * dL/dx for the `tiles` column tiles from `first_tile` on."""
+    TILE: tl.constexpr = BLOCK_R * BLOCK_C
+    RING: tl.constexpr = 3 if MOMENTS else 1
+    LAG: tl.constexpr = 1 if MOMENTS else 0  # a layer is finished once the layer after it is there
+    r = tl.arange(0, BLOCK_R)
+    c = tl.arange(0, BLOCK_C)
+    e = tl.arange(0, BLOCK_E)
+    program = tl.program_id(0)
+    ring = scratch + program.to(tl.int64) * (2 * RING * TILE)
+    tile_rc = r[:, None] * BLOCK_C + c[None, :]
+    strip_re = r[:, None] * BLOCK_C + e[None, :]
+    live_rows = tl.minimum(tl.load(count) - first, rows)
+    row_tiles = tl.cdiv(tl.maximum(live_rows, 0), BLOCK_R)
+    row_stride = rows.to(tl.int64)
+    stride = total_rows.to(tl.int64)
+    scale_of_grad = tl.load(grad_scale)
+    for item in range(program, row_tiles * tiles, tl.num_programs(0)):
+        rows_r = (item % row_tiles) * BLOCK_R + r
+        counts = rows_r < live_rows
+        row_r = tl.load(order + first + rows_r, mask=counts, other=0)
+        label_r = tl.load(labels + first + rows_r, mask=counts, other=-1)
+        first_column = (first_tile + item // row_tiles) * BLOCK_C
+        columns_c = first_column + c
+        for step in range(layers + LAG):
+            if step < layers:
+                tile_s = ring + (step % RING) * (2 * TILE)
+                tl.debug_barrier()  # the layer that stood here has been read
+                u = tile_values(
+                    student_hidden + step * row_stride * student_width, student_weight, student_bias, rows_r,
+                    columns_c, columns, student_width, student_stride, student_scale, student_cap, student_has_bias,
+                    False, PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
+                )  # fmt: skip
+                pivot_r = tl.load(pivots + step * stride + row_r, mask=counts, other=0.0)
+                tl.store(tile_s + tile_rc, u - pivot_r[:, None])
+                if TEACHER:
+                    u = tile_values(
+                        teacher_hidden + step * row_stride * teacher_width, teacher_weight, teacher_bias, rows_r,
+                        columns_c, columns, teacher_width, teacher_stride, teacher_scale, teacher_cap, teacher_has_bias,
+                        IDENTITY, PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
+                    )  # fmt: skip
+                    pivot_r = tl.load(pivots + (layers + step) * stride + row_r, mask=counts, other=0.0)
+                    tl.store(tile_s + TILE + tile_rc, u - pivot_r[:, None])
+                tl.debug_barrier()  # every thread's part of the tiles can be read
+            layer = step - LAG
+            if layer >= 0:
+                tile_s = ring + (layer % RING) * (2 * TILE)
+                before_s = ring + ((layer + 2) % RING) * (2 * TILE)
+                after_s = ring + ((layer + 1) % RING) * (2 * TILE)
+                pivot_r = tl.load(pivots + layer * stride + row_r, mask=counts, other=0.0)
+                out_r = grad + (layer * row_stride + rows_r) * grad_width
+                for start in range(0, BLOCK_C, BLOCK_E):
+                    columns_e = first_column + start + e
+                    u_s = tl.load(tile_s + strip_re + start)
+                    g = tl.zeros((BLOCK_R, BLOCK_E), dtype=tl.float32)
+                    for slot in range(
+                        table_entry(table, table_width, SLOT_BEGIN, layer),
+                        table_entry(table, table_width, SLOT_BEGIN, layer + 1),
+                    ):
+                        g += slot_gradient(
+                            reads + row_r, grad_reads + row_r, stride, counts, label_r, columns_e, u_s, tile_s + TILE + start,
+                            strip_re, table, table_width, slot, TEACHER, DIVERGENCE, BLOCK_R,
+                        )  # fmt: skip
+                    if MOMENTS:
+                        for part in range(
+                            table_entry(table, table_width, PART_BEGIN, layer),
+                            table_entry(table, table_width, PART_BEGIN, layer + 1),
+                        ):
+                            at = table_entry(table, table_width, PART_INDEX, part) * MOMENT_FIELDS * stride
+                            g += moment_gradient(
+                                moments + at + row_r, grad_moments + at + row_r, stride, counts, tile_s + start,
+                                tile_s + TILE + start, before_s + start, before_s + TILE + start, after_s + start,
+                                after_s + TILE + start, strip_re, table_entry(table, table_width, PART_ROLE, part),
+                                moment_inverse,
+                            )  # fmt: skip
+                    if student_cap > 0:  # du/dx of the soft cap, from its value
+                        capped = (u_s + pivot_r[:, None]) / student_cap
+                        g *= 1.0 - capped * capped
+                    g *= student_scale * scale_of_grad
+                    # A column of probability 0 (u = -inf) has no gradient; nor has a row that does not count.
+                    g = tl.where(counts[:, None] & (u_s > float("-inf")), g, 0.0)
+                    out = out_r[:, None] + (columns_e - first_tile * BLOCK_C)[None, :]
+                    tl.store(out, g.to(grad.dtype.element_ty), mask=(columns_e < columns)[None, :])
+
+
+def launch_grad(block, grad, per_row, grad_scale, first_tile: int, tiles: int) -> None:
+    """Fill `grad` for one block of rows and `tiles` column tiles; see `operations.Block`."""
+    config = block.config
+    pivots, reads, moments, grad_reads, grad_moments = per_row
+    launch(
+        lens_grad_kernel, (block.programs(tiles),), config.num_warps, config.num_stages, grad=grad, reads=reads,
+        moments=moments, grad_reads=grad_reads, grad_moments=grad_moments, pivots=pivots, grad_scale=grad_scale,
+        scratch=block.scratch(tiles, ring=3), order=block.order, labels=block.labels, total_rows=pivots.shape[-1],
+        moment_inverse=1.0 / block.spec.moment_temperature, first_tile=first_tile, tiles=tiles, grad_width=grad.shape[-1],
+        MOMENTS=bool(block.spec.moments), DIVERGENCE=block.table.divergence, BLOCK_E=config.block_strip,
+        **block.arguments(),
+    )  # fmt: skip

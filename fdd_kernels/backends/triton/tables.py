@@ -1,0 +1,127 @@
+"""A `LensSpec` as a table of integers, so that one compiled kernel serves any number of layers, reads and moments.
+
+A slot is a layer at a temperature: reads of the same layer and temperature share its exponentials. The rows of the
+table, padded to one width:
+
+    SLOT_BEGIN   (L + 1)  slots of layer l are SLOT_BEGIN[l] .. SLOT_BEGIN[l + 1]
+    SLOT_FLAGS   (slots)  WANTS_STUDENT, WANTS_TEACHER: whose expectation of the difference of logits is summed;
+                          WANTS_LABEL: the student's z at the label
+    SLOT_INVERSE (slots)  1 / temperature, the bits of a float32
+    READ_BEGIN   (slots + 1), READ_INDEX, READ_KIND: the reads of a slot
+    PART_BEGIN   (L + 1), PART_INDEX, PART_ROLE: the moment targets that a layer is part of: OWN_LAYER alone, SECOND of
+                          a pair (the walk over layers is complete for the pair there), or FIRST
+    SECOND_READ, SECOND_LAYER, SECOND_INVERSE: the reads that take a second pass
+"""
+
+from __future__ import annotations
+
+import functools
+import struct
+from dataclasses import dataclass
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from fdd_kernels.divergences import DIVERGENCES
+from fdd_kernels.spec import NLL, OWN, LensSpec
+
+SLOT_BEGIN = tl.constexpr(0)
+SLOT_FLAGS = tl.constexpr(1)
+SLOT_INVERSE = tl.constexpr(2)
+READ_BEGIN = tl.constexpr(3)
+READ_INDEX = tl.constexpr(4)
+READ_KIND = tl.constexpr(5)
+PART_BEGIN = tl.constexpr(6)
+PART_INDEX = tl.constexpr(7)
+PART_ROLE = tl.constexpr(8)
+SECOND_READ = tl.constexpr(9)
+SECOND_LAYER = tl.constexpr(10)
+SECOND_INVERSE = tl.constexpr(11)
+TABLE_ROWS = 12
+
+WANTS_STUDENT = tl.constexpr(1)
+WANTS_TEACHER = tl.constexpr(2)
+WANTS_LABEL = tl.constexpr(4)
+
+# Kinds of reads: log-sum-exps alone, a label's cross-entropy, KL(p || q), or the divergence DIVERGENCE of the kernel.
+KIND_LSE = tl.constexpr(0)
+KIND_NLL = tl.constexpr(1)
+KIND_KL = tl.constexpr(2)
+KIND_OTHER = tl.constexpr(3)
+
+OWN_LAYER = tl.constexpr(0)
+SECOND = tl.constexpr(1)
+FIRST = tl.constexpr(2)
+
+
+@dataclass(frozen=True)
+class Table:
+    """The table on a device and what the launcher needs to know of it. `divergence`: the one besides KL, else "kl"."""
+
+    values: Tensor
+    width: int
+    slots: int
+    second_pass: int
+    divergence: str
+
+
+def _bits(value: float) -> int:
+    return struct.unpack("<i", struct.pack("<f", value))[0]
+
+
+def _prefix(groups: list[list]) -> list[int]:
+    ends = [0]
+    for group in groups:
+        ends.append(ends[-1] + len(group))
+    return ends
+
+
+@functools.lru_cache(maxsize=64)
+def table_for(spec: LensSpec, layers: int, device: torch.device) -> Table:
+    """Build and upload the table; the next call with the same spec finds it on the device.
+
+    The upload is the only host-to-device copy of the backend: capture a CUDA graph after a first, ordinary step.
+
+    Raises:
+        NotImplementedError: a spec that the public functions never build.
+    """
+    others = {read.divergence for read in spec.reads} - {NLL, None, "kl"}
+    if len(others) > 1:
+        raise NotImplementedError(f"one divergence besides kl a call, got {sorted(others)}")
+    if any(first not in (OWN, second - 1) for first, second in spec.moments):
+        raise NotImplementedError(f"moments of consecutive layers alone, got {spec.moments}")
+
+    slots = sorted({(read.layer, read.temperature) for read in spec.reads})
+    reads_of = [[i for i, r in enumerate(spec.reads) if (r.layer, r.temperature) == slot] for slot in slots]
+    kinds = {None: KIND_LSE.value, NLL: KIND_NLL.value, "kl": KIND_KL.value}
+    flags = {NLL: WANTS_LABEL.value, "kl": WANTS_TEACHER.value, "reverse_kl": WANTS_STUDENT.value}
+    parts: list[list[tuple[int, int]]] = [[] for _ in range(layers)]
+    for index, (first, second) in enumerate(spec.moments):
+        parts[second].append((index, OWN_LAYER.value if first == OWN else SECOND.value))
+        if first != OWN:
+            parts[first].append((index, FIRST.value))
+    second_pass = [
+        (index, read)
+        for index, read in enumerate(spec.reads)
+        if read.divergence in DIVERGENCES and DIVERGENCES[read.divergence].expectation_of is None
+    ]
+
+    rows: list[list[int]] = [[] for _ in range(TABLE_ROWS)]
+    rows[SLOT_BEGIN.value] = _prefix([[s for s in slots if s[0] == layer] for layer in range(layers)])
+    rows[SLOT_FLAGS.value] = [
+        functools.reduce(int.__or__, (flags.get(spec.reads[i].divergence, 0) for i in reads), 0) for reads in reads_of
+    ]
+    rows[SLOT_INVERSE.value] = [_bits(1.0 / temperature) for _, temperature in slots]
+    rows[READ_BEGIN.value] = _prefix(reads_of)
+    rows[READ_INDEX.value] = [i for reads in reads_of for i in reads]
+    rows[READ_KIND.value] = [kinds.get(spec.reads[i].divergence, KIND_OTHER.value) for reads in reads_of for i in reads]
+    rows[PART_BEGIN.value] = _prefix(parts)
+    rows[PART_INDEX.value] = [index for part in parts for index, _ in part]
+    rows[PART_ROLE.value] = [role for part in parts for _, role in part]
+    rows[SECOND_READ.value] = [index for index, _ in second_pass]
+    rows[SECOND_LAYER.value] = [read.layer for _, read in second_pass]
+    rows[SECOND_INVERSE.value] = [_bits(1.0 / read.temperature) for _, read in second_pass]
+    width = max(len(row) for row in rows)
+    values = torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int32, device=device)
+    return Table(values, width, len(slots), len(second_pass), next(iter(others), "kl"))
