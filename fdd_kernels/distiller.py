@@ -60,6 +60,15 @@ class Distiller:
                 given[f"{side}_logit_scale"] = lens.transform.scale
         return replace(LossOptions(**given), shift=True)
 
+    def count_positions(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """How many positions of a batch the loss counts, an int64 scalar: the divisor of its mean."""
+        labels, attention = batch.get("labels"), batch.get("attention_mask")
+        if labels is not None:
+            return (labels[..., 1:] != self.config.ignore_index).sum()
+        if attention is not None:
+            return (attention != 0).sum()
+        return torch.tensor(next(value.shape[0] * value.shape[1] for value in batch.values()))
+
     @torch.no_grad()
     def teacher_states(self, batch: Mapping[str, Tensor]) -> list[Tensor]:
         """The teacher's sampled states and its final state, ready for its head: L tensors (batch, sequence, Dt).
@@ -103,10 +112,12 @@ class Distiller:
         if labels is None and batch.get("attention_mask") is not None:
             mask = batch["attention_mask"] != 0
         options = self.options if labels is not None else replace(self.options, shift=False)
-        train = (lambda t: t) if self.config.train_head else (lambda t: None if t is None else t.detach())
+        weight, bias = self.student.weight, self.student.bias
+        if not self.config.train_head:
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
         return fused_fdd_loss(
-            student_states, train(self.student.weight), teacher_states[-len(student_states) :], self.teacher.weight.detach(), labels, mask=mask,
-            student_bias=train(self.student.bias), num_items_in_batch=num_items_in_batch, return_terms=True,
-            teacher_bias=None if self.teacher.bias is None else self.teacher.bias.detach(),
+            student_states, weight, teacher_states[-len(student_states) :], self.teacher.weight.detach(), labels, mask=mask,
+            student_bias=bias, teacher_bias=None if self.teacher.bias is None else self.teacher.bias.detach(),
+            num_items_in_batch=num_items_in_batch, return_terms=True,
             **{f.name: getattr(options, f.name) for f in fields(LossOptions)},
         )  # fmt: skip

@@ -1,8 +1,9 @@
 """Reading a Hugging Face causal LM along its depth: head, final norm, soft cap and scale, and capture of sampled layers.
 
 Nothing here knows a model family. What follows the last block (norms, projections) is observed in one forward pass over
-two tokens, and the whole reading is then compared with the model's own logits, so a model that does something else is
-refused instead of being distilled wrongly.
+two tokens; soft cap and scale are measured by putting known numbers in the place of the head's output; and the whole
+reading is then compared with the model's own logits, so a model that does something else is refused instead of being
+distilled wrongly.
 """
 
 from __future__ import annotations
@@ -16,9 +17,24 @@ import torch
 from torch import Tensor, nn
 
 _REMEDY = (
-    "call fused_fdd_loss yourself with the hidden states (the last one after the final norm) and the head's weight, bias, "
+    "Call fused_fdd_loss yourself with the hidden states (the last one after the final norm) and the head's weight, bias, "
     "soft cap and logit scale"
 )
+_READABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Numbers to put in place of a head's output: a small one shows the scale, a large one the soft cap, the rest check both.
+_PROBE = (2.0**-10, 6e4, 0.5, -3.0, 25.0, -200.0, 0.0)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and every module back in its own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @dataclass(frozen=True)
@@ -28,28 +44,42 @@ class LogitTransform:
     scale: float = 1.0
     softcap: float | None = None
 
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x * self.scale
+        return x if self.softcap is None else self.softcap * torch.tanh(x / self.softcap)
 
-def logit_transform(config) -> LogitTransform:
-    """Soft cap and logit scale from the fields of a Hugging Face config that are in use."""
+
+def configured_transform(config) -> LogitTransform:
+    """Soft cap and logit scale from the config fields that are in use; what a model does with them is measured."""
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    scale = 1.0
-    if getattr(config, "logit_scale", None) is not None:  # Cohere
-        scale *= config.logit_scale
-    if getattr(config, "logits_scaling", None):  # Granite
-        scale /= config.logits_scaling
-    if getattr(config, "lm_head_multiplier", None) is not None:  # Falcon-H1
-        scale *= config.lm_head_multiplier
-    return LogitTransform(float(scale), getattr(config, "final_logit_softcapping", None))
+
+    def number(*names: str) -> float | None:
+        values = [getattr(config, name, None) for name in names]
+        return next((float(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool) and v), None)
+
+    scale = (number("logit_scale") or 1.0) * (number("lm_head_multiplier") or 1.0)  # Cohere, Falcon-H1
+    scale /= number("logits_scaling") or 1.0  # Granite
+    return LogitTransform(scale, number("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"))
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside torch.compile, DistributedDataParallel and peft wrappers."""
+    """The transformers model inside torch.compile, DistributedDataParallel and peft wrappers.
+
+    Raises:
+        TypeError: a peft model with virtual tokens, which its base model alone would not see.
+    """
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
         elif isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
         elif hasattr(model, "get_base_model"):
+            if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+                raise TypeError(
+                    f"{type(model).__name__} uses {model.active_peft_config.peft_type}: prompt, prefix and p-tuning put "
+                    "virtual tokens before the text, and positions of student and teacher would no longer match. Use an "
+                    "adapter that changes weights, such as LoRA"
+                )
             model = model.get_base_model()
         else:
             return model
@@ -64,17 +94,17 @@ class ModelLens:
 
     Raises:
         TypeError: no plain linear head, backbone or list of blocks can be found; says what was looked for.
-        ValueError: head, norm, soft cap and scale as found do not reproduce the model's logits.
+        ValueError: head, norm, soft cap and scale as found do not reproduce the model's logits; says how far off they are.
     """
 
     def __init__(self, model: nn.Module, name: str = "model") -> None:
         self.name, self.model = name, unwrap(model)
         self.head = self._find_head()
         self.backbone = self._find_backbone()
-        self.blocks = self._find_blocks()
+        with _evaluating(self.model), torch.no_grad():
+            self.transform = self._measure_transform()
+            self.blocks, self.tail = self._find_blocks_and_tail()
         self.depth = len(self.blocks)
-        self.transform = logit_transform(self.model.config)
-        self.tail = self._observe_tail()
 
     @property
     def weight(self) -> Tensor:
@@ -93,9 +123,9 @@ class ModelLens:
         if head is None or not isinstance(weight, Tensor) or weight.ndim != 2:
             raise TypeError(
                 f"{self.name}: {type(self.model).__name__}.get_output_embeddings() gives {type(head).__name__}, but an LM "
-                f"head with a weight of shape (vocabulary, width) is needed. Pass a causal LM, or {_REMEDY}"
+                f"head with a weight of shape (vocabulary, width) is needed. Pass a causal LM. {_REMEDY}"
             )
-        if not weight.is_floating_point() or hasattr(head, "lora_A") or hasattr(head, "modules_to_save"):
+        if weight.dtype not in _READABLE or hasattr(head, "base_layer") or hasattr(head, "modules_to_save"):
             raise TypeError(
                 f"{self.name}: the LM head is a {type(head).__name__} with a {weight.dtype} weight. Quantised heads and "
                 "heads with adapters of their own are not read: keep the head out of quantisation and of "
@@ -104,87 +134,122 @@ class ModelLens:
         return head
 
     def _find_backbone(self) -> nn.Module:
+        if getattr(self.model.config, "is_encoder_decoder", False):
+            raise TypeError(
+                f"{self.name}: {type(self.model).__name__} is an encoder-decoder (config.is_encoder_decoder); only causal LMs "
+                f"are read. {_REMEDY}"
+            )
         backbone = getattr(self.model, "base_model", None)
         if backbone is None or backbone is self.model:
             raise TypeError(
                 f"{self.name}: {type(self.model).__name__} has no base_model beside its head (looked for the attribute "
-                f"base_model, as transformers' causal LMs have it). {_REMEDY[0].upper()}{_REMEDY[1:]}"
+                f"base_model, as transformers' causal LMs have it). {_REMEDY}"
             )
         return backbone
 
-    def _find_blocks(self) -> nn.ModuleList:
+    @property
+    def _tokens(self) -> dict[str, Tensor]:
+        """A batch of two tokens, to watch the model with."""
+        tokens = torch.tensor([[0, min(1, len(self.weight) - 1)]], device=self.weight.device)
+        return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+
+    def _own_logits(self) -> Tensor:
+        return self.model(**self._tokens, use_cache=False).logits
+
+    def _measure_transform(self) -> LogitTransform:
+        """What the model does to its head's output, seen by putting known numbers in that output's place."""
+        configured, numbers = configured_transform(self.model.config), torch.tensor(_PROBE, dtype=torch.float64)
+        if self.weight.device.type == "mps" or 2 * len(self.weight) < len(numbers):
+            return configured  # no float64, or no room; the comparison with the model's logits still follows
+        seen: list[Tensor] = []
+
+        def replace(_module, _args, output: Tensor) -> Tensor:
+            cycles = output.numel() // len(numbers) + 1
+            seen.append(numbers.repeat(cycles)[: output.numel()].view(output.shape).to(output.device))
+            return seen[-1].clone()
+
+        with self.head.register_forward_hook(replace):
+            answer = self._own_logits()
+        if len(seen) != 1 or seen[0].shape != answer.shape:
+            return configured
+        probe, answer = seen[0].flatten().cpu(), answer.double().flatten().cpu()
+        scale, largest = float(answer[0] / probe[0]), float(answer[1])
+        capped = abs(largest - scale * _PROBE[1]) > 1e-3 * abs(scale * _PROBE[1])
+        measured = LogitTransform(scale, largest if capped else None)
+        for transform in (configured, measured):
+            if torch.allclose(transform(probe), answer, rtol=1e-5, atol=0):
+                return transform
+        raise ValueError(
+            f"{self.name}: {type(self.model).__name__} turns {_PROBE} at its head into {answer[: len(_PROBE)].tolist()}, "
+            f"which is no scale and soft cap (read from its config: {configured}). {_REMEDY}"
+        )
+
+    def _find_blocks_and_tail(self) -> tuple[nn.ModuleList, list[nn.Module]]:
+        """The list of blocks, and what follows it, that reproduce the model's logits."""
         config = self.model.config
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         depth = getattr(config, "num_hidden_layers", None)
         lists = [module for module in self.backbone.modules() if isinstance(module, nn.ModuleList)]
         fitting = [blocks for blocks in lists if len(blocks) == depth]
-        if len(fitting) < 1:
+        if not fitting:
             raise TypeError(
                 f"{self.name}: looked in {type(self.backbone).__name__} for a ModuleList of config.num_hidden_layers="
-                f"{depth} blocks, found lists of {[len(blocks) for blocks in lists]}. {_REMEDY[0].upper()}{_REMEDY[1:]}"
+                f"{depth} blocks, found lists of {[len(blocks) for blocks in lists]}. {_REMEDY}"
             )
-        return fitting[0]
+        failures = []
+        for self.blocks in fitting:
+            tail: list[nn.Module] = []
+            try:
+                failure = self._compare(tail)
+            except Exception as error:  # whatever a strange model does with a state that is not what it expects
+                failure = f"raises {type(error).__name__}: {error}"
+            if failure is None:
+                return self.blocks, tail
+            modules = [type(module).__name__ for module in tail]
+            failures.append(f"the last {type(self.blocks[-1]).__name__} read through {modules or 'no norm'} {failure}")
+        raise ValueError(
+            f"{self.name}: looked for the blocks whose output, through final norm, head and {self.transform}, gives the "
+            f"logits of {type(self.model).__name__}: {'; '.join(failures)}. {_REMEDY}"
+        )
 
-    @torch.no_grad()
-    def _observe_tail(self) -> list[nn.Module]:
-        """The modules that turn the last block's output into the head's input, in order; checked against the logits."""
-        found: list[nn.Module] = []
-        state: dict[str, object] = {"after_blocks": False, "depth": 0}
+    def _compare(self, tail: list[nn.Module]) -> str | None:
+        """Collect in `tail` the modules between the last block and the head; says how their reading differs, if it does."""
+        after_blocks, nesting = False, 0
 
         def before(module, _args):
-            if state["after_blocks"]:
-                if state["depth"] == 0:
-                    found.append(module)
-                state["depth"] += 1
+            nonlocal nesting
+            if after_blocks:
+                if nesting == 0:
+                    tail.append(module)
+                nesting += 1
 
         def after(module, _args, _output):
-            if state["after_blocks"] and state["depth"]:
-                state["depth"] -= 1
+            nonlocal after_blocks, nesting
+            if after_blocks and nesting:
+                nesting -= 1
             if module is self.blocks[-1]:
-                state["after_blocks"] = True
+                after_blocks = True
 
-        inner = [m for m in self.backbone.modules() if m is not self.backbone]
-        handles = [m.register_forward_pre_hook(before) for m in inner]
-        handles += [m.register_forward_hook(after) for m in inner]
-        training = [m for m in self.model.modules() if m.training]
-        self.model.eval()
-        try:
-            tokens = torch.tensor([[0, min(1, len(self.weight) - 1)]], device=self.weight.device)
-            inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-            (last_block,), final = self.states(inputs, (self.depth,))
-        finally:
-            for handle in handles:
-                handle.remove()
-        try:
-            self._check_tail(found, last_block, final, inputs)
-        finally:
-            for module in training:
-                module.training = True
-        return found
-
-    def _check_tail(self, tail: list[nn.Module], last_block: Tensor, final: Tensor, inputs: dict[str, Tensor]) -> None:
-        read = last_block
+        with contextlib.ExitStack() as hooks:
+            for module in self.backbone.modules():
+                if module is not self.backbone:
+                    hooks.enter_context(module.register_forward_pre_hook(before))
+                    hooks.enter_context(module.register_forward_hook(after))
+            (read,), final = self.states(self._tokens, (len(self.blocks),))
         for module in tail:
             read = module(read)
-        logits = self.model(**inputs, use_cache=False).logits.float()
-        mine = self.logits(read).float()
+        logits, mine = self._own_logits().float(), self.logits(read).float()
+        if read.shape != final.shape or logits.shape != mine.shape:
+            return f"has shape {tuple(mine.shape)} instead of {tuple(logits.shape)}"
         # Both come from the same rounding steps in the model's dtype, so they agree within a few of its units.
         tolerance = 32 * torch.finfo(self.weight.dtype).eps * logits.abs().max()
-        error = (logits - mine).abs().max() if logits.shape == mine.shape else float("inf")
-        if read.shape != final.shape or not error <= tolerance:
-            modules = [type(module).__name__ for module in tail]
-            raise ValueError(
-                f"{self.name}: the last block's output read through {modules or 'no norm'}, the head and {self.transform} "
-                f"differs from the logits of {type(self.model).__name__} by {float(error):.3g}: it does something that was "
-                f"not found in its modules or config. {_REMEDY[0].upper()}{_REMEDY[1:]}"
-            )
+        error = (logits - mine).abs().max()
+        return None if error <= tolerance else f"differs by {float(error):.3g}"
 
     def logits(self, state: Tensor) -> Tensor:
         """The model's logits of a final state (..., width), dense: for tests and checks, not for training."""
-        logits = nn.functional.linear(state, self.weight.to(state.dtype), None if self.bias is None else self.bias)
-        logits = logits * self.transform.scale
-        cap = self.transform.softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        bias = None if self.bias is None else self.bias.to(state.dtype)
+        return self.transform(nn.functional.linear(state, self.weight.to(state.dtype), bias))
 
     def states(self, inputs: dict[str, Tensor], layers: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
         """Run the backbone once, without the head.
@@ -199,15 +264,18 @@ class ModelLens:
         if missing:
             raise RuntimeError(f"{self.name}: blocks {missing} did not run, so their states could not be captured")
         states = [captured[layer] for layer in layers]
-        checkpointing = getattr(self.model, "is_gradient_checkpointing", False)
-        if checkpointing and torch.is_grad_enabled() and final.requires_grad:
-            detached = [layer for layer in layers if layer and not captured[layer].requires_grad]
+        if torch.is_grad_enabled():
+            detached = [layer for layer in layers if not captured[layer].requires_grad and self._trains_up_to(layer)]
             if detached:
                 raise RuntimeError(
-                    f"{self.name}: the states of layers {detached} carry no gradient under gradient checkpointing: call "
-                    'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})'
+                    f"{self.name}: the states of layers {detached} carry no gradient although blocks before them train: "
+                    "something detaches them (no_grad inside the model, or reentrant gradient checkpointing: use "
+                    'gradient_checkpointing_kwargs={"use_reentrant": False})'
                 )
         return states, final
+
+    def _trains_up_to(self, layer: int) -> bool:
+        return any(p.requires_grad for block in self.blocks[:layer] for p in block.parameters())
 
     def read(self, state: Tensor, *, apply_final_norm: bool = True) -> Tensor:
         """A raw state as the head would see it: through the final norm and any projection after it.
@@ -215,7 +283,7 @@ class ModelLens:
         Without the norm, projections still apply, since the head's width asks for them.
         """
         for module in self.tail:
-            if apply_final_norm or isinstance(module, nn.Linear):
+            if apply_final_norm or isinstance(module, nn.Linear) or hasattr(module, "base_layer"):  # peft's linear layers
                 state = module(state)
         return state
 

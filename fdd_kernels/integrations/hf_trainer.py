@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
 from fdd_kernels.config import FDDConfig, FDDLossTerms
 from fdd_kernels.distiller import Distiller
+from fdd_kernels.lens import unwrap
+
+TERMS = FDDLossTerms._fields
 
 
 class FDDTrainer(Trainer):
@@ -18,54 +24,98 @@ class FDDTrainer(Trainer):
         teacher: a transformers causal LM; moved to the student's device, put in evaluation mode, never trained.
         fdd_config: layers and loss options.
 
-    Every term is logged beside the loss, in training (means since the last log) and in evaluation (`eval_output_kd`,
-    ...). With labels in the batch the loss is the sum over all valid tokens of an optimizer step divided by their number,
-    also under gradient accumulation.
+    Every term is logged beside the loss, in training (means since the last log) and in evaluation (`eval_loss`,
+    `eval_output_kd`, ...: means over all tokens that count). In training the loss is the sum over all tokens that count
+    in an optimizer step divided by their number, also under gradient accumulation and data parallelism.
+
+    Raises:
+        ValueError: label smoothing or `compute_loss_func` was asked for: both would be ignored.
+        TypeError, ValueError: see `Distiller`.
     """
+
+    # The loss is divided by the number of tokens of the whole step: see `get_batch_samples`.
+    loss_is_scaled_for_ga = True
 
     def __init__(self, *args, teacher: nn.Module, fdd_config: FDDConfig | None = None, **kwargs) -> None:
         super().__init__(*args, **kwargs)
+        if self.args.label_smoothing_factor or self.compute_loss_func is not None:
+            raise ValueError("FDDTrainer's loss is the FDD loss: leave label_smoothing_factor=0 and compute_loss_func=None")
+        self.teacher, self.fdd_config = teacher, fdd_config
         teacher.to(self.args.device)
         self.distiller = Distiller(self.model, teacher, fdd_config)
-        # The loss takes num_items_in_batch whatever the student's own forward does.
+        # What versions without `loss_is_scaled_for_ga` go by.
         self.model_accepts_loss_kwargs = True
-        self._term_sums: dict[str, Tensor] = {}
-        self._terms_seen: dict[str, int] = {}
+        self._weighted_sums: Tensor | None = None
+
+    def get_batch_samples(self, *args, **kwargs):
+        """The micro-batches of one optimizer step and the number of positions that count in them, on all devices."""
+        batches = super().get_batch_samples(*args, **kwargs)[0]
+        count = sum((self.distiller.count_positions(batch).cpu() for batch in batches), torch.zeros((), dtype=torch.int64))
+        return batches, self.accelerator.reduce(count.to(self.args.device), "sum").clamp(min=1)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The FDD loss of one micro-batch, its terms recorded for the next log."""
-        terms = self.distiller(inputs, num_items_in_batch=num_items_in_batch)
-        # Under accumulation each micro-batch holds a share of the step's mean, so shares add up to it.
-        share = num_items_in_batch is not None and model.training
-        self._record(terms, 1 / self.current_gradient_accumulation_steps if share else 1.0, model.training)
-        return (terms.loss, {"loss": terms.loss}) if return_outputs else terms.loss
+        if unwrap(self.model) is not self.distiller.student.model:  # a new student: `model_init`
+            self.distiller = Distiller(self.model, self.teacher, self.fdd_config)
+        with self.accelerator.autocast(), self._through(model) as forward:
+            terms = forward(inputs, num_items_in_batch=num_items_in_batch)
+        if not model.training:
+            self._record(terms, self.distiller.count_positions(inputs))
+        elif num_items_in_batch is None:
+            self._record(terms, torch.ones(()))
+        else:  # one of the step's shares, which add up to its mean
+            shares = self.current_gradient_accumulation_steps * self.accelerator.num_processes
+            self._record(FDDLossTerms(*(term * shares for term in terms)), torch.tensor(1 / shares))
+        loss = terms.loss
+        if num_items_in_batch is not None:  # gradients are averaged over processes, but the shares must add up
+            loss = loss * self.accelerator.num_processes
+        return (loss, {"loss": loss}) if return_outputs else loss
 
-    def _record(self, terms: FDDLossTerms, steps: float, training: bool) -> None:
-        for name in ("output_kd", "trajectory", "derivative", "ce"):
-            key = name if training else f"eval_{name}"
-            value = getattr(terms, name).detach()
-            self._term_sums[key] = self._term_sums.get(key, 0.0) + value
-            self._terms_seen[key] = self._terms_seen.get(key, 0) + steps
+    @contextmanager
+    def _through(self, model: nn.Module) -> Iterator:
+        """The distiller, called from inside a data-parallel wrapper's forward: there gradients are made to be exchanged."""
+        if not isinstance(model, nn.parallel.DistributedDataParallel):
+            yield self.distiller
+            return
+        student = model.module
+        own = student.__dict__.get("forward")
+        student.forward = self.distiller
+        try:
+            yield model
+        finally:
+            if own is None:
+                del student.forward
+            else:
+                student.forward = own
 
-    def _take_means(self, prefix: str) -> dict[str, float]:
-        keys = [key for key in self._term_sums if key.startswith("eval_") == bool(prefix)]
-        return {key: float(self._term_sums.pop(key)) / self._terms_seen.pop(key) for key in keys}
+    def _record(self, terms: FDDLossTerms, weight: Tensor) -> None:
+        """Add weight * terms, and the weight, to the running sums: (6,) float64."""
+        values = torch.stack([*(term.detach().double() for term in terms), torch.ones_like(terms.loss, dtype=torch.float64)])
+        values = values * weight.to(values.device)
+        self._weighted_sums = values if self._weighted_sums is None else self._weighted_sums + values
+
+    def _take_means(self) -> dict[str, float]:
+        """The weighted mean of each term, over all processes; sums start again."""
+        sums, self._weighted_sums = self._weighted_sums, None
+        if sums is None:
+            return {}
+        *sums, weight = self.accelerator.reduce(sums, "sum").tolist()
+        return {name: value / max(weight, 1e-300) for name, value in zip(TERMS, sums)}
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Adds the mean of each term since the last training log."""
         if "loss" in logs:
-            logs |= self._take_means("")
+            logs |= {name: value for name, value in self._take_means().items() if name != "loss"}
         super().log(logs, *args, **kwargs)
 
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """Adds the mean over evaluation batches of each term to the metrics."""
-        self._take_means("eval_")
-        return super().evaluate(*args, **kwargs)
-
-    def evaluation_loop(self, *args, **kwargs):
-        """Adds the terms to the loop's metrics, before they are logged."""
-        output = super().evaluation_loop(*args, **kwargs)
-        output.metrics.update(self._take_means("eval_"))
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """Adds the terms to the loop's metrics, before they are logged, and weighs the loss by tokens as they are."""
+        training_sums, self._weighted_sums = self._weighted_sums, None
+        try:
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in self._take_means().items()})
+        finally:
+            self._weighted_sums = training_sums
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

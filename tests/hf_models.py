@@ -1,0 +1,103 @@
+"""Tiny randomly initialised Hugging Face models, one factory per family, and batches for them; nothing is downloaded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+VOCAB = 97
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """For the modules that import it: threads that wait for each other take far longer than tensors of this size."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+_LLAMA_LIKE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+_TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+
+# model_type and config fields by family; `depth` is filled in under the family's own name for it.
+FAMILIES: dict[str, tuple[str, dict]] = {
+    "gpt2": ("gpt2", {"n_embd": 32, "n_head": 4, "n_positions": 64}),
+    "llama": ("llama", {**_LLAMA_LIKE, "tie_word_embeddings": False}),
+    "llama_tied": ("llama", {**_LLAMA_LIKE, "tie_word_embeddings": True}),
+    "qwen2": ("qwen2", {**_LLAMA_LIKE, "tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {**_LLAMA_LIKE, "head_dim": 8}),
+    "mistral": ("mistral", {**_LLAMA_LIKE, "sliding_window": 8}),
+    # A cap small enough to bend the logits of a randomly initialised model.
+    "gemma2": ("gemma2", {**_LLAMA_LIKE, "head_dim": 8, "final_logit_softcapping": 0.5, "query_pre_attn_scalar": 8}),
+    "gemma3": ("gemma3_text", {**_LLAMA_LIKE, "head_dim": 8, "final_logit_softcapping": 0.7}),
+    "phi3": ("phi3", {**_LLAMA_LIKE, "original_max_position_embeddings": 64}),
+    "phi_head_bias": ("phi", {**_LLAMA_LIKE, "num_key_value_heads": 4}),
+    "opt_projections": (
+        "opt",
+        {"hidden_size": 32, "ffn_dim": 48, "num_attention_heads": 4, "word_embed_proj_dim": 16, "max_position_embeddings": 64},
+    ),
+    "opt_post_norm": (
+        "opt",
+        {"hidden_size": 32, "ffn_dim": 48, "num_attention_heads": 4, "word_embed_proj_dim": 32, "max_position_embeddings": 64,
+         "do_layer_norm_before": False},
+    ),
+    "gpt_neox": ("gpt_neox", {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}),
+    "gptj": ("gptj", {"n_embd": 32, "n_head": 4, "n_positions": 64, "rotary_dim": 4}),
+    "bloom": ("bloom", {"hidden_size": 32, "n_head": 4}),
+    "falcon": ("falcon", {"hidden_size": 32, "num_attention_heads": 4}),
+    "mpt": ("mpt", {"d_model": 32, "n_heads": 4, "max_seq_len": 64}),
+    "cohere": ("cohere", {**_LLAMA_LIKE, "logit_scale": 0.0625}),
+    "granite": ("granite", {**_LLAMA_LIKE, "logits_scaling": 6.0, "residual_multiplier": 0.5}),
+    "mixtral": ("mixtral", {**_LLAMA_LIKE, "num_local_experts": 4}),
+    "mamba": ("mamba", {"hidden_size": 32, "state_size": 4, "expand": 2, "time_step_rank": 4}),
+    "stablelm": ("stablelm", {**_LLAMA_LIKE}),
+    "olmo2": ("olmo2", {**_LLAMA_LIKE}),
+    "nemotron": ("nemotron", {**_LLAMA_LIKE}),
+    "recurrent_gemma": ("recurrent_gemma", {**_LLAMA_LIKE, "lru_width": 32, "logits_soft_cap": 0.5, "head_dim": 8}),
+}  # fmt: skip
+
+
+def tiny_config(family: str, *, depth: int = 6, vocab_size: int = VOCAB, **changes):
+    """The config of a tiny model of one family."""
+    model_type, fields = FAMILIES[family]
+    return AutoConfig.for_model(
+        model_type, **{"num_hidden_layers": depth, "vocab_size": vocab_size, **_TOKENS, **fields, **changes}
+    )
+
+
+def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, spread: float = 1.0, **changes):
+    """A randomly initialised causal LM in evaluation mode, without dropout.
+
+    Every parameter gets noise of standard deviation 0.1 * spread, so that norms and biases are not at their initial 1 and 0.
+    """
+    config = tiny_config(family, **changes)
+    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "attention_dropout", "hidden_dropout"):
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1 * spread)
+    return model.to(dtype).eval()
+
+
+def tiny_batch(*, rows: int = 2, length: int = 9, vocab_size: int = VOCAB, seed: int = 1, labels: bool = True) -> dict:
+    """input_ids, attention_mask with some padding on the right, and labels with a masked prompt."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, vocab_size, (rows, length), generator=generator)
+    attention = torch.ones_like(ids)
+    attention[-1, length - 2 :] = 0
+    batch = {"input_ids": ids, "attention_mask": attention}
+    if labels:
+        batch["labels"] = ids.masked_fill(attention == 0, -100)
+        batch["labels"][0, :3] = -100
+    return batch
