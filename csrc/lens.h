@@ -1,0 +1,141 @@
+// One call of the operations: inputs, what is computed of them, and tiles of raw values. See fdd_kernels/spec.py.
+//
+// Names carry shapes: R rows, r rows of a block, C columns, c columns of a tile, p columns of a panel, D a width.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <functional>
+#include <optional>
+#include <vector>
+
+#include "products.h"
+#include "row_kernels.h"
+
+namespace fdd {
+
+constexpr int64_t kOwn = -1;
+
+struct Read {
+  int64_t layer;
+  float inv_temperature;
+  Divergence kind;
+};
+
+struct MomentTarget {
+  int64_t first, second;  // layers; first may be kOwn
+};
+
+// How the work is cut; chosen by fdd_kernels/backends/cpu.py.
+struct Tiles {
+  int64_t rows, columns, panel;  // rows and columns of a tile; columns whose head rows are packed at a time
+};
+
+struct Side {
+  std::vector<Matrix> hidden;  // per layer, (R, D)
+  Matrix weight;               // (C', D); undefined: the identity
+  std::vector<float> bias;     // (C) padded, or empty
+  float scale = 1.f, softcap = 0.f;
+
+  int64_t width() const { return hidden[0].columns(); }
+  // The values need columns of W as a (D, c) operand, which is packed; the identity needs nothing.
+  int64_t packed_size(int64_t columns) const { return weight.defined() ? width() * columns : 0; }
+  void pack(int64_t first_column, int64_t count, int64_t ld, float* out_DC) const;
+};
+
+struct Problem {
+  Side student, teacher;
+  bool needs_teacher = false;
+  int64_t layers = 0, columns = 0;
+  std::vector<int64_t> rows;    // the rows that count, as positions in the tensors
+  std::vector<int64_t> labels;  // per position in `rows`; empty without NLL
+  std::vector<Read> reads;
+  std::vector<MomentTarget> moments;
+  float moment_inv_temperature = 1.f;
+  Tiles tiles{};
+
+  int64_t count() const { return int64_t(rows.size()); }
+  VectorView vector(const MomentTarget& target, const float* u, int64_t layer_stride, const float* pivots,
+                    int64_t pivot_stride) const;
+};
+
+// The packed heads of a panel of columns, shared by all threads.
+class Panel {
+ public:
+  // Packs columns [first, first + count) of both heads in parallel.
+  void pack(const Problem& problem, int64_t first, int64_t count);
+  int64_t first() const { return first_; }
+  int64_t count() const { return count_; }
+  const float* student(int64_t column) const { return student_.get() + column * student_width_; }
+  const float* teacher(int64_t column) const { return teacher_.get() + column * teacher_width_; }
+
+ private:
+  int64_t first_ = 0, count_ = 0, student_width_ = 0, teacher_width_ = 0;
+  Scratch student_, teacher_;
+};
+
+struct Operand {
+  const float* data;
+  int64_t ld;
+};
+
+// Positions [begin, end) of problem.rows of one layer as float32: where they lie if they do, else copied.
+Operand hidden_rows(const Problem& problem, const Side& side, int64_t layer, int64_t begin, int64_t end, Scratch* copy);
+
+// Raw values u of one tile for all layers, and the operands behind them; one per thread.
+class TileValues {
+ public:
+  explicit TileValues(const Problem& problem);
+  // Takes a block of rows: positions [begin, end) of problem.rows.
+  void set_rows(int64_t begin, int64_t end);
+  // Computes u for `count` columns from `first`, which the panel holds.
+  void compute(const Panel& panel, int64_t first, int64_t count);
+  const float* student(int64_t layer, int64_t row) const { return values_s_.get() + (layer * max_rows_ + row) * ld_; }
+  const float* teacher(int64_t layer, int64_t row) const { return values_t_.get() + (layer * max_rows_ + row) * ld_; }
+  int64_t layer_stride() const { return max_rows_ * ld_; }
+  int64_t ld() const { return ld_; }
+  int64_t rows() const { return end_ - begin_; }
+
+ private:
+  void compute_side(const Side& side, const std::vector<Operand>& operands, const float* packed, int64_t first,
+                    int64_t count, float* out);
+
+  const Problem& problem_;
+  int64_t max_rows_, ld_, begin_ = 0, end_ = 0;
+  Scratch values_s_, values_t_;
+  std::vector<Scratch> copies_s_, copies_t_;
+  std::vector<Operand> operands_s_, operands_t_;
+};
+
+// Statistics as one float array each, in the layout of spec.py: pivots (2, L, R), reads (reads, 4, R), moments
+// (moments, 7, R), where R counts all rows of the tensors.
+struct Statistics {
+  float* pivots;
+  float* reads;
+  float* moments;
+  int64_t total_rows;
+};
+
+// Called between panels from the calling thread; may throw to stop.
+using Interrupt = std::function<void()>;
+
+void compute_statistics(const Problem& problem, const Statistics& out, const Interrupt& interrupt);
+
+struct Upstream {
+  const float* reads;    // (reads, 4, R)
+  const float* moments;  // (moments, 7, R)
+};
+
+// Where gradients go, already zeroed; undefined or null: not wanted.
+struct Gradients {
+  float* hidden = nullptr;  // (L, problem.count(), Ds), rows in the order of problem.rows; added to
+  at::Tensor weight;        // (C', Ds) contiguous; float32 is added to, any other dtype written once per column
+  float* bias = nullptr;    // (C'); added to
+};
+
+void compute_gradients(const Problem& problem, const Statistics& statistics, const Upstream& upstream,
+                       const Gradients& out, const Interrupt& interrupt);
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+}  // namespace fdd

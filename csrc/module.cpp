@@ -1,0 +1,108 @@
+// The Python module fdd_kernels._C: both operations on tensors that fdd_kernels/backends/cpu.py has checked and cut.
+#include <ATen/core/grad_mode.h>
+#include <torch/extension.h>
+
+#include <algorithm>
+#include <string>
+
+#include "lens.h"
+
+namespace {
+
+using fdd::Divergence;
+
+// (hidden states, weight, bias, logit scale, soft cap or 0)
+using SideArguments = std::tuple<std::vector<at::Tensor>, std::optional<at::Tensor>, std::optional<at::Tensor>, double, double>;
+// (layer, temperature, name of the divergence)
+using ReadArguments = std::tuple<int64_t, double, std::string>;
+
+Divergence divergence(const std::string& name) {
+  if (name.empty()) return Divergence::kNone;
+  if (name == "kl") return Divergence::kKl;
+  if (name == "reverse_kl") return Divergence::kReverseKl;
+  if (name == "jsd") return Divergence::kJsd;
+  if (name == "skew_kl") return Divergence::kSkewKl;
+  if (name == "nll") return Divergence::kNll;
+  TORCH_CHECK_VALUE(false, "the C++ kernels know no divergence '", name, "'");
+}
+
+fdd::Side side(const SideArguments& arguments, int64_t columns) {
+  const auto& [hidden, weight, bias, scale, softcap] = arguments;
+  fdd::Side side;
+  for (const at::Tensor& layer : hidden) side.hidden.emplace_back(layer);
+  if (weight) side.weight = fdd::Matrix(*weight);
+  if (bias) {
+    side.bias.resize(fdd::round_up(columns, fdd::kPadding));
+    const at::Tensor values = bias->to(at::kFloat).contiguous();
+    std::copy_n(values.const_data_ptr<float>(), columns, side.bias.begin());
+  }
+  side.scale = float(scale);
+  side.softcap = float(softcap);
+  return side;
+}
+
+std::vector<int64_t> integers(const at::Tensor& tensor) {
+  const at::Tensor values = tensor.to(at::kLong).contiguous();
+  return {values.const_data_ptr<int64_t>(), values.const_data_ptr<int64_t>() + values.numel()};
+}
+
+fdd::Problem problem(const SideArguments& student, const SideArguments& teacher, bool needs_teacher, int64_t columns,
+                     const at::Tensor& rows, const std::optional<at::Tensor>& labels,
+                     const std::vector<ReadArguments>& reads, const std::vector<std::pair<int64_t, int64_t>>& moments,
+                     double moment_temperature, const std::array<int64_t, 3>& tiles) {
+  fdd::Problem p;
+  p.student = side(student, columns);
+  p.teacher = side(teacher, columns);
+  p.needs_teacher = needs_teacher;
+  p.layers = int64_t(p.student.hidden.size());
+  p.columns = columns;
+  p.rows = integers(rows);
+  if (labels) {
+    const std::vector<int64_t> all = integers(*labels);
+    for (int64_t row : p.rows) p.labels.push_back(all[row]);
+  }
+  for (const auto& [layer, temperature, name] : reads) p.reads.push_back({layer, float(1 / temperature), divergence(name)});
+  for (const auto& [first, second] : moments) p.moments.push_back({first, second});
+  p.moment_inv_temperature = float(1 / moment_temperature);
+  p.tiles = {tiles[0], tiles[1], tiles[2]};
+  return p;
+}
+
+// Ctrl-C between panels. Runs without the GIL and takes it only to look.
+void check_signals() {
+  py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
+fdd::Statistics statistics(const at::Tensor& pivots, const at::Tensor& reads, const at::Tensor& moments) {
+  return {pivots.data_ptr<float>(), reads.data_ptr<float>(), moments.data_ptr<float>(), pivots.size(2)};
+}
+
+void stats(const fdd::Problem& p, const at::Tensor& pivots, const at::Tensor& reads, const at::Tensor& moments) {
+  py::gil_scoped_release release;
+  at::NoGradGuard no_grad;
+  fdd::compute_statistics(p, statistics(pivots, reads, moments), check_signals);
+}
+
+void grad(const fdd::Problem& p, const at::Tensor& pivots, const at::Tensor& reads, const at::Tensor& moments,
+          const at::Tensor& grad_reads, const at::Tensor& grad_moments, const std::optional<at::Tensor>& grad_hidden,
+          const std::optional<at::Tensor>& grad_weight, const std::optional<at::Tensor>& grad_bias) {
+  py::gil_scoped_release release;
+  at::NoGradGuard no_grad;
+  fdd::Gradients out;
+  if (grad_hidden) out.hidden = grad_hidden->data_ptr<float>();
+  if (grad_weight) out.weight = *grad_weight;
+  if (grad_bias) out.bias = grad_bias->data_ptr<float>();
+  const fdd::Upstream upstream{grad_reads.const_data_ptr<float>(), grad_moments.const_data_ptr<float>()};
+  fdd::compute_gradients(p, statistics(pivots, reads, moments), upstream, out, check_signals);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  py::class_<fdd::Problem>(m, "Problem").def(py::init(&problem));
+  m.def("stats", &stats);
+  m.def("grad", &grad);
+  m.def("instruction_set", [] { return std::string(fdd::row_kernels().name); });
+  m.def("product_library", [] { return std::string(fdd::product_library()); });
+}

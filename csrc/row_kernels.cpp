@@ -1,0 +1,42 @@
+#include "row_kernels.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+namespace fdd {
+namespace {
+
+bool runs_here(const char* name) {
+  if (std::strcmp(name, "generic") == 0) return true;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (std::strcmp(name, "avx2") == 0) return avx2;
+  return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+#else
+  return false;
+#endif
+}
+
+const RowKernels& choose() {
+  const RowKernels* all[] = {&row_kernels_avx512(), &row_kernels_avx2(), &row_kernels_generic()};
+  const char* wanted = std::getenv("FDD_KERNELS_ISA");
+  for (const RowKernels* kernels : all) {
+    if (wanted && *wanted && std::strcmp(kernels->name, wanted) != 0) continue;
+    if (runs_here(kernels->name)) return *kernels;
+  }
+  throw std::invalid_argument("FDD_KERNELS_ISA=" + std::string(wanted) +
+                              " is not one of avx512, avx2, generic, or this processor lacks it");
+}
+
+}  // namespace
+
+const RowKernels& row_kernels() {
+  static const RowKernels& chosen = choose();
+  return chosen;
+}
+
+}  // namespace fdd

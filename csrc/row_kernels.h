@@ -1,0 +1,83 @@
+// The elementwise part of both operations on one row of a tile, compiled once per instruction set.
+//
+// u is a row of raw values f(x) of one layer; z = (u - pivot) * inv_temperature. Rows are padded to a multiple of
+// kPadding floats, so that a kernel may load, never use, what lies behind n.
+#pragma once
+
+#include <cstdint>
+
+namespace fdd {
+
+constexpr int64_t kPadding = 16;
+
+enum class Divergence : int { kNone, kKl, kReverseKl, kJsd, kSkewKl, kNll };
+
+// One model's view of a row: its raw values, and what turns them into z and log-probabilities.
+struct RowView {
+  const float* u;
+  float pivot;
+  float log_sum_exp;  // of z; used once it is known
+};
+
+// Running softmax of a row: sum of e^(z - max) for each model and the expectation of a difference of logits.
+struct SoftmaxState {
+  float max_s, max_t;
+  double total_s, total_t, weighted;
+};
+
+// Running moments of a pair of vectors (s, t) about their means, over the columns seen so far; d = s - t.
+struct MomentState {
+  double count, mean_s, mean_t, m_ss, m_tt, m_st, m_dd;
+};
+
+// A vector of one model: z of `second`, minus z of `first` unless that is null.
+struct VectorView {
+  const float* second;
+  const float* first;
+  float pivot_second, pivot_first;
+};
+
+struct ReadGradient {
+  float log_sum_exp, value;  // upstream gradients of the two statistics
+  float slope;               // the statistic SLOPE
+};
+
+struct MomentGradient {
+  float mean_s, mean_t;                // the statistics
+  float of_mean, of_ss, of_st, of_dd;  // upstream gradients; of_mean is already divided by the count
+};
+
+struct RowKernels {
+  const char* name;
+  // u = softcap(scale * (x + bias)) in place; bias may be null, softcap 0 is none.
+  void (*transform)(float* x, int64_t n, const float* bias, float scale, float softcap);
+  // Largest finite value, 0 if there is none.
+  float (*largest)(const float* u, int64_t n);
+  // Adds a tile to the running softmax. Teacher null: the student alone. For kKl and kReverseKl `weighted` collects
+  // the expectation of z_t - z_s under the teacher, of z_s - z_t under the student.
+  void (*softmax)(RowView student, const RowView* teacher, float inv_temperature, int64_t n, Divergence kind,
+                  SoftmaxState* state);
+  void (*moments)(VectorView s, VectorView t, float inv_temperature, int64_t n, MomentState* state);
+  // Sums of the divergence's value and slope, with both log-sum-exps known.
+  void (*divergence)(RowView student, RowView teacher, float inv_temperature, int64_t n, Divergence kind, double* value,
+                     double* slope);
+  // grad += dL/du of one read.
+  void (*read_gradient)(float* grad, RowView student, const RowView* teacher, float inv_temperature, int64_t n,
+                        Divergence kind, ReadGradient upstream);
+  // grad_second += dL/du, grad_first -= dL/du of one moment target; grad_first may be null.
+  void (*moment_gradient)(float* grad_second, float* grad_first, VectorView s, VectorView t, float inv_temperature,
+                          int64_t n, MomentGradient upstream);
+  // dL/du -> dL/dx in place, from u before any pivot.
+  void (*chain)(float* grad, const float* u, int64_t n, float scale, float softcap);
+  void (*from_bfloat16)(const uint16_t* in, float* out, int64_t n);
+  void (*from_half)(const uint16_t* in, float* out, int64_t n);
+};
+
+const RowKernels& row_kernels_generic();
+const RowKernels& row_kernels_avx2();
+const RowKernels& row_kernels_avx512();
+
+// The widest set that this processor runs, or the one that FDD_KERNELS_ISA names (generic, avx2, avx512).
+const RowKernels& row_kernels();
+
+}  // namespace fdd

@@ -1,0 +1,23 @@
+// Row kernels: avx2.
+#include "row_kernels.h"
+
+#if defined(__x86_64__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#endif
+
+#define FDD_ISA isa_avx2
+#define FDD_ISA_NAME "avx2"
+#define FDD_LANES 8
+#include "row_kernels.inc"
+
+#if defined(__x86_64__) && defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+namespace fdd {
+const RowKernels& row_kernels_avx2() { return isa_avx2::kKernels; }
+}  // namespace fdd

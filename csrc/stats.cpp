@@ -1,0 +1,178 @@
+// The statistics: panels of columns one after another, blocks of rows in parallel; each row belongs to one thread.
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "lens.h"
+
+namespace fdd {
+namespace {
+
+enum ReadStat { kLseS, kLseT, kValue, kSlope, kReadStats };
+enum MomentStat { kCount, kMeanS, kMeanT, kMSS, kMTT, kMST, kMDD, kMomentStats };
+
+bool needs_second_pass(Divergence kind) { return kind == Divergence::kJsd || kind == Divergence::kSkewKl; }
+
+// Running state of every row that counts, indexed [read or target][position in problem.rows].
+struct State {
+  std::vector<SoftmaxState> softmax;
+  std::vector<MomentState> moments;
+  std::vector<double> label_logit, value, slope;  // per read
+
+  explicit State(const Problem& problem) {
+    const float lowest = -std::numeric_limits<float>::infinity();
+    const size_t reads = problem.reads.size() * problem.rows.size();
+    softmax.assign(reads, SoftmaxState{lowest, lowest, 0, 0, 0});
+    moments.assign(problem.moments.size() * problem.rows.size(), MomentState{});
+    label_logit.assign(reads, 0);
+    value.assign(reads, 0);
+    slope.assign(reads, 0);
+  }
+};
+
+class Rows {
+ public:
+  Rows(const Problem& problem, const Statistics& out) : problem_(problem), out_(out), state_(problem) {}
+
+  // Visits every tile: panels in sequence, row blocks in parallel, a block's tiles in sequence.
+  template <class Visit>
+  void for_each_tile(const Interrupt& interrupt, Visit visit) {
+    const Tiles& tiles = problem_.tiles;
+    const int64_t blocks = (problem_.count() + tiles.rows - 1) / tiles.rows;
+    Panel panel;
+    for (int64_t start = 0; start < problem_.columns; start += tiles.panel) {
+      interrupt();
+      panel.pack(problem_, start, std::min(tiles.panel, problem_.columns - start));
+      at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+        TileValues values(problem_);
+        for (int64_t block = begin; block < end; ++block) {
+          const int64_t first_row = block * tiles.rows, last_row = std::min(first_row + tiles.rows, problem_.count());
+          values.set_rows(first_row, last_row);
+          for (int64_t column = start; column < start + panel.count(); column += tiles.columns) {
+            const int64_t count = std::min(tiles.columns, start + panel.count() - column);
+            values.compute(panel, column, count);
+            for (int64_t row = first_row; row < last_row; ++row) visit(values, row, row - first_row, column, count);
+          }
+        }
+        release_products();
+      });
+    }
+  }
+
+  void first_pass(const Interrupt& interrupt) {
+    const RowKernels& kernels = row_kernels();
+    for_each_tile(interrupt, [&](const TileValues& values, int64_t row, int64_t local, int64_t column, int64_t count) {
+      if (column == 0 && !problem_.reads.empty()) {
+        for (int64_t layer = 0; layer < problem_.layers; ++layer) {
+          *pivot(0, layer, row) = kernels.largest(values.student(layer, local), count);
+          if (problem_.needs_teacher) *pivot(1, layer, row) = kernels.largest(values.teacher(layer, local), count);
+        }
+      }
+      for (size_t i = 0; i < problem_.reads.size(); ++i) {
+        const Read& read = problem_.reads[i];
+        const size_t at = i * problem_.rows.size() + row;
+        const RowView student{values.student(read.layer, local), *pivot(0, read.layer, row), 0.f};
+        if (read.kind == Divergence::kNll) {
+          kernels.softmax(student, nullptr, read.inv_temperature, count, read.kind, &state_.softmax[at]);
+          const int64_t label = problem_.labels[row] - column;
+          if (label >= 0 && label < count)
+            state_.label_logit[at] = double(student.u[label] - student.pivot) * read.inv_temperature;
+        } else {
+          const RowView teacher{values.teacher(read.layer, local), *pivot(1, read.layer, row), 0.f};
+          kernels.softmax(student, &teacher, read.inv_temperature, count, read.kind, &state_.softmax[at]);
+        }
+      }
+      for (size_t i = 0; i < problem_.moments.size(); ++i) {
+        const VectorView s = problem_.vector(problem_.moments[i], values.student(0, local), values.layer_stride(),
+                                             pivot(0, 0, row), out_.total_rows);
+        const VectorView t = problem_.vector(problem_.moments[i], values.teacher(0, local), values.layer_stride(),
+                                             pivot(1, 0, row), out_.total_rows);
+        kernels.moments(s, t, problem_.moment_inv_temperature, count, &state_.moments[i * problem_.rows.size() + row]);
+      }
+    });
+  }
+
+  void second_pass(const Interrupt& interrupt) {
+    const RowKernels& kernels = row_kernels();
+    for_each_tile(interrupt, [&](const TileValues& values, int64_t row, int64_t local, int64_t, int64_t count) {
+      for (size_t i = 0; i < problem_.reads.size(); ++i) {
+        const Read& read = problem_.reads[i];
+        if (!needs_second_pass(read.kind)) continue;
+        const RowView student{values.student(read.layer, local), *pivot(0, read.layer, row), *stat(i, kLseS, row)};
+        const RowView teacher{values.teacher(read.layer, local), *pivot(1, read.layer, row), *stat(i, kLseT, row)};
+        const size_t at = i * problem_.rows.size() + row;
+        kernels.divergence(student, teacher, read.inv_temperature, count, read.kind, &state_.value[at], &state_.slope[at]);
+      }
+    });
+  }
+
+  void finish_first_pass() {
+    for (size_t i = 0; i < problem_.reads.size(); ++i)
+      for (int64_t row = 0; row < problem_.count(); ++row) {
+        const size_t at = i * problem_.rows.size() + row;
+        const SoftmaxState& softmax = state_.softmax[at];
+        const double lse_s = softmax.max_s + std::log(softmax.total_s);
+        *stat(i, kLseS, row) = float(lse_s);
+        const Divergence kind = problem_.reads[i].kind;
+        if (kind == Divergence::kNll) {
+          *stat(i, kValue, row) = float(lse_s - state_.label_logit[at]);
+          continue;
+        }
+        const double lse_t = softmax.max_t + std::log(softmax.total_t);
+        *stat(i, kLseT, row) = float(lse_t);
+        if (kind == Divergence::kKl) {
+          *stat(i, kValue, row) = float(softmax.weighted / softmax.total_t + lse_s - lse_t);
+          *stat(i, kSlope, row) = -1.f;
+        } else if (kind == Divergence::kReverseKl) {
+          *stat(i, kValue, row) = float(softmax.weighted / softmax.total_s + lse_t - lse_s);
+          *stat(i, kSlope, row) = *stat(i, kValue, row) + 1.f;
+        }
+      }
+    for (size_t i = 0; i < problem_.moments.size(); ++i)
+      for (int64_t row = 0; row < problem_.count(); ++row) {
+        const MomentState& m = state_.moments[i * problem_.rows.size() + row];
+        const double values[kMomentStats] = {m.count, m.mean_s, m.mean_t, m.m_ss, m.m_tt, m.m_st, m.m_dd};
+        for (int64_t k = 0; k < kMomentStats; ++k)
+          out_.moments[(i * kMomentStats + k) * out_.total_rows + problem_.rows[row]] = float(values[k]);
+      }
+  }
+
+  void finish_second_pass() {
+    for (size_t i = 0; i < problem_.reads.size(); ++i) {
+      if (!needs_second_pass(problem_.reads[i].kind)) continue;
+      for (int64_t row = 0; row < problem_.count(); ++row) {
+        *stat(i, kValue, row) = float(state_.value[i * problem_.rows.size() + row]);
+        *stat(i, kSlope, row) = float(state_.slope[i * problem_.rows.size() + row]);
+      }
+    }
+  }
+
+ private:
+  float* pivot(int64_t side, int64_t layer, int64_t row) {
+    return out_.pivots + (side * problem_.layers + layer) * out_.total_rows + problem_.rows[row];
+  }
+  float* stat(size_t read, int64_t which, int64_t row) {
+    return out_.reads + (read * kReadStats + which) * out_.total_rows + problem_.rows[row];
+  }
+
+  const Problem& problem_;
+  const Statistics& out_;
+  State state_;
+};
+
+}  // namespace
+
+void compute_statistics(const Problem& problem, const Statistics& out, const Interrupt& interrupt) {
+  if (problem.count() == 0) return;
+  Rows rows(problem, out);
+  rows.first_pass(interrupt);
+  rows.finish_first_pass();
+  if (std::any_of(problem.reads.begin(), problem.reads.end(), [](const Read& r) { return needs_second_pass(r.kind); })) {
+    rows.second_pass(interrupt);
+    rows.finish_second_pass();
+  }
+}
+
+}  // namespace fdd
