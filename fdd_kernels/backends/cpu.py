@@ -37,14 +37,18 @@ class Tiles:
 
 
 def choose_tiles(layers: int, rows: int, columns: int, packed_width: int, threads: int, *, backward: bool) -> Tiles:
-    """Tile sizes that keep values in a core's cache, every thread busy and every buffer within its budget."""
+    """Tile sizes that keep values in a core's cache, every thread busy and every buffer within its budget.
+
+    A budget is exceeded only by a panel of the smallest tile, 16 columns: gradients of more than 78,000 rows of 5 layers.
+    """
     tile_columns = min(TILE_COLUMNS, _round_up(columns, 16))
+    most_columns = GRADIENT_BYTES // (FLOAT * layers * max(rows, 1)) if backward else columns
+    if most_columns < tile_columns:
+        tile_columns = max(16, most_columns // 16 * 16)
     cached_rows = TILE_BYTES // (2 * FLOAT * layers * tile_columns)
     # At least two blocks a thread where there are rows enough, so that none waits long for the others.
     tile_rows = max(8, min(cached_rows, 128, _round_up(-(-rows // (2 * threads)), 8)))
-    panel = PACK_BYTES // (FLOAT * max(packed_width, 1))
-    if backward:
-        panel = min(panel, GRADIENT_BYTES // (FLOAT * layers * max(rows, 1)))
+    panel = min(PACK_BYTES // (FLOAT * max(packed_width, 1)), most_columns)
     # A whole number of tiles for every thread, since dW is reduced tile by tile.
     panel = max(tile_columns, panel // tile_columns * tile_columns)
     return Tiles(tile_rows, tile_columns, min(panel, _round_up(columns, tile_columns)))

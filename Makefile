@@ -1,0 +1,39 @@
+# make demo   distil a small teacher into students on this machine and write runs/demo/report.html
+# make test   run the tests
+# Both make .venv and install and build what they need first; a second call starts at once.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+BUILT := $(VENV)/.built
+SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
+
+.PHONY: demo test lint bench sanitize clean
+
+demo: $(BUILT)
+	$(BIN)/fdd-kernels demo
+
+test: $(BUILT)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer, built beside the tree.
+sanitize: $(INSTALLED)
+	$(BIN)/python -m tests.sanitize
+
+$(INSTALLED): requirements-dev.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+$(BUILT): $(INSTALLED) $(SOURCES)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		--no-build-isolation --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info fdd_kernels/*.so

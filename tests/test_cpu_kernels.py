@@ -1,0 +1,198 @@
+"""What is particular to the C++ kernels: instruction sets, tiles, threads, processes, odd memory. The loss itself is
+tested with every other backend's in test_backends.py and test_accuracy.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fdd_kernels import _extension, fused_fdd_loss
+from fdd_kernels.backends import cpu
+from fdd_kernels.testing import assert_within_budget, evaluate, random_problem
+
+if _extension.kernels is None:
+    pytest.skip(f"no C++ kernels: {_extension.why_missing}", allow_module_level=True)
+
+ROOT = Path(__file__).parent.parent
+BF16, F16 = torch.bfloat16, torch.float16
+
+
+def check(problem, **options) -> None:
+    assert_within_budget(problem, evaluate(problem, fused_fdd_loss, None, backend="cpu", **options), None, **options)
+
+
+def gradients(problem, **options) -> list[torch.Tensor]:
+    loss = fused_fdd_loss(**problem.arguments, backend="cpu", **options)
+    return [loss.detach(), *torch.autograd.grad(loss, list(problem.leaves.values()))]
+
+
+def python(code: str, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", code], env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+@pytest.mark.parametrize("name", ["avx512", "avx2", "generic"])
+def test_every_instruction_set_of_this_processor_is_right(name):
+    probe = python("from fdd_kernels._extension import kernels; print(kernels.instruction_set())", FDD_KERNELS_ISA=name)
+    out, err = probe.communicate(timeout=120)
+    if probe.returncode:
+        assert "this processor lacks it" in err
+        pytest.skip(f"this processor lacks {name}")
+    assert out.strip() == name
+    tests = ["tests/test_backends.py", "-k", "every_trajectory or every_option and padded", "-q", "-p", "no:cacheprovider"]
+    environment = os.environ | {"FDD_KERNELS_ISA": name, "FDD_TEST_BACKENDS": "cpu"}
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", *tests], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert " passed" in run.stdout
+
+
+def test_an_unknown_instruction_set_is_refused():
+    process = python("from fdd_kernels._extension import kernels; kernels.instruction_set()", FDD_KERNELS_ISA="mmx")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode
+    assert "FDD_KERNELS_ISA=mmx" in err
+
+
+@pytest.mark.parametrize("columns", [1, 15, 16, 127, 129, 32001])
+@pytest.mark.parametrize("rows", [1, 77])
+def test_ragged_shapes(rows, columns):
+    check(random_problem((rows,), columns, 5, 3, layers=3, bias="plain"), ce_weight=0.0)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_low_precision_and_strided_inputs(dtype, contiguous):
+    check(random_problem((130,), 300, 24, 40, layers=4, dtype=dtype, labels=True, contiguous=contiguous), ce_weight=0.5)
+
+
+def test_unaligned_inputs():
+    problem = random_problem((9,), 50, 7, 6)
+
+    def shifted(t: torch.Tensor) -> torch.Tensor:
+        storage = torch.empty(t.numel() + 1, dtype=t.dtype)
+        view = storage[1:].view(t.shape)
+        return view.copy_(t)
+
+    check(problem.map(shifted))
+
+
+def test_every_half_is_read_exactly():
+    # All 63488 finite halves, subnormal ones too, as one feature vector against zeros: the mean of their squares.
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    halves = bits.view(F16)
+    halves = halves[halves.isfinite() & (halves.abs() < 250)][None]
+    zeros = torch.zeros_like(halves, dtype=torch.float32)
+    weight = torch.zeros(halves.shape[1], 1)
+    loss = fused_fdd_loss(torch.zeros(1, 1), weight, halves, None, trajectory="mse", output_in_dynamics=True, backend="cpu")
+    expected = (halves.double() - zeros.double()).square().mean()
+    assert abs(loss.double() - expected) <= 8 * torch.finfo(torch.float32).eps * expected
+
+
+def test_the_same_bits_in_every_run():
+    problem = random_problem((300,), 1000, 16, 24, layers=4, dtype=BF16)
+    first = gradients(problem)
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, gradients(problem)))
+
+
+def test_results_do_not_depend_on_who_else_computes():
+    problems = [random_problem((150,), 700, 16, 24, layers=3, seed=seed) for seed in range(4)]
+    alone = [gradients(problem) for problem in problems]
+    together: list = [None] * len(problems)
+
+    def work(index: int) -> None:
+        torch.set_num_threads(alone_threads)
+        for _ in range(3):
+            together[index] = gradients(problems[index])
+
+    alone_threads = torch.get_num_threads()
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(problems))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for expected, found in zip(alone, together):
+        assert all(torch.equal(a, b) for a, b in zip(expected, found))
+
+
+def test_one_thread_is_within_budget_too():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        check(random_problem((100,), 400, 16, 24))
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _LossInWorker(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.stack([g.double().norm() for g in gradients(random_problem((40,), 200, 8, 8, seed=index))])
+
+
+def test_in_forked_data_loader_workers_after_use_in_the_parent():
+    expected = [_LossInWorker()[i] for i in range(4)]
+    loader = torch.utils.data.DataLoader(
+        _LossInWorker(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=120
+    )
+    for mine, theirs in zip(expected, loader):
+        # A worker has one thread, so its tiles and the order of its sums differ.
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=0)
+
+
+def test_can_be_interrupted():
+    code = """
+import torch
+from fdd_kernels import fused_fdd_loss
+hidden, weight = [torch.randn(4096, 256) for _ in range(5)], torch.randn(60000, 256)
+print("ready", flush=True)
+while True:
+    fused_fdd_loss(hidden, weight, hidden, weight, backend="cpu")
+"""
+    process = python(code)
+    assert process.stdout.readline().strip() == "ready"
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert "KeyboardInterrupt" in err
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("weight_bytes", [0, 2**30])
+def test_rows_in_several_sets(monkeypatch, dtype, weight_bytes):
+    problem = random_problem((90,), 200, 16, 24, layers=3, dtype=dtype, labels=True, bias="plain")
+    whole = gradients(problem)
+    monkeypatch.setattr(cpu, "HIDDEN_BYTES", 20 * 4 * 3 * 16)  # 20 rows a set
+    monkeypatch.setattr(cpu, "WEIGHT_BYTES", weight_bytes)
+    check(problem)
+    for a, b in zip(whole, gradients(problem)):
+        torch.testing.assert_close(a, b, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("layers", [1, 5, 49])
+@pytest.mark.parametrize("rows", [1, 1000, 300_000])
+@pytest.mark.parametrize("columns", [1, 50257, 262144])
+@pytest.mark.parametrize("width", [8, 4480, 32768])
+def test_tiles_stay_within_their_budgets(layers, rows, columns, width):
+    for backward in (False, True):
+        tiles = cpu.choose_tiles(layers, rows, columns, width, threads=2, backward=backward)
+        assert tiles.rows >= 1
+        assert tiles.columns <= tiles.panel
+        assert tiles.panel % tiles.columns == 0
+        one_tile = tiles.panel == tiles.columns
+        assert one_tile or 4 * width * tiles.panel <= cpu.PACK_BYTES
+        assert tiles.panel <= 16 or not backward or 4 * layers * rows * tiles.panel <= cpu.GRADIENT_BYTES
+        assert tiles.rows == 8 or 2 * 4 * layers * tiles.rows * tiles.columns <= cpu.TILE_BYTES
