@@ -32,9 +32,9 @@ class Divergence:
     expectation_of: str | None = None
 
 
-def _times(weight: Tensor, factor: Tensor) -> Tensor:
-    """weight * factor with 0 * anything = 0, the limit of every x log x form here."""
-    return torch.where(weight > 0, weight * factor, 0.0)
+def _where_positive(weight: Tensor, x: Tensor) -> Tensor:
+    """x, and 0 where the weight it is about to get is 0: 0 * anything = 0, for autograd too, which would meet 0 * NaN."""
+    return torch.where(weight > 0, x, 0.0)
 
 
 def _log_mean(x: Tensor) -> Tensor:
@@ -43,7 +43,8 @@ def _log_mean(x: Tensor) -> Tensor:
 
 
 def _kl_value(log_q: Tensor, log_p: Tensor) -> Tensor:
-    return _times(log_p.exp(), log_p - log_q)
+    p = log_p.exp()
+    return p * _where_positive(p, log_p - log_q)
 
 
 def _kl_slope(log_q: Tensor, log_p: Tensor) -> Tensor:
@@ -51,32 +52,37 @@ def _kl_slope(log_q: Tensor, log_p: Tensor) -> Tensor:
 
 
 def _reverse_kl_value(log_q: Tensor, log_p: Tensor) -> Tensor:
-    return _times(log_q.exp(), log_q - log_p)
+    q = log_q.exp()
+    return q * _where_positive(q, log_q - log_p)
 
 
 def _reverse_kl_slope(log_q: Tensor, log_p: Tensor) -> Tensor:
-    return _times(log_q.exp(), log_q - log_p + 1)
+    q = log_q.exp()
+    return q * (_where_positive(q, log_q - log_p) + 1)
 
 
 def _jsd_value(log_q: Tensor, log_p: Tensor) -> Tensor:
-    x = log_q - log_p
-    return -0.5 * (_times(log_p.exp(), _log_mean(x)) + _times(log_q.exp(), _log_mean(-x)))
+    p, q, x = log_p.exp(), log_q.exp(), log_q - log_p
+    return -0.5 * (p * _log_mean(_where_positive(p, x)) + q * _log_mean(_where_positive(q, -x)))
 
 
 def _jsd_slope(log_q: Tensor, log_p: Tensor) -> Tensor:
-    return -0.5 * _times(log_q.exp(), _log_mean(log_p - log_q))
+    q = log_q.exp()
+    return -0.5 * q * _log_mean(_where_positive(q, log_p - log_q))
 
 
 def _skew_kl_value(log_q: Tensor, log_p: Tensor) -> Tensor:
     # log(SKEW + (1 - SKEW) e^x), written about the larger of the two terms.
-    x = log_q - log_p
+    p = log_p.exp()
+    x = _where_positive(p, log_q - log_p)
     small = torch.expm1(-x.abs())
     small = torch.where(x > 0, SKEW * small, (1 - SKEW) * small)
-    return -_times(log_p.exp(), x.clamp(min=0) + torch.log1p(small))
+    return -p * (x.clamp(min=0) + torch.log1p(small))
 
 
 def _skew_kl_slope(log_q: Tensor, log_p: Tensor) -> Tensor:
-    return -_times(log_p.exp(), torch.sigmoid(log_q - log_p + math.log((1 - SKEW) / SKEW)))
+    p = log_p.exp()
+    return -p * torch.sigmoid(_where_positive(p, log_q - log_p) + math.log((1 - SKEW) / SKEW))
 
 
 DIVERGENCES: dict[str, Divergence] = {

@@ -55,8 +55,9 @@ class Tiles:
 def choose_tiles(layers: int, rows: int, columns: int, student_width: int, teacher_width: int, itemsize: int,
                  device_type: str) -> Tiles:  # fmt: skip
     """Tile sizes that keep every buffer within the byte budgets of this file."""
-    # Student and teacher logits and the gradient for every layer, and about eight temporaries of one layer.
-    elements = TILE_BYTES.get(device_type, ACCELERATOR_TILE_BYTES) // (itemsize * (3 * layers + 8))
+    # The student's logits twice (before and after the pivot), the teacher's and the gradient for every layer, and about
+    # eight temporaries of one layer.
+    elements = TILE_BYTES.get(device_type, ACCELERATOR_TILE_BYTES) // (itemsize * (4 * layers + 8))
     width = student_width + teacher_width
     most_columns = max(1, OPERAND_BYTES // (itemsize * width))
     most_rows = max(1, OPERAND_BYTES // (itemsize * width * layers))
@@ -375,7 +376,8 @@ def _accumulate(problem: _Problem, per_row, grad_hidden, grad_weight, grad_bias,
         if want_hidden:
             summed = student.hidden[0].new_zeros((problem.layers, stop - start, width), dtype=problem.dtype)
         for columns in problem.column_tiles():
-            weight_cD, teacher_cD = student.weight_tile(columns), teacher.weight_tile(columns)
+            weight_cD = student.weight_tile(columns)
+            teacher_cD = teacher.weight_tile(columns) if problem.spec.needs_teacher else None
             summed_cD = torch.zeros_like(weight_cD) if grad_weight is not None else None
             for rows, first, last in problem.row_blocks(problem.tiles.rows, start, stop):
                 student_LrD = student.rows(rows)
