@@ -1,0 +1,65 @@
+"""Which backends the tests run, and on what.
+
+FDD_TEST_BACKENDS=torch,cpu,triton names the backends; without it every one that is available here runs, except a Triton
+that is interpreted, which is slow enough to deserve a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+from fdd_kernels.backends import BACKENDS, why_unavailable
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+hypothesis.settings.register_profile("fdd", derandomize=True, deadline=None, max_examples=60, print_blob=False)
+hypothesis.settings.load_profile("fdd")
+
+
+def chosen_backends() -> list[str]:
+    """The backends under test, in the order of the registry."""
+    named = os.environ.get("FDD_TEST_BACKENDS")
+    if named is None:
+        interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+        return [b for b in BACKENDS if why_unavailable(b, DEVICE) is None and not (b == "triton" and interpreted)]
+    for name in named.split(","):
+        reason = why_unavailable(name, DEVICE)
+        if reason is not None:
+            raise pytest.UsageError(f"FDD_TEST_BACKENDS={named}: {name} cannot run on {DEVICE}: {reason}")
+    return named.split(",")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "precision" in metafunc.fixturenames:  # float64 is the torch backend's own: the others hand it over
+        pairs = [
+            (b, p) for b in chosen_backends() for p in (torch.float32, torch.float64) if b == "torch" or p is torch.float32
+        ]
+        metafunc.parametrize(("backend", "precision"), pairs, ids=[f"{b}-{str(p).removeprefix('torch.')}" for b, p in pairs])
+    elif "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", chosen_backends())
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA or HIP device, and this machine has none")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """The problems here are tiny: threads would only wait for one another."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return DEVICE
