@@ -1,0 +1,5 @@
+"""The error that a command shows as one line, without a traceback."""
+
+
+class UserError(Exception):
+    """Something that the user can put right: a missing file, a corrupt line, options that do not go together."""
