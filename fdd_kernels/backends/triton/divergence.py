@@ -12,7 +12,7 @@ from fdd_kernels import spec
 from fdd_kernels.backends.triton.divergences import divergence_slope, divergence_value
 from fdd_kernels.backends.triton.launch import launch
 from fdd_kernels.backends.triton.tables import SECOND_INVERSE, SECOND_LAYER, SECOND_READ
-from fdd_kernels.backends.triton.tiles import table_entry, table_float, tile_values
+from fdd_kernels.backends.triton.tiles import park_tile, table_entry, table_float, tile_values
 
 READ_FIELDS = tl.constexpr(spec.READ_STATS)
 LSE_S = tl.constexpr(spec.LSE_S)
@@ -40,7 +40,6 @@ def divergence_stats_kernel(
     program = tl.program_id(0)
     tile_s = scratch + program.to(tl.int64) * (2 * TILE)
     tile_t = tile_s + TILE
-    tile_rc = r[:, None] * BLOCK_C + c[None, :]
     strip_re = r[:, None] * BLOCK_C + e[None, :]
     live_rows = tl.minimum(tl.load(count) - first, rows)
     row_tiles = tl.cdiv(tl.maximum(live_rows, 0), BLOCK_R)
@@ -54,35 +53,36 @@ def divergence_stats_kernel(
         first_tile = (item // row_tiles) * tiles_per_range
         for tile in range(first_tile, tl.minimum(first_tile + tiles_per_range, tl.cdiv(columns, BLOCK_C))):
             columns_c = tile * BLOCK_C + c
-            for second in range(seconds):
+            columns_e = tile * BLOCK_C + e
+            for second in tl.range(seconds, disable_licm=True):
                 layer = table_entry(table, table_width, SECOND_LAYER, second)
                 inverse = table_float(table, table_width, SECOND_INVERSE, second)
                 read = table_entry(table, table_width, SECOND_READ, second)
                 lse = reads + read * READ_FIELDS * statistic_stride + row_r
                 tl.debug_barrier()  # the tiles that stood here have been read
-                u = tile_values(
+                x = tile_values(
                     student_hidden + layer * row_stride * student_width, student_weight, student_bias, rows_r,
-                    columns_c, columns, student_width, student_stride, student_scale, student_cap, student_has_bias,
+                    columns_c, columns, student_width, student_stride, student_scale, student_has_bias,
                     False, PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
                 )  # fmt: skip
                 pivot_r = tl.load(pivots + layer * statistic_stride + row_r, mask=counts, other=0.0)
-                lse_r = tl.load(lse + LSE_S * statistic_stride, mask=counts, other=0.0)
-                tl.store(tile_s + tile_rc, (u - pivot_r[:, None]) * inverse - lse_r[:, None])
-                u = tile_values(
+                park_tile(tile_s, x, pivot_r, student_cap, columns_e, columns, BLOCK_R, BLOCK_C, BLOCK_E)
+                x = tile_values(
                     teacher_hidden + layer * row_stride * teacher_width, teacher_weight, teacher_bias, rows_r,
-                    columns_c, columns, teacher_width, teacher_stride, teacher_scale, teacher_cap, teacher_has_bias,
+                    columns_c, columns, teacher_width, teacher_stride, teacher_scale, teacher_has_bias,
                     IDENTITY, PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
                 )  # fmt: skip
                 pivot_r = tl.load(pivots + (layers + layer) * statistic_stride + row_r, mask=counts, other=0.0)
-                lse_r = tl.load(lse + LSE_T * statistic_stride, mask=counts, other=0.0)
-                tl.store(tile_t + tile_rc, (u - pivot_r[:, None]) * inverse - lse_r[:, None])
+                park_tile(tile_t, x, pivot_r, teacher_cap, columns_e, columns, BLOCK_R, BLOCK_C, BLOCK_E)
                 tl.debug_barrier()  # every thread's part of the tiles can be read
                 carried = (tl.zeros((BLOCK_R,), dtype=tl.int32) + tile) != first_tile
                 value_r = tl.load(own_sums + 2 * second * row_stride, mask=carried, other=0.0)
                 slope_r = tl.load(own_sums + (2 * second + 1) * row_stride, mask=carried, other=0.0)
+                lse_s = tl.load(lse + LSE_S * statistic_stride, mask=counts, other=0.0)
+                lse_t = tl.load(lse + LSE_T * statistic_stride, mask=counts, other=0.0)
                 for start in range(0, BLOCK_C, BLOCK_E):
-                    log_q = tl.load(tile_s + strip_re + start)
-                    log_p = tl.load(tile_t + strip_re + start)
+                    log_q = tl.load(tile_s + strip_re + start) * inverse - lse_s[:, None]
+                    log_p = tl.load(tile_t + strip_re + start) * inverse - lse_t[:, None]
                     value_r += tl.sum(divergence_value(log_q, log_p, DIVERGENCE), 1)
                     slope_r += tl.sum(divergence_slope(log_q, log_p, DIVERGENCE), 1)
                 tl.store(own_sums + 2 * second * row_stride, value_r)

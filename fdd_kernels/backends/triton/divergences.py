@@ -64,31 +64,32 @@ def log_mean(x):
 
 @triton.jit
 def divergence_value(log_q, log_p, DIVERGENCE: tl.constexpr):
+    x = log_q - log_p
     if DIVERGENCE == "kl":
-        return times(tl.exp(log_p), log_p - log_q)
+        value = times(tl.exp(log_p), -x)
     elif DIVERGENCE == "reverse_kl":
-        return times(tl.exp(log_q), log_q - log_p)
+        value = times(tl.exp(log_q), x)
     elif DIVERGENCE == "jsd":
-        x = log_q - log_p
-        return -0.5 * (times(tl.exp(log_p), log_mean(x)) + times(tl.exp(log_q), log_mean(-x)))
+        value = -0.5 * (times(tl.exp(log_p), log_mean(x)) + times(tl.exp(log_q), log_mean(-x)))
     else:
         tl.static_assert(DIVERGENCE == "skew_kl")
-        # log(SKEW + (1 - SKEW) e^x), written about the larger of the two terms.
-        x = log_q - log_p
+        # -p log(SKEW + (1 - SKEW) e^x), written about the larger of the two terms.
         small = expm1_negative(-tl.abs(x))
         small = tl.where(x > 0, SKEW * small, (1.0 - SKEW) * small)
-        return -times(tl.exp(log_p), tl.maximum(x, 0.0) + log1p_negative(small))
+        value = -times(tl.exp(log_p), tl.maximum(x, 0.0) + log1p_negative(small))
+    return value
 
 
 @triton.jit
 def divergence_slope(log_q, log_p, DIVERGENCE: tl.constexpr):
     if DIVERGENCE == "kl":
-        return -tl.exp(log_p)
+        slope = -tl.exp(log_p)
     elif DIVERGENCE == "reverse_kl":
-        return times(tl.exp(log_q), log_q - log_p + 1.0)
+        slope = times(tl.exp(log_q), log_q - log_p + 1.0)
     elif DIVERGENCE == "jsd":
-        return -0.5 * times(tl.exp(log_q), log_mean(log_p - log_q))
+        slope = -0.5 * times(tl.exp(log_q), log_mean(log_p - log_q))
     else:
         tl.static_assert(DIVERGENCE == "skew_kl")
-        # p sigmoid(x + log((1 - SKEW) / SKEW))
-        return -times(tl.exp(log_p), 1.0 / (1.0 + tl.exp(log_p - log_q) * (SKEW / (1.0 - SKEW))))
+        # -p sigmoid(x + log((1 - SKEW) / SKEW))
+        slope = -times(tl.exp(log_p), 1.0 / (1.0 + tl.exp(log_p - log_q) * (SKEW / (1.0 - SKEW))))
+    return slope

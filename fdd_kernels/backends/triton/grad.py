@@ -40,7 +40,7 @@ from fdd_kernels.backends.triton.tables import (
     SLOT_BEGIN,
     SLOT_INVERSE,
 )
-from fdd_kernels.backends.triton.tiles import table_entry, table_float, tile_values
+from fdd_kernels.backends.triton.tiles import park_tile, table_entry, table_float, tile_values
 
 READ_FIELDS = tl.constexpr(spec.READ_STATS)
 LSE_S, LSE_T = tl.constexpr(spec.LSE_S), tl.constexpr(spec.LSE_T)
@@ -132,7 +132,6 @@ def lens_grad_kernel(
     e = tl.arange(0, BLOCK_E)
     program = tl.program_id(0)
     ring = scratch + program.to(tl.int64) * (2 * RING * TILE)
-    tile_rc = r[:, None] * BLOCK_C + c[None, :]
     strip_re = r[:, None] * BLOCK_C + e[None, :]
     live_rows = tl.minimum(tl.load(count) - first, rows)
     row_tiles = tl.cdiv(tl.maximum(live_rows, 0), BLOCK_R)
@@ -146,25 +145,26 @@ def lens_grad_kernel(
         label_r = tl.load(labels + first + rows_r, mask=counts, other=-1)
         first_column = (first_tile + item // row_tiles) * BLOCK_C
         columns_c = first_column + c
-        for step in range(layers + LAG):
+        for step in tl.range(layers + LAG, disable_licm=True):
             if step < layers:
                 tile_s = ring + (step % RING) * (2 * TILE)
                 tl.debug_barrier()  # the layer that stood here has been read
-                u = tile_values(
+                x = tile_values(
                     student_hidden + step * row_stride * student_width, student_weight, student_bias, rows_r,
-                    columns_c, columns, student_width, student_stride, student_scale, student_cap, student_has_bias,
+                    columns_c, columns, student_width, student_stride, student_scale, student_has_bias,
                     False, PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
                 )  # fmt: skip
                 pivot_r = tl.load(pivots + step * stride + row_r, mask=counts, other=0.0)
-                tl.store(tile_s + tile_rc, u - pivot_r[:, None])
+                park_tile(tile_s, x, pivot_r, student_cap, first_column + e, columns, BLOCK_R, BLOCK_C, BLOCK_E)
                 if TEACHER:
-                    u = tile_values(
+                    x = tile_values(
                         teacher_hidden + step * row_stride * teacher_width, teacher_weight, teacher_bias, rows_r,
-                        columns_c, columns, teacher_width, teacher_stride, teacher_scale, teacher_cap, teacher_has_bias,
+                        columns_c, columns, teacher_width, teacher_stride, teacher_scale, teacher_has_bias,
                         IDENTITY, PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
                     )  # fmt: skip
                     pivot_r = tl.load(pivots + (layers + step) * stride + row_r, mask=counts, other=0.0)
-                    tl.store(tile_s + TILE + tile_rc, u - pivot_r[:, None])
+                    tile_t = tile_s + TILE
+                    park_tile(tile_t, x, pivot_r, teacher_cap, first_column + e, columns, BLOCK_R, BLOCK_C, BLOCK_E)
                 tl.debug_barrier()  # every thread's part of the tiles can be read
             layer = step - LAG
             if layer >= 0:

@@ -13,10 +13,10 @@ from fdd_kernels import spec
 from fdd_kernels.backends.triton.launch import launch
 from fdd_kernels.backends.triton.stats import MOMENT_FIELDS, SLOT_FIELDS, load_moments, merge_moments, store_moments
 from fdd_kernels.backends.triton.tables import (
+    FIRST,
     KIND_KL,
-    KIND_LSE,
     KIND_NLL,
-    OWN_LAYER,
+    KIND_OTHER,
     PART_BEGIN,
     PART_INDEX,
     PART_ROLE,
@@ -62,12 +62,10 @@ def merge_stats_kernel(
     reads += row_r
     moments += row_r
     for layer in range(layers):
-        pivot_s = tl.zeros((TILE_ROWS,), tl.float32)
-        pivot_t = pivot_s
-        if slots > 0:
-            pivot_s = tl.load(state + 2 * layer * stride, mask=counts, other=0.0)
-            if TEACHER:
-                pivot_t = tl.load(state + (2 * layer + 1) * stride, mask=counts, other=0.0)
+        pivot_s = tl.load(state + 2 * layer * stride, mask=counts, other=0.0)
+        pivot_t = tl.zeros((TILE_ROWS,), tl.float32)
+        if TEACHER:
+            pivot_t = tl.load(state + (2 * layer + 1) * stride, mask=counts, other=0.0)
         tl.store(pivots + layer * out_stride, pivot_s, mask=counts)
         tl.store(pivots + (layers + layer) * out_stride, pivot_t, mask=counts)
         for slot in range(
@@ -94,9 +92,7 @@ def merge_stats_kernel(
                     total_b = tl.load(at + 4 * stride, mask=counts, other=0.0)
                     expectation_b = tl.load(at + 5 * stride, mask=counts, other=0.0) + total_b * (shift_t - shift_s)
                     top_b = tl.load(at + 3 * stride, mask=counts, other=0.0) + shift_t
-                    top_t, total_t, expectation_t = merge_softmax(
-                        top_t, total_t, expectation_t, top_b, total_b, expectation_b
-                    )
+                    top_t, total_t, expectation_t = merge_softmax(top_t, total_t, expectation_t, top_b, total_b, expectation_b)
             lse_s = top_s + tl.log(total_s)
             lse_t = top_t + tl.log(total_t)
             for entry in range(
@@ -113,16 +109,15 @@ def merge_stats_kernel(
                         value = expectation_t / total_t + (lse_s - lse_t)
                         tl.store(read + VALUE * out_stride, value, mask=counts)
                         tl.store(read + SLOPE * out_stride, tl.full((TILE_ROWS,), -1.0, tl.float32), mask=counts)
-                    elif kind != KIND_LSE:
-                        if DIVERGENCE == "reverse_kl":
-                            value = expectation_s / total_s - (lse_s - lse_t)
-                            tl.store(read + VALUE * out_stride, value, mask=counts)
-                            tl.store(read + SLOPE * out_stride, value + 1.0, mask=counts)
+                    if DIVERGENCE == "reverse_kl" and kind == KIND_OTHER:
+                        value = expectation_s / total_s - (lse_s - lse_t)
+                        tl.store(read + VALUE * out_stride, value, mask=counts)
+                        tl.store(read + SLOPE * out_stride, value + 1.0, mask=counts)
         for entry in range(
             table_entry(table, table_width, PART_BEGIN, layer), table_entry(table, table_width, PART_BEGIN, layer + 1)
         ):
             role = table_entry(table, table_width, PART_ROLE, entry)
-            if role == OWN_LAYER or role == SECOND:
+            if role != FIRST:
                 moment = table_entry(table, table_width, PART_INDEX, entry)
                 nothing = tl.zeros((TILE_ROWS,), tl.float32)
                 n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd = nothing, nothing, nothing, nothing, nothing, nothing, nothing
@@ -130,16 +125,15 @@ def merge_stats_kernel(
                     own = state + part * range_stride
                     at = own + (2 * layers + SLOT_FIELDS * slots + moment * MOMENT_FIELDS) * stride
                     n_b, mean_sb, mean_tb, m_ssb, m_ttb, m_stb, m_ddb = load_moments(at, stride, counts)
-                    if slots > 0:
-                        mean_sb += (tl.load(own + 2 * layer * stride, mask=counts, other=0.0) - pivot_s) * moment_inverse
-                        mean_tb += (tl.load(own + (2 * layer + 1) * stride, mask=counts, other=0.0) - pivot_t) * moment_inverse
-                        if role == SECOND:
-                            before = 2 * (layer - 1) * stride
-                            shift = tl.load(own + before, mask=counts, other=0.0) - tl.load(state + before, mask=counts, other=0.0)
-                            mean_sb -= shift * moment_inverse
-                            before += stride
-                            shift = tl.load(own + before, mask=counts, other=0.0) - tl.load(state + before, mask=counts, other=0.0)
-                            mean_tb -= shift * moment_inverse
+                    mean_sb += (tl.load(own + 2 * layer * stride, mask=counts, other=0.0) - pivot_s) * moment_inverse
+                    mean_tb += (tl.load(own + (2 * layer + 1) * stride, mask=counts, other=0.0) - pivot_t) * moment_inverse
+                    if role == SECOND:
+                        at = 2 * (layer - 1) * stride
+                        shift = tl.load(own + at, mask=counts, other=0.0) - tl.load(state + at, mask=counts, other=0.0)
+                        mean_sb -= shift * moment_inverse
+                        at += stride
+                        shift = tl.load(own + at, mask=counts, other=0.0) - tl.load(state + at, mask=counts, other=0.0)
+                        mean_tb -= shift * moment_inverse
                     n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd = merge_moments(
                         n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd, n_b, mean_sb, mean_tb, m_ssb, m_ttb, m_stb, m_ddb
                     )

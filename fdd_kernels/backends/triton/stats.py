@@ -21,7 +21,7 @@ import triton.language as tl
 from fdd_kernels.backends.triton.divergences import times
 from fdd_kernels.backends.triton.launch import launch
 from fdd_kernels.backends.triton.tables import (
-    OWN_LAYER,
+    FIRST,
     PART_BEGIN,
     PART_INDEX,
     PART_ROLE,
@@ -31,9 +31,8 @@ from fdd_kernels.backends.triton.tables import (
     SLOT_INVERSE,
     WANTS_LABEL,
     WANTS_STUDENT,
-    WANTS_TEACHER,
 )
-from fdd_kernels.backends.triton.tiles import finite_max, table_entry, table_float, tile_values
+from fdd_kernels.backends.triton.tiles import park_tile, pivot_of, table_entry, table_float, tile_values
 
 SLOT_FIELDS = tl.constexpr(7)
 MOMENT_FIELDS = tl.constexpr(7)
@@ -207,7 +206,6 @@ def lens_stats_kernel(
     e = tl.arange(0, BLOCK_E)
     program = tl.program_id(0)
     ring = scratch + program.to(tl.int64) * (4 * TILE)
-    tile_rc = r[:, None] * BLOCK_C + c[None, :]
     strip_re = r[:, None] * BLOCK_C + e[None, :]
     everywhere = r < BLOCK_R
     live_rows = tl.minimum(tl.load(count) - first, rows)
@@ -224,39 +222,35 @@ def lens_stats_kernel(
             columns_e = tile * BLOCK_C + e
             is_first = tile == first_tile
             carried = (tl.zeros((BLOCK_R,), dtype=tl.int32) + tile) != first_tile
-            for layer in range(layers):
+            for layer in tl.range(layers, disable_licm=True):
                 tile_s = ring + (layer % 2) * (2 * TILE)
                 tile_t = tile_s + TILE
                 before_s = ring + ((layer + 1) % 2) * (2 * TILE)
                 before_t = before_s + TILE
                 tl.debug_barrier()  # the layer that stood here has been read
-                u = tile_values(
+                x = tile_values(
                     student_hidden + layer * field_stride * student_width, student_weight, student_bias, rows_r,
-                    columns_c, columns, student_width, student_stride, student_scale, student_cap, student_has_bias,
+                    columns_c, columns, student_width, student_stride, student_scale, student_has_bias,
                     False, PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
                 )  # fmt: skip
-                if slots > 0:
-                    pivot = own_state + 2 * layer * field_stride
-                    pivot_r = tl.load(pivot, mask=carried, other=0.0)
-                    if is_first:
-                        pivot_r = finite_max(u)
-                    tl.store(pivot, pivot_r)
-                    u -= pivot_r[:, None]
-                tl.store(tile_s + tile_rc, u)
+                pivot = own_state + 2 * layer * field_stride
+                pivot_r = tl.load(pivot, mask=carried, other=0.0)
+                if (slots > 0) & is_first:
+                    pivot_r = pivot_of(x, student_cap)
+                tl.store(pivot, pivot_r)
+                park_tile(tile_s, x, pivot_r, student_cap, columns_e, columns, BLOCK_R, BLOCK_C, BLOCK_E)
                 if TEACHER:
-                    u = tile_values(
+                    x = tile_values(
                         teacher_hidden + layer * field_stride * teacher_width, teacher_weight, teacher_bias, rows_r,
-                        columns_c, columns, teacher_width, teacher_stride, teacher_scale, teacher_cap, teacher_has_bias,
+                        columns_c, columns, teacher_width, teacher_stride, teacher_scale, teacher_has_bias,
                         IDENTITY, PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
                     )  # fmt: skip
-                    if slots > 0:
-                        pivot = own_state + (2 * layer + 1) * field_stride
-                        pivot_r = tl.load(pivot, mask=carried, other=0.0)
-                        if is_first:
-                            pivot_r = finite_max(u)
-                        tl.store(pivot, pivot_r)
-                        u -= pivot_r[:, None]
-                    tl.store(tile_t + tile_rc, u)
+                    pivot = own_state + (2 * layer + 1) * field_stride
+                    pivot_r = tl.load(pivot, mask=carried, other=0.0)
+                    if (slots > 0) & is_first:
+                        pivot_r = pivot_of(x, teacher_cap)
+                    tl.store(pivot, pivot_r)
+                    park_tile(tile_t, x, pivot_r, teacher_cap, columns_e, columns, BLOCK_R, BLOCK_C, BLOCK_E)
                 tl.debug_barrier()  # every thread's part of the tiles can be read
                 for slot in range(
                     table_entry(table, table_width, SLOT_BEGIN, layer), table_entry(table, table_width, SLOT_BEGIN, layer + 1)
@@ -273,7 +267,7 @@ def lens_stats_kernel(
                         table_entry(table, table_width, PART_BEGIN, layer + 1),
                     ):
                         role = table_entry(table, table_width, PART_ROLE, part)
-                        if role == OWN_LAYER or role == SECOND:
+                        if role != FIRST:
                             moment = table_entry(table, table_width, PART_INDEX, part)
                             update_moments(
                                 own_state + (2 * layers + SLOT_FIELDS * slots + moment * MOMENT_FIELDS) * field_stride,

@@ -1,4 +1,4 @@
-"""One tile of u = softcap(scale * (h W^T + b)) of one layer of one model, f32 whatever the inputs are.
+"""One tile of u = softcap(scale * (h W^T + b)) of one layer of one model, f32 whatever the inputs are, parked in scratch.
 
 Shape suffixes: r rows of a tile, c columns of a tile, D the hidden width. Rows of the hidden states come in blocks whose
 number of rows is a multiple of the tile, so that rows need no mask; columns beyond the last are clamped to it and set to
@@ -15,37 +15,61 @@ from fdd_kernels.backends.triton.divergences import tanh
 
 @triton.jit
 def tile_values(
-    hidden, weight, bias, rows_r, columns_c, columns, width, weight_stride, scale, cap, has_bias,
+    hidden, weight, bias, rows_r, columns_c, columns, width, weight_stride, scale, has_bias,
     IDENTITY: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """u of the tile (r, c). `hidden` points at the layer's first row of the block; `cap` 0: none; IDENTITY: u = h."""
+    """scale * (h W^T + b) of the tile (r, c), before any soft cap.
+
+    `hidden` points at the layer's first row of the block. IDENTITY: W is the identity.
+    """
     clamped_c = tl.minimum(columns_c, columns - 1)
     hidden_r = hidden + rows_r.to(tl.int64)[:, None] * width
     if IDENTITY:
-        u = tl.load(hidden_r + clamped_c[None, :]).to(tl.float32)
+        x = tl.load(hidden_r + clamped_c[None, :]).to(tl.float32)
     else:
         d = tl.arange(0, BLOCK_D)
         hidden_rd = hidden_r + d[None, :]
         weight_dc = weight + clamped_c.to(tl.int64)[None, :] * weight_stride + d[:, None]
-        u = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
+        x = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
         for start in range(0, width, BLOCK_D):
             inside = d < width - start
             h = tl.load(hidden_rd + start, mask=inside[None, :], other=0.0)
             w = tl.load(weight_dc + start, mask=inside[:, None], other=0.0)
-            u = tl.dot(h, w.to(h.dtype), u, input_precision=PRECISION)
+            x = tl.dot(h, w.to(h.dtype), x, input_precision=PRECISION)
         if has_bias != 0:
-            u += tl.load(bias + clamped_c)[None, :]
-        u *= scale
-        if cap > 0:
-            u = cap * tanh(u / cap)
-    return tl.where((columns_c < columns)[None, :], u, float("-inf"))
+            x += tl.load(bias + clamped_c)[None, :]
+        x *= scale
+    return tl.where((columns_c < columns)[None, :], x, float("-inf"))
 
 
 @triton.jit
-def finite_max(u_rc):
-    """The largest value of each row, 0 where that is not finite."""
-    largest = tl.max(u_rc, 1)
+def soft_capped(x, cap):
+    """cap * tanh(x / cap), or x where `cap` is 0."""
+    return tl.where(cap > 0, cap * tanh(x / tl.where(cap > 0, cap, 1.0)), x)
+
+
+@triton.jit
+def pivot_of(x_rc, cap):
+    """The largest u of each row, 0 where that is not finite; the soft cap grows with x, so one value a row goes through."""
+    largest = soft_capped(tl.max(x_rc, 1), cap)
     return tl.where(tl.abs(largest) < float("inf"), largest, 0.0)
+
+
+@triton.jit
+def park_tile(
+    tile, x_rc, pivot_r, cap, columns_e, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr
+):
+    """Store softcap(x) - pivot at `tile`. A soft cap is applied a strip at a time: a whole tile of it wants registers."""
+    r = tl.arange(0, BLOCK_R)
+    c = tl.arange(0, BLOCK_C)
+    e = tl.arange(0, BLOCK_E)
+    tl.store(tile + r[:, None] * BLOCK_C + c[None, :], x_rc - tl.where(cap > 0, 0.0, pivot_r)[:, None])
+    if cap > 0:
+        tl.debug_barrier()  # the strips are laid out over other threads than the tile
+        for start in range(0, BLOCK_C, BLOCK_E):
+            at = tile + r[:, None] * BLOCK_C + (start + e)[None, :]
+            u = soft_capped(tl.load(at), cap) - pivot_r[:, None]
+            tl.store(at, tl.where((columns_e + start < columns)[None, :], u, float("-inf")))
 
 
 @triton.jit
