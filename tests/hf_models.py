@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import tokenizers
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 VOCAB = 97
 
@@ -101,3 +103,26 @@ def tiny_batch(*, rows: int = 2, length: int = 9, vocab_size: int = VOCAB, seed:
         batch["labels"] = ids.masked_fill(attention == 0, -100)
         batch["labels"][0, :3] = -100
     return batch
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and loop.last and THOUGHTS %}(thinking){% endif %}"
+    "{{ m.content }}<end>\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def tiny_tokenizer(*, thoughts: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of single bytes, words of letters as far as it has seen them, and an end token."""
+    tokenizer = Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<end>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["one two three four word words the and a is " * 3], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+    fast.chat_template = CHAT_TEMPLATE.replace("THOUGHTS", "true" if thoughts else "false")
+    return fast

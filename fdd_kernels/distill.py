@@ -1,0 +1,296 @@
+"""`fdd-kernels distill`: one's own checkpoints and text, resumable at any moment."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+
+from fdd_kernels.atomic import atomic_directory, clear_unfinished, remove_directory, write_text
+from fdd_kernels.backends import resolve_backend
+from fdd_kernels.config import FDDConfig
+from fdd_kernels.data import IGNORED, Windows, data_files, load_windows
+from fdd_kernels.integrations import FDDTrainer
+from fdd_kernels.loading import (
+    as_user_error,
+    computing_dtype,
+    first_line,
+    fit_vocabularies,
+    load_model,
+    load_student,
+    load_tokenizer,
+    window_length,
+    with_lora,
+)  # fmt: skip
+from fdd_kernels.run_folder import (
+    ADAPTER_FOLDER,
+    METRICS_FILE,
+    STUDENT_FOLDER,
+    DistillOptions,
+    checkpoints,
+    last_checkpoint,
+    only_process,
+    settle_run,
+)  # fmt: skip
+from fdd_kernels.user_error import UserError
+from fdd_kernels.version import __version__
+
+KEPT_CHECKPOINTS = 2
+# Its name since transformers 5, and before.
+_CHECKPOINTING = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, n))
+_TERMS = ("loss", "output_kd", "trajectory", "derivative", "ce")
+
+
+def distill(options: DistillOptions, console: Console | None = None) -> dict[str, Any]:
+    """Distil, or go on with a distillation that was interrupted, and write the student.
+
+    Writes to `options.output`: run.json (what this run is), checkpoint-N (the last two), student/ (a plain transformers
+    directory, adapters merged), adapter/ (with LoRA), and at the very end metrics.json. Everything appears under its name
+    only when it is on disk completely.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        UserError: models, data or options that do not go together, a directory of another run, a full disk.
+    """
+    console = console or Console(stderr=True)
+    transformers.utils.logging.disable_progress_bar()
+    output = options.output
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output}: cannot be made a directory: {error.strerror}") from None
+    with only_process(output):
+        clear_unfinished(output)
+        finished = settle_run(options)
+        if finished is not None:
+            console.print(f"{output} holds this run, finished; nothing to do")
+            return finished
+        device = TrainingArguments(output_dir=str(output), report_to="none").device
+        dtype = computing_dtype(options.dtype, device)
+        tokenizer = load_tokenizer(options.teacher, options.student)
+        transformers.set_seed(options.seed)
+        teacher = load_model(options.teacher, "teacher").to(dtype).requires_grad_(False)
+        student, initialised = load_student(options.student)
+        config = fit_vocabularies(options.config, student, teacher, tokenizer)
+        max_length = window_length(options.max_length, student, teacher)
+        windows = _read_data(options, tokenizer, max_length, console)
+        if options.lora_rank:
+            student = with_lora(student.to(dtype), options.lora_rank)
+        elif initialised:
+            console.print(f"the student {options.student} has no weights: initialised at random")
+        trainer = _trainer(options, student, teacher, config, windows, dtype, device, console)
+        last = last_checkpoint(output)
+        if last is not None:
+            console.print(f"going on from {last.name}")
+        try:
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        finally:
+            trainer.report.stop()
+        return _finish(options, trainer, tokenizer, windows, config, max_length, console)
+
+
+def _read_data(options: DistillOptions, tokenizer, max_length: int, console: Console) -> Windows:
+    size = sum(file.stat().st_size for file in data_files(options.data))
+    with Progress(TextColumn("reading"), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console,
+                  transient=True) as progress:  # fmt: skip
+        task = progress.add_task("", total=size)
+        windows = load_windows(
+            options.data, tokenizer, max_length=max_length, eval_fraction=options.eval_fraction, seed=options.seed,
+            advance=lambda read: progress.advance(task, read),
+        )  # fmt: skip
+    console.print(
+        f"{windows.documents} documents: {len(windows.train)} training windows of at most {max_length} tokens "
+        f"({windows.train_tokens} tokens), {len(windows.held_out)} held out"
+    )
+    if windows.without_labels:
+        console.print(
+            f"{len(windows.without_labels)} documents have nothing to learn within {max_length} tokens and are left out, "
+            f"for example {windows.without_labels[0]}"
+        )
+    return windows
+
+
+def pad_windows(windows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    """A batch (rows, longest window), padded on the right; padding is neither attended nor learned."""
+    longest = max(len(window["input_ids"]) for window in windows)
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
+    return {name: torch.tensor([w[name] + [value] * (longest - len(w[name])) for w in windows]) for name, value in fill.items()}
+
+
+class _ResumableTrainer(FDDTrainer):
+    """Checkpoints appear under their names only when complete and on disk, and hold no pickled objects but tensors."""
+
+    _folder: str | None = None
+
+    def _get_output_dir(self, trial) -> str:
+        return self._folder or super()._get_output_dir(trial)
+
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        super()._save(output_dir, state_dict)
+        # A pickle that nothing here reads: run.json says the same.
+        (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        output = Path(self.args.output_dir)
+        target = output / f"checkpoint-{self.state.global_step}"
+        try:
+            with atomic_directory(target) as folder:
+                self._folder = str(folder.parent)
+                super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            last = last_checkpoint(output)
+            kept = "nothing was saved before" if last is None else f"{last.name} is complete"
+            raise UserError(
+                f"{target} could not be written ({first_line(error)}); {kept}. Make room and run the "
+                "same command to go on from there"
+            ) from error
+        finally:
+            self._folder = None
+        for old in checkpoints(output)[:-KEPT_CHECKPOINTS]:
+            remove_directory(old)
+
+
+class _Report(TrainerCallback):
+    """A progress bar with the last loss terms; lines for evaluations and checkpoints."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.progress = Progress(
+            TextColumn("distilling"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[terms]}"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        self.progress.start()
+        self.task = self.progress.add_task("", total=state.max_steps, completed=state.global_step, terms="")
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self.progress.update(self.task, completed=state.global_step)
+
+    def on_log(self, args, state, control, logs, **kwargs) -> None:
+        if "loss" in logs:
+            terms = "  ".join(f"{name} {logs[name]:.4f}" for name in _TERMS if name in logs)
+            self.progress.update(self.task, terms=terms)
+            if not self.console.is_terminal:
+                self.console.print(f"step {state.global_step}/{state.max_steps}  {terms}")
+        elif "eval_loss" in logs:
+            terms = "  ".join(f"{name} {logs[f'eval_{name}']:.4f}" for name in _TERMS)
+            self.console.print(f"step {state.global_step}/{state.max_steps} held out  {terms}")
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        self.console.print(f"saved checkpoint-{state.global_step}")
+
+    def stop(self) -> None:
+        """Leave the terminal in order, also after an exception."""
+        self.progress.stop()
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.stop()
+
+
+def _trainer(options: DistillOptions, student: nn.Module, teacher: nn.Module, config: FDDConfig, windows: Windows,
+             dtype: torch.dtype, device: torch.device, console: Console) -> _ResumableTrainer:  # fmt: skip
+    steps_an_epoch = math.ceil(len(windows.train) / (options.batch_size * options.gradient_accumulation))
+    steps = options.max_steps or math.ceil(options.epochs * steps_an_epoch)
+    arguments = TrainingArguments(
+        output_dir=str(options.output),
+        max_steps=steps,
+        learning_rate=options.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=steps // 30,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation,
+        **{_CHECKPOINTING: True} if options.gradient_checkpointing else {},
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type != "cpu",
+        bf16=dtype == torch.bfloat16,
+        seed=options.seed,
+        eval_strategy="steps" if windows.held_out else "no",
+        eval_steps=options.save_steps,
+        eval_on_start=bool(windows.held_out) and last_checkpoint(options.output) is None,
+        save_strategy="steps",
+        save_steps=options.save_steps,
+        logging_steps=options.log_steps,
+        report_to="none",
+        disable_tqdm=True,
+    )
+    report = _Report(console)
+    with as_user_error("these models cannot be distilled so"):
+        resolve_backend(config.backend, arguments.device)
+        trainer = _ResumableTrainer(
+            model=student, args=arguments, teacher=teacher, fdd_config=config, train_dataset=windows.train,
+            eval_dataset=windows.held_out or None, data_collator=pad_windows, callbacks=[report],
+        )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    trainer.report = report
+    return trainer
+
+
+def _finish(options: DistillOptions, trainer: _ResumableTrainer, tokenizer, windows: Windows, config: FDDConfig,
+            max_length: int, console: Console) -> dict[str, Any]:  # fmt: skip
+    """Evaluate, write the student, then the metrics."""
+    output, history = options.output, trainer.state.log_history
+    evaluations = [log for log in history if "eval_loss" in log]
+    held_out = (
+        {name: value for name, value in trainer.evaluate().items() if name.startswith("eval_")} if windows.held_out else {}
+    )
+    metrics = {
+        "steps": trainer.state.global_step,
+        "train_windows": len(windows.train),
+        "train_tokens": windows.train_tokens,
+        "held_out_windows": len(windows.held_out),
+        "max_length": max_length,
+        "student_layers": trainer.distiller.student_layers,
+        "teacher_layers": trainer.distiller.teacher_layers,
+        "vocab_size": config.vocab_size,
+        "held_out_before": {name: evaluations[0].get(f"eval_{name}") for name in _TERMS} if evaluations else None,
+        "held_out": {name: held_out[f"eval_{name}"] for name in _TERMS} if held_out else None,
+        "history": history,
+        "versions": {"fdd_kernels": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+                     "python": platform.python_version()},
+    }  # fmt: skip
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    try:
+        if options.lora_rank:
+            with atomic_directory(output / ADAPTER_FOLDER) as folder:
+                student.save_pretrained(folder)
+            student = student.merge_and_unload()
+        with atomic_directory(output / STUDENT_FOLDER) as folder:
+            student.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        write_text(output / METRICS_FILE, json.dumps(metrics, indent=1) + "\n")
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"{output}: the student could not be written ({first_line(error)}); {last_checkpoint(output).name} is "
+            "complete. Make room and run the same command again"
+        ) from error
+    _print_result(metrics, console)
+    console.print(f"wrote {output / STUDENT_FOLDER} and {output / METRICS_FILE}")
+    return metrics
+
+
+def _print_result(metrics: dict[str, Any], console: Console) -> None:
+    if metrics["held_out"] is None:
+        return
+    table = Table("held out", "before", "after", title=f"after {metrics['steps']} steps")
+    for name in _TERMS:
+        table.add_row(name, *(f"{metrics[when][name]:.4f}" for when in ("held_out_before", "held_out")))
+    console.print(table)

@@ -1,0 +1,136 @@
+"""Loading what a distillation needs, with errors of one line; code that comes with a model is never run."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from fdd_kernels.config import FDDConfig
+from fdd_kernels.user_error import UserError
+
+WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+DEFAULT_LENGTH = 512
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+@contextlib.contextmanager
+def as_user_error(what: str) -> Iterator[None]:
+    """Turn what loading raises into one line."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise UserError(f"{what}: {first_line(error)}") from error
+
+
+def load_model(name: str, role: str) -> nn.Module:
+    """A causal LM in evaluation mode, from a directory or a name; code that came with it is never run.
+
+    Raises:
+        UserError: it cannot be loaded; says why in one line.
+    """
+    _require_directory(name, role)
+    with as_user_error(f"cannot load the {role} {name}"):
+        return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False).eval()
+
+
+def _require_directory(name: str, role: str) -> None:
+    """A path must exist; anything else is the name of a model."""
+    if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
+        raise UserError(f"the {role} {name}: no such directory")
+
+
+def load_student(name: str) -> tuple[nn.Module, bool]:
+    """The student in float32, and whether it was initialised at random for want of weights."""
+    folder = Path(name)
+    bare = (folder / "config.json").exists() and not any(any(folder.glob(pattern)) for pattern in WEIGHTS)
+    if not bare:
+        return load_model(name, "student").float(), False
+    with as_user_error(f"cannot build the student from {folder / 'config.json'}"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False).float().eval(), True
+
+
+def load_tokenizer(teacher: str, student: str):
+    """The tokenizer that both models share.
+
+    Raises:
+        UserError: there is none, or the student's has other tokens.
+    """
+
+    def load(name: str, role: str):
+        _require_directory(name, role)
+        with as_user_error(f"cannot load the tokenizer of the {role} {name}"):
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+    def has_none(name: str) -> bool:
+        return Path(name).is_dir() and not any((Path(name) / file).exists() for file in TOKENIZER_FILES)
+
+    if has_none(teacher):
+        raise UserError(f"the teacher {teacher} has no tokenizer (looked for {', '.join(TOKENIZER_FILES)})")
+    theirs = load(teacher, "teacher")
+    if has_none(student):
+        return theirs
+    ours = load(student, "student")
+    if ours.get_vocab() != theirs.get_vocab():
+        differing = len(set(ours.get_vocab().items()) ^ set(theirs.get_vocab().items()))
+        raise UserError(
+            f"the tokenizers of teacher ({len(theirs)} tokens) and student ({len(ours)}) differ in {differing} entries: "
+            "predictions can only be compared over one vocabulary"
+        )
+    return ours
+
+
+def fit_vocabularies(config: FDDConfig, student: nn.Module, teacher: nn.Module, tokenizer) -> FDDConfig:
+    """Compare the tokenizer's tokens only, where the models' heads are padded unequally."""
+    rows = {
+        "student": student.get_input_embeddings().weight.shape[0],
+        "teacher": teacher.get_input_embeddings().weight.shape[0],
+    }
+    for role, count in rows.items():
+        if len(tokenizer) > count:
+            raise UserError(f"the tokenizer has {len(tokenizer)} tokens, but the {role} only {count} embeddings")
+    if config.vocab_size is None and rows["student"] != rows["teacher"]:
+        return dataclasses.replace(config, vocab_size=len(tokenizer))
+    return config
+
+
+def window_length(wanted: int | None, student: nn.Module, teacher: nn.Module) -> int:
+    limits = {}
+    for role, model in (("student", student), ("teacher", teacher)):
+        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if isinstance(positions, int) and positions > 0:
+            limits[role] = positions
+    shortest = min(limits, key=limits.get, default=None)
+    if wanted is None:
+        return min(DEFAULT_LENGTH, *limits.values()) if limits else DEFAULT_LENGTH
+    if shortest is not None and wanted > limits[shortest]:
+        raise UserError(f"max_length={wanted}, but the {shortest} has only {limits[shortest]} positions")
+    return wanted
+
+
+def computing_dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return getattr(torch, name)
+
+
+def with_lora(student: nn.Module, rank: int) -> nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise UserError("--lora-rank needs peft: pip install peft") from None
+    with as_user_error("cannot add LoRA adapters to the student"):
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+        return get_peft_model(student, config)

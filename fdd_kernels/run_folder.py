@@ -1,0 +1,152 @@
+"""The directory of a distillation: whose it is, what is complete in it, and who works in it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fdd_kernels.atomic import remove_directory, write_text
+from fdd_kernels.config import FDDConfig
+from fdd_kernels.data import data_files, file_digest
+from fdd_kernels.user_error import UserError
+
+RUN_FILE, METRICS_FILE, STUDENT_FOLDER, ADAPTER_FOLDER = "run.json", "metrics.json", "student", "adapter"
+DTYPES = ("auto", "float32", "bfloat16")
+# What may differ between a run and its continuation.
+_FREE_OPTIONS = ("output", "resume", "save_steps", "log_steps")
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """What to distil and how.
+
+    Args:
+        teacher, student: directories or names of transformers causal LMs that share a tokenizer. A student directory with
+            a config.json and no weights is initialised at random.
+        data: a .txt or .jsonl file or a directory of them; see `fdd_kernels.data`.
+        output: where checkpoints, student/, metrics.json and run.json go.
+        config: layers and loss.
+        epochs, max_steps: the length; max_steps, if given, wins.
+        max_length: tokens in a window; None: 512, or less if a model has fewer positions.
+        dtype: of the teacher and of products; the student's own weights stay float32 (under LoRA, its adapters).
+            "auto" is bfloat16 on a GPU that has it.
+        eval_fraction: the part of the windows that is held out.
+        lora_rank: 0 trains all weights.
+        save_steps, log_steps: how many optimizer steps lie between checkpoints (and evaluations) and between log lines.
+        resume: go on from the last checkpoint in `output`; False starts again and removes them.
+    """
+
+    teacher: str
+    student: str
+    data: Path
+    output: Path
+    config: FDDConfig = field(default_factory=FDDConfig)
+    epochs: float = 1.0
+    max_steps: int | None = None
+    learning_rate: float = 1e-4
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    max_length: int | None = None
+    dtype: str = "auto"
+    seed: int = 0
+    eval_fraction: float = 0.05
+    lora_rank: int = 0
+    gradient_checkpointing: bool = False
+    save_steps: int = 100
+    log_steps: int = 10
+    resume: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("gradient_accumulation", 1), ("max_length", 2), ("max_steps", 1),
+                            ("save_steps", 1), ("log_steps", 1), ("lora_rank", 0), ("seed", 0)):  # fmt: skip
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name}={value} must be at least {least}")
+        for name in ("epochs", "learning_rate"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name}={getattr(self, name)} must be greater than 0")
+        if not 0 <= self.eval_fraction < 1:
+            raise UserError(f"eval_fraction={self.eval_fraction} must be at least 0 and below 1")
+        if self.dtype not in DTYPES:
+            raise UserError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}")
+
+
+@contextlib.contextmanager
+def only_process(output: Path) -> Iterator[None]:
+    """Refuse to share `output` with a process that is still at work; a killed one holds nothing."""
+    with (output / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{output}: another process is distilling into this directory") from None
+        yield
+
+
+def settle_run(options: DistillOptions) -> dict[str, Any] | None:
+    """Make `output` this run's directory; the metrics if it is finished.
+
+    Raises:
+        UserError: it belongs to another run.
+    """
+    output, run = options.output, run_record(options)
+    record, saved = output / RUN_FILE, checkpoints(output)
+    if not options.resume:
+        for name in (METRICS_FILE, RUN_FILE):
+            (output / name).unlink(missing_ok=True)
+        for folder in (*saved, output / STUDENT_FOLDER, output / ADAPTER_FOLDER):
+            if folder.is_dir():
+                remove_directory(folder)
+    elif record.exists():
+        try:
+            before = json.loads(record.read_text("utf-8"))
+        except ValueError as error:
+            raise UserError(f"{record}: not readable ({error}); start again with --no-resume or another --output") from None
+        different = [f"{key} was {before.get(key)!r}, is {run.get(key)!r}" for key in {**before, **run}
+                     if before.get(key) != run.get(key)]  # fmt: skip
+        if different and (saved or (output / METRICS_FILE).exists()):
+            raise UserError(
+                f"{output} holds another run ({'; '.join(different)}): give the same options to go on with it, "
+                "another --output, or --no-resume to remove them and start again"
+            )
+        if not different and (output / METRICS_FILE).exists():
+            return json.loads((output / METRICS_FILE).read_text("utf-8"))
+    elif saved:
+        raise UserError(f"{output} holds {saved[-1].name} but no {RUN_FILE}: it is not of this command; use another --output")
+    try:
+        write_text(record, json.dumps(run, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"{record}: cannot be written: {error.strerror}") from None
+    return None
+
+
+def run_record(options: DistillOptions) -> dict[str, Any]:
+    """What a run is: its options, the content of its data, and names and times of the models' files, as JSON."""
+    run = dataclasses.asdict(options)
+    for name in _FREE_OPTIONS:
+        del run[name]
+    run |= {f"config.{name}": value for name, value in run.pop("config").items()}
+    root = options.data if options.data.is_dir() else options.data.parent
+    run["data"] = {str(file.relative_to(root)): file_digest(file) for file in data_files(options.data)}
+    for role in ("teacher", "student"):
+        folder = Path(run[role])
+        if folder.is_dir():
+            files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
+            run[role] = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+    return json.loads(json.dumps(run))
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    folders = [path for path in output.glob("checkpoint-*") if path.name.split("-")[1].isdigit() and path.is_dir()]
+    return sorted(folders, key=lambda path: int(path.name.split("-")[1]))
+
+
+def last_checkpoint(output: Path) -> Path | None:
+    return next(reversed(checkpoints(output)), None)

@@ -1,0 +1,473 @@
+"""`fdd-kernels distill` end to end on tiny models: results, resuming, kills, full disks, bad input."""
+
+import errno
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import peft
+import pytest
+import torch
+from hf_models import one_thread, tiny_config, tiny_model, tiny_tokenizer  # noqa: F401
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fdd_kernels import FDDConfig, atomic
+from fdd_kernels.cli import main
+from fdd_kernels.distill import distill
+from fdd_kernels.run_folder import DistillOptions
+from fdd_kernels.user_error import UserError
+
+NUMBERS = ("one", "two", "three")
+TEXT = "\n".join(f"{a} and {b} is {c}, the word" for a in NUMBERS for b in ("one", "four") for c in ("a", "word", "x"))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """teacher/ and student/ with a tokenizer, bare/ with a config alone, and data.txt."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tokenizer = tiny_tokenizer()
+    size = len(tokenizer)
+    for name, model in (
+        ("teacher", tiny_model("gpt2", depth=3, vocab_size=size, seed=2, spread=2.0)),
+        ("student", tiny_model("llama", depth=3, vocab_size=size, seed=1)),
+    ):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    tiny_config("llama", depth=3, vocab_size=size).save_pretrained(folder / "bare")
+    (folder / "data.txt").write_text(TEXT * 2)
+    return folder
+
+
+def options(inputs, output, **changes):
+    defaults = {
+        "teacher": str(inputs / "teacher"), "student": str(inputs / "student"), "data": inputs / "data.txt", "output": output,
+        "config": FDDConfig(num_layers=2), "max_steps": 6, "learning_rate": 3e-3, "batch_size": 4, "max_length": 24,
+        "eval_fraction": 0.2, "save_steps": 2, "log_steps": 1, "dtype": "float32",
+    }  # fmt: skip
+    return DistillOptions(**(defaults | changes))
+
+
+def quiet():
+    return Console(file=io.StringIO(), width=200)
+
+
+def weights(output):
+    return load_file(output / "student" / "model.safetensors")
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=0, msg=name)
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory):
+    """An uninterrupted run of six steps."""
+    output = tmp_path_factory.mktemp("whole") / "run"
+    distill(options(inputs, output), quiet())
+    return output
+
+
+def test_the_student_is_written_and_is_closer_to_the_teacher(inputs, whole):
+    metrics = json.loads((whole / "metrics.json").read_text())
+    assert metrics["steps"] == 6
+    assert metrics["held_out"]["output_kd"] < 0.95 * metrics["held_out_before"]["output_kd"]
+    student = AutoModelForCausalLM.from_pretrained(whole / "student")
+    teacher = AutoModelForCausalLM.from_pretrained(inputs / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(whole / "student")
+    before = AutoModelForCausalLM.from_pretrained(inputs / "student")
+    ids = tokenizer("three and four is a word", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        log_p, after, start = (model(ids).logits.log_softmax(-1) for model in (teacher, student, before))
+    distance = [float((log_p.exp() * (log_p - log_q)).sum(-1).mean()) for log_q in (after, start)]
+    assert distance[0] < distance[1]
+
+
+def test_what_a_run_leaves_behind(whole):
+    names = {path.name for path in whole.iterdir()}
+    assert names == {"run.json", "metrics.json", "student", "checkpoint-4", "checkpoint-6", ".lock"}
+    # No pickle of arbitrary objects: every .pt and .pth file loads as tensors and plain values.
+    for path in (whole / "checkpoint-6").iterdir():
+        assert path.name != "training_args.bin"
+        if path.name in ("optimizer.pt", "scheduler.pt"):
+            torch.load(path, weights_only=True)
+
+
+def test_every_term_is_in_the_history(whole):
+    history = json.loads((whole / "metrics.json").read_text())["history"]
+    trained = [entry for entry in history if "loss" in entry]
+    assert [entry["step"] for entry in trained] == list(range(1, 7))
+    assert all({"output_kd", "trajectory", "derivative", "ce"} <= entry.keys() for entry in trained)
+    assert [entry["step"] for entry in history if "eval_trajectory" in entry][:4] == [0, 2, 4, 6]
+
+
+def test_a_finished_run_is_left_alone(inputs, whole):
+    console = quiet()
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != ".lock"}
+    assert distill(options(inputs, whole), console) == json.loads((whole / "metrics.json").read_text())
+    assert "finished; nothing to do" in console.file.getvalue()
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != ".lock"} == before
+
+
+COMMAND = ["--max-steps", "6", "--learning-rate", "3e-3", "--batch-size", "4", "--max-length", "24", "--eval-fraction", "0.2",
+           "--save-steps", "2", "--log-steps", "1", "--dtype", "float32", "--num-layers", "2"]  # fmt: skip
+
+
+def command(inputs, output, *more):
+    return ["distill", "--teacher", str(inputs / "teacher"), "--student", str(inputs / "student"), "--data",
+            str(inputs / "data.txt"), "--output", str(output), *COMMAND, *more]  # fmt: skip
+
+
+# A process that stops for good in the middle of writing its second checkpoint, or in the middle of a step after its first.
+STUCK = """
+import sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from fdd_kernels import distill
+from fdd_kernels.cli import main
+
+def hang():
+    Path(sys.argv[2]).touch()
+    time.sleep(600)
+
+if sys.argv[1] == "saving":
+    own = distill._ResumableTrainer._save_optimizer_and_scheduler
+    def save(self, folder):
+        if self.state.global_step == 4:
+            hang()
+        own(self, folder)
+    distill._ResumableTrainer._save_optimizer_and_scheduler = save
+else:
+    own = distill._ResumableTrainer.compute_loss
+    def loss(self, *args, **kwargs):
+        if self.state.global_step == 3 and self.model.training:
+            hang()
+        return own(self, *args, **kwargs)
+    distill._ResumableTrainer.compute_loss = loss
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+@pytest.mark.parametrize("moment", ["saving", "computing"])
+def test_kill_9_loses_nothing_that_was_reported_as_saved(inputs, whole, tmp_path, moment):
+    output, stuck = tmp_path / "run", tmp_path / "stuck"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    with (tmp_path / "stderr").open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-c", STUCK, moment, str(stuck), *command(inputs, output)], stderr=stderr, env=environment
+        )
+        try:
+            deadline = time.monotonic() + 240
+            while not stuck.exists():
+                assert process.poll() is None, (tmp_path / "stderr").read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            # While it lives, nobody else may work there.
+            with pytest.raises(UserError, match="another process"):
+                distill(options(inputs, output), quiet())
+        finally:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    told = (tmp_path / "stderr").read_text()
+    reported = [line.split()[-1] for line in told.splitlines() if line.startswith("saved ")]
+    assert reported == ["checkpoint-2"]
+    assert [path.name for path in output.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not (output / "metrics.json").exists()
+    console = quiet()
+    distill(options(inputs, output), console)
+    assert "going on from checkpoint-2" in console.file.getvalue()
+    same(weights(output), weights(whole))
+    assert not (output / ".unfinished").exists()
+    mine, theirs = (json.loads((folder / "metrics.json").read_text()) for folder in (output, whole))
+    assert mine["held_out"] == theirs["held_out"]
+    assert [e["loss"] for e in mine["history"] if "loss" in e] == [e["loss"] for e in theirs["history"] if "loss" in e]
+
+
+class FullDisk:
+    """Where `when(path)`, writing a file to disk says that no space is left, as it does under delayed allocation."""
+
+    def __init__(self, monkeypatch, when):
+        self.when, self.own = when, atomic._sync
+        monkeypatch.setattr(atomic, "_sync", self)
+
+    def __call__(self, path):
+        if self.when(str(path)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return self.own(path)
+
+
+@pytest.mark.parametrize(("where", "kept"), [
+    ("checkpoint-2", None), ("checkpoint-4", "checkpoint-2"), ("student", "checkpoint-6"), (".metrics.json", "checkpoint-6"),
+])  # fmt: skip
+def test_a_full_disk_loses_nothing(inputs, whole, tmp_path, monkeypatch, where, kept):
+    output = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        FullDisk(patch, lambda path: f"/{where}" in path)
+        with pytest.raises(UserError, match="No space left on device") as error:
+            distill(options(inputs, output), quiet())
+    assert (f"{kept} is complete" if kept else "nothing was saved before") in str(error.value).replace("\n", " ")
+    assert "\n" not in str(error.value)
+    saved = sorted(path.name for path in output.glob("checkpoint-*"))
+    assert (saved[-1] if saved else None) == kept
+    assert not (output / ".unfinished").exists()
+    assert not (output / "metrics.json").exists()
+    distill(options(inputs, output), quiet())
+    same(weights(output), weights(whole))
+
+
+def test_a_really_full_file_system(inputs, whole, tmp_path):
+    """The same on a file system of its own that is too small for two checkpoints."""
+    small = tmp_path / "small"
+    small.mkdir()
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting a small file system needs root")
+    checkpoint = sum(path.stat().st_size for path in (whole / "checkpoint-6").rglob("*"))
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={int(checkpoint * 1.5)}", "tmpfs", str(small)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.decode().strip()}")
+    try:
+        with pytest.raises(UserError, match=r"checkpoint-4 could not be written.*checkpoint-2 is complete"):
+            distill(options(inputs, small / "run"), quiet())
+        assert [path.name for path in (small / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+        assert not (small / "run" / ".unfinished").exists()
+        moved = tmp_path / "moved"
+        shutil.copytree(small / "run", moved)
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+    distill(options(inputs, moved), quiet())
+    same(weights(moved), weights(whole))
+
+
+@pytest.mark.parametrize(("changes", "named"), [
+    ({"learning_rate": 1e-4}, "learning_rate was 0.003, is 0.0001"),
+    ({"config": FDDConfig(num_layers=2, beta=0.5)}, "config.beta was 1.0, is 0.5"),
+    ({"seed": 4}, "seed was 0, is 4"),
+])  # fmt: skip
+def test_another_configuration_is_refused(inputs, whole, changes, named):
+    before = weights(whole)
+    with pytest.raises(UserError, match=f"holds another run .*{named}.*--no-resume"):
+        distill(options(inputs, whole, **changes), quiet())
+    same(weights(whole), before)
+
+
+def test_other_data_or_models_are_refused(inputs, whole, tmp_path):
+    (tmp_path / "data.txt").write_text(TEXT)
+    with pytest.raises(UserError, match=r"holds another run \(data was"):
+        distill(options(inputs, whole, data=tmp_path / "data.txt"), quiet())
+    with pytest.raises(UserError, match=r"holds another run \(student was"):
+        distill(options(inputs, whole, student=str(inputs / "bare")), quiet())
+
+
+def test_how_often_it_saves_may_change(inputs, whole):
+    assert distill(options(inputs, whole, save_steps=3, log_steps=5), quiet())["steps"] == 6
+
+
+def test_no_resume_starts_again(inputs, whole, tmp_path):
+    output = tmp_path / "run"
+    distill(options(inputs, output, max_steps=2), quiet())
+    distill(options(inputs, output, resume=False), quiet())
+    same(weights(output), weights(whole))
+
+
+def test_checkpoints_of_somebody_else_are_not_touched(inputs, tmp_path):
+    (tmp_path / "checkpoint-7").mkdir()
+    with pytest.raises(UserError, match=r"holds checkpoint-7 but no run.json"):
+        distill(options(inputs, tmp_path), quiet())
+    assert (tmp_path / "checkpoint-7").is_dir()
+
+
+def test_a_student_of_a_config_alone_is_initialised_by_seed(inputs, tmp_path):
+    runs = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        console = quiet()
+        distill(options(inputs, tmp_path / name, student=str(inputs / "bare"), seed=seed, max_steps=1), console)
+        assert "initialised at random" in console.file.getvalue()
+        runs[name] = weights(tmp_path / name)
+    same(runs["a"], runs["b"])
+    assert not torch.equal(runs["a"]["lm_head.weight"], runs["c"]["lm_head.weight"])
+
+
+def test_lora_resumes_and_is_merged(inputs, tmp_path):
+    lora = {"lora_rank": 2, "max_steps": 4}
+    distill(options(inputs, tmp_path / "whole", **lora), quiet())
+    with pytest.MonkeyPatch.context() as patch:
+        FullDisk(patch, lambda path: "/checkpoint-4" in path)
+        with pytest.raises(UserError):
+            distill(options(inputs, tmp_path / "parts", **lora), quiet())
+    distill(options(inputs, tmp_path / "parts", **lora), quiet())
+    same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    start = load_file(inputs / "student" / "model.safetensors")
+    merged = weights(tmp_path / "whole")
+    assert merged.keys() == start.keys()
+    same({"lm_head.weight": merged["lm_head.weight"]}, {"lm_head.weight": start["lm_head.weight"]})
+    assert not torch.equal(merged["model.layers.0.mlp.up_proj.weight"], start["model.layers.0.mlp.up_proj.weight"])
+    base = AutoModelForCausalLM.from_pretrained(inputs / "student")
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "whole" / "adapter").merge_and_unload()
+    torch.testing.assert_close(
+        adapted.state_dict()["model.layers.0.mlp.up_proj.weight"], merged["model.layers.0.mlp.up_proj.weight"]
+    )
+
+
+def test_bfloat16_keeps_float32_weights(inputs, tmp_path):
+    metrics = distill(
+        options(inputs, tmp_path, dtype="bfloat16", gradient_checkpointing=True, gradient_accumulation=2), quiet()
+    )
+    assert {tensor.dtype for tensor in weights(tmp_path).values()} == {torch.float32}
+    assert metrics["held_out"]["output_kd"] < metrics["held_out_before"]["output_kd"]
+
+
+def test_unequal_padding_of_the_heads_is_found_out(inputs, tmp_path):
+    padded = tiny_model("llama", depth=3, vocab_size=320)
+    padded.save_pretrained(tmp_path / "student")
+    metrics = distill(options(inputs, tmp_path / "run", student=str(tmp_path / "student"), max_steps=1), quiet())
+    assert metrics["vocab_size"] == len(tiny_tokenizer()) < 320
+
+
+def test_epochs_and_no_held_out_part(inputs, tmp_path):
+    metrics = distill(options(inputs, tmp_path, max_steps=None, epochs=0.5, eval_fraction=0.0), quiet())
+    batches = -(-metrics["train_windows"] // 4)
+    assert metrics["steps"] == -(-batches // 2) < batches
+    assert metrics["held_out"] is None
+    assert (tmp_path / "student").is_dir()
+
+
+class TestBadInput:
+    """One line on stderr, exit code 2, nothing that looks like a result."""
+
+    def fails(self, capsys, arguments, message):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        last = error.strip().splitlines()[-1]
+        assert last.startswith("fdd-kernels distill: "), error
+        assert message in last, error
+        assert "Traceback" not in error
+
+    def replaced(self, inputs, output, **changes):
+        arguments = command(inputs, output)
+        for name, value in changes.items():
+            arguments[arguments.index(f"--{name}") + 1] = str(value)
+        return arguments
+
+    def test_missing_teacher(self, inputs, tmp_path, capsys):
+        self.fails(capsys, self.replaced(inputs, tmp_path / "o", teacher=tmp_path / "none"), "no such directory")
+
+    def test_unknown_name_offline(self, inputs, tmp_path, capsys):
+        self.fails(capsys, self.replaced(inputs, tmp_path / "o", student="no-such-model-here"), "student no-such-model-here")
+
+    def test_truncated_weights(self, inputs, tmp_path, capsys):
+        shutil.copytree(inputs / "student", tmp_path / "student")
+        with (tmp_path / "student" / "model.safetensors").open("r+b") as file:
+            file.truncate(1000)
+        self.fails(capsys, self.replaced(inputs, tmp_path / "o", student=tmp_path / "student"), "cannot load the student")
+
+    def test_remote_code_is_never_run(self, inputs, tmp_path, capsys):
+        shutil.copytree(inputs / "student", tmp_path / "student")
+        config = json.loads((tmp_path / "student" / "config.json").read_text())
+        config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+        (tmp_path / "student" / "config.json").write_text(json.dumps(config))
+        (tmp_path / "student" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+        self.fails(capsys, self.replaced(inputs, tmp_path / "o", student=tmp_path / "student"), "cannot load the")
+        assert not (tmp_path / "ran").exists()
+
+    def test_corrupt_line(self, inputs, tmp_path, capsys):
+        (tmp_path / "d.jsonl").write_text('{"text": "fine"}\n{"text": "cut\n')
+        self.fails(
+            capsys,
+            self.replaced(inputs, tmp_path / "o", data=tmp_path / "d.jsonl"),
+            f"{tmp_path / 'd.jsonl'}:2: not valid JSON",
+        )
+
+    def test_missing_data(self, inputs, tmp_path, capsys):
+        self.fails(capsys, self.replaced(inputs, tmp_path / "o", data=tmp_path / "d.jsonl"), "no such file or directory")
+
+    def test_another_tokenizer(self, inputs, tmp_path, capsys):
+        shutil.copytree(inputs / "student", tmp_path / "student")
+        text = (tmp_path / "student" / "tokenizer.json").read_text()
+        (tmp_path / "student" / "tokenizer.json").write_text(text.replace("<end>", "<fin>"))
+        changed = self.replaced(inputs, tmp_path / "o", student=tmp_path / "student")
+        self.fails(capsys, changed, "tokenizers of teacher")
+
+    def test_no_tokenizer(self, inputs, tmp_path, capsys):
+        changed = self.replaced(inputs, tmp_path / "o", teacher=inputs / "bare")
+        self.fails(capsys, changed, "has no tokenizer")
+
+    def test_too_many_layers(self, inputs, tmp_path, capsys):
+        self.fails(capsys, self.replaced(inputs, tmp_path / "o", **{"num-layers": 9}), "needs a deeper model")
+
+    def test_too_long_windows(self, inputs, tmp_path, capsys):
+        self.fails(capsys, self.replaced(inputs, tmp_path / "o", **{"max-length": 65}), "has only 64 positions")
+
+    def test_unavailable_backend(self, inputs, tmp_path, capsys):
+        from fdd_kernels.backends import why_unavailable
+
+        if why_unavailable("triton", torch.device("cpu")) is None:
+            pytest.skip("triton runs here")
+        self.fails(capsys, [*command(inputs, tmp_path / "o"), "--backend", "triton"], 'backend="triton" cannot run')
+
+    def test_output_that_is_a_file(self, inputs, tmp_path, capsys):
+        (tmp_path / "o").write_text("")
+        self.fails(capsys, command(inputs, tmp_path / "o"), "cannot be made a directory")
+
+
+class TestAtomic:
+    def test_a_directory_appears_at_once(self, tmp_path):
+        with atomic.atomic_directory(tmp_path / "a") as folder:
+            (folder / "x").write_text("1")
+            assert not (tmp_path / "a").exists()
+        assert (tmp_path / "a" / "x").read_text() == "1"
+        assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+    def test_an_exception_leaves_the_old_one(self, tmp_path):
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "x").write_text("old")
+
+        def fail():
+            with atomic.atomic_directory(tmp_path / "a") as folder:
+                (folder / "x").write_text("new")
+                raise KeyError
+
+        with pytest.raises(KeyError):
+            fail()
+        assert (tmp_path / "a" / "x").read_text() == "old"
+        assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+    def test_an_old_one_is_replaced_whole(self, tmp_path):
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a" / "old").write_text("")
+        with atomic.atomic_directory(tmp_path / "a") as folder:
+            (folder / "new").write_text("")
+        assert [path.name for path in (tmp_path / "a").iterdir()] == ["new"]
+
+    def test_everything_is_synced_before_it_appears(self, tmp_path, monkeypatch):
+        synced = []
+        own = atomic._sync
+
+        def note(path):
+            synced.append((path.name, (tmp_path / "a").exists()))
+            own(path)
+
+        monkeypatch.setattr(atomic, "_sync", note)
+        with atomic.atomic_directory(tmp_path / "a") as folder:
+            (folder / "deep").mkdir()
+            (folder / "deep" / "x").write_text("1")
+        assert {name for name, there in synced if not there} == {"x", "deep", "a"}
+        assert synced[-1] == (tmp_path.name, True)
+
+    def test_a_text_file_is_replaced_or_left(self, tmp_path, monkeypatch):
+        atomic.write_text(tmp_path / "m.json", "old")
+        FullDisk(monkeypatch, lambda path: path.endswith(".part"))
+        with pytest.raises(OSError, match="No space"):
+            atomic.write_text(tmp_path / "m.json", "new")
+        assert (tmp_path / "m.json").read_text() == "old"
+        assert [path.name for path in tmp_path.iterdir()] == ["m.json"]
