@@ -54,6 +54,15 @@ def dense_row_terms(plan: Plan, student_hidden: tuple[Tensor, ...], student_weig
                     teacher_hidden: tuple[Tensor, ...], teacher_weight: Tensor | None, teacher_bias: Tensor | None,
                     valid: Tensor | None, labels: Tensor | None) -> RowTerms:  # fmt: skip
     """The four terms per row, (R,), from hidden states (R, D); rows with `valid` False are computed on zeros."""
+    # Autocast would round the logits: its cast of the inputs is the caller's.
+    with torch.autocast(student_weight.device.type, enabled=False):
+        return _dense_row_terms(
+            plan, student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, valid, labels
+        )
+
+
+def _dense_row_terms(plan: Plan, student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias,
+                     valid, labels) -> RowTerms:  # fmt: skip
     o: LossOptions = plan.options
     if valid is not None:
         student_hidden = [torch.where(valid[:, None], h, 0.0) for h in student_hidden]
