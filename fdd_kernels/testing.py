@@ -119,6 +119,7 @@ def random_problem(
         contiguous: False gives strided views, hidden states, heads, labels and mask.
     """
     generator = torch.Generator().manual_seed(seed)
+    live = max(1, columns - max(1, columns // 8))
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -143,7 +144,7 @@ def random_problem(
     if bias == "padded":
         for side in (student, teacher):
             if side["bias"] is not None:
-                side["bias"][columns - max(1, columns // 8) :] = -torch.inf
+                side["bias"][live:] = -torch.inf
 
     def finish(tensor: Tensor | None, trainable: bool) -> Tensor | None:
         if tensor is None:
@@ -155,8 +156,7 @@ def random_problem(
         return (draw().to(device) if contiguous else strided(draw().to(device))) if present else None
 
     def draw_labels() -> Tensor:
-        finite = columns - max(1, columns // 8) if bias == "padded" and columns > 1 else columns
-        drawn = torch.randint(0, finite, leading, generator=generator)
+        drawn = torch.randint(0, live if bias == "padded" else columns, leading, generator=generator)
         return drawn.where(torch.rand(leading, generator=generator) < 0.75, -100)
 
     return Problem(

@@ -17,6 +17,7 @@ from fdd_kernels.backends import BACKENDS, why_unavailable
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 hypothesis.settings.register_profile("fdd", derandomize=True, deadline=None, max_examples=60, print_blob=False)
+hypothesis.settings.register_profile("search", deadline=None, max_examples=1500)  # --hypothesis-profile=search
 hypothesis.settings.load_profile("fdd")
 
 
