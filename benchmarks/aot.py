@@ -31,7 +31,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fdd_kernels.backends.triton import config as configurations
-from fdd_kernels.backends.triton import operations
+from fdd_kernels.backends.triton import divergence, grad, merge, operations, rows, stats
 from fdd_kernels.backends.triton.launch import Launch, recorded
 from fdd_kernels.config import LossOptions
 from fdd_kernels.plan import make_plan
@@ -153,13 +153,22 @@ class Job:
 
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
-KERNELS: dict[str, object] = {}
+KERNELS = {
+    kernel.fn.__name__: kernel
+    for kernel in (
+        stats.lens_stats_kernel,
+        divergence.divergence_stats_kernel,
+        grad.lens_grad_kernel,
+        merge.merge_stats_kernel,
+        merge.merge_divergence_kernel,
+        rows.move_rows_kernel,
+    )
+}
 
 
 def job(target: str, case: Case, launch: Launch) -> Job:
     """How Triton would specialise a launch."""
     kernel = launch.kernel
-    KERNELS[kernel.fn.__name__] = kernel
     signature, constants, divisible = [], [], []
     for parameter in kernel.params:
         name, value = parameter.name, launch.arguments[parameter.name]
@@ -253,10 +262,9 @@ def compile_job(one: Job) -> Report:
         problems.append("no tensor-core instruction")
     threads = one.num_warps * hardware.warp
     per_thread = -(-registers // 8) * 8
+    reserved = shared + (KIB if backend == "cuda" else 0)
     programs = min(hardware.registers // max(1, per_thread * threads), hardware.threads // threads)
-    programs = min(
-        programs, hardware.shared_total // (shared + KIB) if backend == "cuda" else hardware.shared_total // max(shared, 1)
-    )
+    programs = min(programs, hardware.shared_total // max(1, reserved))
     tile = "x".join(str(constants[name]) for name in ("BLOCK_R", "BLOCK_C", "BLOCK_D", "BLOCK_E") if name in constants)
     return Report(
         target=one.target, kernel=one.kernel, case=one.case, tile=tile, num_warps=one.num_warps, num_stages=one.num_stages,
@@ -293,10 +301,6 @@ def hip_resources(assembly: str) -> tuple[int, int]:
     return entry("vgpr_count"), entry("private_segment_fixed_size") + 4 * entry("vgpr_spill_count")
 
 
-def _prepare(targets: list[str], quick: bool) -> None:
-    jobs(targets, quick)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", nargs="+", default=["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"], choices=HARDWARE)
@@ -306,18 +310,17 @@ def main() -> int:
     arguments = parser.parse_args()
     todo = jobs(arguments.target, arguments.quick)
     reports = []
-    header = f"{'target':10} {'kernel':24} {'case':34} {'tile':15} {'warps':>5} {'regs':>4} {'spill':>5} {'shared':>7} {'exp/tile':>8} {'progs':>5}  instruction"
-    print(header, flush=True)
-    with ProcessPoolExecutor(arguments.processes, initializer=_prepare, initargs=(arguments.target, arguments.quick)) as pool:
+    columns = "{:10} {:18} {:34} {:15} {:>5} {:>4} {:>5} {:>7} {:>8} {:>5}  {}"
+    print(columns.format("target", "kernel", "case", "tile", "warps", "regs", "spill", "shared", "exp/tile", "progs", "dot"))
+    with ProcessPoolExecutor(arguments.processes) as pool:
         for report in pool.map(compile_job, todo):
             reports.append(report)
             r = report
-            print(
-                f"{r.target:10} {r.kernel.removesuffix('_kernel'):24} {r.case:34} {r.tile:15} {r.num_warps:5} {r.registers:4} "
-                f"{r.spilled_bytes:5} {r.shared_bytes:7} {r.exponentials_a_tile:8} {r.programs_a_multiprocessor:5}  "
-                f"{r.tensor_core} {' '.join(r.problems)}",
-                flush=True,
-            )
+            line = columns.format(
+                r.target, r.kernel.removesuffix("_kernel"), r.case, r.tile, r.num_warps, r.registers, r.spilled_bytes,
+                r.shared_bytes, r.exponentials_a_tile, r.programs_a_multiprocessor, r.tensor_core,
+            )  # fmt: skip
+            print(line, *r.problems, flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(report) for report in reports], indent=1) + "\n")
     wrong = [report for report in reports if report.problems]

@@ -65,16 +65,16 @@ def f32_precision() -> str:
 def choose(rows: int, dtype: torch.dtype, architecture: str) -> LaunchConfig:
     """The configuration of the three heavy kernels for `rows` rows; `dtype` is the wider of the two models' products."""
     if architecture == INTERPRETER:
-        return LaunchConfig(16, 32, 16, 16, num_warps=4, num_stages=1)
+        return LaunchConfig(16, 32, 32, 16, num_warps=4, num_stages=1)
     amd = architecture.startswith("gfx")
     few = rows <= 64  # half a tile of rows would be computed for nothing
     if dtype == torch.float32:
-        return LaunchConfig(64, 64, 16, 32, num_warps=4, num_stages=2)
+        return LaunchConfig(64, 64, 16, 16, num_warps=4, num_stages=2)
     if amd:
-        return LaunchConfig(64 if few else 128, 128, 64, 32, num_warps=4 if few else 8, num_stages=2)
+        return LaunchConfig(64 if few else 128, 128, 64, 16, num_warps=4 if few else 8, num_stages=2)
     # Shared memory a multiprocessor: 227 KiB on sm_90 and sm_100, 163 on sm_80, 99 on sm_89 and sm_120.
     stages = 3 if architecture in ("sm_80", "sm_90", "sm_100") else 2
-    return LaunchConfig(64 if few else 128, 128, 64, 32, num_warps=4 if few else 8, num_stages=stages)
+    return LaunchConfig(64 if few else 128, 128, 64, 16, num_warps=4 if few else 8, num_stages=stages)
 
 
 def candidates(rows: int, dtype: torch.dtype, architecture: str) -> list[LaunchConfig]:
@@ -83,6 +83,6 @@ def candidates(rows: int, dtype: torch.dtype, architecture: str) -> list[LaunchC
     found = [default]
     for block_rows, block_columns, num_warps in ((128, 128, 8), (64, 128, 4), (128, 64, 4), (128, 256, 8), (64, 256, 8)):
         for block_depth, num_stages in ((64, 2), (64, 3), (64, 4), (32, 4)):
-            for block_strip in (32, 64):
+            for block_strip in (16, 32):
                 found.append(LaunchConfig(block_rows, block_columns, block_depth, block_strip, num_warps, num_stages))
     return list(dict.fromkeys(found)) if dtype != torch.float32 else [default]

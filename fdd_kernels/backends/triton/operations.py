@@ -57,6 +57,8 @@ class Head:
         self.dtype = hidden[0].dtype
         for tensor in (*hidden[1:], *(() if weight is None else (weight,))):
             self.dtype = torch.promote_types(self.dtype, tensor.dtype)
+        # Triton's interpreter multiplies the bit patterns of bfloat16; in float32 the products are the same.
+        self.block_dtype = torch.float32 if interpreting() and self.dtype == torch.bfloat16 else self.dtype
         # The kernels read a head along its width; any other layout is copied once a call.
         self.weight = weight if weight is None or weight.stride(1) == 1 else weight.contiguous()
         self.bias = None if bias is None else bias.to(torch.float32).contiguous()
@@ -126,7 +128,9 @@ class Block:
         self.ranges = triton.cdiv(problem.tiles, self.tiles_per_range)
 
     def _gather(self, head: Head) -> Tensor:
-        block_LrD = torch.empty((self.problem.layers, self.rows, head.width), dtype=head.dtype, device=self.problem.device)
+        block_LrD = torch.empty(
+            (self.problem.layers, self.rows, head.width), dtype=head.block_dtype, device=self.problem.device
+        )
         for hidden_RD, block_rD in zip(head.hidden, block_LrD):
             move_rows(hidden_RD, block_rD, self.order, self.count, self.first, into_block=True)
         return block_LrD
@@ -289,7 +293,7 @@ def add_product(sum_mn: Tensor, a_mk: Tensor, b_kn: Tensor) -> None:
 
     PyTorch multiplies low-precision matrices into a float32 sum on CUDA devices alone; elsewhere they are widened first.
     """
-    if a_mk.dtype == torch.float32:
+    if a_mk.dtype == b_kn.dtype == torch.float32:
         sum_mn.addmm_(a_mk, b_kn)
     elif sum_mn.is_cuda and torch.version.hip is None and hasattr(torch.ops.aten.addmm, "dtype_out"):
         torch.ops.aten.addmm.dtype_out(sum_mn, a_mk, b_kn, torch.float32, out=sum_mn)

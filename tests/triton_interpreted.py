@@ -1,0 +1,137 @@
+"""What only the Triton kernels need checked; run by tests/test_triton_interpreter.py with TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+
+from fdd_kernels import fused_fdd_loss
+from fdd_kernels.backends.triton import autotune, config, divergences, operations
+from fdd_kernels.divergences import DIVERGENCES
+from fdd_kernels.testing import assert_within_budget, evaluate, exact, random_problem
+
+OPTIONS = {"trajectory": "jsd", "ce_weight": 0.5, "temperature": 2.0}
+
+
+@pytest.fixture
+def shuffled(monkeypatch):
+    """Programs of every launch run in a random order, and memory that nobody wrote holds NaN."""
+    builder = interpreter.interpreter_builder
+    in_order, orders = builder.set_grid_idx, {}
+
+    def set_grid_idx(x, y, z):
+        grid = builder.grid_dim
+        if (x, y, z) == (0, 0, 0) or grid not in orders:
+            places = [(i, j, k) for i in range(grid[0]) for j in range(grid[1]) for k in range(grid[2])]
+            orders[grid] = random.Random(len(orders)).sample(places, len(places))
+        in_order(*orders[grid][(x * grid[1] + y) * grid[2] + z])
+
+    monkeypatch.setattr(builder, "set_grid_idx", set_grid_idx)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
+    yield orders
+    torch.use_deterministic_algorithms(before)
+
+
+def run(problem, upstream=None, **options):
+    return evaluate(problem, fused_fdd_loss, upstream, backend="triton", **options)
+
+
+def tensors(outcome):
+    return [*outcome.terms, *outcome.gradients.values()]
+
+
+def test_order_of_programs_does_not_matter(shuffled, monkeypatch):
+    problem = random_problem(dtype=torch.float32, columns=70, labels=True)
+    found = run(problem, **OPTIONS)
+    assert any(len(order) > 1 for order in shuffled.values())
+    monkeypatch.undo()
+    expected = run(problem, **OPTIONS)
+    for a, b in zip(tensors(found), tensors(expected), strict=True):
+        assert torch.equal(a, b)
+    assert_within_budget(problem, found, None, **OPTIONS)
+
+
+def test_several_blocks_of_rows_and_chunks_of_columns(monkeypatch):
+    """The budgets shrunk until every loop on the host turns more than once, and each dtype of a head is summed."""
+    monkeypatch.setattr(operations, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(operations, "GRAD_BYTES", 1)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        problem = random_problem((2, 20), 70, dtype=dtype)
+        assert_within_budget(problem, run(problem), None)
+
+
+def test_float16_gradients_below_its_smallest_number():
+    """Elements of dL/dx near 1e-7, where float16 has no digits left, still add up to gradients that it can hold."""
+    problem = random_problem(dtype=torch.float16)
+    found, expected = run(problem, upstream=3e-6, reduction="sum"), exact(problem, 3e-6, reduction="sum")
+    for name, gradient in found.gradients.items():
+        error = (gradient - expected.gradients[name]).abs().max()
+        assert error < 2.0**-24 + 2e-3 * expected.gradients[name].abs().max()
+
+
+@triton.jit
+def elementwise_kernel(log_q, log_p, value, slope, DIVERGENCE: tl.constexpr, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    q, p = tl.load(log_q + i), tl.load(log_p + i)
+    tl.store(value + i, divergences.divergence_value(q, p, DIVERGENCE))
+    tl.store(slope + i, divergences.divergence_slope(q, p, DIVERGENCE))
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_elementwise_pairs_are_the_registry(name):
+    log_p = -torch.rand(256, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 12
+    x = torch.cat([torch.logspace(-6, 1, 64, dtype=torch.float64), -torch.logspace(-6, 1, 64, dtype=torch.float64)]).repeat(2)
+    log_p, log_q = log_p.float(), (log_p + x).float()
+    log_p[:3] = log_q[:3] = -torch.inf
+    value, slope = torch.empty(256), torch.empty(256)
+    elementwise_kernel[(1,)](log_q, log_p, value, slope, DIVERGENCE=name, SIZE=256)
+    exact = DIVERGENCES[name]
+    for found, formula in ((value, exact.value), (slope, exact.slope)):
+        expected = formula(log_q.double(), log_p.double())
+        scale = expected.abs() + (log_q - log_p).abs().nan_to_num(0.0, 0.0) * (log_q.exp() + log_p.exp())
+        assert ((found - expected).abs() <= 2e-6 * scale + 1e-30).all()
+
+
+@triton.jit
+def tanh_kernel(x, out, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    tl.store(out + i, divergences.tanh(tl.load(x + i)))
+
+
+def test_tanh_is_accurate_near_zero_and_far_away():
+    x = torch.cat([torch.logspace(-9, 2.5, 128), -torch.logspace(-9, 2.5, 128)])
+    out = torch.empty(256)
+    tanh_kernel[(1,)](x, out, SIZE=256)
+    torch.testing.assert_close(out.double(), x.double().tanh(), rtol=1e-6, atol=0)
+
+
+def test_every_architecture_has_a_configuration():
+    for architecture in config.ARCHITECTURES:
+        for dtype in (torch.bfloat16, torch.float32):
+            for rows in (1, 64, 100_000):
+                assert config.choose(rows, dtype, architecture).block_rows >= 16
+
+
+def test_autotuning_is_kept_on_disk(monkeypatch, tmp_path):
+    monkeypatch.setenv(autotune.SWITCH, "1")
+    monkeypatch.setenv(autotune.CACHE, str(tmp_path))
+    timed = []
+
+    def timer(run, candidate):
+        timed.append(candidate)
+        return -candidate.block_columns
+
+    arguments = ("stats", (300, 1000, 64, 64), torch.bfloat16, "sm_90", None)
+    best = autotune.tuned(*arguments, timer=timer)
+    assert best.block_columns == max(c.block_columns for c in timed)
+    timed.clear()
+    assert autotune.tuned(*arguments, timer=timer) == best
+    assert not timed
+    monkeypatch.delenv(autotune.SWITCH)
+    assert autotune.tuned(*arguments, timer=timer) == config.choose(300, torch.bfloat16, "sm_90")
