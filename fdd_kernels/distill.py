@@ -89,7 +89,7 @@ def distill(options: DistillOptions, console: Console | None = None) -> dict[str
         windows = _read_data(options, tokenizer, max_length, console)
         if options.lora_rank:
             student = with_lora(student.to(dtype), options.lora_rank)
-        elif initialised:
+        if initialised:
             console.print(f"the student {options.student} has no weights: initialised at random")
         trainer = _trainer(options, student, teacher, config, windows, dtype, device, console)
         last = last_checkpoint(output)
@@ -164,18 +164,25 @@ class _ResumableTrainer(FDDTrainer):
 
 
 class _Report(TrainerCallback):
-    """A progress bar with the last loss terms; lines for evaluations and checkpoints."""
+    """A progress bar with the last loss terms; lines for evaluations and checkpoints, and without a terminal for losses."""
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
+    def __init__(self, console: Console, names: list[str]) -> None:
+        self.console, self.names = console, names
         self.progress = Progress(
             TextColumn("distilling"),
-            BarColumn(),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TextColumn("{task.fields[terms]}"),
             TimeRemainingColumn(),
             console=console,
+            disable=not console.is_terminal,
         )
+
+    def _terms(self, logs: dict[str, float], prefix: str = "") -> str:
+        return "  ".join(f"{name} {logs[prefix + name]:.4f}" for name in self.names)
+
+    def _print(self, state, text: str) -> None:
+        self.console.print(f"step {state.global_step}/{state.max_steps}  {text}", soft_wrap=True)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         self.progress.start()
@@ -185,24 +192,29 @@ class _Report(TrainerCallback):
         self.progress.update(self.task, completed=state.global_step)
 
     def on_log(self, args, state, control, logs, **kwargs) -> None:
-        if "loss" in logs:
-            terms = "  ".join(f"{name} {logs[name]:.4f}" for name in _TERMS if name in logs)
-            self.progress.update(self.task, terms=terms)
+        if "eval_loss" in logs:
+            self._print(state, f"held out: {self._terms(logs, 'eval_')}")
+        elif "loss" in logs:
+            self.progress.update(self.task, terms=self._terms(logs))
             if not self.console.is_terminal:
-                self.console.print(f"step {state.global_step}/{state.max_steps}  {terms}")
-        elif "eval_loss" in logs:
-            terms = "  ".join(f"{name} {logs[f'eval_{name}']:.4f}" for name in _TERMS)
-            self.console.print(f"step {state.global_step}/{state.max_steps} held out  {terms}")
+                self._print(state, self._terms(logs))
 
     def on_save(self, args, state, control, **kwargs) -> None:
         self.console.print(f"saved checkpoint-{state.global_step}")
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        self.stop()
 
     def stop(self) -> None:
         """Leave the terminal in order, also after an exception."""
         self.progress.stop()
 
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        self.stop()
+
+def _shown_terms(config: FDDConfig) -> list[str]:
+    """The loss and the terms that have a weight."""
+    derivative = config.derivative is not None and config.beta
+    weights = (1, config.output_kd_weight, config.alpha, derivative, config.ce_weight)
+    return [name for name, weight in zip(_TERMS, weights) if weight]
 
 
 def _trainer(options: DistillOptions, student: nn.Module, teacher: nn.Module, config: FDDConfig, windows: Windows,
@@ -232,7 +244,7 @@ def _trainer(options: DistillOptions, student: nn.Module, teacher: nn.Module, co
         report_to="none",
         disable_tqdm=True,
     )
-    report = _Report(console)
+    report = _Report(console, _shown_terms(config))
     with as_user_error("these models cannot be distilled so"):
         resolve_backend(config.backend, arguments.device)
         trainer = _ResumableTrainer(
@@ -249,9 +261,12 @@ def _finish(options: DistillOptions, trainer: _ResumableTrainer, tokenizer, wind
     """Evaluate, write the student, then the metrics."""
     output, history = options.output, trainer.state.log_history
     evaluations = [log for log in history if "eval_loss" in log]
-    held_out = (
-        {name: value for name, value in trainer.evaluate().items() if name.startswith("eval_")} if windows.held_out else {}
-    )
+    if windows.held_out and evaluations[-1]["step"] != trainer.state.global_step:
+        evaluations.append(trainer.evaluate())
+
+    def held_out(which: int) -> dict[str, float] | None:
+        return {name: evaluations[which][f"eval_{name}"] for name in _TERMS} if evaluations else None
+
     metrics = {
         "steps": trainer.state.global_step,
         "train_windows": len(windows.train),
@@ -261,8 +276,8 @@ def _finish(options: DistillOptions, trainer: _ResumableTrainer, tokenizer, wind
         "student_layers": trainer.distiller.student_layers,
         "teacher_layers": trainer.distiller.teacher_layers,
         "vocab_size": config.vocab_size,
-        "held_out_before": {name: evaluations[0].get(f"eval_{name}") for name in _TERMS} if evaluations else None,
-        "held_out": {name: held_out[f"eval_{name}"] for name in _TERMS} if held_out else None,
+        "held_out_before": held_out(0),
+        "held_out": held_out(-1),
         "history": history,
         "versions": {"fdd_kernels": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
                      "python": platform.python_version()},
@@ -282,15 +297,10 @@ def _finish(options: DistillOptions, trainer: _ResumableTrainer, tokenizer, wind
             f"{output}: the student could not be written ({first_line(error)}); {last_checkpoint(output).name} is "
             "complete. Make room and run the same command again"
         ) from error
-    _print_result(metrics, console)
-    console.print(f"wrote {output / STUDENT_FOLDER} and {output / METRICS_FILE}")
+    if windows.held_out:
+        table = Table("held out", "before", "after", title=f"after {metrics['steps']} steps")
+        for name in _shown_terms(config):
+            table.add_row(name, *(f"{metrics[when][name]:.4f}" for when in ("held_out_before", "held_out")))
+        console.print(table)
+    console.print(f"wrote {output / STUDENT_FOLDER} and {output / METRICS_FILE}", soft_wrap=True)
     return metrics
-
-
-def _print_result(metrics: dict[str, Any], console: Console) -> None:
-    if metrics["held_out"] is None:
-        return
-    table = Table("held out", "before", "after", title=f"after {metrics['steps']} steps")
-    for name in _TERMS:
-        table.add_row(name, *(f"{metrics[when][name]:.4f}" for when in ("held_out_before", "held_out")))
-    console.print(table)

@@ -81,7 +81,11 @@ class DistillOptions:
 @contextlib.contextmanager
 def only_process(output: Path) -> Iterator[None]:
     """Refuse to share `output` with a process that is still at work; a killed one holds nothing."""
-    with (output / ".lock").open("w") as file:
+    try:
+        lock = (output / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written to: {error.strerror}") from None
+    with lock as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

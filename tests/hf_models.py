@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
+
+import huggingface_hub.constants
 import pytest
 import tokenizers
 import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+# Never ask the hub, also in processes that tests start; the variable alone is only read at the first import.
+os.environ["HF_HUB_OFFLINE"] = "1"
+huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 VOCAB = 97
 

@@ -106,7 +106,7 @@ def test_every_term_is_in_the_history(whole):
     trained = [entry for entry in history if "loss" in entry]
     assert [entry["step"] for entry in trained] == list(range(1, 7))
     assert all({"output_kd", "trajectory", "derivative", "ce"} <= entry.keys() for entry in trained)
-    assert [entry["step"] for entry in history if "eval_trajectory" in entry][:4] == [0, 2, 4, 6]
+    assert [entry["step"] for entry in history if "eval_trajectory" in entry] == [0, 2, 4, 6]
 
 
 def test_a_finished_run_is_left_alone(inputs, whole):
