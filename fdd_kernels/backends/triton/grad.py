@@ -9,9 +9,9 @@ parks them in a ring of three layers in its scratch: dL/du of a layer, a strip a
 where KL(p || q) gives b, another divergence d, the label's cross-entropy n, and each of them and the log-sum-exp a; per
 moment target, about the means, 2 g_SS s + g_ST t + g_MEAN / count + 2 g_DD (s - t), with sign - at the first of a pair.
 
-G goes to a bounded buffer in the dtype of the products, and plain matrix products make dH and dW of it: accumulating dH in
-the kernel would send a float32 row of the hidden width through atomics for every column tile, several times the traffic
-of G itself, in an order that changes from run to run.
+G, scaled into float16 (`operations.py`; float32 for float32 inputs), goes to a bounded buffer, and plain matrix products
+make dH and dW of it: accumulating dH in the kernel would send a float32 row of the hidden width through atomics for every
+column tile, several times the traffic of G itself, in an order that changes from run to run.
 
 Shape suffixes: r rows of a tile, c columns of a tile, e columns of a strip.
 """
@@ -201,8 +201,7 @@ def lens_grad_kernel(
                         capped = (u_s + pivot_r[:, None]) / student_cap
                         g *= 1.0 - capped * capped
                     g *= student_scale * scale_of_grad
-                    # A column of probability 0 (u = -inf) has no gradient; nor has a row that does not count.
-                    g = tl.where(counts[:, None] & (u_s > float("-inf")), g, 0.0)
+                    g = tl.where(counts[:, None], g, 0.0)
                     out = out_r[:, None] + (columns_e - first_tile * BLOCK_C)[None, :]
                     tl.store(out, g.to(grad.dtype.element_ty), mask=(columns_e < columns)[None, :])
 

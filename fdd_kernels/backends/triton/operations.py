@@ -11,7 +11,6 @@ Shape suffixes: L layers, R rows, r rows of a block, C columns, c columns of a c
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -46,7 +45,8 @@ MIB = 2**20
 BLOCK_BYTES = 256 * MIB
 GRAD_BYTES = 128 * MIB
 PROGRAMS_A_MULTIPROCESSOR = 2
-LARGEST_F16_GRAD = 2.0**8  # what the scaled bound on |dL/dx| comes to: far from overflow, and from underflow
+# What the scaled bounds on float16 operands come to: far from overflow, and from underflow.
+LARGEST_GRAD = LARGEST_OPERAND = 2.0**8
 
 
 class Head:
@@ -234,33 +234,32 @@ def grad(inputs: LensInputs, spec: LensSpec, per_row: tuple[Tensor, ...], needed
     return _configured("grad", inputs, spec, run)
 
 
-@dataclass(frozen=True)
-class _Sums:
-    """Where gradients add up in float32 (None: not needed): the head's and the bias's over every block of rows."""
-
-    weight_CD: Tensor | None
-    bias_C: Tensor | None
-
-
 def _grad(problem: Problem, per_row, grad_hidden: list[Tensor | None], grad_weight: Tensor | None,
           grad_bias: Tensor | None) -> None:  # fmt: skip
     spec, config = problem.spec, problem.config
-    scale = _grad_scale(problem, per_row)
     head = problem.student
+    narrow = head.dtype != torch.float32
+    grad_dtype = torch.float16 if narrow else torch.float32
+    scale = _grad_scale(problem, per_row)
     weight = head.weight[: spec.columns]
+    weight_scale = _operand_scale(weight) if narrow else scale.new_ones(())
     several = problem.block_rows < problem.rows
     # Over one block of rows each chunk of the head's gradient is complete at once and needs no float32 copy.
     weight_CD = torch.zeros_like(weight, dtype=torch.float32) if several and grad_weight is not None else None
     bias_C = None if grad_bias is None else torch.zeros(spec.columns, dtype=torch.float32, device=problem.device)
     want_hidden = any(g is not None for g in grad_hidden)
-    tiles_a_chunk = max(1, GRAD_BYTES // (problem.layers * problem.block_rows * config.block_columns * head.dtype.itemsize))
+    tiles_a_chunk = max(1, GRAD_BYTES // (problem.layers * problem.block_rows * config.block_columns * grad_dtype.itemsize))
     tiles_a_chunk = min(tiles_a_chunk, problem.tiles)
     for block in problem.blocks():
         hidden_mD = block.student_LrD.flatten(0, 1)
-        sum_mD = torch.zeros_like(hidden_mD, dtype=torch.float32) if want_hidden else None
+        hidden_scale = _operand_scale(hidden_mD) if narrow else weight_scale
+        hidden_mD = (hidden_mD * hidden_scale).to(grad_dtype) if grad_weight is not None else None
+        sum_mD = None
+        if want_hidden:
+            sum_mD = torch.zeros((problem.layers * block.rows, head.width), dtype=torch.float32, device=problem.device)
         # Zero where no row counts: the kernel writes the tiles that have one.
         grad_Lrc = torch.zeros(
-            (problem.layers, block.rows, tiles_a_chunk * config.block_columns), dtype=head.dtype, device=problem.device
+            (problem.layers, block.rows, tiles_a_chunk * config.block_columns), dtype=grad_dtype, device=problem.device
         )
         for first_tile in range(0, problem.tiles, tiles_a_chunk):
             tiles = min(tiles_a_chunk, problem.tiles - first_tile)
@@ -269,21 +268,25 @@ def _grad(problem: Problem, per_row, grad_hidden: list[Tensor | None], grad_weig
             launch_grad(block, grad_Lrc, per_row, scale, first_tile, tiles)
             grad_mc = grad_Lrc.flatten(0, 1)[:, : stop - start]
             if sum_mD is not None:
-                add_product(sum_mD, grad_mc, weight[start:stop].to(head.dtype))
-            if weight_CD is not None:
-                add_product(weight_CD[start:stop], grad_mc.T, hidden_mD)
-            elif grad_weight is not None:
+                add_product(sum_mD, grad_mc, (weight[start:stop] * weight_scale).to(grad_dtype))
+            if grad_weight is not None:
                 sum_cD = torch.zeros((stop - start, head.width), dtype=torch.float32, device=problem.device)
                 add_product(sum_cD, grad_mc.T, hidden_mD)
-                grad_weight[start:stop] = sum_cD.div_(scale)
+                sum_cD /= scale * hidden_scale
+                if weight_CD is None:
+                    grad_weight[start:stop] = sum_cD
+                else:
+                    weight_CD[start:stop] += sum_cD
             if bias_C is not None:
                 bias_C[start:stop] += grad_mc.sum(0, dtype=torch.float32)
         if sum_mD is not None:
             for grad_RD, sum_rD in zip(grad_hidden, sum_mD.view(problem.layers, block.rows, -1)):
                 if grad_RD is not None:
-                    move_rows(grad_RD, sum_rD, block.order, block.count, block.first, into_block=False, scale=scale)
+                    move_rows(
+                        grad_RD, sum_rD, block.order, block.count, block.first, into_block=False, scale=scale * weight_scale
+                    )
     if weight_CD is not None:
-        grad_weight[: spec.columns] = weight_CD.div_(scale)
+        grad_weight[: spec.columns] = weight_CD
     if bias_C is not None:
         grad_bias[: spec.columns] = bias_C.div_(scale)
 
@@ -301,25 +304,33 @@ def add_product(sum_mn: Tensor, a_mk: Tensor, b_kn: Tensor) -> None:
         sum_mn.addmm_(a_mk.float(), b_kn.float())
 
 
-def _grad_scale(problem: Problem, per_row) -> Tensor:
-    """(1,) on the device: a power of two by which dL/dx is multiplied on its way through a narrow dtype.
+def _operand_scale(tensor: Tensor) -> Tensor:
+    """A power of two (0-dim, on the device) that takes the largest of a bfloat16 operand to about LARGEST_OPERAND.
 
-    float16 has no room for gradients of 1e-8, so a bound on |dL/dx| from the per-row statistics (|s - mean| is at most
-    sqrt(M_SS)) is brought to LARGEST_F16_GRAD; the other dtypes need no scale.
+    Times it, the operand fits float16: its eight bits are kept wherever it is above 2^-22 of its largest.
+    """
+    if tensor.dtype == torch.float16:
+        return torch.ones((), dtype=torch.float32, device=tensor.device)
+    largest = tensor.detach().abs().amax().float().nan_to_num(1.0, 1.0)
+    return torch.exp2(torch.log2(LARGEST_OPERAND / largest.clamp(min=2.0**-100)).floor())
+
+
+def _grad_scale(problem: Problem, per_row) -> Tensor:
+    """(1,) on the device: the power of two by which dL/dx is multiplied on its way through float16.
+
+    16-bit products see dL/dx as float16, whatever the inputs are: three bits more than bfloat16, at the same speed, and it
+    is dL/dx whose rounding the gradients show. But float16 has no room for gradients of 1e-8, so a bound on |dL/dx| from
+    the per-row statistics (|s - mean| is at most sqrt(M_SS)) is brought to LARGEST_GRAD.
     """
     one = torch.ones(1, dtype=torch.float32, device=problem.device)
-    if problem.student.dtype != torch.float16:
+    if problem.student.dtype == torch.float32:
         return one
     _, reads, moments, grad_reads, grad_moments = per_row
-    bounds = []
-    if len(reads):
-        bounds.append((grad_reads[:, VALUE].abs() * (1 + reads[:, SLOPE].abs()) + grad_reads[:, LSE_S].abs()).amax())
-    if len(moments):
-        root = moments.clamp(min=0).sqrt()
-        bound = 2 * grad_moments[:, M_SS].abs() * root[:, M_SS] + grad_moments[:, M_ST].abs() * root[:, M_TT]
-        bound += 2 * grad_moments[:, M_DD].abs() * root[:, M_DD] + grad_moments[:, MEAN_S].abs()
-        bounds.append(bound.amax())
-    if not bounds:
-        return one
-    bound = torch.stack(bounds).sum().clamp(min=2.0**-100, max=2.0**100).nan_to_num(1.0)
-    return torch.exp2(torch.log2(LARGEST_F16_GRAD / bound).floor()).reshape(1)
+    spec = problem.spec
+    root = moments.clamp(min=0).sqrt()
+    bound_R = (2 * grad_moments[:, M_SS].abs() * root[:, M_SS] + grad_moments[:, M_ST].abs() * root[:, M_TT]).sum(0)
+    bound_R += (2 * grad_moments[:, M_DD].abs() * root[:, M_DD] + grad_moments[:, MEAN_S].abs()).sum(0)
+    bound_R += (grad_reads[:, VALUE].abs() * (1 + reads[:, SLOPE].abs()) + grad_reads[:, LSE_S].abs()).sum(0)
+    steepest = spec.student_logit_scale * max(1 / t for t in (spec.moment_temperature, *(r.temperature for r in spec.reads)))
+    bound = (bound_R.amax() * steepest).nan_to_num(1.0, 1.0).clamp(min=2.0**-100)
+    return torch.exp2(torch.log2(LARGEST_GRAD / bound).floor()).reshape(1)

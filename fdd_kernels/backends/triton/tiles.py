@@ -50,9 +50,9 @@ def soft_capped(x, cap):
 
 @triton.jit
 def pivot_of(x_rc, cap):
-    """The largest u of each row, 0 where that is not finite; the soft cap grows with x, so one value a row goes through."""
-    largest = soft_capped(tl.max(x_rc, 1), cap)
-    return tl.where(tl.abs(largest) < float("inf"), largest, 0.0)
+    """The largest u of each row, 0 where that is not finite. With a soft cap 0: |u| is small, and wanted to the last bit."""
+    largest = tl.max(x_rc, 1)
+    return tl.where((tl.abs(largest) < float("inf")) & (cap == 0), largest, 0.0)
 
 
 @triton.jit
