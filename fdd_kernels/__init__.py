@@ -1,16 +1,37 @@
 """Fused Feature Dynamics Distillation losses: the whole vocabulary, every sampled layer, no logits in memory."""
 
-from fdd_kernels.api import FusedFDDLoss, fdd_loss_reference, fused_fdd_loss
-from fdd_kernels.config import FDDConfig, FDDLossTerms
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
 from fdd_kernels.version import __version__
+
+if TYPE_CHECKING:
+    from fdd_kernels.api import FusedFDDLoss, fdd_loss_reference, fused_fdd_loss
+    from fdd_kernels.config import FDDConfig, FDDLossTerms
+    from fdd_kernels.distiller import Distiller
 
 __all__ = ["Distiller", "FDDConfig", "FDDLossTerms", "FusedFDDLoss", "__version__", "fdd_loss_reference", "fused_fdd_loss"]
 
+# Imported when asked for, so that `fdd-kernels --help` does not wait for torch.
+_HOMES = {
+    "FusedFDDLoss": "api",
+    "fdd_loss_reference": "api",
+    "fused_fdd_loss": "api",
+    "FDDConfig": "config",
+    "FDDLossTerms": "config",
+    "Distiller": "distiller",
+}
+
 
 def __getattr__(name: str):
-    # Distiller needs transformers' models, the losses do not: it is imported when it is asked for.
-    if name == "Distiller":
-        from fdd_kernels.distiller import Distiller
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"fdd_kernels.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
 
-        return Distiller
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -141,8 +141,8 @@ def run_demo(arguments: argparse.Namespace) -> None:
 def run_distill(arguments: argparse.Namespace) -> None:
     """Distil a teacher into a student with the FDD loss. A run that was interrupted goes on where it was last saved."""
     with _needs("transformers", "accelerate", "safetensors", "rich"):
-        from fdd_kernels.distill import distill
-        from fdd_kernels.run_folder import DistillOptions
+        from fdd_kernels.distill_command.run import distill
+        from fdd_kernels.distill_command.run_folder import DistillOptions
     from fdd_kernels.config import FDDConfig
 
     given = {name: value for name, value in vars(arguments).items() if name not in ("command", "run")}

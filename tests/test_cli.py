@@ -65,13 +65,13 @@ def test_demo_passes_its_options_on(fake_module, arguments, expected):
 
 def run_distill(fake_module, *arguments):
     calls = []
-    fake_module("fdd_kernels.distill", distill=calls.append)
+    fake_module("fdd_kernels.distill_command.run", distill=calls.append)
     assert main(["distill", *NEEDED, *arguments]) == 0
     return calls[0]
 
 
 def test_distill_defaults_are_those_of_the_options(fake_module):
-    from fdd_kernels.run_folder import DistillOptions
+    from fdd_kernels.distill_command.run_folder import DistillOptions
 
     expected = DistillOptions(teacher="t", student="s", data=Path("d.txt"), output=Path("o"))
     assert run_distill(fake_module) == expected

@@ -14,7 +14,13 @@ from pathlib import Path
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, get_cosine_with_min_lr_schedule_with_warmup
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    get_cosine_with_min_lr_schedule_with_warmup,
+)
 
 from fdd_kernels.demo.corpus import random_windows, standard_library_texts, token_stream, train_tokenizer
 
@@ -68,18 +74,31 @@ def held_out_windows(stream: torch.Tensor, count: int) -> torch.Tensor:
     return random_windows(stream, count, CONTEXT, torch.Generator().manual_seed(7))
 
 
-def train_teacher(output: Path, steps: int, batch_size: int = 8, learning_rate: float = 3e-3, seed: int = 0) -> dict:
+def train_teacher(
+    output: Path,
+    steps: int,
+    batch_size: int = 8,
+    learning_rate: float = 3e-3,
+    seed: int = 0,
+    start_from: Path | None = None,
+) -> dict:
     """Train tokenizer and teacher on the training part and write both, with a record, to `output`.
 
+    `start_from` goes on from a teacher written earlier (weights and tokenizer; the optimiser starts anew).
     Returns the record: sizes, steps, tokens seen, held-out loss in nats per token, seconds, versions.
     """
     torch.manual_seed(seed)
     train_texts, held_out_texts = standard_library_texts(held_out=False), standard_library_texts(held_out=True)
-    tokenizer = train_tokenizer(train_texts, VOCAB_SIZE)
+    if start_from is None:
+        earlier = None
+        tokenizer, model = train_tokenizer(train_texts, VOCAB_SIZE), llama(hidden_size=192, num_layers=10, num_heads=3)
+    else:
+        earlier = json.loads((start_from / RECORD_FILE).read_text())
+        tokenizer = AutoTokenizer.from_pretrained(start_from)
+        model = LlamaForCausalLM.from_pretrained(start_from, dtype=torch.float32).train()
     train_stream, held_out_stream = token_stream(tokenizer, train_texts), token_stream(tokenizer, held_out_texts)
     evaluation = held_out_windows(held_out_stream, 128)
 
-    model = llama(hidden_size=192, num_layers=10, num_heads=3)
     forward = torch.compile(model) if shutil.which("c++") or shutil.which("g++") else model
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
@@ -110,13 +129,14 @@ def train_teacher(output: Path, steps: int, batch_size: int = 8, learning_rate: 
                 print(json.dumps(curve[-1] | {"seconds": round(time.monotonic() - started)}), flush=True)
             if step % 10 == 0 or step == steps:
                 progress.update(task, completed=step, status=f"loss {loss.item():.3f}")
-    record = {
+    record = {} if earlier is None else {"before": earlier}
+    record |= {
         "command": f"python -m fdd_kernels.demo.teacher --steps {steps} --batch-size {batch_size} "
-        f"--learning-rate {learning_rate} --seed {seed} --output DIR",
+        f"--learning-rate {learning_rate} --seed {seed} --output DIR" + (" --start-from BEFORE" if earlier else ""),
         "text": f"source of the Python {platform.python_version()} standard library",
         "train_tokens": len(train_stream),
         "held_out_tokens": len(held_out_stream),
-        "tokens_seen": steps * batch_size * CONTEXT,
+        "tokens_seen": steps * batch_size * CONTEXT + (earlier["tokens_seen"] if earlier else 0),
         "parameters": sum(p.numel() for p in model.parameters()),
         "held_out_loss": curve[-1]["held_out_loss"],
         "curve": curve,
@@ -142,5 +162,6 @@ if __name__ == "__main__":
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start-from", type=Path, metavar="DIR", help="a teacher to go on from")
     arguments = parser.parse_args()
     print(json.dumps(train_teacher(**vars(arguments)), indent=1))

@@ -17,12 +17,11 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from fdd_kernels.atomic import atomic_directory, clear_unfinished, remove_directory, write_text
 from fdd_kernels.backends import resolve_backend
 from fdd_kernels.config import FDDConfig
-from fdd_kernels.data import IGNORED, Windows, data_files, load_windows
-from fdd_kernels.integrations import FDDTrainer
-from fdd_kernels.loading import (
+from fdd_kernels.distill_command.atomic import atomic_directory, clear_unfinished, remove_directory, write_text
+from fdd_kernels.distill_command.data import IGNORED, Windows, data_files, load_windows
+from fdd_kernels.distill_command.models import (
     as_user_error,
     computing_dtype,
     first_line,
@@ -33,7 +32,7 @@ from fdd_kernels.loading import (
     window_length,
     with_lora,
 )  # fmt: skip
-from fdd_kernels.run_folder import (
+from fdd_kernels.distill_command.run_folder import (
     ADAPTER_FOLDER,
     METRICS_FILE,
     STUDENT_FOLDER,
@@ -43,6 +42,7 @@ from fdd_kernels.run_folder import (
     only_process,
     settle_run,
 )  # fmt: skip
+from fdd_kernels.integrations import FDDTrainer
 from fdd_kernels.user_error import UserError
 from fdd_kernels.version import __version__
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fdd_kernels.atomic import remove_directory, write_text
 from fdd_kernels.config import FDDConfig
-from fdd_kernels.data import data_files, file_digest
+from fdd_kernels.distill_command.atomic import remove_directory, write_text
+from fdd_kernels.distill_command.data import data_files, file_digest
 from fdd_kernels.user_error import UserError
 
 RUN_FILE, METRICS_FILE, STUDENT_FOLDER, ADAPTER_FOLDER = "run.json", "metrics.json", "student", "adapter"
@@ -30,7 +30,7 @@ class DistillOptions:
     Args:
         teacher, student: directories or names of transformers causal LMs that share a tokenizer. A student directory with
             a config.json and no weights is initialised at random.
-        data: a .txt or .jsonl file or a directory of them; see `fdd_kernels.data`.
+        data: a .txt or .jsonl file or a directory of them; see `fdd_kernels.distill_command.data`.
         output: where checkpoints, student/, metrics.json and run.json go.
         config: layers and loss.
         epochs, max_steps: the length; max_steps, if given, wins.
