@@ -69,7 +69,7 @@ def choose(rows: int, dtype: torch.dtype, architecture: str) -> LaunchConfig:
     amd = architecture.startswith("gfx")
     few = rows <= 64  # half a tile of rows would be computed for nothing
     if dtype == torch.float32:
-        return LaunchConfig(64, 64, 16, 16, num_warps=4, num_stages=2)
+        return LaunchConfig(64, 64, 16, 8, num_warps=8, num_stages=2)
     if amd:
         return LaunchConfig(64 if few else 128, 128, 64, 16, num_warps=4 if few else 8, num_stages=2)
     # Shared memory a multiprocessor: 227 KiB on sm_90 and sm_100, 163 on sm_80, 99 on sm_89 and sm_120.

@@ -33,6 +33,7 @@ def divergence_stats_kernel(
     PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """sums (ranges, reads of this pass, 2, rows): value and slope; `reads` and `pivots` are the first pass's."""
+    tl.static_assert(TEACHER and not IDENTITY)  # divergences compare two models' predictions
     TILE: tl.constexpr = BLOCK_R * BLOCK_C
     r = tl.arange(0, BLOCK_R)
     c = tl.arange(0, BLOCK_C)
@@ -63,14 +64,14 @@ def divergence_stats_kernel(
                 x = tile_values(
                     student_hidden + layer * row_stride * student_width, student_weight, student_bias, rows_r,
                     columns_c, columns, student_width, student_stride, student_scale, student_has_bias,
-                    False, PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
+                    PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
                 )  # fmt: skip
                 pivot_r = tl.load(pivots + layer * statistic_stride + row_r, mask=counts, other=0.0)
                 park_tile(tile_s, x, pivot_r, student_cap, columns_e, columns, BLOCK_R, BLOCK_C, BLOCK_E)
                 x = tile_values(
                     teacher_hidden + layer * row_stride * teacher_width, teacher_weight, teacher_bias, rows_r,
                     columns_c, columns, teacher_width, teacher_stride, teacher_scale, teacher_has_bias,
-                    IDENTITY, PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
+                    PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
                 )  # fmt: skip
                 pivot_r = tl.load(pivots + (layers + layer) * statistic_stride + row_r, mask=counts, other=0.0)
                 park_tile(tile_t, x, pivot_r, teacher_cap, columns_e, columns, BLOCK_R, BLOCK_C, BLOCK_E)

@@ -40,7 +40,7 @@ from fdd_kernels.backends.triton.tables import (
     SLOT_BEGIN,
     SLOT_INVERSE,
 )
-from fdd_kernels.backends.triton.tiles import park_tile, table_entry, table_float, tile_values
+from fdd_kernels.backends.triton.tiles import park_features, park_tile, table_entry, table_float, tile_values
 
 READ_FIELDS = tl.constexpr(spec.READ_STATS)
 LSE_S, LSE_T = tl.constexpr(spec.LSE_S), tl.constexpr(spec.LSE_T)
@@ -152,19 +152,26 @@ def lens_grad_kernel(
                 x = tile_values(
                     student_hidden + step * row_stride * student_width, student_weight, student_bias, rows_r,
                     columns_c, columns, student_width, student_stride, student_scale, student_has_bias,
-                    False, PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
+                    PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
                 )  # fmt: skip
                 pivot_r = tl.load(pivots + step * stride + row_r, mask=counts, other=0.0)
                 park_tile(tile_s, x, pivot_r, student_cap, first_column + e, columns, BLOCK_R, BLOCK_C, BLOCK_E)
                 if TEACHER:
-                    x = tile_values(
-                        teacher_hidden + step * row_stride * teacher_width, teacher_weight, teacher_bias, rows_r,
-                        columns_c, columns, teacher_width, teacher_stride, teacher_scale, teacher_has_bias,
-                        IDENTITY, PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
-                    )  # fmt: skip
-                    pivot_r = tl.load(pivots + (layers + step) * stride + row_r, mask=counts, other=0.0)
-                    tile_t = tile_s + TILE
-                    park_tile(tile_t, x, pivot_r, teacher_cap, first_column + e, columns, BLOCK_R, BLOCK_C, BLOCK_E)
+                    teacher_layer = teacher_hidden + step * row_stride * teacher_width
+                    if IDENTITY:
+                        park_features(
+                            tile_s + TILE, teacher_layer, rows_r, first_column + e, columns, teacher_width, BLOCK_R, BLOCK_C,
+                            BLOCK_E,
+                        )  # fmt: skip
+                    else:
+                        x = tile_values(
+                            teacher_layer, teacher_weight, teacher_bias, rows_r,
+                            columns_c, columns, teacher_width, teacher_stride, teacher_scale, teacher_has_bias,
+                            PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
+                        )  # fmt: skip
+                        pivot_r = tl.load(pivots + (layers + step) * stride + row_r, mask=counts, other=0.0)
+                        tile_t = tile_s + TILE
+                        park_tile(tile_t, x, pivot_r, teacher_cap, first_column + e, columns, BLOCK_R, BLOCK_C, BLOCK_E)
                 tl.debug_barrier()  # every thread's part of the tiles can be read
             layer = step - LAG
             if layer >= 0:

@@ -32,7 +32,7 @@ from fdd_kernels.backends.triton.tables import (
     WANTS_LABEL,
     WANTS_STUDENT,
 )
-from fdd_kernels.backends.triton.tiles import park_tile, pivot_of, table_entry, table_float, tile_values
+from fdd_kernels.backends.triton.tiles import park_features, park_tile, pivot_of, table_entry, table_float, tile_values
 
 SLOT_FIELDS = tl.constexpr(7)
 MOMENT_FIELDS = tl.constexpr(7)
@@ -231,7 +231,7 @@ def lens_stats_kernel(
                 x = tile_values(
                     student_hidden + layer * field_stride * student_width, student_weight, student_bias, rows_r,
                     columns_c, columns, student_width, student_stride, student_scale, student_has_bias,
-                    False, PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
+                    PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
                 )  # fmt: skip
                 pivot = own_state + 2 * layer * field_stride
                 pivot_r = tl.load(pivot, mask=carried, other=0.0)
@@ -240,17 +240,24 @@ def lens_stats_kernel(
                 tl.store(pivot, pivot_r)
                 park_tile(tile_s, x, pivot_r, student_cap, columns_e, columns, BLOCK_R, BLOCK_C, BLOCK_E)
                 if TEACHER:
-                    x = tile_values(
-                        teacher_hidden + layer * field_stride * teacher_width, teacher_weight, teacher_bias, rows_r,
-                        columns_c, columns, teacher_width, teacher_stride, teacher_scale, teacher_has_bias,
-                        IDENTITY, PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
-                    )  # fmt: skip
+                    teacher_layer = teacher_hidden + layer * field_stride * teacher_width
                     pivot = own_state + (2 * layer + 1) * field_stride
-                    pivot_r = tl.load(pivot, mask=carried, other=0.0)
-                    if (slots > 0) & is_first:
-                        pivot_r = pivot_of(x, teacher_cap)
-                    tl.store(pivot, pivot_r)
-                    park_tile(tile_t, x, pivot_r, teacher_cap, columns_e, columns, BLOCK_R, BLOCK_C, BLOCK_E)
+                    if IDENTITY:
+                        tl.store(pivot, tl.zeros((BLOCK_R,), dtype=tl.float32))
+                        park_features(
+                            tile_t, teacher_layer, rows_r, columns_e, columns, teacher_width, BLOCK_R, BLOCK_C, BLOCK_E
+                        )
+                    else:
+                        x = tile_values(
+                            teacher_layer, teacher_weight, teacher_bias, rows_r,
+                            columns_c, columns, teacher_width, teacher_stride, teacher_scale, teacher_has_bias,
+                            PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
+                        )  # fmt: skip
+                        pivot_r = tl.load(pivot, mask=carried, other=0.0)
+                        if (slots > 0) & is_first:
+                            pivot_r = pivot_of(x, teacher_cap)
+                        tl.store(pivot, pivot_r)
+                        park_tile(tile_t, x, pivot_r, teacher_cap, columns_e, columns, BLOCK_R, BLOCK_C, BLOCK_E)
                 tl.debug_barrier()  # every thread's part of the tiles can be read
                 for slot in range(
                     table_entry(table, table_width, SLOT_BEGIN, layer), table_entry(table, table_width, SLOT_BEGIN, layer + 1)

@@ -16,29 +16,22 @@ from fdd_kernels.backends.triton.divergences import tanh
 @triton.jit
 def tile_values(
     hidden, weight, bias, rows_r, columns_c, columns, width, weight_stride, scale, has_bias,
-    IDENTITY: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """scale * (h W^T + b) of the tile (r, c), before any soft cap.
-
-    `hidden` points at the layer's first row of the block. IDENTITY: W is the identity.
-    """
+    """scale * (h W^T + b) of the tile (r, c), before any soft cap. `hidden` points at the layer's first row of the block."""
     clamped_c = tl.minimum(columns_c, columns - 1)
-    hidden_r = hidden + rows_r.to(tl.int64)[:, None] * width
-    if IDENTITY:
-        x = tl.load(hidden_r + clamped_c[None, :]).to(tl.float32)
-    else:
-        d = tl.arange(0, BLOCK_D)
-        hidden_rd = hidden_r + d[None, :]
-        weight_dc = weight + clamped_c.to(tl.int64)[None, :] * weight_stride + d[:, None]
-        x = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
-        for start in range(0, width, BLOCK_D):
-            inside = d < width - start
-            h = tl.load(hidden_rd + start, mask=inside[None, :], other=0.0)
-            w = tl.load(weight_dc + start, mask=inside[:, None], other=0.0)
-            x = tl.dot(h, w.to(h.dtype), x, input_precision=PRECISION)
-        if has_bias != 0:
-            x += tl.load(bias + clamped_c)[None, :]
-        x *= scale
+    d = tl.arange(0, BLOCK_D)
+    hidden_rd = hidden + rows_r.to(tl.int64)[:, None] * width + d[None, :]
+    weight_dc = weight + clamped_c.to(tl.int64)[None, :] * weight_stride + d[:, None]
+    x = tl.zeros((BLOCK_R, BLOCK_C), dtype=tl.float32)
+    for start in range(0, width, BLOCK_D):
+        inside = d < width - start
+        h = tl.load(hidden_rd + start, mask=inside[None, :], other=0.0)
+        w = tl.load(weight_dc + start, mask=inside[:, None], other=0.0)
+        x = tl.dot(h, w.to(h.dtype), x, input_precision=PRECISION)
+    if has_bias != 0:
+        x += tl.load(bias + clamped_c)[None, :]
+    x *= scale
     return tl.where((columns_c < columns)[None, :], x, float("-inf"))
 
 
@@ -70,6 +63,20 @@ def park_tile(
             at = tile + r[:, None] * BLOCK_C + (start + e)[None, :]
             u = soft_capped(tl.load(at), cap) - pivot_r[:, None]
             tl.store(at, tl.where((columns_e + start < columns)[None, :], u, float("-inf")))
+
+
+@triton.jit
+def park_features(
+    tile, hidden, rows_r, columns_e, columns, width, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr
+):
+    """Store u = h at `tile`: a teacher without a head, whose columns are its hidden width."""
+    r = tl.arange(0, BLOCK_R)
+    e = tl.arange(0, BLOCK_E)
+    hidden_r = hidden + rows_r.to(tl.int64)[:, None] * width
+    for start in range(0, BLOCK_C, BLOCK_E):
+        inside = (columns_e + start < columns)[None, :]
+        u = tl.load(hidden_r + (columns_e + start)[None, :], mask=inside, other=0.0).to(tl.float32)
+        tl.store(tile + r[:, None] * BLOCK_C + (start + e)[None, :], tl.where(inside, u, float("-inf")))
 
 
 @triton.jit
