@@ -358,7 +358,8 @@ def _moved(problem: Problem, seed: int, summation: float, unit: float, options: 
         at = [eye[i * rows : (i + 1) * rows].reshape(*problem.leading_shape, -1) for i in range(layers)]
         grown = [torch.cat([h.detach(), e], -1).requires_grad_(h.requires_grad) for h, e in zip(hidden, at)]
         changed[f"{side}_hidden"] = tuple(grown)
-        changed[f"{side}_weight"] = torch.cat([weight.detach(), moved.T], -1).requires_grad_(weight.requires_grad)
+        # The student's in any case: the gradient of its movements is that of the logits.
+        changed[f"{side}_weight"] = torch.cat([weight.detach(), moved.T], -1).requires_grad_(side == "student")
     return replace(problem, **changed)
 
 
@@ -379,18 +380,47 @@ def gradient_floors(problem: Problem, truth: Outcome, upstream=None, unit: float
         relative = unit_roundoff(leaf.dtype) + summation + unit * math.sqrt(leaf.shape[-1])
         floors[name] = relative * _row_norms(truth.gradients[name])
     moves = [0.0] * len(floors)
-    for seed in range(PERTURBATIONS):
-        moved = evaluate(_moved(problem, seed, summation, unit, options), fdd_loss_reference, upstream, **options)
+    for seed in range(PERTURBATIONS if floors else 0):
+        moved_problem = _moved(problem, seed, summation, unit, options)
+        moved = evaluate(moved_problem, fdd_loss_reference, upstream, **options)
         for i, (name, true) in enumerate(truth.gradients.items()):
             width = true.shape[-1]
             move = _row_norms(moved.gradients[name][..., :width] - true)
             if true.ndim == 1 and move.numel():  # single numbers: one that happens not to move says little
                 move = move.clamp(min=float(move.mean()))
             moves[i] = torch.maximum(torch.as_tensor(moves[i]), move)
-    floors = {name: floor + 2 * move for (name, floor), move in zip(floors.items(), moves)}
-    if floors and problem.teacher_weight is not None:
+    if not floors:
+        return {}
+    products = _product_floors(problem, moved.gradients["student_weight"], unit, options)
+    floors = {name: floor + 2 * move + products[name] for (name, floor), move in zip(floors.items(), moves)}
+    if problem.teacher_weight is not None:
         extra = _normaliser_floors(problem, upstream, unit, options)
         floors = {name: floor + extra[name] for name, floor in floors.items()}
+    return floors
+
+
+def _product_floors(problem: Problem, grad_moved_weight: Tensor, unit: float, options: dict[str, Any]) -> dict[str, Tensor]:
+    """What the logits' gradient G and its products with the head and with the hidden states lose, per row.
+
+    Like any inner products, sqrt(n) u times the sum of the magnitudes, which counts where the sum itself cancels, and u
+    for each of the dozen operations that form an element of G. Behind a soft cap that element is multiplied by
+    1 - tanh^2, which is off by u however small it is: there the magnitude is that of the gradient in front of it.
+    """
+    wide = problem.to(torch.float64)
+    weight, width, rows = wide.student_weight.detach(), wide.student_weight.shape[1], math.prod(problem.leading_shape)
+    hidden = torch.cat([h.detach().reshape(rows, width) for h in wide.student_hidden])
+    slopes = grad_moved_weight[:, width:].T.abs()  # |G|: layers and rows x columns
+    cap = options.get("student_softcap")
+    if cap is not None:
+        x = hidden @ weight.T
+        x = x if wide.student_bias is None else x + wide.student_bias.detach()
+        factor = 1 - (options.get("student_logit_scale", 1.0) * x / cap).tanh().square()
+        slopes = torch.where(factor > 0, slopes / factor, slopes)
+    of_hidden = unit * (math.sqrt(len(weight)) + 12) * (slopes @ weight.abs()).norm(dim=-1)
+    of_head = unit * (math.sqrt(len(hidden)) + 12)
+    floors = {"student_weight": of_head * (slopes.T @ hidden.abs()).norm(dim=-1), "student_bias": of_head * slopes.sum(0)}
+    for i in range(len(wide.student_hidden)):
+        floors[f"student_hidden[{i}]"] = of_hidden[i * rows : (i + 1) * rows].reshape(problem.leading_shape)
     return floors
 
 
