@@ -25,7 +25,7 @@ from fdd_kernels.demo.teacher import (
     training_progress,
 )
 
-FULL, QUICK = Budget(steps=300), Budget(steps=60, evaluations=4, evaluation_windows=24)
+FULL, QUICK = Budget(steps=250), Budget(steps=60, evaluations=4, evaluation_windows=24)
 DEFAULT_SEEDS = {False: 2, True: 1}
 TEACHER_STEPS = {False: 6000, True: 300}
 PROMPT_TOKENS, SAMPLE_TOKENS = 48, 64
