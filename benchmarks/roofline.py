@@ -206,9 +206,8 @@ def main() -> None:
     arguments = parser.parse_args()
     found = table(arguments.rows, arguments.layers)
     print(f"Predicted, not measured: lower bounds for {arguments.rows} tokens, {arguments.layers} layers, bf16, head trained.")
-    print(
-        "ms: statistics + gradient + dH and dW, with what bounds each; traffic of memory in GiB; kept: GiB for backward, dense and chunked.\n"
-    )
+    print("ms: statistics + gradient + dH and dW, with what bounds each; GiB: traffic of memory;")
+    print("kept: GiB held for the backward pass, dense and chunked.\n")
     line = "{:18} {:7} {:>24} {:>28} {:>7} {:>16} {:>16} {:>20} {:>9}"
     print(
         line.format(

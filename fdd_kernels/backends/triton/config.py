@@ -1,11 +1,12 @@
 """Launch configurations: a plain function of operation, shape, dtype and architecture.
 
-How the numbers were argued (benchmarks/roofline.py prints the model, benchmarks/aot.py the resources). Products of this
-kind are bound by what the multiprocessors fetch from the second cache level: 2 / block_rows + 2 / block_columns bytes per
-16-bit product and model. So the tile is the largest whose accumulator leaves room for two programs a multiprocessor
-(128 x 128 with 8 warps: 64 registers a thread), one's exponentials then overlap the other's products. Tiles wait for
-their neighbours in scratch, not in registers, so the tile does not depend on what is computed of it. Float32 products at
-"ieee" precision run on the ordinary cores, from registers, and want small tiles.
+How the numbers were argued (benchmarks/roofline.py prints the model, benchmarks/aot.py the resources; neither is a timing:
+no GPU has run these kernels yet). Products of this kind are bound by what the multiprocessors fetch from the second cache
+level: 2 / block_rows + 2 / block_columns bytes per 16-bit product and model. So the tile is the largest that compiles
+without a spill on every target: 128 x 128 with 8 warps, one program a multiprocessor. Tiles wait for their neighbours in
+scratch, not in registers, so the tile does not depend on what is computed of it; strips of 16 columns keep the elementwise
+part within the registers that the product leaves. Float32 products at "ieee" precision run on the ordinary cores, from
+registers, and want small tiles.
 """
 
 from __future__ import annotations
@@ -31,6 +32,11 @@ class LaunchConfig:
     block_strip: int
     num_warps: int
     num_stages: int
+
+    @property
+    def programs(self) -> int:
+        """Programs that are to be at work on a multiprocessor: as many as have the registers for it."""
+        return max(1, 8 // self.num_warps)
 
 
 def architecture_of(device: torch.device, interpreting: bool) -> str:

@@ -44,7 +44,6 @@ from fdd_kernels.spec import (
 MIB = 2**20
 BLOCK_BYTES = 256 * MIB
 GRAD_BYTES = 128 * MIB
-PROGRAMS_A_MULTIPROCESSOR = 2
 # What the scaled bounds on float16 operands come to: far from overflow, and from underflow.
 LARGEST_GRAD = LARGEST_OPERAND = 2.0**8
 
@@ -123,7 +122,7 @@ class Block:
         self.student_LrD = self._gather(problem.student)
         self.teacher_LrD = self._gather(problem.teacher) if self.spec.needs_teacher else self.student_LrD
         # Ranges of columns, so that the device is full however few the rows.
-        wanted = triton.cdiv(PROGRAMS_A_MULTIPROCESSOR * problem.units, self.row_tiles)
+        wanted = triton.cdiv(self.config.programs * problem.units, self.row_tiles)
         self.tiles_per_range = triton.cdiv(problem.tiles, min(wanted, problem.tiles))
         self.ranges = triton.cdiv(problem.tiles, self.tiles_per_range)
 
@@ -137,7 +136,7 @@ class Block:
 
     def programs(self, column_parts: int) -> int:
         """Programs for row tiles x `column_parts` items of work: each walks its share."""
-        return min(self.row_tiles * column_parts, PROGRAMS_A_MULTIPROCESSOR * self.problem.units)
+        return min(self.row_tiles * column_parts, self.config.programs * self.problem.units)
 
     def scratch(self, column_parts: int, ring: int) -> Tensor:
         """Tiles of both models for `ring` layers, for every program."""
