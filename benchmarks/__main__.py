@@ -1,0 +1,165 @@
+"""`python -m benchmarks run | compare | table | report | list`; see `--help` of each."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import record
+from benchmarks.providers import PROVIDERS, choose
+from benchmarks.workloads import SUITES, select, suite
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser; each subcommand sets `run` to its function."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Speed, memory and accuracy of the FDD loss.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="measure, and write a record, plots and an HTML report", description=do_run.__doc__)
+    run.add_argument("--suite", choices=SUITES, default="quick", help="what to measure (%(default)s)")
+    run.add_argument(
+        "--workload", action="append", metavar="NAME", help="only this one or this group; may repeat; *? as in a shell"
+    )
+    run.add_argument("--provider", action="append", metavar="NAME", help="only this one; may repeat")
+    run.add_argument("--output", type=Path, default=record.RESULTS, metavar="DIR", help="where records go (benchmarks/results)")
+    run.add_argument("--threads", type=int, default=None, metavar="N", help="of PyTorch (all cores)")
+    run.add_argument("--repeats", type=int, default=None, metavar="N", help="interleaved rounds after the warm-up (3)")
+    run.add_argument("--device", choices=("cpu", "cuda"), default=None, help="(cuda if there is one)")
+    run.add_argument("--fresh", action="store_true", help="discard an unfinished run in --output instead of continuing it")
+    run.add_argument("--no-plots", action="store_true", help="no plots and no HTML report")
+    run.set_defaults(run=do_run)
+
+    compare = commands.add_parser(
+        "compare", help="what changed between two records beyond noise", description=do_compare.__doc__
+    )
+    compare.add_argument("before", type=Path)
+    compare.add_argument("after", type=Path)
+    compare.add_argument(
+        "--threshold", type=float, default=0.1, metavar="PART", help="smallest change that counts (%(default)s)"
+    )
+    compare.set_defaults(run=do_compare)
+
+    table = commands.add_parser("table", help="the README's table from the newest record", description=do_table.__doc__)
+    table.add_argument("--check", action="store_true", help="change nothing; exit status 1 if the README is stale")
+    table.add_argument("--results", type=Path, default=record.RESULTS, metavar="DIR")
+    table.add_argument("--readme", type=Path, default=record.ROOT / "README.md", metavar="FILE")
+    table.set_defaults(run=do_table)
+
+    report = commands.add_parser("report", help="show a record; plots and HTML beside it", description=do_report.__doc__)
+    report.add_argument("record", type=Path, nargs="?", help="(the newest in benchmarks/results)")
+    report.add_argument("--no-plots", action="store_true")
+    report.set_defaults(run=do_report)
+
+    listing = commands.add_parser("list", help="workloads of a suite, and providers", description=do_list.__doc__)
+    listing.add_argument("--suite", choices=SUITES, default="full")
+    listing.set_defaults(run=do_list)
+    return parser
+
+
+def do_run(arguments: argparse.Namespace) -> int:
+    """Measure; a run that was interrupted goes on where it stopped. Nothing else should run on the machine meanwhile."""
+    from benchmarks.runner import DEFAULT_REPEATS, Run
+
+    workloads = select(suite(arguments.suite), arguments.workload)
+    providers = choose(arguments.provider)
+    for name, value in (("--threads", arguments.threads), ("--repeats", arguments.repeats)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} {value} must be at least 1")
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU")
+    run = Run(
+        arguments.output, arguments.suite, workloads, providers, threads=arguments.threads or len(os.sched_getaffinity(0)),
+        repeats=arguments.repeats or DEFAULT_REPEATS[arguments.suite], device=device, fresh=arguments.fresh,
+    )  # fmt: skip
+    try:
+        path = run.execute()
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; what was measured is in {run.path}, the same command goes on", file=sys.stderr)
+        return 130
+    _show(path, plots=not arguments.no_plots)
+    statuses = [e["status"] for r in run.record["results"] for e in r["providers"].values()]
+    return 1 if {"refused", "failed"} & set(statuses) else 0
+
+
+def _show(path: Path, *, plots: bool) -> None:
+    from benchmarks.terminal import print_record
+
+    data = record.load(path)
+    print_record(data)
+    print(f"record: {path}")
+    if not plots:
+        return
+    try:
+        from benchmarks.html import write_report
+    except ModuleNotFoundError as error:
+        print(
+            f"no plots and no HTML report: {error.name} is missing; pip install matplotlib, then `python -m benchmarks report`"
+        )
+        return
+    print(f"report: {write_report(data, path.with_suffix(''))}")
+
+
+def do_compare(arguments: argparse.Namespace) -> int:
+    """Exit status 1 if anything became slower or larger beyond noise and threshold, or was lost."""
+    from benchmarks.compare import compare
+    from benchmarks.terminal import print_comparison
+
+    if not arguments.threshold >= 0:
+        raise ValueError(f"--threshold {arguments.threshold} must be at least 0")
+    result = compare(record.load(arguments.before), record.load(arguments.after), arguments.threshold)
+    print_comparison(result)
+    return 1 if result.regressions or result.lost else 0
+
+
+def do_table(arguments: argparse.Namespace) -> int:
+    """Write the newest record's table between the README's markers."""
+    from benchmarks import readme
+
+    if arguments.check:
+        if readme.is_stale(arguments.readme, arguments.results):
+            print(f"{arguments.readme} is stale: run `python -m benchmarks table`", file=sys.stderr)
+            return 1
+        return 0
+    newest = record.newest(arguments.results)
+    arguments.readme.write_text(readme.updated(arguments.readme.read_text(), record.load(newest)))
+    print(f"{arguments.readme}: table of {newest}")
+    return 0
+
+
+def do_report(arguments: argparse.Namespace) -> int:
+    """Print a record and write its plots and HTML report again."""
+    _show(arguments.record or record.newest(record.RESULTS), plots=not arguments.no_plots)
+    return 0
+
+
+def do_list(arguments: argparse.Namespace) -> int:
+    """Print what there is, and why what cannot run here cannot."""
+    for workload in suite(arguments.suite):
+        print(f"{workload.name:22} {workload.group:9} {workload.describe()}  {workload.text}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for provider in PROVIDERS.values():
+        reason = provider.unavailable(device)
+        print(f"{provider.name:14} {provider.title}: {provider.computes}{f' [not here: {reason}]' if reason else ''}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line: 0, 1 for a regression or a refused result, 2 for what the user can put right, 130 interrupted."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (ValueError, OSError, record.RecordError) as error:
+        print(f"benchmarks {arguments.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,120 @@
+"""The record of a run: one JSON file with every figure and with what it was measured on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = 1
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+PARTIAL = "unfinished.json"
+_REQUIRED = ("format", "suite", "date", "device", "threads", "machine", "versions", "git", "sources", "results")
+
+
+class RecordError(Exception):
+    """A record that cannot be used; the message names the file and what is wrong."""
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What the figures depend on besides the code."""
+    info = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "system": platform.platform()}
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        flags = next((set(line.split()) for line in lines if line.startswith("flags")), set())
+        info["processor"] = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), info["processor"])
+        info["instructions"] = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags]
+        memory = Path("/proc/meminfo").read_text().split()
+        info["memory"] = int(memory[memory.index("MemTotal:") + 1]) * 1024
+    except (OSError, ValueError):
+        pass
+    if device == "cuda":
+        info["gpu"] = torch.cuda.get_device_name()
+    return info
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of every package that computes something here."""
+    found = {"python": platform.python_version()}
+    for package in ("fdd_kernels", "torch", "triton", "liger-kernel", "trl", "orda-kernel"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def git_revision() -> dict[str, Any]:
+    """The commit, and whether tracked files of the package differ from it."""
+    try:
+        revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no", "fdd_kernels", "csrc", "benchmarks"],
+                                 cwd=ROOT, capture_output=True, text=True, check=True).stdout  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return {"revision": "unknown", "changed": None}
+    return {"revision": revision.strip(), "changed": bool(changed.strip())}
+
+
+def source_digest() -> str:
+    """A digest of the sources that the figures come from."""
+    digest = hashlib.sha256()
+    package = ROOT / "fdd_kernels"
+    files = [package / f"{name}.py" for name in ("api", "functions", "ops", "plan", "terms", "spec")]
+    files += sorted((package / "backends").rglob("*.py")) + sorted(package.glob("_C*")) + sorted((ROOT / "csrc").glob("*"))
+    here = ("workloads", "inputs", "products", "dense", "peers", "providers", "measure", "accuracy")
+    for path in files + [ROOT / "benchmarks" / f"{name}.py" for name in here]:
+        if path.is_file():
+            digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a record.
+
+    Raises:
+        RecordError: it is missing, no JSON, or not a record of this format.
+    """
+    try:
+        data = json.loads(path.read_text())
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, UnicodeDecodeError) as error:
+        raise RecordError(f"{path}: is not JSON ({error}); it was damaged or is something else") from error
+    missing = [key for key in _REQUIRED if not isinstance(data, dict) or key not in data]
+    if missing:
+        raise RecordError(f"{path}: is no benchmark record: it lacks {', '.join(missing)}")
+    if data["format"] != FORMAT:
+        raise RecordError(f"{path}: has format {data['format']}, this version reads {FORMAT}; run the suite again")
+    for result in data["results"]:
+        if not isinstance(result, dict) or not {"workload", "providers"} <= result.keys() or "name" not in result["workload"]:
+            raise RecordError(f"{path}: a result lacks its workload or providers; it was damaged")
+    return data
+
+
+def save(path: Path, data: dict[str, Any]) -> None:
+    """Write a record so that an interruption leaves the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(data, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def newest(folder: Path) -> Path:
+    """The newest finished record of a folder, by its own date.
+
+    Raises:
+        RecordError: there is none.
+    """
+    paths = [p for p in sorted(folder.glob("*.json")) if p.name != PARTIAL]
+    dated = [(load(path)["date"], path) for path in paths]
+    if not dated:
+        raise RecordError(f"{folder}: has no record; run `python -m benchmarks run` first")
+    return max(dated)[1]
