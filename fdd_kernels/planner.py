@@ -1,0 +1,181 @@
+"""How much memory the loss and a training step around it will take, from shapes alone. Needs no model and no transformers.
+
+The loss: gradients it returns, plus buffers whose sizes follow from the byte budgets of the backends, plus a constant for
+what libraries and the allocator keep. The dense loss: how many float32 tensors of (rows x columns) it holds at its peak,
+which was counted on measurements (`python -m benchmarks`, which prints how far every prediction is off).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fdd_kernels.backends import cpu, torch_stream
+from fdd_kernels.config import LossOptions
+from fdd_kernels.plan import Plan, _lay_out
+from fdd_kernels.spec import MOMENT_STATS, READ_STATS
+
+MIB, GIB = 2**20, 2**30
+FLOAT = 4
+RUNTIME_BYTES = {"cpu": 2 * MIB, "torch": 2 * MIB, "dense": 2 * MIB}  # generated code, thread stacks, allocator
+# Tiles of one layer that the torch backend holds at its peak: for each layer, for temporaries, and for those of moments.
+TORCH_LAYER_TILES, TORCH_TILES, TORCH_MOMENT_TILES = 5, 10, 6
+CHUNK_ROWS = 128  # of the checkpointed dense loss
+CHECKPOINTED = 1.6  # what checkpointing recomputes is freed only when its whole chunk is done
+
+
+@dataclass(frozen=True)
+class LossShape:
+    """One call of the loss: shapes as in `fused_fdd_loss`, `layers` counting the final state; None: no such term."""
+
+    rows: int
+    columns: int
+    student_width: int
+    teacher_width: int
+    layers: int = 5
+    itemsize: int = 4
+    train_head: bool = True
+    feature_space: bool = False
+    output_in_dynamics: bool = False
+    trajectory: str | None = "kl"
+    derivative: str | None = "cosine"
+    softcap: bool = False
+
+    def plan(self) -> Plan:
+        """What the call reads and sums."""
+        options = LossOptions(
+            alpha=float(self.trajectory is not None), trajectory=self.trajectory or "kl", derivative=self.derivative,
+            beta=float(self.derivative is not None), output_in_dynamics=self.output_in_dynamics,
+        )  # fmt: skip
+        return _lay_out(options, self.columns, self.layers, (self.rows,), self.feature_space, "torch")
+
+
+@dataclass(frozen=True)
+class LossMemory:
+    """Predicted bytes of one forward and backward pass by part; `inputs` are the caller's and not in `total`."""
+
+    parts: dict[str, int]
+    inputs: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+    def arithmetic(self) -> str:
+        """The sum in words, largest first."""
+        parts = sorted([*self.parts.items(), ("inputs", self.inputs)], key=lambda item: -item[1])
+        return " + ".join(f"{name} {show(size)}" for name, size in parts if size >= MIB)
+
+
+def show(size: float) -> str:
+    """Bytes in words."""
+    return f"{size / GIB:.2f} GiB" if abs(size) >= GIB else f"{size / MIB:.1f} MiB"
+
+
+def input_bytes(shape: LossShape) -> int:
+    """Hidden states and heads of both models."""
+    width = shape.student_width + shape.teacher_width
+    heads = shape.columns * (shape.student_width if shape.feature_space else width)
+    return shape.itemsize * (shape.layers * shape.rows * width + heads)
+
+
+def _gradients(shape: LossShape) -> dict[str, int]:
+    hidden = shape.itemsize * shape.layers * shape.rows * shape.student_width
+    head = shape.itemsize * shape.columns * shape.student_width if shape.train_head else 0
+    return {"gradients of hidden states": hidden, "gradient of the head": head}
+
+
+def _statistics(plan: Plan, rows: int) -> int:
+    """Statistics, their gradients and what autograd keeps between them and the loss."""
+    numbers = 2 * len(plan.layers) + READ_STATS * len(plan.spec.reads) + MOMENT_STATS * len(plan.spec.moments)
+    return 3 * FLOAT * rows * numbers
+
+
+def _cpu(shape: LossShape, threads: int) -> dict[str, int]:
+    plan = shape.plan()
+    layers, rows, width = len(plan.layers), shape.rows, shape.student_width
+    teacher_width = 0 if shape.feature_space else shape.teacher_width
+    tiles = cpu.choose_tiles(layers, rows, shape.columns, 2 * width + teacher_width, threads, backward=True)
+    set_rows = min(rows, max(1, cpu.HIDDEN_BYTES // (FLOAT * layers * width)))
+    padded = -(-set_rows // 16) * 16
+    narrow = shape.itemsize < FLOAT
+    panel = min(tiles.panel, shape.columns)
+    tile = 3 * layers * tiles.rows * tiles.columns * FLOAT
+    if narrow:
+        tile += layers * tiles.rows * (width + teacher_width) * FLOAT
+        tile += (256 + tiles.columns) * width * FLOAT if shape.train_head else 0
+    head_sum = shape.columns * width * FLOAT
+    several = narrow and shape.train_head and set_rows < rows
+    return {
+        "sums of hidden gradients": FLOAT * layers * set_rows * width + (shape.itemsize * set_rows * width if narrow else 0),
+        "sum of the head's gradient": head_sum if several and head_sum <= cpu.WEIGHT_BYTES else 0,
+        "packed heads": FLOAT * panel * (width + teacher_width + (width if narrow else 0)),
+        "gradient of a panel": FLOAT * layers * panel * padded if shape.train_head else 0,
+        "tiles": threads * tile,
+        "statistics": _statistics(plan, rows),
+    }
+
+
+def _torch(shape: LossShape, device: str) -> dict[str, int]:
+    plan = shape.plan()
+    layers, rows, width = len(plan.layers), shape.rows, shape.student_width
+    tiles = torch_stream.choose_tiles(layers, rows, shape.columns, width, shape.teacher_width, FLOAT, device)
+    block = min(tiles.rows, rows)
+    resident = min(rows, tiles.resident_rows)
+    narrow = shape.itemsize < FLOAT
+    converted = width + (0 if shape.feature_space else shape.teacher_width) if narrow else 0
+    head_sum = FLOAT * shape.columns * width
+    several = narrow and shape.train_head and rows > resident
+    count = TORCH_LAYER_TILES * layers + TORCH_TILES + (TORCH_MOMENT_TILES if plan.spec.moments else 0)
+    return {
+        "sums of hidden gradients": FLOAT * layers * resident * width,
+        "sum of the head's gradient": head_sum if several and head_sum <= torch_stream.ACCUMULATOR_BYTES else 0,
+        "operands": FLOAT * layers * block * (3 * width + 2 * shape.teacher_width)
+        + FLOAT * tiles.columns * ((width if shape.train_head else 0) + converted),
+        "tiles": FLOAT * block * tiles.columns * count,
+        "statistics": _statistics(plan, rows),
+    }
+
+
+def dense_tensors(shape: LossShape) -> float:
+    """How many float32 tensors of (rows x columns) the dense loss in plain PyTorch holds at its peak."""
+    plan = shape.plan()
+    layers, pairs = len(plan.layers), len(plan.derivative)
+    if shape.feature_space:
+        return 3 * layers + 1
+    count = 6.0 * layers if not pairs else min(9.17 * layers - 8.83, 7.63 * layers - 1.1)
+    if shape.softcap:
+        count += 2.6 * layers
+    if shape.itemsize < FLOAT:
+        count -= 0.9 * pairs
+    return count
+
+
+def _dense(shape: LossShape, factor: float = 1.0) -> dict[str, int]:
+    # The head's gradient of one layer is added to that of the others: two more beside the sum where there are several.
+    head = shape.itemsize * shape.columns * shape.student_width if shape.train_head and shape.plan().derivative else 0
+    logits = int(factor * dense_tensors(shape) * FLOAT * shape.rows * shape.columns)
+    return {"logits and what is made of them": logits, "gradient of the head, one layer": 0 if shape.feature_space else head}
+
+
+def loss_memory(shape: LossShape, provider: str, *, threads: int = 1, device: str = "cpu") -> LossMemory | None:
+    """Predicted memory of one forward and backward pass of the loss.
+
+    Args:
+        provider: "cpu", "torch", "dense" or "dense-chunked" (dense, each `CHUNK_ROWS` rows under gradient checkpointing).
+        threads: of the cpu backend.
+
+    Returns:
+        The parts, or None for a provider that is not modelled.
+    """
+    if provider == "cpu":
+        parts, runtime = _cpu(shape, threads), RUNTIME_BYTES["cpu"]
+    elif provider == "torch":
+        parts, runtime = _torch(shape, device), RUNTIME_BYTES["torch"]
+    elif provider == "dense":
+        parts, runtime = _dense(shape), RUNTIME_BYTES["dense"]
+    elif provider == "dense-chunked":
+        chunk = replace(shape, rows=min(shape.rows, CHUNK_ROWS))
+        parts, runtime = _dense(chunk, CHECKPOINTED), RUNTIME_BYTES["dense"]
+    else:
+        return None
+    return LossMemory(_gradients(shape) | parts | {"runtime": runtime}, input_bytes(shape))
