@@ -31,7 +31,7 @@ class Budget:
 
     steps: int
     batch_size: int = 4
-    learning_rate: float = 4e-3
+    learning_rate: float = 2.5e-3
     hidden_size: int = 96
     num_layers: int = 5
     num_heads: int = 3
