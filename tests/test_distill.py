@@ -133,7 +133,7 @@ import sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from fdd_kernels import distill
+from fdd_kernels.distill_command import run as distill
 from fdd_kernels.cli import main
 
 def hang():
