@@ -148,8 +148,7 @@ class Job:
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, object], ...]
     divisible: tuple[str, ...]
-    num_warps: int
-    num_stages: int
+    options: tuple[tuple[str, int], ...]
 
 
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int64: "*i64", torch.int32: "*i32"}
@@ -188,8 +187,8 @@ def job(target: str, case: Case, launch: Launch) -> Job:
             divisible.append(name)
     name = f"{case.name}, {_short(case.student)}/{_short(case.teacher)}"
     return Job(
-        target, kernel.fn.__name__, name, tuple(signature), tuple(constants), tuple(divisible), launch.num_warps,
-        launch.num_stages,
+        target, kernel.fn.__name__, name, tuple(signature), tuple(constants), tuple(divisible),
+        tuple(launch.options.items()),
     )  # fmt: skip
 
 
@@ -236,13 +235,13 @@ def compile_job(one: Job) -> Report:
     backend, arch = one.target.split(":")
     target = GPUTarget(backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64)
     kernel = KERNELS[one.kernel]
-    constants = dict(one.constants)
+    constants, options = dict(one.constants), dict(one.options)
     names = [name for name, _ in one.signature]
     source = ASTSource(
         fn=kernel, signature=dict(one.signature), constexprs=constants,
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in one.divisible},
     )  # fmt: skip
-    compiled = triton.compile(source, target=target, options={"num_warps": one.num_warps, "num_stages": one.num_stages})
+    compiled = triton.compile(source, target=target, options=options)
     if backend == "cuda":
         assembly = compiled.asm["ptx"]
         registers, spilled = cuda_resources(compiled.asm["cubin"])
@@ -260,14 +259,15 @@ def compile_job(one: Job) -> Report:
     types = [kind for name, kind in one.signature if name in ("student_hidden", "teacher_hidden")]
     if one.kernel in HEAVY and any(kind in ("*bf16", "*fp16") for kind in types) and not dots:
         problems.append("no tensor-core instruction")
-    threads = one.num_warps * hardware.warp
+    threads = options["num_warps"] * hardware.warp
     per_thread = -(-registers // 8) * 8
     reserved = shared + (KIB if backend == "cuda" else 0)
     programs = min(hardware.registers // max(1, per_thread * threads), hardware.threads // threads)
     programs = min(programs, hardware.shared_total // max(1, reserved))
     tile = "x".join(str(constants[name]) for name in ("BLOCK_R", "BLOCK_C", "BLOCK_D", "BLOCK_E") if name in constants)
     return Report(
-        target=one.target, kernel=one.kernel, case=one.case, tile=tile, num_warps=one.num_warps, num_stages=one.num_stages,
+        target=one.target, kernel=one.kernel, case=one.case, tile=tile, num_warps=options["num_warps"],
+        num_stages=options["num_stages"],
         registers=registers, spilled_bytes=spilled, shared_bytes=shared, tensor_core="+".join(shorten(d) for d in dots) or "-",
         exponentials_a_tile=len(re.findall(EXPONENTIAL[backend], assembly)) * threads, programs_a_multiprocessor=programs,
         occupancy=round(programs * threads / hardware.threads, 3), problems=tuple(problems),

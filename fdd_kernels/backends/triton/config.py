@@ -32,6 +32,13 @@ class LaunchConfig:
     block_strip: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None  # a thread; without a limit NVIDIA's assembler spills to make room for more programs
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The compiler's options."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
     @property
     def programs(self) -> int:
@@ -73,22 +80,24 @@ def choose(rows: int, dtype: torch.dtype, architecture: str) -> LaunchConfig:
     if architecture == INTERPRETER:
         return LaunchConfig(16, 32, 32, 16, num_warps=4, num_stages=1)
     amd = architecture.startswith("gfx")
+    registers = None if amd else 255
     few = rows <= 64  # half a tile of rows would be computed for nothing
     if dtype == torch.float32:
-        return LaunchConfig(64, 64, 16, 8, num_warps=8, num_stages=2)
+        return LaunchConfig(64, 64, 16, 8, num_warps=8, num_stages=2, max_registers=registers)
     if amd:
         return LaunchConfig(64 if few else 128, 128, 64, 16, num_warps=4 if few else 8, num_stages=2)
     # Shared memory a multiprocessor: 227 KiB on sm_90 and sm_100, 163 on sm_80, 99 on sm_89 and sm_120.
-    stages = 3 if architecture in ("sm_80", "sm_90", "sm_100") else 2
-    return LaunchConfig(64 if few else 128, 128, 64, 16, num_warps=4 if few else 8, num_stages=stages)
+    # On sm_100 a depth of 64 leaves the second pass short of registers.
+    depth, stages = {"sm_80": (64, 3), "sm_90": (64, 3), "sm_100": (32, 4)}.get(architecture, (64, 2))
+    return LaunchConfig(64 if few else 128, 128, depth, 16, 4 if few else 8, stages, registers)
 
 
 def candidates(rows: int, dtype: torch.dtype, architecture: str) -> list[LaunchConfig]:
     """What autotuning tries: the default and its neighbours in tile and depth of the pipeline."""
     default = choose(rows, dtype, architecture)
-    found = [default]
+    found, limit = [default], default.max_registers
     for block_rows, block_columns, num_warps in ((128, 128, 8), (64, 128, 4), (128, 64, 4), (128, 256, 8), (64, 256, 8)):
         for block_depth, num_stages in ((64, 2), (64, 3), (64, 4), (32, 4)):
             for block_strip in (16, 32):
-                found.append(LaunchConfig(block_rows, block_columns, block_depth, block_strip, num_warps, num_stages))
+                found.append(LaunchConfig(block_rows, block_columns, block_depth, block_strip, num_warps, num_stages, limit))
     return list(dict.fromkeys(found)) if dtype != torch.float32 else [default]

@@ -46,19 +46,21 @@ def divergence_stats_kernel(
     row_tiles = tl.cdiv(tl.maximum(live_rows, 0), BLOCK_R)
     row_stride = rows.to(tl.int64)
     statistic_stride = total_rows.to(tl.int64)
-    for item in range(program, row_tiles * ranges, tl.num_programs(0)):
+    for item in tl.range(program, row_tiles * ranges, tl.num_programs(0), disable_licm=True):
         rows_r = (item % row_tiles) * BLOCK_R + r
-        counts = rows_r < live_rows
-        row_r = tl.load(order + first + rows_r, mask=counts, other=0)
         own_sums = sums + (item // row_tiles).to(tl.int64) * seconds * 2 * row_stride + rows_r
         first_tile = (item // row_tiles) * tiles_per_range
-        for tile in range(first_tile, tl.minimum(first_tile + tiles_per_range, tl.cdiv(columns, BLOCK_C))):
+        for tile in tl.range(
+            first_tile, tl.minimum(first_tile + tiles_per_range, tl.cdiv(columns, BLOCK_C)), disable_licm=True
+        ):
             columns_c = tile * BLOCK_C + c
             columns_e = tile * BLOCK_C + e
             for second in tl.range(seconds, disable_licm=True):
                 layer = table_entry(table, table_width, SECOND_LAYER, second)
                 inverse = table_float(table, table_width, SECOND_INVERSE, second)
                 read = table_entry(table, table_width, SECOND_READ, second)
+                # Loaded again, sooner than held in registers; rows beyond the last compute what nobody reads.
+                row_r = tl.load(order + tl.minimum(first + rows_r, total_rows - 1))
                 lse = reads + read * READ_FIELDS * statistic_stride + row_r
                 tl.debug_barrier()  # the tiles that stood here have been read
                 x = tile_values(
@@ -66,21 +68,21 @@ def divergence_stats_kernel(
                     columns_c, columns, student_width, student_stride, student_scale, student_has_bias,
                     PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
                 )  # fmt: skip
-                pivot_r = tl.load(pivots + layer * statistic_stride + row_r, mask=counts, other=0.0)
+                pivot_r = tl.load(pivots + layer * statistic_stride + row_r)
                 park_tile(tile_s, x, pivot_r, student_cap, columns_e, columns, BLOCK_R, BLOCK_C, BLOCK_E)
                 x = tile_values(
                     teacher_hidden + layer * row_stride * teacher_width, teacher_weight, teacher_bias, rows_r,
                     columns_c, columns, teacher_width, teacher_stride, teacher_scale, teacher_has_bias,
                     PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
                 )  # fmt: skip
-                pivot_r = tl.load(pivots + (layers + layer) * statistic_stride + row_r, mask=counts, other=0.0)
+                pivot_r = tl.load(pivots + (layers + layer) * statistic_stride + row_r)
                 park_tile(tile_t, x, pivot_r, teacher_cap, columns_e, columns, BLOCK_R, BLOCK_C, BLOCK_E)
                 tl.debug_barrier()  # every thread's part of the tiles can be read
                 carried = (tl.zeros((BLOCK_R,), dtype=tl.int32) + tile) != first_tile
                 value_r = tl.load(own_sums + 2 * second * row_stride, mask=carried, other=0.0)
                 slope_r = tl.load(own_sums + (2 * second + 1) * row_stride, mask=carried, other=0.0)
-                lse_s = tl.load(lse + LSE_S * statistic_stride, mask=counts, other=0.0)
-                lse_t = tl.load(lse + LSE_T * statistic_stride, mask=counts, other=0.0)
+                lse_s = tl.load(lse + LSE_S * statistic_stride)
+                lse_t = tl.load(lse + LSE_T * statistic_stride)
                 for start in range(0, BLOCK_C, BLOCK_E):
                     log_q = tl.load(tile_s + strip_re + start) * inverse - lse_s[:, None]
                     log_p = tl.load(tile_t + strip_re + start) * inverse - lse_t[:, None]
@@ -94,7 +96,7 @@ def launch_divergence(block, sums, reads, pivots) -> None:
     """Fill `sums` (ranges, reads of this pass, 2, rows) for one block of rows; see `operations.Block`."""
     config = block.config
     launch(
-        divergence_stats_kernel, (block.programs(sums.shape[0]),), config.num_warps, config.num_stages, sums=sums,
+        divergence_stats_kernel, (block.programs(sums.shape[0]),), config.options, sums=sums,
         reads=reads, pivots=pivots, scratch=block.scratch(sums.shape[0], ring=1), order=block.order,
         total_rows=reads.shape[-1], ranges=sums.shape[0], tiles_per_range=block.tiles_per_range,
         seconds=block.table.second_pass, DIVERGENCE=block.table.divergence, BLOCK_E=config.block_strip, **block.arguments(),

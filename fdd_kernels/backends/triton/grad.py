@@ -218,7 +218,7 @@ def launch_grad(block, grad, per_row, grad_scale, first_tile: int, tiles: int) -
     config = block.config
     pivots, reads, moments, grad_reads, grad_moments = per_row
     launch(
-        lens_grad_kernel, (block.programs(tiles),), config.num_warps, config.num_stages, grad=grad, reads=reads,
+        lens_grad_kernel, (block.programs(tiles),), config.options, grad=grad, reads=reads,
         moments=moments, grad_reads=grad_reads, grad_moments=grad_moments, pivots=pivots, grad_scale=grad_scale,
         scratch=block.scratch(tiles, ring=3), order=block.order, labels=block.labels, total_rows=pivots.shape[-1],
         moment_inverse=1.0 / block.spec.moment_temperature, first_tile=first_tile, tiles=tiles, grad_width=grad.shape[-1],

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+SMALL = {"num_warps": 4, "num_stages": 1}  # options of kernels that only move or merge
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -14,8 +16,7 @@ class Launch:
 
     kernel: Any
     arguments: dict[str, Any]
-    num_warps: int
-    num_stages: int
+    options: dict[str, int]
 
 
 _recording: list[Launch] | None = None
@@ -36,9 +37,9 @@ def recorded() -> Iterator[list[Launch]]:
         _recording = before
 
 
-def launch(kernel: Any, grid: tuple[int, ...], num_warps: int, num_stages: int, **arguments: Any) -> None:
-    """Launch `kernel` on the current device and stream."""
+def launch(kernel: Any, grid: tuple[int, ...], options: dict[str, int], **arguments: Any) -> None:
+    """Launch `kernel` on the current device and stream; `options` are the compiler's, as `LaunchConfig.options`."""
     if _recording is not None:
-        _recording.append(Launch(kernel, arguments, num_warps, num_stages))
+        _recording.append(Launch(kernel, arguments, options))
         return
-    kernel[grid](**arguments, num_warps=num_warps, num_stages=num_stages)
+    kernel[grid](**arguments, **options)

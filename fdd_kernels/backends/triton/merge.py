@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fdd_kernels import spec
-from fdd_kernels.backends.triton.launch import launch
+from fdd_kernels.backends.triton.launch import SMALL, launch
 from fdd_kernels.backends.triton.stats import MOMENT_FIELDS, SLOT_FIELDS, load_moments, merge_moments, store_moments
 from fdd_kernels.backends.triton.tables import (
     FIRST,
@@ -167,7 +167,7 @@ def merge_divergence_kernel(
 def launch_merge(block, state, pivots, reads, moments) -> None:
     """Write the statistics of one block of rows from its `state`; see `operations.Block`."""
     launch(
-        merge_stats_kernel, (triton.cdiv(block.rows, TILE_ROWS),), 4, 1, state=state, pivots=pivots, reads=reads,
+        merge_stats_kernel, (triton.cdiv(block.rows, TILE_ROWS),), SMALL, state=state, pivots=pivots, reads=reads,
         moments=moments, table=block.table.values, count=block.count, order=block.order, first=block.first, rows=block.rows,
         total_rows=pivots.shape[-1], layers=pivots.shape[1], table_width=block.table.width, slots=block.table.slots,
         fields=state.shape[1], ranges=state.shape[0], moment_inverse=1.0 / block.spec.moment_temperature,
@@ -178,7 +178,7 @@ def launch_merge(block, state, pivots, reads, moments) -> None:
 def launch_merge_divergence(block, sums, reads) -> None:
     """Write value and slope of the second pass from its `sums`."""
     launch(
-        merge_divergence_kernel, (triton.cdiv(block.rows, TILE_ROWS), block.table.second_pass), 4, 1, sums=sums, reads=reads,
+        merge_divergence_kernel, (triton.cdiv(block.rows, TILE_ROWS), block.table.second_pass), SMALL, sums=sums, reads=reads,
         table=block.table.values, count=block.count, order=block.order, first=block.first, rows=block.rows,
         total_rows=reads.shape[-1], table_width=block.table.width, ranges=sums.shape[0], seconds=block.table.second_pass,
         TILE_ROWS=TILE_ROWS,

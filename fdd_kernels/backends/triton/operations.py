@@ -93,7 +93,7 @@ class Problem:
         self.table: Table = table_for(spec, self.layers, self.device)
         self.order, self.count = order_of_rows(inputs.valid, self.rows, self.device)
         # Without labels any integers do: no read looks at them.
-        self.labels = self.order if inputs.labels is None else inputs.labels.long()[self.order]
+        self.labels = self.order if inputs.labels is None else inputs.labels.to(torch.int32)[self.order]
         self.units = multiprocessors(self.device, architecture == "interpreter")
         self.zero = torch.zeros(1, dtype=torch.float32, device=self.device)
         self.tiles = triton.cdiv(spec.columns, config.block_columns)

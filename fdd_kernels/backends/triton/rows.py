@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fdd_kernels.backends.triton.launch import launch
+from fdd_kernels.backends.triton.launch import SMALL, launch
 
 TILE_ROWS, TILE_WIDTH = 16, 128
 
@@ -42,10 +42,10 @@ def move_rows_kernel(
 
 
 def order_of_rows(valid: Tensor | None, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The rows that count first, each part in its order (R,), and how many they are: (1,) int32 on the device."""
+    """The rows that count first, each part in its order (R,), and how many they are (1,): int32, on the device."""
     if valid is None:
-        return torch.arange(rows, device=device), torch.full((1,), rows, dtype=torch.int32, device=device)
-    order = torch.argsort(valid.logical_not().to(torch.uint8), stable=True)
+        return torch.arange(rows, dtype=torch.int32, device=device), torch.full((1,), rows, dtype=torch.int32, device=device)
+    order = torch.argsort(valid.logical_not().to(torch.uint8), stable=True).to(torch.int32)
     return order, valid.sum(dtype=torch.int32).reshape(1)
 
 
@@ -54,7 +54,7 @@ def move_rows(hidden_RD: Tensor, block_rD: Tensor, order_R: Tensor, count: Tenso
     """Copy rows into a block, or out of it divided by `scale`, converting between their dtypes."""
     rows, width = block_rD.shape
     launch(
-        move_rows_kernel, (triton.cdiv(rows, TILE_ROWS), triton.cdiv(width, TILE_WIDTH)), 4, 1, hidden_RD=hidden_RD,
+        move_rows_kernel, (triton.cdiv(rows, TILE_ROWS), triton.cdiv(width, TILE_WIDTH)), SMALL, hidden_RD=hidden_RD,
         block_rD=block_rD, order_R=order_R, count=count, scale=count if scale is None else scale, first=first, rows=rows,
         width=width, hidden_row_stride=hidden_RD.stride(0), hidden_column_stride=hidden_RD.stride(1),
         INTO_BLOCK=into_block, SCALED=scale is not None, TILE_ROWS=TILE_ROWS, TILE_WIDTH=TILE_WIDTH,

@@ -291,7 +291,7 @@ def launch_stats(block, state) -> None:
     """Fill `state` (ranges, fields, rows) for one block of rows; see `operations.Block`."""
     config = block.config
     launch(
-        lens_stats_kernel, (block.programs(state.shape[0]),), config.num_warps, config.num_stages, state=state,
+        lens_stats_kernel, (block.programs(state.shape[0]),), config.options, state=state,
         scratch=block.scratch(state.shape[0], ring=2), labels=block.labels, slots=block.table.slots, fields=state.shape[1],
         ranges=state.shape[0], tiles_per_range=block.tiles_per_range, moment_inverse=1.0 / block.spec.moment_temperature,
         MOMENTS=bool(block.spec.moments), BLOCK_E=config.block_strip, **block.arguments(),
