@@ -17,6 +17,10 @@ demo: $(BUILT)
 test: $(BUILT)
 	$(BIN)/python -m pytest
 
+# The quick benchmark suite; the machine should have nothing else to do.
+bench: $(BUILT)
+	$(BIN)/python -m benchmarks run --suite quick
+
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -105,10 +106,6 @@ def _chunked(problem: Problem, options: dict) -> Tensor:
 
 
 def _no_compiler(device: torch.device) -> str | None:
-    if not torch.compiler.is_dynamo_supported():
-        return "torch.compile does not support this Python"
-    import shutil
-
     if device.type == "cpu" and not (shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")):
         return "torch.compile needs a C++ compiler on the CPU"
     return None

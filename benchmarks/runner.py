@@ -115,7 +115,10 @@ class Run:
             entry["predicted_memory"] = prediction.total
             needed, there = prediction.total + prediction.inputs, memory_limit(self.device)
             if reason is None and needed > there:
-                reason = f"needs {needed / GIB:.1f} GiB ({prediction.arithmetic()}), this machine has {there / GIB:.1f} GiB"
+                reason = (
+                    f"predicted to need {needed / GIB:.1f} GiB ({prediction.arithmetic()}), "
+                    f"this machine has {there / GIB:.1f} GiB"
+                )
                 status = "too large"
         if reason is not None:
             entry |= {"status": status, "reason": reason}

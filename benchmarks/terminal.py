@@ -15,14 +15,17 @@ _NUMBERS = ("forward", "forward + backward", "tokens/s", "x products", "vs dense
 
 def print_record(record: dict[str, Any], console: Console | None = None) -> None:
     """The main table, then growth, threads, flatness and the planner's errors where the record has them."""
-    console = console or Console(width=None)
+    console = console or Console()
+    if not console.is_terminal:  # a file has no width, and the table needs some
+        console.width = 160
     shown = ("provider", *_NUMBERS, "computes")
     rows = summary.rows(record)
     for result in record["results"]:
         workload = result["workload"]
         table = Table(title=f"{workload['name']}: {workload['text']}; {describe(workload)}", title_justify="left")
         for column in shown:
-            table.add_column(column, justify="right" if column in _NUMBERS else "left", overflow="fold")
+            number = column in _NUMBERS
+            table.add_column(column, justify="right" if number else "left", overflow="fold", min_width=8 if number else 12)
         for row in rows:
             if row["workload"] == workload["name"]:
                 table.add_row(*[row[column] for column in shown])

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from fdd_kernels.plan_command import add_plan
 from fdd_kernels.user_error import UserError
 from fdd_kernels.version import __version__
 
@@ -64,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_distill(commands)
     _add_doctor(commands)
+    add_plan(commands)
     return parser
 
 

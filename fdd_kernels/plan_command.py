@@ -295,7 +295,7 @@ def _print(setup: Setup, fused: dict[str, int], dense: dict[str, int], limit: in
             print(f"  {a.change}: {show(a.total)}{', fits' if a.fits else ''}")
         if not advice[-1].fits:
             print("  even so it does not fit: a smaller student, LoRA, or more memory")
-    print("\nactivations are an estimate; the loss is checked against measurements by python -m benchmarks")
+    print("\nactivations are an estimate; python -m benchmarks prints how far predictions of the loss are off")
 
 
 def _draw(fused: dict[str, int], dense: dict[str, int], limit: int, path: Path) -> None:

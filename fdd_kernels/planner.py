@@ -1,13 +1,16 @@
 """How much memory the loss and a training step around it will take, from shapes alone. Needs no model and no transformers.
 
-The loss: gradients it returns, plus buffers whose sizes follow from the byte budgets of the backends, plus a constant for
-what libraries and the allocator keep. The dense loss: how many float32 tensors of (rows x columns) it holds at its peak,
-which was counted on measurements (`python -m benchmarks`, which prints how far every prediction is off).
+The loss: gradients it returns, plus buffers whose sizes follow from the byte budgets of the backends, plus constants. For
+"cpu" the buffers are those that the code allocates. For "torch" the number of tiles, and for the dense loss the number of
+(rows x columns) tensors, were fitted to measured peaks, not derived. Known limits: a measured peak of "torch" varies by
+some 10% from run to run, since the allocator keeps freed tiles; and the dense figure holds where one (rows x columns)
+tensor has at least 32 MiB, below which the allocator keeps what is freed and up to 1.7 times as much was measured.
+`python -m benchmarks` prints how far every prediction of a run is off.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fdd_kernels.backends import cpu, torch_stream
 from fdd_kernels.config import LossOptions
@@ -17,10 +20,8 @@ from fdd_kernels.spec import MOMENT_STATS, READ_STATS
 MIB, GIB = 2**20, 2**30
 FLOAT = 4
 RUNTIME_BYTES = {"cpu": 2 * MIB, "torch": 2 * MIB, "dense": 2 * MIB}  # generated code, thread stacks, allocator
-# Tiles of one layer that the torch backend holds at its peak: for each layer, for temporaries, and for those of moments.
+# Fitted: tiles of one layer that the torch backend holds, for each layer, for temporaries, and for those of moments.
 TORCH_LAYER_TILES, TORCH_TILES, TORCH_MOMENT_TILES = 5, 10, 6
-CHUNK_ROWS = 128  # of the checkpointed dense loss
-CHECKPOINTED = 1.6  # what checkpointing recomputes is freed only when its whole chunk is done
 
 
 @dataclass(frozen=True)
@@ -136,32 +137,30 @@ def _torch(shape: LossShape, device: str) -> dict[str, int]:
     }
 
 
-def dense_tensors(shape: LossShape) -> float:
-    """How many float32 tensors of (rows x columns) the dense loss in plain PyTorch holds at its peak."""
+def dense_tensors(shape: LossShape) -> int:
+    """How many float32 tensors of (rows x columns) the dense loss in plain PyTorch holds before the head's gradient."""
     plan = shape.plan()
-    layers, pairs = len(plan.layers), len(plan.derivative)
+    layers = len(plan.layers)
     if shape.feature_space:
         return 3 * layers + 1
-    count = 6.0 * layers if not pairs else min(9.17 * layers - 8.83, 7.63 * layers - 1.1)
-    if shape.softcap:
-        count += 2.6 * layers
-    if shape.itemsize < FLOAT:
-        count -= 0.9 * pairs
-    return count
+    return (5 * layers - 1 if plan.derivative else 4 * layers) + (layers if shape.softcap else 0)
 
 
-def _dense(shape: LossShape, factor: float = 1.0) -> dict[str, int]:
-    # The head's gradient of one layer is added to that of the others: two more beside the sum where there are several.
-    head = shape.itemsize * shape.columns * shape.student_width if shape.train_head and shape.plan().derivative else 0
-    logits = int(factor * dense_tensors(shape) * FLOAT * shape.rows * shape.columns)
-    return {"logits and what is made of them": logits, "gradient of the head, one layer": 0 if shape.feature_space else head}
+def _dense(shape: LossShape) -> dict[str, int]:
+    """The larger of two moments: all layers' logits are there; or, later, few of them and the head's gradient as the sum so
+    far, one layer's, and their new sum."""
+    tensor, layers = FLOAT * shape.rows * shape.columns, len(shape.plan().layers)
+    head = _gradients(shape)["gradient of the head"]
+    early = dense_tensors(shape) * tensor
+    late = 2 * (layers - 2) * tensor + 3 * head if layers > 1 else tensor + head
+    return {"logits and what is made of them": max(early, late) - head}
 
 
 def loss_memory(shape: LossShape, provider: str, *, threads: int = 1, device: str = "cpu") -> LossMemory | None:
     """Predicted memory of one forward and backward pass of the loss.
 
     Args:
-        provider: "cpu", "torch", "dense" or "dense-chunked" (dense, each `CHUNK_ROWS` rows under gradient checkpointing).
+        provider: "cpu", "torch" or "dense".
         threads: of the cpu backend.
 
     Returns:
@@ -173,9 +172,6 @@ def loss_memory(shape: LossShape, provider: str, *, threads: int = 1, device: st
         parts, runtime = _torch(shape, device), RUNTIME_BYTES["torch"]
     elif provider == "dense":
         parts, runtime = _dense(shape), RUNTIME_BYTES["dense"]
-    elif provider == "dense-chunked":
-        chunk = replace(shape, rows=min(shape.rows, CHUNK_ROWS))
-        parts, runtime = _dense(chunk, CHECKPOINTED), RUNTIME_BYTES["dense"]
     else:
         return None
     return LossMemory(_gradients(shape) | parts | {"runtime": runtime}, input_bytes(shape))
