@@ -64,13 +64,15 @@ class Backward {
           values.compute(panel_, panel_.first() + local, count);
           std::memset(grad.get(), 0, sizeof(float) * problem_.layers * values.layer_stride());
           for (int64_t row = first_row; row < last_row; ++row)
-            form_row(values, grad.get(), row, row - first_row, panel_.first() + local, count);
+            form_row(problem_, statistics_, upstream_, values.view(), grad.get(), row, row - first_row,
+                     panel_.first() + local, count);
           for (int64_t layer = 0; layer < problem_.layers; ++layer) {
             const float* g = grad.get() + layer * values.layer_stride();
             if (out_.hidden)
               multiply(last_row - first_row, width, count, g, values.ld(), weight_rows_.data + local * weight_rows_.ld,
                        weight_rows_.ld, out_.hidden + (layer * problem_.count() + first_row) * width, width, true);
-            if (wants_columns_) transpose(g, values.ld(), last_row - first_row, count, columns_of(layer, local) + first_row);
+            if (wants_columns_) 
+              transpose(g, values.ld(), last_row - first_row, count, columns_of(layer, local) + first_row, ld_rows_);
           }
         }
       }
@@ -78,57 +80,8 @@ class Backward {
     });
   }
 
-  // dL/dx of one row of a tile, all layers.
-  void form_row(const TileValues& values, float* grad, int64_t row, int64_t local, int64_t column, int64_t count) const {
-    const RowKernels& kernels = row_kernels();
-    const int64_t stride = values.layer_stride(), total = statistics_.total_rows, at = problem_.rows[row];
-    const auto grad_row = [&](int64_t layer) { return grad + layer * stride + local * values.ld(); };
-    const float* pivots_s = statistics_.pivots + at;
-    const float* pivots_t = statistics_.pivots + problem_.layers * total + at;
-    for (size_t i = 0; i < problem_.reads.size(); ++i) {
-      const Read& read = problem_.reads[i];
-      const float* stat = statistics_.reads + i * 4 * total + at;      // LSE_S, LSE_T, VALUE, SLOPE
-      const float* up = upstream_.reads + i * 4 * total + at;
-      const RowView student{values.student(read.layer, local), pivots_s[read.layer * total], stat[0]};
-      ReadGradient upstream{up[0], up[2 * total], stat[3 * total]};
-      if (read.kind == Divergence::kNll) {
-        upstream.slope = -1.f;
-        kernels.read_gradient(grad_row(read.layer), student, nullptr, read.inv_temperature, count, read.kind, upstream);
-        const int64_t label = problem_.labels[row] - column;
-        if (label >= 0 && label < count) grad_row(read.layer)[label] -= upstream.value * read.inv_temperature;
-      } else {
-        if (read.kind == Divergence::kNone) upstream.value = 0.f;
-        const RowView teacher{values.teacher(read.layer, local), pivots_t[read.layer * total], stat[total]};
-        kernels.read_gradient(grad_row(read.layer), student, &teacher, read.inv_temperature, count, read.kind, upstream);
-      }
-    }
-    for (size_t i = 0; i < problem_.moments.size(); ++i) {
-      const MomentTarget& target = problem_.moments[i];
-      const float* stat = statistics_.moments + i * 7 * total + at;  // COUNT, MEAN_S, MEAN_T, M_SS, M_TT, M_ST, M_DD
-      const float* up = upstream_.moments + i * 7 * total + at;
-      const MomentGradient upstream{stat[total], stat[2 * total], up[total] / std::max(stat[0], 1.f), up[3 * total],
-                                    up[5 * total], up[6 * total]};
-      kernels.moment_gradient(grad_row(target.second), target.first == kOwn ? nullptr : grad_row(target.first),
-                              problem_.vector(target, values.student(0, local), stride, pivots_s, total),
-                              problem_.vector(target, values.teacher(0, local), stride, pivots_t, total),
-                              problem_.moment_inv_temperature, count, upstream);
-    }
-    for (int64_t layer = 0; layer < problem_.layers; ++layer)
-      kernels.chain(grad_row(layer), values.student(layer, local), count, problem_.student.scale, problem_.student.softcap);
-  }
-
   float* columns_of(int64_t layer, int64_t local) const {
     return grad_columns_.get() + (layer * panel_.count() + local) * ld_rows_;
-  }
-
-  // out[c * ld_rows + r] = g[r * ld + c], in squares that stay in the first cache level.
-  void transpose(const float* g, int64_t ld, int64_t rows, int64_t columns, float* out) const {
-    for (int64_t c0 = 0; c0 < columns; c0 += kPadding)
-      for (int64_t r0 = 0; r0 < rows; r0 += kPadding) {
-        const int64_t c1 = std::min(c0 + kPadding, columns), r1 = std::min(r0 + kPadding, rows);
-        for (int64_t c = c0; c < c1; ++c)
-          for (int64_t r = r0; r < r1; ++r) out[c * ld_rows_ + r] = g[r * ld + c];
-      }
   }
 
   // dW and db of the panel's columns, from G^T of all rows and layers.
@@ -175,6 +128,55 @@ class Backward {
 };
 
 }  // namespace
+
+void form_row(const Problem& problem, const Statistics& statistics, const Upstream& gradients, const TileView& values,
+              float* grad, int64_t row, int64_t local, int64_t first_column, int64_t count) {
+  const RowKernels& kernels = row_kernels();
+  const int64_t stride = values.layer_stride, total = statistics.total_rows, at = problem.rows[row];
+  const auto grad_row = [&](int64_t layer) { return grad + layer * stride + local * values.ld; };
+  const float* pivots_s = statistics.pivots + at;
+  const float* pivots_t = statistics.pivots + problem.layers * total + at;
+  for (size_t i = 0; i < problem.reads.size(); ++i) {
+    const Read& read = problem.reads[i];
+    const float* stat = statistics.reads + i * 4 * total + at;      // LSE_S, LSE_T, VALUE, SLOPE
+    const float* up = gradients.reads + i * 4 * total + at;
+    const RowView student{values.student(read.layer, local), pivots_s[read.layer * total], stat[0]};
+    ReadGradient upstream{up[0], up[2 * total], stat[3 * total]};
+    if (read.kind == Divergence::kNll) {
+      upstream.slope = -1.f;
+      kernels.read_gradient(grad_row(read.layer), student, nullptr, read.inv_temperature, count, read.kind, upstream);
+      const int64_t label = problem.labels[row] - first_column;
+      if (label >= 0 && label < count) grad_row(read.layer)[label] -= upstream.value * read.inv_temperature;
+    } else {
+      if (read.kind == Divergence::kNone) upstream.value = 0.f;
+      const RowView teacher{values.teacher(read.layer, local), pivots_t[read.layer * total], stat[total]};
+      kernels.read_gradient(grad_row(read.layer), student, &teacher, read.inv_temperature, count, read.kind, upstream);
+    }
+  }
+  for (size_t i = 0; i < problem.moments.size(); ++i) {
+    const MomentTarget& target = problem.moments[i];
+    const float* stat = statistics.moments + i * 7 * total + at;  // COUNT, MEAN_S, MEAN_T, M_SS, M_TT, M_ST, M_DD
+    const float* up = gradients.moments + i * 7 * total + at;
+    const MomentGradient upstream{stat[total], stat[2 * total], up[total] / std::max(stat[0], 1.f), up[3 * total],
+                                  up[5 * total], up[6 * total]};
+    kernels.moment_gradient(grad_row(target.second), target.first == kOwn ? nullptr : grad_row(target.first),
+                            problem.vector(target, values.student(0, local), stride, pivots_s, total),
+                            problem.vector(target, values.teacher(0, local), stride, pivots_t, total),
+                            problem.moment_inv_temperature, count, upstream);
+  }
+  for (int64_t layer = 0; layer < problem.layers; ++layer)
+    kernels.chain(grad_row(layer), values.student(layer, local), count, problem.student.scale, problem.student.softcap);
+}
+
+void transpose(const float* in, int64_t ld_in, int64_t rows, int64_t columns, float* out, int64_t ld_out) {
+  // In squares that stay in the first cache level.
+  for (int64_t c0 = 0; c0 < columns; c0 += kPadding)
+    for (int64_t r0 = 0; r0 < rows; r0 += kPadding) {
+      const int64_t c1 = std::min(c0 + kPadding, columns), r1 = std::min(r0 + kPadding, rows);
+      for (int64_t c = c0; c < c1; ++c)
+        for (int64_t r = r0; r < r1; ++r) out[c * ld_out + r] = in[r * ld_in + c];
+    }
+}
 
 void compute_gradients(const Problem& problem, const Statistics& statistics, const Upstream& upstream,
                        const Gradients& out, const Interrupt& interrupt) {

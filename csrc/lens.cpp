@@ -47,6 +47,14 @@ void Panel::pack(const Problem& problem, int64_t first, int64_t count) {
   });
 }
 
+Operand head_rows(const Matrix& weight, int64_t first, int64_t count, Scratch* copy) {
+  if (weight.direct(first)) return {weight.direct(first), weight.row_stride()};
+  const int64_t width = weight.columns();
+  copy->resize(count * width);
+  for (int64_t c = 0; c < count; ++c) weight.read(first + c, 0, width, copy->get() + c * width);
+  return {copy->get(), width};
+}
+
 TileValues::TileValues(const Problem& problem)
     : problem_(problem),
       max_rows_(problem.tiles.rows),

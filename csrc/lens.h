@@ -5,6 +5,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <functional>
 #include <optional>
 #include <vector>
@@ -82,7 +83,15 @@ struct Operand {
 // Positions [begin, end) of problem.rows of one layer as float32: where they lie if they do, else copied.
 Operand hidden_rows(const Problem& problem, const Side& side, int64_t layer, int64_t begin, int64_t end, Scratch* copy);
 
-// Raw values u of one tile for all layers, and the operands behind them; one per thread.
+// Raw values u of a tile: all layers of a block of rows, both models.
+struct TileView {
+  const float *values_s, *values_t;
+  int64_t layer_stride, ld;
+  const float* student(int64_t layer, int64_t row) const { return values_s + layer * layer_stride + row * ld; }
+  const float* teacher(int64_t layer, int64_t row) const { return values_t + layer * layer_stride + row * ld; }
+};
+
+// Computes tiles from a panel; one per thread.
 class TileValues {
  public:
   explicit TileValues(const Problem& problem);
@@ -90,11 +99,9 @@ class TileValues {
   void set_rows(int64_t begin, int64_t end);
   // Computes u for `count` columns from `first`, which the panel holds.
   void compute(const Panel& panel, int64_t first, int64_t count);
-  const float* student(int64_t layer, int64_t row) const { return values_s_.get() + (layer * max_rows_ + row) * ld_; }
-  const float* teacher(int64_t layer, int64_t row) const { return values_t_.get() + (layer * max_rows_ + row) * ld_; }
+  TileView view() const { return {values_s_.get(), values_t_.get(), layer_stride(), ld_}; }
   int64_t layer_stride() const { return max_rows_ * ld_; }
   int64_t ld() const { return ld_; }
-  int64_t rows() const { return end_ - begin_; }
 
  private:
   void compute_side(const Side& side, const std::vector<Operand>& operands, const float* packed, int64_t first,
@@ -105,6 +112,29 @@ class TileValues {
   Scratch values_s_, values_t_;
   std::vector<Scratch> copies_s_, copies_t_;
   std::vector<Operand> operands_s_, operands_t_;
+};
+
+// All values of the problem's rows, in memory that the caller keeps between the two operations: tiles of
+// problem.tiles.columns columns, one after another.
+class KeptValues {
+ public:
+  static int64_t size(const Problem& problem);
+  KeptValues(const Problem& problem, float* memory);
+  void compute();
+  const Problem& problem() const { return problem_; }
+  int64_t tiles() const { return (problem_.columns + width_ - 1) / width_; }
+  int64_t first(int64_t tile) const { return tile * width_; }
+  int64_t count(int64_t tile) const { return std::min(width_, problem_.columns - first(tile)); }
+  TileView view(int64_t tile) const;
+  int64_t ld() const { return ld_; }
+
+ private:
+  void compute_side(const Side& side, int64_t tile, const float* hidden_DM, Scratch* weight, float* raw_cM,
+                    float* out_Mc) const;
+
+  const Problem& problem_;
+  float* memory_;
+  int64_t width_, ld_, side_size_;
 };
 
 // Statistics as one float array each, in the layout of spec.py: pivots (2, L, R), reads (reads, 4, R), moments
@@ -120,6 +150,8 @@ struct Statistics {
 using Interrupt = std::function<void()>;
 
 void compute_statistics(const Problem& problem, const Statistics& out, const Interrupt& interrupt);
+// The same from values that are all kept.
+void statistics_of(const KeptValues& kept, const Statistics& out);
 
 struct Upstream {
   const float* reads;    // (reads, 4, R)
@@ -135,6 +167,18 @@ struct Gradients {
 
 void compute_gradients(const Problem& problem, const Statistics& statistics, const Upstream& upstream,
                        const Gradients& out, const Interrupt& interrupt);
+// The same from values that are all kept.
+void gradients_of(const KeptValues& kept, const Statistics& statistics, const Upstream& upstream, const Gradients& out);
+
+// grad += dL/dx of one row of a tile, all layers: `row` counts within problem.rows, `local` within the tile; grad has the
+// tile's layout.
+void form_row(const Problem& problem, const Statistics& statistics, const Upstream& upstream, const TileView& values,
+              float* grad, int64_t row, int64_t local, int64_t first_column, int64_t count);
+
+// out (columns, rows) = in (rows, columns) transposed, with leading dimensions.
+void transpose(const float* in, int64_t ld_in, int64_t rows, int64_t columns, float* out, int64_t ld_out);
+// Rows [first, first + count) of a head as a (count, D) operand: where they lie if they are float32, else copied.
+Operand head_rows(const Matrix& weight, int64_t first, int64_t count, Scratch* copy);
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 

@@ -84,17 +84,48 @@ void stats(const fdd::Problem& p, const at::Tensor& pivots, const at::Tensor& re
   fdd::compute_statistics(p, statistics(pivots, reads, moments), check_signals);
 }
 
+fdd::Gradients gradients(const std::optional<at::Tensor>& hidden, const std::optional<at::Tensor>& weight,
+                         const std::optional<at::Tensor>& bias) {
+  fdd::Gradients out;
+  if (hidden) out.hidden = hidden->data_ptr<float>();
+  if (weight) out.weight = *weight;
+  if (bias) out.bias = bias->data_ptr<float>();
+  return out;
+}
+
 void grad(const fdd::Problem& p, const at::Tensor& pivots, const at::Tensor& reads, const at::Tensor& moments,
           const at::Tensor& grad_reads, const at::Tensor& grad_moments, const std::optional<at::Tensor>& grad_hidden,
           const std::optional<at::Tensor>& grad_weight, const std::optional<at::Tensor>& grad_bias) {
   py::gil_scoped_release release;
   at::NoGradGuard no_grad;
-  fdd::Gradients out;
-  if (grad_hidden) out.hidden = grad_hidden->data_ptr<float>();
-  if (grad_weight) out.weight = *grad_weight;
-  if (grad_bias) out.bias = grad_bias->data_ptr<float>();
   const fdd::Upstream upstream{grad_reads.const_data_ptr<float>(), grad_moments.const_data_ptr<float>()};
-  fdd::compute_gradients(p, statistics(pivots, reads, moments), upstream, out, check_signals);
+  fdd::compute_gradients(p, statistics(pivots, reads, moments), upstream, gradients(grad_hidden, grad_weight, grad_bias),
+                         check_signals);
+}
+
+fdd::KeptValues kept_values(const fdd::Problem& p, const at::Tensor& memory) {
+  TORCH_CHECK(memory.is_contiguous() && memory.numel() >= fdd::KeptValues::size(p), "memory too small for the values");
+  return {p, memory.data_ptr<float>()};
+}
+
+void stats_and_keep(const fdd::Problem& p, const at::Tensor& memory, const at::Tensor& pivots, const at::Tensor& reads,
+                    const at::Tensor& moments) {
+  py::gil_scoped_release release;
+  at::NoGradGuard no_grad;
+  fdd::KeptValues kept = kept_values(p, memory);
+  kept.compute();
+  fdd::statistics_of(kept, statistics(pivots, reads, moments));
+}
+
+void grad_of_kept(const fdd::Problem& p, const at::Tensor& memory, const at::Tensor& pivots, const at::Tensor& reads,
+                  const at::Tensor& moments, const at::Tensor& grad_reads, const at::Tensor& grad_moments,
+                  const std::optional<at::Tensor>& grad_hidden, const std::optional<at::Tensor>& grad_weight,
+                  const std::optional<at::Tensor>& grad_bias) {
+  py::gil_scoped_release release;
+  at::NoGradGuard no_grad;
+  const fdd::Upstream upstream{grad_reads.const_data_ptr<float>(), grad_moments.const_data_ptr<float>()};
+  fdd::gradients_of(kept_values(p, memory), statistics(pivots, reads, moments), upstream,
+                    gradients(grad_hidden, grad_weight, grad_bias));
 }
 
 }  // namespace
@@ -103,6 +134,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<fdd::Problem>(m, "Problem").def(py::init(&problem));
   m.def("stats", &stats);
   m.def("grad", &grad);
+  m.def("kept_size", &fdd::KeptValues::size);
+  m.def("stats_and_keep", &stats_and_keep);
+  m.def("grad_of_kept", &grad_of_kept);
   m.def("instruction_set", [] { return std::string(fdd::row_kernels().name); });
   m.def("product_library", [] { return std::string(fdd::product_library()); });
 }

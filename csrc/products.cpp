@@ -5,12 +5,15 @@
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
 
+#include <algorithm>
 #include <cmath>
 
 #include "row_kernels.h"
 
 namespace fdd {
 namespace {
+
+constexpr int64_t kCached = 150'000;  // floats: 600 kB of a second cache level that has 1 MB or more
 
 // Whether brgemm multiplies float32 on this processor: tried once on a small product.
 bool brgemm_works() {
@@ -45,7 +48,11 @@ void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, cons
   if (m == 0 || n == 0) return;
 #ifdef CPUBLAS_BRGEMM_F32F32F32
   if (brgemm_works()) {
-    at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, false);
+    // In pieces of b that stay in the second cache level while the rows of a pass by.
+    const int64_t pieces = (n * k + kCached - 1) / kCached, piece = ((k + pieces - 1) / pieces + 15) / 16 * 16;
+    for (int64_t first = 0; first < k; first += piece)
+      at::native::cpublas::brgemm(m, n, std::min(piece, k - first), lda, ldb, ldc, add || first, a + first,
+                                  b + first * ldb, c, false);
     return;
   }
 #endif

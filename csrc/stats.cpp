@@ -1,4 +1,4 @@
-// The statistics: panels of columns one after another, blocks of rows in parallel; each row belongs to one thread.
+// The statistics: tiles of columns one after another, blocks of rows in parallel; each row belongs to one thread.
 #include <ATen/Parallel.h>
 
 #include <algorithm>
@@ -34,11 +34,13 @@ struct State {
 
 class Rows {
  public:
-  Rows(const Problem& problem, const Statistics& out) : problem_(problem), out_(out), state_(problem) {}
+  Rows(const Problem& problem, const Statistics& out, const KeptValues* kept)
+      : problem_(problem), out_(out), kept_(kept), state_(problem) {}
 
-  // Visits every tile: panels in sequence, row blocks in parallel, a block's tiles in sequence.
+  // Visits every row of every tile, a row's tiles in the order of their columns.
   template <class Visit>
   void for_each_tile(const Interrupt& interrupt, Visit visit) {
+    if (kept_) return for_each_kept_tile(visit);
     const Tiles& tiles = problem_.tiles;
     const int64_t blocks = (problem_.count() + tiles.rows - 1) / tiles.rows;
     Panel panel;
@@ -53,7 +55,8 @@ class Rows {
           for (int64_t column = start; column < start + panel.count(); column += tiles.columns) {
             const int64_t count = std::min(tiles.columns, start + panel.count() - column);
             values.compute(panel, column, count);
-            for (int64_t row = first_row; row < last_row; ++row) visit(values, row, row - first_row, column, count);
+            const TileView view = values.view();
+            for (int64_t row = first_row; row < last_row; ++row) visit(view, row, row - first_row, column, count);
           }
         }
         release_products();
@@ -61,9 +64,19 @@ class Rows {
     }
   }
 
+  template <class Visit>
+  void for_each_kept_tile(Visit visit) {
+    at::parallel_for(0, problem_.count(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t tile = 0; tile < kept_->tiles(); ++tile) {
+        const TileView view = kept_->view(tile);
+        for (int64_t row = begin; row < end; ++row) visit(view, row, row, kept_->first(tile), kept_->count(tile));
+      }
+    });
+  }
+
   void first_pass(const Interrupt& interrupt) {
     const RowKernels& kernels = row_kernels();
-    for_each_tile(interrupt, [&](const TileValues& values, int64_t row, int64_t local, int64_t column, int64_t count) {
+    for_each_tile(interrupt, [&](const TileView& values, int64_t row, int64_t local, int64_t column, int64_t count) {
       if (column == 0 && !problem_.reads.empty()) {
         for (int64_t layer = 0; layer < problem_.layers; ++layer) {
           *pivot(0, layer, row) = kernels.largest(values.student(layer, local), count);
@@ -85,9 +98,9 @@ class Rows {
         }
       }
       for (size_t i = 0; i < problem_.moments.size(); ++i) {
-        const VectorView s = problem_.vector(problem_.moments[i], values.student(0, local), values.layer_stride(),
+        const VectorView s = problem_.vector(problem_.moments[i], values.student(0, local), values.layer_stride,
                                              pivot(0, 0, row), out_.total_rows);
-        const VectorView t = problem_.vector(problem_.moments[i], values.teacher(0, local), values.layer_stride(),
+        const VectorView t = problem_.vector(problem_.moments[i], values.teacher(0, local), values.layer_stride,
                                              pivot(1, 0, row), out_.total_rows);
         kernels.moments(s, t, problem_.moment_inv_temperature, count, &state_.moments[i * problem_.rows.size() + row]);
       }
@@ -96,7 +109,7 @@ class Rows {
 
   void second_pass(const Interrupt& interrupt) {
     const RowKernels& kernels = row_kernels();
-    for_each_tile(interrupt, [&](const TileValues& values, int64_t row, int64_t local, int64_t, int64_t count) {
+    for_each_tile(interrupt, [&](const TileView& values, int64_t row, int64_t local, int64_t, int64_t count) {
       for (size_t i = 0; i < problem_.reads.size(); ++i) {
         const Read& read = problem_.reads[i];
         if (!needs_second_pass(read.kind)) continue;
@@ -159,14 +172,13 @@ class Rows {
 
   const Problem& problem_;
   const Statistics& out_;
+  const KeptValues* kept_;
   State state_;
 };
 
-}  // namespace
-
-void compute_statistics(const Problem& problem, const Statistics& out, const Interrupt& interrupt) {
+void run(const Problem& problem, const Statistics& out, const KeptValues* kept, const Interrupt& interrupt) {
   if (problem.count() == 0) return;
-  Rows rows(problem, out);
+  Rows rows(problem, out, kept);
   rows.first_pass(interrupt);
   rows.finish_first_pass();
   if (std::any_of(problem.reads.begin(), problem.reads.end(), [](const Read& r) { return needs_second_pass(r.kind); })) {
@@ -174,5 +186,13 @@ void compute_statistics(const Problem& problem, const Statistics& out, const Int
     rows.finish_second_pass();
   }
 }
+
+}  // namespace
+
+void compute_statistics(const Problem& problem, const Statistics& out, const Interrupt& interrupt) {
+  run(problem, out, nullptr, interrupt);
+}
+
+void statistics_of(const KeptValues& kept, const Statistics& out) { run(kept.problem(), out, &kept, nullptr); }
 
 }  // namespace fdd

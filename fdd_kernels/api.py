@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fdd_kernels.config import FDDLossTerms, LossOptions
-from fdd_kernels.functions import LensStatistics
+from fdd_kernels.functions import LensStatistics, LossAndGradient, rows_to_keep
 from fdd_kernels.plan import check_labels, make_plan
 from fdd_kernels.reference import dense_row_terms
 from fdd_kernels.terms import combine, row_terms_from_statistics
@@ -127,11 +127,17 @@ def fused_fdd_loss(
             plan, students, student_weight, student_bias, teachers, teacher_weight, teacher_bias, valid, flat_labels
         )
     else:
-        statistics = LensStatistics.apply(
-            plan.spec.encode(), plan.backend, valid, flat_labels if ce_weight else None, teacher_weight, teacher_bias,
-            student_weight, student_bias, *(students[i] for i in plan.layers), *(teachers[i] for i in plan.layers),
+        inputs = (
+            valid, flat_labels if ce_weight else None, teacher_weight, teacher_bias, student_weight, student_bias,
+            *(students[i] for i in plan.layers), *(teachers[i] for i in plan.layers),
         )  # fmt: skip
-        rows = row_terms_from_statistics(plan, *statistics)
+        kept_rows = rows_to_keep(plan, *inputs)
+        if kept_rows:
+            if num_items_in_batch is None and reduction == "mean":
+                num_items_in_batch = students[0].shape[0] if valid is None else valid.sum()
+            terms = FDDLossTerms(*LossAndGradient.apply(plan, kept_rows, num_items_in_batch, *inputs))
+            return terms if return_terms else terms.loss
+        rows = row_terms_from_statistics(plan, *LensStatistics.apply(plan.spec.encode(), plan.backend, *inputs))
     terms = combine(rows, options, valid, plan.leading_shape, num_items_in_batch)
     return terms if return_terms else terms.loss
 

@@ -1,4 +1,4 @@
-"""The autograd Function over the two operations."""
+"""The autograd Functions over the two operations."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 from fdd_kernels import ops
+from fdd_kernels.backends import BACKENDS
+from fdd_kernels.config import FDDLossTerms
+from fdd_kernels.plan import Plan
+from fdd_kernels.spec import LensInputs
+from fdd_kernels.terms import combine, row_terms_from_statistics
 
 
 class _Once(torch.autograd.Function):
@@ -36,30 +41,119 @@ class LensStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, spec: tuple, backend: str, valid, labels, teacher_weight, teacher_bias, weight, bias, *hidden: Tensor):
-        count = len(hidden) // 2
-        student = (list(hidden[:count]), weight, bias)
-        teacher = (list(hidden[count:]), teacher_weight, teacher_bias)
-        statistics = ops.lens_stats(*student, *teacher, valid, labels, *spec, backend)
-        ctx.spec, ctx.backend, ctx.count = spec, backend, count
-        ctx.save_for_backward(valid, labels, teacher_weight, teacher_bias, weight, bias, *statistics, *hidden)
+        inputs = _inputs(valid, labels, teacher_weight, teacher_bias, weight, bias, *hidden)
+        statistics = ops.lens_stats(*inputs, *spec, backend)
+        ctx.spec, ctx.backend = spec, backend
+        ctx.needed = _needed(ctx, len(hidden))
+        ctx.save_for_backward(valid, labels, teacher_weight, teacher_bias, weight, bias, *hidden, *statistics)
         ctx.mark_non_differentiable(statistics[0])
         return statistics
 
     @staticmethod
     def backward(ctx, _grad_pivots, grad_reads, grad_moments):
-        valid, labels, teacher_weight, teacher_bias, weight, bias, *saved = ctx.saved_tensors
-        statistics, hidden = saved[:3], saved[3:]
-        student = (hidden[: ctx.count], weight, bias)
-        teacher = (hidden[ctx.count :], teacher_weight, teacher_bias)
-        # needs_input_grad follows forward's arguments: six that never need one, weight, bias, then the hidden states.
-        needed = [*ctx.needs_input_grad[8 : 8 + ctx.count], *ctx.needs_input_grad[6:8]]
+        *saved, pivots, reads, moments = ctx.saved_tensors
+        inputs, upstream = _inputs(*saved), (grad_reads, grad_moments)
         with torch.no_grad():
-            found = ops.lens_grad(
-                *student, *teacher, valid, labels, *ctx.spec, ctx.backend, *statistics, grad_reads, grad_moments, needed
-            )
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # compiled code refuses by itself
-            inputs = [t for t in (weight, bias, *student[0]) if t is not None]
-            found = _Once.apply(len(found), *found, *inputs, grad_reads, grad_moments)
-        found = iter(found)
-        *grad_hidden, grad_weight, grad_bias = [next(found) if need else None for need in needed]
-        return (None,) * 6 + (grad_weight, grad_bias, *grad_hidden) + (None,) * ctx.count
+            found = ops.lens_grad(*inputs, *ctx.spec, ctx.backend, pivots, reads, moments, *upstream, ctx.needed)
+        return _returned(ctx, found, inputs, upstream)
+
+
+class LossAndGradient(torch.autograd.Function):
+    """The whole loss, with the gradients of `loss` formed in forward, `rows_at_a_time` rows after another.
+
+    For backends that keep a block's values between the two operations, which spares the backward pass both heads' products.
+    Those gradients are for an upstream gradient of 1: backward scales them in place and hands them over. Where they do not
+    serve, in a second backward pass and for upstream gradients of the other terms, backward computes all anew.
+    `normaliser` divides the sums over rows; None: the sums are asked for.
+    """
+
+    @staticmethod
+    def forward(ctx, plan: Plan, rows_at_a_time: int, normaliser, valid, labels, teacher_weight, teacher_bias, weight, bias,
+                *hidden: Tensor):  # fmt: skip
+        inputs = _inputs(valid, labels, teacher_weight, teacher_bias, weight, bias, *hidden)
+        ctx.plan, ctx.normaliser = plan, normaliser
+        ctx.needed = _needed(ctx, len(hidden))
+        ctx.save_for_backward(valid, labels, teacher_weight, teacher_bias, weight, bias, *hidden)
+        ctx.set_materialize_grads(False)
+        blocks: list[FDDLossTerms] = []
+
+        def upstream(*statistics: Tensor) -> tuple[Tensor, Tensor]:
+            terms, gradients = _differentiate(plan, statistics, None, normaliser, FDDLossTerms(1, None, None, None, None))
+            blocks.append(terms)
+            return gradients
+
+        with torch.autocast(inputs.device.type, enabled=False):
+            compute = BACKENDS[plan.backend].stats_and_grad
+            ctx.gradients = compute(inputs, plan.spec, rows_at_a_time, upstream, ctx.needed)
+        return FDDLossTerms(*[torch.stack(term).sum(0) for term in zip(*blocks)])
+
+    @staticmethod
+    def backward(ctx, *upstream: Tensor | None):
+        inputs = _inputs(*ctx.saved_tensors)
+        of_loss, *of_terms = upstream
+        with torch.no_grad():
+            if ctx.gradients is not None and of_loss is not None and all(g is None for g in of_terms):
+                found, ctx.gradients = ctx.gradients, None
+                if of_loss != 1:
+                    for gradient in found:
+                        gradient.mul_(of_loss)
+            else:
+                arguments = (*inputs, *ctx.plan.spec.encode(), ctx.plan.backend)
+                statistics = ops.lens_stats(*arguments)
+                _, gradients = _differentiate(ctx.plan, statistics, inputs.valid, ctx.normaliser, upstream)
+                found = ops.lens_grad(*arguments, *statistics, *gradients, ctx.needed)
+        return _returned(ctx, found, inputs, upstream)
+
+
+def rows_to_keep(plan: Plan, *tensors: Tensor | None) -> int:
+    """Rows a block where `LossAndGradient` is the faster way for these arguments of it, 0 where it is not or cannot run.
+
+    It runs outside of the dispatcher, so eagerly and on plain tensors alone, and needs a reduction: with one value per row
+    the upstream gradients are not known in forward.
+    """
+    backend = BACKENDS[plan.backend]
+    if backend.stats_and_grad is None or plan.options.reduction == "none":
+        return 0
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return 0
+    if any(t is not None and type(t) not in (Tensor, torch.nn.Parameter) for t in tensors):
+        return 0
+    inputs = _inputs(*tensors)
+    student = (*inputs.student_hidden, inputs.student_weight, inputs.student_bias)
+    return backend.kept_rows(inputs, plan.spec, [t is not None and t.requires_grad for t in student])
+
+
+def _differentiate(plan: Plan, statistics, valid, normaliser, upstream) -> tuple[FDDLossTerms, tuple[Tensor, Tensor]]:
+    """The terms, and the gradients of reads and moments given those of the terms (numbers, or None for no gradient)."""
+    pivots, reads, moments = [t.detach() for t in statistics]
+    with torch.enable_grad():
+        reads.requires_grad_()
+        moments.requires_grad_()
+        terms = combine(row_terms_from_statistics(plan, pivots, reads, moments), plan.options, valid, (), normaliser)
+        total = sum(term * g for term, g in zip(terms, upstream) if g is not None)
+        gradients = torch.autograd.grad(total, (reads, moments), allow_unused=True, materialize_grads=True)
+    return FDDLossTerms(*[term.detach() for term in terms]), gradients
+
+
+def _inputs(valid, labels, teacher_weight, teacher_bias, weight, bias, *hidden: Tensor) -> LensInputs:
+    """LensInputs from the order in which the Functions take them; None for what was None when it was saved."""
+    count = len(hidden) // 2
+    student, teacher = list(hidden[:count]), list(hidden[count:])
+    return LensInputs(student, weight, bias, teacher, teacher_weight, teacher_bias, valid, labels)
+
+
+def _needed(ctx, hidden: int) -> list[bool]:
+    """Which of [*student_hidden, student_weight, student_bias] need a gradient; `hidden` counts both models' states."""
+    *_, weight, bias = ctx.needs_input_grad[:-hidden]
+    return [*ctx.needs_input_grad[-hidden : -(hidden // 2)], weight, bias]
+
+
+def _returned(ctx, found: list[Tensor], inputs: LensInputs, upstream) -> tuple[Tensor | None, ...]:
+    """The gradients `found` in the order of forward's arguments, and such that differentiating them again raises."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # compiled code refuses by itself
+        sources = (inputs.student_weight, inputs.student_bias, *inputs.student_hidden, *upstream)
+        found = _Once.apply(len(found), *found, *[t for t in sources if t is not None])
+    found = iter(found)
+    *grad_hidden, grad_weight, grad_bias = [next(found) if need else None for need in ctx.needed]
+    before = len(ctx.needs_input_grad) - 2 * len(grad_hidden) - 2
+    return (None,) * before + (grad_weight, grad_bias, *grad_hidden) + (None,) * len(grad_hidden)

@@ -13,15 +13,21 @@ from fdd_kernels.backends import cpu, torch_stream, triton
 
 @dataclass(frozen=True)
 class Backend:
-    """Two functions and a check; `unavailable(device)` returns the reason and the remedy, or None."""
+    """Two functions and a check; `unavailable(device)` returns the reason and the remedy, or None.
+
+    A backend may do both operations at once, block of rows by block of rows, with `stats_and_grad`; `kept_rows` says how
+    many rows a block has, 0 where that does not pay.
+    """
 
     stats: Callable
     grad: Callable
     unavailable: Callable[[torch.device], str | None]
+    kept_rows: Callable = lambda inputs, spec, needed: 0
+    stats_and_grad: Callable | None = None
 
 
 BACKENDS: dict[str, Backend] = {
-    "cpu": Backend(cpu.stats, cpu.grad, cpu.unavailable),
+    "cpu": Backend(cpu.stats, cpu.grad, cpu.unavailable, cpu.kept_rows, cpu.stats_and_grad),
     "torch": Backend(torch_stream.stats, torch_stream.grad, unavailable=lambda device: None),
     "triton": Backend(triton.stats, triton.grad, triton.unavailable),
 }

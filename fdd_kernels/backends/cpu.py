@@ -8,6 +8,7 @@ with the problem.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +24,13 @@ TILE_COLUMNS = 128
 TILE_BYTES = MIB // 2  # both models' values of all layers: well inside the second cache level of a core
 PACK_BYTES = 8 * MIB  # both heads' rows of a panel
 GRADIENT_BYTES = 24 * MIB  # dL/dlogits of a panel for all rows and layers
+KEPT_BYTES = 96 * MIB  # values of all layers and columns of a block of rows, kept from the statistics to the gradients
+KEPT_PRODUCT_ROWS = 64  # rows x layers of a block below which reading the heads once per block costs more than it saves
 HIDDEN_BYTES = 48 * MIB  # float32 sums of the hidden states' gradients where their dtype is narrower
 WEIGHT_BYTES = 32 * MIB  # float32 sums of the head's gradient where its dtype is narrower
+
+# (pivots, reads, moments) -> upstream gradients of reads and moments
+Upstream = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,8 @@ def unavailable(device: torch.device) -> str | None:
     return _extension.why_missing
 
 
-def _problem(inputs: LensInputs, spec: LensSpec, rows: Tensor, *, backward: bool):
-    """The C++ side's view of one call, restricted to the given rows."""
+def _streamed(inputs: LensInputs, spec: LensSpec, rows: Tensor, *, backward: bool):
+    """The C++ side's view of one call, restricted to the given rows, for the operations that stream over panels."""
     student_width = inputs.student_hidden[0].shape[1]
     teacher_width = inputs.teacher_hidden[0].shape[1] if spec.needs_teacher and inputs.teacher_weight is not None else 0
     tiles = choose_tiles(
@@ -77,6 +83,10 @@ def _problem(inputs: LensInputs, spec: LensSpec, rows: Tensor, *, backward: bool
         torch.get_num_threads(),
         backward=backward,
     )
+    return _problem(inputs, spec, rows, tiles)
+
+
+def _problem(inputs: LensInputs, spec: LensSpec, rows: Tensor, tiles: Tiles):
     student_scale = (spec.student_logit_scale, spec.student_softcap or 0.0)
     teacher_scale = (spec.teacher_logit_scale, spec.teacher_softcap or 0.0)
     return _extension.kernels.Problem(
@@ -97,14 +107,30 @@ def _valid_rows(inputs: LensInputs) -> Tensor:
     return torch.arange(inputs.rows) if inputs.valid is None else inputs.valid.nonzero().squeeze(1)
 
 
+def _no_statistics(inputs: LensInputs, spec: LensSpec) -> tuple[Tensor, Tensor, Tensor]:
+    pivots = torch.zeros(2, len(inputs.student_hidden), inputs.rows)
+    reads = torch.zeros(len(spec.reads), READ_STATS, inputs.rows)
+    moments = torch.zeros(len(spec.moments), MOMENT_STATS, inputs.rows)
+    return pivots, reads, moments
+
+
+def _no_gradients(inputs: LensInputs, needed: list[bool]) -> tuple[list[Tensor | None], Tensor | None, Tensor | None]:
+    """Zeros for the gradients wanted: one a layer, the head's, and the bias's in float32."""
+    *needs_hidden, needs_weight, needs_bias = needed
+    grad_hidden = [
+        torch.zeros_like(h, memory_format=torch.contiguous_format) if need else None
+        for h, need in zip(inputs.student_hidden, needs_hidden)
+    ]
+    grad_weight = torch.zeros_like(inputs.student_weight, memory_format=torch.contiguous_format) if needs_weight else None
+    return grad_hidden, grad_weight, torch.zeros(len(inputs.student_bias)) if needs_bias else None
+
+
 def stats(inputs: LensInputs, spec: LensSpec) -> tuple[Tensor, Tensor, Tensor]:
     """Statistics: pivots (2, L, R), reads (reads, 4, R), moments (moments, 7, R); see `spec.py`."""
     if inputs.statistics_dtype == torch.float64:
         return torch_stream.stats(inputs, spec)
-    pivots = torch.zeros(2, len(inputs.student_hidden), inputs.rows)
-    reads = torch.zeros(len(spec.reads), READ_STATS, inputs.rows)
-    moments = torch.zeros(len(spec.moments), MOMENT_STATS, inputs.rows)
-    _extension.kernels.stats(_problem(inputs, spec, _valid_rows(inputs), backward=False), pivots, reads, moments)
+    pivots, reads, moments = _no_statistics(inputs, spec)
+    _extension.kernels.stats(_streamed(inputs, spec, _valid_rows(inputs), backward=False), pivots, reads, moments)
     return pivots, reads, moments
 
 
@@ -119,26 +145,17 @@ def grad(inputs: LensInputs, spec: LensSpec, per_row: tuple[Tensor, ...], needed
     per_row = tuple(t.contiguous() for t in per_row)
     *needs_hidden, needs_weight, needs_bias = needed
     rows, layers, width = _valid_rows(inputs), len(inputs.student_hidden), inputs.student_hidden[0].shape[1]
-    grad_hidden = [
-        torch.zeros_like(h, memory_format=torch.contiguous_format) if need else None
-        for h, need in zip(inputs.student_hidden, needs_hidden)
-    ]
-    grad_weight = None
-    if needs_weight:
-        grad_weight = torch.zeros_like(inputs.student_weight, memory_format=torch.contiguous_format)
-    grad_bias = torch.zeros(len(inputs.student_bias)) if needs_bias else None
+    grad_hidden, grad_weight, grad_bias = _no_gradients(inputs, needed)
 
     def walk(some_rows: Tensor, sums: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
-        problem = _problem(inputs, spec, some_rows, backward=True)
+        problem = _streamed(inputs, spec, some_rows, backward=True)
         _extension.kernels.grad(problem, *per_row, sums, weight, bias)
 
     def walk_sets(weight: Tensor | None, bias: Tensor | None) -> None:
         for some_rows in row_sets:
             sums = torch.zeros(layers, len(some_rows), width)
             walk(some_rows, sums, weight, bias)
-            for total, out in zip(sums, grad_hidden):
-                if out is not None:
-                    out[some_rows] = total.to(out.dtype)
+            _place(sums, some_rows, grad_hidden)
 
     most_rows = max(1, HIDDEN_BYTES // (FLOAT * layers * width))
     row_sets = rows.split(most_rows) if any(needs_hidden) else ()
@@ -154,6 +171,71 @@ def grad(inputs: LensInputs, spec: LensSpec, per_row: tuple[Tensor, ...], needed
     else:
         walk_sets(None, None)
         walk(rows, None, grad_weight, grad_bias)
+    return _wanted(inputs, grad_hidden, grad_weight, grad_bias)
+
+
+def _place(sums: Tensor, rows: Tensor, grad_hidden: list[Tensor | None]) -> None:
+    """Round the float32 sums (L, rows, width) into the gradients of those rows."""
+    for total, out in zip(sums, grad_hidden):
+        if out is not None:
+            out[rows] = total.to(out.dtype)
+
+
+def _wanted(inputs: LensInputs, grad_hidden: list, grad_weight: Tensor | None, grad_bias: Tensor | None) -> list[Tensor]:
     if grad_bias is not None:
         grad_bias = grad_bias.to(inputs.student_bias.dtype)
     return [g for g in (*grad_hidden, grad_weight, grad_bias) if g is not None]
+
+
+def kept_rows(inputs: LensInputs, spec: LensSpec, needed: list[bool]) -> int:
+    """How many rows at a time `stats_and_grad` keeps all values of; 0: recomputing them is better, or all it can be.
+
+    Keeping saves the backward pass's products of both heads, but reads the heads once per block of rows: where the budget
+    holds few rows that costs more than it saves. Sums of float16 would underflow before a loss scaler has scaled them, and
+    the head's gradient, added up over blocks, needs float32 memory of its own where it is narrower.
+    """
+    if inputs.statistics_dtype == torch.float64 or not any(needed):
+        return 0
+    layers, count = len(inputs.student_hidden), len(_valid_rows(inputs))
+    wanted = [t for t, need in zip((*inputs.student_hidden, inputs.student_weight, inputs.student_bias), needed) if need]
+    per_row = FLOAT * (2 if spec.needs_teacher else 1) * layers * _round_up(spec.columns, TILE_COLUMNS)
+    rows = min(count, KEPT_BYTES // per_row)
+    if rows == 0 or any(t.dtype == torch.float16 for t in wanted):
+        return 0
+    if rows < count:
+        if rows * layers < KEPT_PRODUCT_ROWS:
+            return 0
+        weight = inputs.student_weight
+        if needed[-2] and weight.dtype != torch.float32 and weight.numel() * FLOAT > WEIGHT_BYTES:
+            return 0
+    return -(-count // -(-count // rows))  # blocks of equal size
+
+
+def stats_and_grad(inputs: LensInputs, spec: LensSpec, rows_at_a_time: int, upstream: Upstream, needed: list[bool]) -> list[Tensor]:
+    """`stats`, then `grad`, for one block of rows after another, of which all values are kept in between.
+
+    `upstream` is given the statistics of a block's rows.
+    """
+    rows, layers, width = _valid_rows(inputs), len(inputs.student_hidden), inputs.student_hidden[0].shape[1]
+    grad_hidden, grad_weight, grad_bias = _no_gradients(inputs, needed)
+    weight = grad_weight
+    if weight is not None and weight.dtype != torch.float32 and rows_at_a_time < len(rows):
+        weight = torch.zeros(weight.shape)
+    tiles = Tiles(rows_at_a_time, min(TILE_COLUMNS, _round_up(spec.columns, 16)), spec.columns)
+    memory = None
+    statistics = _no_statistics(inputs, spec)
+    grad_reads, grad_moments = torch.zeros_like(statistics[1]), torch.zeros_like(statistics[2])
+    for block in rows.split(rows_at_a_time):
+        problem = _problem(inputs, spec, block, tiles)
+        if memory is None:  # the first block is the largest
+            memory = torch.empty(_extension.kernels.kept_size(problem))
+        _extension.kernels.stats_and_keep(problem, memory, *statistics)
+        found = upstream(*(t[..., block] for t in statistics))
+        grad_reads[..., block], grad_moments[..., block] = found
+        sums = torch.zeros(layers, len(block), width) if any(needed[:layers]) else None
+        _extension.kernels.grad_of_kept(problem, memory, *statistics, grad_reads, grad_moments, sums, weight, grad_bias)
+        if sums is not None:
+            _place(sums, block, grad_hidden)
+    if weight is not grad_weight:
+        grad_weight.copy_(weight)
+    return _wanted(inputs, grad_hidden, grad_weight, grad_bias)

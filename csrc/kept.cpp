@@ -1,0 +1,137 @@
+// Values that are computed once and kept from the statistics to the gradients, for as many rows as a budget holds; what
+// saves the second time that both heads are multiplied. Columns are divided among the threads, and the rows of all
+// layers M = L r share each product, so that a head is read once per pass and needs no packing: the head's rows are the
+// left operand, the hidden states, transposed once, the right one.
+#include <ATen/Parallel.h>
+#include <ATen/ops/from_blob.h>
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <mutex>
+
+#include "lens.h"
+
+namespace fdd {
+namespace {
+
+// The hidden states of all layers below one another, (M, D).
+Scratch stack(const Problem& problem, const Side& side) {
+  const int64_t width = side.width(), count = problem.count();
+  Scratch out(problem.layers * count * width);
+  at::parallel_for(0, problem.layers * count, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m)
+      side.hidden[m / count].read(problem.rows[m % count], 0, width, out.get() + m * width);
+  });
+  return out;
+}
+
+// The same as (D, M); empty for the identity.
+Scratch stack_transposed(const Problem& problem, const Side& side) {
+  if (!side.weight.defined()) return Scratch();
+  const int64_t width = side.width(), all = problem.layers * problem.count();
+  const Scratch rows = stack(problem, side);
+  Scratch out(width * all);
+  at::parallel_for(0, (width + kPadding - 1) / kPadding, 1, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kPadding, last = std::min(end * kPadding, width);
+    transpose(rows.get() + first, width, all, last - first, out.get() + first * all, all);
+  });
+  return out;
+}
+
+}  // namespace
+
+KeptValues::KeptValues(const Problem& problem, float* memory)
+    : problem_(problem),
+      memory_(memory),
+      width_(problem.tiles.columns),
+      ld_(round_up(width_, kPadding)),
+      side_size_(problem.layers * problem.count() * ld_) {}
+
+int64_t KeptValues::size(const Problem& problem) {
+  const KeptValues kept(problem, nullptr);
+  return kept.tiles() * kept.side_size_ * (problem.needs_teacher ? 2 : 1);
+}
+
+TileView KeptValues::view(int64_t tile) const {
+  float* values = memory_ + tile * side_size_ * (problem_.needs_teacher ? 2 : 1);
+  return {values, values + side_size_, problem_.count() * ld_, ld_};
+}
+
+void KeptValues::compute() {
+  const Scratch student = stack_transposed(problem_, problem_.student);
+  const Scratch teacher = problem_.needs_teacher ? stack_transposed(problem_, problem_.teacher) : Scratch();
+  at::parallel_for(0, tiles(), 1, [&](int64_t begin, int64_t end) {
+    Scratch weight, raw(width_ * problem_.layers * problem_.count());
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const TileView out = view(tile);
+      compute_side(problem_.student, tile, student.get(), &weight, raw.get(), const_cast<float*>(out.values_s));
+      if (problem_.needs_teacher)
+        compute_side(problem_.teacher, tile, teacher.get(), &weight, raw.get(), const_cast<float*>(out.values_t));
+    }
+    release_products();
+  });
+}
+
+void KeptValues::compute_side(const Side& side, int64_t tile, const float* hidden_DM, Scratch* weight, float* raw_cM,
+                              float* out_Mc) const {
+  const int64_t rows = problem_.count(), all = problem_.layers * rows, columns = count(tile);
+  if (side.weight.defined()) {
+    const Operand head = head_rows(side.weight, first(tile), columns, weight);
+    multiply(columns, all, side.width(), head.data, head.ld, hidden_DM, all, raw_cM, all, false);
+    transpose(raw_cM, all, columns, all, out_Mc, ld_);
+  } else {
+    for (int64_t m = 0; m < all; ++m)
+      side.hidden[m / rows].read(problem_.rows[m % rows], first(tile), columns, out_Mc + m * ld_);
+  }
+  const float* bias = side.bias.empty() ? nullptr : side.bias.data() + first(tile);
+  for (int64_t m = 0; m < all; ++m) row_kernels().transform(out_Mc + m * ld_, columns, bias, side.scale, side.softcap);
+}
+
+void gradients_of(const KeptValues& kept, const Statistics& statistics, const Upstream& upstream, const Gradients& out) {
+  const Problem& problem = kept.problem();
+  const int64_t rows = problem.count(), all = problem.layers * rows, width = problem.student.width(), ld = kept.ld();
+  const Scratch hidden = out.weight.defined() ? stack(problem, problem.student) : Scratch();
+  const bool in_place = out.weight.defined() && out.weight.scalar_type() == at::kFloat;
+  // dH of each thread's columns, by its first tile: added up in that order at the end.
+  std::map<int64_t, Scratch> sums;
+  std::mutex guard;
+  at::parallel_for(0, kept.tiles(), 1, [&](int64_t begin, int64_t end) {
+    Scratch weight, grad_Mc(all * ld), grad_cM(problem.tiles.columns * all), sum(out.hidden ? all * width : 0),
+        narrow(out.weight.defined() && !in_place ? problem.tiles.columns * width : 0);
+    if (out.hidden) std::memset(sum.get(), 0, sizeof(float) * all * width);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t first = kept.first(tile), columns = kept.count(tile);
+      std::memset(grad_Mc.get(), 0, sizeof(float) * all * ld);
+      for (int64_t row = 0; row < rows; ++row)
+        form_row(problem, statistics, upstream, kept.view(tile), grad_Mc.get(), row, row, first, columns);
+      if (out.hidden) {
+        const Operand head = head_rows(problem.student.weight, first, columns, &weight);
+        multiply(all, width, columns, grad_Mc.get(), ld, head.data, head.ld, sum.get(), width, true);
+      }
+      if (!out.weight.defined() && !out.bias) continue;
+      transpose(grad_Mc.get(), ld, all, columns, grad_cM.get(), all);
+      if (out.weight.defined()) {
+        float* target = in_place ? out.weight.data_ptr<float>() + first * width : narrow.get();
+        multiply(columns, width, all, grad_cM.get(), all, hidden.get(), width, target, width, in_place);
+        if (!in_place)
+          out.weight.narrow(0, first, columns).copy_(at::from_blob(target, {columns, width}, at::kFloat));
+      }
+      for (int64_t c = 0; out.bias && c < columns; ++c) {
+        double total = 0;
+        for (int64_t m = 0; m < all; ++m) total += grad_cM.get()[c * all + m];
+        out.bias[first + c] += float(total);
+      }
+    }
+    release_products();
+    if (!out.hidden) return;
+    const std::lock_guard lock(guard);
+    sums.emplace(begin, std::move(sum));
+  });
+  at::parallel_for(0, out.hidden ? all : 0, 16, [&](int64_t begin, int64_t end) {
+    for (const auto& [_, sum] : sums)
+      for (int64_t i = begin * width; i < end * width; ++i) out.hidden[i] += sum.get()[i];
+  });
+}
+
+}  // namespace fdd
