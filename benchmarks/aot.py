@@ -6,6 +6,12 @@ What is compiled is what would be launched: the cases below go through the publi
 on tensors of the device "meta", which record every launch; kernels are then specialised on dtypes, on integers that are 1
 or divisible by 16, and on constexprs, as at run time. The options that reach a constexpr are all enumerated; every other
 option (temperatures, soft caps, scales, biases, labels, masks, numbers of layers) is a run-time value of the same code.
+Left out are combinations of what is enumerated one at a time (both 16-bit types in one call, one width of the two that 16
+divides, heads at odd addresses): each mixes the loads of two kernels that are here.
+
+`--quick` is what the tests and so CI compile: each kernel with one head, with two and in feature space, in bfloat16; in
+float32 with the most that a kernel is asked for; and at the tile for few rows. It leaves out what compiles to the same code
+but for one elementwise function or one type: reverse_kl and skew_kl beside jsd, float16 beside bfloat16, no deltas.
 
 Exits with 1 if a kernel spills registers, asks for more shared memory than its target has, or multiplies 16-bit
 matrices without a tensor-core instruction.
@@ -15,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import subprocess
@@ -61,8 +68,8 @@ HARDWARE = {
     "hip:gfx942": Hardware(64 * KIB, 64 * KIB, 4 * 512 * 64, 2048, 64),
     "hip:gfx950": Hardware(160 * KIB, 160 * KIB, 4 * 512 * 64, 2048, 64),
 }
+MOST_PROGRAMS = 32  # that a multiprocessor keeps, whatever they take
 TENSOR_CORE = {"cuda": r"\b(tcgen05\.mma|wgmma\.mma_async|mma\.sync)\b", "hip": r"\bv_mfma_\w+"}
-EXPONENTIAL = {"cuda": r"\bex2\.approx", "hip": r"\bv_exp_f32"}
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,8 @@ class Case:
     options: dict
     student: torch.dtype = torch.bfloat16
     teacher: torch.dtype = torch.bfloat16
+    heads: torch.dtype | None = None  # of both weights, where not that of the hidden states
+    precision: str = "ieee"
     features: bool = False
     rows: int = 4096
     student_width: int = 768
@@ -81,32 +90,44 @@ class Case:
     layers: int = 5
 
 
+LENS = {
+    "kl": {},
+    "kl, no deltas": {"beta": 0.0},
+    "reverse_kl": {"trajectory": "reverse_kl"},
+    "reverse_kl, no deltas": {"trajectory": "reverse_kl", "beta": 0.0},
+    "jsd": {"trajectory": "jsd"},
+    "jsd, no deltas": {"trajectory": "jsd", "beta": 0.0},
+    "skew_kl": {"trajectory": "skew_kl"},
+    "skew_kl, no deltas": {"trajectory": "skew_kl", "beta": 0.0},
+    "labels alone": {"alpha": 0.0, "beta": 0.0, "output_kd_weight": 0.0, "ce_weight": 1.0},
+}
+FEATURES = {"trajectory": "mse", "derivative": "mse", "output_kd_weight": 0.0}
+
+
+def every_option(label: str = "", **inputs) -> Iterator[Case]:
+    """Each way through the options for one kind of inputs."""
+    for name, options in LENS.items():
+        yield Case(name + label, options, **inputs)
+    yield Case("features" + label, FEATURES, features=True, **inputs)
+
+
 def cases(quick: bool) -> Iterator[Case]:
-    """Every combination that changes a constexpr or a specialisation; `quick`: one of each kernel's heaviest."""
+    """The kinds of inputs that change a specialisation or a tile, each with every option; `quick`: see the top."""
     bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
-    lens = {
-        "kl": {},
-        "kl, no deltas": {"beta": 0.0},
-        "reverse_kl": {"trajectory": "reverse_kl"},
-        "reverse_kl, no deltas": {"trajectory": "reverse_kl", "beta": 0.0},
-        "jsd": {"trajectory": "jsd"},
-        "jsd, no deltas": {"trajectory": "jsd", "beta": 0.0},
-        "skew_kl": {"trajectory": "skew_kl"},
-        "skew_kl, no deltas": {"trajectory": "skew_kl", "beta": 0.0},
-        "labels alone": {"alpha": 0.0, "beta": 0.0, "output_kd_weight": 0.0, "ce_weight": 1.0},
-    }
-    features = {"trajectory": "mse", "derivative": "mse", "output_kd_weight": 0.0}
+    few, ragged = {"rows": 48}, {"student_width": 250, "teacher_width": 333}
     if quick:
-        yield Case("jsd", lens["jsd"])
-        yield Case("features", features, features=True, columns=1600)
+        yield from (case for case in every_option() if case.name in ("kl", "jsd", "labels alone", "features"))
+        yield Case("jsd", LENS["jsd"], f32, f32)
+        yield Case("kl, few rows", LENS["kl"], **few)
         return
     for student, teacher in ((bf16, bf16), (f16, f16), (f32, f32), (f32, bf16), (bf16, f32)):
-        for name, options in lens.items():
-            yield Case(name, options, student, teacher)
-        yield Case("features", features, student, teacher, features=True, columns=1600)
-    # Widths that 16 does not divide, few rows (smaller tiles), one row, one layer.
-    yield Case("ragged widths", {}, student_width=250, teacher_width=333)
-    yield Case("few rows", {}, rows=48)
+        yield from every_option(student=student, teacher=teacher)
+    yield from every_option(", few rows", **few)
+    yield from every_option(", ragged", **ragged)
+    yield Case("jsd, ragged", LENS["jsd"], f32, f32, **ragged)
+    yield from every_option(", bf16 heads", student=f32, teacher=f32, heads=bf16)
+    for precision in ("tf32x3", "tf32"):
+        yield from every_option(f", {precision}", student=f32, teacher=f32, precision=precision)
     yield Case("one row, one layer", {}, rows=1, layers=1)
 
 
@@ -118,16 +139,18 @@ def launches(case: Case, architecture: str) -> list[Launch]:
 
     students = [new(case.rows, case.student_width, dtype=case.student) for _ in range(case.layers)]
     teachers = [new(case.rows, case.teacher_width, dtype=case.teacher) for _ in range(case.layers)]
-    weight = new(case.columns, case.student_width, dtype=case.student)
-    teacher_weight = None if case.features else new(case.columns, case.teacher_width, dtype=case.teacher)
+    columns = case.teacher_width if case.features else case.columns
+    weight = new(columns, case.student_width, dtype=case.heads or case.student)
+    teacher_weight = None if case.features else new(columns, case.teacher_width, dtype=case.heads or case.teacher)
     labels = new(case.rows, dtype=torch.int64) if case.options.get("ce_weight") else None
     plan, *_ = make_plan(
         LossOptions(**case.options, backend="torch"), students, weight, teachers, teacher_weight, labels, None, None, None, None
     )
     chosen = [[states[i] for i in plan.layers] for states in (students, teachers)]
     inputs = LensInputs(chosen[0], weight, None, chosen[1], teacher_weight, None, None, labels)
-    named = configurations.architecture_of
+    named, precision = configurations.architecture_of, os.environ.get(configurations.F32_PRECISION)
     operations.architecture_of = lambda device, interpreting: architecture
+    os.environ[configurations.F32_PRECISION] = case.precision
     try:
         with recorded() as found:
             pivots, reads, moments = operations.stats(inputs, plan.spec)
@@ -135,6 +158,9 @@ def launches(case: Case, architecture: str) -> list[Launch]:
             operations.grad(inputs, plan.spec, per_row, [True] * (len(plan.layers) + 1) + [False])
     finally:
         operations.architecture_of = named
+        os.environ.pop(configurations.F32_PRECISION)
+        if precision is not None:
+            os.environ[configurations.F32_PRECISION] = precision
     return found
 
 
@@ -204,15 +230,19 @@ def jobs(targets: list[str], quick: bool) -> list[Job]:
         for case in cases(quick):
             for launch in launches(case, architecture):
                 one = job(target, case, launch)
-                if not quick or one.kernel in HEAVY:
-                    found.setdefault((one.target, one.kernel, *tuple(vars(one).values())[3:]), one)
+                found.setdefault((one.target, one.kernel, *tuple(vars(one).values())[3:]), one)
     # The heaviest first, so that no process is left alone with one at the end.
     return sorted(found.values(), key=lambda one: one.kernel not in HEAVY)
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one compilation came to. `occupancy`: resident threads over the most that a multiprocessor holds."""
+    """What one compilation came to.
+
+    `tensor_core_instructions` are counted as they stand in the code, `exponentials_a_tile` in elements: what one pass over
+    every branch takes, soft caps and the alternatives of a slot included, so the most that a tile can ask for.
+    `occupancy`: resident threads over the most that a multiprocessor holds.
+    """
 
     target: str
     kernel: str
@@ -224,7 +254,8 @@ class Report:
     spilled_bytes: int
     shared_bytes: int
     tensor_core: str
-    exponentials_a_tile: float
+    tensor_core_instructions: int
+    exponentials_a_tile: int
     programs_a_multiprocessor: int
     occupancy: float
     problems: tuple[str, ...]
@@ -250,33 +281,42 @@ def compile_job(one: Job) -> Report:
         registers, spilled = hip_resources(assembly)
     hardware = HARDWARE[one.target]
     shared = compiled.metadata.shared
-    dots = sorted({found.split(".sync")[0] for found in re.findall(TENSOR_CORE[backend], assembly)})
+    found = re.findall(TENSOR_CORE[backend], assembly)
+    dots = sorted({shorten(instruction) for instruction in found})
+    multiplied = ("student_hidden",) if constants.get("IDENTITY") else ("student_hidden", "teacher_hidden")
+    types = [kind for name, kind in one.signature if name in multiplied]
     problems = []
     if spilled:
         problems.append(f"spills {spilled} bytes")
     if shared > hardware.shared_limit:
         problems.append(f"{shared} bytes of shared memory of {hardware.shared_limit}")
-    types = [kind for name, kind in one.signature if name in ("student_hidden", "teacher_hidden")]
     if one.kernel in HEAVY and any(kind in ("*bf16", "*fp16") for kind in types) and not dots:
         problems.append("no tensor-core instruction")
     threads = options["num_warps"] * hardware.warp
     per_thread = -(-registers // 8) * 8
     reserved = shared + (KIB if backend == "cuda" else 0)
     programs = min(hardware.registers // max(1, per_thread * threads), hardware.threads // threads)
-    programs = min(programs, hardware.shared_total // max(1, reserved))
+    programs = min(programs, hardware.shared_total // max(1, reserved), MOST_PROGRAMS)
     tile = "x".join(str(constants[name]) for name in ("BLOCK_R", "BLOCK_C", "BLOCK_D", "BLOCK_E") if name in constants)
     return Report(
         target=one.target, kernel=one.kernel, case=one.case, tile=tile, num_warps=options["num_warps"],
         num_stages=options["num_stages"],
-        registers=registers, spilled_bytes=spilled, shared_bytes=shared, tensor_core="+".join(shorten(d) for d in dots) or "-",
-        exponentials_a_tile=len(re.findall(EXPONENTIAL[backend], assembly)) * threads, programs_a_multiprocessor=programs,
-        occupancy=round(programs * threads / hardware.threads, 3), problems=tuple(problems),
+        registers=registers, spilled_bytes=spilled, shared_bytes=shared, tensor_core="+".join(dots) or "-",
+        tensor_core_instructions=len(found), exponentials_a_tile=exponentials(compiled.asm["ttir"], constants),
+        programs_a_multiprocessor=programs, occupancy=round(programs * threads / hardware.threads, 3), problems=tuple(problems),
     )  # fmt: skip
 
 
 def shorten(instruction: str) -> str:
     """The family of a tensor-core instruction: mma, wgmma, tcgen05 or mfma."""
     return "mfma" if instruction.startswith("v_mfma") else instruction.split(".")[0]
+
+
+def exponentials(ttir: str, constants: dict) -> int:
+    """Elements that the exponentials of Triton's own intermediate code take, those of a strip once for every strip."""
+    strips = constants["BLOCK_C"] // constants["BLOCK_E"] if "BLOCK_E" in constants else 1
+    shapes = re.findall(r"math\.exp2? .*tensor<([\dx]+)xf32>", ttir)
+    return strips * sum(math.prod(map(int, shape.split("x"))) for shape in shapes)
 
 
 def cuda_resources(cubin: bytes) -> tuple[int, int]:
@@ -305,20 +345,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", nargs="+", default=["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"], choices=HARDWARE)
     parser.add_argument("--json", type=Path, help="write the reports to this file")
-    parser.add_argument("--quick", action="store_true", help="bf16 and the heaviest options alone")
+    parser.add_argument("--quick", action="store_true", help="the subset that the tests compile")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     arguments = parser.parse_args()
     todo = jobs(arguments.target, arguments.quick)
     reports = []
-    columns = "{:10} {:18} {:34} {:15} {:>5} {:>4} {:>5} {:>7} {:>8} {:>5}  {}"
-    print(columns.format("target", "kernel", "case", "tile", "warps", "regs", "spill", "shared", "exp/tile", "progs", "dot"))
+    columns = "{:10} {:18} {:34} {:15} {:>5} {:>4} {:>5} {:>7} {:>8} {:>5} {:>4}  {}"
+    names = ("target", "kernel", "case", "tile", "warps", "regs", "spill", "shared", "exp/tile", "progs", "dots", "")
+    print(columns.format(*names))
     with ProcessPoolExecutor(arguments.processes) as pool:
         for report in pool.map(compile_job, todo):
             reports.append(report)
             r = report
             line = columns.format(
                 r.target, r.kernel.removesuffix("_kernel"), r.case, r.tile, r.num_warps, r.registers, r.spilled_bytes,
-                r.shared_bytes, r.exponentials_a_tile, r.programs_a_multiprocessor, r.tensor_core,
+                r.shared_bytes, r.exponentials_a_tile, r.programs_a_multiprocessor, r.tensor_core_instructions,
+                r.tensor_core,
             )  # fmt: skip
             print(line, *r.problems, flush=True)
     if arguments.json:

@@ -98,9 +98,13 @@ class Phase:
         return max(vars(self), key=vars(self).get)
 
 
+def _tile(device: Device, rows: int):
+    return choose((rows, 1024, 1024, 1024), torch.bfloat16, device.architecture)
+
+
 def tile_phase(device: Device, pair: Pair, rows: int, layers: int, *, scratch_reads: int, out_bytes: int) -> Phase:
     """Both models' tiles once, every layer: the statistics, or the part of the gradient that forms dL/dx."""
-    tile = choose(rows, torch.bfloat16, device.architecture)
+    tile = _tile(device, rows)
     width = pair.student_width + pair.teacher_width
     elements = layers * rows * pair.columns
     operands = ITEM * width * (1 / tile.block_rows + 1 / tile.block_columns)
@@ -136,7 +140,7 @@ def product_phase(device: Device, pair: Pair, rows: int, layers: int, trained_he
 
 def atomics_seconds(device: Device, pair: Pair, rows: int, layers: int) -> float:
     """What accumulating dH in the kernel would take instead: a float32 read-modify-write a column tile, in the cache."""
-    tile = choose(rows, torch.bfloat16, device.architecture)
+    tile = _tile(device, rows)
     return layers * rows * pair.student_width * 2 * F32 * (pair.columns / tile.block_columns) / device.l2
 
 
@@ -178,7 +182,7 @@ def dense(device: Device, pair: Pair, rows: int, layers: int, chunk_rows: int | 
 
 def scratch_bytes(device: Device, rows: int) -> int:
     """The statistics kernel's scratch: two layers of both models' tiles a program, one program a multiprocessor at work."""
-    tile = choose(rows, torch.bfloat16, device.architecture)
+    tile = _tile(device, rows)
     return device.units * 4 * tile.block_rows * tile.block_columns * F32
 
 

@@ -115,7 +115,7 @@ def test_every_architecture_has_a_configuration():
     for architecture in config.ARCHITECTURES:
         for dtype in (torch.bfloat16, torch.float32):
             for rows in (1, 64, 100_000):
-                assert config.choose(rows, dtype, architecture).block_rows >= 16
+                assert config.choose((rows, 1000, 64, 100), dtype, architecture).block_rows >= 16
 
 
 def test_autotuning_is_kept_on_disk(monkeypatch, tmp_path):
@@ -134,4 +134,4 @@ def test_autotuning_is_kept_on_disk(monkeypatch, tmp_path):
     assert autotune.tuned(*arguments, timer=timer) == best
     assert not timed
     monkeypatch.delenv(autotune.SWITCH)
-    assert autotune.tuned(*arguments, timer=timer) == config.choose(300, torch.bfloat16, "sm_90")
+    assert autotune.tuned(*arguments, timer=timer) == config.choose((300, 1000, 64, 64), torch.bfloat16, "sm_90")

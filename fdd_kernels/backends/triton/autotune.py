@@ -63,18 +63,18 @@ def seconds(run: Callable[[LaunchConfig], object], config: LaunchConfig) -> floa
 
 
 def tuned(operation: str, shape: tuple[int, ...], dtype: torch.dtype, architecture: str,
-          run: Callable[[LaunchConfig], object], timer: Callable = seconds) -> LaunchConfig:  # fmt: skip
+          run: Callable[[LaunchConfig], object], timer: Callable = seconds, mixed: bool = False) -> LaunchConfig:  # fmt: skip
     """The configuration for `shape` = (rows, columns, widths): the default, or the fastest found by timing `run`."""
     rows = shape[0]
     if os.environ.get(SWITCH, "0") in ("", "0") or not rows:
-        return choose(rows, dtype, architecture)
+        return choose(shape, dtype, architecture, mixed)
     rounded = (triton.next_power_of_2(rows), *shape[1:])
-    key = "/".join([operation, architecture, str(dtype), "x".join(map(str, rounded)), triton.__version__])
+    key = "/".join([operation, architecture, str(dtype) + "+" * mixed, "x".join(map(str, rounded)), triton.__version__])
     known = _read().get(key)
     if known is not None:
         return LaunchConfig(**known)
     if launch.is_recording():
-        return choose(rows, dtype, architecture)
-    best = min(candidates(rows, dtype, architecture), key=lambda config: timer(run, config))
+        return choose(shape, dtype, architecture, mixed)
+    best = min(candidates(shape, dtype, architecture, mixed), key=lambda config: timer(run, config))
     _write(key, best)
     return best

@@ -75,26 +75,38 @@ def f32_precision() -> str:
     return precision
 
 
-def choose(rows: int, dtype: torch.dtype, architecture: str) -> LaunchConfig:
-    """The configuration of the three heavy kernels for `rows` rows; `dtype` is the wider of the two models' products."""
+def choose(shape: tuple[int, ...], dtype: torch.dtype, architecture: str, mixed: bool = False) -> LaunchConfig:
+    """The configuration of the three heavy kernels.
+
+    `shape` is (rows, columns, student's width, teacher's width or 0 without one), `dtype` the wider of the two models'
+    products, `mixed` whether they differ.
+    """
+    rows, _, *widths = shape
     if architecture == INTERPRETER:
         return LaunchConfig(16, 32, 32, 16, num_warps=4, num_stages=1)
-    amd = architecture.startswith("gfx")
-    registers = None if amd else 255
+    amd, datacenter_blackwell = architecture.startswith("gfx"), architecture.startswith("sm_10")
     few = rows <= 64  # half a tile of rows would be computed for nothing
-    if dtype == torch.float32:
-        return LaunchConfig(64, 64, 16, 8, num_warps=8, num_stages=2, max_registers=registers)
+    wide = dtype == torch.float32
+    # Where accumulators have a memory of their own (sm_100), kernels of two heads and full tiles take some 200 registers if
+    # left alone, and spill some 50 bytes if told that they may take 255.
+    unlimited = amd or (datacenter_blackwell and not wide and not few and widths[1] > 0)
+    registers = None if unlimited else 255
+    if wide:
+        # Two dtypes: the 16-bit model's accumulator and the other's operands share the registers, none are left to prefetch.
+        return LaunchConfig(64, 64, 16, 8, num_warps=8, num_stages=1 if mixed else 2, max_registers=registers)
+    if any(width % 16 for width in widths):  # rows that start anywhere are loaded number by number, through registers
+        return LaunchConfig(64, 64, 64, 16, num_warps=8, num_stages=2, max_registers=registers)
     if amd:
         return LaunchConfig(64 if few else 128, 128, 64, 16, num_warps=4 if few else 8, num_stages=2)
     # Shared memory a multiprocessor: 227 KiB on sm_90 and sm_100, 163 on sm_80, 99 on sm_89 and sm_120.
     # On sm_100 a depth of 64 leaves the second pass short of registers.
-    depth, stages = {"sm_80": (64, 3), "sm_90": (64, 3), "sm_100": (32, 4)}.get(architecture, (64, 2))
+    depth, stages = (32, 4) if datacenter_blackwell else (64, 3 if architecture in ("sm_80", "sm_90") else 2)
     return LaunchConfig(64 if few else 128, 128, depth, 16, 4 if few else 8, stages, registers)
 
 
-def candidates(rows: int, dtype: torch.dtype, architecture: str) -> list[LaunchConfig]:
+def candidates(shape: tuple[int, ...], dtype: torch.dtype, architecture: str, mixed: bool = False) -> list[LaunchConfig]:
     """What autotuning tries: the default and its neighbours in tile and depth of the pipeline."""
-    default = choose(rows, dtype, architecture)
+    default = choose(shape, dtype, architecture, mixed)
     found, limit = [default], default.max_registers
     for block_rows, block_columns, num_warps in ((128, 128, 8), (64, 128, 4), (128, 64, 4), (128, 256, 8), (64, 256, 8)):
         for block_depth, num_stages in ((64, 2), (64, 3), (64, 4), (32, 4)):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-SMALL = {"num_warps": 4, "num_stages": 1}  # options of kernels that only move or merge
+SMALL = {"num_warps": 4, "num_stages": 1}  # options of a kernel that only moves
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fdd_kernels import spec
-from fdd_kernels.backends.triton.launch import SMALL, launch
+from fdd_kernels.backends.triton.launch import launch
 from fdd_kernels.backends.triton.stats import MOMENT_FIELDS, SLOT_FIELDS, load_moments, merge_moments, store_moments
 from fdd_kernels.backends.triton.tables import (
     FIRST,
@@ -33,7 +33,9 @@ from fdd_kernels.backends.triton.tiles import table_entry, table_float
 READ_FIELDS = tl.constexpr(spec.READ_STATS)
 LSE_S, LSE_T = tl.constexpr(spec.LSE_S), tl.constexpr(spec.LSE_T)
 VALUE, SLOPE = tl.constexpr(spec.VALUE), tl.constexpr(spec.SLOPE)
-TILE_ROWS = 64
+# One row a thread, and threads alone: for more of them the assembler spills to make room.
+TILE_ROWS = 32
+OPTIONS = {"num_warps": 1, "num_stages": 1}
 
 
 @triton.jit
@@ -43,6 +45,12 @@ def merge_softmax(top, total, expectation, top_b, total_b, expectation_b):
     shift = tl.where(new_top > float("-inf"), new_top, 0.0)
     a, b = tl.exp(top - shift), tl.exp(top_b - shift)
     return new_top, total * a + total_b * b, expectation * a + expectation_b * b
+
+
+@triton.jit
+def pivot_shift(pivot, reference, counts):
+    """How far a range's pivot lies above that of the first range."""
+    return tl.load(pivot, mask=counts, other=0.0) - tl.load(reference, mask=counts, other=0.0)
 
 
 @triton.jit(do_not_specialize=["first", "rows", "total_rows", "layers", "slots", "fields", "table_width", "ranges"])
@@ -128,12 +136,10 @@ def merge_stats_kernel(
                     mean_sb += (tl.load(own + 2 * layer * stride, mask=counts, other=0.0) - pivot_s) * moment_inverse
                     mean_tb += (tl.load(own + (2 * layer + 1) * stride, mask=counts, other=0.0) - pivot_t) * moment_inverse
                     if role == SECOND:
-                        at = 2 * (layer - 1) * stride
-                        shift = tl.load(own + at, mask=counts, other=0.0) - tl.load(state + at, mask=counts, other=0.0)
-                        mean_sb -= shift * moment_inverse
-                        at += stride
-                        shift = tl.load(own + at, mask=counts, other=0.0) - tl.load(state + at, mask=counts, other=0.0)
-                        mean_tb -= shift * moment_inverse
+                        before_s = 2 * (layer - 1) * stride
+                        mean_sb -= pivot_shift(own + before_s, state + before_s, counts) * moment_inverse
+                        before_t = before_s + stride
+                        mean_tb -= pivot_shift(own + before_t, state + before_t, counts) * moment_inverse
                     n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd = merge_moments(
                         n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd, n_b, mean_sb, mean_tb, m_ssb, m_ttb, m_stb, m_ddb
                     )
@@ -167,7 +173,7 @@ def merge_divergence_kernel(
 def launch_merge(block, state, pivots, reads, moments) -> None:
     """Write the statistics of one block of rows from its `state`; see `operations.Block`."""
     launch(
-        merge_stats_kernel, (triton.cdiv(block.rows, TILE_ROWS),), SMALL, state=state, pivots=pivots, reads=reads,
+        merge_stats_kernel, (triton.cdiv(block.rows, TILE_ROWS),), OPTIONS, state=state, pivots=pivots, reads=reads,
         moments=moments, table=block.table.values, count=block.count, order=block.order, first=block.first, rows=block.rows,
         total_rows=pivots.shape[-1], layers=pivots.shape[1], table_width=block.table.width, slots=block.table.slots,
         fields=state.shape[1], ranges=state.shape[0], moment_inverse=1.0 / block.spec.moment_temperature,
@@ -178,7 +184,7 @@ def launch_merge(block, state, pivots, reads, moments) -> None:
 def launch_merge_divergence(block, sums, reads) -> None:
     """Write value and slope of the second pass from its `sums`."""
     launch(
-        merge_divergence_kernel, (triton.cdiv(block.rows, TILE_ROWS), block.table.second_pass), SMALL, sums=sums, reads=reads,
+        merge_divergence_kernel, (triton.cdiv(block.rows, TILE_ROWS), block.table.second_pass), OPTIONS, sums=sums, reads=reads,
         table=block.table.values, count=block.count, order=block.order, first=block.first, rows=block.rows,
         total_rows=reads.shape[-1], table_width=block.table.width, ranges=sums.shape[0], seconds=block.table.second_pass,
         TILE_ROWS=TILE_ROWS,

@@ -177,10 +177,12 @@ def _configured(operation: str, inputs: LensInputs, spec: LensSpec, run):
     tensors = [*inputs.student_hidden, inputs.student_weight]
     if spec.needs_teacher:
         tensors += [*inputs.teacher_hidden, *(() if inputs.teacher_weight is None else (inputs.teacher_weight,))]
-    dtype = torch.float32 if len({t.dtype for t in tensors}) > 1 else tensors[0].dtype
-    shape = (inputs.rows, spec.columns, inputs.student_hidden[0].shape[-1], inputs.teacher_hidden[0].shape[-1])
+    mixed = len({t.dtype for t in tensors}) > 1
+    dtype = torch.float32 if mixed else tensors[0].dtype
+    widths = inputs.student_hidden[0].shape[-1], inputs.teacher_hidden[0].shape[-1] if spec.needs_teacher else 0
+    shape = (inputs.rows, spec.columns, *widths)
     with _on(inputs.device):
-        config = tuned(operation, shape, dtype, architecture, lambda config: run(config, architecture))
+        config = tuned(operation, shape, dtype, architecture, lambda config: run(config, architecture), mixed=mixed)
         return run(config, architecture)
 
 
