@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
+from benchmarks.roofline import EXPONENTIALS
 from fdd_kernels import fused_fdd_loss
 from fdd_kernels.backends.triton import autotune, config, divergences, operations
 from fdd_kernels.divergences import DIVERGENCES
@@ -111,11 +112,27 @@ def test_tanh_is_accurate_near_zero_and_far_away():
     torch.testing.assert_close(out.double(), x.double().tanh(), rtol=1e-6, atol=0)
 
 
+def test_exponentials_are_as_few_as_the_roofline_says(monkeypatch):
+    """Two an element and pass, and in the statistics two a row of each strip, to rescale the sums so far."""
+    counts = []
+    exp = interpreter.interpreter_builder.create_exp
+    monkeypatch.setattr(interpreter.interpreter_builder, "create_exp", lambda x: counts.append(x.data.shape) or exp(x))
+    problem = random_problem((2, 8), 96, dtype=torch.float32)
+    run(problem, trajectory="kl", temperature=1.0, output_in_dynamics=True)
+    tile = config.choose((16, 96, 1, 1), torch.float32, config.INTERPRETER)
+    tiles = len(problem.student_hidden) * 96 // tile.block_columns
+    strips = tiles * tile.block_columns // tile.block_strip
+    assert counts.count((tile.block_rows, tile.block_strip)) == 2 * 2 * strips
+    assert counts.count((tile.block_rows,)) == 2 * strips
+    assert EXPONENTIALS == {"statistics": 2 + 2 / 16, "gradient": 2.0}  # strips of 16 columns on every device
+
+
 def test_every_architecture_has_a_configuration():
     for architecture in config.ARCHITECTURES:
         for dtype in (torch.bfloat16, torch.float32):
             for rows in (1, 64, 100_000):
-                assert config.choose((rows, 1000, 64, 100), dtype, architecture).block_rows >= 16
+                for widths in ((64, 100), (64, 0)):
+                    assert config.choose((rows, 1000, *widths), dtype, architecture).block_rows >= 16
 
 
 def test_autotuning_is_kept_on_disk(monkeypatch, tmp_path):
