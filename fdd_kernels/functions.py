@@ -62,38 +62,45 @@ class LossAndGradient(torch.autograd.Function):
     """The whole loss, with the gradients of `loss` formed in forward, `rows_at_a_time` rows after another.
 
     For backends that keep a block's values between the two operations, which spares the backward pass both heads' products.
-    Those gradients are for an upstream gradient of 1: backward scales them in place and hands them over. Where they do not
-    serve, in a second backward pass and for upstream gradients of the other terms, backward computes all anew.
+    Those gradients are for an upstream gradient of 1: backward scales them in place and hands them over, so that they are
+    there once; a second backward pass forms them anew. Upstream gradients of the other terms go through the two operations.
     `normaliser` divides the sums over rows; None: the sums are asked for.
     """
 
     @staticmethod
     def forward(ctx, plan: Plan, rows_at_a_time: int, normaliser, valid, labels, teacher_weight, teacher_bias, weight, bias,
                 *hidden: Tensor):  # fmt: skip
-        inputs = _inputs(valid, labels, teacher_weight, teacher_bias, weight, bias, *hidden)
-        ctx.plan, ctx.normaliser = plan, normaliser
+        tensors = (valid, labels, teacher_weight, teacher_bias, weight, bias, *hidden)
+        ctx.plan, ctx.rows_at_a_time, ctx.normaliser = plan, rows_at_a_time, normaliser
         ctx.needed = _needed(ctx, len(hidden))
-        ctx.save_for_backward(valid, labels, teacher_weight, teacher_bias, weight, bias, *hidden)
+        ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
+        terms, ctx.gradients = LossAndGradient.compute(ctx, _inputs(*tensors))
+        return terms
+
+    @staticmethod
+    def compute(ctx, inputs: LensInputs) -> tuple[FDDLossTerms, list[Tensor]]:
         blocks: list[FDDLossTerms] = []
 
         def upstream(*statistics: Tensor) -> tuple[Tensor, Tensor]:
-            terms, gradients = _differentiate(plan, statistics, None, normaliser, FDDLossTerms(1, None, None, None, None))
+            of_terms = FDDLossTerms(1, None, None, None, None)
+            terms, gradients = _differentiate(ctx.plan, statistics, None, ctx.normaliser, of_terms)
             blocks.append(terms)
             return gradients
 
         with torch.autocast(inputs.device.type, enabled=False):
-            compute = BACKENDS[plan.backend].stats_and_grad
-            ctx.gradients = compute(inputs, plan.spec, rows_at_a_time, upstream, ctx.needed)
-        return FDDLossTerms(*[torch.stack(term).sum(0) for term in zip(*blocks)])
+            stats_and_grad = BACKENDS[ctx.plan.backend].stats_and_grad
+            gradients = stats_and_grad(inputs, ctx.plan.spec, ctx.rows_at_a_time, upstream, ctx.needed)
+        return FDDLossTerms(*[torch.stack(term).sum(0) for term in zip(*blocks)]), gradients
 
     @staticmethod
     def backward(ctx, *upstream: Tensor | None):
         inputs = _inputs(*ctx.saved_tensors)
         of_loss, *of_terms = upstream
         with torch.no_grad():
-            if ctx.gradients is not None and of_loss is not None and all(g is None for g in of_terms):
-                found, ctx.gradients = ctx.gradients, None
+            if of_loss is not None and all(g is None for g in of_terms):
+                found = ctx.gradients or LossAndGradient.compute(ctx, inputs)[1]
+                ctx.gradients = None
                 if of_loss != 1:
                     for gradient in found:
                         gradient.mul_(of_loss)

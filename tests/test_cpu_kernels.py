@@ -16,6 +16,9 @@ import torch
 
 from fdd_kernels import _extension, fused_fdd_loss
 from fdd_kernels.backends import cpu
+from fdd_kernels.config import LossOptions
+from fdd_kernels.plan import make_plan
+from fdd_kernels.spec import LensInputs
 from fdd_kernels.testing import assert_within_budget, evaluate, random_problem
 
 if _extension.kernels is None:
@@ -180,6 +183,79 @@ def test_rows_in_several_sets(monkeypatch, dtype, weight_bytes):
     check(problem)
     for a, b in zip(whole, gradients(problem)):
         torch.testing.assert_close(a, b, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.fixture(params=["kept at once", "kept in blocks", "streamed"])
+def way(request, monkeypatch):
+    """The three ways to the gradients; a block holds 7 rows of 3 layers and up to 384 columns."""
+    kept = {"kept at once": 2**40, "kept in blocks": 7 * 2 * 3 * 384 * 4, "streamed": 0}[request.param]
+    monkeypatch.setattr(cpu, "KEPT_BYTES", kept)
+    monkeypatch.setattr(cpu, "KEPT_PRODUCT_ROWS", 0)
+    return request.param
+
+
+WAYS = {
+    "plain": {},
+    "every term": {"ce_weight": 0.5, "temperature": 2.0, "output_in_dynamics": True},
+    "soft caps": {"student_softcap": 5.0, "teacher_softcap": 7.0, "student_logit_scale": 0.5},
+    "second pass": {"trajectory": "jsd", "derivative": "mse"},
+    "sum": {"reduction": "sum", "derivative": "centered_cosine"},
+    "items": {"num_items_in_batch": 17},
+}
+
+
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_every_way_to_the_gradients(way, dtype, options):
+    check(random_problem((40,), 300, 24, 33, layers=3, dtype=dtype, labels=True, bias="plain", contiguous=False), **options)
+
+
+def test_every_way_in_feature_space(way):
+    problem = random_problem((40,), 300, 24, layers=3, feature_space=True)
+    check(problem, trajectory="mse", derivative="mse", output_in_dynamics=True)
+
+
+def test_every_way_with_a_padded_vocabulary_and_little_to_train(way):
+    check(random_problem((40,), 300, 24, 33, layers=3, bias="padded"), vocab_size=290)
+
+
+def test_gradients_of_single_terms_after_gradients_were_formed_for_the_loss(way):
+    problem = random_problem((40,), 300, 24, 33, layers=3)
+    leaves = list(problem.leaves.values())
+    options = {"output_in_dynamics": True, "backend": "cpu"}
+    terms = fused_fdd_loss(**problem.arguments, **options, return_terms=True)
+    of_loss = torch.autograd.grad(terms.loss, leaves, retain_graph=True)
+    weighted = torch.autograd.grad(terms.trajectory + 2 * terms.derivative, leaves, retain_graph=True)
+    expected = fused_fdd_loss(**problem.arguments, **options, output_kd_weight=0.0, beta=2.0)
+    for found, wanted in zip(weighted, torch.autograd.grad(expected, leaves)):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    for again, before in zip(torch.autograd.grad(2 * terms.loss, leaves), of_loss):
+        torch.testing.assert_close(again, 2 * before, rtol=0, atol=0)
+
+
+def test_values_are_kept_where_that_pays():
+    def rows(dtype=torch.float32, count=512, columns=50257, train_head=True) -> int:
+        states = [torch.empty(count, 8, dtype=dtype) for _ in range(5)]
+        weight = torch.empty(columns, 8, dtype=dtype)
+        plan = make_plan(LossOptions(), states, weight, states, weight, None, None, None, None, None)[0]
+        inputs = LensInputs(states, weight, None, states, weight, None, None, None)
+        return cpu.kept_rows(inputs, plan.spec, [True] * 5 + [train_head, False])
+
+    assert rows() * 10 * 50304 * 4 <= cpu.KEPT_BYTES
+    assert rows() >= 40
+    assert rows(count=3) == 3
+    assert rows(torch.float16) == 0  # sums before the loss scale would underflow
+    assert rows(torch.float64) == 0
+    assert rows(columns=2**20) == 0  # too few rows at a time
+    assert 0 < rows(count=100) <= 50  # in equal blocks
+
+
+def test_the_head_gradient_in_half_precision_needs_no_float32_copy(monkeypatch):
+    monkeypatch.setattr(cpu, "WEIGHT_BYTES", 0)
+    problem = random_problem((40,), 300, 24, 33, layers=3, dtype=BF16)
+    check(problem)
+    monkeypatch.setattr(cpu, "KEPT_BYTES", 7 * 2 * 3 * 384 * 4)
+    check(problem)
 
 
 @pytest.mark.parametrize("layers", [1, 5, 49])

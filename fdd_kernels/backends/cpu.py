@@ -1,9 +1,10 @@
 """The backend "cpu": the two operations in C++ (csrc/), for float32, bfloat16 and float16 inputs.
 
-Rows are cut into blocks and columns into panels of tiles. A panel's head rows are converted to float32 and packed once
-for all rows and layers; then row blocks run in parallel, each recomputing its tiles of both models for every layer.
-Products are float32 with float32 sums, whatever the inputs are. This file cuts the work and owns all memory that grows
-with the problem.
+Two ways through the same row kernels. `stats` and `grad` stream: rows are cut into blocks and columns into panels of
+tiles, a panel's head rows are converted to float32 and packed once for all rows and layers, then row blocks run in
+parallel, and `grad` computes every tile anew. `stats_and_grad` keeps the values of as many rows as a budget holds between
+the two, so that each product is done once; see `kept_rows` for when that is better. Products are float32 with float32
+sums, whatever the inputs are. This file cuts the work and owns all memory that grows with the problem.
 """
 
 from __future__ import annotations
@@ -211,7 +212,9 @@ def kept_rows(inputs: LensInputs, spec: LensSpec, needed: list[bool]) -> int:
     return -(-count // -(-count // rows))  # blocks of equal size
 
 
-def stats_and_grad(inputs: LensInputs, spec: LensSpec, rows_at_a_time: int, upstream: Upstream, needed: list[bool]) -> list[Tensor]:
+def stats_and_grad(
+    inputs: LensInputs, spec: LensSpec, rows_at_a_time: int, upstream: Upstream, needed: list[bool]
+) -> list[Tensor]:
     """`stats`, then `grad`, for one block of rows after another, of which all values are kept in between.
 
     `upstream` is given the statistics of a block's rows.
