@@ -93,7 +93,30 @@ def _statistics(plan: Plan, rows: int) -> int:
 
 def _cpu(shape: LossShape, threads: int) -> dict[str, int]:
     plan = shape.plan()
-    layers, rows, width = len(plan.layers), shape.rows, shape.student_width
+    narrow = shape.itemsize < FLOAT
+    head_sum = FLOAT * shape.columns * shape.student_width if narrow and shape.train_head else 0
+    rows = cpu.block_rows(len(plan.layers), shape.rows, shape.columns, 2, head_sum)
+    parts = _cpu_kept(shape, threads, rows, head_sum) if rows else _cpu_streamed(shape, threads, head_sum)
+    return parts | {"statistics": _statistics(plan, shape.rows)}
+
+
+def _cpu_kept(shape: LossShape, threads: int, rows: int, head_sum: int) -> dict[str, int]:
+    layers, width = len(shape.plan().layers), shape.student_width
+    teacher_width = 0 if shape.feature_space else shape.teacher_width
+    all_rows, tile = layers * rows, min(cpu.TILE_COLUMNS, shape.columns)
+    head_rows = tile * max(width, teacher_width) if shape.itemsize < FLOAT else 0
+    forward = all_rows * (width + teacher_width + max(width, teacher_width)) + threads * (tile * all_rows + head_rows)
+    trained = all_rows * width if shape.train_head else 0
+    backward = all_rows * width + trained + threads * (all_rows * width + 2 * tile * all_rows + head_rows)
+    return {
+        "kept values": FLOAT * 2 * all_rows * (-(-shape.columns // tile) * tile),
+        "operands and sums of a block": FLOAT * max(forward, backward),
+        "sum of the head's gradient": head_sum if rows < shape.rows else 0,
+    }
+
+
+def _cpu_streamed(shape: LossShape, threads: int, head_sum: int) -> dict[str, int]:
+    layers, rows, width = len(shape.plan().layers), shape.rows, shape.student_width
     teacher_width = 0 if shape.feature_space else shape.teacher_width
     tiles = cpu.choose_tiles(layers, rows, shape.columns, 2 * width + teacher_width, threads, backward=True)
     set_rows = min(rows, max(1, cpu.HIDDEN_BYTES // (FLOAT * layers * width)))
@@ -104,15 +127,12 @@ def _cpu(shape: LossShape, threads: int) -> dict[str, int]:
     if narrow:
         tile += layers * tiles.rows * (width + teacher_width) * FLOAT
         tile += (256 + tiles.columns) * width * FLOAT if shape.train_head else 0
-    head_sum = shape.columns * width * FLOAT
-    several = narrow and shape.train_head and set_rows < rows
     return {
         "sums of hidden gradients": FLOAT * layers * set_rows * width + (shape.itemsize * set_rows * width if narrow else 0),
-        "sum of the head's gradient": head_sum if several and head_sum <= cpu.WEIGHT_BYTES else 0,
+        "sum of the head's gradient": head_sum if set_rows < rows and head_sum <= cpu.WEIGHT_BYTES else 0,
         "packed heads": FLOAT * panel * (width + teacher_width + (width if narrow else 0)),
         "gradient of a panel": FLOAT * layers * panel * padded if shape.train_head else 0,
         "tiles": threads * tile,
-        "statistics": _statistics(plan, rows),
     }
 
 

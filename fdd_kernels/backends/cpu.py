@@ -3,7 +3,7 @@
 Two ways through the same row kernels. `stats` and `grad` stream: rows are cut into blocks and columns into panels of
 tiles, a panel's head rows are converted to float32 and packed once for all rows and layers, then row blocks run in
 parallel, and `grad` computes every tile anew. `stats_and_grad` keeps the values of as many rows as a budget holds between
-the two, so that each product is done once; see `kept_rows` for when that is better. Products are float32 with float32
+the two, so that each product is done once; see `block_rows` for when that is better. Products are float32 with float32
 sums, whatever the inputs are. This file cuts the work and owns all memory that grows with the problem.
 """
 
@@ -188,28 +188,30 @@ def _wanted(inputs: LensInputs, grad_hidden: list, grad_weight: Tensor | None, g
     return [g for g in (*grad_hidden, grad_weight, grad_bias) if g is not None]
 
 
-def kept_rows(inputs: LensInputs, spec: LensSpec, needed: list[bool]) -> int:
-    """How many rows at a time `stats_and_grad` keeps all values of; 0: recomputing them is better, or all it can be.
+def block_rows(layers: int, rows: int, columns: int, models: int, head_sum_bytes: int) -> int:
+    """Rows a block whose values are kept; 0: recomputing them is better, or all that can be done.
 
-    Keeping saves the backward pass's products of both heads, but reads the heads once per block of rows: where the budget
-    holds few rows that costs more than it saves. Sums of float16 would underflow before a loss scaler has scaled them, and
-    the head's gradient, added up over blocks, needs float32 memory of its own where it is narrower.
+    Keeping saves the backward pass's products of both heads, but reads the heads once per block: where the budget holds
+    few rows that costs more than it saves. `head_sum_bytes` is what a float32 sum of the head's gradient over several
+    blocks needs beyond the gradient itself.
     """
-    if inputs.statistics_dtype == torch.float64 or not any(needed):
+    most = KEPT_BYTES // (FLOAT * models * layers * _round_up(columns, TILE_COLUMNS))
+    if rows == 0 or most == 0:
         return 0
-    layers, count = len(inputs.student_hidden), len(_valid_rows(inputs))
-    wanted = [t for t, need in zip((*inputs.student_hidden, inputs.student_weight, inputs.student_bias), needed) if need]
-    per_row = FLOAT * (2 if spec.needs_teacher else 1) * layers * _round_up(spec.columns, TILE_COLUMNS)
-    rows = min(count, KEPT_BYTES // per_row)
-    if rows == 0 or any(t.dtype == torch.float16 for t in wanted):
+    if rows > most and (most * layers < KEPT_PRODUCT_ROWS or head_sum_bytes > WEIGHT_BYTES):
         return 0
-    if rows < count:
-        if rows * layers < KEPT_PRODUCT_ROWS:
-            return 0
-        weight = inputs.student_weight
-        if needed[-2] and weight.dtype != torch.float32 and weight.numel() * FLOAT > WEIGHT_BYTES:
-            return 0
-    return -(-count // -(-count // rows))  # blocks of equal size
+    return -(-rows // -(-rows // most))  # blocks of equal size
+
+
+def kept_rows(inputs: LensInputs, spec: LensSpec, needed: list[bool]) -> int:
+    """`block_rows` of a call; 0 also for float16, whose gradients would underflow before a loss scaler has scaled them."""
+    weight = inputs.student_weight
+    wanted = [t for t, need in zip((*inputs.student_hidden, weight, inputs.student_bias), needed) if need]
+    if not wanted or inputs.statistics_dtype == torch.float64 or any(t.dtype == torch.float16 for t in wanted):
+        return 0
+    head_sum_bytes = weight.numel() * FLOAT if needed[-2] and weight.dtype != torch.float32 else 0
+    models = 2 if spec.needs_teacher else 1
+    return block_rows(len(inputs.student_hidden), len(_valid_rows(inputs)), spec.columns, models, head_sum_bytes)
 
 
 def stats_and_grad(
