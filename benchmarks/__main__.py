@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     compare.set_defaults(run=do_compare)
 
-    table = commands.add_parser("table", help="the README's table from the newest record", description=do_table.__doc__)
+    table = commands.add_parser("table", help="the README's tables from the newest records", description=do_table.__doc__)
     table.add_argument("--check", action="store_true", help="change nothing; exit status 1 if the README is stale")
     table.add_argument("--results", type=Path, default=record.RESULTS, metavar="DIR")
     table.add_argument("--readme", type=Path, default=record.ROOT / "README.md", metavar="FILE")
@@ -118,7 +118,7 @@ def do_compare(arguments: argparse.Namespace) -> int:
 
 
 def do_table(arguments: argparse.Namespace) -> int:
-    """Write the newest record's table between the README's markers."""
+    """Write the tables of the newest record of each suite between the README's markers."""
     from benchmarks import readme
 
     if arguments.check:
@@ -126,9 +126,8 @@ def do_table(arguments: argparse.Namespace) -> int:
             print(f"{arguments.readme} is stale: run `python -m benchmarks table`", file=sys.stderr)
             return 1
         return 0
-    newest = record.newest(arguments.results)
-    arguments.readme.write_text(readme.updated(arguments.readme.read_text(), record.load(newest)))
-    print(f"{arguments.readme}: table of {newest}")
+    arguments.readme.write_text(readme.updated(arguments.readme.read_text(), arguments.results))
+    print(f"{arguments.readme}: tables of {', '.join(map(str, record.newest_of_each_suite(arguments.results)))}")
     return 0
 
 

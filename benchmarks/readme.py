@@ -1,4 +1,4 @@
-"""The README's benchmark table, generated from the newest record between two markers."""
+"""The README's benchmark tables, generated from the newest record of each suite between two markers."""
 
 from __future__ import annotations
 
@@ -35,20 +35,21 @@ def markdown(data: dict[str, Any]) -> str:
     return "\n".join(lines).strip()
 
 
-def updated(readme: str, data: dict[str, Any]) -> str:
-    """The README with the table of this record between its markers.
+def updated(readme: str, results: Path) -> str:
+    """The README with the tables of the newest records of this folder between its markers.
 
     Raises:
-        RecordError: the markers are not there, once each and in order.
+        RecordError: there is no record, or the markers are not there, once each and in order.
     """
     if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
         raise record.RecordError(f"the README needs the lines {BEGIN!r} and {END!r}, once each, around the table")
+    tables = "\n\n".join(markdown(record.load(path)) for path in record.newest_of_each_suite(results))
     head, _, rest = readme.partition(BEGIN)
     _, _, tail = rest.partition(END)
-    return f"{head}{BEGIN}\n{markdown(data)}\n{END}{tail}"
+    return f"{head}{BEGIN}\n{tables}\n{END}{tail}"
 
 
 def is_stale(readme: Path, results: Path) -> bool:
-    """Whether the README differs from what the newest record gives."""
+    """Whether the README differs from what the newest records give."""
     text = readme.read_text()
-    return updated(text, record.load(record.newest(results))) != text
+    return updated(text, results) != text

@@ -107,14 +107,26 @@ def save(path: Path, data: dict[str, Any]) -> None:
     temporary.replace(path)
 
 
+def newest_of_each_suite(folder: Path) -> list[Path]:
+    """The newest finished record of each suite in a folder, by their own dates, oldest first.
+
+    Raises:
+        RecordError: there is none.
+    """
+    found: dict[str, tuple[str, Path]] = {}
+    for path in sorted(folder.glob("*.json")):
+        if path.name != PARTIAL:
+            data = load(path)
+            found[data["suite"]] = max(found.get(data["suite"], ("", path)), (data["date"], path))
+    if not found:
+        raise RecordError(f"{folder}: has no record; run `python -m benchmarks run` first")
+    return [path for _, path in sorted(found.values())]
+
+
 def newest(folder: Path) -> Path:
     """The newest finished record of a folder, by its own date.
 
     Raises:
         RecordError: there is none.
     """
-    paths = [p for p in sorted(folder.glob("*.json")) if p.name != PARTIAL]
-    dated = [(load(path)["date"], path) for path in paths]
-    if not dated:
-        raise RecordError(f"{folder}: has no record; run `python -m benchmarks run` first")
-    return max(dated)[1]
+    return newest_of_each_suite(folder)[-1]

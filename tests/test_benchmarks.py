@@ -291,6 +291,11 @@ def test_table_is_generated_and_staleness_is_found(tmp_path, capsys):
     newer["date"] = "2026-02-02T03:04:05+00:00"
     write(results / "0.json", newer)
     assert main([*arguments, "--check"]) == 1
+    write(results / "b.json", synthetic() | {"suite": "another"})
+    assert main(arguments) == 0
+    text = page.read_text()
+    assert "2.67x" in text  # the newest of its suite
+    assert "4.00x" in text  # the only one of the other
 
 
 def test_table_without_record_or_markers(tmp_path, capsys):
