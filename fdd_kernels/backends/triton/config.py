@@ -91,10 +91,11 @@ def choose(shape: tuple[int, ...], dtype: torch.dtype, architecture: str, mixed:
     # left alone, and spill some 50 bytes if told that they may take 255.
     unlimited = amd or (datacenter_blackwell and not wide and not few and widths[1] > 0)
     registers = None if unlimited else 255
+    ragged = any(width % 16 for width in widths)  # rows that start anywhere are loaded number by number, through registers
     if wide:
-        # Two dtypes: the 16-bit model's accumulator and the other's operands share the registers, none are left to prefetch.
-        return LaunchConfig(64, 64, 16, 8, num_warps=8, num_stages=1 if mixed else 2, max_registers=registers)
-    if any(width % 16 for width in widths):  # rows that start anywhere are loaded number by number, through registers
+        # Nothing is prefetched where registers are short: with ragged rows, and with two dtypes, whose products share them.
+        return LaunchConfig(64, 64, 16, 8, num_warps=8, num_stages=1 if mixed or ragged else 2, max_registers=registers)
+    if ragged:
         return LaunchConfig(64, 64, 64, 16, num_warps=8, num_stages=2, max_registers=registers)
     if amd:
         return LaunchConfig(64 if few else 128, 128, 64, 16, num_warps=4 if few else 8, num_stages=2)
