@@ -41,9 +41,9 @@ def updated(readme: str, results: Path) -> str:
     Raises:
         RecordError: there is no record, or the markers are not there, once each and in order.
     """
+    tables = "\n\n".join(markdown(record.load(path)) for path in record.newest_of_each_suite(results))
     if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
         raise record.RecordError(f"the README needs the lines {BEGIN!r} and {END!r}, once each, around the table")
-    tables = "\n\n".join(markdown(record.load(path)) for path in record.newest_of_each_suite(results))
     head, _, rest = readme.partition(BEGIN)
     _, _, tail = rest.partition(END)
     return f"{head}{BEGIN}\n{tables}\n{END}{tail}"
