@@ -226,7 +226,8 @@ def jobs(targets: list[str], quick: bool) -> list[Job]:
     found: dict[tuple, Job] = {}
     for target in targets:
         architecture = target.removeprefix("hip:").replace("cuda:", "sm_")
-        for case in cases(quick):
+        precisions = configurations.f32_precisions(architecture)
+        for case in (case for case in cases(quick) if case.precision in precisions):
             for launch in launches(case, architecture):
                 one = job(target, case, launch)
                 found.setdefault((one.target, one.kernel, *tuple(vars(one).values())[3:]), one)

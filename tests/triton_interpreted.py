@@ -135,6 +135,13 @@ def test_every_architecture_has_a_configuration():
                     assert config.choose((rows, 1000, *widths), dtype, architecture).block_rows >= 16
 
 
+def test_precision_of_float32_is_one_that_the_architecture_has(monkeypatch):
+    monkeypatch.setenv(config.F32_PRECISION, "tf32x3")
+    assert config.f32_precision("sm_90") == "tf32x3"
+    with pytest.raises(ValueError, match="not one of ieee, tf32, which gfx942 has"):
+        config.f32_precision("gfx942")
+
+
 def test_autotuning_is_kept_on_disk(monkeypatch, tmp_path):
     monkeypatch.setenv(autotune.SWITCH, "1")
     monkeypatch.setenv(autotune.CACHE, str(tmp_path))

@@ -63,15 +63,23 @@ def multiprocessors(device: torch.device, interpreting: bool) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def f32_precision() -> str:
+def f32_precisions(architecture: str) -> tuple[str, ...]:
+    """The ways to multiply float32 inputs that Triton has for an architecture."""
+    if architecture.startswith("gfx"):
+        return ("ieee", "tf32") if architecture == "gfx942" else ("ieee",)
+    return F32_PRECISIONS
+
+
+def f32_precision(architecture: str) -> str:
     """How float32 inputs are multiplied: "ieee" (exact, no tensor cores), or by FDD_KERNELS_TRITON_F32 "tf32x3", "tf32".
 
     Raises:
-        ValueError: the environment variable holds something else.
+        ValueError: the environment variable holds something else, or what the architecture does not have.
     """
     precision = os.environ.get(F32_PRECISION, "ieee")
-    if precision not in F32_PRECISIONS:
-        raise ValueError(f"{F32_PRECISION}={precision!r} is not one of {', '.join(F32_PRECISIONS)}")
+    if precision not in f32_precisions(architecture):
+        known = ", ".join(f32_precisions(architecture))
+        raise ValueError(f"{F32_PRECISION}={precision!r} is not one of {known}, which {architecture} has")
     return precision
 
 

@@ -82,7 +82,7 @@ class Problem:
     """One call: its inputs, their order, and how the work is cut."""
 
     def __init__(self, inputs: LensInputs, spec: LensSpec, config: LaunchConfig, architecture: str):
-        self.spec, self.config, self.device = spec, config, inputs.device
+        self.spec, self.config, self.device, self.architecture = spec, config, inputs.device, architecture
         self.rows, self.layers = inputs.rows, len(inputs.student_hidden)
         self.student = Head(
             inputs.student_hidden, inputs.student_weight, inputs.student_bias, spec.student_logit_scale, spec.student_softcap
@@ -160,7 +160,7 @@ class Block:
             "layers": problem.layers,
             "TEACHER": self.spec.needs_teacher,
             "IDENTITY": teacher.weight is None,
-            "PRECISION": f32_precision() if wide else "ieee",
+            "PRECISION": f32_precision(problem.architecture) if wide else "ieee",
             "BLOCK_R": config.block_rows,
             "BLOCK_C": config.block_columns,
             "BLOCK_D": config.block_depth,
