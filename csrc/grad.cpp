@@ -71,7 +71,7 @@ class Backward {
             if (out_.hidden)
               multiply(last_row - first_row, width, count, g, values.ld(), weight_rows_.data + local * weight_rows_.ld,
                        weight_rows_.ld, out_.hidden + (layer * problem_.count() + first_row) * width, width, true);
-            if (wants_columns_) 
+            if (wants_columns_)
               transpose(g, values.ld(), last_row - first_row, count, columns_of(layer, local) + first_row, ld_rows_);
           }
         }

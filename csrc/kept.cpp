@@ -16,21 +16,26 @@ namespace fdd {
 namespace {
 
 // The hidden states of all layers below one another, (M, D).
-Scratch stack(const Problem& problem, const Side& side) {
-  const int64_t width = side.width(), count = problem.count();
-  Scratch out(problem.layers * count * width);
-  at::parallel_for(0, problem.layers * count, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; ++m)
-      side.hidden[m / count].read(problem.rows[m % count], 0, width, out.get() + m * width);
+Scratch stack(const Problem& problem, const Side& side, int64_t padded) {
+  const int64_t width = side.width();
+  Scratch out(problem.layers * padded * width);
+  at::parallel_for(0, problem.layers * padded, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      float* row = out.get() + m * width;
+      if (m % padded < problem.count())
+        side.hidden[m / padded].read(problem.rows[m % padded], 0, width, row);
+      else
+        std::memset(row, 0, sizeof(float) * width);
+    }
   });
   return out;
 }
 
 // The same as (D, M); empty for the identity.
-Scratch stack_transposed(const Problem& problem, const Side& side) {
+Scratch stack_transposed(const Problem& problem, const Side& side, int64_t padded) {
   if (!side.weight.defined()) return Scratch();
-  const int64_t width = side.width(), all = problem.layers * problem.count();
-  const Scratch rows = stack(problem, side);
+  const int64_t width = side.width(), all = problem.layers * padded;
+  const Scratch rows = stack(problem, side, padded);
   Scratch out(width * all);
   at::parallel_for(0, (width + kPadding - 1) / kPadding, 1, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kPadding, last = std::min(end * kPadding, width);
@@ -46,28 +51,21 @@ KeptValues::KeptValues(const Problem& problem, float* memory)
       memory_(memory),
       width_(problem.tiles.columns),
       ld_(round_up(width_, kPadding)),
-      side_size_(problem.layers * problem.count() * ld_) {}
+      rows_(round_up(problem.count(), kRowPadding)) {}
 
 int64_t KeptValues::size(const Problem& problem) {
   const KeptValues kept(problem, nullptr);
-  return kept.tiles() * kept.side_size_ * (problem.needs_teacher ? 2 : 1);
-}
-
-TileView KeptValues::view(int64_t tile) const {
-  float* values = memory_ + tile * side_size_ * (problem_.needs_teacher ? 2 : 1);
-  return {values, values + side_size_, problem_.count() * ld_, ld_};
+  return kept.tiles() * problem.layers * kept.rows_ * kept.ld_ * (problem.needs_teacher ? 2 : 1);
 }
 
 void KeptValues::compute() {
-  const Scratch student = stack_transposed(problem_, problem_.student);
-  const Scratch teacher = problem_.needs_teacher ? stack_transposed(problem_, problem_.teacher) : Scratch();
+  const Scratch student = stack_transposed(problem_, problem_.student, rows_);
+  const Scratch teacher = problem_.needs_teacher ? stack_transposed(problem_, problem_.teacher, rows_) : Scratch();
   at::parallel_for(0, tiles(), 1, [&](int64_t begin, int64_t end) {
-    Scratch weight, raw(width_ * problem_.layers * problem_.count());
+    Scratch weight, raw(width_ * problem_.layers * rows_);
     for (int64_t tile = begin; tile < end; ++tile) {
-      const TileView out = view(tile);
-      compute_side(problem_.student, tile, student.get(), &weight, raw.get(), const_cast<float*>(out.values_s));
-      if (problem_.needs_teacher)
-        compute_side(problem_.teacher, tile, teacher.get(), &weight, raw.get(), const_cast<float*>(out.values_t));
+      compute_side(problem_.student, tile, student.get(), &weight, raw.get(), values(tile, 0));
+      if (problem_.needs_teacher) compute_side(problem_.teacher, tile, teacher.get(), &weight, raw.get(), values(tile, 1));
     }
     release_products();
   });
@@ -75,23 +73,27 @@ void KeptValues::compute() {
 
 void KeptValues::compute_side(const Side& side, int64_t tile, const float* hidden_DM, Scratch* weight, float* raw_cM,
                               float* out_Mc) const {
-  const int64_t rows = problem_.count(), all = problem_.layers * rows, columns = count(tile);
+  const int64_t all = problem_.layers * rows_, columns = count(tile);
   if (side.weight.defined()) {
     const Operand head = head_rows(side.weight, first(tile), columns, weight);
     multiply(columns, all, side.width(), head.data, head.ld, hidden_DM, all, raw_cM, all, false);
     transpose(raw_cM, all, columns, all, out_Mc, ld_);
   } else {
-    for (int64_t m = 0; m < all; ++m)
-      side.hidden[m / rows].read(problem_.rows[m % rows], first(tile), columns, out_Mc + m * ld_);
+    for (int64_t layer = 0; layer < problem_.layers; ++layer)
+      for (int64_t row = 0; row < problem_.count(); ++row)
+        side.hidden[layer].read(problem_.rows[row], first(tile), columns, out_Mc + (layer * rows_ + row) * ld_);
   }
   const float* bias = side.bias.empty() ? nullptr : side.bias.data() + first(tile);
-  for (int64_t m = 0; m < all; ++m) row_kernels().transform(out_Mc + m * ld_, columns, bias, side.scale, side.softcap);
+  for (int64_t layer = 0; layer < problem_.layers; ++layer)
+    for (int64_t row = 0; row < problem_.count(); ++row)
+      row_kernels().transform(out_Mc + (layer * rows_ + row) * ld_, columns, bias, side.scale, side.softcap);
 }
 
 void gradients_of(const KeptValues& kept, const Statistics& statistics, const Upstream& upstream, const Gradients& out) {
   const Problem& problem = kept.problem();
-  const int64_t rows = problem.count(), all = problem.layers * rows, width = problem.student.width(), ld = kept.ld();
-  const Scratch hidden = out.weight.defined() ? stack(problem, problem.student) : Scratch();
+  const int64_t rows = problem.count(), padded = kept.padded_rows(), all = problem.layers * padded;
+  const int64_t width = problem.student.width(), ld = kept.ld();
+  const Scratch hidden = out.weight.defined() ? stack(problem, problem.student, padded) : Scratch();
   const bool in_place = out.weight.defined() && out.weight.scalar_type() == at::kFloat;
   // dH of each thread's columns, by its first tile: added up in that order at the end.
   std::map<int64_t, Scratch> sums;
@@ -128,9 +130,12 @@ void gradients_of(const KeptValues& kept, const Statistics& statistics, const Up
     const std::lock_guard lock(guard);
     sums.emplace(begin, std::move(sum));
   });
-  at::parallel_for(0, out.hidden ? all : 0, 16, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, out.hidden ? problem.layers * rows : 0, 16, [&](int64_t begin, int64_t end) {
     for (const auto& [_, sum] : sums)
-      for (int64_t i = begin * width; i < end * width; ++i) out.hidden[i] += sum.get()[i];
+      for (int64_t m = begin; m < end; ++m) {
+        const float* part = sum.get() + (m / rows * padded + m % rows) * width;
+        for (int64_t i = 0; i < width; ++i) out.hidden[m * width + i] += part[i];
+      }
   });
 }
 

@@ -116,8 +116,12 @@ class TileValues {
 
 // All values of the problem's rows, in memory that the caller keeps between the two operations: tiles of
 // problem.tiles.columns columns, one after another.
+//
+// Rows are padded with zeros to a multiple of kRowPadding, M = L * padded rows of all layers, so that the product library
+// meets few shapes: it compiles a kernel for each.
 class KeptValues {
  public:
+  static constexpr int64_t kRowPadding = 8;
   static int64_t size(const Problem& problem);
   KeptValues(const Problem& problem, float* memory);
   void compute();
@@ -125,16 +129,21 @@ class KeptValues {
   int64_t tiles() const { return (problem_.columns + width_ - 1) / width_; }
   int64_t first(int64_t tile) const { return tile * width_; }
   int64_t count(int64_t tile) const { return std::min(width_, problem_.columns - first(tile)); }
-  TileView view(int64_t tile) const;
+  TileView view(int64_t tile) const { return {values(tile, 0), values(tile, 1), rows_ * ld_, ld_}; }
   int64_t ld() const { return ld_; }
+  int64_t padded_rows() const { return rows_; }
 
  private:
   void compute_side(const Side& side, int64_t tile, const float* hidden_DM, Scratch* weight, float* raw_cM,
                     float* out_Mc) const;
 
+  float* values(int64_t tile, int64_t side) const {
+    return memory_ + (tile * (problem_.needs_teacher ? 2 : 1) + side) * problem_.layers * rows_ * ld_;
+  }
+
   const Problem& problem_;
   float* memory_;
-  int64_t width_, ld_, side_size_;
+  int64_t width_, ld_, rows_;
 };
 
 // Statistics as one float array each, in the layout of spec.py: pivots (2, L, R), reads (reads, 4, R), moments
@@ -179,7 +188,5 @@ void form_row(const Problem& problem, const Statistics& statistics, const Upstre
 void transpose(const float* in, int64_t ld_in, int64_t rows, int64_t columns, float* out, int64_t ld_out);
 // Rows [first, first + count) of a head as a (count, D) operand: where they lie if they are float32, else copied.
 Operand head_rows(const Matrix& weight, int64_t first, int64_t count, Scratch* copy);
-
-inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 }  // namespace fdd

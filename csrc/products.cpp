@@ -13,7 +13,8 @@
 namespace fdd {
 namespace {
 
-constexpr int64_t kCached = 150'000;  // floats: 600 kB of a second cache level that has 1 MB or more
+constexpr int64_t kPieceDepth = 256;
+constexpr int64_t kPieceColumns = 256;
 
 // Whether brgemm multiplies float32 on this processor: tried once on a small product.
 bool brgemm_works() {
@@ -48,11 +49,15 @@ void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, cons
   if (m == 0 || n == 0) return;
 #ifdef CPUBLAS_BRGEMM_F32F32F32
   if (brgemm_works()) {
-    // In pieces of b that stay in the second cache level while the rows of a pass by.
-    const int64_t pieces = (n * k + kCached - 1) / kCached, piece = ((k + pieces - 1) / pieces + 15) / 16 * 16;
-    for (int64_t first = 0; first < k; first += piece)
-      at::native::cpublas::brgemm(m, n, std::min(piece, k - first), lda, ldb, ldc, add || first, a + first,
-                                  b + first * ldb, c, false);
+    // In pieces of b that stay in the second cache level while the rows of a pass by, and whose sums, one product after
+    // another, are short enough to round no worse than a BLAS.
+    for (int64_t column = 0; column < n; column += kPieceColumns) {
+      const int64_t columns = std::min(kPieceColumns, n - column);
+      const int64_t pieces = (k + kPieceDepth - 1) / kPieceDepth, depth = round_up((k + pieces - 1) / pieces, 16);
+      for (int64_t first = 0; first < k; first += depth)
+        at::native::cpublas::brgemm(m, columns, std::min(depth, k - first), lda, ldb, ldc, add || first, a + first,
+                                    b + first * ldb + column, c + column, false);
+    }
     return;
   }
 #endif
@@ -84,7 +89,7 @@ Matrix::Matrix(const at::Tensor& tensor)
 }
 
 const float* Matrix::direct(int64_t row) const {
-  if (type_ != at::kFloat || (column_stride_ != 1 && columns_ > 1)) return nullptr;
+  if (type_ != at::kFloat || (column_stride_ != 1 && columns_ > 1) || row_stride_ < columns_) return nullptr;
   return reinterpret_cast<const float*>(data_) + row * row_stride_;
 }
 

@@ -9,6 +9,8 @@
 
 namespace fdd {
 
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
 // c (m, n) = a (m, k) b (k, n), or += with `add`; row-major with leading dimensions. Single-threaded.
 void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
               int64_t ldc, bool add);

@@ -14,7 +14,7 @@ from fdd_kernels.config import FDDLossTerms, LossOptions
 from fdd_kernels.functions import LensStatistics, LossAndGradient, rows_to_keep
 from fdd_kernels.plan import check_labels, make_plan
 from fdd_kernels.reference import dense_row_terms
-from fdd_kernels.terms import combine, row_terms_from_statistics
+from fdd_kernels.terms import combine, normaliser_of, row_terms_from_statistics
 
 
 def fused_fdd_loss(
@@ -62,8 +62,9 @@ def fused_fdd_loss(
     Source: Gong et al., "Beyond Logits: Aligning Feature Dynamics for Effective Knowledge Distillation", ACL 2025.
 
     Gradient flows to the student's hidden states, weight and bias, each only if it requires one, never to the teacher.
-    The loss can be differentiated once. Products are taken of the tensors as given (under autocast, of float32 tensors
-    cast to its dtype); sums, softmax and statistics are float32, or float64 if any input is.
+    The loss can be differentiated once. On CPUs the gradients are formed in the forward pass where that saves work, and wait
+    in memory for the backward pass: evaluate under `torch.no_grad()`. Products are taken of the tensors as given (under
+    autocast, of float32 tensors cast to its dtype); sums, softmax and statistics are float32, or float64 if any input is.
 
     Args:
         student_hidden, teacher_hidden: L tensors (..., Ds) and (..., Dt) in depth order, paired by rank. The last is
@@ -122,23 +123,21 @@ def fused_fdd_loss(
     students, teachers = (tuple([_autocast(h.reshape(-1, h.shape[-1])) for h in states]) for states in (students, teachers))
     student_weight, student_bias = _autocast(student_weight), _autocast(student_bias)
     teacher_weight, teacher_bias = _autocast(teacher_weight), _autocast(teacher_bias)
+    normaliser = normaliser_of(options, students[0].shape[0], valid, num_items_in_batch)
+    inputs = (
+        valid, flat_labels if ce_weight else None, teacher_weight, teacher_bias, student_weight, student_bias,
+        *(students[i] for i in plan.layers), *(teachers[i] for i in plan.layers),
+    )  # fmt: skip
     if plan.backend == "reference":
         rows = dense_row_terms(
             plan, students, student_weight, student_bias, teachers, teacher_weight, teacher_bias, valid, flat_labels
         )
+    elif kept_rows := rows_to_keep(plan, normaliser, *inputs):
+        terms = FDDLossTerms(*LossAndGradient.apply(plan, kept_rows, normaliser, *inputs))
+        return terms if return_terms else terms.loss
     else:
-        inputs = (
-            valid, flat_labels if ce_weight else None, teacher_weight, teacher_bias, student_weight, student_bias,
-            *(students[i] for i in plan.layers), *(teachers[i] for i in plan.layers),
-        )  # fmt: skip
-        kept_rows = rows_to_keep(plan, *inputs)
-        if kept_rows:
-            if num_items_in_batch is None and reduction == "mean":
-                num_items_in_batch = students[0].shape[0] if valid is None else valid.sum()
-            terms = FDDLossTerms(*LossAndGradient.apply(plan, kept_rows, num_items_in_batch, *inputs))
-            return terms if return_terms else terms.loss
         rows = row_terms_from_statistics(plan, *LensStatistics.apply(plan.spec.encode(), plan.backend, *inputs))
-    terms = combine(rows, options, valid, plan.leading_shape, num_items_in_batch)
+    terms = combine(rows, options, valid, plan.leading_shape, normaliser)
     return terms if return_terms else terms.loss
 
 

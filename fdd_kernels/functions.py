@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -59,60 +61,51 @@ class LensStatistics(torch.autograd.Function):
 
 
 class LossAndGradient(torch.autograd.Function):
-    """The whole loss, with the gradients of `loss` formed in forward, `rows_at_a_time` rows after another.
+    """The terms of the loss, with the gradients of `loss` formed in forward, `rows_at_a_time` rows after another.
 
     For backends that keep a block's values between the two operations, which spares the backward pass both heads' products.
-    Those gradients are for an upstream gradient of 1: backward scales them in place and hands them over, so that they are
-    there once; a second backward pass forms them anew. Upstream gradients of the other terms go through the two operations.
-    `normaliser` divides the sums over rows; None: the sums are asked for.
+    Those gradients are for an upstream gradient of 1: the first backward pass scales them in place, which nobody else can
+    see, and hands them over; a second one forms them anew. Upstream gradients of other terms go through the two operations.
+    `normaliser` divides the sums over rows; None: nothing does.
     """
 
     @staticmethod
     def forward(ctx, plan: Plan, rows_at_a_time: int, normaliser, valid, labels, teacher_weight, teacher_bias, weight, bias,
                 *hidden: Tensor):  # fmt: skip
         tensors = (valid, labels, teacher_weight, teacher_bias, weight, bias, *hidden)
-        ctx.plan, ctx.rows_at_a_time, ctx.normaliser = plan, rows_at_a_time, normaliser
         ctx.needed = _needed(ctx, len(hidden))
+        ctx.compute = functools.partial(_loss_and_gradient, plan, rows_at_a_time, normaliser, ctx.needed)
+        ctx.plan, ctx.normaliser = plan, normaliser
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
-        terms, ctx.gradients = LossAndGradient.compute(ctx, _inputs(*tensors))
+        terms, ctx.gradients = ctx.compute(_inputs(*tensors))
+        computed = (True, plan.output_kd is not None, plan.trajectory, plan.derivative, plan.ce is not None)
+        ctx.mark_non_differentiable(*[term for term, is_computed in zip(terms, computed) if not is_computed])
         return terms
-
-    @staticmethod
-    def compute(ctx, inputs: LensInputs) -> tuple[FDDLossTerms, list[Tensor]]:
-        blocks: list[FDDLossTerms] = []
-
-        def upstream(*statistics: Tensor) -> tuple[Tensor, Tensor]:
-            of_terms = FDDLossTerms(1, None, None, None, None)
-            terms, gradients = _differentiate(ctx.plan, statistics, None, ctx.normaliser, of_terms)
-            blocks.append(terms)
-            return gradients
-
-        with torch.autocast(inputs.device.type, enabled=False):
-            stats_and_grad = BACKENDS[ctx.plan.backend].stats_and_grad
-            gradients = stats_and_grad(inputs, ctx.plan.spec, ctx.rows_at_a_time, upstream, ctx.needed)
-        return FDDLossTerms(*[torch.stack(term).sum(0) for term in zip(*blocks)]), gradients
 
     @staticmethod
     def backward(ctx, *upstream: Tensor | None):
         inputs = _inputs(*ctx.saved_tensors)
         of_loss, *of_terms = upstream
+        gradients, ctx.gradients = ctx.gradients, None
         with torch.no_grad():
-            if of_loss is not None and all(g is None for g in of_terms):
-                found = ctx.gradients or LossAndGradient.compute(ctx, inputs)[1]
-                ctx.gradients = None
+            if all(g is None for g in of_terms):
+                if of_loss is None:
+                    return (None,) * len(ctx.needs_input_grad)
+                found = gradients or ctx.compute(inputs)[1]
                 if of_loss != 1:
                     for gradient in found:
                         gradient.mul_(of_loss)
             else:
+                del gradients
                 arguments = (*inputs, *ctx.plan.spec.encode(), ctx.plan.backend)
                 statistics = ops.lens_stats(*arguments)
-                _, gradients = _differentiate(ctx.plan, statistics, inputs.valid, ctx.normaliser, upstream)
-                found = ops.lens_grad(*arguments, *statistics, *gradients, ctx.needed)
+                _, of_statistics = _differentiate(ctx.plan, statistics, inputs.valid, ctx.normaliser, upstream)
+                found = ops.lens_grad(*arguments, *statistics, *of_statistics, ctx.needed)
         return _returned(ctx, found, inputs, upstream)
 
 
-def rows_to_keep(plan: Plan, *tensors: Tensor | None) -> int:
+def rows_to_keep(plan: Plan, normaliser, *tensors: Tensor | None) -> int:
     """Rows a block where `LossAndGradient` is the faster way for these arguments of it, 0 where it is not or cannot run.
 
     It runs outside of the dispatcher, so eagerly and on plain tensors alone, and needs a reduction: with one value per row
@@ -121,19 +114,37 @@ def rows_to_keep(plan: Plan, *tensors: Tensor | None) -> int:
     backend = BACKENDS[plan.backend]
     if backend.stats_and_grad is None or plan.options.reduction == "none":
         return 0
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         return 0
     if any(t is not None and type(t) not in (Tensor, torch.nn.Parameter) for t in tensors):
+        return 0
+    if isinstance(normaliser, Tensor) and normaliser.requires_grad:
         return 0
     inputs = _inputs(*tensors)
     student = (*inputs.student_hidden, inputs.student_weight, inputs.student_bias)
     return backend.kept_rows(inputs, plan.spec, [t is not None and t.requires_grad for t in student])
 
 
+def _loss_and_gradient(plan: Plan, rows_at_a_time: int, normaliser, needed: list[bool],
+                       inputs: LensInputs) -> tuple[FDDLossTerms, list[Tensor]]:  # fmt: skip
+    """The terms, and the gradients of `loss` marked in `needed`."""
+    blocks: list[FDDLossTerms] = []
+
+    def upstream(*statistics: Tensor) -> tuple[Tensor, Tensor]:
+        terms, gradients = _differentiate(plan, statistics, None, normaliser, (1.0, None, None, None, None))
+        blocks.append(terms)
+        return gradients
+
+    with torch.autocast(inputs.device.type, enabled=False), torch.profiler.record_function("fdd_kernels::stats_and_grad"):
+        gradients = BACKENDS[plan.backend].stats_and_grad(inputs, plan.spec, rows_at_a_time, upstream, needed)
+    return FDDLossTerms(*[torch.stack(term).sum(0) for term in zip(*blocks)]), gradients
+
+
 def _differentiate(plan: Plan, statistics, valid, normaliser, upstream) -> tuple[FDDLossTerms, tuple[Tensor, Tensor]]:
-    """The terms, and the gradients of reads and moments given those of the terms (numbers, or None for no gradient)."""
+    """The terms, and the gradients of reads and moments given those of the terms (None: no gradient)."""
     pivots, reads, moments = [t.detach() for t in statistics]
-    with torch.enable_grad():
+    # A caller's hooks on saved tensors, such as checkpointing's, have no business in here.
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
         reads.requires_grad_()
         moments.requires_grad_()
         terms = combine(row_terms_from_statistics(plan, pivots, reads, moments), plan.options, valid, (), normaliser)

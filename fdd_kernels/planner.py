@@ -95,7 +95,9 @@ def _cpu(shape: LossShape, threads: int) -> dict[str, int]:
     plan = shape.plan()
     narrow = shape.itemsize < FLOAT
     head_sum = FLOAT * shape.columns * shape.student_width if narrow and shape.train_head else 0
-    rows = cpu.block_rows(len(plan.layers), shape.rows, shape.columns, 2, head_sum)
+    rows = cpu.block_rows(
+        len(plan.layers), shape.rows, shape.columns, shape.student_width, models=2, head_sum_bytes=head_sum, threads=threads
+    )
     parts = _cpu_kept(shape, threads, rows, head_sum) if rows else _cpu_streamed(shape, threads, head_sum)
     return parts | {"statistics": _statistics(plan, shape.rows)}
 
@@ -103,7 +105,7 @@ def _cpu(shape: LossShape, threads: int) -> dict[str, int]:
 def _cpu_kept(shape: LossShape, threads: int, rows: int, head_sum: int) -> dict[str, int]:
     layers, width = len(shape.plan().layers), shape.student_width
     teacher_width = 0 if shape.feature_space else shape.teacher_width
-    all_rows, tile = layers * rows, min(cpu.TILE_COLUMNS, shape.columns)
+    all_rows, tile = layers * -(-rows // cpu.KEPT_ROWS) * cpu.KEPT_ROWS, min(cpu.TILE_COLUMNS, shape.columns)
     head_rows = tile * max(width, teacher_width) if shape.itemsize < FLOAT else 0
     forward = all_rows * (width + teacher_width + max(width, teacher_width)) + threads * (tile * all_rows + head_rows)
     trained = all_rows * width if shape.train_head else 0

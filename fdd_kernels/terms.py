@@ -91,15 +91,17 @@ def row_terms_from_statistics(plan: Plan, pivots: Tensor, reads: Tensor, moments
     )
 
 
-def combine(terms: RowTerms, options: LossOptions, valid: Tensor | None, leading_shape: tuple[int, ...],
-            num_items_in_batch: Tensor | float | None) -> FDDLossTerms:  # fmt: skip
-    """Weights, temperature factor and reduction; rows with `valid` False count as 0 and are not counted."""
-    like = next(term for term in terms if term is not None)
-    rows = like.shape[0]
+def normaliser_of(options: LossOptions, rows: int, valid: Tensor | None, num_items_in_batch: Tensor | float | None):
+    """What divides the sum over rows; None: nothing does."""
     if num_items_in_batch is None and options.reduction == "mean":
-        normaliser = max(rows, 1) if valid is None else valid.sum().clamp(min=1)
-    else:
-        normaliser = num_items_in_batch
+        return max(rows, 1) if valid is None else valid.sum().clamp(min=1)
+    return num_items_in_batch
+
+
+def combine(terms: RowTerms, options: LossOptions, valid: Tensor | None, leading_shape: tuple[int, ...],
+            normaliser: Tensor | float | None) -> FDDLossTerms:  # fmt: skip
+    """Weights, temperature factor and reduction; rows with `valid` False count as 0. `normaliser`: of `normaliser_of`."""
+    like = next(term for term in terms if term is not None)
     if isinstance(normaliser, Tensor):
         normaliser = normaliser.reshape(()).to(like.device)
 

@@ -31,7 +31,7 @@ from fdd_kernels.config import FDDLossTerms, LossOptions
 from fdd_kernels.divergences import DIVERGENCES
 from fdd_kernels.plan import Plan, make_plan
 from fdd_kernels.reference import _distance, _logits
-from fdd_kernels.terms import RowTerms, combine
+from fdd_kernels.terms import RowTerms, combine, normaliser_of
 
 PERTURBATIONS = 3  # random movements of the logits from which the floor of a gradient is taken
 
@@ -255,7 +255,9 @@ class _DenseCall:
         return range(len(self.student) - (not self.options.output_in_dynamics))
 
     def combine(self, rows: RowTerms) -> FDDLossTerms:
-        return combine(rows, self.options, self.valid, self.plan.leading_shape, self.normaliser)
+        count = len(self.student[0][0])
+        normaliser = normaliser_of(self.options, count, self.valid, self.normaliser)
+        return combine(rows, self.options, self.valid, self.plan.leading_shape, normaliser)
 
 
 def _dense_call(problem: Problem, unit: float | None, options: dict[str, Any]) -> _DenseCall:

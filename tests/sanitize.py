@@ -16,7 +16,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "sanitize"
 TESTS = [
-    ["tests/test_cpu_kernels.py", "-k", "way or ragged or strided or unaligned or half or sets or bits or who_else or one_thread"],
+    [
+        "tests/test_cpu_kernels.py",
+        "-k",
+        "way or ragged or strided or unaligned or half or sets or bits or who_else or one_thread",
+    ],
     ["tests/test_backends.py", "-k", "cpu and float32"],
 ]
 

@@ -178,6 +178,7 @@ while True:
 def test_rows_in_several_sets(monkeypatch, dtype, weight_bytes):
     problem = random_problem((90,), 200, 16, 24, layers=3, dtype=dtype, labels=True, bias="plain")
     whole = gradients(problem)
+    monkeypatch.setattr(cpu, "KEPT_BYTES", 0)
     monkeypatch.setattr(cpu, "HIDDEN_BYTES", 20 * 4 * 3 * 16)  # 20 rows a set
     monkeypatch.setattr(cpu, "WEIGHT_BYTES", weight_bytes)
     check(problem)
@@ -187,8 +188,8 @@ def test_rows_in_several_sets(monkeypatch, dtype, weight_bytes):
 
 @pytest.fixture(params=["kept at once", "kept in blocks", "streamed"])
 def way(request, monkeypatch):
-    """The three ways to the gradients; a block holds 7 rows of 3 layers and up to 384 columns."""
-    kept = {"kept at once": 2**40, "kept in blocks": 7 * 2 * 3 * 384 * 4, "streamed": 0}[request.param]
+    """The three ways to the gradients; a block holds 16 rows of 3 layers and up to 384 columns."""
+    kept = {"kept at once": 2**40, "kept in blocks": 16 * 2 * 3 * 384 * 4, "streamed": 0}[request.param]
     monkeypatch.setattr(cpu, "KEPT_BYTES", kept)
     monkeypatch.setattr(cpu, "KEPT_PRODUCT_ROWS", 0)
     return request.param
@@ -215,8 +216,57 @@ def test_every_way_in_feature_space(way):
     check(problem, trajectory="mse", derivative="mse", output_in_dynamics=True)
 
 
-def test_every_way_with_a_padded_vocabulary_and_little_to_train(way):
+def test_every_way_with_a_padded_vocabulary(way):
     check(random_problem((40,), 300, 24, 33, layers=3, bias="padded"), vocab_size=290)
+
+
+LITTLE = [("student_weight",), ("student_hidden[1]",), ("student_bias", "student_hidden[0]")]
+
+
+@pytest.mark.parametrize("trained", LITTLE, ids=str)
+def test_every_way_with_little_to_train(way, trained):
+    problem = random_problem((40,), 300, 24, 33, layers=3, bias="plain")
+    everything = dict(zip(problem.leaves, gradients(problem)[1:]))
+    for name, leaf in problem.leaves.items():
+        leaf.requires_grad_(name in trained)
+    assert set(problem.leaves) == set(trained)
+    for name, found in zip(problem.leaves, gradients(problem)[1:]):
+        torch.testing.assert_close(found, everything[name], rtol=1e-6, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_every_way_under_defaults_that_are_not_ours(way):
+    problem = random_problem((40,), 300, 24, 33, layers=3)
+    expected = gradients(problem)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = gradients(problem)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found))
+
+
+def test_terms_that_are_not_computed_need_no_gradient(way):
+    problem = random_problem((40,), 300, 24, 33, layers=1)
+    terms = fused_fdd_loss(**problem.arguments, backend="cpu", return_terms=True)
+    assert [term.requires_grad for term in terms] == [True, True, False, False, False]
+    leaf = torch.ones((), requires_grad=True)
+    (leaf * 2 + terms.trajectory).backward()
+    assert leaf.grad == 2
+
+
+def test_checkpointing_does_not_recompute_in_forward(way):
+    problem = random_problem((40,), 300, 24, 33, layers=3)
+    calls = []
+
+    def loss():
+        calls.append(1)
+        return fused_fdd_loss(**problem.arguments, backend="cpu")
+
+    value = torch.utils.checkpoint.checkpoint(loss, use_reentrant=False)
+    assert len(calls) == 1
+    value.backward()
+    assert len(calls) == 2
 
 
 def test_gradients_of_single_terms_after_gradients_were_formed_for_the_loss(way):
@@ -244,6 +294,9 @@ def test_values_are_kept_where_that_pays():
     assert rows() * 10 * 50304 * 4 <= cpu.KEPT_BYTES
     assert rows() >= 40
     assert rows(count=3) == 3
+    few = {"models": 2, "head_sum_bytes": 0, "threads": 4}
+    assert cpu.block_rows(5, 100, 4 * cpu.TILE_COLUMNS, 8, **few) > 0
+    assert cpu.block_rows(5, 100, 3 * cpu.TILE_COLUMNS, 8, **few) == 0  # a thread would have nothing to do
     assert rows(torch.float16) == 0  # sums before the loss scale would underflow
     assert rows(torch.float64) == 0
     assert rows(columns=2**20) == 0  # too few rows at a time
@@ -254,7 +307,7 @@ def test_the_head_gradient_in_half_precision_needs_no_float32_copy(monkeypatch):
     monkeypatch.setattr(cpu, "WEIGHT_BYTES", 0)
     problem = random_problem((40,), 300, 24, 33, layers=3, dtype=BF16)
     check(problem)
-    monkeypatch.setattr(cpu, "KEPT_BYTES", 7 * 2 * 3 * 384 * 4)
+    monkeypatch.setattr(cpu, "KEPT_BYTES", 16 * 2 * 3 * 384 * 4)
     check(problem)
 
 

@@ -27,6 +27,7 @@ def _no_work(monkeypatch):
         raise AssertionError("work was done before the arguments were checked")
 
     monkeypatch.setattr(api.LensStatistics, "apply", fail)
+    monkeypatch.setattr(api.LossAndGradient, "apply", fail)
     monkeypatch.setattr(api, "dense_row_terms", fail)
 
 

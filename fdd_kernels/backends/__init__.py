@@ -22,7 +22,7 @@ class Backend:
     stats: Callable
     grad: Callable
     unavailable: Callable[[torch.device], str | None]
-    kept_rows: Callable = lambda inputs, spec, needed: 0
+    kept_rows: Callable | None = None
     stats_and_grad: Callable | None = None
 
 

@@ -26,10 +26,13 @@ TILE_BYTES = MIB // 2  # both models' values of all layers: well inside the seco
 PACK_BYTES = 8 * MIB  # both heads' rows of a panel
 GRADIENT_BYTES = 24 * MIB  # dL/dlogits of a panel for all rows and layers
 KEPT_BYTES = 96 * MIB  # values of all layers and columns of a block of rows, kept from the statistics to the gradients
+KEPT_ROWS = 8  # a block's rows are padded to a multiple of this (csrc/lens.h: kRowPadding)
+MOST_PRODUCT_ROWS = 512  # rows x layers of a block: more would leave the second cache level
 KEPT_PRODUCT_ROWS = 32  # rows x layers of a block: the fewest at which it was measured to be faster (45, at V = 262144)
 HIDDEN_BYTES = 48 * MIB  # float32 sums of the hidden states' gradients where their dtype is narrower
 WEIGHT_BYTES = 32 * MIB  # float32 sums of the head's gradient where its dtype is narrower
 
+F32 = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 # (pivots, reads, moments) -> upstream gradients of reads and moments
 Upstream = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -105,13 +108,13 @@ def _problem(inputs: LensInputs, spec: LensSpec, rows: Tensor, tiles: Tiles):
 
 
 def _valid_rows(inputs: LensInputs) -> Tensor:
-    return torch.arange(inputs.rows) if inputs.valid is None else inputs.valid.nonzero().squeeze(1)
+    return torch.arange(inputs.rows, device="cpu") if inputs.valid is None else inputs.valid.nonzero().squeeze(1)
 
 
 def _no_statistics(inputs: LensInputs, spec: LensSpec) -> tuple[Tensor, Tensor, Tensor]:
-    pivots = torch.zeros(2, len(inputs.student_hidden), inputs.rows)
-    reads = torch.zeros(len(spec.reads), READ_STATS, inputs.rows)
-    moments = torch.zeros(len(spec.moments), MOMENT_STATS, inputs.rows)
+    pivots = torch.zeros(2, len(inputs.student_hidden), inputs.rows, **F32)
+    reads = torch.zeros(len(spec.reads), READ_STATS, inputs.rows, **F32)
+    moments = torch.zeros(len(spec.moments), MOMENT_STATS, inputs.rows, **F32)
     return pivots, reads, moments
 
 
@@ -123,7 +126,7 @@ def _no_gradients(inputs: LensInputs, needed: list[bool]) -> tuple[list[Tensor |
         for h, need in zip(inputs.student_hidden, needs_hidden)
     ]
     grad_weight = torch.zeros_like(inputs.student_weight, memory_format=torch.contiguous_format) if needs_weight else None
-    return grad_hidden, grad_weight, torch.zeros(len(inputs.student_bias)) if needs_bias else None
+    return grad_hidden, grad_weight, torch.zeros(len(inputs.student_bias), **F32) if needs_bias else None
 
 
 def stats(inputs: LensInputs, spec: LensSpec) -> tuple[Tensor, Tensor, Tensor]:
@@ -154,7 +157,7 @@ def grad(inputs: LensInputs, spec: LensSpec, per_row: tuple[Tensor, ...], needed
 
     def walk_sets(weight: Tensor | None, bias: Tensor | None) -> None:
         for some_rows in row_sets:
-            sums = torch.zeros(layers, len(some_rows), width)
+            sums = torch.zeros(layers, len(some_rows), width, **F32)
             walk(some_rows, sums, weight, bias)
             _place(sums, some_rows, grad_hidden)
 
@@ -166,7 +169,7 @@ def grad(inputs: LensInputs, spec: LensSpec, per_row: tuple[Tensor, ...], needed
     elif not needs_weight or grad_weight.dtype == torch.float32 or len(row_sets) == 1:
         walk_sets(grad_weight, grad_bias)
     elif grad_weight.numel() * FLOAT <= WEIGHT_BYTES:
-        total = torch.zeros(grad_weight.shape)
+        total = torch.zeros(grad_weight.shape, **F32)
         walk_sets(total, grad_bias)
         grad_weight.copy_(total)
     else:
@@ -188,19 +191,26 @@ def _wanted(inputs: LensInputs, grad_hidden: list, grad_weight: Tensor | None, g
     return [g for g in (*grad_hidden, grad_weight, grad_bias) if g is not None]
 
 
-def block_rows(layers: int, rows: int, columns: int, models: int, head_sum_bytes: int) -> int:
+def block_rows(layers: int, rows: int, columns: int, width: int, *, models: int, head_sum_bytes: int, threads: int) -> int:
     """Rows a block whose values are kept; 0: recomputing them is better, or all that can be done.
 
-    Keeping saves the backward pass's products of both heads, but reads the heads once per block: where the budget holds
-    few rows that costs more than it saves. `head_sum_bytes` is what a float32 sum of the head's gradient over several
-    blocks needs beyond the gradient itself.
+    Keeping saves the backward pass's products of both heads, but reads the heads once per block, and divides columns among
+    the threads: few rows in the budget cost more than they save, few columns leave threads idle. `width` is the student's;
+    `head_sum_bytes` is what a float32 sum of the head's gradient over several blocks needs beyond the gradient itself.
     """
-    most = KEPT_BYTES // (FLOAT * models * layers * _round_up(columns, TILE_COLUMNS))
-    if rows == 0 or most == 0:
+    tiles = -(-columns // TILE_COLUMNS)
+    if rows == 0 or tiles < threads:
         return 0
-    if rows > most and (most * layers < KEPT_PRODUCT_ROWS or head_sum_bytes > WEIGHT_BYTES):
+    most = min(
+        KEPT_BYTES // (FLOAT * models * layers * tiles * TILE_COLUMNS),
+        # Operands and each thread's sum of the hidden states' gradients.
+        HIDDEN_BYTES // (FLOAT * layers * width * (threads + 3)),
+        MOST_PRODUCT_ROWS // layers,
+    )
+    most = most // KEPT_ROWS * KEPT_ROWS
+    if most == 0 or (rows > most and (most * layers < KEPT_PRODUCT_ROWS or head_sum_bytes > WEIGHT_BYTES)):
         return 0
-    return -(-rows // -(-rows // most))  # blocks of equal size
+    return min(rows, _round_up(-(-rows // -(-rows // most)), KEPT_ROWS))  # blocks of nearly equal size
 
 
 def kept_rows(inputs: LensInputs, spec: LensSpec, needed: list[bool]) -> int:
@@ -209,9 +219,15 @@ def kept_rows(inputs: LensInputs, spec: LensSpec, needed: list[bool]) -> int:
     wanted = [t for t, need in zip((*inputs.student_hidden, weight, inputs.student_bias), needed) if need]
     if not wanted or inputs.statistics_dtype == torch.float64 or any(t.dtype == torch.float16 for t in wanted):
         return 0
-    head_sum_bytes = weight.numel() * FLOAT if needed[-2] and weight.dtype != torch.float32 else 0
-    models = 2 if spec.needs_teacher else 1
-    return block_rows(len(inputs.student_hidden), len(_valid_rows(inputs)), spec.columns, models, head_sum_bytes)
+    return block_rows(
+        len(inputs.student_hidden),
+        len(_valid_rows(inputs)),
+        spec.columns,
+        weight.shape[1],
+        models=2 if spec.needs_teacher else 1,
+        head_sum_bytes=weight.numel() * FLOAT if needed[-2] and weight.dtype != torch.float32 else 0,
+        threads=torch.get_num_threads(),
+    )
 
 
 def stats_and_grad(
@@ -225,7 +241,7 @@ def stats_and_grad(
     grad_hidden, grad_weight, grad_bias = _no_gradients(inputs, needed)
     weight = grad_weight
     if weight is not None and weight.dtype != torch.float32 and rows_at_a_time < len(rows):
-        weight = torch.zeros(weight.shape)
+        weight = torch.zeros(weight.shape, **F32)
     tiles = Tiles(rows_at_a_time, min(TILE_COLUMNS, _round_up(spec.columns, 16)), spec.columns)
     memory = None
     statistics = _no_statistics(inputs, spec)
@@ -233,11 +249,11 @@ def stats_and_grad(
     for block in rows.split(rows_at_a_time):
         problem = _problem(inputs, spec, block, tiles)
         if memory is None:  # the first block is the largest
-            memory = torch.empty(_extension.kernels.kept_size(problem))
+            memory = torch.empty(_extension.kernels.kept_size(problem), **F32)
         _extension.kernels.stats_and_keep(problem, memory, *statistics)
         found = upstream(*(t[..., block] for t in statistics))
         grad_reads[..., block], grad_moments[..., block] = found
-        sums = torch.zeros(layers, len(block), width) if any(needed[:layers]) else None
+        sums = torch.zeros(layers, len(block), width, **F32) if any(needed[:layers]) else None
         _extension.kernels.grad_of_kept(problem, memory, *statistics, grad_reads, grad_moments, sums, weight, grad_bias)
         if sums is not None:
             _place(sums, block, grad_hidden)
