@@ -12,6 +12,7 @@ from fdd_kernels.api import fused_fdd_loss
 from fdd_kernels.config import FDDConfig, FDDLossTerms, LossOptions
 from fdd_kernels.layers import paired_layers
 from fdd_kernels.lens import ModelLens
+from fdd_kernels.parallel import inside_forward, require_gathered
 
 _NOT_MODEL_INPUTS = ("labels", "num_items_in_batch")
 
@@ -35,11 +36,17 @@ class Distiller:
             terms = distiller(batch)
             terms.loss.backward()
             optimizer.step(); optimizer.zero_grad()
+
+    Data parallelism: wrap the student (DistributedDataParallel, FSDP2's `fully_shard`, accelerate's `prepare`) and call
+    `distiller(batch, student=wrapped)`, so that gradients are exchanged. For FSDP2 make the distiller first. Gradients are
+    averaged over processes: for the mean over all tokens pass `num_items_in_batch` = their number divided by the number of
+    processes.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, config: FDDConfig | None = None) -> None:
         self.config = config or FDDConfig()
         self.student, self.teacher = ModelLens(student, "student"), ModelLens(teacher, "teacher")
+        self._models = student, teacher  # as given: perhaps data-parallel
         teacher.eval()
         self.student_layers, self.teacher_layers = paired_layers(self.config, self.student.depth, self.teacher.depth)
         vocabularies = len(self.student.weight), len(self.teacher.weight)
@@ -75,7 +82,8 @@ class Distiller:
 
         Pass them to several students' `distiller(batch, teacher_states=...)` to run the teacher once.
         """
-        return self._states(self.teacher, self.teacher_layers, batch)
+        with inside_forward(self._models[1], self._states) as states:
+            return states(self.teacher, self.teacher_layers, batch)
 
     def _states(self, lens: ModelLens, layers: tuple[int, ...], batch: Mapping[str, Tensor]) -> list[Tensor]:
         inputs = {key: value for key, value in batch.items() if key not in _NOT_MODEL_INPUTS}
@@ -89,6 +97,7 @@ class Distiller:
         *,
         num_items_in_batch: Tensor | float | None = None,
         teacher_states: list[Tensor] | None = None,
+        student: nn.Module | None = None,
     ) -> FDDLossTerms:
         """The loss of one batch.
 
@@ -99,14 +108,24 @@ class Distiller:
             num_items_in_batch: divides the sum over positions instead of their number in this batch.
             teacher_states: the result of `teacher_states(batch)`, of this distiller or of another with the same teacher
                 and teacher layers, to save running the teacher again.
+            student: the student as it was wrapped for data parallelism after this distiller was made.
 
         Returns:
             `FDDLossTerms` of scalars.
+
+        Raises:
+            RuntimeError: a head is spread over processes where the loss is computed; says what to do.
         """
         if self.teacher.model.training:
             self.teacher.model.eval()
         if teacher_states is None:
             teacher_states = self.teacher_states(batch)
+        with inside_forward(self._models[0] if student is None else student, self._loss) as loss:
+            return loss(batch, teacher_states, num_items_in_batch)
+
+    def _loss(self, batch: Mapping[str, Tensor], teacher_states: list[Tensor], num_items_in_batch) -> FDDLossTerms:
+        require_gathered("the student's head", self.student.weight)
+        require_gathered("the teacher's head", self.teacher.weight)
         student_states = self._states(self.student, self.student_layers, batch)
         labels, mask = batch.get("labels"), None
         if labels is None and batch.get("attention_mask") is not None:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fdd_kernels.parallel import require_gathered
+
 _REMEDY = (
     "Call fused_fdd_loss yourself with the hidden states (the last one after the final norm) and the head's weight, bias, "
     "soft cap and logit scale"
@@ -125,6 +127,7 @@ class ModelLens:
                 f"{self.name}: {type(self.model).__name__}.get_output_embeddings() gives {type(head).__name__}, but an LM "
                 f"head with a weight of shape (vocabulary, width) is needed. Pass a causal LM. {_REMEDY}"
             )
+        require_gathered(f"{self.name}: the LM head's weight", weight)
         if weight.dtype not in _READABLE or hasattr(head, "base_layer") or hasattr(head, "modules_to_save"):
             raise TypeError(
                 f"{self.name}: the LM head is a {type(head).__name__} with a {weight.dtype} weight. Quantised heads and "

@@ -1,5 +1,12 @@
-"""Drop-ins for existing trainers."""
+"""Drop-ins for existing trainers; each is imported, with the library that it builds on, when it is asked for."""
 
-from fdd_kernels.integrations.hf_trainer import FDDTrainer
+import importlib
 
-__all__ = ["FDDTrainer"]
+_HOME = {"FDDTrainer": "hf_trainer", "FDDTrainerMixin": "hf_trainer", "FDDSFTTrainer": "trl_sft"}
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

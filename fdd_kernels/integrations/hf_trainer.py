@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
@@ -16,21 +13,10 @@ from fdd_kernels.lens import unwrap
 TERMS = FDDLossTerms._fields
 
 
-class FDDTrainer(Trainer):
-    """A `transformers.Trainer` whose loss is Feature Dynamics Distillation from `teacher`.
+class FDDTrainerMixin:
+    """Puts the FDD loss in the place of the loss of a `transformers.Trainer` or a trainer built on one.
 
-    Args:
-        *args, **kwargs: as for `transformers.Trainer`; `model` is the student. Only the student is saved.
-        teacher: a transformers causal LM; moved to the student's device, put in evaluation mode, never trained.
-        fdd_config: layers and loss options.
-
-    Every term is logged beside the loss, in training (means since the last log) and in evaluation (`eval_loss`,
-    `eval_output_kd`, ...: means over all tokens that count). In training the loss is the sum over all tokens that count
-    in an optimizer step divided by their number, also under gradient accumulation and data parallelism.
-
-    Raises:
-        ValueError: label smoothing or `compute_loss_func` was asked for: both would be ignored.
-        TypeError, ValueError: see `Distiller`.
+    Mix it in first: `class MyTrainer(FDDTrainerMixin, SomeTrainer)`. See `FDDTrainer` for what it adds.
     """
 
     # The loss is divided by the number of tokens of the whole step: see `get_batch_samples`.
@@ -38,8 +24,11 @@ class FDDTrainer(Trainer):
 
     def __init__(self, *args, teacher: nn.Module, fdd_config: FDDConfig | None = None, **kwargs) -> None:
         super().__init__(*args, **kwargs)
+        name = type(self).__name__
         if self.args.label_smoothing_factor or self.compute_loss_func is not None:
-            raise ValueError("FDDTrainer's loss is the FDD loss: leave label_smoothing_factor=0 and compute_loss_func=None")
+            raise ValueError(f"{name}'s loss is the FDD loss: leave label_smoothing_factor=0 and compute_loss_func=None")
+        if self.compute_metrics is not None:
+            raise ValueError(f"{name} computes no logits, which compute_metrics needs: leave compute_metrics=None")
         self.teacher, self.fdd_config = teacher, fdd_config
         teacher.to(self.args.device)
         self.distiller = Distiller(self.model, teacher, fdd_config)
@@ -57,8 +46,8 @@ class FDDTrainer(Trainer):
         """The FDD loss of one micro-batch, its terms recorded for the next log."""
         if unwrap(self.model) is not self.distiller.student.model:  # a new student: `model_init`
             self.distiller = Distiller(self.model, self.teacher, self.fdd_config)
-        with self.accelerator.autocast(), self._through(model) as forward:
-            terms = forward(inputs, num_items_in_batch=num_items_in_batch)
+        with self.accelerator.autocast():
+            terms = self.distiller(inputs, num_items_in_batch=num_items_in_batch, student=model)
         if not model.training:
             self._record(terms, self.distiller.count_positions(inputs))
         elif num_items_in_batch is None:
@@ -70,23 +59,6 @@ class FDDTrainer(Trainer):
         if num_items_in_batch is not None:  # gradients are averaged over processes, but the shares must add up
             loss = loss * self.accelerator.num_processes
         return (loss, {"loss": loss}) if return_outputs else loss
-
-    @contextmanager
-    def _through(self, model: nn.Module) -> Iterator:
-        """The distiller, called from inside a data-parallel wrapper's forward: there gradients are made to be exchanged."""
-        if not isinstance(model, nn.parallel.DistributedDataParallel):
-            yield self.distiller
-            return
-        student = model.module
-        own = student.__dict__.get("forward")
-        student.forward = self.distiller
-        try:
-            yield model
-        finally:
-            if own is None:
-                del student.forward
-            else:
-                student.forward = own
 
     def _record(self, terms: FDDLossTerms, weight: Tensor) -> None:
         """Add weight * terms, and the weight, to the running sums: (6,) float64."""
@@ -124,3 +96,21 @@ class FDDTrainer(Trainer):
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None
+
+
+class FDDTrainer(FDDTrainerMixin, Trainer):
+    """A `transformers.Trainer` whose loss is Feature Dynamics Distillation from `teacher`.
+
+    Args:
+        *args, **kwargs: as for `transformers.Trainer`; `model` is the student. Only the student is saved.
+        teacher: a transformers causal LM; moved to the student's device, put in evaluation mode, never trained.
+        fdd_config: layers and loss options.
+
+    Every term is logged beside the loss, in training (means since the last log) and in evaluation (`eval_loss`,
+    `eval_output_kd`, ...: means over all tokens that count). In training the loss is the sum over all tokens that count
+    in an optimizer step divided by their number, also under gradient accumulation and data parallelism.
+
+    Raises:
+        ValueError: label smoothing, `compute_loss_func` or `compute_metrics` was asked for: they would be ignored.
+        TypeError, ValueError: see `Distiller`.
+    """

@@ -1,0 +1,65 @@
+"""What each process of test_parallel.py runs: python parallel_worker.py KIND RANK WORLD FOLDER"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from hf_models import tiny_batch, tiny_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from fdd_kernels import Distiller, FDDConfig
+
+CONFIG = FDDConfig(num_layers=2, ce_weight=0.5)
+
+
+def models(tied: bool):
+    student = tiny_model("llama_tied" if tied else "llama", depth=3, seed=1).train()
+    return student, tiny_model("gpt2", depth=3, seed=2)
+
+
+def batches(world: int) -> list[dict]:
+    """One batch a process: of unequal length, and without a single label for the last."""
+    found = [tiny_batch(rows=2 + rank, length=7 + 3 * rank, seed=10 + rank) for rank in range(world)]
+    found[-1]["labels"] = torch.full_like(found[-1]["labels"], -100)
+    return found
+
+
+def main(kind: str, rank: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    student, teacher = models(tied=kind.endswith("tied"))
+    distiller = Distiller(student, teacher, CONFIG)
+    if kind.startswith("fsdp"):
+        mesh = init_device_mesh("cpu", (world,))
+        for block in distiller.student.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(student, mesh=mesh)
+        wrapped = student
+    else:
+        wrapped = DistributedDataParallel(student)
+    if kind == "sharded-head":
+        fully_shard(teacher.lm_head, mesh=init_device_mesh("cpu", (world,)))
+    batch = batches(world)[rank]
+    items = distiller.count_positions(batch)
+    torch.distributed.all_reduce(items)
+    for step in range(2):  # twice, since the first step of FSDP2 is special
+        student.zero_grad()
+        if kind == "killed" and step and rank == world - 1:
+            os._exit(9)
+        terms = distiller(batch, num_items_in_batch=items / world, student=wrapped)
+        terms.loss.backward()
+    loss = terms.loss.detach() / world
+    torch.distributed.all_reduce(loss)
+    gradients = {n: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for n, p in student.named_parameters()}
+    assert "forward" not in vars(student)
+    if rank == 0:
+        torch.save({"loss": loss, "gradients": gradients}, folder / "found.pt")
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))

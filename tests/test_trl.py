@@ -1,0 +1,97 @@
+"""FDDSFTTrainer: TRL's data preparation with our loss."""
+
+import pytest
+import torch
+from hf_models import one_thread, tiny_model, tiny_tokenizer  # noqa: F401
+
+trl = pytest.importorskip("trl")
+from datasets import Dataset  # noqa: E402
+from peft import LoraConfig  # noqa: E402
+
+from fdd_kernels import FDDConfig, fdd_loss_reference  # noqa: E402
+from fdd_kernels.integrations import FDDSFTTrainer  # noqa: E402
+
+PAIRS = [{"prompt": f"one two {'three ' * n}", "completion": "four word words " * (4 - n % 4)} for n in range(8)]
+TEXTS = [{"text": "the words and a " * (1 + n % 5)} for n in range(8)]
+
+
+def sft(output, rows, *, peft_config=None, config=None, **arguments):
+    tokenizer = tiny_tokenizer()
+    sizes = {"vocab_size": len(tokenizer), "depth": 3}
+    defaults = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "learning_rate": 2e-3,
+                "logging_steps": 1, "per_device_train_batch_size": 4, "max_length": 48, "seed": 3, "bf16": False,
+                "gradient_checkpointing": False, "max_steps": 3}  # fmt: skip
+    return FDDSFTTrainer(
+        model=tiny_model("llama", seed=1, **sizes),
+        args=trl.SFTConfig(output_dir=str(output), **(defaults | arguments)),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows[:3]),
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        teacher=tiny_model("gpt2", seed=2, **sizes),
+        fdd_config=config or FDDConfig(num_layers=2),
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "arguments"),
+    [(PAIRS, {"completion_only_loss": True}), (PAIRS, {"completion_only_loss": False}), (TEXTS, {})],
+    ids=["completion only", "whole", "text"],
+)
+def test_the_loss_of_a_batch_is_that_of_the_specification(tmp_path, rows, arguments):
+    trainer = sft(tmp_path, rows, **arguments)
+    batch = next(iter(trainer.get_train_dataloader()))
+    labels = batch["labels"].clone()
+    distiller = trainer.distiller
+    found = trainer.compute_loss(trainer.model, dict(batch))
+    with torch.no_grad():
+        teacher = distiller.teacher_states(batch)
+        student = distiller._states(distiller.student, distiller.student_layers, batch)
+        expected = fdd_loss_reference(student, distiller.student.weight, teacher, distiller.teacher.weight, labels, shift=True)
+    torch.testing.assert_close(found.detach(), expected, rtol=1e-5, atol=0)
+    if arguments.get("completion_only_loss"):
+        assert (labels == -100).sum() > (batch["attention_mask"] == 0).sum()
+
+
+def test_trains_logs_evaluates_and_saves(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    trainer = sft(tmp_path, PAIRS, max_steps=6)
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_loss"] < before["eval_loss"]
+    for name in ("output_kd", "trajectory", "derivative"):
+        assert after[f"eval_{name}"] > 0
+        assert any(name in row for row in trainer.state.log_history)
+    trainer.save_model(str(tmp_path / "student"))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    for a, b in zip(loaded.parameters(), trainer.model.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_trains_on_packed_sequences(tmp_path):
+    trainer = sft(tmp_path, TEXTS, packing=True, packing_strategy="wrapped", max_length=24, max_steps=2)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch["input_ids"].shape[-1] == 24
+    trainer.train()
+    assert torch.isfinite(torch.tensor(trainer.state.log_history[-1]["train_loss"]))
+
+
+def test_lora_students_train_their_adapters_alone(tmp_path):
+    lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    trainer = sft(tmp_path, PAIRS, peft_config=lora, max_steps=2)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        moved = not torch.equal(before[name], parameter)
+        assert moved == ("lora_B" in name or "lora_A" in name), name
+
+
+IGNORED = [({"loss_type": "dft"}, "loss_type"), ({"label_smoothing_factor": 0.1}, "label")]
+
+
+@pytest.mark.parametrize(("arguments", "message"), IGNORED)
+def test_options_that_would_be_ignored_are_refused(tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        sft(tmp_path, TEXTS, **arguments)
