@@ -147,6 +147,8 @@ def measure_memory(workload: Workload, provider: Provider, device: torch.device,
         student_width=min(workload.student_width, 64), teacher_width=width,
     )  # fmt: skip
     step(provider, build_problem(tiny, device), provider.options(tiny), device)
+    if provider.rows is not None:  # another way through the code may load modules of its own
+        provider.rows(build_problem(tiny, device), provider.options(tiny)).sum().backward()
     problem = build_problem(workload, device)
     report("running", provider.name)
     _trim()

@@ -1,4 +1,4 @@
-"""Fused Feature Dynamics Distillation losses: the whole vocabulary, every sampled layer, no logits in memory."""
+"""Fused Feature Dynamics Distillation losses: the whole vocabulary, every sampled layer, bounded memory."""
 
 from __future__ import annotations
 

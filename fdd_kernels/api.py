@@ -49,7 +49,7 @@ def fused_fdd_loss(
     backend: str = "auto",
     return_terms: bool = False,
 ) -> Tensor | FDDLossTerms:
-    """Feature Dynamics Distillation loss, computed without a tensor of shape (tokens, vocabulary).
+    """Feature Dynamics Distillation loss, in memory that does not grow with tokens x vocabulary.
 
     With z^l = softcap(logit_scale * (h^l W^T + b)) / temperature for each sampled layer l of a model,
     p = softmax(z_t), q = softmax(z_s) and y^l = log_softmax(z^l), per token::
