@@ -80,17 +80,20 @@ def bars(record: dict[str, Any], measure: str) -> Figure | None:
                 axis.set_title("dashed: the bare products", fontsize=8, loc="right")
         else:
             values = [entries[n]["memory"]["beyond_inputs"] / MIB for n in names]
+            high = [0.0] * len(values)
             axis.barh(names, values, color=[COLOURS[n] for n in names])
             labels = [summary.memory(v * MIB) for v in values]
             axis.set_xlabel("MiB beyond inputs, gradients included")
-        for i, (value, label) in enumerate(zip(values, labels)):
+        ends = [value + after for value, after in zip(values, high)]
+        for i, (end, label) in enumerate(zip(ends, labels)):
             part = " *" if "no derivative" in entries[names[i]]["computes"] else ""
-            axis.text(value, i, f" {label}{part}", va="center", fontsize=8)
-        axis.set_xlim(0, 1.3 * max(values))
+            axis.text(end, i, f"  {label}{part}", va="center", fontsize=8)
+        axis.set_xlim(0, 1.3 * max(ends))
         axis.invert_yaxis()
         axis.set_title(result["workload"]["name"], loc="left", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("* without the derivative term: less work", fontsize=8)
+    if any("no derivative" in e["computes"] for _, entries in panels for e in entries.values()):
+        figure.supxlabel("* without the derivative term: less work", fontsize=8)
     return figure
 
 
