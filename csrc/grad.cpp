@@ -30,26 +30,13 @@ class Backward {
     for (int64_t start = 0; start < problem_.columns; start += width) {
       interrupt();
       panel_.pack(problem_, start, std::min(width, problem_.columns - start));
-      if (out_.hidden) read_weight_rows();
+      if (out_.hidden) weight_rows_ = head_rows(problem_.student.weight, start, panel_.count(), &weight_copy_);
       form_gradients();
       if (wants_columns_) reduce_columns();
     }
   }
 
  private:
-  // The panel's rows of the student's head as the (c, D) operand of G W.
-  void read_weight_rows() {
-    const Matrix& weight = problem_.student.weight;
-    weight_rows_ = {weight.direct(panel_.first()), weight.row_stride()};
-    if (weight_rows_.data) return;
-    const int64_t width = problem_.student.width();
-    weight_copy_.resize(panel_.count() * width);
-    at::parallel_for(0, panel_.count(), 16, [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) weight.read(panel_.first() + c, 0, width, weight_copy_.get() + c * width);
-    });
-    weight_rows_ = {weight_copy_.get(), width};
-  }
-
   void form_gradients() {
     const Tiles& tiles = problem_.tiles;
     const int64_t blocks = (problem_.count() + tiles.rows - 1) / tiles.rows, width = problem_.student.width();
@@ -102,12 +89,7 @@ class Backward {
             const Operand h = hidden_rows(problem_, problem_.student, layer, row, last, &copy);
             multiply(count, width, last - row, g + row, ld_rows_, h.data, h.ld, target, width, true);
           }
-          if (out_.bias)
-            for (int64_t c = 0; c < count; ++c) {
-              double total = 0;
-              for (int64_t row = 0; row < problem_.count(); ++row) total += g[c * ld_rows_ + row];
-              out_.bias[first + c] += float(total);
-            }
+          if (out_.bias) add_sums(g, ld_rows_, count, problem_.count(), out_.bias + first);
         }
         if (target && !in_place)
           out_.weight.narrow(0, first, count).copy_(at::from_blob(target, {count, width}, at::kFloat));
@@ -166,6 +148,14 @@ void form_row(const Problem& problem, const Statistics& statistics, const Upstre
   }
   for (int64_t layer = 0; layer < problem.layers; ++layer)
     kernels.chain(grad_row(layer), values.student(layer, local), count, problem.student.scale, problem.student.softcap);
+}
+
+void add_sums(const float* in, int64_t ld, int64_t rows, int64_t columns, float* out) {
+  for (int64_t r = 0; r < rows; ++r) {
+    double total = 0;
+    for (int64_t c = 0; c < columns; ++c) total += in[r * ld + c];
+    out[r] += float(total);
+  }
 }
 
 void transpose(const float* in, int64_t ld_in, int64_t rows, int64_t columns, float* out, int64_t ld_out) {

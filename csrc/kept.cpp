@@ -119,11 +119,7 @@ void gradients_of(const KeptValues& kept, const Statistics& statistics, const Up
         if (!in_place)
           out.weight.narrow(0, first, columns).copy_(at::from_blob(target, {columns, width}, at::kFloat));
       }
-      for (int64_t c = 0; out.bias && c < columns; ++c) {
-        double total = 0;
-        for (int64_t m = 0; m < all; ++m) total += grad_cM.get()[c * all + m];
-        out.bias[first + c] += float(total);
-      }
+      if (out.bias) add_sums(grad_cM.get(), all, columns, all, out.bias + first);
     }
     release_products();
     if (!out.hidden) return;

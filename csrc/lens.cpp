@@ -51,7 +51,9 @@ Operand head_rows(const Matrix& weight, int64_t first, int64_t count, Scratch* c
   if (weight.direct(first)) return {weight.direct(first), weight.row_stride()};
   const int64_t width = weight.columns();
   copy->resize(count * width);
-  for (int64_t c = 0; c < count; ++c) weight.read(first + c, 0, width, copy->get() + c * width);
+  at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {  // in a parallel section: at once, by this thread
+    for (int64_t c = begin; c < end; ++c) weight.read(first + c, 0, width, copy->get() + c * width);
+  });
   return {copy->get(), width};
 }
 

@@ -186,6 +186,8 @@ void form_row(const Problem& problem, const Statistics& statistics, const Upstre
 
 // out (columns, rows) = in (rows, columns) transposed, with leading dimensions.
 void transpose(const float* in, int64_t ld_in, int64_t rows, int64_t columns, float* out, int64_t ld_out);
+// out[r] += the sum of row r of in (rows, columns).
+void add_sums(const float* in, int64_t ld, int64_t rows, int64_t columns, float* out);
 // Rows [first, first + count) of a head as a (count, D) operand: where they lie if they are float32, else copied.
 Operand head_rows(const Matrix& weight, int64_t first, int64_t count, Scratch* copy);
 

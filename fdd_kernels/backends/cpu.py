@@ -221,7 +221,7 @@ def kept_rows(inputs: LensInputs, spec: LensSpec, needed: list[bool]) -> int:
         return 0
     return block_rows(
         len(inputs.student_hidden),
-        len(_valid_rows(inputs)),
+        inputs.rows if inputs.valid is None else int(inputs.valid.sum()),
         spec.columns,
         weight.shape[1],
         models=2 if spec.needs_teacher else 1,
