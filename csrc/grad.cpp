@@ -30,7 +30,7 @@ class Backward {
     for (int64_t start = 0; start < problem_.columns; start += width) {
       interrupt();
       panel_.pack(problem_, start, std::min(width, problem_.columns - start));
-      if (out_.hidden) weight_rows_ = head_rows(problem_.student.weight, start, panel_.count(), &weight_copy_);
+      if (out_.hidden) weight_rows_ = head_pairs(problem_.student, start, panel_.count(), &weight_copy_);
       form_gradients();
       if (wants_columns_) reduce_columns();
     }
@@ -43,6 +43,7 @@ class Backward {
     at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       TileValues values(problem_);
       Scratch grad(problem_.layers * values.layer_stride());
+      Split split;
       for (int64_t block = begin; block < end; ++block) {
         const int64_t first_row = block * tiles.rows, last_row = std::min(first_row + tiles.rows, problem_.count());
         values.set_rows(first_row, last_row);
@@ -56,10 +57,10 @@ class Backward {
           for (int64_t layer = 0; layer < problem_.layers; ++layer) {
             const float* g = grad.get() + layer * values.layer_stride();
             if (out_.hidden)
-              multiply(last_row - first_row, width, count, g, values.ld(), weight_rows_.data + local * weight_rows_.ld,
-                       weight_rows_.ld, out_.hidden + (layer * problem_.count() + first_row) * width, width, true);
+              split.multiply(last_row - first_row, width, count, g, values.ld(), weight_rows_.from(local * weight_rows_.ld),
+                               out_.hidden + (layer * problem_.count() + first_row) * width, width, true);
             if (wants_columns_)
-              transpose(g, values.ld(), last_row - first_row, count, columns_of(layer, local) + first_row, ld_rows_);
+              row_kernels().transpose(g, values.ld(), last_row - first_row, count, columns_of(layer, local) + first_row, ld_rows_);
           }
         }
       }
@@ -78,6 +79,7 @@ class Backward {
     const bool in_place = out_.weight.defined() && out_.weight.scalar_type() == at::kFloat;
     at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
       Scratch copy, sum(out_.weight.defined() && !in_place ? tile * width : 0);
+      Split split;
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t local = unit * tile, count = std::min(tile, panel_.count() - local), first = panel_.first() + local;
         float* target = in_place ? out_.weight.data_ptr<float>() + first * width : sum.get();
@@ -86,8 +88,8 @@ class Backward {
           const float* g = columns_of(layer, local);
           for (int64_t row = 0; target && row < problem_.count(); row += kRowChunk) {
             const int64_t last = std::min(row + kRowChunk, problem_.count());
-            const Operand h = hidden_rows(problem_, problem_.student, layer, row, last, &copy);
-            multiply(count, width, last - row, g + row, ld_rows_, h.data, h.ld, target, width, true);
+            const Operand h = hidden_pairs(problem_, problem_.student, layer, row, last, &copy);
+            split.multiply(count, width, last - row, g + row, ld_rows_, h, target, width, true);
           }
           if (out_.bias) add_sums(g, ld_rows_, count, problem_.count(), out_.bias + first);
         }
@@ -156,16 +158,6 @@ void add_sums(const float* in, int64_t ld, int64_t rows, int64_t columns, float*
     for (int64_t c = 0; c < columns; ++c) total += in[r * ld + c];
     out[r] += float(total);
   }
-}
-
-void transpose(const float* in, int64_t ld_in, int64_t rows, int64_t columns, float* out, int64_t ld_out) {
-  // In squares that stay in the first cache level.
-  for (int64_t c0 = 0; c0 < columns; c0 += kPadding)
-    for (int64_t r0 = 0; r0 < rows; r0 += kPadding) {
-      const int64_t c1 = std::min(c0 + kPadding, columns), r1 = std::min(r0 + kPadding, rows);
-      for (int64_t c = c0; c < c1; ++c)
-        for (int64_t r = r0; r < r1; ++r) out[c * ld_out + r] = in[r * ld_in + c];
-    }
 }
 
 void compute_gradients(const Problem& problem, const Statistics& statistics, const Upstream& upstream,

@@ -17,29 +17,44 @@ namespace {
 
 // The hidden states of all layers below one another, (M, D).
 Scratch stack(const Problem& problem, const Side& side, int64_t padded) {
-  const int64_t width = side.width();
-  Scratch out(problem.layers * padded * width);
+  const int64_t words = side.words();
+  Scratch out(problem.layers * padded * words);
   at::parallel_for(0, problem.layers * padded, 16, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) {
-      float* row = out.get() + m * width;
+      float* row = out.get() + m * words;
       if (m % padded < problem.count())
-        side.hidden[m / padded].read(problem.rows[m % padded], 0, width, row);
+        side.hidden[m / padded].read_words(problem.rows[m % padded], side.narrow, row);
       else
-        std::memset(row, 0, sizeof(float) * width);
+        std::memset(row, 0, sizeof(float) * words);
     }
   });
   return out;
 }
 
-// The same as (D, M); empty for the identity.
+// The same as a right operand (M, D).
+Scratch stack_paired(const Problem& problem, const Side& side, int64_t padded) {
+  Scratch rows = stack(problem, side, padded);
+  if (!side.narrow) return rows;
+  const int64_t width = side.width(), pairs = problem.layers * padded / 2;
+  Scratch out(pairs * width);
+  at::parallel_for(0, pairs, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t pair = begin; pair < end; ++pair) {
+      const uint16_t* first = rows.halves() + 2 * pair * width;
+      row_kernels().interleave(first, first + width, out.halves() + 2 * pair * width, width);
+    }
+  });
+  return out;
+}
+
+// The same as a right operand (D, M); empty for the identity.
 Scratch stack_transposed(const Problem& problem, const Side& side, int64_t padded) {
   if (!side.weight.defined()) return Scratch();
-  const int64_t width = side.width(), all = problem.layers * padded;
+  const int64_t words = side.words(), all = problem.layers * padded;
   const Scratch rows = stack(problem, side, padded);
-  Scratch out(width * all);
-  at::parallel_for(0, (width + kPadding - 1) / kPadding, 1, [&](int64_t begin, int64_t end) {
-    const int64_t first = begin * kPadding, last = std::min(end * kPadding, width);
-    transpose(rows.get() + first, width, all, last - first, out.get() + first * all, all);
+  Scratch out(words * all);
+  at::parallel_for(0, (words + kPadding - 1) / kPadding, 1, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kPadding, last = std::min(end * kPadding, words);
+    row_kernels().transpose(rows.get() + first, words, all, last - first, out.get() + first * all, all);
   });
   return out;
 }
@@ -75,9 +90,9 @@ void KeptValues::compute_side(const Side& side, int64_t tile, const float* hidde
                               float* out_Mc) const {
   const int64_t all = problem_.layers * rows_, columns = count(tile);
   if (side.weight.defined()) {
-    const Operand head = head_rows(side.weight, first(tile), columns, weight);
-    multiply(columns, all, side.width(), head.data, head.ld, hidden_DM, all, raw_cM, all, false);
-    transpose(raw_cM, all, columns, all, out_Mc, ld_);
+    const Operand head = head_rows(side, first(tile), columns, weight);
+    multiply(columns, all, side.width(), head, {hidden_DM, all, side.narrow}, raw_cM, all, false);
+    row_kernels().transpose(raw_cM, all, columns, all, out_Mc, ld_);
   } else {
     for (int64_t layer = 0; layer < problem_.layers; ++layer)
       for (int64_t row = 0; row < problem_.count(); ++row)
@@ -93,7 +108,7 @@ void gradients_of(const KeptValues& kept, const Statistics& statistics, const Up
   const Problem& problem = kept.problem();
   const int64_t rows = problem.count(), padded = kept.padded_rows(), all = problem.layers * padded;
   const int64_t width = problem.student.width(), ld = kept.ld();
-  const Scratch hidden = out.weight.defined() ? stack(problem, problem.student, padded) : Scratch();
+  const Scratch hidden = out.weight.defined() ? stack_paired(problem, problem.student, padded) : Scratch();
   const bool in_place = out.weight.defined() && out.weight.scalar_type() == at::kFloat;
   // dH of each thread's columns, by its first tile: added up in that order at the end.
   std::map<int64_t, Scratch> sums;
@@ -101,6 +116,7 @@ void gradients_of(const KeptValues& kept, const Statistics& statistics, const Up
   at::parallel_for(0, kept.tiles(), 1, [&](int64_t begin, int64_t end) {
     Scratch weight, grad_Mc(all * ld), grad_cM(problem.tiles.columns * all), sum(out.hidden ? all * width : 0),
         narrow(out.weight.defined() && !in_place ? problem.tiles.columns * width : 0);
+    Split split;
     if (out.hidden) std::memset(sum.get(), 0, sizeof(float) * all * width);
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t first = kept.first(tile), columns = kept.count(tile);
@@ -108,14 +124,15 @@ void gradients_of(const KeptValues& kept, const Statistics& statistics, const Up
       for (int64_t row = 0; row < rows; ++row)
         form_row(problem, statistics, upstream, kept.view(tile), grad_Mc.get(), row, row, first, columns);
       if (out.hidden) {
-        const Operand head = head_rows(problem.student.weight, first, columns, &weight);
-        multiply(all, width, columns, grad_Mc.get(), ld, head.data, head.ld, sum.get(), width, true);
+        const Operand head = head_pairs(problem.student, first, columns, &weight);
+        split.multiply(all, width, columns, grad_Mc.get(), ld, head, sum.get(), width, true);
       }
       if (!out.weight.defined() && !out.bias) continue;
-      transpose(grad_Mc.get(), ld, all, columns, grad_cM.get(), all);
+      row_kernels().transpose(grad_Mc.get(), ld, all, columns, grad_cM.get(), all);
       if (out.weight.defined()) {
         float* target = in_place ? out.weight.data_ptr<float>() + first * width : narrow.get();
-        multiply(columns, width, all, grad_cM.get(), all, hidden.get(), width, target, width, in_place);
+        split.multiply(columns, width, all, grad_cM.get(), all, {hidden.get(), width, problem.student.narrow}, target, width,
+                         in_place);
         if (!in_place)
           out.weight.narrow(0, first, columns).copy_(at::from_blob(target, {columns, width}, at::kFloat));
       }

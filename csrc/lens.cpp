@@ -3,18 +3,18 @@
 #include <ATen/Parallel.h>
 
 #include <algorithm>
+#include <cstring>
 
 namespace fdd {
 
 void Side::pack(int64_t first_column, int64_t count, int64_t ld, float* out_DC) const {
   // Columns kPadding at a time through a small buffer, so that both reads and writes run along memory.
-  const int64_t depth = width();
+  const int64_t depth = words();
   Scratch rows(kPadding * depth);
   for (int64_t j = 0; j < count; j += kPadding) {
     const int64_t lanes = std::min(kPadding, count - j);
-    for (int64_t lane = 0; lane < lanes; ++lane) weight.read(first_column + j + lane, 0, depth, rows.get() + lane * depth);
-    for (int64_t k = 0; k < depth; ++k)
-      for (int64_t lane = 0; lane < lanes; ++lane) out_DC[k * ld + j + lane] = rows.get()[lane * depth + k];
+    for (int64_t lane = 0; lane < lanes; ++lane) weight.read_words(first_column + j + lane, narrow, rows.get() + lane * depth);
+    row_kernels().transpose(rows.get(), depth, lanes, depth, out_DC + j, ld);
   }
 }
 
@@ -31,30 +31,71 @@ VectorView Problem::vector(const MomentTarget& target, const float* u, int64_t l
 void Panel::pack(const Problem& problem, int64_t first, int64_t count) {
   first_ = first;
   count_ = count;
-  student_width_ = problem.student.weight.defined() ? problem.student.width() : 0;
-  teacher_width_ = problem.needs_teacher && problem.teacher.weight.defined() ? problem.teacher.width() : 0;
-  student_.resize(student_width_ * count);
-  teacher_.resize(teacher_width_ * count);
+  student_words_ = problem.student.weight.defined() ? problem.student.words() : 0;
+  teacher_words_ = problem.needs_teacher && problem.teacher.weight.defined() ? problem.teacher.words() : 0;
+  student_.resize(student_words_ * count);
+  teacher_.resize(teacher_words_ * count);
   const int64_t tile = problem.tiles.columns, tiles = (count + tile - 1) / tile;
   at::parallel_for(0, 2 * tiles, 1, [&](int64_t begin, int64_t end) {
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t column = unit / 2 * tile, width = std::min(tile, count - column);
-      if (unit % 2 == 0 && student_width_)
-        problem.student.pack(first + column, width, width, student_.get() + column * student_width_);
-      if (unit % 2 == 1 && teacher_width_)
-        problem.teacher.pack(first + column, width, width, teacher_.get() + column * teacher_width_);
+      if (unit % 2 == 0 && student_words_)
+        problem.student.pack(first + column, width, width, student_.get() + column * student_words_);
+      if (unit % 2 == 1 && teacher_words_)
+        problem.teacher.pack(first + column, width, width, teacher_.get() + column * teacher_words_);
     }
   });
 }
 
-Operand head_rows(const Matrix& weight, int64_t first, int64_t count, Scratch* copy) {
-  if (weight.direct(first)) return {weight.direct(first), weight.row_stride()};
-  const int64_t width = weight.columns();
-  copy->resize(count * width);
+namespace {
+
+// `count` rows of D elements as a left operand; row(i) is the number of the i-th in `from`.
+template <class Row>
+Operand left_operand(const Side& side, const Matrix& from, int64_t count, Row row, Scratch* copy) {
+  const int64_t words = side.words();
+  copy->resize(count * words);
   at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {  // in a parallel section: at once, by this thread
-    for (int64_t c = begin; c < end; ++c) weight.read(first + c, 0, width, copy->get() + c * width);
+    for (int64_t i = begin; i < end; ++i) from.read_words(row(i), side.narrow, copy->get() + i * words);
   });
-  return {copy->get(), width};
+  return {copy->get(), side.width(), side.narrow};
+}
+
+// The rows as a right operand whose rows come in pairs.
+template <class Row>
+Operand paired_operand(const Side& side, const Matrix& from, int64_t count, Row row, Scratch* copy) {
+  const int64_t width = side.width(), pairs = (count + 1) / 2;
+  copy->resize(pairs * width);
+  at::parallel_for(0, pairs, 8, [&](int64_t begin, int64_t end) {
+    Scratch rows[2] = {Scratch(side.words()), Scratch(side.words())};
+    for (int64_t pair = begin; pair < end; ++pair) {
+      const uint16_t* halves[2];
+      for (int64_t i = 0; i < 2; ++i) {
+        const bool there = 2 * pair + i < count;
+        halves[i] = there ? static_cast<const uint16_t*>(from.direct(row(2 * pair + i), true)) : nullptr;
+        if (halves[i]) continue;
+        if (there)
+          from.read_words(row(2 * pair + i), true, rows[i].get());
+        else
+          std::memset(rows[i].get(), 0, 2 * width);
+        halves[i] = rows[i].halves();
+      }
+      row_kernels().interleave(halves[0], halves[1], copy->halves() + 2 * pair * width, width);
+    }
+  });
+  return {copy->get(), width, true};
+}
+
+}  // namespace
+
+Operand head_rows(const Side& side, int64_t first, int64_t count, Scratch* copy) {
+  const Matrix& weight = side.weight;
+  if (const void* rows = weight.direct(first, side.narrow)) return {rows, weight.row_stride(), side.narrow};
+  return left_operand(side, weight, count, [&](int64_t i) { return first + i; }, copy);
+}
+
+Operand head_pairs(const Side& side, int64_t first, int64_t count, Scratch* copy) {
+  if (!side.narrow) return head_rows(side, first, count, copy);
+  return paired_operand(side, side.weight, count, [&](int64_t i) { return first + i; }, copy);
 }
 
 TileValues::TileValues(const Problem& problem)
@@ -72,11 +113,13 @@ Operand hidden_rows(const Problem& problem, const Side& side, int64_t layer, int
   const Matrix& hidden = side.hidden[layer];
   const int64_t* rows = problem.rows.data();
   const bool consecutive = rows[end - 1] - rows[begin] == end - 1 - begin;
-  if (consecutive && hidden.direct(0)) return {hidden.direct(rows[begin]), hidden.row_stride()};
-  const int64_t width = side.width();
-  copy->resize((end - begin) * width);
-  for (int64_t r = begin; r < end; ++r) hidden.read(rows[r], 0, width, copy->get() + (r - begin) * width);
-  return {copy->get(), width};
+  if (consecutive && hidden.direct(0, side.narrow)) return {hidden.direct(rows[begin], side.narrow), hidden.row_stride(), side.narrow};
+  return left_operand(side, hidden, end - begin, [&](int64_t i) { return rows[begin + i]; }, copy);
+}
+
+Operand hidden_pairs(const Problem& problem, const Side& side, int64_t layer, int64_t begin, int64_t end, Scratch* copy) {
+  if (!side.narrow) return hidden_rows(problem, side, layer, begin, end, copy);
+  return paired_operand(side, side.hidden[layer], end - begin, [&](int64_t i) { return problem.rows[begin + i]; }, copy);
 }
 
 void TileValues::set_rows(int64_t begin, int64_t end) {
@@ -92,11 +135,11 @@ void TileValues::set_rows(int64_t begin, int64_t end) {
 void TileValues::compute_side(const Side& side, const std::vector<Operand>& operands, const float* packed, int64_t first,
                               int64_t count, float* out) {
   const RowKernels& kernels = row_kernels();
-  const int64_t rows = end_ - begin_, width = side.width();
+  const int64_t rows = end_ - begin_;
   for (int64_t layer = 0; layer < problem_.layers; ++layer) {
     float* u = out + layer * layer_stride();
     if (side.weight.defined()) {
-      multiply(rows, count, width, operands[layer].data, operands[layer].ld, packed, count, u, ld_, false);
+      multiply(rows, count, side.width(), operands[layer], {packed, count, side.narrow}, u, ld_, false);
     } else {
       for (int64_t r = 0; r < rows; ++r) side.hidden[layer].read(problem_.rows[begin_ + r], first, count, u + r * ld_);
     }

@@ -37,10 +37,13 @@ struct Side {
   Matrix weight;               // (C', D); undefined: the identity
   std::vector<float> bias;     // (C) padded, or empty
   float scale = 1.f, softcap = 0.f;
+  bool narrow = false;  // head and hidden states are multiplied as bfloat16
 
   int64_t width() const { return hidden[0].columns(); }
-  // The values need columns of W as a (D, c) operand, which is packed; the identity needs nothing.
-  int64_t packed_size(int64_t columns) const { return weight.defined() ? width() * columns : 0; }
+  // 4-byte words of a row of W or of a hidden state as an operand. Transposing words transposes a right operand, also a
+  // narrow one, whose rows come in pairs.
+  int64_t words() const { return narrow ? width() / 2 : width(); }
+  // Columns of W as a right operand (D, c), packed.
   void pack(int64_t first_column, int64_t count, int64_t ld, float* out_DC) const;
 };
 
@@ -67,21 +70,18 @@ class Panel {
   void pack(const Problem& problem, int64_t first, int64_t count);
   int64_t first() const { return first_; }
   int64_t count() const { return count_; }
-  const float* student(int64_t column) const { return student_.get() + column * student_width_; }
-  const float* teacher(int64_t column) const { return teacher_.get() + column * teacher_width_; }
+  const float* student(int64_t column) const { return student_.get() + column * student_words_; }
+  const float* teacher(int64_t column) const { return teacher_.get() + column * teacher_words_; }
 
  private:
-  int64_t first_ = 0, count_ = 0, student_width_ = 0, teacher_width_ = 0;
+  int64_t first_ = 0, count_ = 0, student_words_ = 0, teacher_words_ = 0;
   Scratch student_, teacher_;
 };
 
-struct Operand {
-  const float* data;
-  int64_t ld;
-};
-
-// Positions [begin, end) of problem.rows of one layer as float32: where they lie if they do, else copied.
+// Positions [begin, end) of problem.rows of one layer as a left operand (r, D): where they lie if they can, else copied.
 Operand hidden_rows(const Problem& problem, const Side& side, int64_t layer, int64_t begin, int64_t end, Scratch* copy);
+// The same as a right operand.
+Operand hidden_pairs(const Problem& problem, const Side& side, int64_t layer, int64_t begin, int64_t end, Scratch* copy);
 
 // Raw values u of a tile: all layers of a block of rows, both models.
 struct TileView {
@@ -184,11 +184,11 @@ void gradients_of(const KeptValues& kept, const Statistics& statistics, const Up
 void form_row(const Problem& problem, const Statistics& statistics, const Upstream& upstream, const TileView& values,
               float* grad, int64_t row, int64_t local, int64_t first_column, int64_t count);
 
-// out (columns, rows) = in (rows, columns) transposed, with leading dimensions.
-void transpose(const float* in, int64_t ld_in, int64_t rows, int64_t columns, float* out, int64_t ld_out);
 // out[r] += the sum of row r of in (rows, columns).
 void add_sums(const float* in, int64_t ld, int64_t rows, int64_t columns, float* out);
-// Rows [first, first + count) of a head as a (count, D) operand: where they lie if they are float32, else copied.
-Operand head_rows(const Matrix& weight, int64_t first, int64_t count, Scratch* copy);
+// Rows [first, first + count) of a head as a left operand (count, D): where they lie if they can, else copied.
+Operand head_rows(const Side& side, int64_t first, int64_t count, Scratch* copy);
+// The same as a right operand.
+Operand head_pairs(const Side& side, int64_t first, int64_t count, Scratch* copy);
 
 }  // namespace fdd

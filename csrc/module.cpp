@@ -36,6 +36,9 @@ fdd::Side side(const SideArguments& arguments, int64_t columns) {
     const at::Tensor values = bias->to(at::kFloat).contiguous();
     std::copy_n(values.const_data_ptr<float>(), columns, side.bias.begin());
   }
+  // Pairs of columns, and neither a float32 head nor float32 states beside bfloat16.
+  side.narrow = fdd::narrow_products() && side.weight.defined() && side.weight.is_bfloat16() && side.width() % 2 == 0 &&
+                std::all_of(side.hidden.begin(), side.hidden.end(), [](const fdd::Matrix& h) { return h.is_bfloat16(); });
   side.scale = float(scale);
   side.softcap = float(softcap);
   return side;
@@ -139,4 +142,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("grad_of_kept", &grad_of_kept);
   m.def("instruction_set", [] { return std::string(fdd::row_kernels().name); });
   m.def("product_library", [] { return std::string(fdd::product_library()); });
+  m.def("narrow_products", &fdd::narrow_products);
 }

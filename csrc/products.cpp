@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
+#include <cstring>
 
 #include "row_kernels.h"
 
@@ -42,22 +44,87 @@ bool brgemm_works() {
 #endif
 }
 
-}  // namespace
+// Whether brgemm multiplies bfloat16 on this processor, with instructions for it or without: tried once.
+bool narrow_brgemm_works() {
+#ifdef CPUBLAS_BRGEMM_BF16BF16F32
+  static const bool works = [] {
+    at::BFloat16 a[16 * 32], b[32 * 16];
+    float c[16 * 16];
+    for (int i = 0; i < 512; ++i) a[i] = float(i % 7) - 3.f, b[i] = float(i % 5) - 2.f;
+    try {
+      at::native::cpublas::brgemm(16, 16, 32, 32, 16, 16, false, a, b, c, true);
+      at::native::cpublas::brgemm_release(true);
+    } catch (const std::exception&) {
+      return false;
+    }
+    for (int i = 0; i < 16; ++i)
+      for (int j = 0; j < 16; ++j) {
+        float expected = 0;
+        for (int k = 0; k < 32; ++k) expected += float(a[32 * i + k]) * float(b[(k / 2 * 16 + j) * 2 + k % 2]);
+        if (c[16 * i + j] != expected) return false;
+      }
+    return true;
+  }();
+  return works;
+#else
+  return false;
+#endif
+}
 
-void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-              int64_t ldc, bool add) {
-  if (m == 0 || n == 0) return;
+bool has_bfloat16_instructions() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512bf16") || __builtin_cpu_supports("amx-bf16");
+#else
+  return false;
+#endif
+}
+
+// Calls product(columns, depth, first column, first row of b, whether to add) for pieces of b that stay in the second cache
+// level while the rows of a pass by, and whose sums, one product after another, are short enough to round no worse than a
+// BLAS.
+template <class Product>
+void in_pieces(int64_t n, int64_t k, bool add, Product product) {
+  for (int64_t column = 0; column < n; column += kPieceColumns) {
+    const int64_t columns = std::min(kPieceColumns, n - column);
+    const int64_t pieces = (k + kPieceDepth - 1) / kPieceDepth, depth = round_up((k + pieces - 1) / pieces, 32);
+    for (int64_t first = 0; first < k; first += depth)
+      product(columns, std::min(depth, k - first), column, first, add || first);
+  }
+}
+
+void multiply_narrow(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const at::BFloat16* b, int64_t ldb,
+                     float* c, int64_t ldc, bool add) {
+  k = round_up(k, 2);
+#ifdef CPUBLAS_BRGEMM_BF16BF16F32
+  if (narrow_brgemm_works()) {
+    in_pieces(n, k, add, [&](int64_t columns, int64_t depth, int64_t column, int64_t first, bool more) {
+      at::native::cpublas::brgemm(m, columns, depth, lda, ldb, ldc, more, a + first, b + first * ldb + 2 * column, c + column,
+                                  true);
+    });
+    return;
+  }
+#endif
+  // For tests on processors without such instructions.
+  for (int64_t i = 0; i < m; ++i) {
+    float* out = c + i * ldc;
+    if (!add) std::memset(out, 0, sizeof(float) * n);
+    for (int64_t p = 0; p < k; p += 2) {
+      const float even = a[i * lda + p], odd = a[i * lda + p + 1];
+      const at::BFloat16* pairs = b + p * ldb;
+      for (int64_t j = 0; j < n; ++j) out[j] += even * float(pairs[2 * j]) + odd * float(pairs[2 * j + 1]);
+    }
+  }
+}
+
+void multiply_float(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
+                    int64_t ldc, bool add) {
 #ifdef CPUBLAS_BRGEMM_F32F32F32
   if (brgemm_works()) {
-    // In pieces of b that stay in the second cache level while the rows of a pass by, and whose sums, one product after
-    // another, are short enough to round no worse than a BLAS.
-    for (int64_t column = 0; column < n; column += kPieceColumns) {
-      const int64_t columns = std::min(kPieceColumns, n - column);
-      const int64_t pieces = (k + kPieceDepth - 1) / kPieceDepth, depth = round_up((k + pieces - 1) / pieces, 16);
-      for (int64_t first = 0; first < k; first += depth)
-        at::native::cpublas::brgemm(m, columns, std::min(depth, k - first), lda, ldb, ldc, add || first, a + first,
-                                    b + first * ldb + column, c + column, false);
-    }
+    in_pieces(n, k, add, [&](int64_t columns, int64_t depth, int64_t column, int64_t first, bool more) {
+      at::native::cpublas::brgemm(m, columns, depth, lda, ldb, ldc, more, a + first, b + first * ldb + column, c + column,
+                                  false);
+    });
     return;
   }
 #endif
@@ -71,10 +138,48 @@ void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, cons
     at::mm_out(out, view(a, m, k, lda), view(b, k, n, ldb));
 }
 
+}  // namespace
+
+void multiply(int64_t m, int64_t n, int64_t k, Operand a, Operand b, float* c, int64_t ldc, bool add) {
+  TORCH_INTERNAL_ASSERT_DEBUG_ONLY(a.narrow == b.narrow);
+  if (m == 0 || n == 0) return;
+  if (b.narrow)
+    multiply_narrow(m, n, k, static_cast<const at::BFloat16*>(a.data), a.ld, static_cast<const at::BFloat16*>(b.data), b.ld, c,
+                    ldc, add);
+  else
+    multiply_float(m, n, k, static_cast<const float*>(a.data), a.ld, static_cast<const float*>(b.data), b.ld, c, ldc, add);
+}
+
+void Split::multiply(int64_t m, int64_t n, int64_t k, const float* values, int64_t ld, Operand b, float* c, int64_t ldc,
+                     bool add) {
+  if (!b.narrow) return fdd::multiply(m, n, k, {values, ld}, b, c, ldc, add);
+  const int64_t depth = round_up(k, 2);
+  for (Scratch* part : {&high_, &low_}) part->resize(m * depth / 2);
+  for (int64_t i = 0; i < m; ++i) {
+    uint16_t *high = high_.halves() + i * depth, *low = low_.halves() + i * depth;
+    row_kernels().to_bfloat16(values + i * ld, high, low, k);
+    if (depth > k) high[k] = low[k] = 0;
+  }
+  fdd::multiply(m, n, k, {high_.get(), depth, true}, b, c, ldc, add);
+  fdd::multiply(m, n, k, {low_.get(), depth, true}, b, c, ldc, true);
+}
+
 void release_products() {
 #ifdef CPUBLAS_BRGEMM_F32F32F32
   if (brgemm_works()) at::native::cpublas::brgemm_release(false);
 #endif
+#ifdef CPUBLAS_BRGEMM_BF16BF16F32
+  if (narrow_products() && narrow_brgemm_works()) at::native::cpublas::brgemm_release(true);
+#endif
+}
+
+bool narrow_products() {
+  static const bool chosen = [] {
+    const char* wanted = std::getenv("FDD_KERNELS_BF16_PRODUCTS");
+    if (wanted && *wanted) return std::strcmp(wanted, "0") != 0;
+    return has_bfloat16_instructions() && narrow_brgemm_works();
+  }();
+  return chosen;
 }
 
 const char* product_library() { return brgemm_works() ? "brgemm" : "blas"; }
@@ -88,9 +193,17 @@ Matrix::Matrix(const at::Tensor& tensor)
   TORCH_CHECK(type_ == at::kFloat || type_ == at::kBFloat16 || type_ == at::kHalf, "unsupported dtype ", type_);
 }
 
-const float* Matrix::direct(int64_t row) const {
-  if (type_ != at::kFloat || (column_stride_ != 1 && columns_ > 1) || row_stride_ < columns_) return nullptr;
-  return reinterpret_cast<const float*>(data_) + row * row_stride_;
+const void* Matrix::direct(int64_t row, bool narrow) const {
+  if (type_ != (narrow ? at::kBFloat16 : at::kFloat)) return nullptr;
+  if ((column_stride_ != 1 && columns_ > 1) || row_stride_ < columns_) return nullptr;
+  return data_ + row * row_stride_ * (narrow ? 2 : 4);
+}
+
+void Matrix::read_words(int64_t row, bool narrow, float* out) const {
+  if (!narrow) return read(row, 0, columns_, out);
+  const uint16_t* in = reinterpret_cast<const uint16_t*>(data_) + row * row_stride_;
+  uint16_t* halves = reinterpret_cast<uint16_t*>(out);
+  for (int64_t i = 0; i < columns_; ++i) halves[i] = in[i * column_stride_];
 }
 
 void Matrix::read(int64_t row, int64_t first, int64_t count, float* out) const {

@@ -1,4 +1,5 @@
-// Matrix products of tiles, and the conversion of any input tensor to the float32 rows that they take.
+// Matrix products of tiles, and the conversion of any input tensor to the rows that they take: float32, or bfloat16 where
+// the processor multiplies it faster ("narrow").
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -11,9 +12,18 @@ namespace fdd {
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// c (m, n) = a (m, k) b (k, n), or += with `add`; row-major with leading dimensions. Single-threaded.
-void multiply(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-              int64_t ldc, bool add);
+// An operand of a product, row-major with a leading dimension in elements. A narrow right operand (k, n) has its rows
+// interleaved in pairs, (k / 2, n, 2); k is even then, and rows and columns that fill it up are zeros.
+struct Operand {
+  const void* data = nullptr;
+  int64_t ld = 0;
+  bool narrow = false;
+  // From element `count` on.
+  Operand from(int64_t count) const { return {static_cast<const char*>(data) + count * (narrow ? 2 : 4), ld, narrow}; }
+};
+
+// c (m, n) = a (m, k) b (k, n), or += with `add`; both operands narrow or neither. Single-threaded.
+void multiply(int64_t m, int64_t n, int64_t k, Operand a, Operand b, float* c, int64_t ldc, bool add);
 
 // Releases what the product library holds for the calling thread; once at the end of each parallel section.
 void release_products();
@@ -21,10 +31,16 @@ void release_products();
 // "brgemm" (oneDNN's kernels through ATen) or "blas" (ATen's mm) where brgemm does not run.
 const char* product_library();
 
+// Whether two bfloat16 operands are multiplied as they are: the processor has instructions for it (AMX, AVX512_BF16), or
+// FDD_KERNELS_BF16_PRODUCTS is 1; with 0 never. Products of bfloat16 are exact in float32, so only speed depends on it, and,
+// in the gradients, the rounding of Split.
+bool narrow_products();
+
 // Uninitialised floats, aligned for the widest vectors.
 class Scratch {
  public:
   explicit Scratch(int64_t count = 0) { resize(count); }
+  uint16_t* halves() const { return reinterpret_cast<uint16_t*>(get()); }
   void resize(int64_t count) {
     if (count <= size_) return;
     const size_t bytes = (size_t(count) * sizeof(float) + 127) / 64 * 64;
@@ -49,16 +65,30 @@ class Matrix {
   explicit Matrix(const at::Tensor& tensor);
   int64_t columns() const { return columns_; }
   bool defined() const { return data_ != nullptr; }
-  // Columns [first, first + count) of one row.
+  bool is_bfloat16() const { return type_ == at::kBFloat16; }
+  // Columns [first, first + count) of one row, as float32.
   void read(int64_t row, int64_t first, int64_t count, float* out) const;
-  // A pointer to the row if it lies in memory as float32, else null.
-  const float* direct(int64_t row) const;
+  // One row as 4-byte words: float32, or pairs of bfloat16 if `narrow`.
+  void read_words(int64_t row, bool narrow, float* out) const;
+  // A pointer to the row if it lies in memory as float32, or bfloat16 if `narrow`; else null.
+  const void* direct(int64_t row, bool narrow) const;
   int64_t row_stride() const { return row_stride_; }
 
  private:
   const char* data_ = nullptr;
   at::ScalarType type_ = at::kFloat;
   int64_t columns_ = 0, row_stride_ = 0, column_stride_ = 0;
+};
+
+// float32 values as left operands beside any right operand: for a narrow one as the sum of two bfloat16, with 16 bits of
+// precision, at the price of a second product. Rounded once, gradients would be off by as much as their output's rounding.
+class Split {
+ public:
+  // c (m, n) += values (m, k) b (k, n), or = without `add`.
+  void multiply(int64_t m, int64_t n, int64_t k, const float* values, int64_t ld, Operand b, float* c, int64_t ldc, bool add);
+
+ private:
+  Scratch high_, low_;
 };
 
 }  // namespace fdd

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 namespace fdd {
 
@@ -71,6 +72,12 @@ struct RowKernels {
   void (*chain)(float* grad, const float* u, int64_t n, float scale, float softcap);
   void (*from_bfloat16)(const uint16_t* in, float* out, int64_t n);
   void (*from_half)(const uint16_t* in, float* out, int64_t n);
+  // Rounded to the nearest bfloat16, ties to even; `low` is the difference, rounded likewise. Finite values.
+  void (*to_bfloat16)(const float* in, uint16_t* high, uint16_t* low, int64_t n);
+  // out (columns, rows) = in (rows, columns) transposed, with leading dimensions; any 4-byte words.
+  void (*transpose)(const float* in, int64_t ld_in, int64_t rows, int64_t columns, float* out, int64_t ld_out);
+  // out (n, 2) from two rows of n.
+  void (*interleave)(const uint16_t* first, const uint16_t* second, uint16_t* out, int64_t n);
 };
 
 const RowKernels& row_kernels_generic();

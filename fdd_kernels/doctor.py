@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fdd_kernels import _extension
 from fdd_kernels.api import fused_fdd_loss
 from fdd_kernels.backends import why_unavailable
 from fdd_kernels.config import BACKENDS
@@ -73,6 +74,7 @@ def _processor() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "instruction_sets": [flag for flag in INSTRUCTION_SETS if flag in flags],
         "torch_uses": torch.backends.cpu.get_cpu_capability(),
+        "bfloat16_products": _extension.kernels is not None and _extension.kernels.narrow_products(),
     }
 
 
@@ -143,6 +145,8 @@ def print_findings(findings: dict[str, Any], *, as_json: bool = False) -> int:
     sets = ", ".join(processor["instruction_sets"]) or "none of those looked for"
     print(f"\nprocessor\n  {processor['name']}, {processor['threads']} threads")
     print(f"  instruction sets: {sets}; torch uses {processor['torch_uses']}")
+    products = "as they are" if processor["bfloat16_products"] else "converted to float32"
+    print(f"  the C++ kernels multiply bfloat16 operands {products}")
     print(f"  C++ compiler: {findings['compiler'] or 'none found'}")
     print("\nGPU")
     for gpu in findings["gpus"]:

@@ -67,10 +67,36 @@ def test_an_unknown_instruction_set_is_refused():
     assert "FDD_KERNELS_ISA=mmx" in err
 
 
-@pytest.mark.parametrize("columns", [1, 15, 16, 127, 129, 32001])
+def test_products_of_bfloat16_as_they_are():
+    """What processors with AMX or AVX512_BF16 run; here without such instructions, if it has none."""
+    code = (
+        "import torch; from fdd_kernels import fused_fdd_loss; from fdd_kernels._extension import kernels\n"
+        "from fdd_kernels.testing import evaluate, random_problem\n"
+        "found = evaluate(random_problem((40,), 500, 32, 24, dtype=torch.bfloat16), fused_fdd_loss, backend='cpu')\n"
+        "print(kernels.narrow_products(), [float(g.double().sum()) for g in found.gradients.values()])"
+    )
+    processes = [python(code, FDD_KERNELS_BF16_PRODUCTS=switch) for switch in "01"]
+    (wide, err_0), (narrow, err_1) = [process.communicate(timeout=120) for process in processes]
+    assert wide.startswith("False"), err_0
+    assert narrow.startswith("True"), err_1
+    assert narrow.split(" ", 1)[1] != wide.split(" ", 1)[1]  # gradients are rounded: it is another path
+    chosen = "bfloat16 and (ragged or low_precision or several_sets or every_way)"
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", __file__, "-k", chosen, "-q", "-p", "no:cacheprovider"], cwd=ROOT, timeout=600,
+        env=os.environ | {"FDD_KERNELS_BF16_PRODUCTS": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert " passed" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("columns", "dtype"),
+    [(c, d) for c in (1, 15, 16, 127, 129) for d in (torch.float32, BF16)] + [(32001, torch.float32)],
+    ids=str,
+)
 @pytest.mark.parametrize("rows", [1, 77])
-def test_ragged_shapes(rows, columns):
-    check(random_problem((rows,), columns, 5, 3, layers=3, bias="plain"), ce_weight=0.0)
+def test_ragged_shapes(rows, columns, dtype):
+    check(random_problem((rows,), columns, 6 if dtype == BF16 else 5, 3, layers=3, bias="plain", dtype=dtype), ce_weight=0.0)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
