@@ -44,7 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     compare.set_defaults(run=do_compare)
 
-    table = commands.add_parser("table", help="the tables of README and docs from the newest records", description=do_table.__doc__)
+    table = commands.add_parser(
+        "table", help="the tables of README and docs from the newest records", description=do_table.__doc__
+    )
     table.add_argument("--check", action="store_true", help="change nothing; exit status 1 if a table is stale")
     table.add_argument("--results", type=Path, default=record.RESULTS, metavar="DIR")
     table.add_argument("--readme", type=Path, default=record.ROOT / "README.md", metavar="FILE", help="for the overview")

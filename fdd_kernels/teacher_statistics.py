@@ -291,7 +291,9 @@ class StatisticsLoss:
             ValueError: the head has changed, statistics of other temperatures, CE without labels.
         """
         if self.weight._version != self.version:
-            raise ValueError("the student's head has changed since the loss was made: the teacher's statistics are of another head")
+            raise ValueError(
+                "the student's head has changed since the loss was made: the teacher's statistics are of another head"
+            )
         options, rows = self.options, len(student_hidden[0])
         if options.ce_weight and labels is None:
             raise ValueError(f"ce_weight={options.ce_weight} needs labels: pass labels, or ce_weight=0")
