@@ -44,10 +44,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     compare.set_defaults(run=do_compare)
 
-    table = commands.add_parser("table", help="the README's tables from the newest records", description=do_table.__doc__)
-    table.add_argument("--check", action="store_true", help="change nothing; exit status 1 if the README is stale")
+    table = commands.add_parser(
+        "table", help="the tables of README and docs from the newest records", description=do_table.__doc__
+    )
+    table.add_argument("--check", action="store_true", help="change nothing; exit status 1 if a table is stale")
     table.add_argument("--results", type=Path, default=record.RESULTS, metavar="DIR")
-    table.add_argument("--readme", type=Path, default=record.ROOT / "README.md", metavar="FILE")
+    table.add_argument("--readme", type=Path, default=record.ROOT / "README.md", metavar="FILE", help="for the overview")
+    table.add_argument("--page", type=Path, default=record.ROOT / "docs" / "benchmarks.md", metavar="FILE", help="for the rest")
     table.set_defaults(run=do_table)
 
     report = commands.add_parser("report", help="show a record; plots and HTML beside it", description=do_report.__doc__)
@@ -118,16 +121,17 @@ def do_compare(arguments: argparse.Namespace) -> int:
 
 
 def do_table(arguments: argparse.Namespace) -> int:
-    """Write the tables of the newest record of each suite between the README's markers."""
+    """Write the tables of the newest record of each suite between the markers of the README and of docs/benchmarks.md."""
     from benchmarks import readme
 
     if arguments.check:
-        if readme.is_stale(arguments.readme, arguments.results):
-            print(f"{arguments.readme} is stale: run `python -m benchmarks table`", file=sys.stderr)
-            return 1
-        return 0
-    arguments.readme.write_text(readme.updated(arguments.readme.read_text(), arguments.results))
-    print(f"{arguments.readme}: tables of {', '.join(map(str, record.newest_of_each_suite(arguments.results)))}")
+        stale = readme.stale(arguments.readme, arguments.page, arguments.results)
+        for path in stale:
+            print(f"{path} is stale: run `python -m benchmarks table`", file=sys.stderr)
+        return int(bool(stale))
+    for path, render in readme.pages(arguments.readme, arguments.page).items():
+        path.write_text(readme.updated(path.read_text(), arguments.results, render))
+    print(f"tables of {', '.join(map(str, record.newest_of_each_suite(arguments.results)))}")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from fdd_kernels import ops
 from fdd_kernels.backends import BACKENDS
 from fdd_kernels.config import FDDLossTerms
 from fdd_kernels.plan import Plan
-from fdd_kernels.spec import LensInputs
+from fdd_kernels.reference import dense_logits
+from fdd_kernels.spec import LSE_S, NLL, LensInputs, LensSpec, Read
 from fdd_kernels.terms import combine, row_terms_from_statistics
 
 
@@ -111,18 +113,23 @@ def rows_to_keep(plan: Plan, normaliser, *tensors: Tensor | None) -> int:
     It runs outside of the dispatcher, so eagerly and on plain tensors alone, and needs a reduction: with one value per row
     the upstream gradients are not known in forward.
     """
-    backend = BACKENDS[plan.backend]
-    if backend.stats_and_grad is None or plan.options.reduction == "none":
-        return 0
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-        return 0
-    if any(t is not None and type(t) not in (Tensor, torch.nn.Parameter) for t in tensors):
-        return 0
-    if isinstance(normaliser, Tensor) and normaliser.requires_grad:
+    if plan.options.reduction == "none" or (isinstance(normaliser, Tensor) and normaliser.requires_grad):
         return 0
     inputs = _inputs(*tensors)
     student = (*inputs.student_hidden, inputs.student_weight, inputs.student_bias)
-    return backend.kept_rows(inputs, plan.spec, [t is not None and t.requires_grad for t in student])
+    return _kept_rows(plan.backend, inputs, plan.spec, [t is not None and t.requires_grad for t in student])
+
+
+def _kept_rows(backend: str, inputs: LensInputs, spec: LensSpec, needed: list[bool]) -> int:
+    """Rows a block that the backend would keep; 0 also where `stats_and_grad`, which no dispatcher sees, cannot stand in."""
+    if BACKENDS[backend].stats_and_grad is None or not torch.is_grad_enabled():
+        return 0
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return 0
+    tensors = (*inputs.student_hidden, *inputs.teacher_hidden, *inputs[1:3], *inputs[4:])
+    if any(t is not None and type(t) not in (Tensor, torch.nn.Parameter) for t in tensors):
+        return 0
+    return BACKENDS[backend].kept_rows(inputs, spec, needed)
 
 
 def _loss_and_gradient(plan: Plan, rows_at_a_time: int, normaliser, needed: list[bool],
@@ -153,6 +160,81 @@ def _differentiate(plan: Plan, statistics, valid, normaliser, upstream) -> tuple
     return FDDLossTerms(*[term.detach() for term in terms]), gradients
 
 
+class LogSumExps(torch.autograd.Function):
+    """Log-sum-exps of the student's logits, (L, R): one for each of `hidden`; differentiable once, in `hidden` alone.
+
+    Their gradients, the head's rows averaged under the softmax, are formed in forward and are all that is saved.
+    """
+
+    @staticmethod
+    def forward(ctx, spec: LensSpec, backend: str, rows_at_a_time: int, weight, bias, *hidden: Tensor):
+        labels = torch.zeros(len(hidden[0]), dtype=torch.int64, device=weight.device)
+        inputs = LensInputs(list(hidden), weight, bias, list(hidden), None, None, None, labels)
+        temperatures = hidden[0].new_tensor([[read.temperature] for read in spec.reads])
+        needed = [*ctx.needs_input_grad[-len(hidden) :], False, False]
+        blocks: list[Tensor] = []
+
+        def upstream(pivots: Tensor, reads: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
+            blocks.append(pivots[0] / temperatures + reads[:, LSE_S])
+            of_reads = torch.zeros_like(reads)
+            of_reads[:, LSE_S] = 1.0
+            return of_reads, torch.zeros_like(moments)
+
+        if rows_at_a_time:
+            with torch.autocast(inputs.device.type, enabled=False):
+                slopes = BACKENDS[backend].stats_and_grad(inputs, spec, rows_at_a_time, upstream, needed)
+            found = torch.cat(blocks, -1)
+        else:
+            arguments = (*inputs, *spec.encode(), backend)
+            statistics = ops.lens_stats(*arguments)
+            gradients = upstream(*statistics)
+            found = blocks[0]
+            slopes = ops.lens_grad(*arguments, *statistics, *gradients, needed) if any(needed) else []
+        ctx.needed = needed
+        ctx.save_for_backward(*hidden, *slopes)
+        return found
+
+    @staticmethod
+    def backward(ctx, grad_found: Tensor):
+        count = len(ctx.needed) - 2
+        hidden, slopes = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        needed = [i for i in range(count) if ctx.needed[i]]
+        with torch.no_grad():
+            found = [grad_found[i, :, None] * slope for i, slope in zip(needed, slopes)]
+        found = dict(zip(needed, _refusing_second_derivatives(found, *hidden, grad_found)))
+        return (None,) * 5 + tuple(found.get(i) for i in range(count))
+
+
+def log_sum_exps(plan: Plan, hidden: list[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
+    """For each read of the plan the log-sum-exp of the student's logits / temperature: (reads, R).
+
+    `hidden` are the states (R, Ds) of the plan's layers; the head is a constant without soft cap. Float32 or wider.
+    """
+    pairs = list(dict.fromkeys((read.layer, read.temperature) for read in plan.spec.reads))
+    wide = torch.promote_types(torch.promote_types(hidden[0].dtype, weight.dtype), torch.float32)
+    if not pairs:
+        return hidden[0].new_zeros((0, len(hidden[0])), dtype=wide)
+    states = [hidden[layer].to(wide) for layer, _ in pairs]
+    scale = plan.options.student_logit_scale
+    if plan.backend == "reference":
+        logits = [dense_logits(h, weight, bias, scale, None, plan.spec.columns) for h in states]
+        found = torch.stack([(u / temperature).logsumexp(-1) for u, (_, temperature) in zip(logits, pairs)])
+    else:
+        reads = tuple(Read(i, temperature, NLL) for i, (_, temperature) in enumerate(pairs))
+        spec = LensSpec(plan.spec.columns, reads, (), 1.0, scale, None, 1.0, None)
+        inputs = LensInputs(states, weight, bias, states, None, None, None, None)
+        rows = _kept_rows(plan.backend, inputs, spec, [*(h.requires_grad for h in states), False, False])
+        found = LogSumExps.apply(spec, plan.backend, rows, weight, bias, *states)
+    return torch.stack([found[pairs.index((read.layer, read.temperature))] for read in plan.spec.reads])
+
+
+def _refusing_second_derivatives(found: list[Tensor], *sources: Tensor | None) -> Sequence[Tensor]:
+    """The gradients `found`, such that differentiating them again with respect to what they come from raises."""
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # compiled code refuses by itself
+        return found
+    return _Once.apply(len(found), *found, *[t for t in sources if t is not None])
+
+
 def _inputs(valid, labels, teacher_weight, teacher_bias, weight, bias, *hidden: Tensor) -> LensInputs:
     """LensInputs from the order in which the Functions take them; None for what was None when it was saved."""
     count = len(hidden) // 2
@@ -168,10 +250,8 @@ def _needed(ctx, hidden: int) -> list[bool]:
 
 def _returned(ctx, found: list[Tensor], inputs: LensInputs, upstream) -> tuple[Tensor | None, ...]:
     """The gradients `found` in the order of forward's arguments, and such that differentiating them again raises."""
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # compiled code refuses by itself
-        sources = (inputs.student_weight, inputs.student_bias, *inputs.student_hidden, *upstream)
-        found = _Once.apply(len(found), *found, *[t for t in sources if t is not None])
-    found = iter(found)
+    sources = (inputs.student_weight, inputs.student_bias, *inputs.student_hidden, *upstream)
+    found = iter(_refusing_second_derivatives(found, *sources))
     *grad_hidden, grad_weight, grad_bias = [next(found) if need else None for need in ctx.needed]
     before = len(ctx.needs_input_grad) - 2 * len(grad_hidden) - 2
     return (None,) * before + (grad_weight, grad_bias, *grad_hidden) + (None,) * len(grad_hidden)

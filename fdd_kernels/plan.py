@@ -241,7 +241,7 @@ def make_plan(options: LossOptions, student_hidden, student_weight, teacher_hidd
     if options.shift and (labels is None or labels.ndim == 0):
         raise ValueError("shift=True shifts the labels along their last dimension: pass labels of shape (..., sequence)")
     _check_normaliser(options, num_items_in_batch)
-    plan = _lay_out(options, columns, count, leading_shape, feature_space, resolve_backend(options.backend, device))
+    plan = lay_out(options, columns, count, leading_shape, feature_space, resolve_backend(options.backend, device))
     if not torch.compiler.is_compiling() and os.environ.get(DEBUG_SWITCH, "0") not in ("", "0"):
         _check_finite(named)
     return plan, student, teacher
@@ -289,7 +289,7 @@ def check_labels(labels: Tensor, ignore_index: int, columns: int) -> None:
         )
 
 
-def _lay_out(options: LossOptions, columns: int, count: int, leading_shape: tuple[int, ...], feature_space: bool,
+def lay_out(options: LossOptions, columns: int, count: int, leading_shape: tuple[int, ...], feature_space: bool,
              backend: str) -> Plan:  # fmt: skip
     """Turn options into reads and moment targets; work whose weight is 0 is left out."""
     builder = _SpecBuilder()

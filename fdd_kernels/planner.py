@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from fdd_kernels.backends import cpu, torch_stream
 from fdd_kernels.config import LossOptions
-from fdd_kernels.plan import Plan, _lay_out
+from fdd_kernels.plan import Plan, lay_out
 from fdd_kernels.spec import MOMENT_STATS, READ_STATS
 
 MIB, GIB = 2**20, 2**30
@@ -47,7 +47,7 @@ class LossShape:
             alpha=float(self.trajectory is not None), trajectory=self.trajectory or "kl", derivative=self.derivative,
             beta=float(self.derivative is not None), output_in_dynamics=self.output_in_dynamics,
         )  # fmt: skip
-        return _lay_out(options, self.columns, self.layers, (self.rows,), self.feature_space, "torch")
+        return lay_out(options, self.columns, self.layers, (self.rows,), self.feature_space, "torch")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from fdd_kernels.plan import Plan
 from fdd_kernels.terms import RowTerms
 
 
-def _logits(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float, softcap: float | None,
+def dense_logits(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, scale: float, softcap: float | None,
             columns: int) -> Tensor:  # fmt: skip
     """softcap(scale * (h W^T + b)) of one layer, (R, C), in float32 or better."""
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -68,8 +68,12 @@ def _dense_row_terms(plan: Plan, student_hidden, student_weight, student_bias, t
         student_hidden = [torch.where(valid[:, None], h, 0.0) for h in student_hidden]
         teacher_hidden = [torch.where(valid[:, None], h, 0.0) for h in teacher_hidden]
     columns, final = plan.spec.columns, len(student_hidden) - 1
-    u_s = [_logits(h, student_weight, student_bias, o.student_logit_scale, o.student_softcap, columns) for h in student_hidden]
-    u_t = [_logits(h, teacher_weight, teacher_bias, o.teacher_logit_scale, o.teacher_softcap, columns) for h in teacher_hidden]
+    u_s = [
+        dense_logits(h, student_weight, student_bias, o.student_logit_scale, o.student_softcap, columns) for h in student_hidden
+    ]
+    u_t = [
+        dense_logits(h, teacher_weight, teacher_bias, o.teacher_logit_scale, o.teacher_softcap, columns) for h in teacher_hidden
+    ]
     dynamics = range(final + 1 if o.output_in_dynamics else final)
     z_s, z_t = ([u[layer] / o.temperature for layer in dynamics] for u in (u_s, u_t))
     output_kd = trajectory = derivative = ce = None

@@ -30,7 +30,7 @@ from fdd_kernels.api import _rows_that_count, fdd_loss_reference, fused_fdd_loss
 from fdd_kernels.config import FDDLossTerms, LossOptions
 from fdd_kernels.divergences import DIVERGENCES
 from fdd_kernels.plan import Plan, make_plan
-from fdd_kernels.reference import _distance, _logits
+from fdd_kernels.reference import _distance, dense_logits
 from fdd_kernels.terms import RowTerms, combine, normaliser_of
 
 PERTURBATIONS = 3  # random movements of the logits from which the floor of a gradient is taken
@@ -279,7 +279,7 @@ def _dense_call(problem: Problem, unit: float | None, options: dict[str, Any]) -
         weight, bias = (None if t is None else t[: plan.spec.columns] for t in (weight, bias))
         models.append([])
         for h in [h.reshape(-1, h.shape[-1]) for h in states]:
-            u = _logits(h, weight, bias, scale, cap, plan.spec.columns)
+            u = dense_logits(h, weight, bias, scale, cap, plan.spec.columns)
             # A soft cap's derivative is at most 1; scaling, capping and dividing round the value three times more.
             off = scale * _product_rounding(h, weight, bias, unit) + 3 * unit * u.abs().where(u.isfinite(), 0.0)
             models[-1].append((u, off.detach()))

@@ -275,44 +275,46 @@ def test_growth_exponents():
     assert sweep["memory_exponent"] == pytest.approx(0)
 
 
-def test_table_is_generated_and_staleness_is_found(tmp_path, capsys):
-    results, page = tmp_path / "results", tmp_path / "README.md"
+def test_tables_are_generated_and_staleness_is_found(tmp_path, capsys):
+    results, files = tmp_path / "results", [tmp_path / "README.md", tmp_path / "page.md"]
     write(results / "a.json", synthetic())
-    page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
-    arguments = ["table", "--results", str(results), "--readme", str(page)]
+    for file in files:
+        file.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    arguments = ["table", "--results", str(results), "--readme", str(files[0]), "--page", str(files[1])]
     assert main([*arguments, "--check"]) == 1
     assert main(arguments) == 0
     assert main([*arguments, "--check"]) == 0
-    text = page.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("\nafter\n")
-    assert "4.00x" in text  # 8 s against 2 s
+    overview, details = (file.read_text() for file in files)
+    for text in (overview, details):
+        assert text.startswith("before\n")
+        assert text.endswith("\nafter\n")
+    assert "| gpt2 | R=256" in overview and "| 2 s | 8 s |" in overview
+    assert "4.00x" in details  # 8 s against 2 s
     newer = copy.deepcopy(synthetic(cpu=entry(3.0)))
     newer["date"] = "2026-02-02T03:04:05+00:00"
     write(results / "0.json", newer)
     assert main([*arguments, "--check"]) == 1
     write(results / "b.json", synthetic() | {"suite": "another"})
     assert main(arguments) == 0
-    text = page.read_text()
+    text = files[1].read_text()
     assert "| 3 s |" in text  # the newest of its suite
     assert "4.00x" in text  # the only one of the other
 
 
 def test_table_without_record_or_markers(tmp_path, capsys):
-    (tmp_path / "README.md").write_text("nothing")
-    arguments = ["table", "--results", str(tmp_path / "none"), "--readme", str(tmp_path / "README.md")]
-    assert main(arguments) == 2
+    files = [tmp_path / "README.md", tmp_path / "page.md"]
+    for file in files:
+        file.write_text("nothing")
+    arguments = ["table", "--readme", str(files[0]), "--page", str(files[1]), "--results"]
+    assert main([*arguments, str(tmp_path / "none")]) == 2
     assert "has no record" in capsys.readouterr().err
     write(tmp_path / "results" / "a.json", synthetic())
-    assert main(["table", "--results", str(tmp_path / "results"), "--readme", str(tmp_path / "README.md")]) == 2
+    assert main([*arguments, str(tmp_path / "results")]) == 2
     assert "needs the lines" in capsys.readouterr().err
 
 
-def test_the_readme_of_this_repository_is_not_stale():
-    text = (record.ROOT / "README.md").read_text()
-    if readme.BEGIN not in text or not list(record.RESULTS.glob("*.json")):
-        pytest.skip("no record is committed yet, or the README has no markers")
-    assert not readme.is_stale(record.ROOT / "README.md", record.RESULTS), "run `python -m benchmarks table`"
+def test_the_tables_of_this_repository_are_not_stale():
+    assert not readme.stale(record.ROOT / "README.md", record.ROOT / "docs" / "benchmarks.md", record.RESULTS)
 
 
 def test_without_matplotlib_the_figures_are_shown(tmp_path, monkeypatch, capsys):
