@@ -55,7 +55,7 @@ def overview(data: dict[str, Any]) -> str:
     for result in data["results"]:
         workload, entries = result["workload"], result["providers"]
         mine, dense = entries.get(OURS[data["device"]]), entries.get("dense")
-        if workload.get("sweep") or not mine or not mine["time"]:
+        if workload.get("sweep") or workload["group"] == "threads" or not mine or not mine["time"]:
             continue
         peers = [
             (entry["time"]["total"]["median"], name) for name, entry in entries.items() if _is_peer(name) and entry["time"]
@@ -68,7 +68,7 @@ def overview(data: dict[str, Any]) -> str:
 
 
 def _is_peer(name: str) -> bool:
-    return name in PROVIDERS and PROVIDERS[name].package is not None
+    return name in PROVIDERS and PROVIDERS[name].module is not None
 
 
 def _time(entry: dict[str, Any] | None) -> str:

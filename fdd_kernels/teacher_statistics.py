@@ -70,8 +70,8 @@ def check_options(options: LossOptions) -> None:
         )
     if options.student_softcap is not None:
         raise ValueError(
-            f"student_softcap={options.student_softcap}: a soft-capped head is not linear, and the teacher's statistics for it do "
-            "not exist. Use the teacher, or a cache of its hidden states"
+            f"student_softcap={options.student_softcap}: a soft-capped head is not linear, and the teacher's statistics for "
+            "it do not exist. Use the teacher, or a cache of its hidden states"
         )
 
 
@@ -253,8 +253,8 @@ class StatisticsLoss:
         for name, tensor in (("student_weight", student_weight), ("student_bias", student_bias)):
             if tensor is not None and tensor.requires_grad:
                 raise ValueError(
-                    f"{name} requires grad, but the teacher's statistics hold for one head only: freeze it (train_head=False, or "
-                    "LoRA without the head), or use a cache of the teacher's hidden states"
+                    f"{name} requires grad, but the teacher's statistics hold for one head only: freeze it "
+                    "(train_head=False, or LoRA without the head), or use a cache of the teacher's hidden states"
                 )
         self.options, self.layers = options, layers
         self.columns = options.vocab_size or len(student_weight)
@@ -272,8 +272,8 @@ class StatisticsLoss:
             self._gram = live.sum(), mean, self.head.gram(live, mean)
         if count.numel() and not bool((count == self._gram[0]).all()):
             raise ValueError(
-                "the teacher's statistics leave out other columns than the student's bias does (-inf in the teacher's bias alone): "
-                "use a cache of the teacher's hidden states"
+                "the teacher's statistics leave out other columns than the student's bias does (-inf in the "
+                "teacher's bias alone): use a cache of the teacher's hidden states"
             )
         return self._gram[1:]
 
@@ -314,8 +314,8 @@ class StatisticsLoss:
     def _find(self, what: str, wanted, there: tuple) -> int:
         if wanted not in there:
             raise ValueError(
-                f"the teacher's statistics hold no {what} {tuple(wanted)}, only {[tuple(x) for x in there]}: they were made with other "
-                "temperatures or another output_in_dynamics"
+                f"the teacher's statistics hold no {what} {tuple(wanted)}, only {[tuple(x) for x in there]}: they were made with "
+                "other temperatures or another output_in_dynamics"
             )
         return there.index(wanted)
 

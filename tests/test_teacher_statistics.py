@@ -128,7 +128,8 @@ def test_no_rows_and_evaluation():
     hidden = [h.detach()[:0].requires_grad_() for h in problem.student_hidden]
     terms = loss(hidden, statistics)
     terms.loss.backward()
-    assert terms.loss == 0 and hidden[0].grad.shape == hidden[0].shape
+    assert terms.loss == 0
+    assert hidden[0].grad.shape == hidden[0].shape
     with torch.no_grad():
         assert not loss(hidden, statistics).loss.requires_grad
 
