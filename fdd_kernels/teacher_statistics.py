@@ -314,8 +314,8 @@ class StatisticsLoss:
     def _find(self, what: str, wanted, there: tuple) -> int:
         if wanted not in there:
             raise ValueError(
-                f"the teacher's statistics hold no {what} {tuple(wanted)}, only {[tuple(x) for x in there]}: they were made with "
-                "other temperatures or another output_in_dynamics"
+                f"the teacher's statistics hold no {what} {tuple(wanted)}, only {[tuple(x) for x in there]}: they were made "
+                "with other temperatures or another output_in_dynamics"
             )
         return there.index(wanted)
 
