@@ -109,7 +109,7 @@ class Distiller:
         return bool(self.options.output_kd_weight or (self.options.output_in_dynamics and self._compares_dynamics))
 
     def _states(
-        self, lens: ModelLens, layers: tuple[int, ...], batch: Mapping[str, Tensor], *, final: bool
+        self, lens: ModelLens, layers: tuple[int, ...], batch: Mapping[str, Tensor], *, final: bool = True
     ) -> list[Tensor | None]:
         inputs = {key: value for key, value in batch.items() if key not in _NOT_MODEL_INPUTS}
         read = functools.partial(lens.read, apply_final_norm=self.config.apply_final_norm)
