@@ -9,20 +9,20 @@ distilled wrongly.
 from __future__ import annotations
 
 import contextlib
-import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from fdd_kernels.parallel import require_gathered
+from fdd_kernels.capture import capture_states
+from fdd_kernels.heads import Head, read_head
+from fdd_kernels.offload import device_of
 
 _REMEDY = (
     "Call fused_fdd_loss yourself with the hidden states (the last one after the final norm) and the head's weight, bias, "
     "soft cap and logit scale"
 )
-_READABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Numbers to put in place of a head's output: a small one shows the scale, a large one the soft cap, the rest check both.
 _PROBE = (2.0**-10, 6e4, 0.5, -3.0, 25.0, -200.0, 0.0)
 
@@ -95,7 +95,7 @@ class ModelLens:
         name: how errors call it.
 
     Raises:
-        TypeError: no plain linear head, backbone or list of blocks can be found; says what was looked for.
+        TypeError: no head that can be read (see `read_head`), backbone or list of blocks is found; says what was looked for.
         ValueError: head, norm, soft cap and scale as found do not reproduce the model's logits; says how far off they are.
     """
 
@@ -104,19 +104,29 @@ class ModelLens:
         self.head = self._find_head()
         self.backbone = self._find_backbone()
         with _evaluating(self.model), torch.no_grad():
+            self.vocabulary = len(self.weight)
             self.transform = self._measure_transform()
             self.blocks, self.tail = self._find_blocks_and_tail()
         self.depth = len(self.blocks)
 
+    def read_head(self) -> Head:
+        """The head's effective weight (V, width) and bias (V,) at this moment; read it once a step, and let it go after."""
+        return read_head(self.head, self.name)
+
     @property
     def weight(self) -> Tensor:
-        """The head's weight, (V, width)."""
-        return self.head.weight
+        """The head's effective weight, (V, width), read anew."""
+        return self.read_head().weight
 
     @property
     def bias(self) -> Tensor | None:
-        """The head's bias, (V,)."""
-        return getattr(self.head, "bias", None)
+        """The head's effective bias, (V,), read anew."""
+        return self.read_head().bias
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the model takes its inputs; None if FSDP decides."""
+        return device_of(self.backbone)
 
     def _find_head(self) -> nn.Module:
         find = getattr(self.model, "get_output_embeddings", None)
@@ -126,13 +136,6 @@ class ModelLens:
             raise TypeError(
                 f"{self.name}: {type(self.model).__name__}.get_output_embeddings() gives {type(head).__name__}, but an LM "
                 f"head with a weight of shape (vocabulary, width) is needed. Pass a causal LM. {_REMEDY}"
-            )
-        require_gathered(f"{self.name}: the LM head's weight", weight)
-        if weight.dtype not in _READABLE or hasattr(head, "base_layer") or hasattr(head, "modules_to_save"):
-            raise TypeError(
-                f"{self.name}: the LM head is a {type(head).__name__} with a {weight.dtype} weight. Quantised heads and "
-                "heads with adapters of their own are not read: keep the head out of quantisation and of "
-                "target_modules, or merge the adapter"
             )
         return head
 
@@ -153,7 +156,7 @@ class ModelLens:
     @property
     def _tokens(self) -> dict[str, Tensor]:
         """A batch of two tokens, to watch the model with."""
-        tokens = torch.tensor([[0, min(1, len(self.weight) - 1)]], device=self.weight.device)
+        tokens = torch.tensor([[0, min(1, self.vocabulary - 1)]], device=self.device)
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
     def _own_logits(self) -> Tensor:
@@ -162,7 +165,7 @@ class ModelLens:
     def _measure_transform(self) -> LogitTransform:
         """What the model does to its head's output, seen by putting known numbers in that output's place."""
         configured, numbers = configured_transform(self.model.config), torch.tensor(_PROBE, dtype=torch.float64)
-        if self.weight.device.type == "mps" or 2 * len(self.weight) < len(numbers):
+        if str(self.device).startswith("mps") or 2 * self.vocabulary < len(numbers):
             return configured  # no float64, or no room; the comparison with the model's logits still follows
         seen: list[Tensor] = []
 
@@ -245,28 +248,48 @@ class ModelLens:
         if read.shape != final.shape or logits.shape != mine.shape:
             return f"has shape {tuple(mine.shape)} instead of {tuple(logits.shape)}"
         # Both come from the same rounding steps in the model's dtype, so they agree within a few of its units.
-        tolerance = 32 * torch.finfo(self.weight.dtype).eps * logits.abs().max()
+        head = self.read_head()
+        eps = max(torch.finfo(head.weight.dtype).eps, torch.finfo(read.dtype).eps)
+        tolerance = 32 * eps * logits.abs().max()
+        if head.storage == "quantised":
+            # The layer may round its input too, to 8 bits a row: independent errors of up to half a step of max|h| / 127
+            # through a row of W have a standard deviation of max|h| / 440 times the row's length; allow for seven of them.
+            tolerance += read.float().abs().max() / 64 * head.weight.float().norm(dim=1).max()
         error = (logits - mine).abs().max()
         return None if error <= tolerance else f"differs by {float(error):.3g}"
 
     def logits(self, state: Tensor) -> Tensor:
         """The model's logits of a final state (..., width), dense: for tests and checks, not for training."""
-        bias = None if self.bias is None else self.bias.to(state.dtype)
-        return self.transform(nn.functional.linear(state, self.weight.to(state.dtype), bias))
+        head = self.read_head()
+        bias = None if head.bias is None else head.bias.to(state)
+        return self.transform(nn.functional.linear(state, head.weight.to(state), bias))
 
-    def states(self, inputs: dict[str, Tensor], layers: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
+    def states(
+        self,
+        inputs: dict[str, Tensor],
+        layers: tuple[int, ...],
+        *,
+        final: bool = True,
+        read: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[list[Tensor], Tensor | None]:
         """Run the backbone once, without the head.
 
-        Returns the raw states (batch, sequence, width) after the given numbers of blocks (0: the embeddings), and the
-        final state, ready for the head. Gradient flows through all of them if it is enabled.
+        Returns the raw states (batch, sequence, width) after the given numbers of blocks (0: the embeddings), each through
+        `read` if given, and the final state, ready for the head. With `final=False` that is None, and the backbone stops
+        after the last of `layers`. Gradient flows through all of them if it is enabled.
         """
-        with self._capture(layers) as captured:
-            output = self.backbone(**self._accepted(inputs), use_cache=False)
-        final = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+        device = self.device
+        if device is not None:
+            inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}
+        # Without gradient nothing else holds the raw states. With it, a block's output may only get its graph when the block
+        # is done (reentrant checkpointing), so they are read after the forward.
+        at_once = read is not None and not torch.is_grad_enabled()
+        captured, state = capture_states(
+            self.backbone, self.blocks, inputs, layers, final=final, read=read if at_once else None
+        )
         missing = [layer for layer in layers if layer not in captured]
         if missing:
             raise RuntimeError(f"{self.name}: blocks {missing} did not run, so their states could not be captured")
-        states = [captured[layer] for layer in layers]
         if torch.is_grad_enabled():
             detached = [layer for layer in layers if not captured[layer].requires_grad and self._trains_up_to(layer)]
             if detached:
@@ -275,7 +298,8 @@ class ModelLens:
                     "something detaches them (no_grad inside the model, or reentrant gradient checkpointing: use "
                     'gradient_checkpointing_kwargs={"use_reentrant": False})'
                 )
-        return states, final
+        states = [captured[layer] for layer in layers]
+        return states if at_once or read is None else [read(raw) for raw in states], state
 
     def _trains_up_to(self, layer: int) -> bool:
         return any(p.requires_grad for block in self.blocks[:layer] for p in block.parameters())
@@ -289,32 +313,3 @@ class ModelLens:
             if apply_final_norm or isinstance(module, nn.Linear) or hasattr(module, "base_layer"):  # peft's linear layers
                 state = module(state)
         return state
-
-    @contextlib.contextmanager
-    def _capture(self, layers: tuple[int, ...]) -> Iterator[dict[int, Tensor]]:
-        captured: dict[int, Tensor] = {}
-
-        def keep(layer: int, value) -> None:
-            # Recomputation under gradient checkpointing runs the hooks again: the first state is the one in the graph.
-            captured.setdefault(layer, value[0] if isinstance(value, tuple) else value)
-
-        handles = []
-        for layer in layers:
-            if layer == 0:
-                hook = self.blocks[0].register_forward_pre_hook(
-                    lambda _module, args, kwargs: keep(0, args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-                )
-            else:
-                hook = self.blocks[layer - 1].register_forward_hook(lambda _m, _a, out, layer=layer: keep(layer, out))
-            handles.append(hook)
-        try:
-            yield captured
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _accepted(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The inputs that the backbone takes."""
-        parameters = inspect.signature(self.backbone.forward).parameters
-        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-        return {key: value for key, value in inputs.items() if takes_any or key in parameters}

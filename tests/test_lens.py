@@ -130,25 +130,6 @@ class TestRefusals:
         with pytest.raises(TypeError, match="get_output_embeddings"):
             ModelLens(nn.Linear(3, 3), "student")
 
-    def test_quantised_head(self):
-        model = tiny_model("llama")
-        model.lm_head.weight = nn.Parameter(torch.zeros(97, 32, dtype=torch.int8), requires_grad=False)
-        with pytest.raises(TypeError, match=r"teacher.*torch\.int8.*Quantised"):
-            ModelLens(model, "teacher")
-
-    def test_float8_head(self):
-        model = tiny_model("llama")
-        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
-        with pytest.raises(TypeError, match=r"float8"):
-            ModelLens(model)
-
-    @pytest.mark.parametrize("options", [{"target_modules": ["q_proj", "lm_head"]},
-                                         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}])  # fmt: skip
-    def test_adapters_on_the_head(self, options):
-        model = peft.get_peft_model(tiny_model("llama"), peft.LoraConfig(r=2, task_type="CAUSAL_LM", **options))
-        with pytest.raises(TypeError, match=r"head is a .*adapters of their own.*merge"):
-            ModelLens(model, "student")
-
     def test_virtual_tokens(self):
         config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
         with pytest.raises(TypeError, match="virtual tokens"):

@@ -9,6 +9,7 @@ from transformers import Trainer
 from fdd_kernels.config import FDDConfig, FDDLossTerms
 from fdd_kernels.distiller import Distiller
 from fdd_kernels.lens import unwrap
+from fdd_kernels.offload import has_place
 
 TERMS = FDDLossTerms._fields
 
@@ -30,7 +31,8 @@ class FDDTrainerMixin:
         if self.compute_metrics is not None:
             raise ValueError(f"{name} computes no logits, which compute_metrics needs: leave compute_metrics=None")
         self.teacher, self.fdd_config = teacher, fdd_config
-        teacher.to(self.args.device)
+        if not has_place(unwrap(teacher)):
+            teacher.to(self.args.device)
         self.distiller = Distiller(self.model, teacher, fdd_config)
         # What versions without `loss_is_scaled_for_ga` go by.
         self.model_accepts_loss_kwargs = True
@@ -103,7 +105,8 @@ class FDDTrainer(FDDTrainerMixin, Trainer):
 
     Args:
         *args, **kwargs: as for `transformers.Trainer`; `model` is the student. Only the student is saved.
-        teacher: a transformers causal LM; moved to the student's device, put in evaluation mode, never trained.
+        teacher: a transformers causal LM; put in evaluation mode, never trained, and moved to the student's device unless it
+            has a place of its own (loaded with a device_map, offloaded by accelerate, quantised).
         fdd_config: layers and loss options.
 
     Every term is logged beside the loss, in training (means since the last log) and in evaluation (`eval_loss`,

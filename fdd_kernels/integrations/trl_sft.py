@@ -12,7 +12,7 @@ class FDDSFTTrainer(FDDTrainerMixin, SFTTrainer):
 
     Args:
         *args, **kwargs: as for `trl.SFTTrainer`; `model` is the student, `peft_config` makes it a LoRA student.
-        teacher: a transformers causal LM; moved to the student's device, put in evaluation mode, never trained.
+        teacher: as for `FDDTrainer`.
         fdd_config: layers and loss options.
 
     Positions whose label is -100 do not count: prompts with completion-only or assistant-only loss, padding, and the first
