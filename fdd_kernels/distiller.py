@@ -13,8 +13,7 @@ from fdd_kernels.config import FDDConfig, FDDLossTerms, LossOptions
 from fdd_kernels.layers import paired_layers
 from fdd_kernels.lens import ModelLens
 from fdd_kernels.parallel import inside_forward, require_gathered
-
-_NOT_MODEL_INPUTS = ("labels", "num_items_in_batch")
+from fdd_kernels.teachers import Teacher, as_teacher, model_states
 
 
 class Distiller:
@@ -22,12 +21,13 @@ class Distiller:
 
     Args:
         student, teacher: transformers causal LMs on one device (also under peft or torch.compile). The teacher is put in
-            evaluation mode and never receives gradient. Neither computes its own logits.
+            evaluation mode and never receives gradient. Neither computes its own logits. In place of a teacher stands a
+            `fdd_kernels.teacher_cache.TeacherCache`, whose windows the batches are then made of.
         config: layers and loss options; soft caps, logit scales are the models' own unless given there.
 
     Raises:
         TypeError, ValueError: a model whose head, blocks or logits cannot be read (says what was looked for), layers that
-            do not exist, vocabularies of different size without `config.vocab_size`.
+            do not exist or that a cache does not hold, vocabularies of different size without `config.vocab_size`.
 
     Example::
 
@@ -43,11 +43,10 @@ class Distiller:
     processes.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, config: FDDConfig | None = None) -> None:
+    def __init__(self, student: nn.Module, teacher: nn.Module | Teacher, config: FDDConfig | None = None) -> None:
         self.config = config or FDDConfig()
-        self.student, self.teacher = ModelLens(student, "student"), ModelLens(teacher, "teacher")
-        self._models = student, teacher  # as given: perhaps data-parallel
-        teacher.eval()
+        self.student, self.teacher = ModelLens(student, "student"), as_teacher(teacher)
+        self._student = student  # as given: perhaps data-parallel
         self.student_layers, self.teacher_layers = paired_layers(self.config, self.student.depth, self.teacher.depth)
         vocabularies = len(self.student.weight), len(self.teacher.weight)
         if self.config.vocab_size is None and vocabularies[0] != vocabularies[1]:
@@ -55,7 +54,18 @@ class Distiller:
                 f"the student's vocabulary has {vocabularies[0]} entries and the teacher's {vocabularies[1]}: if one is only "
                 f"padded, set FDDConfig(vocab_size=N) with N <= {min(vocabularies)} to compare the first N tokens"
             )
+        if (self.config.vocab_size or 0) > min(vocabularies):
+            raise ValueError(
+                f"vocab_size={self.config.vocab_size} is larger than a vocabulary (student {vocabularies[0]}, teacher "
+                f"{vocabularies[1]})"
+            )
+        self.teacher.require(self.config, self._needed(self.teacher_layers))
+        self.teacher.place(self.student.weight.device)
         self.options = self._loss_options()
+
+    def _needed(self, layers: tuple[int, ...]) -> tuple[int, ...]:
+        """The sampled layers that the loss looks at."""
+        return layers if self.config.alpha or self.config.beta else ()
 
     def _loss_options(self) -> LossOptions:
         """The config's loss options with soft caps and scales taken from the models where it leaves them open."""
@@ -76,20 +86,13 @@ class Distiller:
             return (attention != 0).sum()
         return torch.tensor(next(value.shape[0] * value.shape[1] for value in batch.values()))
 
-    @torch.no_grad()
     def teacher_states(self, batch: Mapping[str, Tensor]) -> list[Tensor]:
         """The teacher's sampled states and its final state, ready for its head: L tensors (batch, sequence, Dt).
 
         Pass them to several students' `distiller(batch, teacher_states=...)` to run the teacher once.
         """
-        with inside_forward(self._models[1], self._states) as states:
-            return states(self.teacher, self.teacher_layers, batch)
-
-    def _states(self, lens: ModelLens, layers: tuple[int, ...], batch: Mapping[str, Tensor]) -> list[Tensor]:
-        inputs = {key: value for key, value in batch.items() if key not in _NOT_MODEL_INPUTS}
-        needed = layers if self.options.alpha or self.options.beta else ()
-        sampled, final = lens.states(inputs, needed)
-        return [lens.read(state, apply_final_norm=self.config.apply_final_norm) for state in sampled] + [final]
+        layers = self._needed(self.teacher_layers)
+        return self.teacher.states(batch, layers, apply_final_norm=self.config.apply_final_norm)
 
     def __call__(
         self,
@@ -116,17 +119,17 @@ class Distiller:
         Raises:
             RuntimeError: a head is spread over processes where the loss is computed; says what to do.
         """
-        if self.teacher.model.training:
-            self.teacher.model.eval()
         if teacher_states is None:
             teacher_states = self.teacher_states(batch)
-        with inside_forward(self._models[0] if student is None else student, self._loss) as loss:
+        with inside_forward(self._student if student is None else student, self._loss) as loss:
             return loss(batch, teacher_states, num_items_in_batch)
 
     def _loss(self, batch: Mapping[str, Tensor], teacher_states: list[Tensor], num_items_in_batch) -> FDDLossTerms:
         require_gathered("the student's head", self.student.weight)
         require_gathered("the teacher's head", self.teacher.weight)
-        student_states = self._states(self.student, self.student_layers, batch)
+        student_states = model_states(
+            self.student, batch, self._needed(self.student_layers), apply_final_norm=self.config.apply_final_norm
+        )
         labels, mask = batch.get("labels"), None
         if labels is None and batch.get("attention_mask") is not None:
             mask = batch["attention_mask"] != 0

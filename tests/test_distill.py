@@ -18,9 +18,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fdd_kernels import FDDConfig
+from fdd_kernels import FDDConfig, atomic
 from fdd_kernels.cli import main
-from fdd_kernels.distill_command import atomic
 from fdd_kernels.distill_command.run import distill
 from fdd_kernels.distill_command.run_folder import DistillOptions
 from fdd_kernels.user_error import UserError

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from fdd_kernels.user_error import UserError
+
 # Beside what is being written, on the same file system, so that a rename is atomic.
 UNFINISHED = ".unfinished"
+_PART = ".{}.part"
 
 
 def _sync(path: Path) -> None:
@@ -29,6 +33,8 @@ def _sync_tree(folder: Path) -> None:
 def clear_unfinished(folder: Path) -> None:
     """Remove what an earlier process left unfinished in `folder`."""
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+    for part in folder.glob(_PART.format("*")):
+        part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -69,18 +75,48 @@ def remove_directory(target: Path) -> None:
         grave.parent.rmdir()
 
 
-def write_text(target: Path, text: str) -> None:
-    """Write a file that is there completely or not at all.
+@contextlib.contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """A path to write to; after the block the file is `target`, on disk. After an exception there is no trace of it.
 
     Raises:
         OSError: it could not be written; an earlier `target` is intact.
     """
-    part = target.with_name(f".{target.name}.part")
+    part = target.with_name(_PART.format(target.name))
     try:
-        part.write_text(text, encoding="utf-8")
+        yield part
         _sync(part)
         part.replace(target)
         _sync(target.parent)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def write_text(target: Path, text: str) -> None:
+    """Write a file that is there completely or not at all.
+
+    Raises:
+        OSError: it could not be written; an earlier `target` is intact.
+    """
+    with atomic_file(target) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def only_process(folder: Path) -> Iterator[None]:
+    """Refuse to share `folder` with a process that is still at work; a killed one holds nothing.
+
+    Raises:
+        UserError: the directory cannot be written to, or another process works there.
+    """
+    try:
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to: {error.strerror}") from None
+    with lock as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{folder}: another process is at work in this directory") from None
+        yield
