@@ -24,6 +24,7 @@ from fdd_kernels.layers import layer_grid
 from fdd_kernels.teacher_cache.codec import CODECS
 from fdd_kernels.teachers import LiveTeacher
 
+WIDTH = 130  # of the tables, also where they are not printed to a terminal
 # A logit in bfloat16 and an index that can name 2048 (here) or any token (large vocabularies).
 SMALL_ENTRY, LARGE_ENTRY = 2 + 2, 2 + 4
 
@@ -105,7 +106,7 @@ def main() -> None:
         mean = Errors(sum(e.forward for e in inner) / len(inner), sum(e.backward for e in inner) / len(inner))
         cells = [f"{errors.forward:.2g}, {errors.backward:.2g}" for errors in (found["output"], mean)]
         table.add_row(name, str(size), *cells)
-    console = Console()
+    console = Console(width=WIDTH)
     console.print(table)
     arithmetic = Table(title="by arithmetic: bytes a position and layer for other models")
     for column in (

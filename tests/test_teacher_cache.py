@@ -24,6 +24,10 @@ from fdd_kernels.integrations import FDDTrainer
 from fdd_kernels.teacher_cache import TeacherCache, write_teacher_cache
 from fdd_kernels.teacher_cache.codec import CODECS
 from fdd_kernels.teacher_cache.command import CacheOptions, cache_teacher
+from fdd_kernels.teacher_cache.index import ArraySpec
+from fdd_kernels.teacher_cache.reader import CacheReader
+from fdd_kernels.teacher_cache.windows import WindowTable
+from fdd_kernels.teacher_cache.writer import CachedQuantity, write_cache
 from fdd_kernels.user_error import UserError
 
 LAYERS = (1, 2, 4)
@@ -195,6 +199,36 @@ def test_fewer_labels_than_were_cached(caches):
     batch = batch_of(cache)
     batch["labels"][:, :6] = -100
     same_loss_and_gradients(student, Distiller(student, cache, CONFIG), Distiller(student, teacher, CONFIG), batch)
+
+
+class TokenNumbers(CachedQuantity):
+    """Another kind: what is stored are numbers made of the tokens, of two widths, each with its own codec."""
+
+    kind, dtype = "numbers", torch.float32
+    arrays = {"token": ArraySpec(1, "float32"), "angles": ArraySpec(5, "int8")}  # noqa: RUF012
+    contents, once = {"scale": 0.1}, {"offset": {"offset": torch.tensor([3.0])}}
+
+    def rows(self, batch, places):
+        tokens = batch["input_ids"].flatten()[places].float()
+        return {"token": tokens[:, None], "angles": (tokens[:, None] * torch.arange(1, 6) * 0.1).sin()}
+
+
+def test_storage_holds_other_kinds(windows, tmp_path):
+    write_cache(tmp_path, TokenNumbers(), windows, batch_size=3, shard_size=500, tokenizer=None, data=None, resume=True,
+                advance=lambda done, total: None)  # fmt: skip
+    with pytest.raises(ValueError, match="is a cache of numbers, but one of states is needed"):
+        TeacherCache(tmp_path)
+    reader = CacheReader(tmp_path, "numbers")
+    assert len(reader.index["shards"]) > 3
+    assert reader.once("offset")["offset"] == 3
+    table = WindowTable(reader.once("windows"), reader.contents["windows"]["train"])
+    chosen = [7, 2, 11]
+    batch = pad_windows([table.dataset("train")[index] for index in chosen])
+    indices, places = table.match(batch)
+    assert indices == chosen
+    for name, rows in TokenNumbers().rows(batch, places).items():
+        stored = reader.rows(name, indices, table.rows, dtype=torch.float32, device=torch.device("cpu"))
+        torch.testing.assert_close(stored, rows, rtol=0, atol=0 if name == "token" else 0.5 / 127 * 1.001)
 
 
 class TestRefusals:
@@ -489,6 +523,36 @@ class TestTraining:
         assert sorted(seen) == list(range(len(windows.train)))
         with pytest.raises(ValueError, match="split='test' is not one of 'train', 'held_out'"):
             cache.dataset("test")
+
+    def test_the_shares_of_processes_add_up_to_the_whole(self, caches):
+        """Two ranks with the usual sampler: each window once, and their gradients add up to those of one process."""
+        cache, student = caches["float32"], student_model()
+        dataset = torch.utils.data.Subset(cache.dataset("train"), range(len(cache.dataset("train")) // 2 * 2))
+        distiller = Distiller(student, cache, CONFIG)
+        whole = pad_windows(list(dataset))
+        items = distiller.count_positions(whole)
+        expected_terms, expected = loss_and_gradients(student, distiller, whole)
+        student.zero_grad()
+        losses, seen = [], []
+        for rank in range(2):
+            sampler = torch.utils.data.DistributedSampler(dataset, num_replicas=2, rank=rank, shuffle=True)
+            for batch in DataLoader(dataset, batch_size=3, sampler=sampler, collate_fn=pad_windows):
+                loss = distiller(batch, num_items_in_batch=items).loss
+                loss.backward()
+                losses.append(loss.detach())
+                seen += batch["teacher_index"].tolist()
+        assert sorted(seen) == list(range(len(dataset)))
+        torch.testing.assert_close(sum(losses), expected_terms.loss.detach(), rtol=1e-5, atol=0)
+        for name, parameter in student.named_parameters():
+            scale = float(expected[name].abs().max())
+            torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5 * scale, msg=name)
+
+    def test_trl_prepares_data_of_its_own(self, caches):
+        pytest.importorskip("trl")
+        from fdd_kernels.integrations import FDDSFTTrainer
+
+        with pytest.raises(TypeError, match=r"FDDSFTTrainer prepares windows of its own.*use FDDTrainer"):
+            FDDSFTTrainer(model=student_model(), teacher=caches["float32"], train_dataset=caches["float32"].dataset("train"))
 
     def test_a_cache_is_opened_again_where_it_is_sent(self, caches):
         cache = pickle.loads(pickle.dumps(caches["int8"]))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -34,9 +35,12 @@ def pack_windows(windows: Windows) -> dict[str, Tensor]:
             raise ValueError(f"window {index} has no token to predict: leave it out")
         starts.append(starts[-1] + length)
         rows.append(rows[-1] + count)
+    tokens = {
+        name: torch.from_numpy(np.fromiter(chain.from_iterable(window[name] for window in every), np.int32, starts[-1]))
+        for name in ("input_ids", "labels")
+    }
     return {
-        "input_ids": torch.tensor(list(chain.from_iterable(window["input_ids"] for window in every)), dtype=torch.int32),
-        "labels": torch.tensor(list(chain.from_iterable(window["labels"] for window in every)), dtype=torch.int32),
+        **tokens,
         "starts": torch.tensor(starts, dtype=torch.int64),
         "rows": torch.tensor(rows, dtype=torch.int64),
     }

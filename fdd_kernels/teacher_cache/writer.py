@@ -100,10 +100,10 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
         if tensor.device.type != "meta" and type(tensor.data) is Tensor:
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     config = json.loads(model.config.to_json_string())
-    without = ("_name_or_path", "transformers_version")  # where it lay, and what wrote it
     return {
         "class": type(model).__name__,
-        "config": {key: value for key, value in config.items() if key not in without},
+        # Not where it lay, what wrote it, and how attention is computed here.
+        "config": {key: value for key, value in config.items() if key[0] != "_" and key != "transformers_version"},
         "sha256": digest.hexdigest(),
     }
 
