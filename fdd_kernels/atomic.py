@@ -13,7 +13,6 @@ from fdd_kernels.user_error import UserError
 
 # Beside what is being written, on the same file system, so that a rename is atomic.
 UNFINISHED = ".unfinished"
-_PART = ".{}.part"
 
 
 def _sync(path: Path) -> None:
@@ -33,8 +32,6 @@ def _sync_tree(folder: Path) -> None:
 def clear_unfinished(folder: Path) -> None:
     """Remove what an earlier process left unfinished in `folder`."""
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
-    for part in folder.glob(_PART.format("*")):
-        part.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -79,18 +76,22 @@ def remove_directory(target: Path) -> None:
 def atomic_file(target: Path) -> Iterator[Path]:
     """A path to write to; after the block the file is `target`, on disk. After an exception there is no trace of it.
 
+    The path is in a directory of its own, for what libraries put beside the files that they write.
+
     Raises:
         OSError: it could not be written; an earlier `target` is intact.
     """
-    part = target.with_name(_PART.format(target.name))
+    part = target.parent / UNFINISHED / target.name
+    part.parent.mkdir(exist_ok=True)
     try:
         yield part
         _sync(part)
         part.replace(target)
         _sync(target.parent)
-    except BaseException:
+    finally:
         part.unlink(missing_ok=True)
-        raise
+        with contextlib.suppress(OSError):
+            part.parent.rmdir()
 
 
 def write_text(target: Path, text: str) -> None:

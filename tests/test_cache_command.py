@@ -98,13 +98,13 @@ class TestCommands:
 
     def test_an_unfinished_cache_is_refused_with_the_remedy(self, inputs, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
-            FullDisk(patch, lambda path: "/.shard-00001" in path)
+            FullDisk(patch, lambda path: "/.unfinished/shard-00001" in path)
             with pytest.raises(UserError, match=r"No space left on device.*whole shards are kept.*run the same command"):
                 cache_teacher(cache_options(inputs, tmp_path / "cache"), quiet())
         with pytest.raises(UserError, match=r"is not complete \(1 shards are written\): run the same"):
             distill(options(inputs, tmp_path / "run", teacher_cache=tmp_path / "cache", **FROM_CACHE), quiet())
         cache_teacher(cache_options(inputs, tmp_path / "cache"), quiet()).verify()
-        assert not list((tmp_path / "cache").glob(".*.part"))
+        assert {path.name for path in (tmp_path / "cache").glob(".*")} == {".lock"}
 
     def test_a_really_full_file_system(self, inputs, cached, tmp_path):
         """On a file system of its own that has no room for all shards: an error, no signal, and a resume elsewhere."""

@@ -27,7 +27,7 @@ from test_distill import FullDisk
 from fdd_kernels import Distiller, FDDConfig, atomic
 from fdd_kernels.cli import main
 from fdd_kernels.data import pad_windows
-from fdd_kernels.teacher_cache import TeacherCache
+from fdd_kernels.teacher_cache import TeacherCache, storage
 from fdd_kernels.teacher_cache.index import ArraySpec
 from fdd_kernels.teacher_cache.reader import CacheReader
 from fdd_kernels.teacher_cache.windows import WindowTable
@@ -292,6 +292,32 @@ def test_a_kill_before_or_after_any_write_loses_only_unfinished_shards(windows, 
         for name in listed:  # what was reported as written is not written again
             assert (folder / name).stat().st_mtime_ns == written[name]
         shutil.rmtree(folder)
+
+
+def test_a_kill_in_the_middle_of_a_file_leaves_nothing_behind(windows, caches, tmp_path):
+    """safetensors writes to a file of its own beside the one asked for, which it cannot remove when it is killed."""
+
+    def work():
+        def save(tensors, path):
+            path.with_name(".tmp123").write_bytes(b"half a file")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        storage.save_file = save
+        write(tmp_path, windows)
+
+    assert forked(work) == -signal.SIGKILL
+    assert list(tmp_path.rglob(".tmp123"))
+    assert digests(write(tmp_path, windows).path) == digests(caches["float32"].path)
+
+
+def test_others_may_read_a_cache_as_they_may_read_other_files(windows, tmp_path):
+    before = os.umask(0o022)
+    try:
+        files = [path for path in write(tmp_path, windows).path.rglob("*") if path.is_file()]
+    finally:
+        os.umask(before)
+    assert len(files) > 5
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o644}
 
 
 def test_kills_at_random_moments(windows, caches, tmp_path):
