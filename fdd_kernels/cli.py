@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from fdd_kernels.plan_command import add_plan
+from fdd_kernels.plan_command import add_plan, parse_size
 from fdd_kernels.user_error import UserError
 from fdd_kernels.version import __version__
 
@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_demo(commands)
     _add_distill(commands)
+    _add_cache_teacher(commands)
     _add_doctor(commands)
     add_plan(commands)
     return parser
@@ -85,9 +86,11 @@ def _add_distill(commands) -> None:
         "distill", help="distil your own teacher into your own student on your own text", description=run_distill.__doc__
     )
     needed = distill.add_argument_group("what")
-    needed.add_argument("--teacher", required=True, metavar="DIR_OR_NAME", help="a transformers causal LM")
+    source = needed.add_mutually_exclusive_group(required=True)
+    source.add_argument("--teacher", metavar="DIR_OR_NAME", help="a transformers causal LM")
+    source.add_argument("--teacher-cache", type=Path, metavar="DIR", help="or what cache-teacher wrote, text included")
     needed.add_argument("--student", required=True, metavar="DIR_OR_NAME", help="another; only config.json: random weights")
-    needed.add_argument("--data", required=True, type=Path, metavar="PATH", help=".txt, .jsonl, or a directory of them")
+    needed.add_argument("--data", type=Path, metavar="PATH", help=".txt, .jsonl, or a directory of them, for --teacher")
     needed.add_argument("--output", required=True, type=Path, metavar="DIR", help="checkpoints, student/ and metrics.json")
     training = distill.add_argument_group("training")
     length = training.add_mutually_exclusive_group()
@@ -120,6 +123,35 @@ def _add_distill(commands) -> None:
     for flag, text in _SWITCHES.items():
         loss.add_argument(f"--{flag}", action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
     distill.set_defaults(run=run_distill)
+
+
+def _add_cache_teacher(commands) -> None:
+    cache = commands.add_parser(
+        "cache-teacher", help="run a teacher over your text once, to distil without it", description=run_cache_teacher.__doc__
+    )
+    cache.add_argument("--teacher", metavar="DIR_OR_NAME", help="a transformers causal LM")
+    cache.add_argument("--data", type=Path, metavar="PATH", help=".txt, .jsonl, or a directory of them")
+    cache.add_argument("--output", required=True, type=Path, metavar="DIR", help="the cache")
+    cache.add_argument("--num-layers", type=int, metavar="N", help=f"{_INTEGERS['num-layers']} (4)")
+    cache.add_argument("--layer-grid", metavar="NAME", help=_WORDS["layer-grid"])
+    cache.add_argument("--teacher-layers", type=_layers, metavar="N,N", help="these layers instead, as in 4,8,12")
+    cache.add_argument("--apply-final-norm", action=argparse.BooleanOptionalAction, help=_SWITCHES["apply-final-norm"])
+    cache.add_argument("--dtype", metavar="DTYPE", help="of what is stored: float32, bfloat16, int8 or float8 (bfloat16)")
+    cache.add_argument("--teacher-dtype", metavar="DTYPE", help="of the computation: auto, float32 or bfloat16 (auto)")
+    cache.add_argument("--max-length", type=int, metavar="N", help="tokens in a window (512, or what the teacher has)")
+    cache.add_argument("--batch-size", type=int, metavar="N", help="windows in a batch (8)")
+    cache.add_argument("--eval-fraction", type=float, metavar="PART", help="part of the windows held out (0.05)")
+    cache.add_argument("--seed", type=int, metavar="N", help="of what is held out (0)")
+    cache.add_argument("--shard-size", metavar="SIZE", help="of a file (512MiB)")
+    cache.add_argument(
+        "--resume", action=argparse.BooleanOptionalAction, default=None,
+        help="go on with the same cache in --output, which is the default; --no-resume removes it and starts again",
+    )  # fmt: skip
+    cache.add_argument(
+        "--verify", action="store_true", default=None,
+        help="compare checksums at the end; with --output alone: of the cache that is there",
+    )  # fmt: skip
+    cache.set_defaults(run=run_cache_teacher)
 
 
 def _add_doctor(commands) -> None:
@@ -155,6 +187,23 @@ def run_distill(arguments: argparse.Namespace) -> None:
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
     distill(DistillOptions(config=config, **{name: value for name, value in given.items() if value is not None}))
+
+
+def run_cache_teacher(arguments: argparse.Namespace) -> None:
+    """Store the hidden states of a teacher's sampled layers over a text, and its head: what distilling from it needs."""
+    with _needs("transformers", "safetensors", "rich"):
+        from fdd_kernels.teacher_cache.command import CacheOptions, cache_teacher, verify_cache
+
+    given = {n: value for n, value in vars(arguments).items() if n not in ("command", "run") and value is not None}
+    if given.keys() == {"output", "verify"}:
+        verify_cache(arguments.output)
+        return
+    for name in ("teacher", "data"):
+        if name not in given:
+            raise UserError(f"--{name} is missing; only --verify does without it, with --output alone")
+    if "shard_size" in given:
+        given["shard_size"] = parse_size(given["shard_size"])
+    cache_teacher(CacheOptions(**given))
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:

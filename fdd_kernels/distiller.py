@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import fields, replace
 
 import torch
 from torch import Tensor, nn
 
-from fdd_kernels.api import fused_fdd_loss
 from fdd_kernels.config import FDDConfig, FDDLossTerms, LossOptions
 from fdd_kernels.heads import Head
 from fdd_kernels.layers import paired_layers
 from fdd_kernels.lens import ModelLens
-from fdd_kernels.parallel import inside_forward
-
-_NOT_MODEL_INPUTS = ("labels", "num_items_in_batch")
+from fdd_kernels.parallel import inside_forward, own_rows
+from fdd_kernels.teachers import StudentSide, Teacher, TeacherStates, as_teacher, model_states
 
 
 class Distiller:
@@ -26,13 +23,16 @@ class Distiller:
         student, teacher: transformers causal LMs (also under peft or torch.compile), with any head that `read_head` reads.
             The teacher is put in evaluation mode and never receives gradient; it may be on other devices, offloaded by
             accelerate or quantised: its states and head are brought to the student's head for the loss. Neither model
-            computes its own logits, nor blocks after the last state that the loss needs.
+            computes its own logits, nor blocks after the last state that the loss needs. In place of a teacher stands a
+            `fdd_kernels.teacher_cache.TeacherCache`, whose windows the batches are then made of.
         config: layers and loss options; soft caps, logit scales are the models' own unless given there.
+        vocab_group: the process group over which tensor parallelism splits the rows of the heads (DTensors, as
+            `parallelize_module` with `ColwiseParallel` makes them). Its processes must see the same batches.
 
     Raises:
         TypeError, ValueError: a model whose head, blocks or logits cannot be read (says what was looked for), layers that
-            do not exist, vocabularies of different size without `config.vocab_size`, a quantised or offloaded student's
-            head that asks for gradient.
+            do not exist or that a cache does not hold, vocabularies of different size without `config.vocab_size`, a
+            quantised or offloaded student's head that asks for gradient.
 
     Example::
 
@@ -48,11 +48,13 @@ class Distiller:
     processes.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, config: FDDConfig | None = None) -> None:
-        self.config = config or FDDConfig()
-        self.student, self.teacher = ModelLens(student, "student"), ModelLens(teacher, "teacher")
-        self._models = student, teacher  # as given: perhaps data-parallel
-        teacher.eval()
+    def __init__(self, student: nn.Module, teacher: nn.Module | Teacher, config: FDDConfig | None = None, *,
+                 vocab_group: torch.distributed.ProcessGroup | None = None) -> None:  # fmt: skip
+        self.config, self.vocab_group = config or FDDConfig(), vocab_group
+        split = vocab_group is not None
+        self.student = ModelLens(student, "student", split_head=split)
+        self.teacher = as_teacher(teacher, split_head=split)
+        self._student = student  # as given: perhaps data-parallel
         self.student_layers, self.teacher_layers = paired_layers(self.config, self.student.depth, self.teacher.depth)
         vocabularies = self.student.vocabulary, self.teacher.vocabulary
         if self.config.vocab_size is None and vocabularies[0] != vocabularies[1]:
@@ -60,8 +62,23 @@ class Distiller:
                 f"the student's vocabulary has {vocabularies[0]} entries and the teacher's {vocabularies[1]}: if one is only "
                 f"padded, set FDDConfig(vocab_size=N) with N <= {min(vocabularies)} to compare the first N tokens"
             )
+        if (self.config.vocab_size or 0) > min(vocabularies):
+            raise ValueError(
+                f"vocab_size={self.config.vocab_size} is larger than a vocabulary (student {vocabularies[0]}, teacher "
+                f"{vocabularies[1]})"
+            )
         self.options = self._loss_options()
         self._require_trainable(self.student.read_head())
+        self.teacher.require(self.config, self.options, self._needed(self.teacher_layers))
+
+    def _needed(self, layers: tuple[int, ...]) -> tuple[int, ...]:
+        """The sampled layers that the loss looks at."""
+        return layers if self.config.alpha or self.config.beta else ()
+
+    @property
+    def _compares_output(self) -> bool:
+        """Whether the loss looks at the teacher's final state."""
+        return bool(self.options.output_kd_weight or (self.options.output_in_dynamics and self._needed((0,))))
 
     def _loss_options(self) -> LossOptions:
         """The config's loss options with soft caps and scales taken from the models where it leaves them open."""
@@ -73,6 +90,13 @@ class Distiller:
                 given[f"{side}_logit_scale"] = lens.transform.scale
         return replace(LossOptions(**given), shift=True)
 
+    def _require_trainable(self, head: Head) -> None:
+        if self.config.train_head and head.requires_grad and head.storage != "parameter":
+            raise ValueError(
+                f"the student's head is {head.storage} and asks for gradient, which cannot reach it: pass "
+                "FDDConfig(train_head=False), freeze it (requires_grad_(False)), or train a LoRA adapter on it"
+            )
+
     def count_positions(self, batch: Mapping[str, Tensor]) -> Tensor:
         """How many positions of a batch the loss counts, an int64 scalar: the divisor of its mean."""
         labels, attention = batch.get("labels"), batch.get("attention_mask")
@@ -82,46 +106,24 @@ class Distiller:
             return (attention != 0).sum()
         return torch.tensor(next(value.shape[0] * value.shape[1] for value in batch.values()))
 
-    def _require_trainable(self, head: Head) -> None:
-        if self.config.train_head and head.requires_grad and head.storage != "parameter":
-            raise ValueError(
-                f"the student's head is {head.storage} and asks for gradient, which cannot reach it: pass "
-                "FDDConfig(train_head=False), freeze it (requires_grad_(False)), or train a LoRA adapter on it"
-            )
-
-    @torch.no_grad()
-    def teacher_states(self, batch: Mapping[str, Tensor]) -> list[Tensor | None]:
+    def teacher_states(self, batch: Mapping[str, Tensor]) -> TeacherStates:
         """The teacher's sampled states and its final state, ready for its head: L tensors (batch, sequence, Dt).
 
         The last is None, and the teacher stops after its last sampled layer, if the loss does not need the final state: no
         output KD, and no `output_in_dynamics`. Pass them to several students' `distiller(batch, teacher_states=...)` to run
         the teacher once.
         """
-        with inside_forward(self._models[1], self._states) as states:
-            return states(self.teacher, self.teacher_layers, batch, final=self._compares_output)
-
-    @property
-    def _compares_dynamics(self) -> bool:
-        return bool(self.options.alpha or self.options.beta)
-
-    @property
-    def _compares_output(self) -> bool:
-        return bool(self.options.output_kd_weight or (self.options.output_in_dynamics and self._compares_dynamics))
-
-    def _states(
-        self, lens: ModelLens, layers: tuple[int, ...], batch: Mapping[str, Tensor], *, final: bool = True
-    ) -> list[Tensor | None]:
-        inputs = {key: value for key, value in batch.items() if key not in _NOT_MODEL_INPUTS}
-        read = functools.partial(lens.read, apply_final_norm=self.config.apply_final_norm)
-        sampled, output = lens.states(inputs, layers if self._compares_dynamics else (), final=final, read=read)
-        return [*sampled, output]
+        return self.teacher.states(
+            batch, self._needed(self.teacher_layers), apply_final_norm=self.config.apply_final_norm,
+            final=self._compares_output,
+        )  # fmt: skip
 
     def __call__(
         self,
         batch: Mapping[str, Tensor],
         *,
         num_items_in_batch: Tensor | float | None = None,
-        teacher_states: list[Tensor | None] | None = None,
+        teacher_states: TeacherStates | None = None,
         student: nn.Module | None = None,
     ) -> FDDLossTerms:
         """The loss of one batch.
@@ -142,48 +144,21 @@ class Distiller:
             RuntimeError: a head is spread over processes where the loss is computed; says what to do.
             ValueError: `teacher_states` lack the final state, which this loss needs.
         """
-        if self.teacher.model.training:
-            self.teacher.model.eval()
         if teacher_states is None:
             teacher_states = self.teacher_states(batch)
-        with inside_forward(self._models[0] if student is None else student, self._loss) as loss:
+        with inside_forward(self._student if student is None else student, self._loss) as loss:
             return loss(batch, teacher_states, num_items_in_batch)
 
-    def _loss(self, batch: Mapping[str, Tensor], teacher_states: list[Tensor | None], num_items_in_batch) -> FDDLossTerms:
-        if self._compares_output and teacher_states[-1] is None:
-            raise ValueError(
-                "teacher_states has no final state, which output_kd_weight or output_in_dynamics asks for: take the "
-                "teacher_states of this distiller, or of one whose loss needs the final state too"
-            )
+    def _loss(self, batch: Mapping[str, Tensor], teacher_states: TeacherStates, num_items_in_batch) -> FDDLossTerms:
         final = self._compares_output or bool(self.options.ce_weight)
-        student_states = self._states(self.student, self.student_layers, batch, final=final)
+        layers, norm = self._needed(self.student_layers), self.config.apply_final_norm
+        states = model_states(self.student, batch, layers, apply_final_norm=norm, final=final)
         weight, bias, *_ = self.student.read_head()
         if not self.config.train_head:
             weight, bias = weight.detach(), None if bias is None else bias.detach()
-        teacher_weight, teacher_bias = self._teacher_head(weight.device)
-        labels, mask = batch.get("labels"), None
-        if labels is None and batch.get("attention_mask") is not None:
-            mask = batch["attention_mask"] != 0
-        options = self.options if labels is not None else replace(self.options, shift=False)
-        return fused_fdd_loss(
-            _complete(student_states, batch, weight), weight,
-            _complete(teacher_states[-len(student_states) :], batch, teacher_weight), teacher_weight, labels, mask=mask,
-            student_bias=bias, teacher_bias=teacher_bias, num_items_in_batch=num_items_in_batch, return_terms=True,
-            **{f.name: getattr(options, f.name) for f in fields(LossOptions)},
-        )  # fmt: skip
-
-    @torch.no_grad()
-    def _teacher_head(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """The teacher's weight and bias for one loss. A quantised, adapted, offloaded or distant head is made plain here, every
-        time: that is little work beside the loss, and in between nothing of its size is held.
-        """
-        weight, bias, *_ = self.teacher.read_head()
-        return weight.detach().to(device), None if bias is None else bias.detach().to(device)
-
-
-def _complete(states: list[Tensor | None], batch: Mapping[str, Tensor], weight: Tensor) -> list[Tensor]:
-    """States on the device of their head; zeros that take no memory stand in for a final state that the loss does not read."""
-    if states[-1] is None:
-        tokens = next(iter(batch.values()))
-        states = [*states[:-1], weight.new_zeros(()).expand(*tokens.shape[:2], weight.shape[1])]
-    return [state.to(weight.device) for state in states]
+        if self.vocab_group is not None:
+            weight, bias = (
+                own_rows("the student's head", t, self.vocab_group, self.student.vocabulary) for t in (weight, bias)
+            )
+        student = StudentSide(states, weight, bias, self.student.vocabulary)
+        return self.teacher.compare(student, teacher_states, batch, self.options, num_items_in_batch, self.vocab_group)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from fdd_kernels.config import FDDConfig
 
 
@@ -27,6 +29,18 @@ def layer_grid(depth: int, num_layers: int, grid: str) -> tuple[int, ...]:
     return layers
 
 
+def require_layers(name: str, layers: Sequence[int], depth: int) -> None:
+    """Refuse explicit layers that a model with `depth` blocks does not have.
+
+    Raises:
+        ValueError: a layer does not exist or is out of order.
+    """
+    if list(layers) != sorted(set(layers)) or (layers and (layers[0] < 0 or layers[-1] > depth)):
+        raise ValueError(
+            f"{name}={list(layers)} must be increasing layers between 0 (embeddings) and {depth} (the model's depth)"
+        )
+
+
 def paired_layers(config: FDDConfig, student_depth: int, teacher_depth: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The sampled layers of student and teacher, in depth order and paired by rank.
 
@@ -42,8 +56,5 @@ def paired_layers(config: FDDConfig, student_depth: int, teacher_depth: int) -> 
         ("student_layers", config.student_layers, student_depth),
         ("teacher_layers", config.teacher_layers, teacher_depth),
     ):
-        if list(layers) != sorted(set(layers)) or (layers and layers[-1] > depth):
-            raise ValueError(
-                f"{name}={list(layers)} must be increasing layers between 0 (embeddings) and {depth} (the model's depth)"
-            )
+        require_layers(name, layers, depth)
     return config.student_layers, config.teacher_layers

@@ -34,7 +34,7 @@ def test_help_names_every_command(capsys):
         main(["--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
-    for command in ("demo", "distill", "doctor"):
+    for command in ("demo", "distill", "cache-teacher", "doctor"):
         assert command in out
 
 
@@ -88,6 +88,27 @@ def test_distill_passes_training_options_on(fake_module):
     assert (options.max_length, options.dtype, options.seed, options.eval_fraction, options.lora_rank) == (
         64, "bfloat16", 5, 0.1, 8)  # fmt: skip
     assert (options.gradient_checkpointing, options.save_steps, options.log_steps, options.resume) == (True, 9, 2, False)
+
+
+def test_cache_teacher_passes_its_options_on(monkeypatch):
+    from fdd_kernels.teacher_cache import command
+
+    calls = []
+    monkeypatch.setattr(command, "cache_teacher", calls.append)
+    needed = ["cache-teacher", "--teacher", "t", "--data", "d.txt", "--output", "o"]
+    assert main(needed) == 0
+    assert calls.pop() == command.CacheOptions(teacher="t", data=Path("d.txt"), output=Path("o"))
+    values = {
+        "num_layers": 3, "layer_grid": "linspace", "teacher_layers": (2, 4), "apply_final_norm": False, "dtype": "int8",
+        "teacher_dtype": "bfloat16", "max_length": 64, "batch_size": 2, "eval_fraction": 0.1, "seed": 5,
+        "shard_size": 3 * 2**20, "resume": False, "verify": True,
+    }  # fmt: skip
+    assert values.keys() | {"teacher", "data", "output"} == {f.name for f in fields(command.CacheOptions)}
+    flags = [*needed, "--no-apply-final-norm", "--no-resume", "--verify", "--shard-size", "3MiB", "--teacher-layers", "2,4"]
+    for name in ("num_layers", "layer_grid", "dtype", "teacher_dtype", "max_length", "batch_size", "eval_fraction", "seed"):
+        flags += [f"--{name.replace('_', '-')}", str(values[name])]
+    assert main(flags) == 0
+    assert calls.pop() == command.CacheOptions(teacher="t", data=Path("d.txt"), output=Path("o"), **values)
 
 
 VALUES = {

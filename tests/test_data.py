@@ -5,7 +5,7 @@ import json
 import pytest
 from hf_models import tiny_tokenizer
 
-from fdd_kernels.distill_command.data import IGNORED, data_files, load_windows, read_records, tokenize
+from fdd_kernels.data import IGNORED, data_files, load_windows, read_records, tokenize
 from fdd_kernels.user_error import UserError
 
 CHAT = [

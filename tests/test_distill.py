@@ -18,9 +18,8 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fdd_kernels import FDDConfig
+from fdd_kernels import FDDConfig, atomic
 from fdd_kernels.cli import main
-from fdd_kernels.distill_command import atomic
 from fdd_kernels.distill_command.run import distill
 from fdd_kernels.distill_command.run_folder import DistillOptions
 from fdd_kernels.user_error import UserError
@@ -207,7 +206,8 @@ class FullDisk:
 
 
 @pytest.mark.parametrize(("where", "kept"), [
-    ("checkpoint-2", None), ("checkpoint-4", "checkpoint-2"), ("student", "checkpoint-6"), (".metrics.json", "checkpoint-6"),
+    ("checkpoint-2", None), ("checkpoint-4", "checkpoint-2"), ("student", "checkpoint-6"),
+    (".unfinished/metrics.json", "checkpoint-6"),
 ])  # fmt: skip
 def test_a_full_disk_loses_nothing(inputs, whole, tmp_path, monkeypatch, where, kept):
     output = tmp_path / "run"
@@ -467,7 +467,7 @@ class TestAtomic:
 
     def test_a_text_file_is_replaced_or_left(self, tmp_path, monkeypatch):
         atomic.write_text(tmp_path / "m.json", "old")
-        FullDisk(monkeypatch, lambda path: path.endswith(".part"))
+        FullDisk(monkeypatch, lambda path: path.endswith("/.unfinished/m.json"))
         with pytest.raises(OSError, match="No space"):
             atomic.write_text(tmp_path / "m.json", "new")
         assert (tmp_path / "m.json").read_text() == "old"

@@ -395,7 +395,7 @@ def test_teacher_states_can_be_shared():
     states = distiller.teacher_states(batch)
     expected = distiller(batch), output_only(batch)
     teacher.forward = teacher.model = None
-    distiller.teacher.backbone.forward = lambda **_: 1 / 0
+    distiller.teacher.lens.backbone.forward = lambda **_: 1 / 0
     for actual, wanted in zip((distiller(batch, teacher_states=states), output_only(batch, teacher_states=states)), expected):
         torch.testing.assert_close(torch.stack(actual), torch.stack(wanted))
 

@@ -10,6 +10,7 @@ from peft import LoraConfig  # noqa: E402
 
 from fdd_kernels import FDDConfig, fdd_loss_reference  # noqa: E402
 from fdd_kernels.integrations import FDDSFTTrainer  # noqa: E402
+from fdd_kernels.teachers import model_states  # noqa: E402
 
 PAIRS = [{"prompt": f"one two {'three ' * n}", "completion": "four word words " * (4 - n % 4)} for n in range(8)]
 TEXTS = [{"text": "the words and a " * (1 + n % 5)} for n in range(8)]
@@ -46,7 +47,7 @@ def test_the_loss_of_a_batch_is_that_of_the_specification(tmp_path, rows, argume
     found = trainer.compute_loss(trainer.model, dict(batch))
     with torch.no_grad():
         teacher = distiller.teacher_states(batch)
-        student = distiller._states(distiller.student, distiller.student_layers, batch)
+        student = model_states(distiller.student, batch, distiller.student_layers, apply_final_norm=True)
         expected = fdd_loss_reference(student, distiller.student.weight, teacher, distiller.teacher.weight, labels, shift=True)
     torch.testing.assert_close(found.detach(), expected, rtol=1e-5, atol=0)
     if arguments.get("completion_only_loss"):

@@ -1,1 +1,1 @@
-"""`fdd-kernels distill`: text into windows, checkpoints into models, a training that survives being killed."""
+"""`fdd-kernels distill`: a training that survives being killed."""

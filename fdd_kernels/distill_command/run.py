@@ -11,27 +11,16 @@ from typing import Any
 import torch
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
+from fdd_kernels.atomic import atomic_directory, clear_unfinished, only_process, remove_directory, write_text
 from fdd_kernels.backends import resolve_backend
 from fdd_kernels.config import FDDConfig
-from fdd_kernels.distill_command.atomic import atomic_directory, clear_unfinished, remove_directory, write_text
-from fdd_kernels.distill_command.data import IGNORED, Windows, data_files, load_windows
-from fdd_kernels.distill_command.models import (
-    as_user_error,
-    computing_dtype,
-    first_line,
-    fit_vocabularies,
-    load_model,
-    load_student,
-    load_tokenizer,
-    window_length,
-    with_lora,
-)  # fmt: skip
+from fdd_kernels.data import Windows, pad_windows, read_windows
 from fdd_kernels.distill_command.run_folder import (
     ADAPTER_FOLDER,
     METRICS_FILE,
@@ -39,10 +28,23 @@ from fdd_kernels.distill_command.run_folder import (
     DistillOptions,
     checkpoints,
     last_checkpoint,
-    only_process,
     settle_run,
 )  # fmt: skip
 from fdd_kernels.integrations import FDDTrainer
+from fdd_kernels.models import (
+    as_user_error,
+    computing_dtype,
+    embeddings,
+    first_line,
+    fit_vocabularies,
+    load_model,
+    load_student,
+    load_tokenizer,
+    open_cache,
+    window_length,
+    with_lora,
+)  # fmt: skip
+from fdd_kernels.teacher_cache import TeacherCache
 from fdd_kernels.user_error import UserError
 from fdd_kernels.version import __version__
 
@@ -80,13 +82,22 @@ def distill(options: DistillOptions, console: Console | None = None) -> dict[str
             return finished
         device = TrainingArguments(output_dir=str(output), report_to="none").device
         dtype = computing_dtype(options.dtype, device)
-        tokenizer = load_tokenizer(options.teacher, options.student)
+        if options.teacher_cache is not None:
+            teacher = open_cache(options.teacher_cache)
+            tokenizer = load_tokenizer(str(teacher.tokenizer_folder), options.student)
+        else:
+            tokenizer = load_tokenizer(options.teacher, options.student)
+            teacher = load_model(options.teacher, "teacher").to(dtype).requires_grad_(False)
         transformers.set_seed(options.seed)
-        teacher = load_model(options.teacher, "teacher").to(dtype).requires_grad_(False)
         student, initialised = load_student(options.student)
-        config = fit_vocabularies(options.config, student, teacher, tokenizer)
-        max_length = window_length(options.max_length, student, teacher)
-        windows = _read_data(options, tokenizer, max_length, console)
+        if isinstance(teacher, TeacherCache):
+            rows, windows = teacher.vocabulary, teacher.windows
+            max_length = window_length(teacher.max_length, student=student)
+        else:
+            rows, max_length = embeddings(teacher), window_length(options.max_length, student=student, teacher=teacher)
+            windows = read_windows(options.data, tokenizer, console, max_length=max_length,
+                                   eval_fraction=options.eval_fraction, seed=options.seed)  # fmt: skip
+        config = fit_vocabularies(options.config, {"student": embeddings(student), "teacher": rows}, tokenizer)
         if options.lora_rank:
             student = with_lora(student.to(dtype), options.lora_rank)
         if initialised:
@@ -100,34 +111,6 @@ def distill(options: DistillOptions, console: Console | None = None) -> dict[str
         finally:
             trainer.report.stop()
         return _finish(options, trainer, tokenizer, windows, config, max_length, console)
-
-
-def _read_data(options: DistillOptions, tokenizer, max_length: int, console: Console) -> Windows:
-    size = sum(file.stat().st_size for file in data_files(options.data))
-    with Progress(TextColumn("reading"), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console,
-                  transient=True) as progress:  # fmt: skip
-        task = progress.add_task("", total=size)
-        windows = load_windows(
-            options.data, tokenizer, max_length=max_length, eval_fraction=options.eval_fraction, seed=options.seed,
-            advance=lambda read: progress.advance(task, read),
-        )  # fmt: skip
-    console.print(
-        f"{windows.documents} documents: {len(windows.train)} training windows of at most {max_length} tokens "
-        f"({windows.train_tokens} tokens), {len(windows.held_out)} held out"
-    )
-    if windows.without_labels:
-        console.print(
-            f"{len(windows.without_labels)} documents have nothing to learn within {max_length} tokens and are left out, "
-            f"for example {windows.without_labels[0]}"
-        )
-    return windows
-
-
-def pad_windows(windows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-    """A batch (rows, longest window), padded on the right; padding is neither attended nor learned."""
-    longest = max(len(window["input_ids"]) for window in windows)
-    fill = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
-    return {name: torch.tensor([w[name] + [value] * (longest - len(w[name])) for w in windows]) for name, value in fill.items()}
 
 
 class _ResumableTrainer(FDDTrainer):
@@ -217,8 +200,8 @@ def _shown_terms(config: FDDConfig) -> list[str]:
     return [name for name, weight in zip(_TERMS, weights) if weight]
 
 
-def _trainer(options: DistillOptions, student: nn.Module, teacher: nn.Module, config: FDDConfig, windows: Windows,
-             dtype: torch.dtype, device: torch.device, console: Console) -> _ResumableTrainer:  # fmt: skip
+def _trainer(options: DistillOptions, student: nn.Module, teacher: nn.Module | TeacherCache, config: FDDConfig,
+             windows: Windows, dtype: torch.dtype, device: torch.device, console: Console) -> _ResumableTrainer:  # fmt: skip
     steps_an_epoch = math.ceil(len(windows.train) / (options.batch_size * options.gradient_accumulation))
     steps = options.max_steps or math.ceil(options.epochs * steps_an_epoch)
     arguments = TrainingArguments(

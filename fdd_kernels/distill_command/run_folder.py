@@ -1,20 +1,18 @@
-"""The directory of a distillation: whose it is, what is complete in it, and who works in it."""
+"""The directory of a distillation: whose it is, and what is complete in it."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import fcntl
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fdd_kernels.atomic import remove_directory, write_text
 from fdd_kernels.config import FDDConfig
-from fdd_kernels.distill_command.atomic import remove_directory, write_text
-from fdd_kernels.distill_command.data import data_files, file_digest
+from fdd_kernels.data import data_files, file_digest
+from fdd_kernels.models import open_cache
 from fdd_kernels.user_error import UserError
 
 RUN_FILE, METRICS_FILE, STUDENT_FOLDER, ADAPTER_FOLDER = "run.json", "metrics.json", "student", "adapter"
@@ -28,25 +26,28 @@ class DistillOptions:
     """What to distil and how.
 
     Args:
-        teacher, student: directories or names of transformers causal LMs that share a tokenizer. A student directory with
+        student, teacher: directories or names of transformers causal LMs that share a tokenizer. A student directory with
             a config.json and no weights is initialised at random.
-        data: a .txt or .jsonl file or a directory of them; see `fdd_kernels.distill_command.data`.
+        data: a .txt or .jsonl file or a directory of them; see `fdd_kernels.data`.
+        teacher_cache: a directory written by `fdd-kernels cache-teacher`, in place of teacher and data: windows, their
+            length and the part held out are its own.
         output: where checkpoints, student/, metrics.json and run.json go.
         config: layers and loss.
         epochs, max_steps: the length; max_steps, if given, wins.
         max_length: tokens in a window; None: 512, or less if a model has fewer positions.
         dtype: of the teacher and of products; the student's own weights stay float32 (under LoRA, its adapters).
             "auto" is bfloat16 on a GPU that has it.
-        eval_fraction: the part of the windows that is held out.
+        eval_fraction: the part of the windows that is held out; None: 0.05.
         lora_rank: 0 trains all weights.
         save_steps, log_steps: how many optimizer steps lie between checkpoints (and evaluations) and between log lines.
         resume: go on from the last checkpoint in `output`; False starts again and removes them.
     """
 
-    teacher: str
     student: str
-    data: Path
     output: Path
+    teacher: str | None = None
+    data: Path | None = None
+    teacher_cache: Path | None = None
     config: FDDConfig = field(default_factory=FDDConfig)
     epochs: float = 1.0
     max_steps: int | None = None
@@ -56,7 +57,7 @@ class DistillOptions:
     max_length: int | None = None
     dtype: str = "auto"
     seed: int = 0
-    eval_fraction: float = 0.05
+    eval_fraction: float | None = None
     lora_rank: int = 0
     gradient_checkpointing: bool = False
     save_steps: int = 100
@@ -72,25 +73,23 @@ class DistillOptions:
         for name in ("epochs", "learning_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name}={getattr(self, name)} must be greater than 0")
-        if not 0 <= self.eval_fraction < 1:
+        if self.teacher_cache is None:
+            for name in ("teacher", "data"):
+                if getattr(self, name) is None:
+                    raise UserError(f"--{name} is missing: give --teacher and --data, or --teacher-cache")
+            if self.eval_fraction is None:
+                object.__setattr__(self, "eval_fraction", 0.05)
+        else:
+            for name in ("teacher", "data", "max_length", "eval_fraction"):
+                if getattr(self, name) is not None:
+                    raise UserError(
+                        f"{name}={getattr(self, name)} was given beside teacher_cache, which holds windows of its own: leave "
+                        "it out, or make another cache"
+                    )
+        if self.eval_fraction is not None and not 0 <= self.eval_fraction < 1:
             raise UserError(f"eval_fraction={self.eval_fraction} must be at least 0 and below 1")
         if self.dtype not in DTYPES:
             raise UserError(f"dtype={self.dtype!r} is not one of {', '.join(DTYPES)}")
-
-
-@contextlib.contextmanager
-def only_process(output: Path) -> Iterator[None]:
-    """Refuse to share `output` with a process that is still at work; a killed one holds nothing."""
-    try:
-        lock = (output / ".lock").open("w")
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written to: {error.strerror}") from None
-    with lock as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{output}: another process is distilling into this directory") from None
-        yield
 
 
 def settle_run(options: DistillOptions) -> dict[str, Any] | None:
@@ -136,11 +135,14 @@ def run_record(options: DistillOptions) -> dict[str, Any]:
     for name in _FREE_OPTIONS:
         del run[name]
     run |= {f"config.{name}": value for name, value in run.pop("config").items()}
-    root = options.data if options.data.is_dir() else options.data.parent
-    run["data"] = {str(file.relative_to(root)): file_digest(file) for file in data_files(options.data)}
+    if options.teacher_cache is not None:  # its index holds the checksums of everything in it
+        run["teacher_cache"] = open_cache(options.teacher_cache).digest
+    if options.data is not None:
+        root = options.data if options.data.is_dir() else options.data.parent
+        run["data"] = {str(file.relative_to(root)): file_digest(file) for file in data_files(options.data)}
     for role in ("teacher", "student"):
-        folder = Path(run[role])
-        if folder.is_dir():
+        folder = run[role] and Path(run[role])
+        if folder and folder.is_dir():
             files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
             run[role] = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
     return json.loads(json.dumps(run))

@@ -10,6 +10,7 @@ from fdd_kernels.config import FDDConfig, FDDLossTerms
 from fdd_kernels.distiller import Distiller
 from fdd_kernels.lens import unwrap
 from fdd_kernels.offload import has_place
+from fdd_kernels.teachers import Teacher
 
 TERMS = FDDLossTerms._fields
 
@@ -23,7 +24,7 @@ class FDDTrainerMixin:
     # The loss is divided by the number of tokens of the whole step: see `get_batch_samples`.
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args, teacher: nn.Module, fdd_config: FDDConfig | None = None, **kwargs) -> None:
+    def __init__(self, *args, teacher: nn.Module | Teacher, fdd_config: FDDConfig | None = None, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         name = type(self).__name__
         if self.args.label_smoothing_factor or self.compute_loss_func is not None:
@@ -31,12 +32,17 @@ class FDDTrainerMixin:
         if self.compute_metrics is not None:
             raise ValueError(f"{name} computes no logits, which compute_metrics needs: leave compute_metrics=None")
         self.teacher, self.fdd_config = teacher, fdd_config
-        if not has_place(unwrap(teacher)):
+        if isinstance(teacher, nn.Module) and not has_place(unwrap(teacher)):
             teacher.to(self.args.device)
         self.distiller = Distiller(self.model, teacher, fdd_config)
         # What versions without `loss_is_scaled_for_ga` go by.
         self.model_accepts_loss_kwargs = True
         self._weighted_sums: Tensor | None = None
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keeps the columns that the teacher reads, which the student's forward does not name."""
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *self.distiller.teacher.batch_columns]))
 
     def get_batch_samples(self, *args, **kwargs):
         """The micro-batches of one optimizer step and the number of positions that count in them, on all devices."""
@@ -106,7 +112,8 @@ class FDDTrainer(FDDTrainerMixin, Trainer):
     Args:
         *args, **kwargs: as for `transformers.Trainer`; `model` is the student. Only the student is saved.
         teacher: a transformers causal LM; put in evaluation mode, never trained, and moved to the student's device unless it
-            has a place of its own (loaded with a device_map, offloaded by accelerate, quantised).
+            has a place of its own (loaded with a device_map, offloaded by accelerate, quantised). Or a `TeacherCache`, with
+            `train_dataset=cache.dataset("train")` and `data_collator=fdd_kernels.data.pad_windows`.
         fdd_config: layers and loss options.
 
     Every term is logged beside the loss, in training (means since the last log) and in evaluation (`eval_loss`,

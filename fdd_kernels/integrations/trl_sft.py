@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from torch import nn
 from trl import SFTTrainer
 
 from fdd_kernels.integrations.hf_trainer import FDDTrainerMixin
+from fdd_kernels.teachers import Teacher
 
 
 class FDDSFTTrainer(FDDTrainerMixin, SFTTrainer):
@@ -20,11 +22,17 @@ class FDDSFTTrainer(FDDTrainerMixin, SFTTrainer):
 
     Raises:
         ValueError: an option of SFTConfig that changes the loss (`loss_type`, `router_aux_loss_coef`).
+        TypeError: a teacher cache, whose windows are not those that TRL prepares.
         TypeError, ValueError: see `FDDTrainer`.
     """
 
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *args, teacher: nn.Module, **kwargs) -> None:
+        if isinstance(teacher, Teacher):
+            raise TypeError(
+                f"FDDSFTTrainer prepares windows of its own, which a {type(teacher).__name__} does not hold: use FDDTrainer "
+                "with the cache's dataset, or a live teacher"
+            )
+        super().__init__(*args, teacher=teacher, **kwargs)
         loss_type = getattr(self.args, "loss_type", "nll")
         if loss_type not in ("nll", "chunked_nll"):
             raise ValueError(f"FDDSFTTrainer's loss is the FDD loss: leave loss_type at its default, not {loss_type!r}")

@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fdd_kernels.user_error import UserError
 
@@ -29,17 +33,16 @@ class Record:
 
 @dataclass
 class Windows:
-    """Token windows (input_ids, attention_mask, labels; at most max_length each) and what did not get in."""
+    """Token windows (input_ids, attention_mask, labels; at most max_length each) and what did not get in.
 
-    train: list[Window] = field(default_factory=list)
-    held_out: list[Window] = field(default_factory=list)
+    `train_tokens` counts the tokens in the training windows, prompts included.
+    """
+
+    train: Sequence[Window] = field(default_factory=list)
+    held_out: Sequence[Window] = field(default_factory=list)
     documents: int = 0
     without_labels: list[str] = field(default_factory=list)
-
-    @property
-    def train_tokens(self) -> int:
-        """Tokens in the training windows, prompts included."""
-        return sum(len(window["input_ids"]) for window in self.train)
+    train_tokens: int = 0
 
 
 def data_files(path: Path) -> list[Path]:
@@ -257,4 +260,41 @@ def load_windows(path: Path, tokenizer, *, max_length: int, eval_fraction: float
     result.train = [window for index, windows in enumerate(documents) if index not in held for window in windows]
     if wanted and not result.held_out:
         result.train, result.held_out = result.train[:-wanted], result.train[-wanted:]
+    result.train_tokens = sum(len(window["input_ids"]) for window in result.train)
     return result
+
+
+def read_windows(path: Path, tokenizer, console: Console, *, max_length: int, eval_fraction: float, seed: int) -> Windows:
+    """`load_windows` with a progress bar, and lines that say what was read and what was left out."""
+    size = sum(file.stat().st_size for file in data_files(path))
+    with Progress(TextColumn("reading"), BarColumn(), DownloadColumn(), TimeRemainingColumn(), console=console,
+                  transient=True) as progress:  # fmt: skip
+        task = progress.add_task("", total=size)
+        windows = load_windows(
+            path, tokenizer, max_length=max_length, eval_fraction=eval_fraction, seed=seed,
+            advance=lambda read: progress.advance(task, read),
+        )  # fmt: skip
+    console.print(
+        f"{windows.documents} documents: {len(windows.train)} training windows of at most {max_length} tokens "
+        f"({windows.train_tokens} tokens), {len(windows.held_out)} held out"
+    )
+    if windows.without_labels:
+        console.print(
+            f"{len(windows.without_labels)} documents have nothing to learn within {max_length} tokens and are left out, "
+            f"for example {windows.without_labels[0]}"
+        )
+    return windows
+
+
+def pad_windows(windows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """A batch (rows, longest window), padded on the right; padding is neither attended nor learned.
+
+    Numbers beside the windows, such as a teacher cache's `teacher_index`, become a tensor (rows,).
+    """
+    longest = max(len(window["input_ids"]) for window in windows)
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
+    batch = {
+        name: torch.tensor([w[name] + [value] * (longest - len(w[name])) for w in windows]) for name, value in fill.items()
+    }
+    numbers = [name for name, value in windows[0].items() if isinstance(value, int)]
+    return batch | {name: torch.tensor([w[name] for w in windows]) for name in numbers}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from fdd_kernels.user_error import UserError
 
 # Beside what is being written, on the same file system, so that a rename is atomic.
 UNFINISHED = ".unfinished"
@@ -69,18 +72,52 @@ def remove_directory(target: Path) -> None:
         grave.parent.rmdir()
 
 
+@contextlib.contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """A path to write to; after the block the file is `target`, on disk. After an exception there is no trace of it.
+
+    The path is in a directory of its own, for what libraries put beside the files that they write.
+
+    Raises:
+        OSError: it could not be written; an earlier `target` is intact.
+    """
+    part = target.parent / UNFINISHED / target.name
+    part.parent.mkdir(exist_ok=True)
+    try:
+        yield part
+        _sync(part)
+        part.replace(target)
+        _sync(target.parent)
+    finally:
+        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.parent.rmdir()
+
+
 def write_text(target: Path, text: str) -> None:
     """Write a file that is there completely or not at all.
 
     Raises:
         OSError: it could not be written; an earlier `target` is intact.
     """
-    part = target.with_name(f".{target.name}.part")
-    try:
+    with atomic_file(target) as part:
         part.write_text(text, encoding="utf-8")
-        _sync(part)
-        part.replace(target)
-        _sync(target.parent)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+
+
+@contextlib.contextmanager
+def only_process(folder: Path) -> Iterator[None]:
+    """Refuse to share `folder` with a process that is still at work; a killed one holds nothing.
+
+    Raises:
+        UserError: the directory cannot be written to, or another process works there.
+    """
+    try:
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to: {error.strerror}") from None
+    with lock as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{folder}: another process is at work in this directory") from None
+        yield

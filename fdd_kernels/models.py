@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fdd_kernels.config import FDDConfig
+from fdd_kernels.teacher_cache import TeacherCache
 from fdd_kernels.user_error import UserError
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
@@ -62,8 +63,8 @@ def load_student(name: str) -> tuple[nn.Module, bool]:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False).float().eval(), True
 
 
-def load_tokenizer(teacher: str, student: str):
-    """The tokenizer that both models share.
+def load_tokenizer(teacher: str, student: str | None = None):
+    """The tokenizer that both models share: the student's if it has one, else the teacher's.
 
     Raises:
         UserError: there is none, or the student's has other tokens.
@@ -80,7 +81,7 @@ def load_tokenizer(teacher: str, student: str):
     if has_none(teacher):
         raise UserError(f"the teacher {teacher} has no tokenizer (looked for {', '.join(TOKENIZER_FILES)})")
     theirs = load(teacher, "teacher")
-    if has_none(student):
+    if student is None or has_none(student):
         return theirs
     ours = load(student, "student")
     if ours.get_vocab() != theirs.get_vocab():
@@ -92,23 +93,46 @@ def load_tokenizer(teacher: str, student: str):
     return ours
 
 
-def fit_vocabularies(config: FDDConfig, student: nn.Module, teacher: nn.Module, tokenizer) -> FDDConfig:
-    """Compare the tokenizer's tokens only, where the models' heads are padded unequally."""
-    rows = {
-        "student": student.get_input_embeddings().weight.shape[0],
-        "teacher": teacher.get_input_embeddings().weight.shape[0],
-    }
+def open_cache(path: Path) -> TeacherCache:
+    """A complete teacher cache.
+
+    Raises:
+        UserError: there is none, it is not complete, or damaged; says why in one line.
+    """
+    with as_user_error("the cache cannot be used"):
+        return TeacherCache(path)
+
+
+def embeddings(model: nn.Module) -> int:
+    """How many tokens a model has embeddings for."""
+    return model.get_input_embeddings().weight.shape[0]
+
+
+def fit_vocabularies(config: FDDConfig, rows: dict[str, int], tokenizer) -> FDDConfig:
+    """Compare the tokenizer's tokens only, where the heads of "student" and "teacher" are padded unequally.
+
+    Args:
+        rows: how many tokens each model has embeddings for.
+
+    Raises:
+        UserError: a model has too few for the tokenizer.
+    """
     for role, count in rows.items():
         if len(tokenizer) > count:
             raise UserError(f"the tokenizer has {len(tokenizer)} tokens, but the {role} only {count} embeddings")
-    if config.vocab_size is None and rows["student"] != rows["teacher"]:
+    if config.vocab_size is None and len(set(rows.values())) > 1:
         return dataclasses.replace(config, vocab_size=len(tokenizer))
     return config
 
 
-def window_length(wanted: int | None, student: nn.Module, teacher: nn.Module) -> int:
+def window_length(wanted: int | None, **models: nn.Module) -> int:
+    """How many tokens a window may have: `wanted`, or as many as the models named have positions for, at most 512.
+
+    Raises:
+        UserError: a model has fewer than `wanted`.
+    """
     limits = {}
-    for role, model in (("student", student), ("teacher", teacher)):
+    for role, model in models.items():
         positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         if isinstance(positions, int) and positions > 0:
             limits[role] = positions

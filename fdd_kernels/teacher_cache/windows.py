@@ -1,0 +1,139 @@
+"""The token windows of a cache: as a dataset for training, and found again in its batches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from fdd_kernels.data import IGNORED, Window, Windows
+from fdd_kernels.teachers import TEACHER_INDEX
+
+_SHOWN = 8
+
+
+def pack_windows(windows: Windows) -> dict[str, Tensor]:
+    """Windows as tensors: `input_ids` and `labels` (tokens,), and where each window's tokens and rows begin.
+
+    A row is a position that counts: one whose next token has a label.
+
+    Raises:
+        ValueError: a window without one, or with padding.
+    """
+    every: list[Window] = [*windows.train, *windows.held_out]
+    starts, rows = [0], [0]
+    for index, window in enumerate(every):
+        length, count = len(window["input_ids"]), sum(label != IGNORED for label in window["labels"][1:])
+        if len(window["labels"]) != length or not all(window.get("attention_mask", (1,))):
+            raise ValueError(f"window {index} must have as many labels as input_ids, and no padding")
+        if not count:
+            raise ValueError(f"window {index} has no token to predict: leave it out")
+        starts.append(starts[-1] + length)
+        rows.append(rows[-1] + count)
+    tokens = {
+        name: torch.from_numpy(np.fromiter(chain.from_iterable(window[name] for window in every), np.int32, starts[-1]))
+        for name in ("input_ids", "labels")
+    }
+    return {
+        **tokens,
+        "starts": torch.tensor(starts, dtype=torch.int64),
+        "rows": torch.tensor(rows, dtype=torch.int64),
+    }
+
+
+class WindowTable:
+    """All windows of a cache, the training windows first.
+
+    Args:
+        tensors: what `pack_windows` gives.
+        train: how many of them are for training.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], train: int) -> None:
+        self.input_ids, self.labels = tensors["input_ids"], tensors["labels"]
+        self.starts, self.rows, self.train = tensors["starts"], tensors["rows"], train
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def window(self, index: int) -> tuple[Tensor, Tensor]:
+        """Tokens and labels (length,) of one window."""
+        part = slice(int(self.starts[index]), int(self.starts[index + 1]))
+        return self.input_ids[part], self.labels[part]
+
+    def match(self, batch: Mapping[str, Tensor]) -> tuple[list[int], Tensor]:
+        """Which windows the rows of a batch are, and which of its positions their cached rows belong to.
+
+        Returns:
+            The windows, and indices int64 into the flattened (batch, sequence), in the order of the windows' rows.
+
+        Raises:
+            ValueError: the batch does not say which windows it is made of, or they are not the cache's: names the window.
+        """
+        if TEACHER_INDEX not in batch or "labels" not in batch:
+            missing = [name for name in (TEACHER_INDEX, "labels") if name not in batch]
+            raise ValueError(
+                f"the batch has no {' and no '.join(missing)} (it has {', '.join(batch)}): make batches of the cache's own "
+                "windows, cache.dataset('train'), with fdd_kernels.data.pad_windows as the collator"
+            )
+        windows = batch[TEACHER_INDEX].tolist()
+        ids, labels = batch["input_ids"].cpu(), batch["labels"].cpu()
+        attention = batch["attention_mask"].cpu() if batch.get("attention_mask") is not None else None
+        if len(windows) != len(ids):
+            raise ValueError(f"teacher_index has {len(windows)} entries for {len(ids)} rows of input_ids: give one each")
+        places = []
+        for row, window in enumerate(windows):
+            if not 0 <= window < len(self):
+                raise ValueError(f"teacher_index[{row}]={window}, but the cache has windows 0 to {len(self) - 1}")
+            first = 0 if attention is None else int(attention[row].ne(0).int().argmax())
+            places.append(row * ids.shape[1] + self._counted(window, ids[row], labels[row], first, row))
+        return windows, torch.cat(places)
+
+    def _counted(self, window: int, ids: Tensor, labels: Tensor, first: int, row: int) -> Tensor:
+        """The positions of a window that count, once it is sure that a batch's row has the window at `first`."""
+        own_ids, own_labels = self.window(window)
+        found = ids[first : first + len(own_ids)]
+        if not torch.equal(found.int(), own_ids):
+            raise ValueError(
+                f"row {row} of the batch should be window {window} of the cache, but input_ids differ: the cache has "
+                f"{len(own_ids)} tokens {own_ids[:_SHOWN].tolist()}..., the batch {found[:_SHOWN].tolist()}...: train on "
+                "cache.dataset(...) as it is, not truncated, packed or tokenized again"
+            )
+        positions = (own_labels[1:] != IGNORED).nonzero().flatten() + first
+        wanted = torch.zeros_like(labels, dtype=torch.bool)
+        wanted[:-1] = labels[1:] != IGNORED
+        wanted[positions] = False
+        if wanted.any():
+            raise ValueError(
+                f"row {row} of the batch has a label at position {int(wanted.nonzero()[0]) + 1}, for which window {window} of "
+                "the cache holds no prediction: use the labels of cache.dataset(...), or fewer; where padding is on the "
+                "left, -100 for the first token"
+            )
+        return positions
+
+    def dataset(self, split: str) -> CachedWindows:
+        """The windows of "train" or "held_out", for a DataLoader."""
+        splits = {"train": range(self.train), "held_out": range(self.train, len(self))}
+        if split not in splits:
+            raise ValueError(f"split={split!r} is not one of {', '.join(map(repr, splits))}")
+        return CachedWindows(self, splits[split])
+
+
+class CachedWindows(Dataset, Sequence):
+    """Windows with input_ids, attention_mask, labels (lists of unequal length) and their `teacher_index`."""
+
+    def __init__(self, table: WindowTable, indices: range) -> None:
+        self.table, self.indices = table, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, item: int) -> dict[str, Any]:
+        index = self.indices[item]
+        ids, labels = self.table.window(index)
+        return {"input_ids": ids.tolist(), "attention_mask": [1] * len(ids), "labels": labels.tolist(), TEACHER_INDEX: index}
