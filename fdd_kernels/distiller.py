@@ -12,7 +12,7 @@ from fdd_kernels.api import fused_fdd_loss
 from fdd_kernels.config import FDDConfig, FDDLossTerms, LossOptions
 from fdd_kernels.layers import paired_layers
 from fdd_kernels.lens import ModelLens
-from fdd_kernels.parallel import inside_forward, require_gathered
+from fdd_kernels.parallel import inside_forward, own_rows, refuse_partitioned, require_gathered
 
 _NOT_MODEL_INPUTS = ("labels", "num_items_in_batch")
 
@@ -24,6 +24,8 @@ class Distiller:
         student, teacher: transformers causal LMs on one device (also under peft or torch.compile). The teacher is put in
             evaluation mode and never receives gradient. Neither computes its own logits.
         config: layers and loss options; soft caps, logit scales are the models' own unless given there.
+        vocab_group: the process group over which tensor parallelism splits the rows of the heads (DTensors, as
+            `parallelize_module` with `ColwiseParallel` makes them). Its processes must see the same batches.
 
     Raises:
         TypeError, ValueError: a model whose head, blocks or logits cannot be read (says what was looked for), layers that
@@ -43,9 +45,12 @@ class Distiller:
     processes.
     """
 
-    def __init__(self, student: nn.Module, teacher: nn.Module, config: FDDConfig | None = None) -> None:
-        self.config = config or FDDConfig()
-        self.student, self.teacher = ModelLens(student, "student"), ModelLens(teacher, "teacher")
+    def __init__(self, student: nn.Module, teacher: nn.Module, config: FDDConfig | None = None, *,
+                 vocab_group: torch.distributed.ProcessGroup | None = None) -> None:  # fmt: skip
+        self.config, self.vocab_group = config or FDDConfig(), vocab_group
+        split = vocab_group is not None
+        self.student = ModelLens(student, "student", split_head=split)
+        self.teacher = ModelLens(teacher, "teacher", split_head=split)
         self._models = student, teacher  # as given: perhaps data-parallel
         teacher.eval()
         self.student_layers, self.teacher_layers = paired_layers(self.config, self.student.depth, self.teacher.depth)
@@ -124,19 +129,26 @@ class Distiller:
             return loss(batch, teacher_states, num_items_in_batch)
 
     def _loss(self, batch: Mapping[str, Tensor], teacher_states: list[Tensor], num_items_in_batch) -> FDDLossTerms:
-        require_gathered("the student's head", self.student.weight)
-        require_gathered("the teacher's head", self.teacher.weight)
+        (student_weight, student_bias), (teacher_weight, teacher_bias) = self._heads()
         student_states = self._states(self.student, self.student_layers, batch)
         labels, mask = batch.get("labels"), None
         if labels is None and batch.get("attention_mask") is not None:
             mask = batch["attention_mask"] != 0
         options = self.options if labels is not None else replace(self.options, shift=False)
-        weight, bias = self.student.weight, self.student.bias
-        if not self.config.train_head:
-            weight, bias = weight.detach(), None if bias is None else bias.detach()
         return fused_fdd_loss(
-            student_states, weight, teacher_states[-len(student_states) :], self.teacher.weight.detach(), labels, mask=mask,
-            student_bias=bias, teacher_bias=None if self.teacher.bias is None else self.teacher.bias.detach(),
-            num_items_in_batch=num_items_in_batch, return_terms=True,
-            **{f.name: getattr(options, f.name) for f in fields(LossOptions)},
+            student_states, student_weight, teacher_states[-len(student_states) :], teacher_weight, labels, mask=mask,
+            student_bias=student_bias, teacher_bias=teacher_bias, num_items_in_batch=num_items_in_batch, return_terms=True,
+            vocab_group=self.vocab_group, **{f.name: getattr(options, f.name) for f in fields(LossOptions)},
         )  # fmt: skip
+
+    def _heads(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Weight and bias of the student's and of the teacher's head as the loss takes them: whole, or this process's rows."""
+        heads = []
+        for lens, trained in ((self.student, self.config.train_head), (self.teacher, False)):
+            name = f"the {lens.name}'s head"
+            (require_gathered if self.vocab_group is None else refuse_partitioned)(name, lens.weight)
+            weight, bias = [t if trained or t is None else t.detach() for t in (lens.weight, lens.bias)]
+            if self.vocab_group is not None:
+                weight, bias = (own_rows(name, t, self.vocab_group, len(self.student.weight)) for t in (weight, bias))
+            heads.append((weight, bias))
+        return heads

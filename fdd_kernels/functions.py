@@ -11,7 +11,7 @@ from fdd_kernels import ops
 from fdd_kernels.backends import BACKENDS
 from fdd_kernels.config import FDDLossTerms
 from fdd_kernels.plan import Plan
-from fdd_kernels.spec import LensInputs
+from fdd_kernels.spec import LensInputs, LensSpec
 from fdd_kernels.terms import combine, row_terms_from_statistics
 
 
@@ -38,14 +38,19 @@ class LensStatistics(torch.autograd.Function):
     """Statistics of `spec.py`, differentiable once in the student's hidden states, weight and bias.
 
     `spec` is an encoded `LensSpec`; `hidden` are the L states of the student, then those of the teacher. Saves its
-    inputs and the statistics, nothing that grows with rows x columns. The teacher receives no gradient.
+    inputs and the statistics, nothing that grows with rows x columns. The teacher receives no gradient. With a `shard` of a
+    vocabulary (`vocab_parallel.py`) heads, bias and spec are of this process's columns, and the statistics of all columns.
     """
 
     @staticmethod
-    def forward(ctx, spec: tuple, backend: str, valid, labels, teacher_weight, teacher_bias, weight, bias, *hidden: Tensor):
+    def forward(ctx, spec: tuple, backend: str, shard, valid, labels, teacher_weight, teacher_bias, weight, bias,
+                *hidden: Tensor):  # fmt: skip
         inputs = _inputs(valid, labels, teacher_weight, teacher_bias, weight, bias, *hidden)
-        statistics = ops.lens_stats(*inputs, *spec, backend)
-        ctx.spec, ctx.backend = spec, backend
+        if shard is None:
+            statistics = ops.lens_stats(*inputs, *spec, backend)
+        else:
+            statistics = shard.statistics(inputs, LensSpec.decode(*spec), backend)
+        ctx.spec, ctx.backend, ctx.shard = spec, backend, shard
         ctx.needed = _needed(ctx, len(hidden))
         ctx.save_for_backward(valid, labels, teacher_weight, teacher_bias, weight, bias, *hidden, *statistics)
         ctx.mark_non_differentiable(statistics[0])
@@ -57,6 +62,8 @@ class LensStatistics(torch.autograd.Function):
         inputs, upstream = _inputs(*saved), (grad_reads, grad_moments)
         with torch.no_grad():
             found = ops.lens_grad(*inputs, *ctx.spec, ctx.backend, pivots, reads, moments, *upstream, ctx.needed)
+            if ctx.shard is not None:
+                ctx.shard.sum_gradients(found[: sum(ctx.needed[:-2])])
         return _returned(ctx, found, inputs, upstream)
 
 

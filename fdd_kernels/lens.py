@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fdd_kernels.parallel import require_gathered
+from fdd_kernels.parallel import refuse_flattened, refuse_partitioned, require_gathered, whole
 
 _REMEDY = (
     "Call fused_fdd_loss yourself with the hidden states (the last one after the final norm) and the head's weight, bias, "
@@ -68,9 +68,10 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside torch.compile, DistributedDataParallel and peft wrappers.
 
     Raises:
-        TypeError: a peft model with virtual tokens, which its base model alone would not see.
+        TypeError: a peft model with virtual tokens, which its base model alone would not see; FSDP1.
     """
     while True:
+        refuse_flattened(model)
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
         elif isinstance(model, nn.parallel.DistributedDataParallel):
@@ -93,14 +94,15 @@ class ModelLens:
     Args:
         model: a transformers causal LM, also wrapped by peft or torch.compile.
         name: how errors call it.
+        split_head: the head may be a DTensor, and so may the logits; every process of its mesh makes the lens.
 
     Raises:
         TypeError: no plain linear head, backbone or list of blocks can be found; says what was looked for.
         ValueError: head, norm, soft cap and scale as found do not reproduce the model's logits; says how far off they are.
     """
 
-    def __init__(self, model: nn.Module, name: str = "model") -> None:
-        self.name, self.model = name, unwrap(model)
+    def __init__(self, model: nn.Module, name: str = "model", *, split_head: bool = False) -> None:
+        self.name, self.model, self.split_head = name, unwrap(model), split_head
         self.head = self._find_head()
         self.backbone = self._find_backbone()
         with _evaluating(self.model), torch.no_grad():
@@ -122,12 +124,12 @@ class ModelLens:
         find = getattr(self.model, "get_output_embeddings", None)
         head = find() if find is not None else None
         weight = getattr(head, "weight", None)
+        (refuse_partitioned if self.split_head else require_gathered)(f"{self.name}: the LM head's weight", weight)
         if head is None or not isinstance(weight, Tensor) or weight.ndim != 2:
             raise TypeError(
                 f"{self.name}: {type(self.model).__name__}.get_output_embeddings() gives {type(head).__name__}, but an LM "
                 f"head with a weight of shape (vocabulary, width) is needed. Pass a causal LM. {_REMEDY}"
             )
-        require_gathered(f"{self.name}: the LM head's weight", weight)
         if weight.dtype not in _READABLE or hasattr(head, "base_layer") or hasattr(head, "modules_to_save"):
             raise TypeError(
                 f"{self.name}: the LM head is a {type(head).__name__} with a {weight.dtype} weight. Quantised heads and "
@@ -241,7 +243,7 @@ class ModelLens:
             (read,), final = self.states(self._tokens, (len(self.blocks),))
         for module in tail:
             read = module(read)
-        logits, mine = self._own_logits().float(), self.logits(read).float()
+        logits, mine = whole(self._own_logits()).float(), self.logits(read).float()
         if read.shape != final.shape or logits.shape != mine.shape:
             return f"has shape {tuple(mine.shape)} instead of {tuple(logits.shape)}"
         # Both come from the same rounding steps in the model's dtype, so they agree within a few of its units.
@@ -251,8 +253,8 @@ class ModelLens:
 
     def logits(self, state: Tensor) -> Tensor:
         """The model's logits of a final state (..., width), dense: for tests and checks, not for training."""
-        bias = None if self.bias is None else self.bias.to(state.dtype)
-        return self.transform(nn.functional.linear(state, self.weight.to(state.dtype), bias))
+        bias = None if self.bias is None else whole(self.bias).to(state.dtype)
+        return self.transform(nn.functional.linear(state, whole(self.weight).to(state.dtype), bias))
 
     def states(self, inputs: dict[str, Tensor], layers: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
         """Run the backbone once, without the head.
