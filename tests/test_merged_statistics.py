@@ -116,7 +116,7 @@ def calls_in_parts(draw):
     return problem, options, upstream, (0, *sorted(cuts), columns)
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(call=calls_in_parts())
 def test_any_call(backend, call):
     problem, options, upstream, bounds = call

@@ -8,7 +8,7 @@ import pytest
 import torch
 from columns_in_parts import in_parts
 from hf_models import one_thread, tiny_batch  # noqa: F401
-from processes import finish, finish_well, start
+from processes import finish, start
 from vocab_worker import BOUNDS, CONFIG, cases, grid_problem, sequence_problem, tensor_parallel_models
 
 from fdd_kernels import Distiller, FDDLossTerms, fused_fdd_loss
@@ -19,21 +19,23 @@ WORLDS = (2, 4)
 
 
 @pytest.fixture(scope="module")
-def results_of(tmp_path_factory):
-    """What each process of a group of so many found; run when first asked for."""
+def processes(tmp_path_factory):
+    """What each process of a group found, and how it ended after the last of them had died; run when first asked for."""
 
     @functools.cache
-    def run(world: int) -> list[dict]:
-        folder = tmp_path_factory.mktemp(f"world{world}")
-        finish_well(start(WORKER, "results", world, folder))
-        return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
+    def run(kind: str, world: int) -> tuple[list[dict], list[tuple[int, str]]]:
+        folder = tmp_path_factory.mktemp(f"{kind}{world}")
+        ends = finish(start(WORKER, kind, world, folder))
+        files = [folder / f"{rank}.pt" for rank in range(world)]
+        assert all(file.exists() for file in files), "\n".join(errors[-3000:] for _, errors in ends)
+        return [torch.load(file, weights_only=True) for file in files], ends
 
     return run
 
 
 @pytest.fixture(scope="module", params=WORLDS)
-def results(request, results_of) -> list[dict]:
-    return results_of(request.param)
+def results(request, processes) -> list[dict]:
+    return processes("results", request.param)[0]
 
 
 @pytest.mark.parametrize("name", list(cases()))
@@ -87,9 +89,9 @@ def test_sequence_parallel_rows_equal_one_process(results):
     check_shares(found, expected, dim=1)
 
 
-def test_data_parallel_beside_vocabulary_parallel(results_of):
+def test_data_parallel_beside_vocabulary_parallel(processes):
     expected = evaluate(grid_problem(), fused_fdd_loss, ce_weight=0.5)
-    grid = [result["grid"] for result in results_of(4)]
+    grid = [result["grid"] for result in processes("results", 4)[0]]
     assert torch.equal(grid[0]["loss"], grid[1]["loss"])
     for a, b in (grid[:2], grid[2:]):
         assert_same_everywhere([a["hidden"], b["hidden"]])
@@ -121,14 +123,14 @@ def test_distiller_with_split_heads(results, kind):
         check_model(result["distillers"][kind], student, loss)
 
 
-def test_distiller_with_split_heads_under_fsdp(results_of):
+def test_distiller_with_split_heads_under_fsdp(processes):
     student, teacher = tensor_parallel_models()["both heads"]
     distiller = Distiller(student, teacher, CONFIG)
     parts = [tiny_batch(rows=2 + data, seed=20 + data) for data in range(2)]
     items = sum(distiller.count_positions(part) for part in parts)
     loss = sum(distiller(part, num_items_in_batch=items).loss for part in parts)
     loss.backward()
-    for result in results_of(4):
+    for result in processes("results", 4)[0]:
         check_model(result["fsdp"], student, loss)
 
 
@@ -164,9 +166,8 @@ def test_split_heads_without_their_group_and_whole_heads_that_train_are_refused(
         assert refused["whole head"].startswith("RuntimeError: the student's head is whole on every process")
 
 
-def test_refusals_come_on_every_process_and_leave_nothing_behind(tmp_path):
-    finish_well(start(WORKER, "refusals", 2, tmp_path))
-    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+def test_refusals_come_on_every_process_and_leave_nothing_behind(processes):
+    results, _ = processes("refusals", 2)
     for found in [result["refusals"] for result in results]:
         for name, message in EVERYWHERE.items():
             assert found[name].startswith(message), f"{name}: {found[name]}"
@@ -178,8 +179,8 @@ def test_refusals_come_on_every_process_and_leave_nothing_behind(tmp_path):
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_a_process_that_is_killed_ends_the_others(tmp_path, world):
-    *others, (killed, _) = finish(start(WORKER, "killed", world, tmp_path), seconds=120)
+def test_a_process_that_is_killed_ends_the_others(processes, world):
+    *others, (killed, _) = processes("results", world)[1]
     assert killed == 9
     for status, errors in others:
         assert status not in (0, None)

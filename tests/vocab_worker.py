@@ -12,11 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from fdd_kernels import Distiller, FDDConfig, fdd_loss_reference, fused_fdd_loss
+from fdd_kernels.parallel import whole
 from fdd_kernels.testing import Problem, evaluate, random_problem
 
 COLUMNS = 37
@@ -137,13 +135,19 @@ def run_grid(rank: int) -> dict:
 # --- Hugging Face models whose heads are split by tensor parallelism
 
 
+# Imported where they are used, as transformers is, since every process would wait for them: fsdp and tensor.parallel.
+
+
 def split_head(model: nn.Module, mesh) -> nn.Module:
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
     return parallelize_module(model, mesh, {"lm_head": ColwiseParallel(output_layouts=Replicate())})
 
 
 def tensor_parallel_models(mesh=None) -> dict[str, tuple[nn.Module, nn.Module]]:
     """Students and teachers by how their heads are split, if there is a mesh."""
-    from hf_models import tiny_model  # imports transformers, for which not every process here has to wait
+    from hf_models import tiny_model
 
     pairs = {}
     for kind in ("both heads", "student's head", "head with a bias"):
@@ -158,7 +162,7 @@ def tensor_parallel_models(mesh=None) -> dict[str, tuple[nn.Module, nn.Module]]:
 
 
 def _outcome(student: nn.Module, loss: Tensor) -> dict:
-    gradients = {n: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for n, p in student.named_parameters()}
+    gradients = {n: whole(p.grad) for n, p in student.named_parameters()}
     return {"loss": loss.detach(), "gradients": gradients}
 
 
@@ -184,6 +188,7 @@ def run_distillers(world: int) -> dict:
 def run_with_fsdp(rank: int) -> dict:
     """FSDP2 over two data-parallel ranks of two processes each that split the heads."""
     from hf_models import tiny_batch
+    from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     student, teacher = tensor_parallel_models(mesh["tensor"])["both heads"]
@@ -205,6 +210,8 @@ def run_with_fsdp(rank: int) -> dict:
 
 
 def refusals(rank: int, group) -> dict[str, Callable[[], object]]:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
     own = BOUNDS[2][rank : rank + 2]
     problem = random_problem(labels=True, bias="plain")
     part = rows_of(problem, *own)
@@ -217,7 +224,7 @@ def refusals(rank: int, group) -> dict[str, Callable[[], object]]:
     moved = rows_of(problem, *((0, 13), (13, 37))[rank])
     frozen = tuple([h.detach() for h in part.student_hidden])
     compiled = torch.compile(lambda: fused_fdd_loss(**part.arguments, vocab_group=group), backend="eager", fullgraph=True)
-    whole = distribute_tensor(problem.student_weight.detach(), init_device_mesh("cpu", (2,)), [Shard(0)])
+    split = distribute_tensor(problem.student_weight.detach(), init_device_mesh("cpu", (2,)), [Shard(0)])
     return {
         "vocabularies differ": call(replace(part, **fewer) if last else part),
         "other columns": call(replace(part, teacher_weight=moved.teacher_weight, teacher_bias=moved.teacher_bias)),
@@ -231,7 +238,7 @@ def refusals(rank: int, group) -> dict[str, Callable[[], object]]:
         "feature space": call(random_problem(feature_space=True), trajectory="mse"),
         "reference": call(function=fdd_loss_reference),
         "group": call(vocab_group="tp"),
-        "DTensor": call(student_weight=whole),
+        "DTensor": call(student_weight=split),
         "compiled": compiled,
     }
 
@@ -249,6 +256,7 @@ def errors_of(calls: dict[str, Callable[[], object]]) -> dict[str, str]:
 
 
 def die_in_the_middle(rank: int, world: int, group) -> None:
+    """The last process dies between forward and backward; the others must not wait for it."""
     problem = rows_of(random_problem(), *BOUNDS[world][rank : rank + 2])
     fused_fdd_loss(**problem.arguments, vocab_group=group).backward()
     loss = fused_fdd_loss(**problem.arguments, vocab_group=group)
@@ -261,19 +269,16 @@ def main(kind: str, rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     group = dist.group.WORLD
-    if kind == "killed":
-        die_in_the_middle(rank, world, group)
-    found = {}
     if kind == "results":
         found = {"cases": run_cases(rank, world, group), "sequence": run_sequence(rank, world)}
         check_repeated_backward(rank, world, group)
         found["distillers"] = run_distillers(world)
         if world == 4:
             found |= {"grid": run_grid(rank), "fsdp": run_with_fsdp(rank)}
-    if kind == "refusals":
+    else:
         found = {"refusals": errors_of(refusals(rank, group)), "cases": run_cases(rank, world, group)}
     torch.save(found, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    die_in_the_middle(rank, world, group)
 
 
 if __name__ == "__main__":
