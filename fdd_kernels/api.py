@@ -15,6 +15,7 @@ from fdd_kernels.functions import LensStatistics, LossAndGradient, rows_to_keep
 from fdd_kernels.plan import check_labels, make_plan
 from fdd_kernels.reference import dense_row_terms
 from fdd_kernels.terms import combine, normaliser_of, row_terms_from_statistics
+from fdd_kernels.vocab_parallel import plan_shard
 
 
 def fused_fdd_loss(
@@ -48,6 +49,7 @@ def fused_fdd_loss(
     vocab_size: int | None = None,
     backend: str = "auto",
     return_terms: bool = False,
+    vocab_group: torch.distributed.ProcessGroup | None = None,
 ) -> Tensor | FDDLossTerms:
     """Feature Dynamics Distillation loss, in memory that does not grow with tokens x vocabulary.
 
@@ -94,6 +96,11 @@ def fused_fdd_loss(
         vocab_size: compare only the first `vocab_size` columns; needed where the vocabularies are padded unequally.
         backend: "auto", "reference", "torch", "cpu" or "triton".
         return_terms: return `FDDLossTerms` with the unweighted terms beside the loss.
+        vocab_group: the process group over which both heads' rows are split (vocabulary parallelism): weights and biases are
+            this process's rows, in the order of ranks, the student's and the teacher's of the same tokens, unequally many
+            if need be. Hidden states, labels (tokens of the whole vocabulary), options and the upstream gradient must be the
+            same on every process; so is the result. Gradients of the hidden states are complete on every process, those of
+            the head are of this process's rows.
 
     Returns:
         The loss, a float32 scalar (float64 for float64 inputs; (...) with reduction="none"), or `FDDLossTerms`. Without
@@ -102,7 +109,8 @@ def fused_fdd_loss(
     Raises:
         TypeError, ValueError: an argument of a wrong type, shape, device or range, a teacher tensor that requires grad, or
             options that do not go together; named, before any work. Set FDD_KERNELS_DEBUG=1 to refuse NaN too.
-        RuntimeError: the backend named cannot run here, with the reason and the remedy.
+        RuntimeError: the backend named cannot run here, with the reason and the remedy; another process of `vocab_group`
+            refused its arguments, or was given others.
     """
     options = LossOptions(
         ignore_index=ignore_index, shift=shift, alpha=alpha, beta=beta, output_kd_weight=output_kd_weight,
@@ -112,13 +120,23 @@ def fused_fdd_loss(
         teacher_logit_scale=teacher_logit_scale, output_in_dynamics=output_in_dynamics, reduction=reduction,
         vocab_size=vocab_size, backend=backend,
     )  # fmt: skip
-    plan, students, teachers = make_plan(
+    arguments = (
         options, student_hidden, student_weight, teacher_hidden, teacher_weight, labels, student_bias, teacher_bias, mask,
         num_items_in_batch,
     )  # fmt: skip
+    shard = None
+    if vocab_group is None:
+        plan, students, teachers = make_plan(*arguments)
+    else:
+        plan, students, teachers, shard = plan_shard(vocab_group, *arguments)
     valid, flat_labels = _rows_that_count(options, labels, mask)
     if flat_labels is not None and not plan.feature_space:
-        check_labels(flat_labels, ignore_index, plan.spec.columns if ce_weight else student_weight.shape[0])
+        compared, vocabulary = plan.spec.columns, student_weight.shape[0]
+        if shard is not None:
+            compared, vocabulary = shard.bounds[-1], shard.vocabulary
+        check_labels(flat_labels, ignore_index, compared if ce_weight else vocabulary)
+        if shard is not None:
+            flat_labels = shard.own_labels(flat_labels)
 
     students, teachers = (tuple([_autocast(h.reshape(-1, h.shape[-1])) for h in states]) for states in (students, teachers))
     student_weight, student_bias = _autocast(student_weight), _autocast(student_bias)
@@ -132,11 +150,11 @@ def fused_fdd_loss(
         rows = dense_row_terms(
             plan, students, student_weight, student_bias, teachers, teacher_weight, teacher_bias, valid, flat_labels
         )
-    elif kept_rows := rows_to_keep(plan, normaliser, *inputs):
+    elif shard is None and (kept_rows := rows_to_keep(plan, normaliser, *inputs)):
         terms = FDDLossTerms(*LossAndGradient.apply(plan, kept_rows, normaliser, *inputs))
         return terms if return_terms else terms.loss
     else:
-        rows = row_terms_from_statistics(plan, *LensStatistics.apply(plan.spec.encode(), plan.backend, *inputs))
+        rows = row_terms_from_statistics(plan, *LensStatistics.apply(plan.spec.encode(), plan.backend, shard, *inputs))
     terms = combine(rows, options, valid, plan.leading_shape, normaliser)
     return terms if return_terms else terms.loss
 
@@ -196,12 +214,13 @@ class FusedFDDLoss(nn.Module):
         self.return_terms = return_terms
 
     def forward(self, student_hidden, student_weight, teacher_hidden, teacher_weight, labels=None, *, student_bias=None,
-                teacher_bias=None, mask=None, num_items_in_batch=None) -> Tensor | FDDLossTerms:  # fmt: skip
+                teacher_bias=None, mask=None, num_items_in_batch=None,
+                vocab_group=None) -> Tensor | FDDLossTerms:  # fmt: skip
         """See `fused_fdd_loss`."""
         return fused_fdd_loss(
             student_hidden, student_weight, teacher_hidden, teacher_weight, labels, student_bias=student_bias,
             teacher_bias=teacher_bias, mask=mask, num_items_in_batch=num_items_in_batch, return_terms=self.return_terms,
-            **{f.name: getattr(self.options, f.name) for f in fields(LossOptions)},
+            vocab_group=vocab_group, **{f.name: getattr(self.options, f.name) for f in fields(LossOptions)},
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -40,14 +40,19 @@ class LensStatistics(torch.autograd.Function):
     """Statistics of `spec.py`, differentiable once in the student's hidden states, weight and bias.
 
     `spec` is an encoded `LensSpec`; `hidden` are the L states of the student, then those of the teacher. Saves its
-    inputs and the statistics, nothing that grows with rows x columns. The teacher receives no gradient.
+    inputs and the statistics, nothing that grows with rows x columns. The teacher receives no gradient. With a `shard` of a
+    vocabulary (`vocab_parallel.py`) heads, bias and spec are of this process's columns, and the statistics of all columns.
     """
 
     @staticmethod
-    def forward(ctx, spec: tuple, backend: str, valid, labels, teacher_weight, teacher_bias, weight, bias, *hidden: Tensor):
+    def forward(ctx, spec: tuple, backend: str, shard, valid, labels, teacher_weight, teacher_bias, weight, bias,
+                *hidden: Tensor):  # fmt: skip
         inputs = _inputs(valid, labels, teacher_weight, teacher_bias, weight, bias, *hidden)
-        statistics = ops.lens_stats(*inputs, *spec, backend)
-        ctx.spec, ctx.backend = spec, backend
+        if shard is None:
+            statistics = ops.lens_stats(*inputs, *spec, backend)
+        else:
+            statistics = shard.statistics(inputs, LensSpec.decode(*spec), backend)
+        ctx.spec, ctx.backend, ctx.shard = spec, backend, shard
         ctx.needed = _needed(ctx, len(hidden))
         ctx.save_for_backward(valid, labels, teacher_weight, teacher_bias, weight, bias, *hidden, *statistics)
         ctx.mark_non_differentiable(statistics[0])
@@ -59,6 +64,8 @@ class LensStatistics(torch.autograd.Function):
         inputs, upstream = _inputs(*saved), (grad_reads, grad_moments)
         with torch.no_grad():
             found = ops.lens_grad(*inputs, *ctx.spec, ctx.backend, pivots, reads, moments, *upstream, ctx.needed)
+            if ctx.shard is not None:
+                ctx.shard.sum_gradients(found[: sum(ctx.needed[:-2])])
         return _returned(ctx, found, inputs, upstream)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fdd_kernels.offload import is_offloaded, materialised
-from fdd_kernels.parallel import require_gathered
+from fdd_kernels.parallel import DTensor, refuse_partitioned, require_gathered
 
 _READABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _LORA_LINEAR = ("Linear", "Linear8bitLt", "Linear4bit", "TorchaoLoraLinear")  # in peft.tuners.lora, all with get_delta_weight
@@ -36,7 +36,7 @@ class Head(NamedTuple):
     requires_grad: bool
 
 
-def read_head(module: nn.Module, name: str) -> Head:
+def read_head(module: nn.Module, name: str, *, split: bool = False) -> Head:
     """The effective weight and bias of an LM head.
 
     Read are: modules with a floating-point `weight` and perhaps a `bias`; peft's LoRA and DoRA adapters, modules_to_save and
@@ -46,13 +46,14 @@ def read_head(module: nn.Module, name: str) -> Head:
     Args:
         module: what the model's `get_output_embeddings()` gives.
         name: how errors call the model.
+        split: the weight may be a DTensor, which is given as it is.
 
     Raises:
         TypeError: a head of another kind, by its name, and what to do.
         RuntimeError: the head is spread over processes.
     """
     if hasattr(module, "modules_to_save"):  # peft: trained copies beside the original
-        return read_head(_active_copy(module), name)
+        return read_head(_active_copy(module), name, split=split)
     if hasattr(module, "base_layer"):  # peft: an adapter around a layer
         return _read_adapted(module, name)
     offloaded = is_offloaded(module)
@@ -60,7 +61,7 @@ def read_head(module: nn.Module, name: str) -> Head:
         stored, bias = getattr(module, "weight", None), getattr(module, "bias", None)
         if not isinstance(stored, Tensor):
             raise _unreadable(name, module, "no weight")
-        require_gathered(f"the {name}'s head", stored)
+        (refuse_partitioned if split else require_gathered)(f"the {name}'s head", stored)
         weight = _dequantised(module, stored, name)
     if weight.ndim != 2 or weight.dtype not in _READABLE or weight.is_meta:
         raise _unreadable(
@@ -74,6 +75,8 @@ def read_head(module: nn.Module, name: str) -> Head:
 
 def _dequantised(module: nn.Module, stored: Tensor, name: str) -> Tensor:
     """A quantised weight in floating point; any other as it is."""
+    if isinstance(stored, DTensor):
+        return stored
     try:
         if _is_bitsandbytes(stored):
             from transformers.integrations.bitsandbytes import dequantize_bnb_weight

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fdd_kernels.capture import capture_states
 from fdd_kernels.heads import Head, read_head
 from fdd_kernels.offload import device_of
+from fdd_kernels.parallel import refuse_flattened, refuse_partitioned, whole
 
 _REMEDY = (
     "Call fused_fdd_loss yourself with the hidden states (the last one after the final norm) and the head's weight, bias, "
@@ -68,9 +69,10 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The transformers model inside torch.compile, DistributedDataParallel and peft wrappers.
 
     Raises:
-        TypeError: a peft model with virtual tokens, which its base model alone would not see.
+        TypeError: a peft model with virtual tokens, which its base model alone would not see; FSDP1.
     """
     while True:
+        refuse_flattened(model)
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
         elif isinstance(model, nn.parallel.DistributedDataParallel):
@@ -93,14 +95,15 @@ class ModelLens:
     Args:
         model: a transformers causal LM, also wrapped by peft or torch.compile.
         name: how errors call it.
+        split_head: the head may be a DTensor, and so may the logits; every process of its mesh makes the lens.
 
     Raises:
         TypeError: no head that can be read (see `read_head`), backbone or list of blocks is found; says what was looked for.
         ValueError: head, norm, soft cap and scale as found do not reproduce the model's logits; says how far off they are.
     """
 
-    def __init__(self, model: nn.Module, name: str = "model") -> None:
-        self.name, self.model = name, unwrap(model)
+    def __init__(self, model: nn.Module, name: str = "model", *, split_head: bool = False) -> None:
+        self.name, self.model, self.split_head = name, unwrap(model), split_head
         self.head = self._find_head()
         self.backbone = self._find_backbone()
         with _evaluating(self.model), torch.no_grad():
@@ -111,7 +114,7 @@ class ModelLens:
 
     def read_head(self) -> Head:
         """The head's effective weight (V, width) and bias (V,) at this moment; read it once a step, and let it go after."""
-        return read_head(self.head, self.name)
+        return read_head(self.head, self.name, split=self.split_head)
 
     @property
     def weight(self) -> Tensor:
@@ -132,6 +135,7 @@ class ModelLens:
         find = getattr(self.model, "get_output_embeddings", None)
         head = find() if find is not None else None
         weight = getattr(head, "weight", None)
+        refuse_partitioned(f"the {self.name}'s head", weight)
         if head is None or not isinstance(weight, Tensor) or weight.ndim != 2:
             raise TypeError(
                 f"{self.name}: {type(self.model).__name__}.get_output_embeddings() gives {type(head).__name__}, but an LM "
@@ -244,7 +248,7 @@ class ModelLens:
             (read,), final = self.states(self._tokens, (len(self.blocks),))
         for module in tail:
             read = module(read)
-        logits, mine = self._own_logits().float(), self.logits(read).float()
+        logits, mine = whole(self._own_logits()).float(), self.logits(read).float()
         if read.shape != final.shape or logits.shape != mine.shape:
             return f"has shape {tuple(mine.shape)} instead of {tuple(logits.shape)}"
         # Both come from the same rounding steps in the model's dtype, so they agree within a few of its units.
@@ -261,8 +265,8 @@ class ModelLens:
     def logits(self, state: Tensor) -> Tensor:
         """The model's logits of a final state (..., width), dense: for tests and checks, not for training."""
         head = self.read_head()
-        bias = None if head.bias is None else head.bias.to(state)
-        return self.transform(nn.functional.linear(state, head.weight.to(state), bias))
+        bias = None if head.bias is None else whole(head.bias).to(state)
+        return self.transform(nn.functional.linear(state, whole(head.weight).to(state), bias))
 
     def states(
         self,

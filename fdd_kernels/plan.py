@@ -72,6 +72,11 @@ def _require_float(name: str, tensor) -> None:
         raise TypeError(f"{name} is a {describe(tensor)}: pass float32, bfloat16, float16 or float64 (dequantise it first)")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} has layout {tensor.layout}: pass a dense tensor (.to_dense())")
+    if not torch.compiler.is_compiling() and hasattr(tensor, "placements"):  # a DTensor, whose module takes long to import
+        raise TypeError(
+            f"{name} is a DTensor with placements {tensor.placements}: pass all of it (.full_tensor()), or, of heads that are "
+            "split over their rows, this process's rows (.to_local()) together with vocab_group"
+        )
 
 
 def _check_head(side: str, states: tuple[Tensor, ...], weight: Tensor | None, bias: Tensor | None) -> None:

@@ -1,47 +1,21 @@
 """Several gloo processes against one: gradients of data-parallel students, and processes that die."""
 
-import os
-import subprocess
-import sys
-import time
-from pathlib import Path
-
 import pytest
 import torch
-from hf_models import one_thread  # noqa: F401
+from hf_models import one_thread, tiny_model  # noqa: F401
 from parallel_worker import CONFIG, batches, models
+from processes import finish, finish_well, start
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from fdd_kernels import Distiller
 
-TESTS = Path(__file__).parent
-
-
-def start(kind: str, world: int, folder: Path) -> list[subprocess.Popen]:
-    command = [sys.executable, str(TESTS / "parallel_worker.py"), kind]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    return [
-        subprocess.Popen(
-            [*command, str(rank), str(world), str(folder)], cwd=TESTS.parent, env=environment, text=True,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        )
-        for rank in range(world)
-    ]  # fmt: skip
-
-
-def finish(processes: list[subprocess.Popen], seconds: float = 240) -> list[tuple[int, str]]:
-    """Exit status and messages of each process; none is left running."""
-    end = time.monotonic() + seconds
-    try:
-        return [(p.wait(max(1, end - time.monotonic())), p.stderr.read()) for p in processes]
-    finally:
-        for process in processes:
-            process.kill()
+WORKER = "parallel_worker.py"
 
 
 @pytest.mark.parametrize(("kind", "world"), [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp-tied", 2)])
 def test_gradients_equal_those_of_one_process(tmp_path, kind, world):
-    for status, errors in finish(start(kind, world, tmp_path)):
-        assert status == 0, errors[-3000:]
+    finish_well(start(WORKER, kind, world, tmp_path))
     student, teacher = models(tied=kind.endswith("tied"))
     distiller = Distiller(student, teacher, CONFIG)
     parts = batches(world)
@@ -58,7 +32,7 @@ def test_gradients_equal_those_of_one_process(tmp_path, kind, world):
 
 
 def test_a_process_that_is_killed_ends_the_others(tmp_path):
-    (status, errors), (killed, _) = finish(start("killed", 2, tmp_path), seconds=120)
+    (status, errors), (killed, _) = finish(start(WORKER, "killed", 2, tmp_path), seconds=120)
     assert killed == 9
     assert status not in (0, None)
     assert "Error" in errors
@@ -66,6 +40,32 @@ def test_a_process_that_is_killed_ends_the_others(tmp_path):
 
 
 def test_a_head_that_is_spread_over_processes_is_refused(tmp_path):
-    for status, errors in finish(start("sharded-head", 2, tmp_path)):
+    for status, errors in finish(start(WORKER, "sharded-head", 2, tmp_path)):
         assert status != 0
         assert "the teacher's head is a DTensor" in errors
+
+
+def test_fsdp1_is_refused():
+    model = tiny_model("llama", depth=3)
+    flattened = FullyShardedDataParallel.__new__(FullyShardedDataParallel)  # its constructor wants an accelerator
+    nn.Module.__init__(flattened)
+    flattened._fsdp_wrapped_module = model
+    with pytest.raises(TypeError, match=r"FSDP1.*fully_shard"):
+        Distiller(flattened, model)
+    distiller = Distiller(model, model, CONFIG)
+    with pytest.raises(TypeError, match=r"FSDP1.*fully_shard"):
+        distiller(batches(1)[0], student=flattened)
+
+
+def test_a_head_that_zero3_has_partitioned_is_refused():
+    """With the marks that DeepSpeed leaves on such a parameter: `ds_id`, and no elements."""
+    student, teacher = models(tied=False)
+    distiller = Distiller(student, teacher, CONFIG)
+    weight = student.lm_head.weight
+    weight.ds_id, whole = 7, weight.data
+    distiller(batches(1)[0])  # gathered
+    weight.data = torch.empty(0)
+    for use in (lambda: distiller(batches(1)[0]), lambda: Distiller(student, teacher, CONFIG)):
+        with pytest.raises(RuntimeError, match=r"student.*ZeRO-3.*GatheredParameters"):
+            use()
+    weight.data = whole

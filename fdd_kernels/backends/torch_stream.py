@@ -301,20 +301,34 @@ def _block_stats(problem: _Problem, rows) -> tuple[Tensor, Tensor, Tensor]:
         elif of == "student":
             reads[index, VALUE] = of_student.expectation - excess
             reads[index, SLOPE] = reads[index, VALUE] + 1.0
-    second_pass = [i for i, r in enumerate(spec.reads) if _needs_second_pass(r)]
-    if second_pass:
-        for columns in problem.column_tiles():
-            u_s = student.values(student_LrD, student.weight_tile(columns), columns) - pivots[0, ..., None]
-            u_t = teacher.values(teacher_LrD, teacher.weight_tile(columns), columns) - pivots[1, ..., None]
-            for index in second_pass:
-                log_q, log_p = _log_probabilities(spec.reads[index], u_s, u_t, reads[index])
-                divergence = DIVERGENCES[spec.reads[index].divergence]
-                reads[index, VALUE] += divergence.value(log_q, log_p).sum(-1)
-                reads[index, SLOPE] += divergence.slope(log_q, log_p).sum(-1)
+    _second_pass(problem, student_LrD, teacher_LrD, pivots, reads)
     return pivots, reads, moments
 
 
-def _needs_second_pass(read: Read) -> bool:
+def _second_pass(problem: _Problem, student_LrD: Tensor, teacher_LrD: Tensor | None, pivots: Tensor, reads: Tensor) -> None:
+    """Add to `reads` what takes both log-sum-exps, which stand there: of one row block, over every column."""
+    student, teacher, spec = problem.student, problem.teacher, problem.spec
+    indices = [i for i, read in enumerate(spec.reads) if needs_second_pass(read)]
+    for columns in problem.column_tiles() if indices else ():
+        u_s = student.values(student_LrD, student.weight_tile(columns), columns) - pivots[0, ..., None]
+        u_t = teacher.values(teacher_LrD, teacher.weight_tile(columns), columns) - pivots[1, ..., None]
+        for index in indices:
+            log_q, log_p = _log_probabilities(spec.reads[index], u_s, u_t, reads[index])
+            divergence = DIVERGENCES[spec.reads[index].divergence]
+            reads[index, VALUE] += divergence.value(log_q, log_p).sum(-1)
+            reads[index, SLOPE] += divergence.slope(log_q, log_p).sum(-1)
+
+
+def add_second_pass(inputs: LensInputs, spec: LensSpec, pivots: Tensor, reads: Tensor) -> None:
+    """Add VALUE and SLOPE over the given columns to the `reads` that need both log-sum-exps, perhaps of more columns."""
+    problem = _Problem(inputs, spec)
+    for rows, _, _ in problem.row_blocks(problem.tiles.rows):
+        of_block = reads[..., rows].clone()
+        _second_pass(problem, problem.student.rows(rows), problem.teacher.rows(rows), pivots[..., rows], of_block)
+        reads[..., rows] = of_block
+
+
+def needs_second_pass(read: Read) -> bool:
     """Whether the read's divergence is summed with both log-sum-exps known."""
     return read.divergence in DIVERGENCES and DIVERGENCES[read.divergence].expectation_of is None
 
