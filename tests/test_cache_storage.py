@@ -109,7 +109,7 @@ class TestRefusals:
             distiller(more)
 
     def test_something_else_as_a_teacher(self, tmp_path):
-        with pytest.raises(TypeError, match="must be a causal LM or a TeacherCache, got str"):
+        with pytest.raises(TypeError, match="must be a causal LM or a teacher cache, got str"):
             Distiller(student_model(), "teacher")
         with pytest.raises(FileNotFoundError, match="holds no teacher cache"):
             TeacherCache(tmp_path)
