@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fdd_kernels.api import fused_fdd_loss
+from fdd_kernels.compiled import compile_blocks
 from fdd_kernels.config import FDDConfig, FDDLossTerms, LossOptions
 from fdd_kernels.layers import paired_layers
 from fdd_kernels.lens import ModelLens
@@ -22,7 +23,8 @@ class Distiller:
 
     Args:
         student, teacher: transformers causal LMs on one device (also under peft or torch.compile). The teacher is put in
-            evaluation mode and never receives gradient. Neither computes its own logits.
+            evaluation mode and never receives gradient. Neither computes its own logits. Of a model from torch.compile
+            the blocks are compiled, in place, with its options.
         config: layers and loss options; soft caps, logit scales are the models' own unless given there.
 
     Raises:
@@ -55,6 +57,8 @@ class Distiller:
                 f"the student's vocabulary has {vocabularies[0]} entries and the teacher's {vocabularies[1]}: if one is only "
                 f"padded, set FDDConfig(vocab_size=N) with N <= {min(vocabularies)} to compare the first N tokens"
             )
+        compile_blocks(student, self.student.blocks)
+        compile_blocks(teacher, self.teacher.blocks)
         self.options = self._loss_options()
 
     def _loss_options(self) -> LossOptions:
@@ -118,6 +122,8 @@ class Distiller:
         """
         if self.teacher.model.training:
             self.teacher.model.eval()
+        if student is not None:
+            compile_blocks(student, self.student.blocks)
         if teacher_states is None:
             teacher_states = self.teacher_states(batch)
         with inside_forward(self._models[0] if student is None else student, self._loss) as loss:
