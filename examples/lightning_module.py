@@ -26,6 +26,8 @@ def main() -> None:
         max_steps=options.steps,
         accumulate_grad_batches=options.gradient_accumulation,
         gradient_clip_val=1.0,
+        val_check_interval=options.save_steps * options.gradient_accumulation,  # in batches
+        check_val_every_n_epoch=None,
         precision="bf16-mixed" if options.bf16 else "32-true",
         log_every_n_steps=1,
         default_root_dir=options.output,

