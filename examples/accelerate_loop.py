@@ -51,7 +51,11 @@ def evaluate(accelerator: Accelerator, distiller: Distiller, student, windows: l
 
 def main() -> None:
     options = common.parse(__doc__)
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="bf16" if options.bf16 else "no")
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="bf16" if options.bf16 else "no",
+        step_scheduler_with_optimizer=False,  # or it steps once for each process
+    )
     set_seed(options.seed)
     task = common.load(options)
     distiller = Distiller(task.student, task.teacher)  # before the student is sharded
@@ -59,9 +63,9 @@ def main() -> None:
     # Its own generator keeps the loader from drawing the random numbers that dropout draws from.
     loader = DataLoader(task.train, options.batch_size, shuffle=True, collate_fn=pad_windows, drop_last=True,
                         generator=torch.Generator().manual_seed(options.seed))  # fmt: skip
-    student, optimizer, loader = accelerator.prepare(task.student, optimizer, loader)
     scheduler = get_cosine_schedule_with_warmup(optimizer, options.steps // 10, options.steps)
-    accelerator.register_for_checkpointing(scheduler)
+    # Prepared, not registered for checkpointing: what is registered is loaded by running pickled code.
+    student, optimizer, loader, scheduler = accelerator.prepare(task.student, optimizer, loader, scheduler)
     student.train()
 
     parts = options.gradient_accumulation

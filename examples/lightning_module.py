@@ -34,7 +34,13 @@ def main() -> None:
         callbacks=[ModelCheckpoint(options.output, monitor="val_loss", save_last=True), EarlyStopping("val_loss", patience=3)],
     )
     last = options.output / "last.ckpt"
-    trainer.fit(module, loader(task.train, shuffle=True), loader(task.held_out), ckpt_path=last if last.exists() else None)
+    trainer.fit(
+        module,
+        loader(task.train, shuffle=True),
+        loader(task.held_out),
+        ckpt_path=last if last.exists() else None,
+        weights_only=True,
+    )
     if trainer.is_global_zero:
         module.student.save_pretrained(options.output / "student")
         task.tokenizer.save_pretrained(options.output / "student")

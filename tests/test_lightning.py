@@ -109,7 +109,9 @@ def test_a_checkpoint_is_gone_on_from(tmp_path):
     second = module()
     trainer = pl.Trainer(max_epochs=4, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
                          enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path)  # fmt: skip
-    trainer.fit(second, torch.utils.data.DataLoader(batches(), batch_size=None), ckpt_path=tmp_path / "half.ckpt")
+    trainer.fit(
+        second, torch.utils.data.DataLoader(batches(), batch_size=None), ckpt_path=tmp_path / "half.ckpt", weights_only=True
+    )
     assert_same(dict(second.student.named_parameters()), dict(whole.student.named_parameters()), rtol=0, atol=0)
 
 
