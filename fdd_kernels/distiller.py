@@ -8,6 +8,7 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor, nn
 
+from fdd_kernels.compiled import compile_blocks
 from fdd_kernels.config import FDDConfig, FDDLossTerms, LossOptions
 from fdd_kernels.heads import Head
 from fdd_kernels.layers import paired_layers
@@ -23,8 +24,9 @@ class Distiller:
         student, teacher: transformers causal LMs (also under peft or torch.compile), with any head that `read_head` reads.
             The teacher is put in evaluation mode and never receives gradient; it may be on other devices, offloaded by
             accelerate or quantised: its states and head are brought to the student's head for the loss. Neither model
-            computes its own logits, nor blocks after the last state that the loss needs. In place of a teacher stands a
-            `fdd_kernels.teacher_cache.TeacherCache`, whose windows the batches are then made of.
+            computes its own logits, nor blocks after the last state that the loss needs; of a model from torch.compile the
+            blocks are compiled, in place, with its options. In place of a teacher stands a teacher cache
+            (`fdd_kernels.teacher_cache.open_teacher_cache`), whose windows the batches are then made of.
         config: layers and loss options; soft caps, logit scales are the models' own unless given there.
         vocab_group: the process group over which tensor parallelism splits the rows of the heads (DTensors, as
             `parallelize_module` with `ColwiseParallel` makes them). Its processes must see the same batches.
@@ -67,6 +69,7 @@ class Distiller:
                 f"vocab_size={self.config.vocab_size} is larger than a vocabulary (student {vocabularies[0]}, teacher "
                 f"{vocabularies[1]})"
             )
+        compile_blocks(student, self.student.blocks)
         self.options = self._loss_options()
         self._require_trainable(self.student.read_head())
         self.teacher.require(self.config, self.options, self._needed(self.teacher_layers))
@@ -144,6 +147,8 @@ class Distiller:
             RuntimeError: a head is spread over processes where the loss is computed; says what to do.
             ValueError: `teacher_states` lack the final state, which this loss needs.
         """
+        if student is not None:
+            compile_blocks(student, self.student.blocks)
         if teacher_states is None:
             teacher_states = self.teacher_states(batch)
         with inside_forward(self._student if student is None else student, self._loss) as loss:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fdd_kernels.api import fused_fdd_loss
+from fdd_kernels.compiled import compile_blocks
 from fdd_kernels.config import FDDConfig, FDDLossTerms, LossOptions
 from fdd_kernels.lens import LogitTransform, ModelLens
 from fdd_kernels.parallel import inside_forward, own_rows
@@ -127,6 +128,7 @@ class LiveTeacher(TeacherWithHead):
         self._model = model  # as given: perhaps data-parallel
         self.lens = ModelLens(model, "teacher", split_head=split_head)
         model.eval()
+        compile_blocks(model, self.lens.blocks)
         self.depth, self.vocabulary, self.transform = self.lens.depth, self.lens.vocabulary, self.lens.transform
 
     @property

@@ -14,6 +14,7 @@ import peft
 import pytest
 import torch
 from hf_models import one_thread, tiny_config, tiny_model, tiny_tokenizer  # noqa: F401
+from huggingface_hub import ModelCard
 from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -99,6 +100,18 @@ def test_what_a_run_leaves_behind(whole):
         assert path.name != "training_args.bin"
         if path.name in ("optimizer.pt", "scheduler.pt"):
             torch.load(path, weights_only=True)
+
+
+def test_the_student_has_a_model_card(inputs, whole):
+    card = ModelCard.load(whole / "student" / "README.md")
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
+    assert {"fdd", "distillation"} <= set(card.data.tags)
+    held_out = json.loads((whole / "metrics.json").read_text())["held_out"]
+    for text in ("# student distilled from teacher", "data.txt", "learning_rate: 0.003", "num_layers=2",
+                 f"{held_out['trajectory']:.4f} |", f"torch {torch.__version__}"):  # fmt: skip
+        assert text in card.text, text
+    assert str(inputs) not in card.content
+    assert "base_model" not in card.content
 
 
 def test_every_term_is_in_the_history(whole):

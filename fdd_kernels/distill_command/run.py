@@ -17,20 +17,14 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from fdd_kernels.atomic import atomic_directory, clear_unfinished, only_process, remove_directory, write_text
+from fdd_kernels.atomic import atomic_directory, clear_unfinished, only_process, write_text
 from fdd_kernels.backends import resolve_backend
 from fdd_kernels.config import FDDConfig
 from fdd_kernels.data import Windows, pad_windows, read_windows
-from fdd_kernels.distill_command.run_folder import (
-    ADAPTER_FOLDER,
-    METRICS_FILE,
-    STUDENT_FOLDER,
-    DistillOptions,
-    checkpoints,
-    last_checkpoint,
-    settle_run,
-)  # fmt: skip
+from fdd_kernels.distill_command.model_card import model_card
+from fdd_kernels.distill_command.run_folder import ADAPTER_FOLDER, METRICS_FILE, STUDENT_FOLDER, DistillOptions, settle_run
 from fdd_kernels.integrations import FDDTrainer
+from fdd_kernels.integrations.checkpoints import CheckpointError, last_checkpoint
 from fdd_kernels.models import (
     as_user_error,
     computing_dtype,
@@ -108,42 +102,20 @@ def distill(options: DistillOptions, console: Console | None = None) -> dict[str
             console.print(f"going on from {last.name}")
         try:
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        except CheckpointError as error:
+            raise UserError(f"{error.problem}. Make room and run the same command to go on from there") from error
         finally:
             trainer.report.stop()
         return _finish(options, trainer, tokenizer, windows, config, max_length, console)
 
 
 class _ResumableTrainer(FDDTrainer):
-    """Checkpoints appear under their names only when complete and on disk, and hold no pickled objects but tensors."""
-
-    _folder: str | None = None
-
-    def _get_output_dir(self, trial) -> str:
-        return self._folder or super()._get_output_dir(trial)
+    """Its checkpoints hold no pickled objects but tensors."""
 
     def _save(self, output_dir=None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
         # A pickle that nothing here reads: run.json says the same.
         (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
-
-    def _save_checkpoint(self, model, trial) -> None:
-        output = Path(self.args.output_dir)
-        target = output / f"checkpoint-{self.state.global_step}"
-        try:
-            with atomic_directory(target) as folder:
-                self._folder = str(folder.parent)
-                super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            last = last_checkpoint(output)
-            kept = "nothing was saved before" if last is None else f"{last.name} is complete"
-            raise UserError(
-                f"{target} could not be written ({first_line(error)}); {kept}. Make room and run the "
-                "same command to go on from there"
-            ) from error
-        finally:
-            self._folder = None
-        for old in checkpoints(output)[:-KEPT_CHECKPOINTS]:
-            remove_directory(old)
 
 
 class _Report(TrainerCallback):
@@ -223,6 +195,7 @@ def _trainer(options: DistillOptions, student: nn.Module, teacher: nn.Module | T
         eval_on_start=bool(windows.held_out) and last_checkpoint(options.output) is None,
         save_strategy="steps",
         save_steps=options.save_steps,
+        save_total_limit=KEPT_CHECKPOINTS,
         logging_steps=options.log_steps,
         report_to="none",
         disable_tqdm=True,
@@ -274,6 +247,7 @@ def _finish(options: DistillOptions, trainer: _ResumableTrainer, tokenizer, wind
         with atomic_directory(output / STUDENT_FOLDER) as folder:
             student.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
+            model_card(options, trainer.distiller, metrics, _shown_terms(config)).save(folder / "README.md")
         write_text(output / METRICS_FILE, json.dumps(metrics, indent=1) + "\n")
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(

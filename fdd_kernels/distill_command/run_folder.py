@@ -12,6 +12,7 @@ from typing import Any
 from fdd_kernels.atomic import remove_directory, write_text
 from fdd_kernels.config import FDDConfig
 from fdd_kernels.data import data_files, file_digest
+from fdd_kernels.integrations.checkpoints import checkpoints
 from fdd_kernels.models import open_cache
 from fdd_kernels.user_error import UserError
 
@@ -146,13 +147,3 @@ def run_record(options: DistillOptions) -> dict[str, Any]:
             files = sorted(file for file in folder.iterdir() if file.is_file() and not file.name.startswith("."))
             run[role] = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
     return json.loads(json.dumps(run))
-
-
-def checkpoints(output: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    folders = [path for path in output.glob("checkpoint-*") if path.name.split("-")[1].isdigit() and path.is_dir()]
-    return sorted(folders, key=lambda path: int(path.name.split("-")[1]))
-
-
-def last_checkpoint(output: Path) -> Path | None:
-    return next(reversed(checkpoints(output)), None)

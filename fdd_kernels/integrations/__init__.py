@@ -2,7 +2,14 @@
 
 import importlib
 
-_HOME = {"FDDTrainer": "hf_trainer", "FDDTrainerMixin": "hf_trainer", "FDDSFTTrainer": "trl_sft"}
+_HOME = {
+    "FDDTrainer": "hf_trainer",
+    "FDDTrainerMixin": "hf_trainer",
+    "FDDSFTTrainer": "trl_sft",
+    "FDDLightningModule": "lightning_module",
+    "AtomicCheckpoints": "checkpoints",
+    "CheckpointError": "checkpoints",
+}
 __all__ = list(_HOME)
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from huggingface_hub import ModelCard
 from torch import Tensor, nn
 from transformers import Trainer
 
 from fdd_kernels.config import FDDConfig, FDDLossTerms
 from fdd_kernels.distiller import Distiller
+from fdd_kernels.integrations.checkpoints import AtomicCheckpoints
+from fdd_kernels.integrations.model_card import TAGS, distillation_section, model_name
 from fdd_kernels.lens import unwrap
 from fdd_kernels.offload import has_place
 from fdd_kernels.teachers import Teacher
@@ -15,7 +20,7 @@ from fdd_kernels.teachers import Teacher
 TERMS = FDDLossTerms._fields
 
 
-class FDDTrainerMixin:
+class FDDTrainerMixin(AtomicCheckpoints):
     """Puts the FDD loss in the place of the loss of a `transformers.Trainer` or a trainer built on one.
 
     Mix it in first: `class MyTrainer(FDDTrainerMixin, SomeTrainer)`. See `FDDTrainer` for what it adds.
@@ -105,6 +110,16 @@ class FDDTrainerMixin:
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None
 
+    def create_model_card(self, *args, **kwargs) -> None:
+        """As the trainer's own, with a section and tags about the distillation."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            path = Path(self.args.output_dir) / "README.md"
+            card = ModelCard.load(path)
+            card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *TAGS]))
+            card.text += "\n" + distillation_section(self.distiller, model_name(self.teacher))
+            card.save(path)
+
 
 class FDDTrainer(FDDTrainerMixin, Trainer):
     """A `transformers.Trainer` whose loss is Feature Dynamics Distillation from `teacher`.
@@ -120,7 +135,10 @@ class FDDTrainer(FDDTrainerMixin, Trainer):
     `eval_output_kd`, ...: means over all tokens that count). In training the loss is the sum over all tokens that count
     in an optimizer step divided by their number, also under gradient accumulation and data parallelism.
 
+    A checkpoint is there completely or not at all, and only a complete one is gone on from: see `AtomicCheckpoints`.
+
     Raises:
         ValueError: label smoothing, `compute_loss_func` or `compute_metrics` was asked for: they would be ignored.
         TypeError, ValueError: see `Distiller`.
+        CheckpointError: while training, a checkpoint could not be written; those before it are intact.
     """

@@ -1,0 +1,56 @@
+"""README.md of a distilled student."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from fdd_kernels.data import data_files
+from fdd_kernels.distill_command.run_folder import DistillOptions
+from fdd_kernels.distiller import Distiller
+from fdd_kernels.integrations.model_card import TAGS, distillation_section, public_name
+
+_TRAINING = ("epochs", "max_steps", "learning_rate", "batch_size", "gradient_accumulation", "dtype", "seed", "lora_rank")
+
+
+def model_card(options: DistillOptions, distiller: Distiller, metrics: dict[str, Any], terms: list[str]) -> ModelCard:
+    """A card with metadata for the hub; of paths it holds the last part only.
+
+    Args:
+        metrics: what metrics.json will hold.
+        terms: the terms of the loss to show.
+    """
+    student = public_name(options.student)
+    if options.teacher_cache is None:
+        teacher, files = public_name(options.teacher), [file.name for file in data_files(options.data)]
+    else:
+        cached = distiller.teacher.reader.contents
+        teacher = f"a cached {cached['teacher']['class']} of {cached['depth']} blocks"
+        files = [Path(name).name for name in cached["data"] or ()]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=list(TAGS),
+        base_model=None if Path(options.student).exists() else options.student,
+    )
+    lines = [
+        f"# {student} distilled from {teacher}",
+        "",
+        'A causal LM: `AutoModelForCausalLM.from_pretrained("...")` loads it, `AutoTokenizer` its tokenizer.',
+        "",
+        distillation_section(distiller, teacher),
+        "## Training",
+        "",
+        f"- Data: {', '.join(files) or 'not named'}; {metrics['train_windows']} windows of at most "
+        f"{metrics['max_length']} tokens, {metrics['train_tokens']} tokens; {metrics['held_out_windows']} windows held out",
+        f"- Steps: {metrics['steps']}",
+        *(f"- {name}: {getattr(options, name)}" for name in _TRAINING if getattr(options, name) is not None),
+        *(f"- {name} {version}" for name, version in metrics["versions"].items()),
+    ]
+    if metrics["held_out"] is not None:
+        lines += ["", "## On the windows held out", "", "Means over tokens, in nats (derivative: 1 - cosine).", ""]
+        lines += ["| | before | after |", "|---|---|---|"]
+        lines += [f"| {name} | {metrics['held_out_before'][name]:.4f} | {metrics['held_out'][name]:.4f} |" for name in terms]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n")

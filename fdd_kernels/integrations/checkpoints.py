@@ -1,0 +1,146 @@
+"""Checkpoints of a transformers Trainer that are there completely or not at all, also after a kill or a full disk.
+
+Trainer writes a checkpoint file by file under its final name, removes old ones file by file, and resumes from the highest
+number: killed in the middle it may later go on without optimizer state, from other random numbers, or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from pathlib import Path
+
+from safetensors import SafetensorError
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
+
+from fdd_kernels.atomic import UNFINISHED, atomic_directory, clear_unfinished, remove_directory
+
+PREFIX = "checkpoint-"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; `problem` says which, why, and what is left."""
+
+    def __init__(self, problem: str) -> None:
+        self.problem = problem
+        super().__init__(f"{problem}. Make room, then train(resume_from_checkpoint=True) goes on from the last complete one")
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The folders checkpoint-N of a run, by step."""
+    folders = [path for path in run.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit() and path.is_dir()]
+    return sorted(folders, key=lambda path: int(path.name.removeprefix(PREFIX)))
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    return next(reversed(checkpoints(run)), None)
+
+
+class AtomicCheckpoints:
+    """Mixed into a `transformers.Trainer` it writes and removes checkpoints at once and resumes from complete ones only."""
+
+    # Where Trainer finds the run's folder while a checkpoint is being written.
+    _writing: Path | None = None
+
+    def _get_output_dir(self, trial) -> str:
+        return super()._get_output_dir(trial) if self._writing is None else str(self._writing)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Write checkpoint-N beside its place and move it there; then remove those that save_total_limit leaves out.
+
+        Raises:
+            CheckpointError: it could not be written; those before it are intact.
+        """
+        run = Path(self._get_output_dir(trial))
+        target = run / f"{PREFIX}{self.state.global_step}"
+        folder = run / UNFINISHED / target.name
+        try:
+            # One process makes the folder and moves it (with save_on_each_node one on each node); all write into it.
+            with atomic_directory(target) if self.args.should_save else contextlib.nullcontext():
+                self.accelerator.wait_for_everyone()
+                self._writing = folder.parent
+                super()._save_checkpoint(model, trial)
+                if self.args.should_save:
+                    self._name_best_checkpoint(target)
+                    self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+                self.accelerator.wait_for_everyone()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            last = last_checkpoint(run)
+            kept = "nothing was saved before" if last is None else f"{last.name} is complete"
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise CheckpointError(f"{target} could not be written ({reason}); {kept}") from error
+        finally:
+            self._writing = None
+        if self.args.should_save:
+            self._rotate(run)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(target))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._writing is None:  # uploads go on in the background: not from a folder that will move
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _name_best_checkpoint(self, target: Path) -> None:
+        """The best checkpoint under the name that it will have, where Trainer looked for it in the unfinished folder."""
+        if self.state.best_global_step:
+            best = target.with_name(f"{PREFIX}{self.state.best_global_step}")
+            if best == target or best.is_dir():
+                self.state.best_model_checkpoint = str(best)
+
+    def _rotate(self, run: Path) -> None:
+        """Remove the oldest checkpoints beyond save_total_limit, as Trainer does: never the newest or the best."""
+        limit = self.args.save_total_limit
+        if limit is None or limit <= 0:
+            return
+        saved = sorted(checkpoints(run), key=lambda path: path.stat().st_mtime_ns)  # a resumed run may count lower
+        kept = {saved[-1], Path(self.state.best_model_checkpoint or saved[-1])}
+        excess = len(saved) - max(limit, len(kept))
+        for old in [path for path in saved if path not in kept][: max(excess, 0)]:
+            remove_directory(old)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """As `transformers.Trainer.train`, but only a complete checkpoint is gone on from.
+
+        Raises:
+            ValueError: the checkpoint that was named lacks files; or, with True, there is no complete one.
+        """
+        run = Path(self.args.output_dir)
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = self._last_complete(run)
+        elif resume_from_checkpoint and (missing := self._missing(Path(resume_from_checkpoint))):
+            raise ValueError(
+                f"resume_from_checkpoint={str(resume_from_checkpoint)!r} lacks {', '.join(missing)}: it was not written "
+                "completely, or with save_only_model. Give another checkpoint, or True for the last complete one"
+            )
+        if self.args.should_save:
+            clear_unfinished(run)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_batch_samples(self, *args, **kwargs):
+        """The micro-batches of the next step; none for a run that was resumed at its end, where Trainer would take one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(*args, **kwargs)
+
+    def _last_complete(self, run: Path) -> str:
+        saved = checkpoints(run)
+        for folder in reversed(saved):
+            missing = self._missing(folder)
+            if not missing:
+                return str(folder)
+            warnings.warn(f"{folder} lacks {', '.join(missing)}: it is not complete and is left out", stacklevel=4)
+        raise ValueError(
+            f"resume_from_checkpoint=True, but output_dir={str(run)!r} holds no complete checkpoint (of {len(saved)})"
+        )
+
+    def _missing(self, folder: Path) -> list[str]:
+        """What a checkpoint lacks of what training goes on from; without it Trainer would silently start that part anew."""
+        missing = [] if any(folder.glob("rng_state*.pth")) else ["rng_state.pth"]
+        names = [TRAINER_STATE_NAME]
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # those have formats of their own
+            names += [OPTIMIZER_NAME, SCHEDULER_NAME]
+            if not (any(folder.glob("**/*model*.safetensors")) or any(folder.glob("**/*model*.bin"))):
+                missing.append("weights")
+        return missing + [name for name in names if not (folder / name).is_file()]

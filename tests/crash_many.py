@@ -1,0 +1,211 @@
+"""Kills FDDTrainer and `fdd-kernels distill` with SIGKILL at random moments and checks what they leave behind each time.
+
+    python tests/crash_many.py --kills 60
+
+After every kill each checkpoint that is there must load and hold, bit for bit, the weights that a run without kills had at
+that step; and a run that was killed a few times must end with the weights of the one that was not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from hf_models import tiny_model, tiny_tokenizer
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from fdd_kernels import FDDConfig
+from fdd_kernels.data import pad_windows
+from fdd_kernels.distill_command import run as distill_run
+from fdd_kernels.distill_command.run_folder import DistillOptions
+from fdd_kernels.integrations import FDDTrainer
+from fdd_kernels.integrations.checkpoints import checkpoints
+
+STEPS = 12
+
+
+def windows(count: int = 24) -> list[dict[str, list[int]]]:
+    draw = random.Random(0)
+    rows = [[draw.randrange(1, 97) for _ in range(draw.randrange(5, 14))] for _ in range(count)]
+    return [{"input_ids": row, "attention_mask": [1] * len(row), "labels": row} for row in rows]
+
+
+def lora_student() -> torch.nn.Module:
+    lora = LoraConfig(r=4, lora_dropout=0.2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    set_seed(1)
+    return get_peft_model(tiny_model("llama", depth=3, seed=1), lora)
+
+
+def train(folder: Path, keep_all: bool = False) -> None:
+    """LoRA with dropout, accumulation over micro-batches of unequal length, evaluation, the best student at the end."""
+    data = windows()
+    trainer = FDDTrainer(
+        model=lora_student(),
+        teacher=tiny_model("gpt2", depth=3, seed=2),
+        fdd_config=FDDConfig(num_layers=2),
+        args=TrainingArguments(
+            output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+            learning_rate=3e-2, save_strategy="steps", save_steps=2, save_total_limit=None if keep_all else 2,
+            eval_strategy="steps", eval_steps=2, load_best_model_at_end=True, metric_for_best_model="eval_trajectory",
+            greater_is_better=False, logging_steps=1, report_to="none", use_cpu=True, disable_tqdm=True, seed=3,
+        ),
+        train_dataset=data[:20],
+        eval_dataset=data[20:],
+        data_collator=pad_windows,
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(folder) is not None)
+    trainer.save_model(str(folder / "student"))
+    best = {"best": trainer.state.best_global_step, "metric": trainer.state.best_metric}
+    (folder / "result.json").write_text(json.dumps([best, *trainer.state.log_history[:-1]]))
+
+
+def command(folder: Path, keep_all: bool = False) -> None:
+    """The same through the command."""
+    distill_run.KEPT_CHECKPOINTS = None if keep_all else 2
+    metrics = distill_run.distill(
+        DistillOptions(
+            teacher=str(folder.parent / "models/teacher"), student=str(folder.parent / "models/student"),
+            data=folder.parent / "models/data.txt", output=folder, config=FDDConfig(num_layers=2), max_steps=STEPS,
+            learning_rate=3e-3, batch_size=2, gradient_accumulation=2, max_length=24, eval_fraction=0.2, save_steps=2,
+            log_steps=1, dtype="float32", lora_rank=2,
+        )
+    )  # fmt: skip
+    (folder / "result.json").write_text(json.dumps(metrics["history"][:-1]))
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """What a checkpoint or a student's folder holds, in one dictionary."""
+    return {f"{file.name}:{name}": t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+def result(folder: Path) -> list[dict]:
+    timed = ("runtime", "per_second")
+    logs = json.loads((folder / "result.json").read_text())
+    return [{key: value for key, value in log.items() if not any(word in key for word in timed)} for log in logs]
+
+
+def require_same(found: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
+    assert found, f"{what}: no weights"
+    assert found.keys() == expected.keys(), f"{what}: other tensors"
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), f"{what}: {name} differs"
+
+
+def in_child(run: Callable[[Path], None], folder: Path) -> int:
+    """Start `run(folder)` in a process of its own, its output in folder.log; the process id."""
+    sys.stdout.flush()
+    if (pid := os.fork()) == 0:
+        status = 1
+        try:
+            log = os.open(folder.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            run(folder)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+    return pid
+
+
+def finish(pid: int, folder: Path) -> None:
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status == 0, f"{folder} ended with {status}:\n{folder.with_suffix('.log').read_text()[-3000:]}"
+
+
+def killed(pid: int, seconds: float) -> bool:
+    """Kill the process after so long; False if it had come to its end."""
+    time.sleep(seconds)
+    if os.waitpid(pid, os.WNOHANG)[0]:
+        return False
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return True
+
+
+def check_checkpoints(folder: Path, reference: dict[str, dict[str, Tensor]]) -> int:
+    """Every checkpoint loads, without pickle, and holds the reference's weights; how many there are."""
+    saved = checkpoints(folder)
+    for checkpoint in saved:
+        json.loads((checkpoint / "trainer_state.json").read_text())
+        for name in ("optimizer.pt", "scheduler.pt"):
+            torch.load(checkpoint / name, weights_only=True)
+        assert (checkpoint / "rng_state.pth").stat().st_size > 5000
+        require_same(weights(checkpoint), reference[checkpoint.name], str(checkpoint))
+    return len(saved)
+
+
+def crash(run: Callable, base: Path, kills: int, draw: random.Random) -> str:
+    """`kills` kills of `run`, over several runs."""
+    whole = base / f"{run.__name__}-whole"
+    whole.mkdir()
+    start = time.monotonic()
+    finish(in_child(lambda folder: run(folder, keep_all=True), whole), whole)
+    seconds = time.monotonic() - start
+    reference = {checkpoint.name: weights(checkpoint) for checkpoint in checkpoints(whole)}
+    assert len(reference) == STEPS // 2, sorted(reference)
+    done = runs = resumed = amid = 0
+    while done < kills:
+        folder = base / f"{run.__name__}-{runs}"
+        folder.mkdir()
+        for _ in range(draw.randrange(1, 6)):
+            pid = in_child(run, folder)
+            if not killed(pid, draw.uniform(0.1, 1.0) * seconds):
+                break
+            done += 1
+            amid += (folder / ".unfinished").exists()
+            resumed += bool(check_checkpoints(folder, reference))
+            if done == kills:
+                break
+        finish(in_child(run, folder), folder)
+        require_same(weights(folder / "student"), weights(whole / "student"), f"{folder}/student")
+        for logged, expected in itertools.zip_longest(result(folder), result(whole)):
+            assert logged == expected, f"{folder}: logged {logged}, not {expected}"
+        assert not (folder / ".unfinished").exists()
+        check_checkpoints(folder, reference)
+        shutil.rmtree(folder)
+        runs += 1
+    return (
+        f"{run.__name__}: {done} kills in {runs} runs of {seconds:.1f} s, {amid} of them while a folder was being written "
+        f"or removed, {resumed} with a checkpoint to go on from; all checkpoints and all results equal bit for bit"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50, help="of each of the two (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments; where they fall depends on the machine too")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        base = Path(name)
+        tokenizer = tiny_tokenizer()
+        for role, family, seed in (("teacher", "gpt2", 2), ("student", "llama", 1)):
+            tiny_model(family, depth=3, vocab_size=len(tokenizer), seed=seed).save_pretrained(base / "models" / role)
+            tokenizer.save_pretrained(base / "models" / role)
+        (base / "models/data.txt").write_text("one and two is three, the word and a " * 40)
+        for run in (train, command):
+            print(crash(run, base, options.kills, random.Random(options.seed)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""FDDLightningModule: what it optimises, logs and saves, in one process and in two."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hf_models import one_thread, tiny_model  # noqa: F401
+
+pl = pytest.importorskip("lightning.pytorch")
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint  # noqa: E402
+from lightning.pytorch.loggers import TensorBoardLogger  # noqa: E402
+from lightning_worker import CONFIG, batches, fit, module  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+from fdd_kernels import Distiller  # noqa: E402
+
+TESTS = Path(__file__).parent
+TERMS = ("loss", "output_kd", "trajectory", "derivative", "ce")
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # of Lightning, about workers and loggers
+
+
+def expected(parts: int, clip: float | None = None) -> dict[str, torch.Tensor]:
+    """Plain gradient descent on the mean over all tokens of each group of micro-batches."""
+    student = tiny_model("llama", depth=3, seed=1).train()
+    distiller, data = Distiller(student, tiny_model("gpt2", depth=3, seed=2), CONFIG), batches()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
+    for first in range(0, len(data), parts):
+        group = data[first : first + parts]
+        items = sum(distiller.count_positions(batch) for batch in group)
+        for batch in group:
+            distiller(batch, num_items_in_batch=items).loss.backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(student.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return dict(student.named_parameters())
+
+
+def assert_same(found, wanted, **tolerance):
+    for name, parameter in wanted.items():
+        torch.testing.assert_close(found[name], parameter.detach(), **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize(("parts", "clip"), [(1, None), (4, None), (4, 0.05)])
+def test_a_step_is_the_mean_over_all_its_tokens(tmp_path, parts, clip):
+    """Also in the last step of an epoch, which has fewer micro-batches, and before gradients are clipped."""
+    model = module()
+    fit(model, tmp_path, accumulate_grad_batches=parts, gradient_clip_val=clip)
+    start = tiny_model("llama", depth=3, seed=1)
+    assert float((model.student.lm_head.weight - start.lm_head.weight).abs().max()) > 1e-3
+    assert_same(dict(model.student.named_parameters()), expected(parts, clip), rtol=1e-4, atol=2e-6)
+
+
+def test_two_processes_equal_one(tmp_path):
+    """DistributedDataParallel as Lightning's own strategy wraps it; accumulation over 2 x 2, the last step over 1 x 2."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
+    found = subprocess.run(
+        [sys.executable, str(TESTS / "lightning_worker.py"), str(tmp_path), "2"], cwd=TESTS.parent, env=environment,
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr[-3000:]
+    student = load_file(tmp_path / "student.safetensors")
+    assert_same(student, expected(4), rtol=1e-4, atol=2e-6)
+    # Evaluated: the mean over the tokens of both processes, of the student at the end.
+    model, teacher = tiny_model("llama", depth=3, seed=1), tiny_model("gpt2", depth=3, seed=2)
+    model.load_state_dict(student)
+    distiller, data, metrics = Distiller(model, teacher, CONFIG), batches()[1:4], load_file(tmp_path / "metrics.safetensors")
+    counts = torch.tensor([float(distiller.count_positions(batch)) for batch in data])
+    with torch.no_grad():
+        for name in TERMS:
+            values = torch.stack([getattr(distiller(batch), name) for batch in data])
+            assert float(metrics[f"val_{name}"]) == pytest.approx(float((values * counts).sum() / counts.sum()), rel=1e-4)
+
+
+def test_logs_checkpoints_and_stops_early(tmp_path):
+    model = module()
+    model._optimizer = lambda p: torch.optim.SGD(p, lr=200.0)  # ruins the student: it only gets worse
+    best = ModelCheckpoint(tmp_path / "saved", monitor="val_loss")
+    trainer = fit(
+        model, tmp_path, held_out=batches()[:3], max_epochs=8, enable_checkpointing=True, log_every_n_steps=1,
+        callbacks=[EarlyStopping("val_loss", patience=2), best], logger=TensorBoardLogger(tmp_path, version=0),
+    )  # fmt: skip
+    assert trainer.current_epoch < 7
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(trainer.logger.log_dir).Reload()
+    assert len(events.Scalars("train_trajectory")) == trainer.global_step
+    assert {f"{stage}_{name}" for stage in ("train", "val") for name in TERMS} <= set(events.Tags()["scalars"])
+    # The first step's terms are those of the Distiller.
+    fresh = Distiller(tiny_model("llama", depth=3, seed=1), tiny_model("gpt2", depth=3, seed=2), CONFIG)
+    for name in TERMS:
+        first = events.Scalars(f"train_{name}")[0].value
+        assert first == pytest.approx(float(getattr(fresh(batches()[0]), name).detach()), rel=1e-5)
+    # A checkpoint holds the student alone and loads without pickle.
+    state = torch.load(best.best_model_path, weights_only=True)["state_dict"]
+    assert {name.split(".")[0] for name in state} == {"student"}
+    assert len(state) == len(model.student.state_dict())
+
+
+def test_a_checkpoint_is_gone_on_from(tmp_path):
+    whole = module()
+    fit(whole, tmp_path, max_epochs=4)
+    first = module()
+    fit(first, tmp_path, max_epochs=2).save_checkpoint(tmp_path / "half.ckpt", weights_only=False)
+    second = module()
+    trainer = pl.Trainer(max_epochs=4, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+                         enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path)  # fmt: skip
+    trainer.fit(
+        second, torch.utils.data.DataLoader(batches(), batch_size=None), ckpt_path=tmp_path / "half.ckpt", weights_only=True
+    )
+    assert_same(dict(second.student.named_parameters()), dict(whole.student.named_parameters()), rtol=0, atol=0)
+
+
+def test_the_teacher_is_no_part_of_the_module(tmp_path):
+    model = module()
+    teacher = {name: p.clone() for name, p in model.distiller.teacher.model.named_parameters()}
+    assert {name.split(".")[0] for name, _ in model.named_parameters()} == {"student"}
+    assert {name.split(".")[0] for name in model.state_dict()} == {"student"}
+    model.train()
+    assert not model.distiller.teacher.model.training
+    fit(model, tmp_path)
+    assert model.student.training
+    assert all(torch.equal(p, teacher[name]) for name, p in model.distiller.teacher.model.named_parameters())
+    model.student.save_pretrained(tmp_path / "student")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert_same(dict(loaded.named_parameters()), dict(model.student.named_parameters()), rtol=0, atol=0)
+
+
+def test_bfloat16_is_that_of_the_trainer(tmp_path):
+    model, seen = module(), []
+    model.student.model.layers[0].mlp.register_forward_hook(lambda _m, _a, output: seen.append(output.dtype))
+    model.distiller.teacher.model.transformer.h[0].mlp.register_forward_hook(lambda _m, _a, out: seen.append(out.dtype))
+    fit(model, tmp_path, precision="bf16-mixed", limit_train_batches=1)
+    assert set(seen) == {torch.bfloat16}
+
+
+def test_other_strategies_are_refused():
+    class FSDPStrategy:
+        pass
+
+    class Trainer:
+        strategy = FSDPStrategy()
+
+    model = module()
+    model._trainer = Trainer()
+    with pytest.raises(ValueError, match=r"strategy=FSDPStrategy.*DDPStrategy"):
+        model.setup("fit")
