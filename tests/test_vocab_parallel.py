@@ -161,7 +161,7 @@ EVERYWHERE = {
 
 def test_split_heads_without_their_group_and_whole_heads_that_train_are_refused(results):
     for refused in [result["distillers"]["refused"] for result in results]:
-        assert refused["no vocab_group"].startswith("RuntimeError: student: the LM head's weight is a DTensor")
+        assert refused["no vocab_group"].startswith("RuntimeError: the student's head is a DTensor")
         assert "vocab_group=group" in refused["no vocab_group"]
         assert refused["whole head"].startswith("RuntimeError: the student's head is whole on every process")
 
