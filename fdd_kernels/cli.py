@@ -132,6 +132,13 @@ def _add_cache_teacher(commands) -> None:
     cache.add_argument("--teacher", metavar="DIR_OR_NAME", help="a transformers causal LM")
     cache.add_argument("--data", type=Path, metavar="PATH", help=".txt, .jsonl, or a directory of them")
     cache.add_argument("--output", required=True, type=Path, metavar="DIR", help="the cache")
+    cache.add_argument("--kind", metavar="NAME", help="states, or statistics for the frozen head of --student (states)")
+    cache.add_argument("--student", metavar="DIR_OR_NAME", help="for statistics: whose head")
+    for flag in ("temperature", "output-temperature"):
+        cache.add_argument(f"--{flag}", type=float, metavar="X", help=f"for statistics: {_NUMBERS[flag]}")
+    cache.add_argument("--output-in-dynamics", action=argparse.BooleanOptionalAction, help="for statistics: "
+                       + _SWITCHES["output-in-dynamics"])  # fmt: skip
+    cache.add_argument("--vocab-size", type=int, metavar="N", help=f"for statistics: {_INTEGERS['vocab-size']}")
     cache.add_argument("--num-layers", type=int, metavar="N", help=f"{_INTEGERS['num-layers']} (4)")
     cache.add_argument("--layer-grid", metavar="NAME", help=_WORDS["layer-grid"])
     cache.add_argument("--teacher-layers", type=_layers, metavar="N,N", help="these layers instead, as in 4,8,12")

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fdd_kernels.config import FDDConfig
-from fdd_kernels.teacher_cache import TeacherCache
+from fdd_kernels.teacher_cache import WindowCache, open_teacher_cache
 from fdd_kernels.user_error import UserError
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
@@ -93,14 +93,14 @@ def load_tokenizer(teacher: str, student: str | None = None):
     return ours
 
 
-def open_cache(path: Path) -> TeacherCache:
+def open_cache(path: Path) -> WindowCache:
     """A complete teacher cache.
 
     Raises:
         UserError: there is none, it is not complete, or damaged; says why in one line.
     """
     with as_user_error("the cache cannot be used"):
-        return TeacherCache(path)
+        return open_teacher_cache(path)
 
 
 def embeddings(model: nn.Module) -> int:

@@ -38,7 +38,7 @@ from fdd_kernels.models import (
     window_length,
     with_lora,
 )  # fmt: skip
-from fdd_kernels.teacher_cache import TeacherCache
+from fdd_kernels.teacher_cache import WindowCache
 from fdd_kernels.user_error import UserError
 from fdd_kernels.version import __version__
 
@@ -84,7 +84,7 @@ def distill(options: DistillOptions, console: Console | None = None) -> dict[str
             teacher = load_model(options.teacher, "teacher").to(dtype).requires_grad_(False)
         transformers.set_seed(options.seed)
         student, initialised = load_student(options.student)
-        if isinstance(teacher, TeacherCache):
+        if isinstance(teacher, WindowCache):
             rows, windows = teacher.vocabulary, teacher.windows
             max_length = window_length(teacher.max_length, student=student)
         else:
@@ -172,7 +172,7 @@ def _shown_terms(config: FDDConfig) -> list[str]:
     return [name for name, weight in zip(_TERMS, weights) if weight]
 
 
-def _trainer(options: DistillOptions, student: nn.Module, teacher: nn.Module | TeacherCache, config: FDDConfig,
+def _trainer(options: DistillOptions, student: nn.Module, teacher: nn.Module | WindowCache, config: FDDConfig,
              windows: Windows, dtype: torch.dtype, device: torch.device, console: Console) -> _ResumableTrainer:  # fmt: skip
     steps_an_epoch = math.ceil(len(windows.train) / (options.batch_size * options.gradient_accumulation))
     steps = options.max_steps or math.ceil(options.epochs * steps_an_epoch)

@@ -127,7 +127,7 @@ class FDDTrainer(FDDTrainerMixin, Trainer):
     Args:
         *args, **kwargs: as for `transformers.Trainer`; `model` is the student. Only the student is saved.
         teacher: a transformers causal LM; put in evaluation mode, never trained, and moved to the student's device unless it
-            has a place of its own (loaded with a device_map, offloaded by accelerate, quantised). Or a `TeacherCache`, with
+            has a place of its own (loaded with a device_map, offloaded by accelerate, quantised). Or a teacher cache, with
             `train_dataset=cache.dataset("train")` and `data_collator=fdd_kernels.data.pad_windows`.
         fdd_config: layers and loss options.
 

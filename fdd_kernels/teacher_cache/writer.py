@@ -153,8 +153,18 @@ def write_teacher_cache(
     return TeacherCache(folder)
 
 
-def write_cache(folder: Path, quantity: CachedQuantity, windows: Windows, *, batch_size: int, shard_size: int, tokenizer,
-                data: dict[str, str] | None, resume: bool, advance: Callable[[int, int], None]) -> None:  # fmt: skip
+def write_cache(
+    folder: Path,
+    quantity: CachedQuantity,
+    windows: Windows,
+    *,
+    batch_size: int = 8,
+    shard_size: int = SHARD_SIZE,
+    tokenizer=None,
+    data: dict[str, str] | None = None,
+    resume: bool = True,
+    advance: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
     """The same for any kind of cache; see `write_teacher_cache`."""
     for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
         if value < 1:
