@@ -83,9 +83,9 @@ def refuse_partitioned(name: str, parameter) -> None:
     """
     if hasattr(parameter, "ds_id") and parameter.numel() == 0:
         raise RuntimeError(
-            f"{name} is partitioned by DeepSpeed ZeRO-3, and none of it is here: make the Distiller and call it inside "
-            "`deepspeed.zero.GatheredParameters([student_head.weight, teacher_head.weight])` with a head that is not trained "
-            "(FDDConfig(train_head=False)), or use ZeRO stage 2 or FSDP2"
+            f"{name} is partitioned by DeepSpeed ZeRO-3, and none of it is here: make the Distiller before "
+            "deepspeed.initialize, and keep the partitioned heads gathered for both passes: `with "
+            "deepspeed.zero.GatheredParameters([head.weight]): terms = distiller(...); engine.backward(terms.loss)`"
         )
 
 

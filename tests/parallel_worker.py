@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from hf_models import tiny_batch, tiny_model
 from torch.distributed.device_mesh import init_device_mesh
@@ -28,11 +29,47 @@ def batches(world: int) -> list[dict]:
     return found
 
 
+def zero_step(stage: int, rank: int, world: int, student, distiller: Distiller, batch: dict, items: torch.Tensor) -> dict:
+    """The loss and the gradients of a step with DeepSpeed, told from what plain descent at a rate of 1 changes."""
+    os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    import deepspeed
+
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    deepspeed.init_distributed("gloo")
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "optimizer": {"type": "SGD", "params": {"lr": 1.0}},
+    }
+    engine, *_ = deepspeed.initialize(model=student, model_parameters=student.parameters(), config=config)
+    if stage == 3:
+        with pytest.raises(RuntimeError, match="ZeRO-3"):
+            distiller(batch, student=engine)
+    with deepspeed.zero.GatheredParameters([student.lm_head.weight], enabled=stage == 3):
+        loss = distiller(batch, num_items_in_batch=items / world, student=engine).loss
+        engine.backward(loss)
+    engine.step()
+    loss = loss.detach() / world
+    torch.distributed.all_reduce(loss)
+    with deepspeed.zero.GatheredParameters(list(student.parameters()), enabled=stage == 3):
+        return {"loss": loss, "gradients": {name: before[name] - p.detach() for name, p in student.named_parameters()}}
+
+
 def main(kind: str, rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     student, teacher = models(tied=kind.endswith("tied"))
     distiller = Distiller(student, teacher, CONFIG)
+    if kind.startswith("zero"):
+        batch = batches(world)[rank]
+        items = distiller.count_positions(batch)
+        torch.distributed.all_reduce(items)
+        found = zero_step(int(kind.removeprefix("zero")), rank, world, student, distiller, batch, items)
+        if rank == 0:
+            torch.save(found, folder / "found.pt")
+        return
     if kind.startswith("fsdp"):
         mesh = init_device_mesh("cpu", (world,))
         for block in distiller.student.blocks:

@@ -1,5 +1,7 @@
 """Several gloo processes against one: gradients of data-parallel students, and processes that die."""
 
+import importlib.util
+
 import pytest
 import torch
 from hf_models import one_thread, tiny_model  # noqa: F401
@@ -13,8 +15,10 @@ from fdd_kernels import Distiller
 WORKER = "parallel_worker.py"
 
 
-@pytest.mark.parametrize(("kind", "world"), [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp-tied", 2)])
+@pytest.mark.parametrize(("kind", "world"), [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("fsdp-tied", 2), ("zero2", 2), ("zero3", 2)])
 def test_gradients_equal_those_of_one_process(tmp_path, kind, world):
+    if kind.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
     finish_well(start(WORKER, kind, world, tmp_path))
     student, teacher = models(tied=kind.endswith("tied"))
     distiller = Distiller(student, teacher, CONFIG)
