@@ -135,7 +135,9 @@ def finish(pid: int, folder: Path) -> None:
 def killed(pid: int, seconds: float) -> bool:
     """Kill the process after so long; False if it had come to its end."""
     time.sleep(seconds)
-    if os.waitpid(pid, os.WNOHANG)[0]:
+    ended, status = os.waitpid(pid, os.WNOHANG)
+    if ended:
+        assert status == 0, f"a run ended with {os.waitstatus_to_exitcode(status)}"
         return False
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
@@ -158,19 +160,20 @@ def crash(run: Callable, base: Path, kills: int, draw: random.Random) -> str:
     """`kills` kills of `run`, over several runs."""
     whole = base / f"{run.__name__}-whole"
     whole.mkdir()
-    start = time.monotonic()
     finish(in_child(lambda folder: run(folder, keep_all=True), whole), whole)
-    seconds = time.monotonic() - start
     reference = {checkpoint.name: weights(checkpoint) for checkpoint in checkpoints(whole)}
     assert len(reference) == STEPS // 2, sorted(reference)
     done = runs = resumed = amid = 0
+    seconds = 4.0  # at most this long until a kill: about as long as a run takes, and less if runs come to their end before
     while done < kills:
         folder = base / f"{run.__name__}-{runs}"
         folder.mkdir()
         for _ in range(draw.randrange(1, 6)):
             pid = in_child(run, folder)
-            if not killed(pid, draw.uniform(0.1, 1.0) * seconds):
+            if not killed(pid, draw.uniform(0, seconds)):
+                seconds *= 0.8
                 break
+            seconds *= 1.02
             done += 1
             amid += (folder / ".unfinished").exists()
             resumed += bool(check_checkpoints(folder, reference))
@@ -185,7 +188,7 @@ def crash(run: Callable, base: Path, kills: int, draw: random.Random) -> str:
         shutil.rmtree(folder)
         runs += 1
     return (
-        f"{run.__name__}: {done} kills in {runs} runs of {seconds:.1f} s, {amid} of them while a folder was being written "
+        f"{run.__name__}: {done} kills in {runs} runs, {amid} of them while a folder was being written "
         f"or removed, {resumed} with a checkpoint to go on from; all checkpoints and all results equal bit for bit"
     )
 
@@ -194,6 +197,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50, help="of each of the two (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments; where they fall depends on the machine too")
+    parser.add_argument("--only", choices=("train", "command"), help="one of the two")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:
@@ -203,7 +207,7 @@ def main() -> None:
             tiny_model(family, depth=3, vocab_size=len(tokenizer), seed=seed).save_pretrained(base / "models" / role)
             tokenizer.save_pretrained(base / "models" / role)
         (base / "models/data.txt").write_text("one and two is three, the word and a " * 40)
-        for run in (train, command):
+        for run in [function for function in (train, command) if options.only in (None, function.__name__)]:
             print(crash(run, base, options.kills, random.Random(options.seed)))
 
 
