@@ -8,8 +8,9 @@
   divided among the processes; efficiency is the time of one process over the number of processes times theirs.
 
 One process outside of any group (plain) may keep values between the passes; a group, also of one process, does not.
-Processes that share a core, or the machine's memory bandwidth, cannot be twice as fast: with more processes than cores the
-figures say what the exchange costs, not how the method scales. Not part of any suite.
+Processes that share a core, or the machine's memory bandwidth, cannot be twice as fast: with more processes than cores
+elapsed seconds say little. Processor seconds do not count waiting for the others, nor other users of the machine: their
+efficiency says how much work the split adds. Not part of any suite.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -38,17 +38,17 @@ from fdd_kernels.testing import Problem
 VOCABULARY, SEQUENCE, BATCH = 8192, 64, 4
 
 
-def seconds_of(step: Callable[[], None], repeats: int) -> float:
-    """Median after one warm-up, the processes started together every time: the slowest process's."""
+def seconds_of(step: Callable[[], None], repeats: int) -> list[float]:
+    """Seconds and processor seconds, each of the slowest process, the processes started together; the best after a warm-up."""
     found = []
     for _ in range(repeats + 1):
         dist.barrier()
-        start = time.perf_counter()
+        start = time.perf_counter(), time.process_time()
         step()
-        slowest = torch.tensor(time.perf_counter() - start)
+        slowest = torch.tensor([time.perf_counter() - start[0], time.process_time() - start[1]])
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        found.append(float(slowest))
-    return statistics.median(found[1:])
+        found.append(slowest)
+    return torch.stack(found[1:]).amin(0).tolist()
 
 
 def _model(width: int, depth: int) -> torch.nn.Module:
@@ -111,8 +111,8 @@ def work(rank: int, world: int, rows: int, repeats: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-def measure(world: int, rows: int, repeats: int) -> dict[str, float]:
-    """Seconds by name with `world` processes."""
+def measure(world: int, rows: int, repeats: int) -> dict[str, list[float]]:
+    """Seconds and processor seconds by name with `world` processes."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     with tempfile.TemporaryDirectory() as folder:
         numbers = ["--world", str(world), "--rows", str(rows), "--repeats", str(repeats), "--folder", folder]
@@ -142,17 +142,17 @@ def main() -> None:
         work(arguments.rank, arguments.world, arguments.rows, arguments.repeats, arguments.folder)
         return
     found = {world: measure(world, arguments.rows, arguments.repeats) for world in sorted({1, *arguments.worlds})}
-    print(f"{len(os.sched_getaffinity(0))} cores, one thread a process; median of {arguments.repeats}")
-    print(f"vocabulary: {arguments.rows} tokens, float32, GPT-2's head and GPT-2 XL's, trainable")
-    print(f"{'processes':>9} {'DDP step':>10} {'efficiency':>10} {'vocabulary':>11} {'efficiency':>10} {'plain':>8}")
-    one = found[1]
-    for world, seconds in found.items():
-        step, split = seconds["DDP step"], seconds["vocabulary"]
-        plain = f"{seconds['vocabulary, plain']:.2f} s" if world == 1 else ""
-        print(
-            f"{world:>9} {step:>8.2f} s {one['DDP step'] / step:>10.0%} {split:>9.2f} s "
-            f"{one['vocabulary'] / split / world:>10.0%} {plain:>8}"
-        )
+    print(
+        f"{len(os.sched_getaffinity(0))} cores, one thread a process, best of {arguments.repeats}; vocabulary: "
+        f"{arguments.rows} tokens, float32, GPT-2's head and GPT-2 XL's, trainable\n"
+    )
+    print("| processes | what | seconds | efficiency | processor seconds | efficiency |\n|---|---|---|---|---|---|")
+    for world, of_world in found.items():
+        for name, seconds in of_world.items():
+            parts = 1 if name == "DDP step" else world  # into which the work of one process is divided
+            efficiencies = [f"{a / b / parts:.0%}" for a, b in zip(found[1][name], seconds)]
+            columns = [f"{value:.2f} | {efficiency}" for value, efficiency in zip(seconds, efficiencies)]
+            print(f"| {world} | {name} | {' | '.join(columns)} |")
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 

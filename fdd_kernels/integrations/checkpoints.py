@@ -119,7 +119,7 @@ class AtomicCheckpoints:
 
     def get_batch_samples(self, *args, **kwargs):
         """The micro-batches of the next step; none for a run that was resumed at its end, where Trainer would take one more."""
-        if self.state.global_step >= self.state.max_steps:
+        if self.is_in_train and self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return [], None
         return super().get_batch_samples(*args, **kwargs)
