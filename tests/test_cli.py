@@ -99,16 +99,27 @@ def test_cache_teacher_passes_its_options_on(monkeypatch):
     assert main(needed) == 0
     assert calls.pop() == command.CacheOptions(teacher="t", data=Path("d.txt"), output=Path("o"))
     values = {
-        "num_layers": 3, "layer_grid": "linspace", "teacher_layers": (2, 4), "apply_final_norm": False, "dtype": "int8",
-        "teacher_dtype": "bfloat16", "max_length": 64, "batch_size": 2, "eval_fraction": 0.1, "seed": 5,
+        "kind": "states", "num_layers": 3, "layer_grid": "linspace", "teacher_layers": (2, 4), "apply_final_norm": False,
+        "dtype": "int8", "teacher_dtype": "bfloat16", "max_length": 64, "batch_size": 2, "eval_fraction": 0.1, "seed": 5,
         "shard_size": 3 * 2**20, "resume": False, "verify": True,
     }  # fmt: skip
-    assert values.keys() | {"teacher", "data", "output"} == {f.name for f in fields(command.CacheOptions)}
+    of_statistics = {
+        "kind": "statistics", "student": "s", "temperature": 2.0, "output_temperature": 3.0, "output_in_dynamics": True,
+        "vocab_size": 100,
+    }  # fmt: skip
+    known = {f.name for f in fields(command.CacheOptions)}
+    assert values.keys() | of_statistics.keys() | {"teacher", "data", "output"} == known
     flags = [*needed, "--no-apply-final-norm", "--no-resume", "--verify", "--shard-size", "3MiB", "--teacher-layers", "2,4"]
-    for name in ("num_layers", "layer_grid", "dtype", "teacher_dtype", "max_length", "batch_size", "eval_fraction", "seed"):
+    for name in ("kind", "num_layers", "layer_grid", "dtype", "teacher_dtype", "max_length", "batch_size", "eval_fraction",
+                 "seed"):  # fmt: skip
         flags += [f"--{name.replace('_', '-')}", str(values[name])]
     assert main(flags) == 0
     assert calls.pop() == command.CacheOptions(teacher="t", data=Path("d.txt"), output=Path("o"), **values)
+    flags = [*needed, "--output-in-dynamics"]
+    for name in ("kind", "student", "temperature", "output_temperature", "vocab_size"):
+        flags += [f"--{name.replace('_', '-')}", str(of_statistics[name])]
+    assert main(flags) == 0
+    assert calls.pop() == command.CacheOptions(teacher="t", data=Path("d.txt"), output=Path("o"), **of_statistics)
 
 
 VALUES = {

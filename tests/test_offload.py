@@ -59,7 +59,7 @@ class TestEarlyStop:
         expected = whole(batch)
         with torch.no_grad():
             logits = theirs(**tiny_batch(labels=False)).logits
-        calls = count_calls(stopping.teacher.blocks)
+        calls = count_calls(stopping.teacher.lens.blocks)
         terms = stopping(batch)
         assert calls == [1] * 6 + [0] * 2
         for name in ("trajectory", "derivative", "ce"):
@@ -78,7 +78,7 @@ class TestEarlyStop:
     def test_as_many_blocks_run_as_the_loss_needs(self, options, runs):
         student, teacher = models()
         distiller = Distiller(student, teacher, FDDConfig(**{"num_layers": 3, **options}))
-        calls = count_calls(distiller.teacher.blocks)
+        calls = count_calls(distiller.teacher.lens.blocks)
         assert distiller(tiny_batch()).loss.isfinite()
         assert calls == [1] * runs + [0] * (8 - runs)
 
@@ -160,7 +160,7 @@ def test_an_offloaded_teacher_gives_the_same_step(tmp_path, kind, config):
     assert "lm_head.weight" in away
     assert "model.layers.7.mlp.up_proj.weight" in away
     distiller = Distiller(student, teacher, config)
-    assert distiller.teacher.read_head().storage == "offloaded"
+    assert distiller.teacher.lens.read_head().storage == "offloaded"
     for _ in range(2):
         found = distiller(tiny_batch())
         torch.testing.assert_close(torch.stack(found), torch.stack(terms), rtol=0, atol=0)
@@ -190,7 +190,7 @@ def test_a_stop_sends_the_weights_of_the_modules_around_it_out_again():
     accelerate.cpu_offload(teacher, execution_device=torch.device("cpu"))
     distiller = Distiller(student, teacher, DYNAMICS)
     seen = []
-    distiller.teacher.blocks[5].register_forward_hook(lambda *_: seen.append(teacher.model.own.is_meta))
+    distiller.teacher.lens.blocks[5].register_forward_hook(lambda *_: seen.append(teacher.model.own.is_meta))
     torch.testing.assert_close(torch.stack(distiller(tiny_batch())), torch.stack(expected), rtol=0, atol=0)
     assert seen == [False]
     assert on_meta(teacher) == {name for name, _ in teacher.named_parameters()}
@@ -251,7 +251,7 @@ class TestMemory:
         def count(*_):
             alive.append(sum(reference() is not None for reference in raw))
 
-        for block in distiller.teacher.blocks:
+        for block in distiller.teacher.lens.blocks:
             block.register_forward_hook(keep)
             block.register_forward_pre_hook(count)
         states = distiller.teacher_states(tiny_batch())
