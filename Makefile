@@ -15,7 +15,7 @@ demo: $(BUILT)
 	$(BIN)/fdd-kernels demo
 
 test: $(BUILT)
-	$(BIN)/python -m pytest
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # The quick benchmark suite; the machine should have nothing else to do.
 bench: $(BUILT)
