@@ -91,13 +91,13 @@ class Workload:
 FEATURES = (("trajectory", "mse"), ("derivative", "mse"), ("output_in_dynamics", True))
 SOFTCAP = (("student_softcap", 30.0), ("teacher_softcap", 30.0))
 
-GPT2 = Workload("gpt2", "GPT-2 from GPT-2 XL, the FDD paper's pair", 512, 50257, 768, 1600)
-TINYLLAMA = Workload("tinyllama", "TinyLlama 1.1B from Llama-2 13B", 256, 32000, 2048, 5120)
-QWEN = Workload("qwen", "Qwen2.5 0.5B from 7B", 128, 151936, 896, 3584)
-GEMMA = Workload("gemma", "Gemma-like: V=262144, both logits soft-capped at 30", 64, 262144, 1152, 2304, options=SOFTCAP)
-FEATURE = Workload("feature", "feature space through a learned projection, MSE of states and deltas", 4096, 4096, 2048, 4096,
+GPT2 = Workload("gpt2", "GPT-2 from GPT-2 XL, the FDD paper's pair", 256, 50257, 768, 1600)
+TINYLLAMA = Workload("tinyllama", "TinyLlama 1.1B from Llama-2 13B", 128, 32000, 2048, 5120)
+QWEN = Workload("qwen", "Qwen2.5 0.5B from 7B", 64, 151936, 896, 3584)
+GEMMA = Workload("gemma", "Gemma-like: V=262144, both logits soft-capped at 30", 32, 262144, 1152, 2304, options=SOFTCAP)
+FEATURE = Workload("feature", "feature space through a learned projection, MSE of states and deltas", 2048, 4096, 2048, 4096,
                    options=FEATURES, feature_space=True)  # fmt: skip
-KD = Workload("kd", "plain output distillation of GPT-2 from GPT-2 XL, L=1", 1024, 50257, 768, 1600, layers=1)
+KD = Workload("kd", "plain output distillation of GPT-2 from GPT-2 XL, L=1", 512, 50257, 768, 1600, layers=1)
 
 OURS = ("cpu", "triton")
 BASELINES = ("dense", "torch", "cpu", "triton")
@@ -124,7 +124,7 @@ def _quick() -> list[Workload]:
 
 
 def _full() -> list[Workload]:
-    pairs = [GPT2, replace(GPT2, name="gpt2-bf16", dtype="bfloat16"), TINYLLAMA, QWEN, GEMMA, FEATURE, KD]
+    pairs = [GPT2, replace(GPT2, name="gpt2-bf16", dtype="bfloat16", rows=128), TINYLLAMA, QWEN, GEMMA, FEATURE, KD]
     base = replace(GPT2, rows=256, group="scaling", providers=BASELINES, measures=("time", "memory"))
     sweeps = [replace(base, name=f"rows-{n}", sweep="rows", rows=n) for n in (64, 128, 256, 512)]
     sweeps += [replace(base, name=f"columns-{n}", sweep="columns", columns=n) for n in (8192, 16384, 32768, 65536)]
