@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from processes import show_stack_when_asked
+from processes import leave, show_stack_when_asked
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -285,3 +285,4 @@ def main(kind: str, rank: int, world: int, folder: Path) -> None:
 if __name__ == "__main__":
     show_stack_when_asked()
     main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    leave()
