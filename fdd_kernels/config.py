@@ -89,6 +89,16 @@ class LossOptions:
         _require_choice("reduction", self.reduction, REDUCTIONS)
         _require_choice("backend", self.backend, BACKENDS)
 
+    @property
+    def compares_dynamics(self) -> bool:
+        """Whether the loss looks at the sampled layers."""
+        return bool(self.alpha or self.beta)
+
+    @property
+    def compares_output(self) -> bool:
+        """Whether the loss looks at the teacher's final state."""
+        return bool(self.output_kd_weight or (self.output_in_dynamics and self.compares_dynamics))
+
 
 @dataclass(frozen=True)
 class FDDConfig(LossOptions):

@@ -76,12 +76,7 @@ class Distiller:
 
     def _needed(self, layers: tuple[int, ...]) -> tuple[int, ...]:
         """The sampled layers that the loss looks at."""
-        return layers if self.config.alpha or self.config.beta else ()
-
-    @property
-    def _compares_output(self) -> bool:
-        """Whether the loss looks at the teacher's final state."""
-        return bool(self.options.output_kd_weight or (self.options.output_in_dynamics and self._needed((0,))))
+        return layers if self.config.compares_dynamics else ()
 
     def _loss_options(self) -> LossOptions:
         """The config's loss options with soft caps and scales taken from the models where it leaves them open."""
@@ -118,7 +113,7 @@ class Distiller:
         """
         return self.teacher.states(
             batch, self._needed(self.teacher_layers), apply_final_norm=self.config.apply_final_norm,
-            final=self._compares_output,
+            final=self.options.compares_output,
         )  # fmt: skip
 
     def __call__(
@@ -155,7 +150,7 @@ class Distiller:
             return loss(batch, teacher_states, num_items_in_batch)
 
     def _loss(self, batch: Mapping[str, Tensor], teacher_states: TeacherStates, num_items_in_batch) -> FDDLossTerms:
-        final = self._compares_output or bool(self.options.ce_weight)
+        final = self.options.compares_output or bool(self.options.ce_weight)
         layers, norm = self._needed(self.student_layers), self.config.apply_final_norm
         states = model_states(self.student, batch, layers, apply_final_norm=norm, final=final)
         weight, bias, *_ = self.student.read_head()

@@ -199,9 +199,9 @@ class _Block:
             shift = largest.clamp(min=torch.finfo(z.dtype).min)  # finite while every column so far is excluded
             scale, weights = (self.largest[i] - shift).exp(), (z - shift).exp()
             self.largest[i] = largest
-            of_bias = 0.0 if bias is None else torch.where(weights > 0, weights * bias, 0.0).sum(-1)
             of_z = torch.where(weights > 0, weights * z, 0.0).sum(-1)
-            self.sums[i] = self.sums[i] * scale[:, 0] + torch.stack([weights.sum(-1), of_z, of_z * 0 + of_bias])
+            of_bias = torch.zeros_like(of_z) if bias is None else torch.where(weights > 0, weights * bias, 0.0).sum(-1)
+            self.sums[i] = self.sums[i] * scale[:, 0] + torch.stack([weights.sum(-1), of_z, of_bias])
             self.expectations[i] = torch.addmm(self.expectations[i] * scale, weights, head_cD)
         live, centred_cD = self.live[tile], head_cD - self.head_mean
         added = live.sum()

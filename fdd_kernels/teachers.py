@@ -94,8 +94,7 @@ class TeacherWithHead(Teacher):
         num_items_in_batch: Tensor | float | None, vocab_group,
     ) -> FDDLossTerms:  # fmt: skip
         states = states[-len(student.states) :]
-        in_dynamics = options.output_in_dynamics and (options.alpha or options.beta)
-        if states[-1] is None and (options.output_kd_weight or in_dynamics):
+        if states[-1] is None and options.compares_output:
             raise ValueError(
                 "teacher_states has no final state, which output_kd_weight or output_in_dynamics asks for: take the "
                 "teacher_states of this distiller, or of one whose loss needs the final state too"

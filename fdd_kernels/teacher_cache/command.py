@@ -124,11 +124,10 @@ def cache_teacher(options: CacheOptions, console: Console | None = None) -> Wind
     except OSError as error:
         raise UserError(f"{output}: cannot be made a directory: {error.strerror}") from None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(options.teacher)
+    tokenizer = load_tokenizer(options.teacher, options.student)
     teacher = load_model(options.teacher, "teacher").to(computing_dtype(options.teacher_dtype, device)).requires_grad_(False)
     student = None
     if options.student is not None:
-        tokenizer = load_tokenizer(options.teacher, options.student)
         student = load_student(options.student)[0].to(teacher.dtype).requires_grad_(False)
     max_length = window_length(options.max_length, teacher=teacher, **{} if student is None else {"student": student})
     windows = read_windows(options.data, tokenizer, console, max_length=max_length, eval_fraction=options.eval_fraction,

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from fdd_kernels.config import FDDConfig, FDDLossTerms, LossOptions
 from fdd_kernels.data import Windows
-from fdd_kernels.layers import require_layers
 from fdd_kernels.lens import ModelLens
 from fdd_kernels.teacher_cache.cache import WindowCache
 from fdd_kernels.teacher_cache.index import ArraySpec
-from fdd_kernels.teacher_cache.writer import CachedQuantity, describe_model, write_cache
+from fdd_kernels.teacher_cache.writer import OfLayers, write_cache
 from fdd_kernels.teacher_statistics import StatisticsLoss, check_options, statistics_widths, teacher_statistics
 from fdd_kernels.teachers import LiveTeacher, StudentSide
 
@@ -37,7 +36,7 @@ def head_digest(weight: Tensor, bias: Tensor | None) -> str:
     return digest.hexdigest()
 
 
-class TeacherStatistics(CachedQuantity):
+class TeacherStatistics(OfLayers):
     """What the loss of one student head needs of a teacher, and nothing of the teacher's width.
 
     Args:
@@ -54,8 +53,7 @@ class TeacherStatistics(CachedQuantity):
 
     def __init__(self, teacher: LiveTeacher, layers: Sequence[int], *, apply_final_norm: bool, student: ModelLens,
                  options: LossOptions) -> None:  # fmt: skip
-        self.teacher, self.layers, self.apply_final_norm = teacher, tuple(layers), apply_final_norm
-        require_layers("layers", self.layers, teacher.depth)
+        super().__init__(teacher, layers, apply_final_norm)
         self.options = replace(
             options, student_softcap=student.transform.softcap, student_logit_scale=student.transform.scale,
             teacher_softcap=teacher.transform.softcap, teacher_logit_scale=teacher.transform.scale,
@@ -71,14 +69,7 @@ class TeacherStatistics(CachedQuantity):
         self.dtype = torch.float32
         widths = statistics_widths(self.options, len(self.layers) + 1, self.weight.shape[1])
         self.arrays = {name: ArraySpec(width, "float32") for name, width in widths.items()}
-        self.contents = {
-            "layers": list(self.layers),
-            "depth": teacher.depth,
-            "apply_final_norm": apply_final_norm,
-            "vocab_size": teacher.vocabulary,
-            "softcap": teacher.transform.softcap,
-            "logit_scale": teacher.transform.scale,
-            "teacher": describe_model(teacher.model),
+        self.contents = self.about_the_teacher() | {
             "student_head": head_digest(self.weight, self.bias),
             "options": {name: getattr(options, name) for name in _FIXED},
         }
@@ -100,7 +91,7 @@ def write_statistics_cache(folder: str | Path, teacher: nn.Module, student: nn.M
     Args:
         teacher, student: transformers causal LMs; the teacher where it is to run.
         layers, apply_final_norm, options: see `TeacherStatistics`.
-        **storage: batch_size, shard_size, tokenizer, data, resume, advance; as for `write_teacher_cache`.
+        **storage: batch_size, shard_size, tokenizer, data, resume, advance; see `write_cache`.
 
     Raises:
         as `write_teacher_cache` and `TeacherStatistics`.

@@ -47,7 +47,31 @@ class CachedQuantity(ABC):
         """Rows (n, width) of every array at `places`, indices into the flattened (batch, sequence)."""
 
 
-class TeacherStates(CachedQuantity):
+class OfLayers(CachedQuantity):
+    """What is stored of a teacher's sampled layers and its final state, of whatever kind.
+
+    Raises:
+        ValueError: layers that the model does not have.
+    """
+
+    def __init__(self, teacher: LiveTeacher, layers: Sequence[int], apply_final_norm: bool) -> None:
+        self.teacher, self.layers, self.apply_final_norm = teacher, tuple(layers), apply_final_norm
+        require_layers("layers", self.layers, teacher.depth)
+
+    def about_the_teacher(self) -> dict[str, Any]:
+        """What every kind says of the teacher in `contents`; reads all of its weights."""
+        return {
+            "layers": list(self.layers),
+            "depth": self.teacher.depth,
+            "apply_final_norm": self.apply_final_norm,
+            "vocab_size": self.teacher.vocabulary,
+            "softcap": self.teacher.transform.softcap,
+            "logit_scale": self.teacher.transform.scale,
+            "teacher": describe_model(self.teacher.model),
+        }
+
+
+class TeacherStates(OfLayers):
     """The hidden states of sampled layers and the final one, ready for the head, and the head.
 
     Args:
@@ -62,23 +86,13 @@ class TeacherStates(CachedQuantity):
     kind = KIND
 
     def __init__(self, teacher: LiveTeacher, layers: Sequence[int], *, apply_final_norm: bool, codec: str) -> None:
-        self.teacher, self.layers, self.apply_final_norm = teacher, tuple(layers), apply_final_norm
-        require_layers("layers", self.layers, teacher.depth)
+        super().__init__(teacher, layers, apply_final_norm)
         if codec not in CODECS:
             raise ValueError(f"codec={codec!r} is not one of {', '.join(map(repr, CODECS))}")
         weight, bias = teacher.head()
         self.arrays = {name: ArraySpec(weight.shape[1], codec) for name in (*map(layer_name, self.layers), FINAL)}
         self.dtype = weight.dtype
-        self.contents = {
-            "layers": list(self.layers),
-            "depth": teacher.depth,
-            "apply_final_norm": apply_final_norm,
-            "vocab_size": len(weight),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "softcap": teacher.transform.softcap,
-            "logit_scale": teacher.transform.scale,
-            "teacher": describe_model(teacher.model),
-        }
+        self.contents = self.about_the_teacher() | {"dtype": str(self.dtype).removeprefix("torch.")}
         head = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
         self.once = {"head": {name: tensor.cpu().contiguous() for name, tensor in head.items()}}
 
@@ -119,12 +133,7 @@ def write_teacher_cache(
     layers: Sequence[int],
     apply_final_norm: bool = True,
     codec: str = "bfloat16",
-    batch_size: int = 8,
-    shard_size: int = SHARD_SIZE,
-    tokenizer=None,
-    data: dict[str, str] | None = None,
-    resume: bool = True,
-    advance: Callable[[int, int], None] = lambda done, total: None,
+    **storage,
 ) -> TeacherCache:
     """Run a teacher over windows and store its states; goes on with a cache of the same contents that was interrupted.
 
@@ -134,12 +143,7 @@ def write_teacher_cache(
         windows: unpadded, with labels that are -100 where there is nothing to learn; only positions before a label are
             stored.
         layers, apply_final_norm, codec: see `TeacherStates`.
-        batch_size: windows that the teacher reads at a time.
-        shard_size: bytes of a shard at most; memory for one is needed.
-        tokenizer: kept beside the states, for whoever trains from them.
-        data: what else tells these windows from others, such as names and digests of files.
-        resume: False removes the cache in `folder` and starts again.
-        advance: called with the number of windows that are done and of all.
+        **storage: batch_size, shard_size, tokenizer, data, resume, advance; see `write_cache`.
 
     Raises:
         ValueError: see `TeacherStates`, `pack_windows`, `CacheWriter`; states that are not finite.
@@ -147,9 +151,7 @@ def write_teacher_cache(
         OSError, safetensors.SafetensorError: it could not be written; whole shards are kept for the next call.
     """
     quantity = TeacherStates(LiveTeacher(teacher), layers, apply_final_norm=apply_final_norm, codec=codec)
-    folder = Path(folder)
-    write_cache(folder, quantity, windows, batch_size=batch_size, shard_size=shard_size, tokenizer=tokenizer, data=data,
-                resume=resume, advance=advance)  # fmt: skip
+    write_cache(Path(folder), quantity, windows, **storage)
     return TeacherCache(folder)
 
 
@@ -165,7 +167,16 @@ def write_cache(
     resume: bool = True,
     advance: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """The same for any kind of cache; see `write_teacher_cache`."""
+    """The same for any kind of cache; see `write_teacher_cache`.
+
+    Args:
+        batch_size: windows that the teacher reads at a time.
+        shard_size: bytes of a shard at most; memory for one is needed.
+        tokenizer: kept beside the rows, for whoever trains from them.
+        data: what else tells these windows from others, such as names and digests of files.
+        resume: False removes the cache in `folder` and starts again.
+        advance: called with the number of windows that are done and of all.
+    """
     for name, value in (("batch_size", batch_size), ("shard_size", shard_size)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
