@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import signal
+import time
 
 import pytest
 import torch
@@ -321,15 +322,24 @@ def test_others_may_read_a_cache_as_they_may_read_other_files(windows, tmp_path)
 
 
 def test_kills_at_random_moments(windows, caches, tmp_path):
+    """Moments of a whole write's duration, as it was seen here: on a fast machine fixed ones would come after its end."""
     teacher, whole, generator = teacher_model(), digests(caches["float32"].path), random.Random(0)
-    killed = 0
-    for attempt in range(6):
-        process = multiprocessing.get_context("fork").Process(target=write, args=(tmp_path / str(attempt), windows, teacher))
+
+    def write_until(folder, seconds):
+        process = multiprocessing.get_context("fork").Process(target=write, args=(folder, windows, teacher))
+        began = time.perf_counter()
         process.start()
-        process.join(generator.uniform(0.02, 0.3))
+        process.join(seconds)
         process.kill()
         process.join()
-        killed += process.exitcode == -signal.SIGKILL
+        return process.exitcode, time.perf_counter() - began
+
+    status, duration = write_until(tmp_path / "whole", None)
+    assert status == 0
+    killed = 0
+    for attempt in range(6):
+        status, _ = write_until(tmp_path / str(attempt), generator.uniform(0, duration))
+        killed += status == -signal.SIGKILL
         unusable_or_whole(tmp_path / str(attempt), whole)
         assert digests(write(tmp_path / str(attempt), windows, teacher).path) == whole
     assert killed > 0
