@@ -24,9 +24,9 @@ _COLUMNS = [c for c in summary.COLUMNS if c != "workload"]
 _EXPLAIN = (
     "Times are medians of interleaved rounds after a warm-up; spread is the smallest and largest. x products is the time "
     "over that of the matrix products that cannot be avoided, timed in the same run. Memory is the peak beyond the inputs in "
-    "a fresh process, the gradients included; predicted is what the planner says, with how far it is off. Errors are "
-    "against float64, of the worst row: absolute for the value, relative for the gradient of the hidden states. A provider "
-    "whose answer is wrong has no figures."
+    "a fresh process, the gradients included, without what an allocator keeps of freed memory; predicted is what the planner "
+    "says, with how far it is off. Errors are against float64, of the worst row: absolute for the value, relative for the "
+    "gradient of the hidden states. A provider whose answer is wrong has no figures."
 )
 _TITLES = {
     "time": "Time", "memory": "Memory", "scaling": "Growth", "flatness": "Memory against rows", "accuracy": "Accuracy",

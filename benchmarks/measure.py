@@ -139,7 +139,8 @@ def measure_memory(workload: Workload, provider: Provider, device: torch.device,
     """Peak memory of one forward and backward pass beyond the inputs, in a process that has done nothing else.
 
     A call of tiny shape comes first, so that libraries, their code and their threads do not count. On a CPU the peak is
-    that of resident memory; the gradients, which the caller keeps, are part of it and also given alone.
+    that of resident memory, in a process whose allocator keeps nothing that is freed (`runner.RETURN_FREED_MEMORY`); the
+    gradients, which the caller keeps, are part of it and also given alone.
     """
     width = min(workload.teacher_width, 64)
     tiny = replace(

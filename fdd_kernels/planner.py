@@ -1,11 +1,10 @@
 """How much memory the loss and a training step around it will take, from shapes alone. Needs no model and no transformers.
 
-The loss: gradients it returns, plus buffers whose sizes follow from the byte budgets of the backends, plus constants. For
-"cpu" the buffers are those that the code allocates. For "torch" the number of tiles, and for the dense loss the number of
-(rows x columns) tensors, were fitted to measured peaks, not derived. Known limits: a measured peak of "torch" varies by
-some 10% from run to run, since the allocator keeps freed tiles; and the dense figure holds where one (rows x columns)
-tensor has at least 32 MiB, below which the allocator keeps what is freed and up to 1.7 times as much was measured.
-`python -m benchmarks` prints how far every prediction of a run is off.
+The loss: gradients it returns, plus buffers whose sizes follow from the byte budgets of the backends, plus constants. The
+buffers of "cpu" are those that the code allocates, of "torch" and the dense loss those that are alive at its peak. What an
+allocator keeps of freed memory comes on top: with glibc's defaults up to 1.7 times as much resident memory was measured
+where one (rows x columns) tensor of the dense loss has less than 32 MiB. `python -m benchmarks` prints how far every
+prediction of a run is off.
 """
 
 from __future__ import annotations
@@ -19,9 +18,10 @@ from fdd_kernels.spec import MOMENT_STATS, READ_STATS
 
 MIB, GIB = 2**20, 2**30
 FLOAT = 4
-RUNTIME_BYTES = {"cpu": 2 * MIB, "torch": 2 * MIB, "dense": 2 * MIB}  # generated code, thread stacks, allocator
-# Fitted: tiles of one layer that the torch backend holds, for each layer, for temporaries, and for those of moments.
-TORCH_LAYER_TILES, TORCH_TILES, TORCH_MOMENT_TILES = 5, 10, 6
+RUNTIME_BYTES = {"cpu": 2 * MIB, "torch": 6 * MIB, "dense": 4 * MIB}  # generated code, buffers of the matrix library
+# Tiles of one layer that the torch backend holds while it forms gradients: for each layer (the student's values before and
+# after the pivot, the teacher's, their gradient, and that of the tile before), for a read's temporaries, for a moment's.
+TORCH_LAYER_TILES, TORCH_READ_TILES, TORCH_MOMENT_TILES = 5, 6, 4
 
 
 @dataclass(frozen=True)
@@ -148,11 +148,11 @@ def _torch(shape: LossShape, device: str) -> dict[str, int]:
     converted = width + (0 if shape.feature_space else shape.teacher_width) if narrow else 0
     head_sum = FLOAT * shape.columns * width
     several = narrow and shape.train_head and rows > resident
-    count = TORCH_LAYER_TILES * layers + TORCH_TILES + (TORCH_MOMENT_TILES if plan.spec.moments else 0)
+    count = TORCH_LAYER_TILES * layers + TORCH_READ_TILES + (TORCH_MOMENT_TILES if plan.spec.moments else 0)
     return {
         "sums of hidden gradients": FLOAT * layers * resident * width,
         "sum of the head's gradient": head_sum if several and head_sum <= torch_stream.ACCUMULATOR_BYTES else 0,
-        "operands": FLOAT * layers * block * (3 * width + 2 * shape.teacher_width)
+        "operands": FLOAT * layers * block * (width + shape.teacher_width)
         + FLOAT * tiles.columns * ((width if shape.train_head else 0) + converted),
         "tiles": FLOAT * block * tiles.columns * count,
         "statistics": _statistics(plan, rows),
@@ -165,17 +165,18 @@ def dense_tensors(shape: LossShape) -> int:
     layers = len(plan.layers)
     if shape.feature_space:
         return 3 * layers + 1
-    return (5 * layers - 1 if plan.derivative else 4 * layers) + (layers if shape.softcap else 0)
+    return (5 * layers - 1 if plan.derivative else 2 * layers + 3) + (layers if shape.softcap else 0)
 
 
 def _dense(shape: LossShape) -> dict[str, int]:
-    """The larger of two moments: all layers' logits are there; or, later, few of them and the head's gradient as the sum so
-    far, one layer's, and their new sum."""
+    """The larger of two moments: all layers' logits are there, but no gradient; or, later, few of them and the head's
+    gradient as the sum so far, one layer's, and their new sum."""
     tensor, layers = FLOAT * shape.rows * shape.columns, len(shape.plan().layers)
-    head = _gradients(shape)["gradient of the head"]
-    early = dense_tensors(shape) * tensor
-    late = 2 * (layers - 2) * tensor + 3 * head if layers > 1 else tensor + head
-    return {"logits and what is made of them": max(early, late) - head}
+    gradients = _gradients(shape)
+    head = gradients["gradient of the head"]
+    early = dense_tensors(shape) * tensor - sum(gradients.values())
+    late = 2 * (layers - 2) * tensor + 2 * head if layers > 1 else tensor
+    return {"logits and what is made of them": max(early, late, 0)}
 
 
 def loss_memory(shape: LossShape, provider: str, *, threads: int = 1, device: str = "cpu") -> LossMemory | None:
