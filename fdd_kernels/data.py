@@ -287,10 +287,12 @@ def read_windows(path: Path, tokenizer, console: Console, *, max_length: int, ev
 
 
 def pad_windows(windows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
-    """A batch (rows, longest window), padded on the right; padding is neither attended nor learned.
+    """A batch (rows, longest window), padded on the right; padding is neither attended nor learned. A window without
+    `attention_mask` is attended throughout.
 
     Numbers beside the windows, such as a teacher cache's `teacher_index`, become a tensor (rows,).
     """
+    windows = [{"attention_mask": [1] * len(window["input_ids"])} | dict(window) for window in windows]
     longest = max(len(window["input_ids"]) for window in windows)
     fill = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
     batch = {

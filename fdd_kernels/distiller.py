@@ -14,6 +14,7 @@ from fdd_kernels.heads import Head
 from fdd_kernels.layers import paired_layers
 from fdd_kernels.lens import ModelLens
 from fdd_kernels.parallel import inside_forward, own_rows
+from fdd_kernels.positions import counted_positions
 from fdd_kernels.teachers import StudentSide, Teacher, TeacherStates, as_teacher, model_states
 
 
@@ -97,12 +98,7 @@ class Distiller:
 
     def count_positions(self, batch: Mapping[str, Tensor]) -> Tensor:
         """How many positions of a batch the loss counts, an int64 scalar: the divisor of its mean."""
-        labels, attention = batch.get("labels"), batch.get("attention_mask")
-        if labels is not None:
-            return (labels[..., 1:] != self.config.ignore_index).sum()
-        if attention is not None:
-            return (attention != 0).sum()
-        return torch.tensor(next(value.shape[0] * value.shape[1] for value in batch.values()))
+        return counted_positions(batch, self.config.ignore_index).sum()
 
     def teacher_states(self, batch: Mapping[str, Tensor]) -> TeacherStates:
         """The teacher's sampled states and its final state, ready for its head: L tensors (batch, sequence, Dt).
@@ -127,9 +123,10 @@ class Distiller:
         """The loss of one batch.
 
         Args:
-            batch: input_ids and attention_mask (batch, sequence), and whatever else both models take. With labels, as a
-                causal LM takes them (unshifted, -100 where there is nothing to learn), the state at position t counts
-                where labels[t + 1] is not -100; without labels every attended position counts.
+            batch: input_ids and attention_mask (batch, sequence), and whatever else both models take (position_ids where
+                padding is on the left). With labels, as a causal LM takes them (unshifted, -100 where there is nothing to
+                learn), the state at position t counts where labels[t + 1] is not -100 and attention_mask[t] not 0;
+                without labels every attended position counts. An attention_mask of another shape says nothing of padding.
             num_items_in_batch: divides the sum over positions instead of their number in this batch.
             teacher_states: the result of `teacher_states(batch)`, of this distiller or of another with the same teacher
                 and teacher layers, to save running the teacher again.
@@ -140,7 +137,8 @@ class Distiller:
 
         Raises:
             RuntimeError: a head is spread over processes where the loss is computed; says what to do.
-            ValueError: `teacher_states` lack the final state, which this loss needs.
+            ValueError: `teacher_states` lack the final state, which this loss needs; no labels, and an attention_mask of
+                another shape.
         """
         if student is not None:
             compile_blocks(student, self.student.blocks)

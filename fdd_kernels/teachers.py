@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from fdd_kernels.api import fused_fdd_loss
 from fdd_kernels.compiled import compile_blocks
 from fdd_kernels.config import FDDConfig, FDDLossTerms, LossOptions
-from fdd_kernels.lens import LogitTransform, ModelLens
+from fdd_kernels.lens import LogitTransform, ModelLens, unwrap
+from fdd_kernels.offload import has_place
 from fdd_kernels.parallel import inside_forward, own_rows
+from fdd_kernels.positions import counted_positions, token_shape
 
 # The column of a batch that says which windows of a teacher cache its rows are.
 TEACHER_INDEX = "teacher_index"
@@ -40,12 +42,14 @@ class Teacher(ABC):
     """The teacher's side of the loss.
 
     Attributes:
+        name: of the teacher, as a model card gives it: what it was loaded by (perhaps a path), or words.
         depth: blocks of the teacher, from which a grid of layers follows.
         vocabulary: rows of its head.
         transform: what its logits are of its head's output.
         batch_columns: what it reads from a batch beside a model's inputs; collators must keep it.
     """
 
+    name: str
     depth: int
     vocabulary: int
     transform: LogitTransform
@@ -100,11 +104,9 @@ class TeacherWithHead(Teacher):
                 "teacher_states of this distiller, or of one whose loss needs the final state too"
             )
         weight, bias = self._head_on(student.weight.device, vocab_group, student.vocabulary)
-        labels, mask = batch.get("labels"), None
+        labels, mask = batch.get("labels"), counted_positions(batch, options.ignore_index).to(student.weight.device)
         if labels is None:
             options = replace(options, shift=False)
-            if batch.get("attention_mask") is not None:
-                mask = batch["attention_mask"] != 0
         return fused_fdd_loss(
             _complete(student.states, batch, student.weight), student.weight, _complete(states, batch, weight), weight, labels,
             mask=mask, student_bias=student.bias, teacher_bias=bias, num_items_in_batch=num_items_in_batch, return_terms=True,
@@ -115,8 +117,7 @@ class TeacherWithHead(Teacher):
 def _complete(states: list[Tensor | None], batch: Mapping[str, Tensor], weight: Tensor) -> list[Tensor]:
     """States on the device of their head; zeros that take no memory stand in for a final state that the loss does not read."""
     if states[-1] is None:
-        tokens = next(iter(batch.values()))
-        states = [*states[:-1], weight.new_zeros(()).expand(*tokens.shape[:2], weight.shape[1])]
+        states = [*states[:-1], weight.new_zeros(()).expand(*token_shape(batch), weight.shape[1])]
     return [state.to(weight.device) for state in states]
 
 
@@ -134,6 +135,10 @@ class LiveTeacher(TeacherWithHead):
     def model(self) -> nn.Module:
         """The transformers model inside wrappers."""
         return self.lens.model
+
+    @property
+    def name(self) -> str:
+        return getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__
 
     @torch.no_grad()
     def head(self) -> tuple[Tensor, Tensor | None]:
@@ -171,3 +176,9 @@ def as_teacher(teacher: nn.Module | Teacher, *, split_head: bool = False) -> Tea
     if isinstance(teacher, nn.Module):
         return LiveTeacher(teacher, split_head=split_head)
     raise TypeError(f"teacher must be a causal LM or a teacher cache, got {type(teacher).__name__}")
+
+
+def place_teacher(teacher: nn.Module | Teacher, device: torch.device) -> None:
+    """Move a model to the device it is to run on, unless it has a place of its own; a cache gives its rows wherever asked."""
+    if isinstance(teacher, nn.Module) and not has_place(unwrap(teacher)):
+        teacher.to(device)

@@ -57,7 +57,7 @@ def batch_of(cache, rows=5, start=0):
 def counted(batch):
     mask = torch.zeros_like(batch["labels"], dtype=torch.bool)
     mask[:, :-1] = batch["labels"][:, 1:] != -100
-    return mask
+    return mask & batch["attention_mask"].bool()
 
 
 def loss_and_gradients(student, distiller, batch, **options):

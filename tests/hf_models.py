@@ -112,6 +112,20 @@ def tiny_batch(*, rows: int = 2, length: int = 9, vocab_size: int = VOCAB, seed:
     return batch
 
 
+def pad_left(batch: dict) -> dict:
+    """The same sequences with their padding on the left and the positions that they had; labels as Trainers' collators give
+    them, so the first token has one too.
+    """
+    right = batch["attention_mask"].bool()
+    left = right.flip(1)
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    moved = {key: torch.full_like(batch[key], value) for key, value in fill.items() if key in batch}
+    for key, values in moved.items():
+        values[left] = batch[key][right]
+    rest = {key: value for key, value in batch.items() if key not in fill}
+    return {**moved, **rest, "position_ids": (moved["attention_mask"].cumsum(1) - 1).clamp(min=0)}
+
+
 CHAT_TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' and loop.last and THOUGHTS %}(thinking){% endif %}"
     "{{ m.content }}<end>\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"

@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from hf_models import VOCAB, one_thread, tiny_batch, tiny_model  # noqa: F401
+from hf_models import VOCAB, one_thread, pad_left, tiny_batch, tiny_model  # noqa: F401
 from torch import Tensor, nn
 
 from fdd_kernels import Distiller, FDDConfig, FDDLossTerms
@@ -157,6 +157,60 @@ def test_count_positions_is_the_divisor_of_the_mean(labels):
     distiller = Distiller(*models(), FDDConfig(num_layers=3))
     total = distiller(batch, num_items_in_batch=1).loss
     torch.testing.assert_close(total / distiller.count_positions(batch), distiller(batch).loss)
+
+
+@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize(("pair", "dtype"), [
+    (("gpt2", "gpt2"), torch.float64), (("llama", "opt_projections"), torch.float32),
+])  # fmt: skip
+def test_padding_on_the_left_equals_the_right_and_none(pair, dtype, labels):
+    """The first token of a sequence may have a label; the padding before it does not predict it."""
+    student, teacher = models(*pair, dtype=dtype)
+    config = FDDConfig(num_layers=3, ce_weight=0.5 if labels else 0.0)
+    distiller = Distiller(student, teacher, config)
+    right = tiny_batch(rows=3, length=9, labels=labels)
+    right["attention_mask"][1, 4:] = 0
+    if labels:
+        right["labels"][1, 4:] = -100
+    left = pad_left(right)
+    lengths = right["attention_mask"].sum(1).tolist()
+    alone = [{key: value[row : row + 1, :length] for key, value in right.items()} for row, length in enumerate(lengths)]
+    count = distiller.count_positions(right)
+    assert int(count) == sum(lengths) - (3 + 2 if labels else 0)  # the last tokens, and two more of the prompt
+    assert distiller.count_positions(left) == count
+    assert sum(distiller.count_positions(batch) for batch in alone) == count
+
+    def run(batches):
+        student.zero_grad()
+        terms = [distiller(batch, num_items_in_batch=count if len(batches) > 1 else None) for batch in batches]
+        sum(t.loss for t in terms).backward()
+        return torch.stack([torch.stack(t).detach() for t in terms]).sum(0), gradients(student)
+
+    # The same numbers in sums of at most 9 x 97 products, added in another order: 2 x 873 x half a unit in the last place.
+    budget = 873 * torch.finfo(dtype).eps
+    wanted, expected = run([right])
+    assert wanted[: 5 if labels else 4].min() > 0.01
+    for batches in ([left], alone):
+        found, gradient = run(batches)
+        torch.testing.assert_close(found, wanted, rtol=budget, atol=0)
+        for name, g in expected.items():
+            torch.testing.assert_close(gradient[name], g, rtol=0, atol=budget * float(g.abs().max()), msg=name)
+    # What stands in the padding is of no influence.
+    other = dict(left, input_ids=left["input_ids"].where(left["attention_mask"] == 1, torch.tensor(7)))
+    torch.testing.assert_close(run([other])[0], wanted, rtol=budget, atol=0)
+
+
+def test_other_attention_masks_say_nothing_of_padding():
+    student, teacher = models()
+    distiller, batch = Distiller(student, teacher, CONFIG), tiny_batch()
+    wanted = distiller(batch).loss
+    seen = torch.ones(9, 9).tril() * batch["attention_mask"][:, None, None, :]
+    four = dict(batch, attention_mask=torch.zeros(2, 1, 9, 9, dtype=torch.float64).masked_fill(seen == 0, -1e9))
+    assert distiller.count_positions(four) == distiller.count_positions(batch)
+    torch.testing.assert_close(distiller(four).loss, wanted, rtol=1e-6, atol=0)
+    del four["labels"]
+    with pytest.raises(ValueError, match=r"not of the shape \(2, 9\) .*or labels, with -100"):
+        Distiller(student, teacher, FDDConfig(num_layers=3))(four)
 
 
 def test_positions_without_labels_have_no_influence():

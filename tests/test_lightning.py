@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from hf_models import one_thread, tiny_model  # noqa: F401
@@ -136,6 +137,27 @@ def test_bfloat16_is_that_of_the_trainer(tmp_path):
     model.distiller.teacher.model.transformer.h[0].mlp.register_forward_hook(lambda _m, _a, out: seen.append(out.dtype))
     fit(model, tmp_path, precision="bf16-mixed", limit_train_batches=1)
     assert set(seen) == {torch.bfloat16}
+
+
+def test_a_teacher_that_has_a_place_stays_there(tmp_path):
+    """Offloaded by accelerate: `to` would refuse it, or bring it back."""
+    plain, model = module(), module()
+    (teacher,) = model._teacher
+    accelerate.cpu_offload(teacher, execution_device=torch.device("cpu"))
+    for one in (plain, model):
+        fit(one, tmp_path, held_out=batches()[:2])
+    assert all(parameter.is_meta for parameter in teacher.parameters())
+    assert_same(dict(model.student.named_parameters()), dict(plain.student.named_parameters()), rtol=0, atol=0)
+
+
+def test_a_plain_teacher_is_moved_and_one_with_a_place_is_not(tmp_path, monkeypatch):
+    for has_place, expected in ((False, [torch.device("cpu")]), (True, [])):
+        model, moved = module(), []
+        (teacher,) = model._teacher
+        teacher.is_quantized = has_place
+        monkeypatch.setattr(teacher, "to", moved.append)
+        fit(model, tmp_path, limit_train_batches=1)
+        assert moved == expected
 
 
 def test_other_strategies_are_refused():

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from cache_inputs import LAYERS, batch_of, same_loss_and_gradients, student_model, teacher_model, windows  # noqa: F401
-from hf_models import one_thread, tiny_tokenizer  # noqa: F401
+from hf_models import one_thread, pad_left, tiny_tokenizer  # noqa: F401
 from test_cache_command import FROM_CACHE, cache_options
 from test_distill import inputs, options, quiet  # noqa: F401
 from transformers import TrainingArguments
@@ -48,6 +48,18 @@ def test_it_equals_the_live_teacher(windows, tmp_path, family):
         same_loss_and_gradients(
             trained, Distiller(student, cache, config), Distiller(student, teacher, config), batch_of(cache)
         )
+
+
+def test_padding_on_the_left(cache):
+    """The label of the first token, which the last padding position precedes, does not count."""
+    student, teacher = student_model(), teacher_model()
+    student.lm_head.requires_grad_(False)
+    cached, live = Distiller(student, cache, CONFIG), Distiller(student, teacher, CONFIG)
+    right = batch_of(cache)
+    left = pad_left(right)
+    assert not torch.equal(left["input_ids"], right["input_ids"])
+    terms = same_loss_and_gradients(torch.nn.ModuleList([student.model]), cached, live, left)
+    torch.testing.assert_close(torch.stack(terms), torch.stack(cached(right)), rtol=1e-5, atol=1e-6)
 
 
 def test_temperatures_and_the_output_among_the_layers(windows, tmp_path):

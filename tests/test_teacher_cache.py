@@ -1,6 +1,7 @@
 """The teacher cache in training: equal to the live teacher in float32, as far off as it says in other storages."""
 # ruff: noqa: F811 (fixtures are imported, and asked for by name)
 
+import functools
 import json
 import pickle
 import shutil
@@ -19,7 +20,7 @@ from cache_inputs import (  # noqa: F401
     windows,
     write,
 )  # fmt: skip
-from hf_models import one_thread  # noqa: F401
+from hf_models import one_thread, pad_left, tiny_tokenizer  # noqa: F401
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
@@ -109,20 +110,19 @@ def test_a_run_may_use_some_of_the_layers(caches):
 
 
 def test_padding_on_the_left(caches):
-    """Positions follow the tokens wherever the padding is."""
+    """Positions follow the tokens wherever the padding is; that of the first token's label does not count."""
     cache, student = caches["float32"], student_model()
     rows = [cache.dataset("train")[index] for index in (0, 5, 2)]
     right = pad_windows(rows)
-    longest = right["input_ids"].shape[1]
-    fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-    left = {key: torch.tensor([[value] * (longest - len(row[key])) + row[key] for row in rows]) for key, value in fill.items()}
-    left["teacher_index"] = right["teacher_index"]
-    distiller = Distiller(student, cache, CONFIG)
-    with pytest.raises(ValueError, match=r"has a label at position .*padding is on the left, -100 for the first token"):
-        distiller(left)  # padding would predict the first token
-    left["labels"][torch.arange(3), left["attention_mask"].argmax(dim=1)] = -100
+    left = pad_left(right)
+    padded = left["attention_mask"][:, 0] == 0
+    assert (left["labels"][padded, left["attention_mask"].argmax(dim=1)[padded]] != -100).any()
+    distiller, live = Distiller(student, cache, CONFIG), Distiller(student, teacher_model(), CONFIG)
+    assert distiller.count_positions(left) == distiller.count_positions(right)
     for a, b in zip(distiller.teacher_states(left), distiller.teacher_states(right)):
         torch.testing.assert_close(a[counted(left)], b[counted(right)], rtol=0, atol=0)
+    terms = same_loss_and_gradients(student, distiller, live, left)
+    torch.testing.assert_close(torch.stack(terms), torch.stack(distiller(right)), rtol=1e-5, atol=1e-6)
 
 
 def test_fewer_labels_than_were_cached(caches):
@@ -130,6 +130,34 @@ def test_fewer_labels_than_were_cached(caches):
     batch = batch_of(cache)
     batch["labels"][:, :6] = -100
     same_loss_and_gradients(student, Distiller(student, cache, CONFIG), Distiller(student, teacher, CONFIG), batch)
+
+
+def trained(trainer, folder, cache, teacher=None, *, arguments=TrainingArguments, **data):
+    """Three steps of gradient descent on the cache's windows, from it or from a live teacher."""
+    options = {
+        "output_dir": str(folder), "report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no",
+        "max_steps": 3, "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "per_device_train_batch_size": 2,
+        "logging_steps": 1, "seed": 3, "gradient_accumulation_steps": 2, "dataloader_num_workers": 1,
+    }  # fmt: skip
+    datasets = {"train_dataset": cache.dataset("train"), "eval_dataset": cache.dataset("held_out")}
+    run = trainer(
+        model=student_model(), teacher=teacher or cache, fdd_config=CONFIG, args=arguments(**options),
+        data_collator=pad_windows, **(datasets | data),
+    )  # fmt: skip
+    run.train()
+    return run
+
+
+def losses(run):
+    return [log["loss"] for log in run.state.log_history if "loss" in log]
+
+
+def same_students(found, expected, **tolerance):
+    """Equal, and not what they were."""
+    start = dict(student_model().named_parameters())
+    for (name, a), b in zip(found.named_parameters(), expected.parameters()):
+        torch.testing.assert_close(a, b, **tolerance, msg=name)
+    assert max(float((p - start[name]).detach().abs().max()) for name, p in found.named_parameters()) > 1e-2
 
 
 class TestTraining:
@@ -179,13 +207,6 @@ class TestTraining:
             scale = float(expected[name].abs().max())
             torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-5 * scale, msg=name)
 
-    def test_trl_prepares_data_of_its_own(self, caches):
-        pytest.importorskip("trl")
-        from fdd_kernels.integrations import FDDSFTTrainer
-
-        with pytest.raises(TypeError, match=r"FDDSFTTrainer prepares windows of its own.*use FDDTrainer"):
-            FDDSFTTrainer(model=student_model(), teacher=caches["float32"], train_dataset=caches["float32"].dataset("train"))
-
     def test_a_cache_is_opened_again_where_it_is_sent(self, caches):
         cache = pickle.loads(pickle.dumps(caches["int8"]))
         batch = batch_of(cache)
@@ -203,26 +224,63 @@ class TestTraining:
         assert "/" not in json.dumps(json.loads(text)["contents"])
 
     def test_trainer(self, caches, tmp_path):
-        cache = caches["float32"]
-
-        def run(teacher):
-            arguments = TrainingArguments(
-                output_dir=str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no", max_steps=3,
-                optim="sgd", learning_rate=0.1, max_grad_norm=0.0, per_device_train_batch_size=2, logging_steps=1, seed=3,
-                gradient_accumulation_steps=2, dataloader_num_workers=1,
-            )  # fmt: skip
-            trainer = FDDTrainer(
-                model=student_model(), teacher=teacher, fdd_config=CONFIG, args=arguments, data_collator=pad_windows,
-                train_dataset=cache.dataset("train"), eval_dataset=cache.dataset("held_out"),
-            )  # fmt: skip
-            trainer.train()
-            return trainer.model, [log["loss"] for log in trainer.state.log_history if "loss" in log], trainer.evaluate()
-
-        (mine, losses, metrics), (theirs, expected, expected_metrics) = run(cache), run(teacher_model())
-        assert losses == pytest.approx(expected, rel=1e-5)
+        cached, live = (trained(FDDTrainer, tmp_path, caches["float32"], teacher) for teacher in (None, teacher_model()))
+        assert losses(cached) == pytest.approx(losses(live), rel=1e-5)
+        metrics, expected = cached.evaluate(), live.evaluate()
         for name in ("eval_loss", "eval_trajectory", "eval_derivative", "eval_output_kd", "eval_ce"):
-            assert metrics[name] == pytest.approx(expected_metrics[name], rel=1e-4)
-        start = dict(student_model().named_parameters())
-        for (name, a), b in zip(mine.named_parameters(), theirs.parameters()):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
-        assert max(float((a - start[name]).detach().abs().max()) for name, a in mine.named_parameters()) > 1e-2
+            assert metrics[name] == pytest.approx(expected[name], rel=1e-4)
+        same_students(cached.model, live.model, rtol=1e-4, atol=1e-5)
+        for run, teacher in ((cached, "a cached GPT2LMHeadModel of 5 blocks"), (live, "GPT2LMHeadModel")):
+            run.create_model_card(model_name="small")
+            assert f"Teacher: {teacher}\n" in (tmp_path / "README.md").read_text()
+
+    def test_trl(self, caches, tmp_path):
+        """TRL leaves prepared windows as they are, so that nothing differs from FDDTrainer."""
+        trl = pytest.importorskip("trl")
+        from datasets import Dataset
+
+        from fdd_kernels.integrations import FDDSFTTrainer
+
+        cache, expected = caches["float32"], trained(FDDTrainer, tmp_path, caches["float32"])
+        options = {"dataset_kwargs": {"skip_prepare_dataset": True}, "gradient_checkpointing": False, "bf16": False}
+        found = trained(
+            FDDSFTTrainer, tmp_path, cache, arguments=functools.partial(trl.SFTConfig, **options),
+            processing_class=tiny_tokenizer(), train_dataset=Dataset.from_list(cache.dataset("train")),
+            eval_dataset=Dataset.from_list(cache.dataset("held_out")),
+        )  # fmt: skip
+        assert losses(found) == losses(expected)
+        assert found.evaluate()["eval_trajectory"] == expected.evaluate()["eval_trajectory"]
+        same_students(found.model, expected.model, rtol=0, atol=0)
+
+    def test_trl_must_not_prepare_the_windows_again(self, caches, tmp_path):
+        trl = pytest.importorskip("trl")
+        from fdd_kernels.integrations import FDDSFTTrainer
+
+        options = {"model": student_model(), "teacher": caches["float32"], "train_dataset": caches["float32"].dataset("train")}
+        skip = trl.SFTConfig(output_dir=str(tmp_path), dataset_kwargs={"skip_prepare_dataset": True}, bf16=False, use_cpu=True)
+        for more in ({}, {"args": skip}, {"data_collator": pad_windows}):
+            with pytest.raises(ValueError, match=r"does not hold.*skip_prepare_dataset.*pad_windows.*Dataset.from_list"):
+                FDDSFTTrainer(**options, **more)
+
+    @pytest.mark.filterwarnings("ignore::UserWarning")  # of Lightning, about workers and loggers
+    def test_lightning(self, caches, tmp_path):
+        pl = pytest.importorskip("lightning.pytorch")
+        from fdd_kernels.integrations import FDDLightningModule
+
+        cache, modules, metrics = caches["float32"], [], []
+        for teacher in (cache, teacher_model()):
+            module = FDDLightningModule(student_model(), teacher, CONFIG, optimizer=functools.partial(torch.optim.SGD, lr=0.1))
+            trainer = pl.Trainer(
+                max_steps=3, accumulate_grad_batches=2, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+                enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+            )  # fmt: skip
+            loaders = [
+                DataLoader(cache.dataset(split), batch_size=2, collate_fn=pad_windows) for split in ("train", "held_out")
+            ]
+            trainer.fit(module, loaders[0])
+            modules.append(module)
+            metrics += trainer.validate(module, loaders[1], verbose=False)
+        assert metrics[0] == pytest.approx(metrics[1], rel=1e-4)
+        assert {"val_trajectory", "val_derivative"} < metrics[0].keys()
+        same_students(modules[0].student, modules[1].student, rtol=1e-4, atol=1e-5)
+        assert {name.split(".")[0] for name in modules[0].state_dict()} == {"student"}

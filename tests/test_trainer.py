@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from hf_models import VOCAB, one_thread, tiny_model  # noqa: F401
+from hf_models import VOCAB, one_thread, pad_left, tiny_model  # noqa: F401
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, PreTrainedTokenizerFast, TrainingArguments
 
 from fdd_kernels import Distiller, FDDConfig
@@ -77,6 +77,26 @@ def test_accumulation_over_unequal_micro_batches_equals_one_big_batch(tmp_path, 
     terms = Distiller(start, big.teacher, config)(pad(rows))
     for name in ("loss", *TERMS):
         assert big.state.log_history[0][name] == pytest.approx(float(getattr(terms, name).detach()), rel=1e-4)
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_padding_on_the_left_changes_nothing(tmp_path, labels):
+    """Neither the loss nor what it is divided by."""
+    rows, runs = examples([4, 17, 6, 12, 5, 16, 9, 11], labels=labels), []
+    for collator in (pad, lambda rows: pad_left(pad(rows))):
+        run = trainer(tmp_path, train=rows, held_out=rows[:5], config=CONFIG if labels else FDDConfig(num_layers=2),
+                      max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, optim="sgd", max_grad_norm=0.0,
+                      learning_rate=0.1)  # fmt: skip
+        run.data_collator = collator
+        run.train()
+        run.evaluate()
+        runs.append(run)
+    right, left = runs
+    for found, expected in zip(left.state.log_history, right.state.log_history, strict=True):
+        for name in ("loss", *TERMS):
+            for key in {name, f"eval_{name}"} & expected.keys():
+                assert found[key] == pytest.approx(expected[key], rel=1e-5), key
+    same_parameters(left.model, right.model, rtol=1e-4, atol=2e-6)
 
 
 def test_every_term_is_logged_as_mean_since_the_last_log(tmp_path):

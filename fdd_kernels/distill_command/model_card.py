@@ -22,14 +22,10 @@ def model_card(options: DistillOptions, distiller: Distiller, metrics: dict[str,
         metrics: what metrics.json will hold.
         terms: the terms of the loss to show.
     """
-    student = public_name(options.student)
-    if options.teacher_cache is None:
-        teacher, files = public_name(options.teacher), [file.name for file in data_files(options.data)]
-    else:
-        cached = distiller.teacher.reader.contents
-        teacher = f"a cached {cached['teacher']['class']} of {cached['depth']} blocks"
-        files = [Path(name).name for name in cached["data"] or ()]
-    data = ModelCardData(
+    student, teacher = public_name(options.student), public_name(distiller.teacher.name)
+    data = distiller.teacher.reader.contents["data"] or () if options.teacher_cache else data_files(options.data)
+    files = [Path(file).name for file in data]
+    metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=list(TAGS),
@@ -40,7 +36,7 @@ def model_card(options: DistillOptions, distiller: Distiller, metrics: dict[str,
         "",
         'A causal LM: `AutoModelForCausalLM.from_pretrained("...")` loads it, `AutoTokenizer` its tokenizer.',
         "",
-        distillation_section(distiller, teacher),
+        distillation_section(distiller),
         "## Training",
         "",
         f"- Data: {', '.join(files) or 'not named'}; {metrics['train_windows']} windows of at most "
@@ -53,4 +49,4 @@ def model_card(options: DistillOptions, distiller: Distiller, metrics: dict[str,
         lines += ["", "## On the windows held out", "", "Means over tokens, in nats (derivative: 1 - cosine).", ""]
         lines += ["| | before | after |", "|---|---|---|"]
         lines += [f"| {name} | {metrics['held_out_before'][name]:.4f} | {metrics['held_out'][name]:.4f} |" for name in terms]
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n")
+    return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n")

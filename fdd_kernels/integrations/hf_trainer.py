@@ -12,10 +12,9 @@ from transformers import Trainer
 from fdd_kernels.config import FDDConfig, FDDLossTerms
 from fdd_kernels.distiller import Distiller
 from fdd_kernels.integrations.checkpoints import AtomicCheckpoints
-from fdd_kernels.integrations.model_card import TAGS, distillation_section, model_name
+from fdd_kernels.integrations.model_card import TAGS, distillation_section
 from fdd_kernels.lens import unwrap
-from fdd_kernels.offload import has_place
-from fdd_kernels.teachers import Teacher
+from fdd_kernels.teachers import Teacher, place_teacher
 
 TERMS = FDDLossTerms._fields
 
@@ -37,8 +36,7 @@ class FDDTrainerMixin(AtomicCheckpoints):
         if self.compute_metrics is not None:
             raise ValueError(f"{name} computes no logits, which compute_metrics needs: leave compute_metrics=None")
         self.teacher, self.fdd_config = teacher, fdd_config
-        if isinstance(teacher, nn.Module) and not has_place(unwrap(teacher)):
-            teacher.to(self.args.device)
+        place_teacher(teacher, self.args.device)
         self.distiller = Distiller(self.model, teacher, fdd_config)
         # What versions without `loss_is_scaled_for_ga` go by.
         self.model_accepts_loss_kwargs = True
@@ -117,7 +115,7 @@ class FDDTrainerMixin(AtomicCheckpoints):
             path = Path(self.args.output_dir) / "README.md"
             card = ModelCard.load(path)
             card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *TAGS]))
-            card.text += "\n" + distillation_section(self.distiller, model_name(self.teacher))
+            card.text += "\n" + distillation_section(self.distiller)
             card.save(path)
 
 

@@ -25,6 +25,7 @@ except ModuleNotFoundError as error:
 
 from fdd_kernels.config import FDDConfig, FDDLossTerms
 from fdd_kernels.distiller import Distiller
+from fdd_kernels.teachers import Teacher, place_teacher
 
 _ADAMW = functools.partial(torch.optim.AdamW, lr=1e-4)
 
@@ -33,8 +34,10 @@ class FDDLightningModule(pl.LightningModule):
     """Distils `teacher` into `student` under a Lightning `Trainer`, with automatic optimisation.
 
     Args:
-        student, teacher: transformers causal LMs. Only the student is a submodule: the teacher is in no parameter list,
-            state dict or checkpoint, follows the student's device, and is never trained.
+        student: a transformers causal LM. Only it is a submodule: the teacher is in no parameter list, state dict or
+            checkpoint, and is never trained.
+        teacher: as for `FDDTrainer`: a transformers causal LM, which `fit`, `validate` or `test` move to their device unless
+            it has a place of its own; or a teacher cache, whose windows `fdd_kernels.data.pad_windows` makes batches of.
         fdd_config: layers and loss options.
         optimizer: makes, from the student's trainable parameters, what `configure_optimizers` may return; default AdamW with
             a learning rate of 1e-4.
@@ -55,7 +58,7 @@ class FDDLightningModule(pl.LightningModule):
     def __init__(
         self,
         student: nn.Module,
-        teacher: nn.Module,
+        teacher: nn.Module | Teacher,
         fdd_config: FDDConfig | None = None,
         *,
         optimizer: Callable[[Iterable[nn.Parameter]], Any] = _ADAMW,
@@ -77,6 +80,7 @@ class FDDLightningModule(pl.LightningModule):
                 f"strategy={type(strategy).__name__}: FDDLightningModule runs on one device or with DDPStrategy. For "
                 "models that are sharded use FDDTrainer or an accelerate loop with FSDP2"
             )
+        place_teacher(*self._teacher, strategy.root_device)
 
     def configure_optimizers(self):
         return self._optimizer([p for p in self.student.parameters() if p.requires_grad])
@@ -87,9 +91,6 @@ class FDDLightningModule(pl.LightningModule):
 
     def forward(self, batch: Mapping[str, Tensor], num_items_in_batch: Tensor | float | None = None) -> FDDLossTerms:
         """The loss of one batch: see `Distiller`."""
-        (teacher,) = self._teacher
-        if next(teacher.parameters()).device != self.device:
-            teacher.to(self.device)
         return self.distiller(batch, num_items_in_batch=num_items_in_batch)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from torch import nn
-
 from fdd_kernels.config import FDDConfig
 from fdd_kernels.distiller import Distiller
 from fdd_kernels.version import __version__
@@ -20,13 +18,7 @@ def public_name(name: str) -> str:
     return path.name if path.is_absolute() or path.exists() else name
 
 
-def model_name(model: nn.Module) -> str:
-    """The name that a model was loaded by."""
-    name = getattr(getattr(model, "config", None), "_name_or_path", "")
-    return public_name(name) if name else type(model).__name__
-
-
-def distillation_section(distiller: Distiller, teacher: str) -> str:
+def distillation_section(distiller: Distiller) -> str:
     """Markdown: from which teacher, over which layers, with which options other than the defaults."""
     defaults, config = FDDConfig(), distiller.config
     options = {
@@ -41,7 +33,7 @@ def distillation_section(distiller: Distiller, teacher: str) -> str:
         "Trained by Feature Dynamics Distillation (FDD; Gong et al., *Beyond Logits: Aligning Feature Dynamics for "
         f"Effective Knowledge Distillation*, ACL 2025) with fdd_kernels {__version__}.",
         "",
-        f"- Teacher: {teacher}",
+        f"- Teacher: {public_name(distiller.teacher.name)}",
         f"- Layers of student with teacher: {layers or 'none'}",
         f"- Loss: {config.output_kd_weight:g} · output KD + {config.alpha:g} · trajectory + {config.beta:g} · derivative"
         f" + {config.ce_weight:g} · cross-entropy",

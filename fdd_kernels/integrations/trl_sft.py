@@ -14,25 +14,30 @@ class FDDSFTTrainer(FDDTrainerMixin, SFTTrainer):
 
     Args:
         *args, **kwargs: as for `trl.SFTTrainer`; `model` is the student, `peft_config` makes it a LoRA student.
-        teacher: as for `FDDTrainer`.
+        teacher: as for `FDDTrainer`. A teacher cache holds windows that TRL must leave as they are: give
+            `args=SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, ...)`, `data_collator=fdd_kernels.data.pad_windows`
+            and `train_dataset=datasets.Dataset.from_list(cache.dataset("train"))`.
         fdd_config: layers and loss options.
 
     Positions whose label is -100 do not count: prompts with completion-only or assistant-only loss, padding, and the first
     token of each packed sequence. TRL's own metrics (entropy, token accuracy) are not computed, since they need logits.
 
     Raises:
-        ValueError: an option of SFTConfig that changes the loss (`loss_type`, `router_aux_loss_coef`).
-        TypeError: a teacher cache, whose windows are not those that TRL prepares.
+        ValueError: an option of SFTConfig that changes the loss (`loss_type`, `router_aux_loss_coef`); a teacher cache
+            without `skip_prepare_dataset` or without a collator.
         TypeError, ValueError: see `FDDTrainer`.
     """
 
-    def __init__(self, *args, teacher: nn.Module, **kwargs) -> None:
-        if isinstance(teacher, Teacher):
-            raise TypeError(
-                f"FDDSFTTrainer prepares windows of its own, which a {type(teacher).__name__} does not hold: use FDDTrainer "
-                "with the cache's dataset, or a live teacher"
+    def __init__(self, model, args=None, data_collator=None, *rest, teacher: nn.Module | Teacher, **kwargs) -> None:
+        prepared = getattr(args, "dataset_kwargs", None) or {}
+        if isinstance(teacher, Teacher) and not (prepared.get("skip_prepare_dataset") and data_collator):
+            raise ValueError(
+                f"dataset_kwargs={prepared}, data_collator={data_collator}: TRL would prepare and collate data of its own, "
+                f"which a {type(teacher).__name__} does not hold. Give "
+                "SFTConfig(dataset_kwargs={'skip_prepare_dataset': True}), data_collator=fdd_kernels.data.pad_windows and "
+                "train_dataset=Dataset.from_list(cache.dataset('train'))"
             )
-        super().__init__(*args, teacher=teacher, **kwargs)
+        super().__init__(model, args, data_collator, *rest, teacher=teacher, **kwargs)
         loss_type = getattr(self.args, "loss_type", "nll")
         if loss_type not in ("nll", "chunked_nll"):
             raise ValueError(f"FDDSFTTrainer's loss is the FDD loss: leave loss_type at its default, not {loss_type!r}")

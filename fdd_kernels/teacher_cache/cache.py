@@ -36,7 +36,7 @@ class WindowCache(Teacher):
     Attributes:
         layers: the sampled layers it holds, 1-based.
         apply_final_norm: whether they were read through the final norm.
-        depth, vocabulary: of the teacher.
+        name, depth, vocabulary: of the teacher.
         max_length: tokens in the longest window.
         relative_error: per array {"mean": |stored - given| / |given| over everything, "worst_row": of one position}.
         digest: SHA-256 of the index, which holds the checksums of everything else.
@@ -54,6 +54,7 @@ class WindowCache(Teacher):
         contents = self.reader.contents
         self.layers: tuple[int, ...] = tuple(contents["layers"])
         self.depth: int = contents["depth"]
+        self.name = f"a cached {contents['teacher']['class']} of {self.depth} blocks"
         self.vocabulary: int = contents["vocab_size"]
         self.apply_final_norm: bool = contents["apply_final_norm"]
         self.transform = LogitTransform(contents["logit_scale"], contents["softcap"])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fdd_kernels.config import FDDConfig, FDDLossTerms, LossOptions
 from fdd_kernels.data import Windows
 from fdd_kernels.lens import ModelLens
+from fdd_kernels.positions import counted_positions
 from fdd_kernels.teacher_cache.cache import WindowCache
 from fdd_kernels.teacher_cache.index import ArraySpec
 from fdd_kernels.teacher_cache.writer import OfLayers, write_cache
@@ -166,7 +167,7 @@ class StatisticsCache(WindowCache):
         final = sampled[-1] if final is None else final
         hidden = [state.flatten(0, 1)[states.places].to(student.weight.device) for state in (*sampled, final)]
         labels = batch["labels"].flatten()[states.places + 1]
-        counts = labels != options.ignore_index  # a run may leave out some of the labels
+        counts = counted_positions(batch, options.ignore_index).flatten()[states.places]  # a run may leave out some
         statistics = states.statistics
         if not bool(counts.all()):
             hidden, labels = [h[counts] for h in hidden], labels[counts]

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fdd_kernels.data import IGNORED, Window, Windows
+from fdd_kernels.positions import attended_positions, counted_positions, precedes_label
 from fdd_kernels.teachers import TEACHER_INDEX
 
 _SHOWN = 8
@@ -28,7 +29,7 @@ def pack_windows(windows: Windows) -> dict[str, Tensor]:
     every: list[Window] = [*windows.train, *windows.held_out]
     starts, rows = [0], [0]
     for index, window in enumerate(every):
-        length, count = len(window["input_ids"]), sum(label != IGNORED for label in window["labels"][1:])
+        length, count = len(window["input_ids"]), int(precedes_label(torch.tensor(window["labels"]), IGNORED).sum())
         if len(window["labels"]) != length or not all(window.get("attention_mask", (1,))):
             raise ValueError(f"window {index} must have as many labels as input_ids, and no padding")
         if not count:
@@ -82,20 +83,22 @@ class WindowTable:
                 "windows, cache.dataset('train'), with fdd_kernels.data.pad_windows as the collator"
             )
         windows = batch[TEACHER_INDEX].tolist()
-        ids, labels = batch["input_ids"].cpu(), batch["labels"].cpu()
-        attention = batch["attention_mask"].cpu() if batch.get("attention_mask") is not None else None
+        ids, counted = batch["input_ids"].cpu(), counted_positions(batch, IGNORED).cpu()
+        attended = attended_positions(batch)
+        firsts = [0] * len(ids) if attended is None else attended.int().argmax(dim=1).tolist()
         if len(windows) != len(ids):
             raise ValueError(f"teacher_index has {len(windows)} entries for {len(ids)} rows of input_ids: give one each")
         places = []
         for row, window in enumerate(windows):
             if not 0 <= window < len(self):
                 raise ValueError(f"teacher_index[{row}]={window}, but the cache has windows 0 to {len(self) - 1}")
-            first = 0 if attention is None else int(attention[row].ne(0).int().argmax())
-            places.append(row * ids.shape[1] + self._counted(window, ids[row], labels[row], first, row))
+            places.append(row * ids.shape[1] + self._counted(window, ids[row], counted[row], firsts[row], row))
         return windows, torch.cat(places)
 
-    def _counted(self, window: int, ids: Tensor, labels: Tensor, first: int, row: int) -> Tensor:
-        """The positions of a window that count, once it is sure that a batch's row has the window at `first`."""
+    def _counted(self, window: int, ids: Tensor, counted: Tensor, first: int, row: int) -> Tensor:
+        """The positions of a window that count, once it is sure that a batch's row has the window at `first`, and that no
+        other is `counted` there.
+        """
         own_ids, own_labels = self.window(window)
         found = ids[first : first + len(own_ids)]
         if not torch.equal(found.int(), own_ids):
@@ -104,15 +107,12 @@ class WindowTable:
                 f"{len(own_ids)} tokens {own_ids[:_SHOWN].tolist()}..., the batch {found[:_SHOWN].tolist()}...: train on "
                 "cache.dataset(...) as it is, not truncated, packed or tokenized again"
             )
-        positions = (own_labels[1:] != IGNORED).nonzero().flatten() + first
-        wanted = torch.zeros_like(labels, dtype=torch.bool)
-        wanted[:-1] = labels[1:] != IGNORED
-        wanted[positions] = False
-        if wanted.any():
+        positions = precedes_label(own_labels, IGNORED).nonzero().flatten() + first
+        unknown = counted.index_fill(0, positions, False)
+        if unknown.any():
             raise ValueError(
-                f"row {row} of the batch has a label at position {int(wanted.nonzero()[0]) + 1}, for which window {window} of "
-                "the cache holds no prediction: use the labels of cache.dataset(...), or fewer; where padding is on the "
-                "left, -100 for the first token"
+                f"row {row} of the batch has a label at position {int(unknown.nonzero()[0]) + 1}, for which window {window} of "
+                "the cache holds no prediction: use the labels of cache.dataset(...), or fewer"
             )
         return positions
 
