@@ -7,7 +7,7 @@
 - "vocabulary": strong scaling. One call of the loss on the shapes of GPT-2 from GPT-2 XL, forward and backward, its columns
   divided among the processes; efficiency is the time of one process over the number of processes times theirs.
 
-One process outside of any group (plain) may keep values between the passes; a group, also of one process, does not.
+"plain" is one process outside of any group; a group of one shows what the group's own work costs.
 Processes that share a core, or the machine's memory bandwidth, cannot be twice as fast: with more processes than cores
 elapsed seconds say little. Processor seconds do not count waiting for the others, nor other users of the machine: their
 efficiency says how much work the split adds. Not part of any suite.

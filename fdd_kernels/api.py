@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from fdd_kernels.config import FDDLossTerms, LossOptions
-from fdd_kernels.functions import LensStatistics, LossAndGradient, rows_to_keep
-from fdd_kernels.plan import check_labels, make_plan
+from fdd_kernels.functions import LensStatistics, LossAndGradient, rows_to_keep, tensors_of
+from fdd_kernels.plan import Plan, check_labels, make_plan
 from fdd_kernels.reference import dense_row_terms
+from fdd_kernels.spec import LensInputs
 from fdd_kernels.terms import combine, normaliser_of, row_terms_from_statistics
 from fdd_kernels.vocab_parallel import plan_shard
 
@@ -126,36 +127,26 @@ def fused_fdd_loss(
     )  # fmt: skip
     shard = None
     if vocab_group is None:
-        plan, students, teachers = make_plan(*arguments)
+        plan, inputs, normaliser, kept_rows = _prepare(*arguments)
     else:
-        plan, students, teachers, shard = plan_shard(vocab_group, *arguments)
-    valid, flat_labels = _rows_that_count(options, labels, mask)
-    if flat_labels is not None and not plan.feature_space:
+        shard, plan, inputs, normaliser, kept_rows = plan_shard(vocab_group, _prepare, *arguments)
+    if inputs.labels is not None and not plan.feature_space:
         compared, vocabulary = plan.spec.columns, student_weight.shape[0]
         if shard is not None:
             compared, vocabulary = shard.bounds[-1], shard.vocabulary
-        check_labels(flat_labels, ignore_index, compared if ce_weight else vocabulary)
+        check_labels(inputs.labels, ignore_index, compared if ce_weight else vocabulary)
         if shard is not None:
-            flat_labels = shard.own_labels(flat_labels)
+            inputs = inputs._replace(labels=shard.own_labels(inputs.labels))
 
-    students, teachers = (tuple([_autocast(h.reshape(-1, h.shape[-1])) for h in states]) for states in (students, teachers))
-    student_weight, student_bias = _autocast(student_weight), _autocast(student_bias)
-    teacher_weight, teacher_bias = _autocast(teacher_weight), _autocast(teacher_bias)
-    normaliser = normaliser_of(options, students[0].shape[0], valid, num_items_in_batch)
-    inputs = (
-        valid, flat_labels if ce_weight else None, teacher_weight, teacher_bias, student_weight, student_bias,
-        *(students[i] for i in plan.layers), *(teachers[i] for i in plan.layers),
-    )  # fmt: skip
-    if plan.backend == "reference":
-        rows = dense_row_terms(
-            plan, students, student_weight, student_bias, teachers, teacher_weight, teacher_bias, valid, flat_labels
-        )
-    elif shard is None and (kept_rows := rows_to_keep(plan, normaliser, *inputs)):
-        terms = FDDLossTerms(*LossAndGradient.apply(plan, kept_rows, normaliser, *inputs))
+    if kept_rows:
+        terms = FDDLossTerms(*LossAndGradient.apply(plan, kept_rows, shard, normaliser, *tensors_of(plan, inputs)))
         return terms if return_terms else terms.loss
+    if plan.backend == "reference":
+        rows = dense_row_terms(plan, *inputs)
     else:
-        rows = row_terms_from_statistics(plan, *LensStatistics.apply(plan.spec.encode(), plan.backend, shard, *inputs))
-    terms = combine(rows, options, valid, plan.leading_shape, normaliser)
+        statistics = LensStatistics.apply(plan.spec.encode(), plan.backend, shard, *tensors_of(plan, inputs))
+        rows = row_terms_from_statistics(plan, *statistics)
+    terms = combine(rows, options, inputs.valid, plan.leading_shape, normaliser)
     return terms if return_terms else terms.loss
 
 
@@ -171,6 +162,24 @@ fdd_loss_reference.__doc__ = """The same loss, dense and plain PyTorch in any dt
     Takes the arguments of `fused_fdd_loss` (`backend` is ignored), returns the same and raises the same. It keeps several
     (tokens, vocabulary) tensors a layer and can be traced, compiled and differentiated any number of times.
     """
+
+
+def _prepare(options: LossOptions, student_hidden, student_weight, teacher_hidden, teacher_weight, labels, student_bias,
+             teacher_bias, mask, num_items_in_batch) -> tuple[Plan, LensInputs, Tensor | float | None, int]:  # fmt: skip
+    """Check the arguments; the plan, its tensors with the states of every layer, what divides the sums, `rows_to_keep`."""
+    plan, students, teachers = make_plan(
+        options, student_hidden, student_weight, teacher_hidden, teacher_weight, labels, student_bias, teacher_bias, mask,
+        num_items_in_batch,
+    )  # fmt: skip
+    students, teachers = ([_autocast(h.reshape(-1, h.shape[-1])) for h in states] for states in (students, teachers))
+    heads = (_autocast(t) for t in (student_weight, student_bias, teacher_weight, teacher_bias))
+    student_weight, student_bias, teacher_weight, teacher_bias = heads
+    inputs = LensInputs(
+        students, student_weight, student_bias, teachers, teacher_weight, teacher_bias,
+        *_rows_that_count(options, labels, mask),
+    )  # fmt: skip
+    normaliser = normaliser_of(options, inputs.rows, inputs.valid, num_items_in_batch)
+    return plan, inputs, normaliser, rows_to_keep(plan, normaliser, *tensors_of(plan, inputs))
 
 
 def _autocast(tensor: Tensor | None) -> Tensor | None:

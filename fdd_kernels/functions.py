@@ -1,4 +1,9 @@
-"""The autograd Functions over the two operations."""
+"""The autograd Functions over the two operations, of whole heads or of one process's shard of a vocabulary.
+
+With a `shard` (`vocab_parallel.py`) heads, bias, labels and spec are of this process's columns. The statistics become those of
+all columns as soon as they are taken, and the hidden states' gradients are summed over the group once they are formed; all that
+lies between is the same for one process and for many.
+"""
 
 from __future__ import annotations
 
@@ -40,18 +45,14 @@ class LensStatistics(torch.autograd.Function):
     """Statistics of `spec.py`, differentiable once in the student's hidden states, weight and bias.
 
     `spec` is an encoded `LensSpec`; `hidden` are the L states of the student, then those of the teacher. Saves its
-    inputs and the statistics, nothing that grows with rows x columns. The teacher receives no gradient. With a `shard` of a
-    vocabulary (`vocab_parallel.py`) heads, bias and spec are of this process's columns, and the statistics of all columns.
+    inputs and the statistics, nothing that grows with rows x columns. The teacher receives no gradient.
     """
 
     @staticmethod
     def forward(ctx, spec: tuple, backend: str, shard, valid, labels, teacher_weight, teacher_bias, weight, bias,
                 *hidden: Tensor):  # fmt: skip
         inputs = _inputs(valid, labels, teacher_weight, teacher_bias, weight, bias, *hidden)
-        if shard is None:
-            statistics = ops.lens_stats(*inputs, *spec, backend)
-        else:
-            statistics = shard.statistics(inputs, LensSpec.decode(*spec), backend)
+        statistics = _statistics(spec, backend, shard, inputs)
         ctx.spec, ctx.backend, ctx.shard = spec, backend, shard
         ctx.needed = _needed(ctx, len(hidden))
         ctx.save_for_backward(valid, labels, teacher_weight, teacher_bias, weight, bias, *hidden, *statistics)
@@ -64,8 +65,7 @@ class LensStatistics(torch.autograd.Function):
         inputs, upstream = _inputs(*saved), (grad_reads, grad_moments)
         with torch.no_grad():
             found = ops.lens_grad(*inputs, *ctx.spec, ctx.backend, pivots, reads, moments, *upstream, ctx.needed)
-            if ctx.shard is not None:
-                ctx.shard.sum_gradients(found[: sum(ctx.needed[:-2])])
+            found = _complete(ctx.shard, found, ctx.needed)
         return _returned(ctx, found, inputs, upstream)
 
 
@@ -75,16 +75,17 @@ class LossAndGradient(torch.autograd.Function):
     For backends that keep a block's values between the two operations, which spares the backward pass both heads' products.
     Those gradients are for an upstream gradient of 1: the first backward pass scales them in place, which nobody else can
     see, and hands them over; a second one forms them anew. Upstream gradients of other terms go through the two operations.
-    `normaliser` divides the sums over rows; None: nothing does.
+    `normaliser` divides the sums over rows; None: nothing does. All processes of a `shard` must take the same rows at a time,
+    and the same backward passes.
     """
 
     @staticmethod
-    def forward(ctx, plan: Plan, rows_at_a_time: int, normaliser, valid, labels, teacher_weight, teacher_bias, weight, bias,
-                *hidden: Tensor):  # fmt: skip
+    def forward(ctx, plan: Plan, rows_at_a_time: int, shard, normaliser, valid, labels, teacher_weight, teacher_bias, weight,
+                bias, *hidden: Tensor):  # fmt: skip
         tensors = (valid, labels, teacher_weight, teacher_bias, weight, bias, *hidden)
         ctx.needed = _needed(ctx, len(hidden))
-        ctx.compute = functools.partial(_loss_and_gradient, plan, rows_at_a_time, normaliser, ctx.needed)
-        ctx.plan, ctx.normaliser = plan, normaliser
+        ctx.compute = functools.partial(_loss_and_gradient, plan, rows_at_a_time, shard, normaliser, ctx.needed)
+        ctx.plan, ctx.shard, ctx.normaliser = plan, shard, normaliser
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         terms, ctx.gradients = ctx.compute(_inputs(*tensors))
@@ -107,11 +108,26 @@ class LossAndGradient(torch.autograd.Function):
                         gradient.mul_(of_loss)
             else:
                 del gradients
-                arguments = (*inputs, *ctx.plan.spec.encode(), ctx.plan.backend)
-                statistics = ops.lens_stats(*arguments)
+                spec, backend = ctx.plan.spec.encode(), ctx.plan.backend
+                statistics = _statistics(spec, backend, ctx.shard, inputs)
                 _, of_statistics = _differentiate(ctx.plan, statistics, inputs.valid, ctx.normaliser, upstream)
-                found = ops.lens_grad(*arguments, *statistics, *of_statistics, ctx.needed)
+                found = ops.lens_grad(*inputs, *spec, backend, *statistics, *of_statistics, ctx.needed)
+                found = _complete(ctx.shard, found, ctx.needed)
         return _returned(ctx, found, inputs, upstream)
+
+
+def _statistics(spec: tuple, backend: str, shard, inputs: LensInputs) -> tuple[Tensor, Tensor, Tensor]:
+    """The statistics of all columns; `spec` is an encoded `LensSpec`."""
+    if shard is None:
+        return ops.lens_stats(*inputs, *spec, backend)
+    return shard.statistics(inputs, LensSpec.decode(*spec), backend)
+
+
+def _complete(shard, found: list[Tensor], needed: list[bool]) -> list[Tensor]:
+    """The gradients `found`, marked in `needed`; a shard has a share of the hidden states', summed over the group in place."""
+    if shard is not None:
+        shard.sum_gradients(found[: sum(needed[:-2])])
+    return found
 
 
 def rows_to_keep(plan: Plan, normaliser, *tensors: Tensor | None) -> int:
@@ -120,7 +136,9 @@ def rows_to_keep(plan: Plan, normaliser, *tensors: Tensor | None) -> int:
     It runs outside of the dispatcher, so eagerly and on plain tensors alone, and needs a reduction: with one value per row
     the upstream gradients are not known in forward.
     """
-    if plan.options.reduction == "none" or (isinstance(normaliser, Tensor) and normaliser.requires_grad):
+    if plan.backend == "reference" or plan.options.reduction == "none":
+        return 0
+    if isinstance(normaliser, Tensor) and normaliser.requires_grad:
         return 0
     inputs = _inputs(*tensors)
     student = (*inputs.student_hidden, inputs.student_weight, inputs.student_bias)
@@ -139,19 +157,21 @@ def _kept_rows(backend: str, inputs: LensInputs, spec: LensSpec, needed: list[bo
     return BACKENDS[backend].kept_rows(inputs, spec, needed)
 
 
-def _loss_and_gradient(plan: Plan, rows_at_a_time: int, normaliser, needed: list[bool],
+def _loss_and_gradient(plan: Plan, rows_at_a_time: int, shard, normaliser, needed: list[bool],
                        inputs: LensInputs) -> tuple[FDDLossTerms, list[Tensor]]:  # fmt: skip
     """The terms, and the gradients of `loss` marked in `needed`."""
     blocks: list[FDDLossTerms] = []
 
-    def upstream(*statistics: Tensor) -> tuple[Tensor, Tensor]:
-        terms, gradients = _differentiate(plan, statistics, None, normaliser, (1.0, None, None, None, None))
+    def per_row_of(rows: Tensor, *statistics: Tensor) -> tuple[Tensor, ...]:
+        if shard is not None:
+            statistics = shard.merged(inputs.at(rows), plan.spec, statistics)
+        terms, of_statistics = _differentiate(plan, statistics, None, normaliser, (1.0, None, None, None, None))
         blocks.append(terms)
-        return gradients
+        return *statistics, *of_statistics
 
     with torch.autocast(inputs.device.type, enabled=False), torch.profiler.record_function("fdd_kernels::stats_and_grad"):
-        gradients = BACKENDS[plan.backend].stats_and_grad(inputs, plan.spec, rows_at_a_time, upstream, needed)
-    return FDDLossTerms(*[torch.stack(term).sum(0) for term in zip(*blocks)]), gradients
+        found = BACKENDS[plan.backend].stats_and_grad(inputs, plan.spec, rows_at_a_time, per_row_of, needed)
+    return FDDLossTerms(*[torch.stack(term).sum(0) for term in zip(*blocks)]), _complete(shard, found, needed)
 
 
 def _differentiate(plan: Plan, statistics, valid, normaliser, upstream) -> tuple[FDDLossTerms, tuple[Tensor, Tensor]]:
@@ -181,22 +201,21 @@ class LogSumExps(torch.autograd.Function):
         needed = [*ctx.needs_input_grad[-len(hidden) :], False, False]
         blocks: list[Tensor] = []
 
-        def upstream(pivots: Tensor, reads: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
+        def per_row_of(_rows, pivots: Tensor, reads: Tensor, moments: Tensor) -> tuple[Tensor, ...]:
             blocks.append(pivots[0] / temperatures + reads[:, LSE_S])
             of_reads = torch.zeros_like(reads)
             of_reads[:, LSE_S] = 1.0
-            return of_reads, torch.zeros_like(moments)
+            return pivots, reads, moments, of_reads, torch.zeros_like(moments)
 
         if rows_at_a_time:
             with torch.autocast(inputs.device.type, enabled=False):
-                slopes = BACKENDS[backend].stats_and_grad(inputs, spec, rows_at_a_time, upstream, needed)
+                slopes = BACKENDS[backend].stats_and_grad(inputs, spec, rows_at_a_time, per_row_of, needed)
             found = torch.cat(blocks, -1)
         else:
             arguments = (*inputs, *spec.encode(), backend)
-            statistics = ops.lens_stats(*arguments)
-            gradients = upstream(*statistics)
+            per_row = per_row_of(None, *ops.lens_stats(*arguments))
             found = blocks[0]
-            slopes = ops.lens_grad(*arguments, *statistics, *gradients, needed) if any(needed) else []
+            slopes = ops.lens_grad(*arguments, *per_row, needed) if any(needed) else []
         ctx.needed = needed
         ctx.save_for_backward(*hidden, *slopes)
         return found
@@ -240,6 +259,14 @@ def _refusing_second_derivatives(found: list[Tensor], *sources: Tensor | None) -
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():  # compiled code refuses by itself
         return found
     return _Once.apply(len(found), *found, *[t for t in sources if t is not None])
+
+
+def tensors_of(plan: Plan, inputs: LensInputs) -> tuple[Tensor | None, ...]:
+    """What the plan reads of `inputs`, which have the states of every layer, in the order in which the Functions take it."""
+    labels = None if plan.ce is None else inputs.labels
+    hidden = [states[layer] for states in (inputs.student_hidden, inputs.teacher_hidden) for layer in plan.layers]
+    heads = (inputs.teacher_weight, inputs.teacher_bias, inputs.student_weight, inputs.student_bias)
+    return (inputs.valid, labels, *heads, *hidden)
 
 
 def _inputs(valid, labels, teacher_weight, teacher_bias, weight, bias, *hidden: Tensor) -> LensInputs:

@@ -51,6 +51,12 @@ class LensInputs(NamedTuple):
     def rows(self) -> int:
         return self.student_hidden[0].shape[0]
 
+    def at(self, rows: Tensor) -> LensInputs:
+        """The inputs of some rows, all of which count."""
+        student, teacher = ([h[rows] for h in states] for states in (self.student_hidden, self.teacher_hidden))
+        labels = None if self.labels is None else self.labels[rows]
+        return self._replace(student_hidden=student, teacher_hidden=teacher, valid=None, labels=labels)
+
     @property
     def device(self) -> torch.device:
         return self.student_weight.device

@@ -5,12 +5,17 @@ and process, and merged by every process (`merge.py`), so that the terms are the
 in the place of its own, `lens_grad` gives a process its rows of the head's gradient and its share of the hidden states'
 gradients, whose sum over the group is complete. Divergences whose parts cannot be merged (jsd, skew_kl) are summed in a second
 pass, once the log-sum-exps of all columns are known.
+
+Where a backend keeps values between the two operations, all that is done for one block of rows after another. The blocks must
+be the same on all processes, which say before any work how many rows they would keep; the least is taken.
 """
 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,7 +25,7 @@ from fdd_kernels import ops
 from fdd_kernels.backends import torch_stream
 from fdd_kernels.config import LossOptions
 from fdd_kernels.merge import Statistics, merge_statistics
-from fdd_kernels.plan import Plan, make_plan
+from fdd_kernels.plan import Plan
 from fdd_kernels.spec import NLL, SLOPE, VALUE, LensInputs, LensSpec
 
 SENT_READ_STATS = 3  # LSE_S, LSE_T and VALUE; the SLOPE of all columns follows from the VALUE
@@ -45,7 +50,11 @@ class VocabShard:
 
     def statistics(self, inputs: LensInputs, spec: LensSpec, backend: str) -> Statistics:
         """The statistics of all columns, the same on every process; `inputs` and `spec` are this process's."""
-        own = part_statistics(inputs, spec, backend)
+        return self.merged(inputs, spec, ops.lens_stats(*inputs, *first_pass(spec).encode(), backend))
+
+    def merged(self, inputs: LensInputs, spec: LensSpec, own: Statistics) -> Statistics:
+        """`statistics` from this process's own."""
+        own = part_statistics(inputs, spec, own)
         packed = torch.cat([t.flatten(0, 1) for t in own])
         parts = packed.new_empty((self.group.size(), *packed.shape))
         if packed.numel():
@@ -71,13 +80,27 @@ class VocabShard:
                     gradient.copy_(wide)
 
 
-def plan_shard(group, options: LossOptions, *arguments) -> tuple[Plan, tuple[Tensor, ...], tuple[Tensor, ...], VocabShard]:
-    """`make_plan` for this process's rows of the heads, once all processes of `group` agree that they can begin.
+class _Answer(NamedTuple):
+    """What every process says before any work."""
 
-    `arguments` are those of `make_plan`. If one process refuses its arguments, every process of the group raises.
+    accepts: int = 0
+    student_rows: int = 0
+    teacher_rows: int = 0
+    positions: int = 0
+    kept_rows: int = 0
+    fingerprint: int = 0
+
+
+def plan_shard(group, prepare: Callable, options: LossOptions,
+               *arguments) -> tuple[VocabShard, Plan, LensInputs, Tensor | float | None, int]:  # fmt: skip
+    """`prepare(options, *arguments)` for this process's rows of the heads, once all processes of `group` agree to begin.
+
+    `arguments` are those of `make_plan`; `prepare` returns a plan, its inputs, what divides the sums, and how many rows'
+    values would be kept at a time (0: none), of which all processes take the least, since they exchange the statistics of a
+    block of rows at a time. If one process refuses its arguments, every process of the group raises.
 
     Raises:
-        TypeError, ValueError: as `make_plan`; also rows that do not fit together, or no process group.
+        TypeError, ValueError: as `prepare`; also rows that do not fit together, or no process group.
         RuntimeError: another process refused its arguments, or was given others than this one; compiled code.
     """
     if torch.compiler.is_compiling():
@@ -90,13 +113,11 @@ def plan_shard(group, options: LossOptions, *arguments) -> tuple[Plan, tuple[Ten
             f"vocab_group must be a torch.distributed.ProcessGroup that this process is in, got {type(group).__name__}: pass "
             'torch.distributed.new_group(...) or device_mesh["tp"].get_group()'
         )
-    found = failure = None
-    own = [0, 0, 0, 0, 0]
+    failure, own = None, _Answer()
     try:
-        found = _plan_of_rows(options, *arguments)
-        plan, students, teachers = found
-        rows = [arguments[1].shape[0], arguments[3].shape[0]]
-        own = [1, *rows, students[0].shape[:-1].numel(), _fingerprint(options, plan, students, teachers, arguments)]
+        plan, inputs, normaliser, kept_rows = _prepare_rows(prepare, options, *arguments)
+        rows = len(inputs.student_weight), len(inputs.teacher_weight)
+        own = _Answer(1, *rows, _count_positions(inputs), kept_rows, _fingerprint(options, plan, inputs))
     except Exception as error:  # the others wait for this process's answer, whatever went wrong
         failure = error
     answers = _exchange(group, own)
@@ -105,11 +126,13 @@ def plan_shard(group, options: LossOptions, *arguments) -> tuple[Plan, tuple[Ten
     bounds, vocabulary = _agreed_bounds(options, answers)
     shard = VocabShard(group, group.rank(), bounds, vocabulary)
     columns = bounds[shard.rank + 1] - bounds[shard.rank]
-    return replace(plan, options=options, spec=replace(plan.spec, columns=columns)), students, teachers, shard
+    plan = replace(plan, options=options, spec=replace(plan.spec, columns=columns))
+    return shard, plan, inputs, normaliser, min(answer.kept_rows for answer in answers)
 
 
-def _plan_of_rows(options: LossOptions, student_hidden, student_weight, teacher_hidden, teacher_weight, *others):
-    """`make_plan` for this process's rows alone; how many of them are compared is not known yet."""
+def _prepare_rows(prepare: Callable, options: LossOptions, student_hidden, student_weight, teacher_hidden, teacher_weight,
+                  *others):  # fmt: skip
+    """`prepare` for this process's rows alone; how many of them are compared is not known yet."""
     if teacher_weight is None:
         raise ValueError(
             "vocab_group splits LM heads over processes, but teacher_weight=None means feature space: a projection is small, "
@@ -123,38 +146,45 @@ def _plan_of_rows(options: LossOptions, student_hidden, student_weight, teacher_
     heads = [w.shape[0] for w in (student_weight, teacher_weight) if isinstance(w, Tensor) and w.ndim == 2]
     if len(heads) == 2 and min(heads) > 0:
         options = replace(options, vocab_size=min(heads))
-    return make_plan(options, student_hidden, student_weight, teacher_hidden, teacher_weight, *others)
+    return prepare(options, student_hidden, student_weight, teacher_hidden, teacher_weight, *others)
 
 
-def _fingerprint(options: LossOptions, plan: Plan, students, teachers, arguments) -> int:
+def _count_positions(inputs: LensInputs) -> int:
+    """Positions that count; all of them where counting would wait for a device."""
+    return inputs.rows if inputs.valid is None or inputs.device.type != "cpu" else int(inputs.valid.sum())
+
+
+def _fingerprint(options: LossOptions, plan: Plan, inputs: LensInputs) -> int:
     """A number that differs between processes whose collectives would not fit together."""
+    students = inputs.student_hidden
     of_grad = [h.requires_grad for h in students] if torch.is_grad_enabled() else None
-    dtypes = [t.dtype for t in (*students, arguments[1], *teachers, arguments[3])]
+    dtypes = [t.dtype for t in (*students, inputs.student_weight, *inputs.teacher_hidden, inputs.teacher_weight)]
     common = replace(options, backend="auto"), plan.leading_shape, students[0].shape[-1], of_grad, dtypes
     return zlib.crc32(repr((plan.spec.encode()[:2], common)).encode())
 
 
-def _exchange(group: dist.ProcessGroup, own: list[int]) -> list[list[int]]:
-    """Every rank's numbers; on the host where the group has a backend for it, so that no device is waited for."""
+def _exchange(group: dist.ProcessGroup, own: _Answer) -> list[_Answer]:
+    """Every rank's answer; on the host where the group has a backend for it, so that no device is waited for."""
     on_host = "cpu:" in dist.get_backend_config(group)
     device = torch.device("cpu") if on_host else torch.device("cuda", torch.cuda.current_device())
     mine = torch.tensor(own, dtype=torch.int64, device=device)
     answers = mine.new_empty((group.size(), len(own)))
     dist.all_gather(list(answers.unbind()), mine, group=group)
-    return answers.tolist()
+    return [_Answer(*answer) for answer in answers.tolist()]
 
 
-def _agreed_bounds(options: LossOptions, answers: list[list[int]]) -> tuple[tuple[int, ...], int]:
+def _agreed_bounds(options: LossOptions, answers: list[_Answer]) -> tuple[tuple[int, ...], int]:
     """Bounds of the columns of all ranks and the size of the student's vocabulary; raises the same on every process."""
-    refused = [rank for rank, answer in enumerate(answers) if not answer[0]]
+    refused = [rank for rank, answer in enumerate(answers) if not answer.accepts]
     if refused:
         raise RuntimeError(
             f"ranks {refused} of vocab_group refused their arguments (see their own errors): nothing was computed"
         )
-    _, student_rows, teacher_rows, positions, fingerprints = zip(*answers)
+    _, student_rows, teacher_rows, positions, _, fingerprints = zip(*answers)
     if len(set(positions)) > 1:
         raise RuntimeError(
-            f"the processes of vocab_group have {list(positions)} positions: hidden states and labels must be the same on all"
+            f"the processes of vocab_group have {list(positions)} positions that count: hidden states, labels and mask must be "
+            "the same on all"
         )
     if len(set(fingerprints)) > 1:
         other = next(rank for rank, f in enumerate(fingerprints) if f != fingerprints[0])
@@ -201,14 +231,19 @@ def second_pass_reads(spec: LensSpec) -> list[int]:
     return [index for index, read in enumerate(spec.reads) if torch_stream.needs_second_pass(read)]
 
 
-def part_statistics(inputs: LensInputs, spec: LensSpec, backend: str) -> Statistics:
-    """What a process has to say: its statistics, of reads the first three, before any that need the others'.
-
-    The VALUE of a cross-entropy is -inf where the label is another's.
-    """
+def first_pass(spec: LensSpec) -> LensSpec:
+    """The spec without the second pass, which would be over a process's own columns."""
     later = second_pass_reads(spec)
     reads = [read._replace(divergence=None) if index in later else read for index, read in enumerate(spec.reads)]
-    pivots, reads, moments = ops.lens_stats(*inputs, *replace(spec, reads=tuple(reads)).encode(), backend)
+    return replace(spec, reads=tuple(reads))
+
+
+def part_statistics(inputs: LensInputs, spec: LensSpec, own: Statistics) -> Statistics:
+    """What a process has to say of its `own` statistics: of reads the first three.
+
+    The VALUE of a cross-entropy is -inf where the label is another's; that of a read of the second pass says nothing.
+    """
+    pivots, reads, moments = own
     reads = reads[:, :SENT_READ_STATS].clone()
     for index, read in enumerate(spec.reads):
         if read.divergence == NLL:

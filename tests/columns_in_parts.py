@@ -17,7 +17,7 @@ from fdd_kernels.plan import make_plan
 from fdd_kernels.spec import SLOPE, VALUE, LensInputs
 from fdd_kernels.terms import normaliser_of
 from fdd_kernels.testing import Outcome, Problem
-from fdd_kernels.vocab_parallel import VocabShard, part_statistics, second_pass_reads, second_pass_sums
+from fdd_kernels.vocab_parallel import VocabShard, first_pass, part_statistics, second_pass_reads, second_pass_sums
 
 
 def in_parts(problem: Problem, bounds: tuple[int, ...], upstream: float = 1.0, *, num_items_in_batch=None,
@@ -42,7 +42,7 @@ def in_parts(problem: Problem, bounds: tuple[int, ...], upstream: float = 1.0, *
         own_labels = VocabShard(None, rank, bounds, len(p.student_weight)).own_labels(labels) if chosen.ce_weight else None
         inputs = LensInputs(states[0], *heads[:2], states[1], *heads[2:], valid, own_labels)
         parts.append((inputs, replace(plan.spec, columns=last - first)))
-    found = [part_statistics(*part, plan.backend) for part in parts]
+    found = [part_statistics(i, spec, ops.lens_stats(*i, *first_pass(spec).encode(), plan.backend)) for i, spec in parts]
     pivots, reads, moments = merge_statistics(plan.spec, *[torch.stack(s) for s in zip(*found)])
     if later := second_pass_reads(plan.spec):
         sums = sum(second_pass_sums(*part, pivots, reads) for part in parts)

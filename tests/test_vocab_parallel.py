@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import pytest
 import torch
 from columns_in_parts import in_parts
 from hf_models import one_thread, tiny_batch  # noqa: F401
 from processes import finish, start
-from vocab_worker import BOUNDS, CONFIG, cases, grid_problem, sequence_problem, tensor_parallel_models
+from vocab_worker import BOUNDS, CONFIG, backwards_problem, cases, grid_problem, sequence_problem, tensor_parallel_models
 
 from fdd_kernels import Distiller, FDDLossTerms, fused_fdd_loss
-from fdd_kernels.testing import Outcome, assert_within_budget, evaluate, unit_roundoff
+from fdd_kernels.api import _rows_that_count
+from fdd_kernels.backends import why_unavailable
+from fdd_kernels.config import LossOptions
+from fdd_kernels.testing import Outcome, Problem, assert_within_budget, evaluate, unit_roundoff
 
 WORKER = "vocab_worker.py"
+KEEPS = why_unavailable("cpu", torch.device("cpu")) is None  # only the C++ backend keeps values
 WORLDS = (2, 4)
 
 
@@ -38,15 +43,51 @@ def results(request, processes) -> list[dict]:
     return processes("results", request.param)[0]
 
 
+@pytest.mark.parametrize("way", ["at once", "in blocks"])
 @pytest.mark.parametrize("name", list(cases()))
-def test_equals_one_process(results, name):
-    check_case(results, name)
+def test_equals_one_process(results, name, way):
+    check_case(results, name, way)
+    if KEEPS:
+        assert [result[way][name]["blocks"] for result in results] == [blocks_of(name, way)] * len(results)
 
 
-def check_case(results: list[dict], name: str) -> None:
+NOT_KEPT = ("per token", "float64", "no position counts", "no positions")
+
+
+def blocks_of(name: str, way: str) -> list[int]:
+    """The rows of each block whose values are kept, the fewest that any process would take: 3 on rank 0."""
+    if name in NOT_KEPT:
+        return []
+    rows = rows_that_count(cases()[name][0])
+    return [rows] if way == "at once" else [min(3, rows - first) for first in range(0, rows, 3)]
+
+
+def rows_that_count(problem: Problem) -> int:
+    valid, _ = _rows_that_count(LossOptions(), problem.labels, problem.mask)
+    return math.prod(problem.leading_shape) if valid is None else int(valid.sum())
+
+
+@pytest.mark.parametrize("way", ["not on rank 0", "with another backend on rank 0"])
+def test_nobody_keeps_what_one_process_cannot_keep(results, way):
+    check_case(results, "everything", way)
+    assert not any(result[way]["everything"]["blocks"] for result in results)
+
+
+def test_backward_passes_after_the_first(results):
+    """A second one forms the gradients anew, block by block; terms alone go through the two operations."""
+    problem, found = backwards_problem(), [result["backwards"] for result in results]
+    check(found, problem, None, {"output_in_dynamics": True, "output_kd_weight": 0.0, "beta": 2.0})
+    blocks = -(-rows_that_count(problem) // 3)
+    if KEEPS:
+        assert [of_rank["blocks"] for of_rank in found] == [[blocks, 2 * blocks, 2 * blocks]] * len(found)
+
+
+def check_case(results: list[dict], name: str, way: str) -> None:
+    check([result[way][name] for result in results], *cases()[name])
+
+
+def check(found: list[dict], problem: Problem, upstream: float | None, options: dict) -> None:
     """Every process has the same terms and hidden gradients, and the whole is within the budget of one process."""
-    problem, upstream, options = cases()[name]
-    found = [result["cases"][name] for result in results]
     assert_same_everywhere([of_rank["terms"] for of_rank in found])
     of_hidden = [n for n in found[0]["gradients"] if "hidden" in n]
     assert_same_everywhere([[of_rank["gradients"][n] for n in of_hidden] for of_rank in found])
@@ -54,9 +95,9 @@ def check_case(results: list[dict], name: str) -> None:
     for n in sorted(set(problem.leaves) - set(of_hidden)):
         gradients[n] = torch.cat([of_rank["gradients"][n] for of_rank in found])
     outcome = Outcome(FDDLossTerms(*found[0]["terms"]), gradients)
-    if name == "bfloat16":
-        check_bfloat16(problem, outcome, options, len(results))
-    elif name == "no positions":
+    if problem.student_weight.dtype == torch.bfloat16:
+        check_bfloat16(problem, outcome, options, len(found))
+    elif 0 in problem.leading_shape:
         assert outcome.terms.loss == 0
         assert {n: (g.shape, bool(g.any())) for n, g in gradients.items()} == {
             n: (t.shape, False) for n, t in problem.leaves.items()
@@ -147,7 +188,8 @@ EVERYWHERE = {
     "vocabularies differ": "ValueError: over the processes of vocab_group student_weight has 37 rows and teacher_weight 36",
     "other columns": "ValueError: the rows of student_weight [12, 25] and of teacher_weight [13, 24]",
     "other options": "RuntimeError: ranks 0 and 1 of vocab_group were called with different options",
-    "other positions": "RuntimeError: the processes of vocab_group have [10, 8] positions",
+    "other positions": "RuntimeError: ranks 0 and 1 of vocab_group were called with different options, shapes",
+    "other labels": "RuntimeError: the processes of vocab_group have [7, 0] positions that count",
     "other gradients": "RuntimeError: ranks 0 and 1 of vocab_group were called with different options",
     "label": "ValueError: labels contains 37",
     "vocab_size": "ValueError: vocab_size=38 is larger than a vocabulary",
@@ -175,7 +217,7 @@ def test_refusals_come_on_every_process_and_leave_nothing_behind(processes):
     one = [result["refusals"]["one process refuses"] for result in results]
     assert one[0].startswith("RuntimeError: ranks [1] of vocab_group refused their arguments")
     assert one[1].startswith("ValueError: student_bias has shape")
-    check_case(results, "everything")  # the group is still in step
+    check_case(results, "everything", "at once")  # the group is still in step
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +16,20 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from fdd_kernels import Distiller, FDDConfig, fdd_loss_reference, fused_fdd_loss
+from fdd_kernels.backends import BACKENDS, cpu
 from fdd_kernels.parallel import whole
 from fdd_kernels.testing import Problem, evaluate, random_problem
 
 COLUMNS = 37
 BOUNDS = {1: (0, 37), 2: (0, 12, 37), 4: (0, 12, 13, 30, 37)}
 CONFIG = FDDConfig(num_layers=2, ce_weight=0.5)
+# How many rows' values the C++ backend of a rank keeps at a time (None: as many as it chooses), and the rank's backend.
+WAYS = {
+    "at once": lambda rank: (None, "auto"),
+    "in blocks": lambda rank: (3 + rank, "auto"),
+    "not on rank 0": lambda rank: (3 if rank else 0, "auto"),
+    "with another backend on rank 0": lambda rank: (3, "auto" if rank else "torch"),
+}
 HEADS = ("student_weight", "teacher_weight", "student_bias", "teacher_bias")
 
 
@@ -56,22 +65,60 @@ def rows_of(problem: Problem, first: int, last: int) -> Problem:
                                for n, t in heads.items()})  # fmt: skip
 
 
-def run_cases(rank: int, world: int, group) -> dict:
+@contextlib.contextmanager
+def keeping(rows: int | None) -> Iterator[list[int]]:
+    """Let the C++ backend keep `rows` rows at a time (None: as many as it chooses); the rows of each block that it kept."""
+    backend, block_rows, blocks = BACKENDS["cpu"], cpu.block_rows, []
+
+    def stats_and_grad(inputs, spec, rows_at_a_time, per_row_of, needed):
+        def seen(rows, *statistics):
+            blocks.append(len(rows))
+            return per_row_of(rows, *statistics)
+
+        return backend.stats_and_grad(inputs, spec, rows_at_a_time, seen, needed)
+
+    BACKENDS["cpu"] = replace(backend, stats_and_grad=stats_and_grad)
+    if rows is not None:
+        cpu.block_rows = lambda layers, count, *_, **__: min(count, rows)
+    try:
+        yield blocks
+    finally:
+        BACKENDS["cpu"], cpu.block_rows = backend, block_rows
+
+
+def run_cases(rank: int, world: int, group, way: str, names: tuple[str, ...] = ()) -> dict:
+    rows, backend = WAYS[way](rank)
     bounds, found = BOUNDS[world], {}
     for name, (problem, upstream, options) in cases().items():
+        if names and name not in names:
+            continue
         part = rows_of(problem, bounds[rank], bounds[rank + 1])
-        outcome = evaluate(part, fused_fdd_loss, upstream, vocab_group=group, **options)
-        found[name] = {"terms": tuple(outcome.terms), "gradients": outcome.gradients}
+        with keeping(rows) as blocks:
+            outcome = evaluate(part, fused_fdd_loss, upstream, vocab_group=group, **options, backend=backend)
+        found[name] = {"terms": tuple(outcome.terms), "gradients": outcome.gradients, "blocks": blocks}
     return found
 
 
-def check_repeated_backward(rank: int, world: int, group) -> None:
-    problem = rows_of(random_problem(), *BOUNDS[world][rank : rank + 2])
-    loss = fused_fdd_loss(**problem.arguments, vocab_group=group)
-    leaves = list(problem.leaves.values())
-    first, second = (torch.autograd.grad(loss, leaves, retain_graph=True) for _ in range(2))
-    for a, b in zip(first, second, strict=True):
-        assert torch.equal(a, b)
+def backwards_problem() -> Problem:
+    return random_problem(labels=True, bias="plain")
+
+
+def run_backwards(rank: int, world: int, group) -> dict:
+    """Every kind of backward pass after one forward: of the loss, again and doubled, and of two terms alone."""
+    problem = rows_of(backwards_problem(), *BOUNDS[world][rank : rank + 2])
+    leaves, kept = problem.leaves, []
+    with keeping(3) as blocks:
+        terms = fused_fdd_loss(**problem.arguments, output_in_dynamics=True, return_terms=True, vocab_group=group)
+        weighted = terms.trajectory + 2 * terms.derivative
+        found = []
+        for value in (terms.loss, 2 * terms.loss, weighted):
+            found.append(torch.autograd.grad(value, list(leaves.values()), retain_graph=True))
+            kept.append(len(blocks))
+    for once, doubled in zip(*found[:2], strict=True):
+        assert torch.equal(2 * once, doubled)
+    zero = torch.zeros(())
+    of_terms = (weighted.detach(), zero, terms.trajectory.detach(), terms.derivative.detach(), zero)
+    return {"terms": of_terms, "gradients": dict(zip(leaves, found[2])), "blocks": kept}
 
 
 # --- rows of several processes: sequence parallelism, and data parallelism beside vocabulary parallelism
@@ -232,6 +279,7 @@ def refusals(rank: int, group) -> dict[str, Callable[[], object]]:
         "one process refuses": call(student_bias=part.student_bias[:-1]) if last else call(),
         "other options": call(alpha=0.5) if last else call(),
         "other positions": call(positions_of(part, slice(0, 4))) if last else call(),
+        "other labels": call(labels=torch.full_like(part.labels, -100)) if last else call(),
         "other gradients": call(replace(part, student_hidden=frozen)) if last else call(),
         "label": call(labels=torch.full_like(part.labels, COLUMNS), ce_weight=1.0),
         "vocab_size": call(vocab_size=38),
@@ -257,10 +305,13 @@ def errors_of(calls: dict[str, Callable[[], object]]) -> dict[str, str]:
 
 
 def die_in_the_middle(rank: int, world: int, group) -> None:
-    """The last process dies between forward and backward; the others must not wait for it."""
+    """The last process dies between forward and backward; the others must not wait for it.
+
+    With a value per position, since otherwise nothing may be left to exchange in the backward pass.
+    """
     problem = rows_of(random_problem(), *BOUNDS[world][rank : rank + 2])
     fused_fdd_loss(**problem.arguments, vocab_group=group).backward()
-    loss = fused_fdd_loss(**problem.arguments, vocab_group=group)
+    loss = fused_fdd_loss(**problem.arguments, reduction="none", vocab_group=group).sum()
     if rank == world - 1:
         os._exit(9)
     loss.backward()
@@ -271,13 +322,15 @@ def main(kind: str, rank: int, world: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     group = dist.group.WORLD
     if kind == "results":
-        found = {"cases": run_cases(rank, world, group), "sequence": run_sequence(rank, world)}
-        check_repeated_backward(rank, world, group)
+        names = {"at once": (), "in blocks": ()}
+        found = {way: run_cases(rank, world, group, way, names.get(way, ("everything",))) for way in WAYS}
+        found |= {"sequence": run_sequence(rank, world), "backwards": run_backwards(rank, world, group)}
         found["distillers"] = run_distillers(world)
         if world == 4:
             found |= {"grid": run_grid(rank), "fsdp": run_with_fsdp(rank)}
     else:
-        found = {"refusals": errors_of(refusals(rank, group)), "cases": run_cases(rank, world, group)}
+        found = {"refusals": errors_of(refusals(rank, group))}
+        found["at once"] = run_cases(rank, world, group, "at once", ("everything",))
     torch.save(found, folder / f"{rank}.pt")
     die_in_the_middle(rank, world, group)
 

@@ -33,8 +33,8 @@ HIDDEN_BYTES = 48 * MIB  # float32 sums of the hidden states' gradients where th
 WEIGHT_BYTES = 32 * MIB  # float32 sums of the head's gradient where its dtype is narrower
 
 F32 = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
-# (pivots, reads, moments) -> upstream gradients of reads and moments
-Upstream = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+# (rows, pivots, reads, moments) -> pivots, reads, moments, upstream gradients of reads and moments
+PerRow = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -231,11 +231,12 @@ def kept_rows(inputs: LensInputs, spec: LensSpec, needed: list[bool]) -> int:
 
 
 def stats_and_grad(
-    inputs: LensInputs, spec: LensSpec, rows_at_a_time: int, upstream: Upstream, needed: list[bool]
+    inputs: LensInputs, spec: LensSpec, rows_at_a_time: int, per_row_of: PerRow, needed: list[bool]
 ) -> list[Tensor]:
     """`stats`, then `grad`, for one block of rows after another, of which all values are kept in between.
 
-    `upstream` is given the statistics of a block's rows.
+    `per_row_of` is given the rows of a block and their statistics and returns what `grad` takes as `per_row` for them: the
+    statistics that the gradients are formed with, those of all columns where `inputs` has some, and their upstream gradients.
     """
     rows, layers, width = _valid_rows(inputs), len(inputs.student_hidden), inputs.student_hidden[0].shape[1]
     grad_hidden, grad_weight, grad_bias = _no_gradients(inputs, needed)
@@ -245,16 +246,16 @@ def stats_and_grad(
     tiles = Tiles(rows_at_a_time, min(TILE_COLUMNS, _round_up(spec.columns, 16)), spec.columns)
     memory = None
     statistics = _no_statistics(inputs, spec)
-    grad_reads, grad_moments = torch.zeros_like(statistics[1]), torch.zeros_like(statistics[2])
+    per_row = *statistics, *(torch.zeros_like(t) for t in statistics[1:])
     for block in rows.split(rows_at_a_time):
         problem = _problem(inputs, spec, block, tiles)
         if memory is None:  # the first block is the largest
             memory = torch.empty(_extension.kernels.kept_size(problem), **F32)
         _extension.kernels.stats_and_keep(problem, memory, *statistics)
-        found = upstream(*(t[..., block] for t in statistics))
-        grad_reads[..., block], grad_moments[..., block] = found
+        for whole, of_block in zip(per_row, per_row_of(block, *(t[..., block] for t in statistics)), strict=True):
+            whole[..., block] = of_block
         sums = torch.zeros(layers, len(block), width, **F32) if any(needed[:layers]) else None
-        _extension.kernels.grad_of_kept(problem, memory, *statistics, grad_reads, grad_moments, sums, weight, grad_bias)
+        _extension.kernels.grad_of_kept(problem, memory, *per_row, sums, weight, grad_bias)
         if sums is not None:
             _place(sums, block, grad_hidden)
     if weight is not grad_weight:
