@@ -174,7 +174,7 @@ def measure_memory(workload: Workload, provider: Provider, device: torch.device,
                 for t in (*problem.student_hidden, problem.student_weight, *problem.teacher_hidden, problem.teacher_weight)
                 if t is not None
             ),
-            "measure": "max_memory_allocated" if device.type == "cuda" else "resident high-water",
+            "measure": "max_memory_allocated" if device.type == "cuda" else "resident high-water, freed memory given back",
             "seconds": seconds,
         },
     )

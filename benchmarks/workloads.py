@@ -130,7 +130,7 @@ def _full() -> list[Workload]:
     sweeps += [replace(base, name=f"columns-{n}", sweep="columns", columns=n) for n in (8192, 16384, 32768, 65536)]
     sweeps += [replace(base, name=f"layers-{n}", sweep="layers", layers=n) for n in (2, 3, 5, 9)]
     sweeps = [replace(w, text=f"scaling over {SWEPT[w.sweep]}, GPT-2 pair") for w in sweeps]
-    return pairs + sweeps + _limits()
+    return pairs + sweeps
 
 
 def _limits() -> list[Workload]:
