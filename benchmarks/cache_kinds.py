@@ -25,7 +25,7 @@ from benchmarks.workloads import GPT2
 from fdd_kernels import fdd_loss_reference, fused_fdd_loss
 from fdd_kernels.config import LossOptions
 from fdd_kernels.teacher_cache.codec import CODECS
-from fdd_kernels.teacher_statistics import StatisticsLoss, statistics_widths, teacher_statistics
+from fdd_kernels.teacher_statistics import StatisticsLoss, StatisticsMaker, statistics_widths
 from fdd_kernels.testing import Problem
 
 EXACT_ROWS = 16  # of the comparison with float64, which is dense
@@ -41,7 +41,7 @@ def states_loss(problem: Problem, codec: str | None) -> Callable[[list[Tensor]],
 
 def statistics_loss(problem: Problem) -> Callable[[list[Tensor]], Tensor]:
     options, weight = LossOptions(), problem.student_weight
-    found = teacher_statistics(options, problem.teacher_hidden, problem.teacher_weight, None, weight)
+    found = StatisticsMaker(options, weight)(problem.teacher_hidden, problem.teacher_weight)
     loss = StatisticsLoss(options, len(problem.teacher_hidden), weight)
     return lambda hidden: loss(hidden, found).loss
 

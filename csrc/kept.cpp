@@ -15,34 +15,31 @@
 namespace fdd {
 namespace {
 
-// The hidden states of all layers below one another, (M, D).
+// Row m of the hidden states of all layers below one another, (M, D), as 4-byte words; returns `out`.
+float* read_stacked(const Problem& problem, const Side& side, int64_t padded, int64_t m, float* out) {
+  if (m % padded < problem.count())
+    side.hidden[m / padded].read_words(problem.rows[m % padded], side.narrow, out);
+  else
+    std::memset(out, 0, sizeof(float) * side.words());
+  return out;
+}
+
+// All of them.
 Scratch stack(const Problem& problem, const Side& side, int64_t padded) {
-  const int64_t words = side.words();
-  Scratch out(problem.layers * padded * words);
-  at::parallel_for(0, problem.layers * padded, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; ++m) {
-      float* row = out.get() + m * words;
-      if (m % padded < problem.count())
-        side.hidden[m / padded].read_words(problem.rows[m % padded], side.narrow, row);
-      else
-        std::memset(row, 0, sizeof(float) * words);
-    }
+  const int64_t words = side.words(), all = problem.layers * padded;
+  Scratch out(all * words);
+  at::parallel_for(0, all, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) read_stacked(problem, side, padded, m, out.get() + m * words);
   });
   return out;
 }
 
 // The same as a right operand (M, D).
 Scratch stack_paired(const Problem& problem, const Side& side, int64_t padded) {
-  Scratch rows = stack(problem, side, padded);
-  if (!side.narrow) return rows;
-  const int64_t width = side.width(), pairs = problem.layers * padded / 2;
-  Scratch out(pairs * width);
-  at::parallel_for(0, pairs, 8, [&](int64_t begin, int64_t end) {
-    for (int64_t pair = begin; pair < end; ++pair) {
-      const uint16_t* first = rows.halves() + 2 * pair * width;
-      row_kernels().interleave(first, first + width, out.halves() + 2 * pair * width, width);
-    }
-  });
+  if (!side.narrow) return stack(problem, side, padded);
+  Scratch out;
+  interleaved(problem.layers * padded, side.width(), &out,
+              [&](int64_t m, float* buffer) { return read_stacked(problem, side, padded, m, buffer); });
   return out;
 }
 

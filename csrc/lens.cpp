@@ -62,30 +62,34 @@ Operand left_operand(const Side& side, const Matrix& from, int64_t count, Row ro
 
 // The rows as a right operand whose rows come in pairs.
 template <class Row>
-Operand paired_operand(const Side& side, const Matrix& from, int64_t count, Row row, Scratch* copy) {
-  const int64_t width = side.width(), pairs = (count + 1) / 2;
+Operand right_operand(const Side& side, const Matrix& from, int64_t count, Row row, Scratch* copy) {
+  return interleaved(count, side.width(), copy, [&](int64_t i, float* buffer) {
+    const void* lies = from.direct(row(i), true);
+    if (!lies) from.read_words(row(i), true, buffer);
+    return lies ? lies : buffer;
+  });
+}
+
+}  // namespace
+
+Operand interleaved(int64_t count, int64_t width, Scratch* copy, const std::function<const void*(int64_t, float*)>& row) {
+  const int64_t pairs = (count + 1) / 2;
   copy->resize(pairs * width);
   at::parallel_for(0, pairs, 8, [&](int64_t begin, int64_t end) {
-    Scratch rows[2] = {Scratch(side.words()), Scratch(side.words())};
+    Scratch buffers[2] = {Scratch(width / 2), Scratch(width / 2)};
     for (int64_t pair = begin; pair < end; ++pair) {
-      const uint16_t* halves[2];
+      const void* rows[2];
       for (int64_t i = 0; i < 2; ++i) {
+        float* buffer = buffers[i].get();
         const bool there = 2 * pair + i < count;
-        halves[i] = there ? static_cast<const uint16_t*>(from.direct(row(2 * pair + i), true)) : nullptr;
-        if (halves[i]) continue;
-        if (there)
-          from.read_words(row(2 * pair + i), true, rows[i].get());
-        else
-          std::memset(rows[i].get(), 0, 2 * width);
-        halves[i] = rows[i].halves();
+        rows[i] = there ? row(2 * pair + i, buffer) : std::memset(buffer, 0, 2 * width);
       }
-      row_kernels().interleave(halves[0], halves[1], copy->halves() + 2 * pair * width, width);
+      row_kernels().interleave(static_cast<const uint16_t*>(rows[0]), static_cast<const uint16_t*>(rows[1]),
+                               copy->halves() + 2 * pair * width, width);
     }
   });
   return {copy->get(), width, true};
 }
-
-}  // namespace
 
 Operand head_rows(const Side& side, int64_t first, int64_t count, Scratch* copy) {
   const Matrix& weight = side.weight;
@@ -95,7 +99,7 @@ Operand head_rows(const Side& side, int64_t first, int64_t count, Scratch* copy)
 
 Operand head_pairs(const Side& side, int64_t first, int64_t count, Scratch* copy) {
   if (!side.narrow) return head_rows(side, first, count, copy);
-  return paired_operand(side, side.weight, count, [&](int64_t i) { return first + i; }, copy);
+  return right_operand(side, side.weight, count, [&](int64_t i) { return first + i; }, copy);
 }
 
 TileValues::TileValues(const Problem& problem)
@@ -119,7 +123,7 @@ Operand hidden_rows(const Problem& problem, const Side& side, int64_t layer, int
 
 Operand hidden_pairs(const Problem& problem, const Side& side, int64_t layer, int64_t begin, int64_t end, Scratch* copy) {
   if (!side.narrow) return hidden_rows(problem, side, layer, begin, end, copy);
-  return paired_operand(side, side.hidden[layer], end - begin, [&](int64_t i) { return problem.rows[begin + i]; }, copy);
+  return right_operand(side, side.hidden[layer], end - begin, [&](int64_t i) { return problem.rows[begin + i]; }, copy);
 }
 
 void TileValues::set_rows(int64_t begin, int64_t end) {

@@ -83,6 +83,10 @@ Operand hidden_rows(const Problem& problem, const Side& side, int64_t layer, int
 // The same as a right operand.
 Operand hidden_pairs(const Problem& problem, const Side& side, int64_t layer, int64_t begin, int64_t end, Scratch* copy);
 
+// `count` rows of an even number of bfloat16 as a narrow right operand, an odd one beside zeros; row(i, buffer) says where the
+// i-th lies, which may be the buffer, once it is written there.
+Operand interleaved(int64_t count, int64_t width, Scratch* copy, const std::function<const void*(int64_t, float*)>& row);
+
 // Raw values u of a tile: all layers of a block of rows, both models.
 struct TileView {
   const float *values_s, *values_t;

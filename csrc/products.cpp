@@ -18,57 +18,50 @@ namespace {
 constexpr int64_t kPieceDepth = 256;
 constexpr int64_t kPieceColumns = 256;
 
-// Whether brgemm multiplies float32 on this processor: tried once on a small product.
-bool brgemm_works() {
-#ifdef CPUBLAS_BRGEMM_F32F32F32
-  static const bool works = [] {
-    float a[16 * 16], b[16 * 16], c[16 * 16];
-    for (int i = 0; i < 256; ++i) a[i] = float(i % 7) - 3.f, b[i] = float(i % 5) - 2.f;
-    try {
-      at::native::cpublas::brgemm(16, 16, 16, 16, 16, 16, false, a, b, c, false);
-      at::native::cpublas::brgemm_release(false);
-    } catch (const std::exception&) {
-      return false;
-    }
-    for (int i = 0; i < 16; ++i)
-      for (int j = 0; j < 16; ++j) {
-        float expected = 0;
-        for (int k = 0; k < 16; ++k) expected += a[16 * i + k] * b[16 * k + j];
-        if (c[16 * i + j] != expected) return false;
-      }
-    return true;
-  }();
-  return works;
+// How many rows of a right operand of type T are interleaved.
+template <class T>
+constexpr int64_t kTogether = sizeof(T) == 2 ? 2 : 1;
+
+// c (m, n) = a (m, k) b (k, n), or += with `add`, by oneDNN's kernels; throws if there is none for T.
+template <class T>
+void brgemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+#if defined(CPUBLAS_BRGEMM_F32F32F32) && defined(CPUBLAS_BRGEMM_BF16BF16F32)
+  at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, kTogether<T> > 1);
 #else
-  return false;
+  TORCH_CHECK(false, "this PyTorch has no brgemm");
 #endif
 }
 
-// Whether brgemm multiplies bfloat16 on this processor, with instructions for it or without: tried once.
-bool narrow_brgemm_works() {
-#ifdef CPUBLAS_BRGEMM_BF16BF16F32
+template <class T>
+void release_brgemm() {
+#if defined(CPUBLAS_BRGEMM_F32F32F32) && defined(CPUBLAS_BRGEMM_BF16BF16F32)
+  at::native::cpublas::brgemm_release(kTogether<T> > 1);
+#endif
+}
+
+// Whether brgemm multiplies T on this processor, with instructions for it or without: tried once on a small product.
+template <class T>
+bool brgemm_works() {
   static const bool works = [] {
-    at::BFloat16 a[16 * 32], b[32 * 16];
+    T a[16 * 32], b[32 * 16];
     float c[16 * 16];
     for (int i = 0; i < 512; ++i) a[i] = float(i % 7) - 3.f, b[i] = float(i % 5) - 2.f;
     try {
-      at::native::cpublas::brgemm(16, 16, 32, 32, 16, 16, false, a, b, c, true);
-      at::native::cpublas::brgemm_release(true);
+      brgemm(16, 16, 32, a, 32, b, 16, c, 16, false);
+      release_brgemm<T>();
     } catch (const std::exception&) {
       return false;
     }
     for (int i = 0; i < 16; ++i)
       for (int j = 0; j < 16; ++j) {
         float expected = 0;
-        for (int k = 0; k < 32; ++k) expected += float(a[32 * i + k]) * float(b[(k / 2 * 16 + j) * 2 + k % 2]);
+        for (int k = 0; k < 32; ++k)
+          expected += float(a[32 * i + k]) * float(b[(k / kTogether<T> * 16 + j) * kTogether<T> + k % kTogether<T>]);
         if (c[16 * i + j] != expected) return false;
       }
     return true;
   }();
   return works;
-#else
-  return false;
-#endif
 }
 
 bool has_bfloat16_instructions() {
@@ -80,32 +73,9 @@ bool has_bfloat16_instructions() {
 #endif
 }
 
-// Calls product(columns, depth, first column, first row of b, whether to add) for pieces of b that stay in the second cache
-// level while the rows of a pass by, and whose sums, one product after another, are short enough to round no worse than a
-// BLAS.
-template <class Product>
-void in_pieces(int64_t n, int64_t k, bool add, Product product) {
-  for (int64_t column = 0; column < n; column += kPieceColumns) {
-    const int64_t columns = std::min(kPieceColumns, n - column);
-    const int64_t pieces = (k + kPieceDepth - 1) / kPieceDepth, depth = round_up((k + pieces - 1) / pieces, 32);
-    for (int64_t first = 0; first < k; first += depth)
-      product(columns, std::min(depth, k - first), column, first, add || first);
-  }
-}
-
-void multiply_narrow(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const at::BFloat16* b, int64_t ldb,
-                     float* c, int64_t ldc, bool add) {
-  k = round_up(k, 2);
-#ifdef CPUBLAS_BRGEMM_BF16BF16F32
-  if (narrow_brgemm_works()) {
-    in_pieces(n, k, add, [&](int64_t columns, int64_t depth, int64_t column, int64_t first, bool more) {
-      at::native::cpublas::brgemm(m, columns, depth, lda, ldb, ldc, more, a + first, b + first * ldb + 2 * column, c + column,
-                                  true);
-    });
-    return;
-  }
-#endif
-  // For tests on processors without such instructions.
+// What brgemm_works does not multiply: bfloat16 for tests, on processors without such instructions.
+void multiply_without_brgemm(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const at::BFloat16* b,
+                             int64_t ldb, float* c, int64_t ldc, bool add) {
   for (int64_t i = 0; i < m; ++i) {
     float* out = c + i * ldc;
     if (!add) std::memset(out, 0, sizeof(float) * n);
@@ -117,17 +87,8 @@ void multiply_narrow(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int
   }
 }
 
-void multiply_float(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb, float* c,
-                    int64_t ldc, bool add) {
-#ifdef CPUBLAS_BRGEMM_F32F32F32
-  if (brgemm_works()) {
-    in_pieces(n, k, add, [&](int64_t columns, int64_t depth, int64_t column, int64_t first, bool more) {
-      at::native::cpublas::brgemm(m, columns, depth, lda, ldb, ldc, more, a + first, b + first * ldb + column, c + column,
-                                  false);
-    });
-    return;
-  }
-#endif
+void multiply_without_brgemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb,
+                             float* c, int64_t ldc, bool add) {
   const auto view = [](const float* data, int64_t rows, int64_t columns, int64_t stride) {
     return at::from_blob(const_cast<float*>(data), {rows, columns}, {stride, 1}, at::kFloat);
   };
@@ -138,16 +99,28 @@ void multiply_float(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda
     at::mm_out(out, view(a, m, k, lda), view(b, k, n, ldb));
 }
 
+// By pieces of b that stay in the second cache level while the rows of a pass by, and whose sums, one product after another,
+// are short enough to round no worse than a BLAS.
+template <class T>
+void multiply(int64_t m, int64_t n, int64_t k, Operand left, Operand right, float* c, int64_t ldc, bool add) {
+  const T *a = static_cast<const T*>(left.data), *b = static_cast<const T*>(right.data);
+  k = round_up(k, kTogether<T>);
+  if (!brgemm_works<T>()) return multiply_without_brgemm(m, n, k, a, left.ld, b, right.ld, c, ldc, add);
+  for (int64_t column = 0; column < n; column += kPieceColumns) {
+    const int64_t columns = std::min(kPieceColumns, n - column);
+    const int64_t pieces = (k + kPieceDepth - 1) / kPieceDepth, depth = round_up((k + pieces - 1) / pieces, 32);
+    for (int64_t first = 0; first < k; first += depth)
+      brgemm(m, columns, std::min(depth, k - first), a + first, left.ld, b + first * right.ld + kTogether<T> * column,
+             right.ld, c + column, ldc, add || first);
+  }
+}
+
 }  // namespace
 
 void multiply(int64_t m, int64_t n, int64_t k, Operand a, Operand b, float* c, int64_t ldc, bool add) {
   TORCH_INTERNAL_ASSERT_DEBUG_ONLY(a.narrow == b.narrow);
   if (m == 0 || n == 0) return;
-  if (b.narrow)
-    multiply_narrow(m, n, k, static_cast<const at::BFloat16*>(a.data), a.ld, static_cast<const at::BFloat16*>(b.data), b.ld, c,
-                    ldc, add);
-  else
-    multiply_float(m, n, k, static_cast<const float*>(a.data), a.ld, static_cast<const float*>(b.data), b.ld, c, ldc, add);
+  return b.narrow ? multiply<at::BFloat16>(m, n, k, a, b, c, ldc, add) : multiply<float>(m, n, k, a, b, c, ldc, add);
 }
 
 void Split::multiply(int64_t m, int64_t n, int64_t k, const float* values, int64_t ld, Operand b, float* c, int64_t ldc,
@@ -165,24 +138,20 @@ void Split::multiply(int64_t m, int64_t n, int64_t k, const float* values, int64
 }
 
 void release_products() {
-#ifdef CPUBLAS_BRGEMM_F32F32F32
-  if (brgemm_works()) at::native::cpublas::brgemm_release(false);
-#endif
-#ifdef CPUBLAS_BRGEMM_BF16BF16F32
-  if (narrow_products() && narrow_brgemm_works()) at::native::cpublas::brgemm_release(true);
-#endif
+  if (brgemm_works<float>()) release_brgemm<float>();
+  if (narrow_products() && brgemm_works<at::BFloat16>()) release_brgemm<at::BFloat16>();
 }
 
 bool narrow_products() {
   static const bool chosen = [] {
     const char* wanted = std::getenv("FDD_KERNELS_BF16_PRODUCTS");
     if (wanted && *wanted) return std::strcmp(wanted, "0") != 0;
-    return has_bfloat16_instructions() && narrow_brgemm_works();
+    return has_bfloat16_instructions() && brgemm_works<at::BFloat16>();
   }();
   return chosen;
 }
 
-const char* product_library() { return brgemm_works() ? "brgemm" : "blas"; }
+const char* product_library() { return brgemm_works<float>() ? "brgemm" : "blas"; }
 
 Matrix::Matrix(const at::Tensor& tensor)
     : data_(static_cast<const char*>(tensor.const_data_ptr())),

@@ -10,7 +10,7 @@ mean, and a = (W - m)^T t with m the mean of the head's rows:
 
     sum about the means of (s W d)^2 = s^2 d . G d,   G = (W - m)^T (W - m);   of (s W d) t = s d . a;   mean = s m . d
 
-All of it is exact over the whole vocabulary. `teacher_statistics` makes the statistics, once; `StatisticsLoss` computes the
+All of it is exact over the whole vocabulary. `StatisticsMaker` makes the statistics, once; `StatisticsLoss` computes the
 loss from them with neither teacher nor teacher head. What follows from them is in `terms.py`, as for every backend.
 
 Where student and teacher nearly agree, the difference E_q[W] - u, which is the gradient of KL, has fewer digits than the
@@ -83,7 +83,7 @@ def _everything(options: LossOptions, columns: int, layers: int, rows: int) -> P
 
 
 def statistics_widths(options: LossOptions, layers: int, student_width: int) -> dict[str, int]:
-    """Name and width of each array of `teacher_statistics`; `layers` counts the final state."""
+    """Name and width of each array of `StatisticsMaker`; `layers` counts the final state."""
     spec = _everything(options, 1, layers, 0).spec
     widths = {f"expectation_{i}": student_width for i in range(len(spec.reads))}
     widths |= {f"correlation_{i}": student_width for i in range(len(spec.moments))}
@@ -91,30 +91,30 @@ def statistics_widths(options: LossOptions, layers: int, student_width: int) -> 
 
 
 class _Head:
-    """The student's head over the compared columns, in the working dtype; what of it the deltas need is found once."""
+    """The student's head over the compared columns."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, columns: int, dtype: torch.dtype) -> None:
-        self.weight, self.columns, self.dtype = weight.detach()[:columns], columns, dtype
-        self.bias = None if bias is None else bias.detach()[:columns].to(dtype)
+    def __init__(self, weight: Tensor, bias: Tensor | None, columns: int) -> None:
+        self.weight, self.columns = weight.detach()[:columns], columns
+        self.bias = None if bias is None else bias.detach()[:columns]
 
-    def tiles(self, columns: int | None = None) -> Iterator[tuple[slice, Tensor]]:
-        columns = columns or max(1, _HEAD_BYTES // (self.weight.shape[1] * self.dtype.itemsize))
+    def tiles(self, dtype: torch.dtype, columns: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+        columns = columns or max(1, _HEAD_BYTES // (self.weight.shape[1] * dtype.itemsize))
         for first in range(0, self.columns, columns):
             tile = slice(first, min(first + columns, self.columns))
-            yield tile, self.weight[tile].to(self.dtype)
+            yield tile, self.weight[tile].to(dtype)
 
     def mean(self, live: Tensor) -> Tensor:
-        """m, the mean of the rows that are `live` (C,): (D,)."""
-        total = sum((live[tile].double() @ rows.double() for tile, rows in self.tiles()), 0.0)
-        return (total / live.sum().clamp(min=1)).to(self.dtype)
+        """m, the mean of the rows that are `live` (C,): (D,) in float64."""
+        total = sum((live[tile].double() @ rows for tile, rows in self.tiles(torch.float64)), 0.0)
+        return total / live.sum().clamp(min=1)
 
     def gram(self, live: Tensor, mean: Tensor) -> Tensor:
-        """G, (D, D)."""
+        """G, (D, D), in the dtype of `mean`."""
         total = 0.0
-        for tile, rows in self.tiles():
+        for tile, rows in self.tiles(mean.dtype):
             centred = (rows - mean) * live[tile, None]
             total = total + (centred.T @ centred).double()
-        return total.to(self.dtype)
+        return total.to(mean.dtype)
 
 
 def _finite_columns(bias: Tensor | None, columns: int, device: torch.device) -> Tensor:
@@ -122,54 +122,71 @@ def _finite_columns(bias: Tensor | None, columns: int, device: torch.device) -> 
     return torch.ones(columns, dtype=torch.bool, device=device) if bias is None else bias[:columns].isfinite()
 
 
-@torch.no_grad()
-def teacher_statistics(options: LossOptions, teacher_hidden: Sequence[Tensor], teacher_weight: Tensor,
-                       teacher_bias: Tensor | None, student_weight: Tensor, student_bias: Tensor | None = None,
-                       ) -> dict[str, Tensor]:  # fmt: skip
-    """All that `StatisticsLoss` needs of the teacher, computed in tiles of the vocabulary.
+class StatisticsMaker:
+    """Makes all that `StatisticsLoss` needs of a teacher, in tiles of the vocabulary.
 
     Args:
         options: temperatures, `output_in_dynamics`, `vocab_size` and the teacher's soft cap and scale are used; weights
             are not: the statistics serve any.
-        teacher_hidden: L tensors (R, Dt) in depth order, the last the final state.
-        teacher_weight, teacher_bias, student_weight, student_bias: heads (V, Dt), (V,), (V, Ds), (V,).
-
-    Returns:
-        "expectation_i" (R, Ds) for each read of a layer, "correlation_i" (R, Ds) for each pair of layers, and "scalars";
-        float32, or float64 for float64 inputs. See `statistics_widths`.
+        student_weight, student_bias: the student's head (V, Ds), (V,); constant from now on.
 
     Raises:
         ValueError: see `check_options`.
     """
-    columns = options.vocab_size or len(student_weight)
-    tensors = (*teacher_hidden, teacher_weight, student_weight)
-    dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    rows, layers = len(teacher_hidden[0]), len(teacher_hidden)
-    spec = _everything(options, columns, layers, rows).spec
-    head = _Head(student_weight, student_bias, columns, dtype)
-    live = _finite_columns(student_bias, columns, student_weight.device)
-    if options.teacher_softcap is None:
-        live = live & _finite_columns(teacher_bias, columns, live.device)
-    mean = head.mean(live)
-    sizes = choose_tiles(layers, max(rows, 1), columns, head.weight.shape[1], teacher_weight.shape[1], dtype.itemsize,
-                         live.device.type)  # fmt: skip
-    blocks = []
-    for first in range(0, rows, sizes.rows):
-        hidden_LrD = torch.stack([h[first : first + sizes.rows].to(dtype) for h in teacher_hidden])
-        block = _Block(spec, hidden_LrD, head, mean, live)
-        for tile, head_cD in head.tiles(sizes.columns):
-            u = hidden_LrD @ teacher_weight[tile].to(dtype).T
-            if teacher_bias is not None:
-                u += teacher_bias[tile].to(dtype)
-            u *= options.teacher_logit_scale
-            if options.teacher_softcap is not None:
-                u.div_(options.teacher_softcap).tanh_().mul_(options.teacher_softcap)
-            block.add(tile, head_cD, u)
-        blocks.append(block.finish())
-    if not blocks:
-        widths = statistics_widths(options, layers, head.weight.shape[1])
-        return {name: head.weight.new_zeros((0, width), dtype=dtype) for name, width in widths.items()}
-    return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
+
+    def __init__(self, options: LossOptions, student_weight: Tensor, student_bias: Tensor | None = None) -> None:
+        check_options(options)
+        self.options = options
+        self.head = _Head(student_weight, student_bias, options.vocab_size or len(student_weight))
+        self._mean: tuple[Tensor, Tensor] | None = None
+
+    def _mean_of(self, live: Tensor) -> Tensor:
+        """m over the `live` columns (C,), which follow from both models' biases: found when they are first met."""
+        if self._mean is None or not torch.equal(self._mean[0], live):
+            self._mean = live, self.head.mean(live)
+        return self._mean[1]
+
+    @torch.no_grad()
+    def __call__(self, teacher_hidden: Sequence[Tensor], teacher_weight: Tensor,
+                 teacher_bias: Tensor | None = None) -> dict[str, Tensor]:  # fmt: skip
+        """The statistics of R rows.
+
+        Args:
+            teacher_hidden: L tensors (R, Dt) in depth order, the last the final state.
+            teacher_weight, teacher_bias: the teacher's head (V, Dt), (V,).
+
+        Returns:
+            "expectation_i" (R, Ds) for each read of a layer, "correlation_i" (R, Ds) for each pair of layers, and "scalars";
+            float32, or float64 for float64 inputs. See `statistics_widths`.
+        """
+        options, head = self.options, self.head
+        tensors = (*teacher_hidden, teacher_weight, head.weight)
+        dtype = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+        rows, layers, width = len(teacher_hidden[0]), len(teacher_hidden), head.weight.shape[1]
+        spec = _everything(options, head.columns, layers, rows).spec
+        live = _finite_columns(head.bias, head.columns, head.weight.device)
+        if options.teacher_softcap is None:
+            live = live & _finite_columns(teacher_bias, head.columns, live.device)
+        mean = self._mean_of(live).to(dtype)
+        sizes = choose_tiles(layers, max(rows, 1), head.columns, width, teacher_weight.shape[1], dtype.itemsize,
+                             live.device.type)  # fmt: skip
+        blocks = []
+        for first in range(0, rows, sizes.rows):
+            hidden_LrD = torch.stack([h[first : first + sizes.rows].to(dtype) for h in teacher_hidden])
+            block = _Block(spec, hidden_LrD, head, mean, live)
+            for tile, head_cD in head.tiles(dtype, sizes.columns):
+                u = hidden_LrD @ teacher_weight[tile].to(dtype).T
+                if teacher_bias is not None:
+                    u += teacher_bias[tile].to(dtype)
+                u *= options.teacher_logit_scale
+                if options.teacher_softcap is not None:
+                    u.div_(options.teacher_softcap).tanh_().mul_(options.teacher_softcap)
+                block.add(tile, head_cD, u)
+            blocks.append(block.finish())
+        if not blocks:
+            widths = statistics_widths(options, layers, width)
+            return {name: head.weight.new_zeros((0, width), dtype=dtype) for name, width in widths.items()}
+        return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
 
 
 class _Block:
@@ -192,7 +209,7 @@ class _Block:
             largest = u_Lrc.amax(-1, keepdim=True)
             self.pivots = largest.where(largest.isfinite(), 0.0)
         u_Lrc = u_Lrc - self.pivots
-        bias = None if self.head.bias is None else self.head.bias[tile]
+        bias = None if self.head.bias is None else self.head.bias[tile].to(u_Lrc.dtype)
         for i, read in enumerate(self.spec.reads):
             z = u_Lrc[read.layer] / read.temperature
             largest = torch.maximum(self.largest[i], z.amax(-1, keepdim=True))
@@ -235,20 +252,18 @@ class _Block:
 
 
 class StatisticsLoss:
-    """The FDD loss of a student with a frozen linear head, from `teacher_statistics`.
+    """The FDD loss of a student with a frozen linear head, from what `StatisticsMaker` makes.
 
     Args:
         options: the loss; temperatures, `output_in_dynamics` and `vocab_size` must be those of the statistics.
         layers: how many hidden states a model gives, the final one included.
         student_weight, student_bias: the head (V, Ds), (V,); constant from now on.
-        made_with: the options that the statistics were made with, if others.
 
     Raises:
-        ValueError: an objective that the statistics cannot serve, other temperatures, a trainable or changed head.
+        ValueError: an objective that the statistics cannot serve, a trainable head.
     """
 
-    def __init__(self, options: LossOptions, layers: int, student_weight: Tensor, student_bias: Tensor | None = None, *,
-                 made_with: LossOptions | None = None) -> None:  # fmt: skip
+    def __init__(self, options: LossOptions, layers: int, student_weight: Tensor, student_bias: Tensor | None = None) -> None:
         check_options(options)
         for name, tensor in (("student_weight", student_weight), ("student_bias", student_bias)):
             if tensor is not None and tensor.requires_grad:
@@ -259,9 +274,7 @@ class StatisticsLoss:
         self.options, self.layers = options, layers
         self.columns = options.vocab_size or len(student_weight)
         self.weight, self.bias, self.version = student_weight, student_bias, student_weight._version
-        dtype = torch.float64 if student_weight.dtype == torch.float64 else torch.float32
-        self.head = _Head(student_weight, student_bias, self.columns, dtype)
-        self.available = _everything(made_with or options, self.columns, layers, 0).spec
+        self.available = _everything(options, self.columns, layers, 0).spec
         self._gram: tuple[Tensor, Tensor] | None = None
 
     def _deltas(self, count: Tensor) -> tuple[Tensor, Tensor]:
@@ -273,8 +286,9 @@ class StatisticsLoss:
                     "the teacher's statistics leave out other columns than the student's bias does (-inf in the teacher's bias "
                     "alone): use a cache of the teacher's hidden states"
                 )
-            mean = self.head.mean(live)
-            self._gram = mean, self.head.gram(live, mean)
+            head = _Head(self.weight, self.bias, self.columns)
+            mean = head.mean(live).to(torch.float64 if self.weight.dtype == torch.float64 else torch.float32)
+            self._gram = mean, head.gram(live, mean)
         return self._gram
 
     def __call__(self, student_hidden: Sequence[Tensor], statistics: dict[str, Tensor], labels: Tensor | None = None, *,
@@ -283,12 +297,12 @@ class StatisticsLoss:
 
         Args:
             student_hidden: L tensors (R, Ds).
-            statistics: of `teacher_statistics` for the same rows.
+            statistics: of `StatisticsMaker` for the same rows.
             labels: (R,) already shifted, needed for CE alone.
             num_items_in_batch: see `fused_fdd_loss`.
 
         Raises:
-            ValueError: the head has changed, statistics of other temperatures, CE without labels.
+            ValueError: the head has changed, CE without labels.
         """
         if self.weight._version != self.version:
             raise ValueError(
@@ -311,14 +325,6 @@ class StatisticsLoss:
     def _scalars(self, statistics: dict[str, Tensor], index: int) -> Tensor:
         return statistics["scalars"][:, 3 * index : 3 * index + 3].unbind(-1)
 
-    def _find(self, what: str, wanted, there: tuple) -> int:
-        if wanted not in there:
-            raise ValueError(
-                f"the teacher's statistics hold no {what} {tuple(wanted)}, only {[tuple(x) for x in there]}: they were made "
-                "with other temperatures or another output_in_dynamics"
-            )
-        return there.index(wanted)
-
     def _read(self, plan: Plan, read: Read, lse: Tensor, hidden, statistics, labels) -> Tensor:
         """The statistics of one read, (READ_STATS, R), as `spec.py` defines them."""
         out = [torch.zeros_like(lse)] * READ_STATS
@@ -331,7 +337,7 @@ class StatisticsLoss:
                 own = own + self.bias[labels.long()]
             out[VALUE] = lse - scale * own
             return torch.stack(out)
-        at = self._find("read", Read(plan.layers[read.layer], read.temperature, "kl"), self.available.reads)
+        at = self.available.reads.index(Read(plan.layers[read.layer], read.temperature, "kl"))
         negative_entropy, expected_bias, out[LSE_T] = self._scalars(statistics, at)
         expected = (state * statistics[f"expectation_{at}"]).sum(-1) + expected_bias
         out[VALUE] = negative_entropy - scale * expected + lse
@@ -339,7 +345,7 @@ class StatisticsLoss:
 
     def _moment(self, plan: Plan, pair: tuple[int, int], hidden, statistics) -> Tensor:
         """The moments of one pair of layers, (MOMENT_STATS, R), as `spec.py` defines them."""
-        at = self._find("pair of layers", tuple(plan.layers[i] for i in pair), self.available.moments)
+        at = self.available.moments.index(tuple(plan.layers[i] for i in pair))
         count, mean_t, squares_t = self._scalars(statistics, len(self.available.reads) + at)
         mean, gram = self._deltas(count)
         scale = self.options.student_logit_scale / plan.spec.moment_temperature

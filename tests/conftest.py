@@ -6,6 +6,8 @@ that is interpreted, which is slow enough to deserve a process of its own.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 
 import hypothesis
@@ -21,12 +23,29 @@ hypothesis.settings.register_profile("search", deadline=None, max_examples=1500)
 hypothesis.settings.load_profile("fdd")
 
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+if INTERPRETED:
+    from triton import language
+    from triton.runtime import interpreter
+
+    @functools.cache
+    def _builtins(module: object) -> list[str]:
+        return [name for name, member in inspect.getmembers(module) if language.core.is_builtin(member)]
+
+    def _patch_builtin(module: object, *how, patch=interpreter._patch_builtin) -> None:
+        """Triton's own, but not again at every call of a device function in a kernel, which took a third of all time."""
+        if any(language.core.is_builtin(getattr(module, name)) for name in _builtins(module)):
+            patch(module, *how)
+
+    interpreter._patch_builtin = _patch_builtin
+
+
 def chosen_backends() -> list[str]:
     """The backends under test, in the order of the registry."""
     named = os.environ.get("FDD_TEST_BACKENDS")
     if named is None:
-        interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-        return [b for b in BACKENDS if why_unavailable(b, DEVICE) is None and not (b == "triton" and interpreted)]
+        return [b for b in BACKENDS if why_unavailable(b, DEVICE) is None and not (b == "triton" and INTERPRETED)]
     for name in named.split(","):
         reason = why_unavailable(name, DEVICE)
         if reason is not None:

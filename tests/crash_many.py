@@ -1,14 +1,17 @@
-"""Kills FDDTrainer and `fdd-kernels distill` with SIGKILL at random moments and checks what they leave behind each time.
+"""Kills what writes checkpoints or caches with SIGKILL at random moments and checks what is left behind each time.
 
-    python tests/crash_many.py --kills 60
+    python tests/crash_many.py --kills 60 [--only train command cache from_cache]
 
+train is `FDDTrainer`, command `fdd-kernels distill`, cache `fdd-kernels cache-teacher`, from_cache `distill --teacher-cache`.
 After every kill each checkpoint that is there must load and hold, bit for bit, the weights that a run without kills had at
-that step; and a run that was killed a few times must end with the weights of the one that was not.
+that step, and a cache must be refused or be the whole one, byte for byte; and a run that was killed a few times must end with
+the weights and logs, or the cache, of the one that was not.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import json
 import os
@@ -19,12 +22,16 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from cache_inputs import digests
 from hf_models import tiny_model, tiny_tokenizer
 from peft import LoraConfig, get_peft_model
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import TrainingArguments, set_seed
@@ -36,6 +43,8 @@ from fdd_kernels.distill_command import run as distill_run
 from fdd_kernels.distill_command.run_folder import DistillOptions
 from fdd_kernels.integrations import FDDTrainer
 from fdd_kernels.integrations.checkpoints import checkpoints
+from fdd_kernels.teacher_cache import TeacherCache
+from fdd_kernels.teacher_cache.command import CacheOptions, cache_teacher
 
 STEPS = 12
 
@@ -75,18 +84,37 @@ def train(folder: Path, keep_all: bool = False) -> None:
     (folder / "result.json").write_text(json.dumps([best, *trainer.state.log_history[:-1]]))
 
 
-def command(folder: Path, keep_all: bool = False) -> None:
+def distill(folder: Path, keep_all: bool, **source) -> None:
     """The same through the command."""
     distill_run.KEPT_CHECKPOINTS = None if keep_all else 2
     metrics = distill_run.distill(
         DistillOptions(
-            teacher=str(folder.parent / "models/teacher"), student=str(folder.parent / "models/student"),
-            data=folder.parent / "models/data.txt", output=folder, config=FDDConfig(num_layers=2), max_steps=STEPS,
-            learning_rate=3e-3, batch_size=2, gradient_accumulation=2, max_length=24, eval_fraction=0.2, save_steps=2,
-            log_steps=1, dtype="float32", lora_rank=2,
+            student=str(folder.parent / "models/student"), output=folder, config=FDDConfig(num_layers=2), max_steps=STEPS,
+            learning_rate=3e-3, batch_size=2, gradient_accumulation=2, save_steps=2, log_steps=1, dtype="float32", lora_rank=2,
+            **source,
         )
     )  # fmt: skip
     (folder / "result.json").write_text(json.dumps(metrics["history"][:-1]))
+
+
+def texts(folder: Path) -> dict:
+    """What is read, with and without a cache."""
+    models = folder.parent / "models"
+    return {"teacher": str(models / "teacher"), "data": models / "data.txt", "max_length": 24, "eval_fraction": 0.2}
+
+
+def command(folder: Path, keep_all: bool = False) -> None:
+    distill(folder, keep_all, **texts(folder))
+
+
+def cache(folder: Path, keep_all: bool = False) -> None:
+    """A cache of many shards."""
+    options = CacheOptions(output=folder, num_layers=2, batch_size=2, shard_size=10_000, **texts(folder))
+    cache_teacher(options, Console(file=io.StringIO()))
+
+
+def from_cache(folder: Path, keep_all: bool = False) -> None:
+    distill(folder, keep_all, teacher_cache=folder.parent / "cache")
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -144,71 +172,107 @@ def killed(pid: int, seconds: float) -> bool:
     return True
 
 
-def check_checkpoints(folder: Path, reference: dict[str, dict[str, Tensor]]) -> int:
-    """Every checkpoint loads, without pickle, and holds the reference's weights; how many there are."""
+def checkpoints_left(folder: Path, whole: Path) -> list[str]:
+    """Every checkpoint loads, without pickle, and holds the weights of the whole run's; what else is worth counting."""
     saved = checkpoints(folder)
     for checkpoint in saved:
         json.loads((checkpoint / "trainer_state.json").read_text())
         for name in ("optimizer.pt", "scheduler.pt"):
             torch.load(checkpoint / name, weights_only=True)
         assert (checkpoint / "rng_state.pth").stat().st_size > 5000
-        require_same(weights(checkpoint), reference[checkpoint.name], str(checkpoint))
-    return len(saved)
+        require_same(weights(checkpoint), weights(whole / checkpoint.name), str(checkpoint))
+    amid = ["while a folder was being written or removed"] * (folder / ".unfinished").exists()
+    return amid + ["with a checkpoint to go on from"] * bool(saved)
 
 
-def crash(run: Callable, base: Path, kills: int, draw: random.Random) -> str:
-    """`kills` kills of `run`, over several runs."""
-    whole = base / f"{run.__name__}-whole"
+def trained(folder: Path, whole: Path) -> None:
+    """A finished run has the student and the logs of the whole one."""
+    require_same(weights(folder / "student"), weights(whole / "student"), f"{folder}/student")
+    for logged, expected in itertools.zip_longest(result(folder), result(whole)):
+        assert logged == expected, f"{folder}: logged {logged}, not {expected}"
+    assert "while a folder was being written or removed" not in checkpoints_left(folder, whole)
+
+
+def cache_left(folder: Path, whole: Path) -> list[str]:
+    """A cache that opens is the whole one; anything else is refused."""
+    try:
+        TeacherCache(folder)
+    except (FileNotFoundError, ValueError) as error:
+        if not any(reason in str(error) for reason in ("is not complete", "holds no teacher cache")):
+            raise
+        return ["with a shard to go on from"] * any(folder.glob("shard-*.safetensors"))
+    cached(folder, whole)
+    return []
+
+
+def cached(folder: Path, whole: Path) -> None:
+    TeacherCache(folder).verify()
+    assert digests(folder) == digests(whole), f"{folder}: another cache than that of the whole run"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is killed, and what must hold of its folder, beside that of a run without kills, after each kill and at the end."""
+
+    run: Callable[..., None]
+    left: Callable[[Path, Path], list[str]]
+    done: Callable[[Path, Path], None]
+
+
+JOBS = {
+    run.__name__: Job(run, *checks)
+    for run, checks in (
+        (train, (checkpoints_left, trained)),
+        (command, (checkpoints_left, trained)),
+        (cache, (cache_left, cached)),
+        (from_cache, (checkpoints_left, trained)),
+    )
+}
+
+
+def crash(name: str, base: Path, kills: int, draw: random.Random) -> str:
+    """`kills` kills of a job, over several runs."""
+    job, whole = JOBS[name], base / f"{name}-whole"
     whole.mkdir()
-    finish(in_child(lambda folder: run(folder, keep_all=True), whole), whole)
-    reference = {checkpoint.name: weights(checkpoint) for checkpoint in checkpoints(whole)}
-    assert len(reference) == STEPS // 2, sorted(reference)
-    done = runs = resumed = amid = 0
-    seconds = 4.0  # at most this long until a kill: about as long as a run takes, and less if runs come to their end before
+    started = time.monotonic()
+    finish(in_child(lambda folder: job.run(folder, keep_all=True), whole), whole)
+    seconds = time.monotonic() - started
+    assert len(checkpoints(whole)) == (0 if job.left is cache_left else STEPS // 2)
+    done = runs = 0
+    notes: Counter[str] = Counter()
     while done < kills:
-        folder = base / f"{run.__name__}-{runs}"
+        folder = base / f"{name}-{runs}"
         folder.mkdir()
         for _ in range(draw.randrange(1, 6)):
-            pid = in_child(run, folder)
-            if not killed(pid, draw.uniform(0, seconds)):
-                seconds *= 0.8
+            if done == kills or not killed(in_child(job.run, folder), draw.uniform(0, seconds)):
                 break
-            seconds *= 1.02
             done += 1
-            amid += (folder / ".unfinished").exists()
-            resumed += bool(check_checkpoints(folder, reference))
-            if done == kills:
-                break
-        finish(in_child(run, folder), folder)
-        require_same(weights(folder / "student"), weights(whole / "student"), f"{folder}/student")
-        for logged, expected in itertools.zip_longest(result(folder), result(whole)):
-            assert logged == expected, f"{folder}: logged {logged}, not {expected}"
-        assert not (folder / ".unfinished").exists()
-        check_checkpoints(folder, reference)
+            notes.update(job.left(folder, whole))
+        finish(in_child(job.run, folder), folder)
+        job.done(folder, whole)
         shutil.rmtree(folder)
         runs += 1
-    return (
-        f"{run.__name__}: {done} kills in {runs} runs, {amid} of them while a folder was being written "
-        f"or removed, {resumed} with a checkpoint to go on from; all checkpoints and all results equal bit for bit"
-    )
+    counted = "".join(f", {count} {note}" for note, count in sorted(notes.items()))
+    return f"{name}: {done} kills in {runs} runs{counted}; all that was left and all results equal bit for bit"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="of each of the two (%(default)s)")
+    parser.add_argument("--kills", type=int, default=50, help="of each (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments; where they fall depends on the machine too")
-    parser.add_argument("--only", choices=("train", "command"), help="one of the two")
+    parser.add_argument("--only", nargs="+", choices=JOBS, default=list(JOBS), help="some of them")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as name:
-        base = Path(name)
+    with tempfile.TemporaryDirectory() as folder:
+        base = Path(folder)
         tokenizer = tiny_tokenizer()
         for role, family, seed in (("teacher", "gpt2", 2), ("student", "llama", 1)):
             tiny_model(family, depth=3, vocab_size=len(tokenizer), seed=seed).save_pretrained(base / "models" / role)
             tokenizer.save_pretrained(base / "models" / role)
         (base / "models/data.txt").write_text("one and two is three, the word and a " * 40)
-        for run in [function for function in (train, command) if options.only in (None, function.__name__)]:
-            print(crash(run, base, options.kills, random.Random(options.seed)))
+        cache(base / "cache")
+        for name in options.only:
+            print(crash(name, base, options.kills, random.Random(options.seed)), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 
 from fdd_kernels import fused_fdd_loss
 from fdd_kernels.config import FDDLossTerms, LossOptions
-from fdd_kernels.teacher_statistics import StatisticsLoss, statistics_widths, teacher_statistics
+from fdd_kernels.teacher_statistics import StatisticsLoss, StatisticsMaker, statistics_widths
 from fdd_kernels.testing import Outcome, assert_same_sums, assert_within_budget, random_problem
 
 OPTIONS = [
@@ -49,14 +49,8 @@ def _problem(options: dict, **changes):
 def _from_statistics(problem, **options) -> Outcome:
     options = LossOptions(**options)
     hidden = [h.detach().requires_grad_() for h in problem.student_hidden]
-    statistics = teacher_statistics(
-        options,
-        problem.teacher_hidden,
-        problem.teacher_weight,
-        problem.teacher_bias,
-        problem.student_weight,
-        problem.student_bias,
-    )
+    make = StatisticsMaker(options, problem.student_weight, problem.student_bias)
+    statistics = make(problem.teacher_hidden, problem.teacher_weight, problem.teacher_bias)
     loss = StatisticsLoss(options, len(hidden), problem.student_weight, problem.student_bias)
     terms = loss(hidden, statistics, problem.labels)
     gradients = torch.autograd.grad(terms.loss, hidden, materialize_grads=True)
@@ -110,21 +104,29 @@ def test_a_common_shift_of_the_teachers_logits_changes_nothing():
 
 def test_widths_are_those_of_the_arrays():
     options, problem = LossOptions(output_temperature=2.0), _problem({})
-    found = teacher_statistics(options, problem.teacher_hidden, problem.teacher_weight, None, problem.student_weight)
+    make = StatisticsMaker(options, problem.student_weight)
+    found = make(problem.teacher_hidden, problem.teacher_weight)
     assert {name: array.shape[1] for name, array in found.items()} == statistics_widths(options, 4, 8)
     assert len(found) == 4 + 2 + 1  # 3 sampled layers and the output, 2 pairs, scalars
-    empty = teacher_statistics(
-        options, [h[:0] for h in problem.teacher_hidden], problem.teacher_weight, None, problem.student_weight
-    )
+    empty = make([h[:0] for h in problem.teacher_hidden], problem.teacher_weight)
     assert {name: array.shape for name, array in empty.items()} == {n: (0, w.shape[1]) for n, w in found.items()}
+
+
+def test_a_maker_serves_one_teacher_after_another():
+    """What is kept of the student's head depends on the columns that the teacher's bias leaves out."""
+    plain, padded = _problem({}), _problem({"bias": "padded"})
+    make = StatisticsMaker(LossOptions(), plain.student_weight)
+    for problem in (plain, padded, plain):
+        teacher = (problem.teacher_hidden, problem.teacher_weight, problem.teacher_bias)
+        found, expected = make(*teacher), StatisticsMaker(LossOptions(), plain.student_weight)(*teacher)
+        assert all(torch.equal(found[name], array) for name, array in expected.items())
 
 
 def test_no_rows_and_evaluation():
     problem = _problem({})
     loss = StatisticsLoss(LossOptions(), 4, problem.student_weight)
-    statistics = teacher_statistics(
-        LossOptions(), [h[:0] for h in problem.teacher_hidden], problem.teacher_weight, None, problem.student_weight
-    )
+    make = StatisticsMaker(LossOptions(), problem.student_weight)
+    statistics = make([h[:0] for h in problem.teacher_hidden], problem.teacher_weight)
     hidden = [h.detach()[:0].requires_grad_() for h in problem.student_hidden]
     terms = loss(hidden, statistics)
     terms.loss.backward()
@@ -136,7 +138,7 @@ def test_no_rows_and_evaluation():
 
 def test_second_derivatives_are_refused():
     problem = _problem({})
-    statistics = teacher_statistics(LossOptions(), problem.teacher_hidden, problem.teacher_weight, None, problem.student_weight)
+    statistics = StatisticsMaker(LossOptions(), problem.student_weight)(problem.teacher_hidden, problem.teacher_weight)
     hidden = [h.detach().requires_grad_() for h in problem.student_hidden]
     terms = StatisticsLoss(LossOptions(backend="torch"), 4, problem.student_weight)(hidden, statistics)
     (gradient,) = torch.autograd.grad(terms.loss, hidden[:1], create_graph=True)
@@ -151,16 +153,15 @@ def test_second_derivatives_are_refused():
 def test_objectives_that_cannot_be_served_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         StatisticsLoss(LossOptions(**options), 3, torch.zeros(5, 2))
+    with pytest.raises(ValueError, match=message):
+        StatisticsMaker(LossOptions(**options), torch.zeros(5, 2))
 
 
-def test_other_heads_and_temperatures_are_refused():
+def test_other_heads_are_refused():
     problem = _problem({})
     with pytest.raises(ValueError, match="student_weight requires grad"):
         StatisticsLoss(LossOptions(), 4, problem.student_weight.clone().requires_grad_())
-    statistics = teacher_statistics(LossOptions(), problem.teacher_hidden, problem.teacher_weight, None, problem.student_weight)
-    loss = StatisticsLoss(LossOptions(temperature=2.0), 4, problem.student_weight, made_with=LossOptions())
-    with pytest.raises(ValueError, match="other temperatures"):
-        loss(problem.student_hidden, statistics)
+    statistics = StatisticsMaker(LossOptions(), problem.student_weight)(problem.teacher_hidden, problem.teacher_weight)
     weight = problem.student_weight.clone()
     loss = StatisticsLoss(LossOptions(), 4, weight)
     weight.mul_(2)

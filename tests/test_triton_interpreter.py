@@ -33,4 +33,4 @@ def test_kernels_alone():
 
 @pytest.mark.timeout(1800)
 def test_as_a_backend():
-    interpreted_tests(str(HERE / "test_backends.py"))
+    interpreted_tests(str(HERE / "test_backends.py"), "-k", "triton")  # the others run where that file does

@@ -18,7 +18,7 @@ from fdd_kernels.positions import counted_positions
 from fdd_kernels.teacher_cache.cache import WindowCache
 from fdd_kernels.teacher_cache.index import ArraySpec
 from fdd_kernels.teacher_cache.writer import OfLayers, write_cache
-from fdd_kernels.teacher_statistics import StatisticsLoss, check_options, statistics_widths, teacher_statistics
+from fdd_kernels.teacher_statistics import StatisticsLoss, StatisticsMaker, check_options, statistics_widths
 from fdd_kernels.teachers import LiveTeacher, StudentSide
 
 KIND = "statistics"
@@ -67,6 +67,7 @@ class TeacherStatistics(OfLayers):
                 f"vocab_size={options.vocab_size}, but the student's head has {vocabularies[0]} rows and the teacher's "
                 f"{vocabularies[1]}: give the number of tokens to compare, at most {min(vocabularies)}"
             )
+        self._make: StatisticsMaker | None = None
         self.dtype = torch.float32
         widths = statistics_widths(self.options, len(self.layers) + 1, self.weight.shape[1])
         self.arrays = {name: ArraySpec(width, "float32") for name, width in widths.items()}
@@ -80,8 +81,10 @@ class TeacherStatistics(OfLayers):
         states = self.teacher.states(batch, self.layers, apply_final_norm=self.apply_final_norm)
         weight, bias = self.teacher.head()
         hidden = [state.flatten(0, 1)[places.to(state.device)].to(weight.device) for state in states]
-        student = [None if t is None else t.detach().to(weight.device) for t in (self.weight, self.bias)]
-        return teacher_statistics(self.options, hidden, weight, bias, *student)
+        if self._make is None:  # where the teacher's head is
+            student = [None if t is None else t.detach().to(weight.device) for t in (self.weight, self.bias)]
+            self._make = StatisticsMaker(self.options, *student)
+        return self._make(hidden, weight, bias)
 
 
 def write_statistics_cache(folder: str | Path, teacher: nn.Module, student: nn.Module, windows: Windows, *,
