@@ -21,8 +21,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from fdd_kernels.demo.corpus import standard_library_texts, token_stream
 from fdd_kernels.demo.teacher import SHIPPED_TEACHER, held_out_windows
 from fdd_kernels.layers import layer_grid
+from fdd_kernels.models.teachers import LiveTeacher
 from fdd_kernels.teacher_cache.codec import CODECS
-from fdd_kernels.teachers import LiveTeacher
 
 WIDTH = 130  # of the tables, also where they are not printed to a terminal
 # A logit in bfloat16 and an index that can name 2048 (here) or any token (large vocabularies).

@@ -16,7 +16,7 @@ import torch
 from benchmarks import record
 from benchmarks.providers import Provider
 from benchmarks.workloads import Workload
-from fdd_kernels import planner
+from fdd_kernels.planner.loss import LossShape, loss_memory
 
 GIB = 2**30
 # glibc puts tensors of up to 32 MiB where it keeps what is freed, more or less of it from run to run. With a fixed threshold
@@ -112,7 +112,7 @@ class Run:
         reason, status = self.missing[provider.name], "missing"
         if reason is None:
             reason, status = provider.unsupported(workload), "unsupported"
-        prediction = planner.loss_memory(loss_shape(workload), provider.name, threads=workload.threads or self.threads,
+        prediction = loss_memory(loss_shape(workload), provider.name, threads=workload.threads or self.threads,
                                          device=self.device)  # fmt: skip
         if prediction is not None:
             entry["predicted_memory"] = prediction.total
@@ -220,10 +220,10 @@ class Run:
         return False
 
 
-def loss_shape(workload: Workload) -> planner.LossShape:
+def loss_shape(workload: Workload) -> LossShape:
     """The workload's loss as the planner sees it."""
     options = workload.loss_options
-    return planner.LossShape(
+    return LossShape(
         rows=workload.rows, columns=workload.columns, student_width=workload.student_width,
         teacher_width=workload.teacher_width, layers=workload.layers, itemsize=workload.itemsize,
         train_head=workload.train_head, feature_space=workload.feature_space,

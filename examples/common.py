@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from fdd_kernels.data import Window, load_windows, pad_windows
-from fdd_kernels.models import load_model, load_student, load_tokenizer
+from fdd_kernels.loading import load_model, load_student, load_tokenizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WORDS = [f"w{number}" for number in range(94)]

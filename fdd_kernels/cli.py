@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from fdd_kernels.plan_command import add_plan, parse_size
+from fdd_kernels.planner.command import add_plan, parse_size
 from fdd_kernels.user_error import UserError
 from fdd_kernels.version import __version__
 

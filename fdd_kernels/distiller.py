@@ -8,14 +8,14 @@ from dataclasses import fields, replace
 import torch
 from torch import Tensor, nn
 
-from fdd_kernels.compiled import compile_blocks
 from fdd_kernels.config import FDDConfig, FDDLossTerms, LossOptions
-from fdd_kernels.heads import Head
 from fdd_kernels.layers import paired_layers
-from fdd_kernels.lens import ModelLens
-from fdd_kernels.parallel import inside_forward, own_rows
-from fdd_kernels.positions import counted_positions
-from fdd_kernels.teachers import StudentSide, Teacher, TeacherStates, as_teacher, model_states
+from fdd_kernels.models.compiled import compile_blocks
+from fdd_kernels.models.heads import Head
+from fdd_kernels.models.lens import ModelLens
+from fdd_kernels.models.parallel import inside_forward, own_rows
+from fdd_kernels.models.positions import counted_positions
+from fdd_kernels.models.teachers import StudentSide, Teacher, TeacherStates, as_teacher, model_states
 
 
 class Distiller:

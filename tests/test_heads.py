@@ -9,8 +9,8 @@ from hf_models import one_thread, tiny_batch, tiny_model  # noqa: F401
 from torch import Tensor, nn
 
 from fdd_kernels import Distiller, FDDConfig
-from fdd_kernels.heads import read_head
-from fdd_kernels.lens import ModelLens
+from fdd_kernels.models.heads import read_head
+from fdd_kernels.models.lens import ModelLens
 
 LORA = {"r": 3, "lora_alpha": 5, "task_type": "CAUSAL_LM"}
 CONFIG = FDDConfig(student_layers=(1, 2), teacher_layers=(1, 2), beta=0.0, alpha=0.7, output_kd_weight=0.9)

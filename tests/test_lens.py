@@ -9,7 +9,7 @@ from hf_models import FAMILIES, one_thread, tiny_batch, tiny_config, tiny_model 
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, BertConfig, BertLMHeadModel
 
-from fdd_kernels.lens import LogitTransform, ModelLens, configured_transform, unwrap
+from fdd_kernels.models.lens import LogitTransform, ModelLens, configured_transform, unwrap
 
 tiny_model_once = functools.cache(tiny_model)
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from fdd_kernels import Distiller, FDDConfig
-from fdd_kernels.heads import read_head
 from fdd_kernels.integrations import FDDTrainer
-from fdd_kernels.lens import ModelLens
-from fdd_kernels.offload import device_of, has_place, is_offloaded
+from fdd_kernels.models.heads import read_head
+from fdd_kernels.models.lens import ModelLens
+from fdd_kernels.models.offload import device_of, has_place, is_offloaded
 
 FULL = FDDConfig(num_layers=3, ce_weight=0.5)  # layers 1, 2, 3 of 4 and 2, 4, 6 of 8
 DYNAMICS = FDDConfig(num_layers=3, output_kd_weight=0.0, ce_weight=0.5)

@@ -7,17 +7,10 @@ import sys
 import pytest
 
 from fdd_kernels.cli import main
-from fdd_kernels.plan_command import (
-    ModelShape,
-    Setup,
-    advise,
-    model_from_config,
-    most_tokens,
-    parse_size,
-    read_model,
-    step_memory,
-)
-from fdd_kernels.planner import LossShape, input_bytes, loss_memory
+from fdd_kernels.planner.command import parse_size
+from fdd_kernels.planner.loss import LossShape, input_bytes, loss_memory
+from fdd_kernels.planner.models import ModelShape, model_from_config, read_model
+from fdd_kernels.planner.step import Setup, advise, most_tokens, step_memory
 from fdd_kernels.user_error import UserError
 
 GPT2 = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257}
@@ -82,6 +75,24 @@ def setup(**changes):
     return Setup(**({"student": student, "teacher": teacher, "tokens": 8192} | changes))
 
 
+def test_adapters_leave_the_weights_and_the_head_untrained():
+    whole, lora = step_memory(setup()), step_memory(setup(lora_rank=16))
+    adapters = 12 * 16 * (2 * (768 + 768))  # A and B on query and value of every block
+    assert setup(lora_rank=16).trained == adapters
+    assert lora["student weights"] - whole["student weights"] == lora["gradients"] == 2 * adapters
+    assert lora["optimizer"] == 8 * adapters
+    assert lora["loss"] < whole["loss"]  # no sum of the head's gradient
+
+
+@pytest.mark.parametrize(("dtype", "of_blocks"), [(None, 2), ("float32", 4), ("int8", 1), ("int4", 0.5)])
+def test_a_teacher_may_have_a_dtype_of_its_own(dtype, of_blocks):
+    teacher, kept = setup().teacher, 4 if dtype == "float32" else 2
+    parts = step_memory(setup(teacher_dtype=dtype))
+    assert parts["teacher weights"] == teacher.blocks * of_blocks + kept * 1600 * 50257
+    assert parts["teacher states"] == 5 * 8192 * 1600 * kept
+    assert parts["student weights"] == step_memory(setup())["student weights"]
+
+
 def test_advice_ends_with_what_fits():
     plan = setup()
     total = sum(step_memory(plan).values())
@@ -117,6 +128,7 @@ def test_plot(tmp_path, capsys):
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"--tokens": "0"}, "--tokens 0 must be at least 1"),
+    ({"--lora-rank": "0"}, "--lora-rank 0 must be at least 1"),
     ({"--vram": "much"}, "not an amount of memory"),
     ({"--num-layers": "12"}, "needs a deeper model"),
     ({"--student": "BAD"}, "n_embd"),

@@ -10,7 +10,7 @@ from peft import LoraConfig  # noqa: E402
 
 from fdd_kernels import FDDConfig, fdd_loss_reference  # noqa: E402
 from fdd_kernels.integrations import FDDSFTTrainer  # noqa: E402
-from fdd_kernels.teachers import model_states  # noqa: E402
+from fdd_kernels.models.teachers import model_states  # noqa: E402
 
 PAIRS = [{"prompt": f"one two {'three ' * n}", "completion": "four word words " * (4 - n % 4)} for n in range(8)]
 TEXTS = [{"text": "the words and a " * (1 + n % 5)} for n in range(8)]

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from fdd_kernels import Distiller, FDDConfig, fdd_loss_reference, fused_fdd_loss
 from fdd_kernels.backends import BACKENDS, cpu
-from fdd_kernels.parallel import whole
+from fdd_kernels.models.parallel import whole
 from fdd_kernels.testing import Problem, evaluate, random_problem
 
 COLUMNS = 37

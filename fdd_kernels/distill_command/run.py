@@ -25,7 +25,7 @@ from fdd_kernels.distill_command.model_card import model_card
 from fdd_kernels.distill_command.run_folder import ADAPTER_FOLDER, METRICS_FILE, STUDENT_FOLDER, DistillOptions, settle_run
 from fdd_kernels.integrations import FDDTrainer
 from fdd_kernels.integrations.checkpoints import CheckpointError, last_checkpoint
-from fdd_kernels.models import (
+from fdd_kernels.loading import (
     as_user_error,
     computing_dtype,
     embeddings,

@@ -13,7 +13,7 @@ from fdd_kernels.atomic import remove_directory, write_text
 from fdd_kernels.config import FDDConfig
 from fdd_kernels.data import data_files, file_digest
 from fdd_kernels.integrations.checkpoints import checkpoints
-from fdd_kernels.models import open_cache
+from fdd_kernels.loading import open_cache
 from fdd_kernels.user_error import UserError
 
 RUN_FILE, METRICS_FILE, STUDENT_FOLDER, ADAPTER_FOLDER = "run.json", "metrics.json", "student", "adapter"

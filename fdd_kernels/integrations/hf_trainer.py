@@ -13,8 +13,8 @@ from fdd_kernels.config import FDDConfig, FDDLossTerms
 from fdd_kernels.distiller import Distiller
 from fdd_kernels.integrations.checkpoints import AtomicCheckpoints
 from fdd_kernels.integrations.model_card import TAGS, distillation_section
-from fdd_kernels.lens import unwrap
-from fdd_kernels.teachers import Teacher, place_teacher
+from fdd_kernels.models.lens import unwrap
+from fdd_kernels.models.teachers import Teacher, place_teacher
 
 TERMS = FDDLossTerms._fields
 

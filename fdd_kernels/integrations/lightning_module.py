@@ -25,7 +25,7 @@ except ModuleNotFoundError as error:
 
 from fdd_kernels.config import FDDConfig, FDDLossTerms
 from fdd_kernels.distiller import Distiller
-from fdd_kernels.teachers import Teacher, place_teacher
+from fdd_kernels.models.teachers import Teacher, place_teacher
 
 _ADAMW = functools.partial(torch.optim.AdamW, lr=1e-4)
 

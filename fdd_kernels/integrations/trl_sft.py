@@ -6,7 +6,7 @@ from torch import nn
 from trl import SFTTrainer
 
 from fdd_kernels.integrations.hf_trainer import FDDTrainerMixin
-from fdd_kernels.teachers import Teacher
+from fdd_kernels.models.teachers import Teacher
 
 
 class FDDSFTTrainer(FDDTrainerMixin, SFTTrainer):

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from fdd_kernels.config import FDDConfig, LossOptions
 from fdd_kernels.data import IGNORED, Windows
-from fdd_kernels.lens import LogitTransform
+from fdd_kernels.models.lens import LogitTransform
+from fdd_kernels.models.teachers import TEACHER_INDEX, Teacher, TeacherWithHead
 from fdd_kernels.teacher_cache.index import TOKENIZER_FOLDER
 from fdd_kernels.teacher_cache.reader import CacheReader
 from fdd_kernels.teacher_cache.windows import CachedWindows, WindowTable
-from fdd_kernels.teachers import TEACHER_INDEX, Teacher, TeacherWithHead
 
 KIND = "states"
 FINAL = "final"

@@ -16,7 +16,7 @@ from torch import nn
 from fdd_kernels.config import LAYER_GRIDS, FDDConfig, LossOptions
 from fdd_kernels.data import data_files, file_digest, read_windows
 from fdd_kernels.layers import layer_grid
-from fdd_kernels.models import (
+from fdd_kernels.loading import (
     as_user_error,
     computing_dtype,
     embeddings,
@@ -28,7 +28,7 @@ from fdd_kernels.models import (
     open_cache,
     window_length,
 )  # fmt: skip
-from fdd_kernels.planner import show
+from fdd_kernels.planner.loss import show
 from fdd_kernels.teacher_cache.cache import WindowCache
 from fdd_kernels.teacher_cache.codec import CODECS
 from fdd_kernels.teacher_cache.statistics import write_statistics_cache

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from fdd_kernels.config import FDDConfig, FDDLossTerms, LossOptions
 from fdd_kernels.data import Windows
-from fdd_kernels.lens import ModelLens
-from fdd_kernels.positions import counted_positions
+from fdd_kernels.models.lens import ModelLens
+from fdd_kernels.models.positions import counted_positions
+from fdd_kernels.models.teachers import LiveTeacher, StudentSide
 from fdd_kernels.teacher_cache.cache import WindowCache
 from fdd_kernels.teacher_cache.index import ArraySpec
 from fdd_kernels.teacher_cache.writer import OfLayers, write_cache
 from fdd_kernels.teacher_statistics import StatisticsLoss, StatisticsMaker, check_options, statistics_widths
-from fdd_kernels.teachers import LiveTeacher, StudentSide
 
 KIND = "statistics"
 # What the statistics depend on besides both models' heads; the rest of the loss's options may vary from run to run.

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fdd_kernels.data import IGNORED, Window, Windows
-from fdd_kernels.positions import attended_positions, counted_positions, precedes_label
-from fdd_kernels.teachers import TEACHER_INDEX
+from fdd_kernels.models.positions import attended_positions, counted_positions, precedes_label
+from fdd_kernels.models.teachers import TEACHER_INDEX
 
 _SHOWN = 8
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from fdd_kernels.atomic import only_process
 from fdd_kernels.data import Windows, pad_windows
 from fdd_kernels.layers import require_layers
+from fdd_kernels.models.teachers import LiveTeacher
 from fdd_kernels.teacher_cache.cache import FINAL, KIND, TeacherCache, layer_name
 from fdd_kernels.teacher_cache.codec import CODECS
 from fdd_kernels.teacher_cache.index import ArraySpec
 from fdd_kernels.teacher_cache.storage import CacheWriter, ShardBuffer
 from fdd_kernels.teacher_cache.windows import CachedWindows, WindowTable, pack_windows
-from fdd_kernels.teachers import LiveTeacher
 
 SHARD_SIZE = 512 * 2**20
 

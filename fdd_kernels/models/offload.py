@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from fdd_kernels.parallel import DTensor
+from fdd_kernels.models.parallel import DTensor
 
 
 def has_place(model: nn.Module) -> bool:

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from fdd_kernels.api import fused_fdd_loss
-from fdd_kernels.compiled import compile_blocks
 from fdd_kernels.config import FDDConfig, FDDLossTerms, LossOptions
-from fdd_kernels.lens import LogitTransform, ModelLens, unwrap
-from fdd_kernels.offload import has_place
-from fdd_kernels.parallel import inside_forward, own_rows
-from fdd_kernels.positions import counted_positions, token_shape
+from fdd_kernels.models.compiled import compile_blocks
+from fdd_kernels.models.lens import LogitTransform, ModelLens, unwrap
+from fdd_kernels.models.offload import has_place
+from fdd_kernels.models.parallel import inside_forward, own_rows
+from fdd_kernels.models.positions import counted_positions, token_shape
 
 # The column of a batch that says which windows of a teacher cache its rows are.
 TEACHER_INDEX = "teacher_index"

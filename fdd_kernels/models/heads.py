@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fdd_kernels.offload import is_offloaded, materialised
-from fdd_kernels.parallel import DTensor, refuse_partitioned, require_gathered
+from fdd_kernels.models.offload import is_offloaded, materialised
+from fdd_kernels.models.parallel import DTensor, refuse_partitioned, require_gathered
 
 _READABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _LORA_LINEAR = ("Linear", "Linear8bitLt", "Linear4bit", "TorchaoLoraLinear")  # in peft.tuners.lora, all with get_delta_weight

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fdd_kernels.capture import capture_states
-from fdd_kernels.heads import Head, read_head
-from fdd_kernels.offload import device_of
-from fdd_kernels.parallel import refuse_flattened, refuse_partitioned, whole
+from fdd_kernels.models.capture import capture_states
+from fdd_kernels.models.heads import Head, read_head
+from fdd_kernels.models.offload import device_of
+from fdd_kernels.models.parallel import refuse_flattened, refuse_partitioned, whole
 
 _REMEDY = (
     "Call fused_fdd_loss yourself with the hidden states (the last one after the final norm) and the head's weight, bias, "

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
-from fdd_kernels.offload import end_forward
-from fdd_kernels.parallel import FSDPModule
+from fdd_kernels.models.offload import end_forward
+from fdd_kernels.models.parallel import FSDPModule
 
 
 class _Enough(Exception):
