@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from benchmarks import record
+from benchmarks.workloads import Workload
 from fdd_kernels.cli import main
 from fdd_kernels.planner.command import parse_size
 from fdd_kernels.planner.loss import LossShape, input_bytes, loss_memory
@@ -192,3 +194,25 @@ def test_prediction_agrees_with_the_measured_peak(tmp_path, provider, shape):
     measured = result["providers"][provider]["memory"]["beyond_inputs"]
     predicted = loss_memory(loss_shape(workload), provider, threads=1).total
     assert abs(predicted - measured) <= max(0.1 * measured, 4 * 2**20), f"{predicted / 2**20:.1f} of {measured / 2**20:.1f} MiB"
+
+
+def recorded_peaks():
+    """(suite, workload, provider), and the measured peak, of the newest records that count memory in use alone."""
+    for path in record.newest_of_each_suite(record.RESULTS):
+        data = record.load(path)
+        for result in data["results"]:
+            workload = Workload.from_json(result["workload"])
+            for name, entry in result["providers"].items():
+                if entry["predicted_memory"] and entry["memory"] and "given back" in entry["memory"]["measure"]:
+                    threads = workload.threads or data["threads"]
+                    yield pytest.param(workload, name, threads, entry["memory"]["beyond_inputs"],
+                                       id=f"{data['suite']}-{workload.name}-{name}")  # fmt: skip
+
+
+@pytest.mark.parametrize(("workload", "provider", "threads", "measured"), list(recorded_peaks()))
+def test_prediction_agrees_with_the_peaks_on_record(workload, provider, threads, measured):
+    """Every workload of the suites, at sizes that no test can run: within 10%."""
+    from benchmarks.runner import loss_shape
+
+    predicted = loss_memory(loss_shape(workload), provider, threads=threads).total
+    assert predicted == pytest.approx(measured, rel=0.1)

@@ -19,6 +19,7 @@ from fdd_kernels.spec import MOMENT_STATS, READ_STATS
 MIB, GIB = 2**20, 2**30
 FLOAT = 4
 RUNTIME_BYTES = {"cpu": 2 * MIB, "torch": 6 * MIB, "dense": 4 * MIB}  # generated code, buffers of the matrix library
+HEAD_PRODUCT_BYTES = 16 * MIB  # MKL's own buffers in the product that is the head's gradient, of 10 to 31 MiB that were seen
 # Tiles of one layer that the torch backend holds while it forms gradients: for each layer (the student's values before and
 # after the pivot, the teacher's, their gradient, and that of the tile before), for a read's temporaries, for a moment's.
 TORCH_LAYER_TILES, TORCH_READ_TILES, TORCH_MOMENT_TILES = 5, 6, 4
@@ -169,13 +170,14 @@ def dense_tensors(shape: LossShape) -> int:
 
 
 def _dense(shape: LossShape) -> dict[str, int]:
-    """The larger of two moments: all layers' logits are there, but no gradient; or, later, few of them and the head's
-    gradient as the sum so far, one layer's, and their new sum."""
+    """The larger of two moments: all layers' logits are there, but no gradient; or, later, few of them, none in feature space,
+    and the head's gradient as the sum so far, one layer's, and their new sum."""
     tensor, layers = FLOAT * shape.rows * shape.columns, len(shape.plan().layers)
     gradients = _gradients(shape)
     head = gradients["gradient of the head"]
     early = dense_tensors(shape) * tensor - sum(gradients.values())
-    late = 2 * (layers - 2) * tensor + 2 * head if layers > 1 else tensor
+    few = 0 if shape.feature_space else 2 * (layers - 2)
+    late = (few * tensor + 2 * head if layers > 1 else tensor) + HEAD_PRODUCT_BYTES
     return {"logits and what is made of them": max(early, late, 0)}
 
 
