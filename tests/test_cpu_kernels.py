@@ -183,19 +183,24 @@ def test_in_forked_data_loader_workers_after_use_in_the_parent():
 
 
 def test_can_be_interrupted():
+    # A shell starts its background jobs with SIGINT ignored, and children inherit that.
     code = """
-import torch
+import signal, torch
 from fdd_kernels import fused_fdd_loss
+signal.signal(signal.SIGINT, signal.default_int_handler)
 hidden, weight = [torch.randn(4096, 256) for _ in range(5)], torch.randn(60000, 256)
 print("ready", flush=True)
 while True:
     fused_fdd_loss(hidden, weight, hidden, weight, backend="cpu")
 """
     process = python(code)
-    assert process.stdout.readline().strip() == "ready"
-    time.sleep(1)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    try:
+        assert process.stdout.readline().strip() == "ready"
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert "KeyboardInterrupt" in err
 
 
