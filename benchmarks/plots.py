@@ -110,13 +110,17 @@ def scaling(record: dict[str, Any]) -> Figure | None:
         return None
     figure, axes = _grid(len(panels), 3.2)
     for axis, (field, what) in zip(axes, panels):
+        swept: set[int] = set()
         for curve in curves:
             if curve["field"] == field and len(curve[what]) > 1:
                 x, y = zip(*curve[what])
+                swept |= set(x)
                 y = [v / MIB for v in y] if what == "memory" else y
                 power = curve["time_exponent" if what == "times" else "memory_exponent"]
                 axis.plot(x, y, "o-", color=COLOURS[curve["provider"]], label=f"{curve['provider']} (power {power:.2f})", ms=4)
         axis.set(xscale="log", yscale="log", xlabel=FIELDS[field], ylabel="seconds" if what == "times" else "MiB beyond inputs")
+        axis.set_xticks(sorted(swept), [str(n) for n in sorted(swept)])
+        axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         axis.legend(fontsize=7)
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
