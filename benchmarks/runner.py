@@ -112,8 +112,9 @@ class Run:
         reason, status = self.missing[provider.name], "missing"
         if reason is None:
             reason, status = provider.unsupported(workload), "unsupported"
-        prediction = loss_memory(loss_shape(workload), provider.name, threads=workload.threads or self.threads,
-                                         device=self.device)  # fmt: skip
+        prediction = loss_memory(
+            loss_shape(workload), provider.name, threads=workload.threads or self.threads, device=self.device
+        )
         if prediction is not None:
             entry["predicted_memory"] = prediction.total
             needed, there = prediction.total + prediction.inputs, memory_limit(self.device)

@@ -275,21 +275,21 @@ class StatisticsLoss:
         self.columns = options.vocab_size or len(student_weight)
         self.weight, self.bias, self.version = student_weight, student_bias, student_weight._version
         self.available = _everything(options, self.columns, layers, 0).spec
-        self._gram: tuple[Tensor, Tensor] | None = None
+        self._gram: tuple[Tensor, Tensor, Tensor] | None = None
 
     def _deltas(self, count: Tensor) -> tuple[Tensor, Tensor]:
         """m and G over the `count` columns that both models have; found at the first call."""
         if self._gram is None:
             live = _finite_columns(self.bias, self.columns, self.weight.device)
-            if count.numel() and count[0] != live.sum():  # the same in every row: it follows from the biases
-                raise ValueError(
-                    "the teacher's statistics leave out other columns than the student's bias does (-inf in the teacher's bias "
-                    "alone): use a cache of the teacher's hidden states"
-                )
             head = _Head(self.weight, self.bias, self.columns)
             mean = head.mean(live).to(torch.float64 if self.weight.dtype == torch.float64 else torch.float32)
-            self._gram = mean, head.gram(live, mean)
-        return self._gram
+            self._gram = live.sum(), mean, head.gram(live, mean)
+        if bool((count != self._gram[0]).any()):
+            raise ValueError(
+                "the teacher's statistics leave out other columns than the student's bias does (-inf in the teacher's bias "
+                "alone): use a cache of the teacher's hidden states"
+            )
+        return self._gram[1:]
 
     def __call__(self, student_hidden: Sequence[Tensor], statistics: dict[str, Tensor], labels: Tensor | None = None, *,
                  num_items_in_batch: Tensor | float | None = None) -> FDDLossTerms:  # fmt: skip

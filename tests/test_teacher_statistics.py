@@ -169,3 +169,16 @@ def test_other_heads_are_refused():
         loss(problem.student_hidden, statistics)
     with pytest.raises(ValueError, match="needs labels"):
         StatisticsLoss(LossOptions(ce_weight=1.0), 4, weight)(problem.student_hidden, statistics)
+
+
+def test_columns_that_the_teachers_bias_alone_leaves_out_are_refused():
+    """At whichever call they come, also after one of no rows and one that is right."""
+    plain, padded = _problem({}), _problem({"bias": "padded"})
+    make = StatisticsMaker(LossOptions(), plain.student_weight)
+    right, wrong = (make(p.teacher_hidden, p.teacher_weight, p.teacher_bias) for p in (plain, padded))
+    loss = StatisticsLoss(LossOptions(), 4, plain.student_weight)
+    loss([h[:0] for h in plain.student_hidden], {name: array[:0] for name, array in wrong.items()})
+    for _ in range(2):
+        with pytest.raises(ValueError, match="leave out other columns"):
+            loss(plain.student_hidden, wrong)
+        loss(plain.student_hidden, right)

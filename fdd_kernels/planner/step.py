@@ -69,6 +69,7 @@ class Setup:
 def step_memory(setup: Setup, *, dense: bool = False) -> dict[str, int]:
     """Bytes of a training step by part, with the dense loss or with ours; they are taken to exist at the same time."""
     adapters = 0 if setup.lora_rank is None else setup.trained
+    teacher_head = setup.teacher.vocabulary * setup.teacher.width * setup.teacher_itemsize
     loss = loss_memory(setup.loss, "dense" if dense else setup.backend, device=setup.device)
     # The head's gradient is among the gradients already.
     in_loss = loss.total - loss.parts["gradient of the head"]
@@ -78,9 +79,7 @@ def step_memory(setup: Setup, *, dense: bool = False) -> dict[str, int]:
         "optimizer": setup.trained * OPTIMIZERS[setup.optimizer],
         "activations": setup.student.activations(setup.tokens, setup.itemsize, checkpointing=setup.checkpointing),
         "teacher weights": 0 if setup.teacher_elsewhere else setup.teacher_bytes,
-        "teacher head": setup.teacher.vocabulary * setup.teacher.width * setup.teacher_itemsize
-        if setup.teacher_elsewhere
-        else 0,
+        "teacher head": teacher_head if setup.teacher_elsewhere else 0,
         "teacher states": (setup.layers + 1) * setup.tokens * setup.teacher.width * setup.teacher_itemsize,
         "loss": in_loss,
     }
