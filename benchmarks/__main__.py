@@ -13,6 +13,7 @@ import torch
 from benchmarks import record
 from benchmarks.providers import PROVIDERS, choose
 from benchmarks.workloads import SUITES, select, suite
+from fdd_kernels.atomic import write_text
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -130,7 +131,7 @@ def do_table(arguments: argparse.Namespace) -> int:
             print(f"{path} is stale: run `python -m benchmarks table`", file=sys.stderr)
         return int(bool(stale))
     for path, render in readme.pages(arguments.readme, arguments.page).items():
-        path.write_text(readme.updated(path.read_text(), arguments.results, render))
+        write_text(path, readme.updated(path.read_text(), arguments.results, render))
     print(f"tables of {', '.join(map(str, record.newest_of_each_suite(arguments.results)))}")
     return 0
 
