@@ -50,21 +50,21 @@ class LaunchConfig:
 
 @dataclass(frozen=True)
 class RowLaunch:
-    """Launch of a kernel whose program owns one row: tokens of a tile, warps."""
+    """Launch of a kernel whose program owns one row: tokens of a tile, warps, and warps where tokens are masked."""
 
     block: int
     num_warps: int
+    masked_warps: int
 
-    @property
-    def options(self) -> dict[str, int]:
-        """The compiler's options."""
-        return {"num_warps": self.num_warps, "num_stages": 1}
+    def options(self, masked: bool) -> dict[str, int]:
+        """The compiler's options; `masked`: the tile is ragged or has biases, whose masks take registers."""
+        return {"num_warps": self.masked_warps if masked else self.num_warps, "num_stages": 1}
 
 
 # Chosen by what compiles without a stack on every target (benchmarks/aot.py), not by timing. One warp needs no barriers: its
-# reductions are shuffles; the gradient has too many values in flight for that.
-ROW_LAUNCHES = {"stats": RowLaunch(1024, 1), "second_pass": RowLaunch(1024, 1), "grad": RowLaunch(2048, 4)}
-INTERPRETED_ROW_LAUNCH = RowLaunch(128, 1)
+# reductions are shuffles; masks and the gradient have too many values in flight for that.
+ROW_LAUNCHES = {"stats": RowLaunch(1024, 1, 2), "second_pass": RowLaunch(1024, 1, 2), "grad": RowLaunch(2048, 4, 4)}
+INTERPRETED_ROW_LAUNCH = RowLaunch(128, 1, 1)
 
 
 def row_launch(operation: str) -> RowLaunch:

@@ -44,15 +44,25 @@ def times(weight, factor):
 
 
 @triton.jit
+def weighted(weight, factor, FINITE: tl.constexpr):
+    """weight * factor; `times`, unless the factor is known to be finite."""
+    if FINITE:
+        product = weight * factor
+    else:
+        product = times(weight, factor)
+    return product
+
+
+@triton.jit
 def expm1_negative(y):
     """e^y - 1 for y <= 0: a Taylor polynomial (remainder below 2^-27) above -1/2."""
-    series = 1.0 + y / 8.0
-    series = 1.0 + y / 7.0 * series
-    series = 1.0 + y / 6.0 * series
-    series = 1.0 + y / 5.0 * series
-    series = 1.0 + y / 4.0 * series
-    series = 1.0 + y / 3.0 * series
-    series = 1.0 + y / 2.0 * series
+    series = 1.0 / 5040 + y * (1.0 / 40320)
+    series = 1.0 / 720 + y * series
+    series = 1.0 / 120 + y * series
+    series = 1.0 / 24 + y * series
+    series = 1.0 / 6 + y * series
+    series = 0.5 + y * series
+    series = 1.0 + y * series
     return tl.where(y > -0.5, y * series, tl.exp(y) - 1.0)
 
 
@@ -115,31 +125,37 @@ def divergence_slope(log_q, log_p, DIVERGENCE: tl.constexpr):
     return slope
 
 
+# Above, the expectation of the first pass is as accurate: its error of some 1e-6 is absolute.
+REFINED_BELOW = tl.constexpr(0.25)
+
+
 @triton.jit
-def kl_value(log_q, log_p):
+def kl_value(log_q, log_p, FINITE: tl.constexpr):
     """Elements whose sum is KL(p || q): p (e^x - 1 - x) with x = log q - log p, none of them negative.
 
     Since sum(q - p) = 0 this is sum(-p x), without its cancellation where the models nearly agree.
     """
     x = log_q - log_p
     p = tl.exp(log_p)
-    series = 1.0 + x * (1.0 / 7.0)
-    series = 1.0 + x * (1.0 / 6.0) * series
-    series = 1.0 + x * (1.0 / 5.0) * series
-    series = 1.0 + x * (1.0 / 4.0) * series
-    series = 1.0 + x * (1.0 / 3.0) * series
-    near = p * (0.5 * x * x) * series  # the remainder is below 2^-24 of it
-    return tl.where(tl.abs(x) < 0.3, near, (tl.exp(log_q) - p) - times(p, x))
+    series = 1.0 / 720 + x * (1.0 / 5040)
+    series = 1.0 / 120 + x * series
+    series = 1.0 / 24 + x * series
+    series = 1.0 / 6 + x * series
+    series = 0.5 + x * series  # the remainder is below 2^-24 of it
+    return tl.where(tl.abs(x) < 0.3, (p * x) * (x * series), (tl.exp(log_q) - p) - weighted(p, x, FINITE))
 
 
 @triton.jit
-def exponential_sums(z, difference, AXIS: tl.constexpr, WITH_EXPECTATION: tl.constexpr):
-    """Sums over the vocabulary of e^z and, if wanted, of e^z * difference; z are shifted so that none overflows."""
+def exponential_sums(z, difference, AXIS: tl.constexpr, WITH_EXPECTATION: tl.constexpr, FINITE: tl.constexpr):
+    """Sums over the vocabulary of e^z and, if wanted, of e^z * difference; z are shifted so that none overflows.
+
+    FINITE promises that no z is -inf.
+    """
     weight = tl.exp(z)
     total = tl.sum(weight, AXIS)
     expectation = total
     if WITH_EXPECTATION:
-        expectation = tl.sum(times(weight, difference), AXIS)
+        expectation = tl.sum(weighted(weight, difference, FINITE), AXIS)
     return total, expectation
 
 
@@ -154,10 +170,11 @@ def second_moments(s, t, AXIS: tl.constexpr):
 def slot_coefficients(reads, grad_reads, stride, grad_stride, counts, table, table_width, slot, BLOCK_R: tl.constexpr):
     """What a slot's reads want of dL/dz, per row: the coefficients of q, p, the divergence's slope and the label's token.
 
-    Returns them with both log-sum-exps, (BLOCK_R,) each. `reads` and `grad_reads` point at the rows; rows that do not
-    count get coefficients of 0.
+    Returns them with both log-sum-exps and the value of KL, (BLOCK_R,) each; that is infinite without a read of KL. `reads` and
+    `grad_reads` point at the rows; rows that do not count get coefficients of 0.
     """
     q_r = tl.zeros((BLOCK_R,), dtype=tl.float32)
+    kl = q_r + float("inf")
     p_r, slope_r, label_r, lse_s, lse_t = q_r, q_r, q_r, q_r, q_r
     for entry in range(
         table_entry(table, table_width, READ_BEGIN, slot), table_entry(table, table_width, READ_BEGIN, slot + 1)
@@ -177,11 +194,12 @@ def slot_coefficients(reads, grad_reads, stride, grad_stride, counts, table, tab
                 q_r -= upstream * tl.load(read + SLOPE * stride, mask=counts, other=0.0)
                 if kind == KIND_KL:
                     p_r -= upstream
+                    kl = tl.load(read + VALUE * stride, mask=counts, other=float("inf"))
                 else:
                     slope_r += upstream
         if kind != KIND_NLL:
             lse_t = tl.load(read + LSE_T * stride, mask=counts, other=0.0)
-    return q_r, p_r, slope_r, label_r, lse_s, lse_t
+    return q_r, p_r, slope_r, label_r, lse_s, lse_t, kl
 
 
 @triton.jit
@@ -201,11 +219,9 @@ def moment_coefficients(moments, grad_moments, stride, grad_stride, counts):
 
 
 @triton.jit
-def softmax_gradient(
-    log_q, log_p, at_label, q, p, slope, label, TEACHER: tl.constexpr, DIVERGENCE: tl.constexpr
-):  # fmt: skip
-    """dL/dz = q e^log_q + p e^log_p + slope * slope(log_q, log_p) + label [at the label's token]."""
-    grad = q * tl.exp(log_q) + tl.where(at_label, label, 0.0)
+def softmax_gradient(log_q, log_p, q, p, slope, TEACHER: tl.constexpr, DIVERGENCE: tl.constexpr):
+    """dL/dz = q e^log_q + p e^log_p + slope * slope(log_q, log_p), but for the label's part."""
+    grad = q * tl.exp(log_q)
     if TEACHER:
         grad += p * tl.exp(log_p)
         if DIVERGENCE != "kl":

@@ -72,7 +72,8 @@ def table_float(table, table_width, ROW: tl.constexpr, index):
 class Table:
     """The table on a device and what the launcher needs to know of it.
 
-    `divergence` is the one besides KL, else "kl"; `has_kl`: whether there is a read of KL.
+    `divergence` is the one besides KL, else "kl"; `has_kl`, `has_labels`: whether there are reads of KL, of
+    the label's cross-entropy.
     """
 
     values: Tensor
@@ -81,6 +82,7 @@ class Table:
     second_pass: int
     divergence: str
     has_kl: bool
+    has_labels: bool
 
 
 def _bits(value: float) -> int:
@@ -142,5 +144,7 @@ def table_for(spec: LensSpec, layers: int, device: torch.device) -> Table:
     rows[TEACHER_LAYER.value] = list(range(layers))  # paired by rank
     width = max(len(row) for row in rows)
     values = torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int32, device=device)
-    return Table(values, width, len(slots), len(second_pass), next(iter(others), "kl"),
-                 any(read.divergence == "kl" for read in spec.reads))
+    kinds_read = {read.divergence for read in spec.reads}
+    return Table(
+        values, width, len(slots), len(second_pass), next(iter(others), "kl"), "kl" in kinds_read, NLL in kinds_read
+    )

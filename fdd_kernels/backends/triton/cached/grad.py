@@ -6,8 +6,8 @@ With per-row coefficients from the upstream gradients (`elementwise.py`), per sl
     dL/ds = k_1 + k_s (s - mean_s) + k_t (t - mean_t) + k_d ((s - mean_s) - (t - mean_t))
 
 A program walks the layers with the logits of the layer before, and its unfinished gradient, in registers: a pair's moments give
-+dL/ds to its second layer and -dL/ds to its first. Both log-sum-exps are known here, so the value of KL is summed on the way
-in its accurate form (`elementwise.kl_value`).
++dL/ds to its second layer and -dL/ds to its first. Both log-sum-exps are known here, so where KL is small its value is summed
+again on the way, in the accurate form (`elementwise.kl_value`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import triton.language as tl
 from fdd_kernels.backends.triton.cached.row import live_tokens, row_logits
 from fdd_kernels.backends.triton.elementwise import (
     MOMENT_FIELDS,
+    REFINED_BELOW,
     kl_value,
     moment_coefficients,
     moment_gradient,
@@ -31,15 +32,13 @@ from fdd_kernels.backends.triton.work_table import (
     PART_ROLE,
     SECOND,
     SLOT_BEGIN,
-    SLOT_FLAGS,
     SLOT_INVERSE,
     TEACHER_LAYER,
-    WANTS_TEACHER,
     table_entry,
     table_float,
 )
 
-ITEM_FIELDS = tl.constexpr(6)
+ITEM_FIELDS = tl.constexpr(7)
 
 
 @triton.jit(do_not_specialize=["rows", "slots", "table_width", "stride", "grad_stride"])
@@ -47,7 +46,7 @@ def coefficients_kernel(
     coefficients, reads, moments, grad_reads, grad_moments, grad_scale, count, table, rows, slots, table_width, stride,
     grad_stride, moment_inverse, student_scale, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    """coefficients (slots + moments, 6, rows) of dL/dx for `cached_grad_kernel`, times `grad_scale`; 0 at invalid rows."""
+    """coefficients (slots + moments, 7, rows) of dL/dx for `cached_grad_kernel`, times `grad_scale`; 0 at invalid rows."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     item = tl.program_id(1)
     counts = (row < rows) & (row < tl.load(count))
@@ -56,7 +55,7 @@ def coefficients_kernel(
     out = coefficients + item * ITEM_FIELDS * field + row
     scale = student_scale * tl.load(grad_scale)
     if item < slots:
-        q, p, slope, label, lse_s, lse_t = slot_coefficients(
+        q, p, slope, label, lse_s, lse_t, kl = slot_coefficients(
             reads + row, grad_reads + row, stride.to(tl.int64), grad_stride.to(tl.int64), counts, table, table_width, item,
             BLOCK_R,
         )  # fmt: skip
@@ -67,6 +66,7 @@ def coefficients_kernel(
         tl.store(out + 3 * field, label * factor, mask=stored)
         tl.store(out + 4 * field, lse_s, mask=stored)
         tl.store(out + 5 * field, lse_t, mask=stored)
+        tl.store(out + 6 * field, kl, mask=stored)
     else:
         index = (item - slots) * MOMENT_FIELDS
         of_one, of_s, of_t, of_d, mean_s, mean_t = moment_coefficients(
@@ -99,8 +99,8 @@ def cached_grad_kernel(
     grad, values, logits_s, logits_t, bias_s, bias_t, pivots, coefficients, labels, count, table, rows, columns, ld_s, ld_t,
     grad_ld, layers, slots, tiles, first_tile, state_tile, first_column, table_width, stride, scale_s, scale_t, cap_s, cap_t,
     moment_inverse, TEACHER: tl.constexpr, SOFTMAX: tl.constexpr, MOMENTS: tl.constexpr, VALUES: tl.constexpr,
-    BIAS_S: tl.constexpr, BIAS_T: tl.constexpr, SCALE_S: tl.constexpr, SCALE_T: tl.constexpr, CAP_S: tl.constexpr,
-    CAP_T: tl.constexpr, FULL: tl.constexpr, DIVERGENCE: tl.constexpr, BLOCK_C: tl.constexpr,
+    LABELS: tl.constexpr, BIAS_S: tl.constexpr, BIAS_T: tl.constexpr, SCALE_S: tl.constexpr, SCALE_T: tl.constexpr,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, FULL: tl.constexpr, DIVERGENCE: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """grad (L, rows, grad_ld) = dL/dx of a row (axis 0) and a tile (axis 1) of the slab; values (slots, rows, tiles)."""
     EVERY: tl.constexpr = FULL and not (BIAS_S or BIAS_T)  # without a bias no logit is -inf
@@ -119,7 +119,8 @@ def cached_grad_kernel(
     coefficients += row
     field = rows.to(tl.int64)
     stride = stride.to(tl.int64)
-    label = tl.load(labels + row) - first_column
+    if LABELS:
+        label = tl.load(labels + row) - first_column
     nothing = tl.zeros((BLOCK_C,), tl.float32)
     t, before_s, before_t, before_g, before_slope = nothing, nothing, nothing, nothing, nothing
     for layer in range(layers):
@@ -128,7 +129,7 @@ def cached_grad_kernel(
         row_s += stride_s
         if TEACHER:
             at_t = row_t + table_entry(table, table_width, TEACHER_LAYER, layer) * stride_t
-            t, _ = row_logits(at_t, bias_t, c, inside, scale_t, cap_t, BIAS_T, SCALE_T, CAP_T, FULL)
+            t, teacher_slope = row_logits(at_t, bias_t, c, inside, scale_t, cap_t, BIAS_T, SCALE_T, CAP_T, FULL)
             t -= tl.load(pivots + (layers + layer) * stride)
         g = nothing
         if SOFTMAX:
@@ -142,12 +143,13 @@ def cached_grad_kernel(
                 if TEACHER:
                     log_p = t * inverse - tl.load(k + 5 * field)
                 g += softmax_gradient(
-                    log_q, log_p, c == label, tl.load(k), tl.load(k + field), tl.load(k + 2 * field),
-                    tl.load(k + 3 * field), TEACHER, DIVERGENCE,
-                )  # fmt: skip
+                    log_q, log_p, tl.load(k), tl.load(k + field), tl.load(k + 2 * field), TEACHER, DIVERGENCE
+                )
+                if LABELS:
+                    g += tl.where(c == label, tl.load(k + 3 * field), 0.0)
                 if VALUES:
-                    if table_entry(table, table_width, SLOT_FLAGS, slot) & WANTS_TEACHER:
-                        tl.store(values + slot * field * tiles, tl.sum(kl_value(log_q, log_p), 0))
+                    if tl.load(k + 6 * field) < REFINED_BELOW:
+                        tl.store(values + slot * field * tiles, tl.sum(kl_value(log_q, log_p, EVERY), 0))
         if MOMENTS:
             for part in range(
                 table_entry(table, table_width, PART_BEGIN, layer), table_entry(table, table_width, PART_BEGIN, layer + 1)

@@ -92,7 +92,9 @@ class Block:
         for first, tiles in ((0, full), (full, triton.cdiv(tokens, shape.block) - full)):
             if tiles:
                 grid = (self.rows, tiles, *extra_axis)
-                launch(kernel, grid, shape.options, first_tile=first, FULL=first < full, **common)
+                is_full = first < full
+                masked = not is_full or common["BIAS_S"] or common["BIAS_T"]
+                launch(kernel, grid, shape.options(masked), first_tile=first, FULL=is_full, **common)
 
 
 def _merge_block(tiles: int) -> int:
@@ -121,6 +123,8 @@ def block_statistics(block: Block) -> None:
             TEACHER=spec.needs_teacher,
             SOFTMAX=table.slots > 0,
             MOMENTS=bool(spec.moments),
+            LABELS=table.has_labels,
+            DIVERGENCE=table.divergence,
         )
     launch(
         cached_merge_kernel,
@@ -262,6 +266,7 @@ class Gradients:
                 SOFTMAX=table.slots > 0,
                 MOMENTS=bool(spec.moments),
                 VALUES=want_values,
+                LABELS=table.has_labels,
                 DIVERGENCE=table.divergence,
             )
             grad_mc = grad_Lrc.flatten(0, 1)[:, : slab.stop - slab.start]

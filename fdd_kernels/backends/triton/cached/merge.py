@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fdd_kernels.backends.triton.cached.stats import SLOT_FIELDS
-from fdd_kernels.backends.triton.elementwise import LSE_S, LSE_T, MOMENT_FIELDS, READ_FIELDS, SLOPE, VALUE
+from fdd_kernels.backends.triton.elementwise import LSE_S, LSE_T, MOMENT_FIELDS, READ_FIELDS, REFINED_BELOW, SLOPE, VALUE
 from fdd_kernels.backends.triton.work_table import (
     FIRST,
     KIND_KL,
@@ -129,9 +129,9 @@ def cached_merge_kernel(
             if role == SECOND:
                 before = table_entry(table, table_width, SLOT_BEGIN, layer - 1)
                 before_total = (2 * layers + SLOT_FIELDS * before) * field
-                _, about = row_shift(state, shift - 2 * field, before_total, tile, tiles, before < first_slot)
+                largest, about = row_shift(state, shift - 2 * field, before_total, tile, tiles, before < first_slot)
                 off_s -= about
-                _, about = row_shift(state, shift - field, before_total + 2 * field, tile, tiles, before < first_slot)
+                largest, about = row_shift(state, shift - field, before_total + 2 * field, tile, tiles, before < first_slot)
                 off_t -= about
             index = table_entry(table, table_width, PART_INDEX, entry) * MOMENT_FIELDS
             at = state + (2 * layers + SLOT_FIELDS * slots + index) * field + tile
@@ -164,7 +164,7 @@ def merge_values_kernel(
     """Sums over tiles written as VALUE, one program a row and item.
 
     With SECONDS the items are the reads of the second pass and sums (items, 2, rows, tiles) have their SLOPE too; without,
-    they are slots, sums (items, rows, tiles), and the value is that of the slot's reads of KL.
+    they are slots, sums (items, rows, tiles), and the value is that of the slot's read of KL, where it is small.
     """
     row = tl.program_id(0)
     item = tl.program_id(1)
@@ -187,5 +187,5 @@ def merge_values_kernel(
             table_entry(table, table_width, READ_BEGIN, item), table_entry(table, table_width, READ_BEGIN, item + 1)
         ):
             if table_entry(table, table_width, READ_KIND, entry) == KIND_KL:
-                read = reads + table_entry(table, table_width, READ_INDEX, entry) * READ_FIELDS * stride
-                tl.store(read + VALUE * stride, value)
+                read = reads + table_entry(table, table_width, READ_INDEX, entry) * READ_FIELDS * stride + VALUE * stride
+                tl.store(read, value, mask=tl.load(read) < REFINED_BELOW)

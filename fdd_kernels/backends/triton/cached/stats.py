@@ -45,7 +45,7 @@ def tile_shift(u):
 
 
 @triton.jit
-def tile_moments(s, t, live, columns, EVERY: tl.constexpr, BLOCK_C: tl.constexpr):
+def tile_moments(s, t, live, EVERY: tl.constexpr, BLOCK_C: tl.constexpr):
     """Count, means and second moments of s and t over the live tokens of a tile; EVERY: all of them are."""
     if EVERY:
         n = tl.full((), BLOCK_C, tl.float32)
@@ -68,9 +68,9 @@ def tile_moments(s, t, live, columns, EVERY: tl.constexpr, BLOCK_C: tl.constexpr
 def cached_stats_kernel(
     state, logits_s, logits_t, bias_s, bias_t, labels, count, table, rows, columns, ld_s, ld_t, layers, slots, tiles,
     first_tile, state_tile, first_column, table_width, scale_s, scale_t, cap_s, cap_t, moment_inverse,
-    TEACHER: tl.constexpr, SOFTMAX: tl.constexpr, MOMENTS: tl.constexpr, BIAS_S: tl.constexpr, BIAS_T: tl.constexpr,
-    SCALE_S: tl.constexpr, SCALE_T: tl.constexpr, CAP_S: tl.constexpr, CAP_T: tl.constexpr, FULL: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    TEACHER: tl.constexpr, SOFTMAX: tl.constexpr, MOMENTS: tl.constexpr, LABELS: tl.constexpr, DIVERGENCE: tl.constexpr,
+    BIAS_S: tl.constexpr, BIAS_T: tl.constexpr, SCALE_S: tl.constexpr, SCALE_T: tl.constexpr, CAP_S: tl.constexpr,
+    CAP_T: tl.constexpr, FULL: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """State of a row (axis 0) and a tile (axis 1) of logits (L, rows, ld), whose first token is `first_column`."""
     EVERY: tl.constexpr = FULL and not (BIAS_S or BIAS_T)  # without a bias no logit is -inf
@@ -86,16 +86,17 @@ def cached_stats_kernel(
     row_t = logits_t + row.to(tl.int64) * ld_t
     stride_s = rows.to(tl.int64) * ld_s
     stride_t = rows.to(tl.int64) * ld_t
-    label = tl.load(labels + row) - first_column
+    if LABELS:
+        label = tl.load(labels + row) - first_column
     before_s = tl.zeros((BLOCK_C,), tl.float32)
     before_t = before_s
     t = before_s
     for layer in range(layers):
-        s, _ = row_logits(row_s, bias_s, c, inside, scale_s, cap_s, BIAS_S, SCALE_S, CAP_S, FULL)
+        s, slope = row_logits(row_s, bias_s, c, inside, scale_s, cap_s, BIAS_S, SCALE_S, CAP_S, FULL)
         row_s += stride_s
         if TEACHER:
             at_t = row_t + table_entry(table, table_width, TEACHER_LAYER, layer) * stride_t
-            t, _ = row_logits(at_t, bias_t, c, inside, scale_t, cap_t, BIAS_T, SCALE_T, CAP_T, FULL)
+            t, slope = row_logits(at_t, bias_t, c, inside, scale_t, cap_t, BIAS_T, SCALE_T, CAP_T, FULL)
         shift_s = tl.full((), 0.0, tl.float32)
         shift_t = shift_s
         if SOFTMAX:
@@ -114,18 +115,20 @@ def cached_stats_kernel(
                 flags = table_entry(table, table_width, SLOT_FLAGS, slot)
                 at = state + (2 * layers + SLOT_FIELDS * slot) * field
                 z_s = s * inverse
-                total, _ = exponential_sums(z_s, z_s, 0, False)
+                total, expectation = exponential_sums(z_s, z_s, 0, False, EVERY)
                 tl.store(at, total)
                 if TEACHER:
                     z_t = t * inverse
-                    if flags & WANTS_STUDENT:
-                        _, expectation = exponential_sums(z_s, z_s - z_t, 0, True)
-                        tl.store(at + field, expectation)
-                    total, expectation = exponential_sums(z_t, z_t - z_s, 0, True)
+                    if DIVERGENCE == "reverse_kl":
+                        if flags & WANTS_STUDENT:
+                            total, expectation = exponential_sums(z_s, z_s - z_t, 0, True, EVERY)
+                            tl.store(at + field, expectation)
+                    total, expectation = exponential_sums(z_t, z_t - z_s, 0, True, EVERY)
                     tl.store(at + 2 * field, total)
                     tl.store(at + 3 * field, expectation)
-                if flags & WANTS_LABEL:
-                    tl.store(at + 4 * field, tl.max(tl.where(c == label, z_s, float("-inf")), 0))
+                if LABELS:
+                    if flags & WANTS_LABEL:
+                        tl.store(at + 4 * field, tl.max(tl.where(c == label, z_s, float("-inf")), 0))
         if MOMENTS:
             for part in range(
                 table_entry(table, table_width, PART_BEGIN, layer), table_entry(table, table_width, PART_BEGIN, layer + 1)
@@ -141,17 +144,18 @@ def cached_stats_kernel(
                         if not EVERY:
                             live = live & live_tokens(before_s, before_t)
                     n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd = tile_moments(
-                        of_s * moment_inverse, of_t * moment_inverse, live, columns, EVERY, BLOCK_C
+                        of_s, of_t, live, EVERY, BLOCK_C
                     )
+                    square = moment_inverse * moment_inverse
                     at = state + (2 * layers + SLOT_FIELDS * slots) * field
                     at += table_entry(table, table_width, PART_INDEX, part) * MOMENT_FIELDS * field
                     tl.store(at, n)
-                    tl.store(at + field, mean_s)
-                    tl.store(at + 2 * field, mean_t)
-                    tl.store(at + 3 * field, m_ss)
-                    tl.store(at + 4 * field, m_tt)
-                    tl.store(at + 5 * field, m_st)
-                    tl.store(at + 6 * field, m_dd)
+                    tl.store(at + field, mean_s * moment_inverse)
+                    tl.store(at + 2 * field, mean_t * moment_inverse)
+                    tl.store(at + 3 * field, m_ss * square)
+                    tl.store(at + 4 * field, m_tt * square)
+                    tl.store(at + 5 * field, m_st * square)
+                    tl.store(at + 6 * field, m_dd * square)
             before_s = s
             before_t = t
 

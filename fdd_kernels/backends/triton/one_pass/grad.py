@@ -50,7 +50,7 @@ def slot_gradient(
     TEACHER: tl.constexpr, DIVERGENCE: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """dL/du of one strip from the reads of one slot."""
-    q_r, p_r, slope_r, label_value_r, lse_s, lse_t = slot_coefficients(
+    q_r, p_r, slope_r, label_value_r, lse_s, lse_t, kl_r = slot_coefficients(
         reads, grad_reads, stride, stride, counts, table, table_width, slot, BLOCK_R
     )
     inverse = table_float(table, table_width, SLOT_INVERSE, slot)
@@ -58,10 +58,8 @@ def slot_gradient(
     log_p = log_q
     if TEACHER:
         log_p = tl.load(tile_t + strip_re) * inverse - lse_t[:, None]
-    at_label = columns_e[None, :] == label_r[:, None]
-    grad = softmax_gradient(
-        log_q, log_p, at_label, q_r[:, None], p_r[:, None], slope_r[:, None], label_value_r[:, None], TEACHER, DIVERGENCE
-    )
+    grad = softmax_gradient(log_q, log_p, q_r[:, None], p_r[:, None], slope_r[:, None], TEACHER, DIVERGENCE)
+    grad += tl.where(columns_e[None, :] == label_r[:, None], label_value_r[:, None], 0.0)
     return grad * inverse
 
 

@@ -46,7 +46,7 @@ def update_softmax(z_re, difference_re, top, total, expectation, WITH_EXPECTATIO
     # While every logit so far is -inf the shift must stay finite.
     shift = tl.where(new_top > float("-inf"), new_top, 0.0)
     rescale = tl.exp(top - shift)
-    more, more_expectation = exponential_sums(z_re - shift[:, None], difference_re, 1, WITH_EXPECTATION)
+    more, more_expectation = exponential_sums(z_re - shift[:, None], difference_re, 1, WITH_EXPECTATION, False)
     total = total * rescale + more
     if WITH_EXPECTATION:
         expectation = expectation * rescale + more_expectation
