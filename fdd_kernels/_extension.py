@@ -189,8 +189,8 @@ def _compile(folder: Path, file: Path) -> None:
     if done.returncode or built is None:
         (folder / LOG_FILE).write_text(done.stdout)
         reason = (
-            f"the C++ kernels could not be compiled ({_first_error(done.stdout)}; all messages: {folder / LOG_FILE}): they need "
-            f"{NEEDED} and Python's headers; FDD_KERNELS_BUILD=1 tries again"
+            f"the C++ kernels could not be compiled ({_first_error(done.stdout)}; all messages: {folder / LOG_FILE}): they "
+            f"need {NEEDED} and Python's headers; FDD_KERNELS_BUILD=1 tries again"
         )
         failure.write_text(json.dumps({"compiler": command, "reason": reason}))
         shutil.rmtree(work, ignore_errors=True)

@@ -93,7 +93,7 @@ def test_reasons_name_the_remedy(cache, monkeypatch, tmp_path):
     monkeypatch.delenv("FDD_KERNELS_BUILD")
     monkeypatch.delenv("CXX")
     monkeypatch.setattr(_extension.shutil, "which", lambda name: None)
-    with pytest.raises(Missing, match="there is no C.. compiler .* install a C.. compiler"):
+    with pytest.raises(Missing, match=r"there is no C.. compiler .* install a C.. compiler"):
         _extension._at_first_use()
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FDD_KERNELS_CACHE", str(tmp_path / "file"))
@@ -135,7 +135,7 @@ def test_the_kernels_say_what_they_were_built_for():
 
 def test_a_broken_file_is_a_reason(tmp_path):
     (tmp_path / "_C.so").write_text("not a library")
-    with pytest.raises(Missing, match="do not load .*: remove "):
+    with pytest.raises(Missing, match=r"do not load .*: remove "):
         _extension._loaded(tmp_path / "_C.so")
 
 
