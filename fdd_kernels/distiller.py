@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from fdd_kernels.config import FDDConfig, FDDLossTerms, LossOptions
 from fdd_kernels.layers import paired_layers
+from fdd_kernels.models.batches import check_batch
 from fdd_kernels.models.compiled import compile_blocks
 from fdd_kernels.models.heads import Head
 from fdd_kernels.models.lens import ModelLens
 from fdd_kernels.models.parallel import inside_forward, own_rows
 from fdd_kernels.models.positions import counted_positions
-from fdd_kernels.models.teachers import StudentSide, Teacher, TeacherStates, as_teacher, model_states
+from fdd_kernels.models.teachers import StudentSide, Teacher, TeacherStates, as_teacher, describe, model_states
 
 
 class Distiller:
@@ -53,6 +54,13 @@ class Distiller:
 
     def __init__(self, student: nn.Module, teacher: nn.Module | Teacher, config: FDDConfig | None = None, *,
                  vocab_group: torch.distributed.ProcessGroup | None = None) -> None:  # fmt: skip
+        if not isinstance(student, nn.Module):
+            raise TypeError(
+                f"student must be a causal LM, got {describe(student)}: load it first, with "
+                "AutoModelForCausalLM.from_pretrained(...)"
+            )
+        if not isinstance(config, FDDConfig | None):
+            raise TypeError(f"config must be an FDDConfig, got {type(config).__name__}: give FDDConfig(alpha=..., ...)")
         self.config, self.vocab_group = config or FDDConfig(), vocab_group
         split = vocab_group is not None
         self.student = ModelLens(student, "student", split_head=split)
@@ -98,6 +106,7 @@ class Distiller:
 
     def count_positions(self, batch: Mapping[str, Tensor]) -> Tensor:
         """How many positions of a batch the loss counts, an int64 scalar: the divisor of its mean."""
+        check_batch(batch)
         return counted_positions(batch, self.config.ignore_index).sum()
 
     def teacher_states(self, batch: Mapping[str, Tensor]) -> TeacherStates:
@@ -138,8 +147,10 @@ class Distiller:
         Raises:
             RuntimeError: a head is spread over processes where the loss is computed; says what to do.
             ValueError: `teacher_states` lack the final state, which this loss needs; no labels, and an attention_mask of
-                another shape.
+                another shape; labels that are not one a token; tokens or positions that a model does not have.
+            TypeError: `batch` is no mapping of tensors.
         """
+        check_batch(batch)
         if student is not None:
             compile_blocks(student, self.student.blocks)
         if teacher_states is None:

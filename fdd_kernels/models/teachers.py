@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fdd_kernels.api import fused_fdd_loss
 from fdd_kernels.config import FDDConfig, FDDLossTerms, LossOptions
+from fdd_kernels.models.batches import check_positions, check_tokens
 from fdd_kernels.models.compiled import compile_blocks
 from fdd_kernels.models.lens import LogitTransform, ModelLens, unwrap
 from fdd_kernels.models.offload import has_place
@@ -158,10 +159,19 @@ class LiveTeacher(TeacherWithHead):
 def model_states(
     lens: ModelLens, batch: Mapping[str, Tensor], layers: tuple[int, ...], *, apply_final_norm: bool, final: bool = True
 ) -> list[Tensor | None]:
-    """Run a model's backbone on a batch: the states of `layers` as its head would see them, and the final one or None."""
+    """Run a model's backbone on a batch: the states of `layers` as its head would see them, and the final one or None.
+
+    Raises:
+        ValueError: tokens or positions that the model does not have.
+    """
+    check_tokens(lens.name, lens.model, batch)
     inputs = {key: value for key, value in batch.items() if key not in _NOT_MODEL_INPUTS}
     read = functools.partial(lens.read, apply_final_norm=apply_final_norm)
-    sampled, output = lens.states(inputs, layers, final=final, read=read)
+    try:
+        sampled, output = lens.states(inputs, layers, final=final, read=read)
+    except IndexError:
+        check_positions(lens.name, lens.model, batch)
+        raise
     return [*sampled, output]
 
 
@@ -175,7 +185,15 @@ def as_teacher(teacher: nn.Module | Teacher, *, split_head: bool = False) -> Tea
         return teacher
     if isinstance(teacher, nn.Module):
         return LiveTeacher(teacher, split_head=split_head)
-    raise TypeError(f"teacher must be a causal LM or a teacher cache, got {type(teacher).__name__}")
+    raise TypeError(
+        f"teacher must be a causal LM or a teacher cache, got {describe(teacher)}: load it first, with "
+        "AutoModelForCausalLM.from_pretrained(...) or fdd_kernels.teacher_cache.open_teacher_cache(...)"
+    )
+
+
+def describe(value: object) -> str:
+    """A value as errors show what stands in the place of a model: its type, and a string with its text."""
+    return f"the string {value!r}" if isinstance(value, str) else type(value).__name__
 
 
 def place_teacher(teacher: nn.Module | Teacher, device: torch.device) -> None:
