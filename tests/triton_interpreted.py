@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
-from benchmarks.roofline import EXPONENTIALS
 from fdd_kernels import fused_fdd_loss
-from fdd_kernels.backends.triton import autotune, config, divergences, operations
+from fdd_kernels.backends.triton import autotune, config, elementwise, strategy
+from fdd_kernels.backends.triton.one_pass import host as one_pass
 from fdd_kernels.divergences import DIVERGENCES
 from fdd_kernels.testing import assert_within_budget, evaluate, exact, random_problem
 
@@ -39,6 +39,12 @@ def shuffled(monkeypatch):
     torch.use_deterministic_algorithms(before)
 
 
+@pytest.fixture(params=strategy.STRATEGIES[1:])
+def each_strategy(request, monkeypatch):
+    monkeypatch.setenv(strategy.STRATEGY, request.param)
+    return request.param
+
+
 def run(problem, upstream=None, **options):
     return evaluate(problem, fused_fdd_loss, upstream, backend="triton", **options)
 
@@ -47,11 +53,12 @@ def tensors(outcome):
     return [*outcome.terms, *outcome.gradients.values()]
 
 
-def test_order_of_programs_does_not_matter(shuffled, monkeypatch):
+def test_order_of_programs_does_not_matter(each_strategy, shuffled, monkeypatch):
     problem = random_problem(dtype=torch.float32, columns=70, labels=True)
     found = run(problem, **OPTIONS)
     assert any(len(order) > 1 for order in shuffled.values())
     monkeypatch.undo()
+    monkeypatch.setenv(strategy.STRATEGY, each_strategy)
     expected = run(problem, **OPTIONS)
     for a, b in zip(tensors(found), tensors(expected), strict=True):
         assert torch.equal(a, b)
@@ -60,14 +67,15 @@ def test_order_of_programs_does_not_matter(shuffled, monkeypatch):
 
 def test_several_blocks_of_rows_and_chunks_of_columns(monkeypatch):
     """The budgets shrunk until every loop on the host turns more than once, and each dtype of a head is summed."""
-    monkeypatch.setattr(operations, "BLOCK_BYTES", 1)
-    monkeypatch.setattr(operations, "GRAD_BYTES", 1)
+    monkeypatch.setenv(strategy.STRATEGY, "one_pass")
+    monkeypatch.setattr(one_pass, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(one_pass, "GRAD_BYTES", 1)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         problem = random_problem((2, 20), 70, dtype=dtype)
         assert_within_budget(problem, run(problem), None)
 
 
-def test_float16_gradients_below_its_smallest_number():
+def test_float16_gradients_below_its_smallest_number(each_strategy):
     """Elements of dL/dx near 1e-7, where float16 has no digits left, still add up to gradients that it can hold."""
     problem = random_problem(dtype=torch.float16)
     found, expected = run(problem, upstream=3e-6, reduction="sum"), exact(problem, 3e-6, reduction="sum")
@@ -80,8 +88,8 @@ def test_float16_gradients_below_its_smallest_number():
 def elementwise_kernel(log_q, log_p, value, slope, DIVERGENCE: tl.constexpr, SIZE: tl.constexpr):
     i = tl.arange(0, SIZE)
     q, p = tl.load(log_q + i), tl.load(log_p + i)
-    tl.store(value + i, divergences.divergence_value(q, p, DIVERGENCE))
-    tl.store(slope + i, divergences.divergence_slope(q, p, DIVERGENCE))
+    tl.store(value + i, elementwise.divergence_value(q, p, DIVERGENCE))
+    tl.store(slope + i, elementwise.divergence_slope(q, p, DIVERGENCE))
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -102,7 +110,7 @@ def test_elementwise_pairs_are_the_registry(name):
 @triton.jit
 def tanh_kernel(x, out, SIZE: tl.constexpr):
     i = tl.arange(0, SIZE)
-    tl.store(out + i, divergences.tanh(tl.load(x + i)))
+    tl.store(out + i, elementwise.tanh(tl.load(x + i)))
 
 
 def test_tanh_is_accurate_near_zero_and_far_away():
@@ -110,21 +118,6 @@ def test_tanh_is_accurate_near_zero_and_far_away():
     out = torch.empty(256)
     tanh_kernel[(1,)](x, out, SIZE=256)
     torch.testing.assert_close(out.double(), x.double().tanh(), rtol=1e-6, atol=0)
-
-
-def test_exponentials_are_as_few_as_the_roofline_says(monkeypatch):
-    """Two an element and pass, and in the statistics two a row of each strip, to rescale the sums so far."""
-    counts = []
-    exp = interpreter.interpreter_builder.create_exp
-    monkeypatch.setattr(interpreter.interpreter_builder, "create_exp", lambda x: counts.append(x.data.shape) or exp(x))
-    problem = random_problem((2, 8), 96, dtype=torch.float32)
-    run(problem, trajectory="kl", temperature=1.0, output_in_dynamics=True)
-    tile = config.choose((16, 96, 1, 1), torch.float32, config.INTERPRETER)
-    tiles = len(problem.student_hidden) * 96 // tile.block_columns
-    strips = tiles * tile.block_columns // tile.block_strip
-    assert counts.count((tile.block_rows, tile.block_strip)) == 2 * 2 * strips
-    assert counts.count((tile.block_rows,)) == 2 * strips
-    assert EXPONENTIALS == {"statistics": 2 + 2 / 16, "gradient": 2.0}  # strips of 16 columns on every device
 
 
 def test_every_architecture_has_a_configuration():

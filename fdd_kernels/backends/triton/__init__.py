@@ -66,8 +66,10 @@ def kept_rows(inputs: LensInputs, spec: LensSpec, needed: list[bool]) -> int:
     return operations.kept_rows(inputs, spec, needed)
 
 
-def stats_and_grad(inputs: LensInputs, spec: LensSpec, rows_at_a_time: int, upstream_of, needed: list[bool]):
+def stats_and_grad(
+    inputs: LensInputs, spec: LensSpec, rows_at_a_time: int, upstream_of, needed: list[bool], refine: bool
+):
     """Gradients and statistics with cached logits; see `backends.Backend`."""
     from fdd_kernels.backends.triton import operations
 
-    return operations.stats_and_grad(inputs, spec, rows_at_a_time, upstream_of, needed)
+    return operations.stats_and_grad(inputs, spec, rows_at_a_time, upstream_of, needed, refine)

@@ -63,7 +63,7 @@ class RowLaunch:
 
 # Chosen by what compiles without a stack on every target (benchmarks/aot.py), not by timing. One warp needs no barriers: its
 # reductions are shuffles; masks and the gradient have too many values in flight for that.
-ROW_LAUNCHES = {"stats": RowLaunch(1024, 1, 2), "second_pass": RowLaunch(1024, 1, 2), "grad": RowLaunch(2048, 4, 4)}
+ROW_LAUNCHES = {"stats": RowLaunch(1024, 1, 2), "second_pass": RowLaunch(1024, 2, 2), "grad": RowLaunch(2048, 4, 4)}
 INTERPRETED_ROW_LAUNCH = RowLaunch(128, 1, 1)
 
 

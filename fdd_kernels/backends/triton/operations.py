@@ -21,7 +21,7 @@ from fdd_kernels.backends.triton.strategy import (
     cache_bytes,
     cached_rows,
     chosen_strategy,
-    padded,
+    scratch_elements,
     slabs_of,
 )
 from fdd_kernels.spec import LensInputs, LensSpec
@@ -77,6 +77,10 @@ def grad(inputs: LensInputs, spec: LensSpec, per_row: tuple[Tensor, ...], needed
         return cached.grad(inputs, spec, per_row, needed, slabs)
 
 
+def new_scratch(elements: int, device: torch.device) -> Tensor:
+    return torch.empty(elements, dtype=torch.float32, device=device)
+
+
 def kept_rows(inputs: LensInputs, spec: LensSpec, needed: list[bool]) -> int:
     """Rows a block whose logits are cached between statistics and gradients; 0: the two operations are the way.
 
@@ -91,21 +95,21 @@ def kept_rows(inputs: LensInputs, spec: LensSpec, needed: list[bool]) -> int:
 
 
 def stats_and_grad(
-    inputs: LensInputs, spec: LensSpec, rows_at_a_time: int, upstream_of: Callable, needed: list[bool]
+    inputs: LensInputs, spec: LensSpec, rows_at_a_time: int, upstream_of: Callable, needed: list[bool], refine: bool
 ) -> tuple[list[Tensor], Statistics]:
     """Both operations with cached logits; where the scratch does not fit, one after the other, with one warning."""
     with _on(inputs.device):
         shape = shape_of(inputs, spec, trains_head=needed[-2])
-        elements = shape.models * shape.layers * rows_at_a_time * padded(shape.columns)
+        elements = scratch_elements(shape, rows_at_a_time)
         try:
-            scratch = torch.empty(elements, dtype=torch.float32, device=inputs.device)
+            scratch = new_scratch(elements, inputs.device)
         except torch.OutOfMemoryError:
             _warn_of_scratch(elements * 4)
             statistics = stats(inputs, spec)
             rows = torch.arange(inputs.rows, device=inputs.device)
             per_row = upstream_of(rows, *statistics)
             return grad(inputs, spec, per_row, needed), tuple(per_row[:3])
-        return cached.stats_and_grad(inputs, spec, rows_at_a_time, upstream_of, needed, scratch)
+        return cached.stats_and_grad(inputs, spec, rows_at_a_time, upstream_of, needed, refine, scratch)
 
 
 def _warn_of_scratch(asked: int) -> None:

@@ -99,12 +99,16 @@ def balanced_rows(rows: int, most: int, layers: int) -> int:
     return most
 
 
+def scratch_elements(shape: Shape, rows: int) -> int:
+    """Float32 elements of scratch for the logits of `rows` rows, the whole vocabulary."""
+    return shape.models * shape.layers * rows * padded(shape.columns)
+
+
 def cached_rows(shape: Shape, budget: int) -> int:
     """Rows a block whose logits fit `budget` bytes and pay; 0: not even enough to pay, go slabbed."""
     if not shape.rows:
         return 0
-    per_row = FLOAT * shape.models * shape.layers * padded(shape.columns)
-    most = min(budget // per_row, max(1, MOST_CACHED_ROWS // shape.layers))
+    most = min(budget // (FLOAT * scratch_elements(shape, 1)), max(1, MOST_CACHED_ROWS // shape.layers))
     fewest = FEWEST_CACHED_ROWS["trained" if shape.trained_head else "frozen"]
     if most == 0 or (shape.rows > most and most * shape.layers < fewest):
         return 0

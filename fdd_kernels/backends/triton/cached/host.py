@@ -356,7 +356,13 @@ def grad(inputs: LensInputs, spec: LensSpec, per_row: tuple[Tensor, ...], needed
 
 
 def stats_and_grad(
-    inputs: LensInputs, spec: LensSpec, rows_at_a_time: int, upstream_of: Callable, needed: list[bool], scratch: Tensor
+    inputs: LensInputs,
+    spec: LensSpec,
+    rows_at_a_time: int,
+    upstream_of: Callable,
+    needed: list[bool],
+    refine: bool,
+    scratch: Tensor,
 ) -> tuple[list[Tensor], Statistics]:
     """Statistics and gradients, block by block, with every logit computed once; see `backends.Backend.stats_and_grad`."""
     problem = Problem(inputs, spec)
@@ -368,12 +374,10 @@ def stats_and_grad(
         block = Block(problem, scratch, first, min(block_rows, valid_rows - first), statistics)
         block_statistics(block)
         per_row = upstream_of(problem.order[first : first + block.rows].long(), *block.statistics)
-        merged = [t is not own for t, own in zip(per_row, block.statistics)]
-        # The statistics of all shards' tokens have their values already, a sum over this process's tokens would be a part.
-        gradients.add(block, per_row, None if any(merged) else block.statistics[1])
-        for own, other, is_other in zip(block.statistics, per_row, merged):
-            if is_other:
-                own.copy_(other)
+        gradients.add(block, per_row, block.statistics[1] if refine else None)
+        for own, returned in zip(block.statistics, per_row):
+            if returned is not own:  # those of all shards' tokens
+                own.copy_(returned)
     return gradients.finished(valid_rows > 0), at_callers_rows(problem, inputs, statistics)
 
 
