@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,13 @@ class Distiller:
         self.teacher = as_teacher(teacher, split_head=split)
         self._student = student  # as given: perhaps data-parallel
         self.student_layers, self.teacher_layers = paired_layers(self.config, self.student.depth, self.teacher.depth)
+        self._require_shared_vocabulary()
+        compile_blocks(student, self.student.blocks)
+        self.options = self._loss_options()
+        self._require_trainable(self.student.read_head())
+        self.teacher.require(self.config, self.options, self._needed(self.teacher_layers))
+
+    def _require_shared_vocabulary(self) -> None:
         vocabularies = self.student.vocabulary, self.teacher.vocabulary
         if self.config.vocab_size is None and vocabularies[0] != vocabularies[1]:
             raise ValueError(
@@ -78,10 +85,6 @@ class Distiller:
                 f"vocab_size={self.config.vocab_size} is larger than a vocabulary (student {vocabularies[0]}, teacher "
                 f"{vocabularies[1]})"
             )
-        compile_blocks(student, self.student.blocks)
-        self.options = self._loss_options()
-        self._require_trainable(self.student.read_head())
-        self.teacher.require(self.config, self.options, self._needed(self.teacher_layers))
 
     def _needed(self, layers: tuple[int, ...]) -> tuple[int, ...]:
         """The sampled layers that the loss looks at."""
@@ -95,7 +98,7 @@ class Distiller:
                 given[f"{side}_softcap"] = lens.transform.softcap
             if given[f"{side}_logit_scale"] is None:
                 given[f"{side}_logit_scale"] = lens.transform.scale
-        return replace(LossOptions(**given), shift=True)
+        return LossOptions(**given)
 
     def _require_trainable(self, head: Head) -> None:
         if self.config.train_head and head.requires_grad and head.storage != "parameter":
@@ -135,7 +138,9 @@ class Distiller:
             batch: input_ids and attention_mask (batch, sequence), and whatever else both models take (position_ids where
                 padding is on the left). With labels, as a causal LM takes them (unshifted, -100 where there is nothing to
                 learn), the state at position t counts where labels[t + 1] is not -100 and attention_mask[t] not 0;
-                without labels every attended position counts. An attention_mask of another shape says nothing of padding.
+                without labels every attended position counts. `shift_labels`, beside labels or instead of them, are taken as
+                they are, as transformers takes them: t is compared with shift_labels[t]. An attention_mask of another shape
+                says nothing of padding.
             num_items_in_batch: divides the sum over positions instead of their number in this batch.
             teacher_states: the result of `teacher_states(batch)`, of this distiller or of another with the same teacher
                 and teacher layers, to save running the teacher again.
@@ -162,12 +167,12 @@ class Distiller:
         final = self.options.compares_output or bool(self.options.ce_weight)
         layers, norm = self._needed(self.student_layers), self.config.apply_final_norm
         states = model_states(self.student, batch, layers, apply_final_norm=norm, final=final)
-        weight, bias, *_ = self.student.read_head()
+        head = self.student.read_head()  # of this step: it may have been resized, replaced or adapted since the last
+        self._require_trainable(head)
+        weight, bias, vocabulary = head.weight, head.bias, len(head.weight)
         if not self.config.train_head:
             weight, bias = weight.detach(), None if bias is None else bias.detach()
         if self.vocab_group is not None:
-            weight, bias = (
-                own_rows("the student's head", t, self.vocab_group, self.student.vocabulary) for t in (weight, bias)
-            )
-        student = StudentSide(states, weight, bias, self.student.vocabulary)
+            weight, bias = (own_rows("the student's head", t, self.vocab_group, vocabulary) for t in (weight, bias))
+        student = StudentSide(states, weight, bias, vocabulary)
         return self.teacher.compare(student, teacher_states, batch, self.options, num_items_in_batch, self.vocab_group)

@@ -104,7 +104,7 @@ class ModelLens:
 
     def __init__(self, model: nn.Module, name: str = "model", *, split_head: bool = False) -> None:
         self.name, self.model, self.split_head = name, unwrap(model), split_head
-        self.head = self._find_head()
+        self._find_head()  # first: a model without one is told so
         self.backbone = self._find_backbone()
         with _evaluating(self.model), torch.no_grad():
             self.vocabulary = len(self.weight)
@@ -130,6 +130,11 @@ class ModelLens:
     def device(self) -> torch.device | None:
         """Where the model takes its inputs; None if FSDP decides."""
         return device_of(self.backbone)
+
+    @property
+    def head(self) -> nn.Module:
+        """The LM head, looked up anew: it may have been resized, replaced or adapted since the lens was made."""
+        return self._find_head()
 
     def _find_head(self) -> nn.Module:
         find = getattr(self.model, "get_output_embeddings", None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +18,11 @@ from fdd_kernels.models.compiled import compile_blocks
 from fdd_kernels.models.lens import LogitTransform, ModelLens, unwrap
 from fdd_kernels.models.offload import has_place
 from fdd_kernels.models.parallel import inside_forward, own_rows
-from fdd_kernels.models.positions import counted_positions, token_shape
+from fdd_kernels.models.positions import SHIFT_LABELS, counted_positions, next_labels, token_shape
 
 # The column of a batch that says which windows of a teacher cache its rows are.
 TEACHER_INDEX = "teacher_index"
-_NOT_MODEL_INPUTS = ("labels", "num_items_in_batch", TEACHER_INDEX)
+_NOT_MODEL_INPUTS = ("labels", SHIFT_LABELS, "num_items_in_batch", TEACHER_INDEX)
 # L tensors (batch, sequence, Dt), the last None where the final state is not needed; or what else `compare` takes.
 TeacherStates = list[Tensor | None] | Any
 
@@ -105,9 +105,8 @@ class TeacherWithHead(Teacher):
                 "teacher_states of this distiller, or of one whose loss needs the final state too"
             )
         weight, bias = self._head_on(student.weight.device, vocab_group, student.vocabulary)
-        labels, mask = batch.get("labels"), counted_positions(batch, options.ignore_index).to(student.weight.device)
-        if labels is None:
-            options = replace(options, shift=False)
+        labels = next_labels(batch, options.ignore_index)
+        mask = counted_positions(batch, options.ignore_index).to(student.weight.device)
         return fused_fdd_loss(
             _complete(student.states, batch, student.weight), student.weight, _complete(states, batch, weight), weight, labels,
             mask=mask, student_bias=student.bias, teacher_bias=bias, num_items_in_batch=num_items_in_batch, return_terms=True,
