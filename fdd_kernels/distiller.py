@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import fields
 
@@ -16,19 +17,36 @@ from fdd_kernels.models.heads import Head
 from fdd_kernels.models.lens import ModelLens
 from fdd_kernels.models.parallel import inside_forward, own_rows
 from fdd_kernels.models.positions import counted_positions
+from fdd_kernels.models.routers import RouterLoss, router_coefficient
 from fdd_kernels.models.teachers import StudentSide, Teacher, TeacherStates, as_teacher, describe, model_states
 
 
+class DistillerTerms(FDDLossTerms):
+    """`FDDLossTerms` of a `Distiller`, which may have one term more.
+
+    Attributes:
+        router: of a student with experts and `config.output_router_logits`, the loss that keeps its routers in balance,
+            unweighted like the others; it is in `loss` with the model's own coefficient. Otherwise None.
+    """
+
+    router: Tensor | None = None
+
+    def named(self) -> dict[str, Tensor]:
+        """Every term by its name, for logs; `router` only where there is one."""
+        return self._asdict() | ({} if self.router is None else {"router": self.router})
+
+
 class Distiller:
-    """`distiller(batch)` -> `FDDLossTerms` for a student and a teacher that share a vocabulary.
+    """`distiller(batch)` -> `DistillerTerms` for a student and a teacher that share a vocabulary.
 
     Args:
         student, teacher: transformers causal LMs (also under peft or torch.compile), with any head that `read_head` reads.
             The teacher is put in evaluation mode and never receives gradient; it may be on other devices, offloaded by
             accelerate or quantised: its states and head are brought to the student's head for the loss. Neither model
             computes its own logits, nor blocks after the last state that the loss needs; of a model from torch.compile the
-            blocks are compiled, in place, with its options. In place of a teacher stands a teacher cache
-            (`fdd_kernels.teacher_cache.open_teacher_cache`), whose windows the batches are then made of.
+            blocks are compiled, in place, with its options. One peft model may be both, or its base model the teacher: the
+            teacher is then the student without its adapters, and the student's modes stay as they are. In place of a teacher
+            stands a teacher cache (`fdd_kernels.teacher_cache.open_teacher_cache`), whose windows the batches are then made of.
         config: layers and loss options; soft caps, logit scales are the models' own unless given there.
         vocab_group: the process group over which tensor parallelism splits the rows of the heads (DTensors, as
             `parallelize_module` with `ColwiseParallel` makes them). Its processes must see the same batches.
@@ -64,7 +82,7 @@ class Distiller:
         self.config, self.vocab_group = config or FDDConfig(), vocab_group
         split = vocab_group is not None
         self.student = ModelLens(student, "student", split_head=split)
-        self.teacher = as_teacher(teacher, split_head=split)
+        self.teacher = as_teacher(teacher, split_head=split, student=student)
         self._student = student  # as given: perhaps data-parallel
         self.student_layers, self.teacher_layers = paired_layers(self.config, self.student.depth, self.teacher.depth)
         self._require_shared_vocabulary()
@@ -131,7 +149,7 @@ class Distiller:
         num_items_in_batch: Tensor | float | None = None,
         teacher_states: TeacherStates | None = None,
         student: nn.Module | None = None,
-    ) -> FDDLossTerms:
+    ) -> DistillerTerms:
         """The loss of one batch.
 
         Args:
@@ -147,7 +165,7 @@ class Distiller:
             student: the student as it was wrapped for data parallelism after this distiller was made.
 
         Returns:
-            `FDDLossTerms` of scalars.
+            `DistillerTerms`, which are `FDDLossTerms`, of scalars.
 
         Raises:
             RuntimeError: a head is spread over processes where the loss is computed; says what to do.
@@ -161,12 +179,21 @@ class Distiller:
         if teacher_states is None:
             teacher_states = self.teacher_states(batch)
         with inside_forward(self._student if student is None else student, self._loss) as loss:
-            return loss(batch, teacher_states, num_items_in_batch)
+            values, router = loss(batch, teacher_states, num_items_in_batch)
+        terms = DistillerTerms(*values)
+        terms.router = router
+        return terms
 
-    def _loss(self, batch: Mapping[str, Tensor], teacher_states: TeacherStates, num_items_in_batch) -> FDDLossTerms:
-        final = self.options.compares_output or bool(self.options.ce_weight)
+    def _loss(
+        self, batch: Mapping[str, Tensor], teacher_states: TeacherStates, num_items_in_batch
+    ) -> tuple[FDDLossTerms, Tensor | None]:
+        """The terms, and the router's of a student that has one, which is in the loss."""
+        coefficient, routers = router_coefficient(self.student.model), RouterLoss(self.student)
+        # Every block has routers, so that all of them run.
+        final = self.options.compares_output or bool(self.options.ce_weight) or bool(coefficient)
         layers, norm = self._needed(self.student_layers), self.config.apply_final_norm
-        states = model_states(self.student, batch, layers, apply_final_norm=norm, final=final)
+        with routers if coefficient else contextlib.nullcontext():
+            states = model_states(self.student, batch, layers, apply_final_norm=norm, final=final)
         head = self.student.read_head()  # of this step: it may have been resized, replaced or adapted since the last
         self._require_trainable(head)
         weight, bias, vocabulary = head.weight, head.bias, len(head.weight)
@@ -175,4 +202,16 @@ class Distiller:
         if self.vocab_group is not None:
             weight, bias = (own_rows("the student's head", t, self.vocab_group, vocabulary) for t in (weight, bias))
         student = StudentSide(states, weight, bias, vocabulary)
-        return self.teacher.compare(student, teacher_states, batch, self.options, num_items_in_batch, self.vocab_group)
+        terms = self.teacher.compare(student, teacher_states, batch, self.options, num_items_in_batch, self.vocab_group)
+        router = routers(batch) if coefficient else None
+        if router is None:
+            return terms, None
+        router = router.to(terms.loss) * self._share(batch, num_items_in_batch)
+        return terms._replace(loss=terms.loss + coefficient * router), router.detach()
+
+    def _share(self, batch: Mapping[str, Tensor], num_items_in_batch: Tensor | float | None) -> Tensor:
+        """What a batch's positions are of those that its terms are divided by: 1, or its part of an optimizer step."""
+        count = self.count_positions(batch).to(self.student.head.weight.device, torch.float32)
+        if num_items_in_batch is not None:
+            return count / num_items_in_batch
+        return count if self.options.reduction == "sum" else count.clamp(max=1)

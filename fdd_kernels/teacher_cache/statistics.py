@@ -100,7 +100,7 @@ def write_statistics_cache(folder: str | Path, teacher: nn.Module, student: nn.M
     Raises:
         as `write_teacher_cache` and `TeacherStatistics`.
     """
-    quantity = TeacherStatistics(LiveTeacher(teacher), layers, apply_final_norm=apply_final_norm,
+    quantity = TeacherStatistics(LiveTeacher(teacher, student=student), layers, apply_final_norm=apply_final_norm,
                                  student=ModelLens(student, "student"), options=options or LossOptions())  # fmt: skip
     write_cache(Path(folder), quantity, windows, **storage)
     return StatisticsCache(folder)
