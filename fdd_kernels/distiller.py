@@ -15,7 +15,7 @@ from fdd_kernels.models.batches import check_batch
 from fdd_kernels.models.compiled import compile_blocks
 from fdd_kernels.models.heads import Head
 from fdd_kernels.models.lens import ModelLens
-from fdd_kernels.models.parallel import inside_forward, own_rows
+from fdd_kernels.models.parallel import data_parallel, inside_forward, own_rows
 from fdd_kernels.models.positions import counted_positions
 from fdd_kernels.models.routers import RouterLoss, router_coefficient
 from fdd_kernels.models.teachers import StudentSide, Teacher, TeacherStates, as_teacher, describe, model_states
@@ -125,6 +125,29 @@ class Distiller:
                 "FDDConfig(train_head=False), freeze it (requires_grad_(False)), or train a LoRA adapter on it"
             )
 
+    def parameters_without_gradient(self) -> list[str]:
+        """Names of the student's parameters that train but that this loss never reaches, as its layers and weights are now.
+
+        Those of a head that `train_head=False` leaves alone, and of blocks after the last state that the loss needs.
+        DistributedDataParallel waits for all gradients unless it is given `find_unused_parameters=True`.
+        """
+        lens, idle = self.student, []
+        if not self.config.train_head:
+            idle.append(lens.head)
+        if not self._runs_to_the_end:
+            idle.extend(lens.blocks[max(self._needed(self.student_layers), default=0) :])
+        if not idle:
+            return []
+        idle = {module for part in idle for module in part.modules()}
+        reached = {id(p) for module in lens.model.modules() if module not in idle for p in module.parameters(recurse=False)}
+        return [name for name, p in lens.model.named_parameters() if p.requires_grad and id(p) not in reached]
+
+    @property
+    def _runs_to_the_end(self) -> bool:
+        """Whether the loss needs the student's last block; every block has routers, if it has any."""
+        output = self.options.compares_output or bool(self.options.ce_weight)
+        return output or bool(router_coefficient(self.student.model))
+
     def count_positions(self, batch: Mapping[str, Tensor]) -> Tensor:
         """How many positions of a batch the loss counts, an int64 scalar: the divisor of its mean."""
         check_batch(batch)
@@ -172,28 +195,46 @@ class Distiller:
             ValueError: `teacher_states` lack the final state, which this loss needs; no labels, and an attention_mask of
                 another shape; labels that are not one a token; tokens or positions that a model does not have.
             TypeError: `batch` is no mapping of tensors.
+            ValueError: DistributedDataParallel without `find_unused_parameters`, and parameters that the loss does not reach.
         """
         check_batch(batch)
         if student is not None:
             compile_blocks(student, self.student.blocks)
+        model = self._student if student is None else student
+        self._require_gradients_for(model)
         if teacher_states is None:
             teacher_states = self.teacher_states(batch)
-        with inside_forward(self._student if student is None else student, self._loss) as loss:
+        with inside_forward(model, self._loss) as loss:
             values, router = loss(batch, teacher_states, num_items_in_batch)
         terms = DistillerTerms(*values)
         terms.router = router
         return terms
+
+    def _require_gradients_for(self, model: nn.Module) -> None:
+        """Raise ValueError if DistributedDataParallel would wait for gradients that this loss does not give."""
+        wrapper = data_parallel(model)
+        if not isinstance(wrapper, nn.parallel.DistributedDataParallel) or not torch.is_grad_enabled():
+            return
+        if wrapper.find_unused_parameters or wrapper.static_graph:
+            return
+        names = self.parameters_without_gradient()
+        if names:
+            raise ValueError(
+                f"{len(names)} parameters that train, {names[0]} for one, get no gradient from this loss (train_head="
+                f"{self.config.train_head}, output_kd_weight={self.config.output_kd_weight:g}), and DistributedDataParallel "
+                "would wait for it: wrap the student with find_unused_parameters=True "
+                "(TrainingArguments(ddp_find_unused_parameters=True), accelerate's DistributedDataParallelKwargs, Lightning's "
+                'strategy="ddp_find_unused_parameters_true"), or freeze them with requires_grad_(False) before'
+            )
 
     def _loss(
         self, batch: Mapping[str, Tensor], teacher_states: TeacherStates, num_items_in_batch
     ) -> tuple[FDDLossTerms, Tensor | None]:
         """The terms, and the router's of a student that has one, which is in the loss."""
         coefficient, routers = router_coefficient(self.student.model), RouterLoss(self.student)
-        # Every block has routers, so that all of them run.
-        final = self.options.compares_output or bool(self.options.ce_weight) or bool(coefficient)
         layers, norm = self._needed(self.student_layers), self.config.apply_final_norm
         with routers if coefficient else contextlib.nullcontext():
-            states = model_states(self.student, batch, layers, apply_final_norm=norm, final=final)
+            states = model_states(self.student, batch, layers, apply_final_norm=norm, final=self._runs_to_the_end)
         head = self.student.read_head()  # of this step: it may have been resized, replaced or adapted since the last
         self._require_trainable(head)
         weight, bias, vocabulary = head.weight, head.bias, len(head.weight)

@@ -68,5 +68,5 @@ def test_the_models_logits_are_not_computed_for_it():
 def test_a_coefficient_that_is_missing_is_named():
     student = tiny_model("llama", depth=3, seed=1)
     student.config.output_router_logits = True
-    with pytest.raises(ValueError, match="config.router_aux_loss_coef"):
+    with pytest.raises(ValueError, match=r"config\.router_aux_loss_coef"):
         Distiller(student, teacher(), CONFIG)(tiny_batch())

@@ -35,6 +35,14 @@ def counted_positions(batch: Mapping[str, Tensor], ignore_index: int) -> Tensor:
     return torch.ones(token_shape(batch), dtype=torch.bool)
 
 
+def counting_rows(batch: Mapping[str, Tensor], rows: int, ignore_index: int) -> dict[str, Tensor]:
+    """The batch with nothing that counts after its first `rows` rows; it keeps its shape."""
+    labels, counts = next_labels(batch, ignore_index), counted_positions(batch, ignore_index)
+    labels = torch.where(counts, 0, ignore_index) if labels is None else labels.clone()
+    labels[rows:] = ignore_index
+    return {**batch, SHIFT_LABELS: labels}
+
+
 def attended_positions(batch: Mapping[str, Tensor]) -> Tensor | None:
     """Which tokens are no padding, bool (batch, sequence); None without an `attention_mask` of that shape."""
     mask = batch.get("attention_mask")

@@ -64,4 +64,3 @@ class RouterLoss:
         ):
             answer = type(model).forward(model, **tokens, attention_mask=mask, output_router_logits=True, use_cache=False)
         return getattr(answer, "aux_loss", None)
-

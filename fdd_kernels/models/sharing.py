@@ -37,9 +37,9 @@ def shares_modules(teacher: nn.Module, student: nn.Module) -> bool:
     common = [name for name, p in unwrap(teacher).named_parameters() if id(p) in trained - own]
     if common:
         warnings.warn(
-            f"{len(common)} parameters that train, {common[0]} for one, belong to student and teacher: the teacher changes with "
-            "its student (and if they are one model without adapters, there is nothing to learn from it). Give the teacher "
-            "weights of its own (copy.deepcopy), or freeze what they share and train adapters (peft)",
+            f"{len(common)} parameters that train, {common[0]} for one, belong to student and teacher: the teacher changes "
+            "with its student (and if they are one model without adapters, there is nothing to learn from it). Give the "
+            "teacher weights of its own (copy.deepcopy), or freeze what they share and train adapters (peft)",
             stacklevel=5,
         )
     return True
