@@ -14,6 +14,7 @@ from benchmarks import record
 from benchmarks.providers import PROVIDERS, choose
 from benchmarks.summary import memory as show
 from benchmarks.workloads import SUITES, select, suite
+from fdd_kernels.atomic import write_text
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -136,7 +137,7 @@ def do_table(arguments: argparse.Namespace) -> int:
     if arguments.check:
         return int(_stale(arguments))
     for path, render in readme.pages(arguments.readme, arguments.page).items():
-        path.write_text(readme.updated(path.read_text(), arguments.results, render))
+        write_text(path, readme.updated(path.read_text(), arguments.results, render))
     print(f"tables of {', '.join(map(str, record.newest_of_each_suite(arguments.results)))}")
     return 0
 

@@ -114,6 +114,9 @@ class AtomicCheckpoints:
             ValueError: the checkpoint that was named lacks files; or, with True, there is no complete one.
         """
         run = Path(self.args.output_dir)
+        if self.args.should_save:
+            clear_unfinished(run)  # which may bring back a checkpoint that was being replaced
+        self.accelerator.wait_for_everyone()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_complete(run)
         elif resume_from_checkpoint and (missing := self._missing(Path(resume_from_checkpoint))):
@@ -121,8 +124,6 @@ class AtomicCheckpoints:
                 f"resume_from_checkpoint={str(resume_from_checkpoint)!r} lacks {', '.join(missing)}: it was not written "
                 "completely, or with save_only_model. Give another checkpoint, or True for the last complete one"
             )
-        if self.args.should_save:
-            clear_unfinished(run)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_batch_samples(self, *args, **kwargs):

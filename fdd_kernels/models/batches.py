@@ -66,7 +66,7 @@ def check_tokens(name: str, model: nn.Module, batch: Mapping[str, Any]) -> None:
     elif not legal.all():
         raise ValueError(
             f"input_ids contains {int(ids[~legal][0])}, but the {name} has embeddings for the tokens [0, {rows}) only: "
-            "tokenize for a vocabulary that student and teacher share, and mark padding by attention_mask with an id that both have"
+            "tokenize for a vocabulary that student and teacher share, and pad with a token that both have"
         )
 
 
