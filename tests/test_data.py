@@ -140,7 +140,7 @@ def test_long_texts_become_windows_that_hold_every_token(tmp_path, tokenizer):
     path = tmp_path / "a.txt"
     path.write_text(text)
     windows = load(path, tokenizer)
-    assert {len(w["input_ids"]) for w in windows.train[:-1]} == {16}
+    assert {len(w["input_ids"]) for w in list(windows.train)[:-1]} == {16}
     assert tokenizer.decode([t for w in windows.train for t in w["input_ids"]]) == text + "<end>"
     assert windows.train_tokens == sum(len(w["attention_mask"]) for w in windows.train)
 
@@ -166,14 +166,14 @@ def test_whole_documents_are_held_out(tmp_path, tokenizer):
     assert not numbers[0] & numbers[1]
     again = load(path, tokenizer, eval_fraction=0.2)
     other = load(path, tokenizer, eval_fraction=0.2, seed=1)
-    assert again.held_out == windows.held_out
-    assert other.held_out != windows.held_out
+    assert again.held_out.to_list() == windows.held_out.to_list()
+    assert other.held_out.to_list() != windows.held_out.to_list()
 
 
 def test_of_a_single_document_the_end_is_held_out(tmp_path, tokenizer):
     path = tmp_path / "a.txt"
     path.write_text(" ".join(str(i) for i in range(200)))
     whole, parts = load(path, tokenizer), load(path, tokenizer, eval_fraction=0.25)
-    assert parts.train + parts.held_out == whole.train
+    assert [*parts.train, *parts.held_out] == list(whole.train)
     assert len(parts.held_out) == round(0.25 * len(whole.train))
-    assert load(path, tokenizer, eval_fraction=0.0).held_out == []
+    assert load(path, tokenizer, eval_fraction=0.0).held_out.to_list() == []

@@ -1,0 +1,41 @@
+"""Batches of windows of unequal length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+IGNORED = -100
+_FILL = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
+
+
+def pad_windows(windows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    """A batch (rows, longest window), padded on the right; padding is neither attended nor learned. A window without
+    `attention_mask` is attended throughout.
+
+    Numbers beside the windows, such as a teacher cache's `teacher_index`, become a tensor (rows,). Windows are lists or
+    tensors: a list of them, or the rows of any `datasets.Dataset`. Without labels the batch has none either: then every
+    attended position counts.
+
+    Raises:
+        ValueError: some windows have labels and some have none.
+    """
+    windows = [{"attention_mask": [1] * len(window["input_ids"])} | dict(window) for window in windows]
+    labelled = sum("labels" in window for window in windows)
+    if labelled not in (0, len(windows)):
+        raise ValueError(f"{labelled} of {len(windows)} windows have labels: give them to all or to none")
+    batch = {
+        name: pad_sequence([torch.as_tensor(w[name]).long() for w in windows], batch_first=True, padding_value=value)
+        for name, value in _FILL.items()
+        if name in windows[0]
+    }
+    numbers = [name for name, value in windows[0].items() if isinstance(value, Integral) or _is_scalar(value)]
+    return batch | {name: torch.tensor([int(w[name]) for w in windows]) for name in numbers}
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim == 0 and not value.is_floating_point()
