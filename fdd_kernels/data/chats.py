@@ -73,7 +73,7 @@ def _writes(kind: str, tokenizer, template: str) -> bool:
 
 def _writings(messages: list[Message]) -> Iterator[list[Message]]:
     """The ways to write the same messages. There is one, but for tool calls: some templates want their arguments as an object
-    and others as JSON text, and some write a content of None as "None".
+    and others as JSON text, and their content empty, or none (which transformers 5 takes away, and its predecessors write).
     """
     calling = any(message.get("tool_calls") for message in messages)
     for as_object, without in itertools.product((True, False), (None, "")) if calling else ((True, None),):

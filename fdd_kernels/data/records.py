@@ -147,7 +147,7 @@ def _read_csv(path: Path) -> Iterator[Record]:
                 raise UserError(f"{source}: more fields than the first line has names: quote fields that hold a comma")
             yield record_of_row(row, source)
     except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: not valid CSV: {error}") from None
+        raise UserError(f"{path}:{reader.reader.line_num}: not valid CSV: {error}") from None
 
 
 def _read_parquet(path: Path) -> Iterator[Record]:

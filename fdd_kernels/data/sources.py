@@ -123,19 +123,15 @@ def _loaded(shown: str, name: str, config: str | None, split: str | None) -> Sou
     try:
         return _of_dataset(import_datasets(shown).load_dataset(name, config, split=split), shown)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise UserError(
-            f"{shown}: no such file or directory, and no data set that can be loaded: {_first_line(error)}"
-        ) from None
+        raise UserError(f"{shown}: no such file, and no data set that can be loaded: {_first_line(error)}") from None
 
 
 def _of_dataset(dataset: Any, name: str, split: str | None = None) -> Source:
     datasets = import_datasets(name)
     if isinstance(dataset, dict):
-        split = split or ("train" if "train" in dataset else next(iter(dataset)) if len(dataset) == 1 else None)
+        split = split or ("train" if len(dataset) > 1 else next(iter(dataset), ""))
         if split not in dataset:
-            raise UserError(
-                f"{name}: name one of its splits, as in {name}:{next(iter(dataset), 'train')} (it has {', '.join(dataset)})"
-            )
+            raise UserError(f"{name}: has no split {split!r}: name one of {', '.join(dataset)}, as in NAME:SPLIT")
         dataset = dataset[split]
     elif split is not None:
         raise UserError(f"{name}: has no splits, but {split!r} was asked for")

@@ -48,8 +48,8 @@ def pack_windows(windows: Windows) -> dict[str, Tensor]:
 def _sized(name: str, windows: Sequence[Window]) -> Sequence[Window]:
     if not hasattr(windows, "__len__"):
         raise TypeError(
-            f"windows.{name} is a {type(windows).__name__}, which has no length, but a cache numbers its windows: give a list or "
-            "a datasets.Dataset; fdd_kernels.data.load_windows makes one of a stream"
+            f"windows.{name} is a {type(windows).__name__}, which has no length, but a cache numbers its windows: give a "
+            "list or a datasets.Dataset; fdd_kernels.data.load_windows makes one of a stream"
         )
     return windows
 
