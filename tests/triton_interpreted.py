@@ -144,7 +144,7 @@ def test_precision_of_float32_is_one_that_the_architecture_has(monkeypatch):
 
 def test_autotuning_is_kept_on_disk(monkeypatch, tmp_path):
     monkeypatch.setenv(autotune.SWITCH, "1")
-    monkeypatch.setenv(autotune.CACHE, str(tmp_path))
+    monkeypatch.setenv("FDD_KERNELS_CACHE", str(tmp_path))
     timed = []
 
     def timer(run, candidate):

@@ -72,7 +72,7 @@ def unavailable(device: torch.device) -> str | None:
     """Why these kernels cannot run on `device`, and the remedy."""
     if device.type != "cpu":
         return f'its kernels run on the CPU, not on "{device}"; use backend="auto"'
-    return _extension.why_missing
+    return _extension.missing_reason()
 
 
 def _streamed(inputs: LensInputs, spec: LensSpec, rows: Tensor, *, backward: bool):
