@@ -402,9 +402,10 @@ def test_padding_takes_lists_tensors_and_data_sets():
         "teacher_index": [4, 7],
     }
     for windows in (lists, tensors, datasets.Dataset.from_list(lists), datasets.Dataset.from_list(lists).with_format("torch")):
-        batch = pad_windows([windows[0], windows[1]])
-        assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
-        assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+        for rows in ([windows[0], windows[1]], windows[:2]):
+            batch = pad_windows(rows)
+            assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
+            assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
     without = [{"input_ids": [1, 2]}, {"input_ids": [3]}]
     assert pad_windows(without).keys() == {"input_ids", "attention_mask"}
     with pytest.raises(ValueError, match="1 of 2 windows have labels"):

@@ -13,17 +13,19 @@ IGNORED = -100
 _FILL = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
 
 
-def pad_windows(windows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+def pad_windows(windows: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]) -> dict[str, torch.Tensor]:
     """A batch (rows, longest window), padded on the right; padding is neither attended nor learned. A window without
     `attention_mask` is attended throughout.
 
-    Numbers beside the windows, such as a teacher cache's `teacher_index`, become a tensor (rows,). Windows are lists or
-    tensors: a list of them, or the rows of any `datasets.Dataset`. Without labels the batch has none either: then every
-    attended position counts.
+    Numbers beside the windows, such as a teacher cache's `teacher_index`, become a tensor (rows,). Windows hold lists or
+    tensors. They come one by one, or as columns, which is what a slice of a `datasets.Dataset` gives. Without labels the batch
+    has none either: then every attended position counts.
 
     Raises:
         ValueError: some windows have labels and some have none.
     """
+    if isinstance(windows, Mapping):
+        windows = [dict(zip(windows, values)) for values in zip(*windows.values())]
     windows = [{"attention_mask": [1] * len(window["input_ids"])} | dict(window) for window in windows]
     labelled = sum("labels" in window for window in windows)
     if labelled not in (0, len(windows)):
