@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fdd_kernels.data import IGNORED, Window, Windows
-from fdd_kernels.models.positions import attended_positions, counted_positions, precedes_label
+from fdd_kernels.models.positions import SHIFT_LABELS, attended_positions, counted_positions, precedes_label
 from fdd_kernels.models.teachers import TEACHER_INDEX
 
 _SHOWN = 8
@@ -83,8 +83,9 @@ class WindowTable:
         Raises:
             ValueError: the batch does not say which windows it is made of, or they are not the cache's: names the window.
         """
-        if TEACHER_INDEX not in batch or "labels" not in batch:
-            missing = [name for name in (TEACHER_INDEX, "labels") if name not in batch]
+        labelled = "labels" in batch or SHIFT_LABELS in batch
+        if TEACHER_INDEX not in batch or not labelled:
+            missing = [TEACHER_INDEX] * (TEACHER_INDEX not in batch) + ["labels"] * (not labelled)
             raise ValueError(
                 f"the batch has no {' and no '.join(missing)} (it has {', '.join(batch)}): make batches of the cache's own "
                 "windows, cache.dataset('train'), with fdd_kernels.data.pad_windows as the collator"
