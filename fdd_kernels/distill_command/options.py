@@ -22,7 +22,7 @@ class DistillOptions(TeacherOptions):
     Args:
         student: a directory or name of a transformers causal LM; a directory with a config.json and no weights is
             initialised at random.
-        data: a text file or a directory of them; see `fdd_kernels.data`.
+        data: files, a directory of them, or a data set by its name or folder; see `fdd_kernels.data.open_source`.
         eval_data: likewise, to evaluate on; then nothing of data is held out.
         teacher_cache: what cache-teacher wrote, in place of teacher and data: windows, their length and the part held out
             are its own.

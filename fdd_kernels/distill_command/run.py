@@ -24,7 +24,8 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from fdd_kernels.atomic import atomic_directory, clear_unfinished, only_process, write_text
 from fdd_kernels.backends import resolve_backend
 from fdd_kernels.config import FDDConfig
-from fdd_kernels.data import Windows, pad_windows, read_windows
+from fdd_kernels.data import Windows, pad_windows
+from fdd_kernels.data.progress import read_windows
 from fdd_kernels.distill_command.model_card import model_card
 from fdd_kernels.distill_command.options import DistillOptions
 from fdd_kernels.distill_command.processes import Processes, together

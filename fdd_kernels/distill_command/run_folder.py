@@ -10,7 +10,7 @@ from typing import Any
 
 from fdd_kernels.atomic import remove_directory, write_text
 from fdd_kernels.config import FDDConfig
-from fdd_kernels.data import data_files, file_digest
+from fdd_kernels.data.sources import open_source
 from fdd_kernels.distill_command.identity import model_identity, same_model
 from fdd_kernels.distill_command.options import DistillOptions
 from fdd_kernels.integrations.checkpoints import checkpoints
@@ -91,10 +91,8 @@ def run_record(options: DistillOptions, processes: int = 1) -> dict[str, Any]:
     if options.teacher_cache is not None:  # its index holds the checksums of everything in it
         run["teacher_cache"] = open_cache(options.teacher_cache).digest
     for name in ("data", "eval_data"):
-        path = getattr(options, name)
-        if path is not None:
-            root = path if path.is_dir() else path.parent
-            run[name] = {str(file.relative_to(root)): file_digest(file) for file in data_files(path)}
+        if run[name] is not None:
+            run[name] = open_source(getattr(options, name)).digests()
     for role in ("teacher", "student"):
         if run[role] is not None:
             run[role] = model_identity(run[role])

@@ -19,7 +19,7 @@ class CacheOptions(TeacherOptions):
     """What to cache and how.
 
     Args:
-        data: a text file or a directory of them; see `fdd_kernels.data`.
+        data: files, a directory of them, or a data set by its name or folder; see `fdd_kernels.data.open_source`.
         output: the cache's directory.
         kind: states (any student, any objective), or statistics: for the frozen head of student, by KL.
         student: for statistics, whose head.
