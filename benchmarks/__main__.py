@@ -1,4 +1,4 @@
-"""`python -m benchmarks run | compare | table | report | list | gpu`; see `--help` of each."""
+"""`python -m benchmarks run | compare | table | check-records | report | list | gpu`; see `--help` of each."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import record
+from benchmarks.summary import memory as show
 from benchmarks.workloads import SUITES, select, suite
+from fdd_kernels.atomic import write_text
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -45,10 +47,18 @@ def build_parser() -> argparse.ArgumentParser:
         "table", help="the tables of README and docs from the newest records", description=do_table.__doc__
     )
     table.add_argument("--check", action="store_true", help="change nothing; exit status 1 if a table is stale")
-    table.add_argument("--results", type=Path, default=record.RESULTS, metavar="DIR")
-    table.add_argument("--readme", type=Path, default=record.ROOT / "README.md", metavar="FILE", help="for the overview")
-    table.add_argument("--page", type=Path, default=record.ROOT / "docs" / "benchmarks.md", metavar="FILE", help="for the rest")
     table.set_defaults(run=do_table)
+
+    check = commands.add_parser(
+        "check-records", help="are tables and planner in agreement with the newest records", description=do_check.__doc__
+    )
+    check.set_defaults(run=do_check)
+    for command in (table, check):
+        command.add_argument("--results", type=Path, default=record.RESULTS, metavar="DIR")
+        command.add_argument("--readme", type=Path, default=record.ROOT / "README.md", metavar="FILE", help="for the overview")
+        command.add_argument(
+            "--page", type=Path, default=record.ROOT / "docs" / "benchmarks.md", metavar="FILE", help="for the rest"
+        )
 
     report = commands.add_parser("report", help="show a record; plots and HTML beside it", description=do_report.__doc__)
     report.add_argument("record", type=Path, nargs="?", help="(the newest in benchmarks/results)")
@@ -134,14 +144,36 @@ def do_table(arguments: argparse.Namespace) -> int:
     from benchmarks import readme
 
     if arguments.check:
-        stale = readme.stale(arguments.readme, arguments.page, arguments.results)
-        for path in stale:
-            print(f"{path} is stale: run `python -m benchmarks table`", file=sys.stderr)
-        return int(bool(stale))
+        return int(_stale(arguments))
     for path, render in readme.pages(arguments.readme, arguments.page).items():
-        path.write_text(readme.updated(path.read_text(), arguments.results, render))
+        write_text(path, readme.updated(path.read_text(), arguments.results, render))
     print(f"tables of {', '.join(map(str, record.newest_of_each_suite(arguments.results)))}")
     return 0
+
+
+def _stale(arguments: argparse.Namespace) -> bool:
+    from benchmarks import readme
+
+    stale = readme.stale(arguments.readme, arguments.page, arguments.results)
+    for path in stale:
+        print(f"{path} is stale: run `python -m benchmarks table`", file=sys.stderr)
+    return bool(stale)
+
+
+def do_check(arguments: argparse.Namespace) -> int:
+    """Exit status 1 if a table is stale, or if the planner of today is off by more than 10% of a peak on record. No test does
+    this: a record is of one machine."""
+    from benchmarks.check import peaks_on_record
+
+    checked, wrong = 0, 0
+    for path in record.newest_of_each_suite(arguments.results):
+        for what, predicted, measured in peaks_on_record(record.load(path)):
+            checked += 1
+            if abs(predicted - measured) > 0.1 * measured:
+                wrong += 1
+                print(f"{path}: {what}: the planner predicts {show(predicted)}, {show(measured)} was measured", file=sys.stderr)
+    print(f"{checked} predictions of memory, {wrong} of them off by more than 10%")
+    return int(_stale(arguments) or wrong > 0)
 
 
 def do_report(arguments: argparse.Namespace) -> int:

@@ -22,6 +22,8 @@ from fdd_kernels.testing import Problem
 
 Report = Callable[[str, Any], None]
 MIB = 2**20
+# How peak memory is measured on each kind of device, as records name it.
+MEMORY_IN_USE = {"cuda": "max_memory_allocated", "cpu": "resident high-water, freed memory given back"}
 
 
 def _synchronize(device: torch.device) -> None:
@@ -174,7 +176,7 @@ def measure_memory(workload: Workload, provider: Provider, device: torch.device,
                 for t in (*problem.student_hidden, problem.student_weight, *problem.teacher_hidden, problem.teacher_weight)
                 if t is not None
             ),
-            "measure": "max_memory_allocated" if device.type == "cuda" else "resident high-water, freed memory given back",
+            "measure": MEMORY_IN_USE[device.type],
             "seconds": seconds,
         },
     )

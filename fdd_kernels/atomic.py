@@ -13,6 +13,8 @@ from fdd_kernels.user_error import UserError
 
 # Beside what is being written, on the same file system, so that a rename is atomic.
 UNFINISHED = ".unfinished"
+# What is moved there gets these endings: a whole directory while another takes its place, and one that is being deleted.
+_REPLACED, _REMOVED = ".replaced", ".removed"
 
 
 def _sync(path: Path) -> None:
@@ -30,46 +32,93 @@ def _sync_tree(folder: Path) -> None:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Remove what an earlier process left unfinished in `folder`."""
+    """Complete what an earlier process had nearly finished in `folder`, and remove what it left unfinished.
+
+    A directory that was being replaced when the process was killed is put back under its name, the new one where that was
+    complete.
+    """
+    for old in (folder / UNFINISHED).glob(f"*{_REPLACED}"):
+        target = folder / old.name.removesuffix(_REPLACED)
+        _complete_replacement(target)
+        _delete(old, target)
     shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+
+
+def _complete_replacement(target: Path) -> None:
+    """Put a directory under its name again if a replacement of it was interrupted between its two renames.
+
+    The old one is moved away only when the new one is complete and on disk.
+    """
+    old, new = _beside(target, _REPLACED), _beside(target)
+    if old.exists() and not target.exists():
+        (new if new.exists() else old).rename(target)
+        _sync(target.parent)
+
+
+def _beside(target: Path, suffix: str = "") -> Path:
+    """Where a directory is kept that is not `target` yet, or no more."""
+    return target.parent / UNFINISHED / f"{target.name}{suffix}"
 
 
 @contextlib.contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
     """An empty directory to fill; after the block it is `target`, on disk. After an exception there is no trace of it.
 
-    A directory `target` that was there is replaced.
+    A directory `target` that was there is replaced: moved away, and deleted when the new one has its name and is on disk. A
+    process that is killed in between leaves both, and the next `atomic_directory(target)` or `clear_unfinished` puts the new
+    one under its name.
 
     Raises:
         OSError: it could not be written; an earlier `target` is intact.
     """
-    folder = target.parent / UNFINISHED / target.name
+    folder, old = _beside(target), _beside(target, _REPLACED)
+    _complete_replacement(target)
+    _delete(old, target)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    there = True
     try:
         yield folder
         _sync_tree(folder)
-        if target.exists():
-            remove_directory(target)
+        there = target.exists()
+        if there:
+            target.rename(old)
+            _sync(old.parent)
         folder.rename(target)
         _sync(target.parent)
     except BaseException:
+        if target.exists() and (old.exists() or not there):  # the new one has its name already
+            target.rename(folder)
+        if old.exists():
+            old.rename(target)
         shutil.rmtree(folder, ignore_errors=True)
+        _remove_if_empty(folder.parent)
         raise
-    finally:
-        with contextlib.suppress(OSError):
-            folder.parent.rmdir()
+    with contextlib.suppress(OSError):  # what is left of it the next start deletes
+        _delete(old, target)
+    _remove_if_empty(folder.parent)
 
 
 def remove_directory(target: Path) -> None:
-    """Remove a directory so that no half of it is ever seen under its name."""
-    grave = target.parent / UNFINISHED / f"{target.name}.removed"
+    """Remove a directory so that no half of it is ever seen under its name, nor an older one that it had replaced."""
+    _beside(target).parent.mkdir(exist_ok=True)
+    _delete(_beside(target, _REPLACED), target)
+    _delete(target, target)
+    _remove_if_empty(_beside(target).parent)
+
+
+def _delete(folder: Path, target: Path) -> None:
+    """Delete `target` or what it replaced, if it is there, under a name by which nothing takes it for a whole directory."""
+    grave = _beside(target, _REMOVED)
     shutil.rmtree(grave, ignore_errors=True)
-    grave.parent.mkdir(exist_ok=True)
-    target.rename(grave)
-    shutil.rmtree(grave)
+    if folder.exists():
+        folder.rename(grave)
+        shutil.rmtree(grave)
+
+
+def _remove_if_empty(folder: Path) -> None:
     with contextlib.suppress(OSError):
-        grave.parent.rmdir()
+        folder.rmdir()
 
 
 @contextlib.contextmanager
@@ -90,8 +139,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
         _sync(target.parent)
     finally:
         part.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            part.parent.rmdir()
+        _remove_if_empty(part.parent)
 
 
 def write_text(target: Path, text: str) -> None:

@@ -13,7 +13,9 @@ pytest.importorskip("rich")
 from benchmarks import readme, record, summary
 from benchmarks.__main__ import main
 from benchmarks.compare import compare
+from benchmarks.measure import MEMORY_IN_USE
 from benchmarks.products import operations
+from benchmarks.runner import loss_shape
 from benchmarks.workloads import GPT2, SUITES, Workload, suite
 
 
@@ -313,8 +315,28 @@ def test_table_without_record_or_markers(tmp_path, capsys):
     assert "needs the lines" in capsys.readouterr().err
 
 
-def test_the_tables_of_this_repository_are_not_stale():
-    assert not readme.stale(record.ROOT / "README.md", record.ROOT / "docs" / "benchmarks.md", record.RESULTS)
+def test_records_are_checked_against_planner_and_tables(tmp_path, capsys):
+    from fdd_kernels.planner.loss import loss_memory
+
+    results, files = tmp_path / "results", [tmp_path / "README.md", tmp_path / "page.md"]
+    for file in files:
+        file.write_text(f"{readme.BEGIN}\n{readme.END}\n")
+    arguments = ["--results", str(results), "--readme", str(files[0]), "--page", str(files[1])]
+    measured = int(1.05 * loss_memory(loss_shape(GPT2), "cpu", threads=2).total)
+    right = entry(memory=measured)
+    right["memory"]["measure"] = MEMORY_IN_USE["cpu"]
+    write(results / "a.json", synthetic(cpu=right, dense=entry()))  # the other has another measure, and says nothing
+    assert main(["check-records", *arguments]) == 1
+    assert capsys.readouterr().err.count("is stale") == 2
+    assert main(["table", *arguments]) == 0
+    assert main(["check-records", *arguments]) == 0
+    assert "1 predictions of memory" in capsys.readouterr().out
+    wrong = copy.deepcopy(right)
+    wrong["memory"]["beyond_inputs"] = 2 * measured
+    write(results / "a.json", synthetic(cpu=wrong))
+    assert main(["table", *arguments]) == 0
+    assert main(["check-records", *arguments]) == 1
+    assert "a.json: gpt2 / cpu: the planner predicts" in capsys.readouterr().err
 
 
 def test_without_matplotlib_the_figures_are_shown(tmp_path, monkeypatch, capsys):

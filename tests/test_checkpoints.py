@@ -95,6 +95,22 @@ def test_incomplete_checkpoints_are_refused_or_left_out(tmp_path, whole, lost, n
     assert (tmp_path / "checkpoint-6" / lost).exists()  # written again, in the place of the incomplete one
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_a_checkpoint_that_was_being_replaced_is_gone_on_from(tmp_path, whole, named):
+    """Killed between the two renames: its name is free, and both the old and the new one lie beside it."""
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    last = tmp_path / "checkpoint-6"
+    (tmp_path / ".unfinished").mkdir()
+    shutil.copytree(last, tmp_path / ".unfinished" / "checkpoint-6.replaced")
+    last.rename(tmp_path / ".unfinished" / "checkpoint-6")
+    (tmp_path / ".unfinished" / "checkpoint-6" / "new").touch()
+    run = trainer(tmp_path, train=examples([9] * 28), student=tiny_model("llama", depth=3, seed=9), **SAVING)
+    run.train(resume_from_checkpoint=str(last) if named else True)
+    same_parameters(run.model, whole[1], rtol=0, atol=0)
+    assert (last / "new").exists()  # not written again
+    assert not (tmp_path / ".unfinished").exists()
+
+
 def test_nothing_to_go_on_from(tmp_path):
     with pytest.raises(ValueError, match="holds no complete checkpoint"):
         trainer(tmp_path, train=examples([9] * 28), **SAVING).train(resume_from_checkpoint=True)

@@ -1,16 +1,22 @@
-"""The planner: shapes of models, arithmetic, advice, command, and its prediction of the loss against measured peaks."""
+"""The planner: shapes of models, arithmetic, advice, command, and its prediction of the loss against allocated peaks."""
 
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import torch
+from allocations import allocated_peak
 
-from benchmarks import record
-from benchmarks.workloads import Workload
+from benchmarks.inputs import build_problem
+from benchmarks.measure import step
+from benchmarks.providers import PROVIDERS
+from benchmarks.runner import loss_shape
+from benchmarks.workloads import GPT2 as PAIR
 from fdd_kernels.cli import main
 from fdd_kernels.planner.command import parse_size
-from fdd_kernels.planner.loss import LossShape, input_bytes, loss_memory
+from fdd_kernels.planner.loss import MIB, LossShape, input_bytes, loss_memory
 from fdd_kernels.planner.models import ModelShape, model_from_config, read_model
 from fdd_kernels.planner.step import Setup, advise, most_tokens, step_memory
 from fdd_kernels.user_error import UserError
@@ -49,8 +55,6 @@ def test_more_of_anything_never_takes_less(provider):
     base = LossShape(256, 20000, 256, 512)
 
     def total(**changes):
-        from dataclasses import replace
-
         prediction = loss_memory(replace(base, **changes), provider, threads=2)
         return prediction.total + prediction.inputs
 
@@ -174,45 +178,15 @@ CASES = [
 
 
 @pytest.mark.parametrize(("provider", "shape"), CASES, ids=lambda case: case if isinstance(case, str) else str(case["rows"]))
-def test_prediction_agrees_with_the_measured_peak(tmp_path, provider, shape):
-    """In a process of its own, as the benchmark measures: within 10%, or 4 MiB for peaks so small that pages show."""
-    from dataclasses import replace
-
-    import torch
-
-    from benchmarks.providers import PROVIDERS
-    from benchmarks.runner import Run, loss_shape
-    from benchmarks.workloads import GPT2 as PAIR
-
-    reason = PROVIDERS[provider].unavailable(torch.device("cpu"))
+def test_prediction_agrees_with_the_peak_of_allocations(provider, shape):
+    device, workload = torch.device("cpu"), replace(PAIR, **shape)
+    reason = PROVIDERS[provider].unavailable(device)
     if reason:
         pytest.skip(reason)
-    workload = replace(PAIR, **shape)
-    run = Run(tmp_path, "tiny", [workload], [PROVIDERS[provider]], threads=1, repeats=1, device="cpu", say=lambda _: None)
-    result = run._result(workload)
-    assert run._job(workload, result, "memory", [provider]), result["providers"][provider]["reason"]
-    measured = result["providers"][provider]["memory"]["beyond_inputs"]
-    predicted = loss_memory(loss_shape(workload), provider, threads=1).total
-    assert abs(predicted - measured) <= max(0.1 * measured, 4 * 2**20), f"{predicted / 2**20:.1f} of {measured / 2**20:.1f} MiB"
-
-
-def recorded_peaks():
-    """(suite, workload, provider), and the measured peak, of the newest records that count memory in use alone."""
-    for path in record.newest_of_each_suite(record.RESULTS):
-        data = record.load(path)
-        for result in data["results"]:
-            workload = Workload.from_json(result["workload"])
-            for name, entry in result["providers"].items():
-                if entry["predicted_memory"] and entry["memory"] and "given back" in entry["memory"]["measure"]:
-                    threads = workload.threads or data["threads"]
-                    yield pytest.param(workload, name, threads, entry["memory"]["beyond_inputs"],
-                                       id=f"{data['suite']}-{workload.name}-{name}")  # fmt: skip
-
-
-@pytest.mark.parametrize(("workload", "provider", "threads", "measured"), list(recorded_peaks()))
-def test_prediction_agrees_with_the_peaks_on_record(workload, provider, threads, measured):
-    """Every workload of the suites, at sizes that no test can run: within 10%."""
-    from benchmarks.runner import loss_shape
-
-    predicted = loss_memory(loss_shape(workload), provider, threads=threads).total
-    assert predicted == pytest.approx(measured, rel=0.1)
+    problem = build_problem(workload, device)
+    measured = allocated_peak(lambda: step(PROVIDERS[provider], problem, PROVIDERS[provider].options(workload), device))
+    prediction = loss_memory(loss_shape(workload), provider, threads=1)
+    predicted = prediction.total - prediction.parts["runtime"]
+    # The C++ kernels take the scratch of their threads from the system; the rest of theirs, and all of the others', is here.
+    low = 0.9 * predicted if provider == "cpu" else 0.99 * predicted
+    assert low <= measured <= 1.01 * predicted, f"predicted {predicted / MIB:.2f} MiB, allocated {measured / MIB:.2f} MiB"

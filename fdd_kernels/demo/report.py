@@ -13,6 +13,7 @@ import matplotlib
 from rich.console import Console
 from rich.table import Table
 
+from fdd_kernels.atomic import write_text
 from fdd_kernels.demo.students import Budget, Run
 
 matplotlib.use("Agg")
@@ -152,7 +153,7 @@ def write_report(result: Result, output: Path) -> None:
         "seconds": round(result.seconds, 1),
     }
     metrics = setting | {"rows": result.rows(), "noise": result.noise(), "runs": [asdict(run) for run in result.runs]}
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
+    write_text(output / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     best = min(row["held_out_kl"] for row in result.rows())
     rows = "".join(
         f"<tr{' class=best' if row['held_out_kl'] == best else ''}><td>{row['objective']}</td>"
@@ -172,4 +173,4 @@ def write_report(result: Result, output: Path) -> None:
         summary=summary, curves=_curves(result), steps=result.budget.steps, rows=rows, seeds=result.seeds,
         noise=html.escape(result.noise()), samples=samples, setting=html.escape(json.dumps(setting, indent=1)),
     )  # fmt: skip
-    (output / "report.html").write_text(page, encoding="utf-8")
+    write_text(output / "report.html", page)

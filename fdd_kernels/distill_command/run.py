@@ -20,7 +20,8 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from fdd_kernels.atomic import atomic_directory, clear_unfinished, only_process, write_text
 from fdd_kernels.backends import resolve_backend
 from fdd_kernels.config import FDDConfig
-from fdd_kernels.data import Windows, pad_windows, read_windows
+from fdd_kernels.data import Windows, pad_windows
+from fdd_kernels.data.progress import read_windows
 from fdd_kernels.distill_command.model_card import model_card
 from fdd_kernels.distill_command.run_folder import ADAPTER_FOLDER, METRICS_FILE, STUDENT_FOLDER, DistillOptions, settle_run
 from fdd_kernels.integrations import FDDTrainer

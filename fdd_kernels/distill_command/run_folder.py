@@ -11,7 +11,7 @@ from typing import Any
 
 from fdd_kernels.atomic import remove_directory, write_text
 from fdd_kernels.config import FDDConfig
-from fdd_kernels.data import data_files, file_digest
+from fdd_kernels.data.sources import open_source
 from fdd_kernels.integrations.checkpoints import checkpoints
 from fdd_kernels.loading import open_cache
 from fdd_kernels.user_error import UserError
@@ -29,7 +29,7 @@ class DistillOptions:
     Args:
         student, teacher: directories or names of transformers causal LMs that share a tokenizer. A student directory with
             a config.json and no weights is initialised at random.
-        data: a .txt or .jsonl file or a directory of them; see `fdd_kernels.data`.
+        data: files, or a data set by its name or folder; see `fdd_kernels.data.open_source`.
         teacher_cache: a directory written by `fdd-kernels cache-teacher`, in place of teacher and data: windows, their
             length and the part held out are its own.
         output: where checkpoints, student/, metrics.json and run.json go.
@@ -139,8 +139,7 @@ def run_record(options: DistillOptions) -> dict[str, Any]:
     if options.teacher_cache is not None:  # its index holds the checksums of everything in it
         run["teacher_cache"] = open_cache(options.teacher_cache).digest
     if options.data is not None:
-        root = options.data if options.data.is_dir() else options.data.parent
-        run["data"] = {str(file.relative_to(root)): file_digest(file) for file in data_files(options.data)}
+        run["data"] = open_source(options.data).digests()
     for role in ("teacher", "student"):
         folder = run[role] and Path(run[role])
         if folder and folder.is_dir():

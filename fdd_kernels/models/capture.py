@@ -28,7 +28,7 @@ def capture_states(
     """The states (batch, sequence, width) after the given numbers of blocks (0: the embeddings), and the final state.
 
     Args:
-        inputs: what the backbone is called with; what it does not take is left out.
+        inputs: what the backbone is called with; what it does not take is left out, and so is `use_cache`: no cache is made.
         final: whether the final state is asked for. If not, it is None, and blocks after the last of `layers` do not run
             (unless FSDP shards the backbone, whose bookkeeping needs whole forwards).
         read: applied to each state as it is captured, so that the raw ones are freed one by one.
@@ -37,7 +37,7 @@ def capture_states(
         return {}, None
     parameters = inspect.signature(backbone.forward).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    accepted = {key: value for key, value in inputs.items() if takes_any or key in parameters}
+    accepted = {k: v for k, v in inputs.items() if (takes_any or k in parameters) and k != "use_cache"}
     sharded = any(isinstance(module, FSDPModule) for module in backbone.modules())
     unneeded = blocks[max(layers)] if not (final or sharded) and max(layers) < len(blocks) else None
 
