@@ -174,17 +174,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code: 0, 2 for what the user can put right (one line on stderr), 130 interrupted."""
+    """Run the command line; the exit code: 0, 2 for what the user can put right (one line on stderr), 1 for a run whose loss
+    is no number (one line too), 130 interrupted.
+    """
     arguments = _parse(argv)
     command: Callable[[argparse.Namespace], int | None] = arguments.run
     try:
         return command(arguments) or 0
-    except SaidElsewhere:
-        return 2
+    except SaidElsewhere as error:
+        return error.exit_status
     except UserError as error:
         message = in_flags(str(error), *getattr(arguments, "options", ()))
         print(f"fdd-kernels {arguments.command}: {message}", file=sys.stderr)
-        return 2
+        return error.exit_status
     except KeyboardInterrupt:
         print(f"fdd-kernels {arguments.command}: interrupted", file=sys.stderr)
         return 130

@@ -39,6 +39,7 @@ from fdd_kernels.distill_command.run_folder import (
 )
 from fdd_kernels.integrations import FDDTrainer
 from fdd_kernels.integrations.checkpoints import PREFIX, CheckpointError, last_checkpoint
+from fdd_kernels.integrations.finite import NonFiniteLossError, as_json
 from fdd_kernels.loading import (
     as_user_error,
     computing_dtype,
@@ -54,13 +55,13 @@ from fdd_kernels.loading import (
 from fdd_kernels.progress import Activity
 from fdd_kernels.teacher_cache import WindowCache
 from fdd_kernels.teacher_options import load_teacher
-from fdd_kernels.user_error import UserError
+from fdd_kernels.user_error import RunStopped, SaidElsewhere, UserError
 from fdd_kernels.version import __version__
 
 KEPT_CHECKPOINTS = 2
 # Its name since transformers 5, and before.
 _CHECKPOINTING = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, n))
-_TERMS = ("loss", "output_kd", "trajectory", "derivative", "ce")
+_TERMS = ("loss", "output_kd", "trajectory", "derivative", "ce", "router")
 
 
 def distill(options: DistillOptions, console: Console | None = None) -> dict[str, Any]:
@@ -75,6 +76,7 @@ def distill(options: DistillOptions, console: Console | None = None) -> dict[str
 
     Raises:
         UserError: models, data or options that do not go together, a directory of another run, a full disk.
+        RunStopped: the loss is no number; the last good checkpoint is kept.
     """
     transformers.utils.logging.disable_progress_bar()
     _require_reporters(options.report_to)
@@ -90,7 +92,7 @@ def distill(options: DistillOptions, console: Console | None = None) -> dict[str
         if last is not None:
             console.print(f"going on from {last.name}")
         try:
-            with _as_user_errors():
+            with _as_user_errors(processes):
                 run.trainer.train(resume_from_checkpoint=None if last is None else str(last))
         finally:
             run.trainer.report.stop()
@@ -179,12 +181,15 @@ def _read(options: DistillOptions, tokenizer, max_length: int, console: Console)
 
 
 @contextlib.contextmanager
-def _as_user_errors() -> Iterator[None]:
+def _as_user_errors(processes: Processes) -> Iterator[None]:
     """One line for what training raises that the user can put right: our own checks, memory, a disk that is full."""
     try:
         yield
     except CheckpointError as error:
         raise UserError(f"{error.problem}. Make room and run the same command to go on from there") from error
+    except NonFiniteLossError as error:  # in every process
+        stopped = RunStopped(f"{error}; start again with --no-resume or another --output")
+        raise (stopped if processes.rank == 0 else SaidElsewhere(stopped.exit_status)) from error
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"{first_line(error)}. Give a smaller batch_size with more gradient_accumulation, a smaller max_length, "
@@ -213,7 +218,7 @@ class _Report(TrainerCallback):
         self.console, self.names, self.shown = console, names, contextlib.ExitStack()
 
     def _terms(self, logs: dict[str, float], prefix: str = "") -> list[str]:
-        return [f"{name} {logs[prefix + name]:.4f}" for name in self.names]
+        return [f"{name} {logs[prefix + name]:.4f}" for name in self.names if prefix + name in logs]
 
     def _print(self, state, text: str) -> None:
         self.console.print(f"step {state.global_step}/{state.max_steps}  {text}", soft_wrap=True)
@@ -246,9 +251,9 @@ class _Report(TrainerCallback):
 
 
 def _shown_terms(config: FDDConfig) -> list[str]:
-    """The loss and the terms that have a weight."""
+    """The loss and the terms that have a weight; the router's, which only some students have."""
     derivative = config.derivative is not None and config.beta
-    weights = (1, config.output_kd_weight, config.alpha, derivative, config.ce_weight)
+    weights = (1, config.output_kd_weight, config.alpha, derivative, config.ce_weight, 1)
     return [name for name, weight in zip(_TERMS, weights) if weight]
 
 
@@ -300,9 +305,12 @@ def _finish(options: DistillOptions, run: _Run, processes: Processes, console: C
     if windows.held_out and evaluations[-1]["step"] != trainer.state.global_step:
         with Activity(console, "evaluating"):
             evaluations.append(trainer.evaluate())
+    if windows.held_out and not math.isfinite(evaluations[-1]["eval_loss"]):
+        raise RunStopped(f"{options.output}: the held-out loss of the student in the end is not finite; it is not written")
 
     def held_out(which: int) -> dict[str, float] | None:
-        return {name: evaluations[which][f"eval_{name}"] for name in _TERMS} if evaluations else None
+        found = evaluations[which] if evaluations else {}
+        return {name: found[f"eval_{name}"] for name in _TERMS if f"eval_{name}" in found} or None
 
     metrics = {
         "steps": trainer.state.global_step,
@@ -324,7 +332,7 @@ def _finish(options: DistillOptions, run: _Run, processes: Processes, console: C
         processes.first(lambda: _write(options, run, metrics))
     if windows.held_out:
         table = Table("held out", "before", "after", title=f"after {metrics['steps']} steps")
-        for name in _shown_terms(run.config):
+        for name in [name for name in _shown_terms(run.config) if name in metrics["held_out"]]:
             table.add_row(name, *(f"{metrics[when][name]:.4f}" for when in ("held_out_before", "held_out")))
         console.print(table)
     console.print(f"wrote {options.output / STUDENT_FOLDER} and {options.output / METRICS_FILE}", soft_wrap=True)
@@ -344,7 +352,7 @@ def _write(options: DistillOptions, run: _Run, metrics: dict[str, Any]) -> None:
             run.tokenizer.save_pretrained(folder)
             card = model_card(options, run.trainer.distiller, metrics, _shown_terms(run.config))
             card.save(folder / "README.md")
-        write_text(output / METRICS_FILE, json.dumps(metrics, indent=1) + "\n")
+        write_text(output / METRICS_FILE, json.dumps(as_json(metrics), indent=1, allow_nan=False) + "\n")
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"{output}: the student could not be written ({first_line(error)}); {last_checkpoint(output).name} is "
