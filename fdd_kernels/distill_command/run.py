@@ -34,8 +34,9 @@ from fdd_kernels.loading import (
     fit_vocabularies,
     load_model,
     load_student,
-    load_tokenizer,
+    load_vocabulary,
     open_cache,
+    require_shared,
     window_length,
     with_lora,
 )  # fmt: skip
@@ -79,10 +80,13 @@ def distill(options: DistillOptions, console: Console | None = None) -> dict[str
         dtype = computing_dtype(options.dtype, device)
         if options.teacher_cache is not None:
             teacher = open_cache(options.teacher_cache)
-            tokenizer = load_tokenizer(str(teacher.tokenizer_folder), options.student)
+            vocabulary = load_vocabulary(str(teacher.tokenizer_folder), options.student, options.config.vocab_size)
+            require_shared(teacher, vocabulary)
         else:
-            tokenizer = load_tokenizer(options.teacher, options.student)
+            vocabulary = load_vocabulary(options.teacher, options.student, options.config.vocab_size)
             teacher = load_model(options.teacher, "teacher").to(dtype).requires_grad_(False)
+        for note in vocabulary.notes:
+            console.print(note, soft_wrap=True)
         transformers.set_seed(options.seed)
         student, initialised = load_student(options.student)
         if isinstance(teacher, WindowCache):
@@ -90,9 +94,9 @@ def distill(options: DistillOptions, console: Console | None = None) -> dict[str
             max_length = window_length(teacher.max_length, student=student)
         else:
             rows, max_length = embeddings(teacher), window_length(options.max_length, student=student, teacher=teacher)
-            windows = read_windows(options.data, tokenizer, console, max_length=max_length,
-                                   eval_fraction=options.eval_fraction, seed=options.seed)  # fmt: skip
-        config = fit_vocabularies(options.config, {"student": embeddings(student), "teacher": rows}, tokenizer)
+            windows = read_windows(options.data, vocabulary.tokenizer, console, max_length=max_length, seed=options.seed,
+                                   eval_fraction=options.eval_fraction, unshared=vocabulary.unshared)  # fmt: skip
+        config = fit_vocabularies(options.config, {"student": embeddings(student), "teacher": rows}, vocabulary)
         if options.lora_rank:
             student = with_lora(student.to(dtype), options.lora_rank)
         if initialised:
@@ -107,7 +111,7 @@ def distill(options: DistillOptions, console: Console | None = None) -> dict[str
             raise UserError(f"{error.problem}. Make room and run the same command to go on from there") from error
         finally:
             trainer.report.stop()
-        return _finish(options, trainer, tokenizer, windows, config, max_length, console)
+        return _finish(options, trainer, vocabulary.tokenizer, windows, config, max_length, console)
 
 
 class _ResumableTrainer(FDDTrainer):
