@@ -232,14 +232,16 @@ def _needs(*packages: str) -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code: 0, 2 for what the user can put right (one line on stderr), 130 interrupted."""
+    """Run the command line; the exit code: 0, 2 for what the user can put right (one line on stderr), 1 for a run whose loss
+    is no number (one line too), 130 interrupted.
+    """
     arguments = build_parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int | None] = arguments.run
     try:
         return command(arguments) or 0
     except UserError as error:
         print(f"fdd-kernels {arguments.command}: {error}", file=sys.stderr)
-        return 2
+        return error.exit_status
     except KeyboardInterrupt:
         print(f"fdd-kernels {arguments.command}: interrupted", file=sys.stderr)
         return 130

@@ -49,5 +49,6 @@ def model_card(options: DistillOptions, distiller: Distiller, metrics: dict[str,
     if metrics["held_out"] is not None:
         lines += ["", "## On the windows held out", "", "Means over tokens, in nats (derivative: 1 - cosine).", ""]
         lines += ["| | before | after |", "|---|---|---|"]
-        lines += [f"| {name} | {metrics['held_out_before'][name]:.4f} | {metrics['held_out'][name]:.4f} |" for name in terms]
+        before, after = metrics["held_out_before"], metrics["held_out"]
+        lines += [f"| {name} | {before[name]:.4f} | {after[name]:.4f} |" for name in terms if name in after]
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n")

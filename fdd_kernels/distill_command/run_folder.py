@@ -12,7 +12,7 @@ from typing import Any
 from fdd_kernels.atomic import remove_directory, write_text
 from fdd_kernels.config import FDDConfig
 from fdd_kernels.data.sources import open_source
-from fdd_kernels.integrations.checkpoints import checkpoints
+from fdd_kernels.integrations.checkpoints import NOT_FINITE, PREFIX, checkpoints
 from fdd_kernels.loading import open_cache
 from fdd_kernels.user_error import UserError
 
@@ -104,7 +104,7 @@ def settle_run(options: DistillOptions) -> dict[str, Any] | None:
     if not options.resume:
         for name in (METRICS_FILE, RUN_FILE):
             (output / name).unlink(missing_ok=True)
-        for folder in (*saved, output / STUDENT_FOLDER, output / ADAPTER_FOLDER):
+        for folder in (*saved, *output.glob(f"{PREFIX}*{NOT_FINITE}"), output / STUDENT_FOLDER, output / ADAPTER_FOLDER):
             if folder.is_dir():
                 remove_directory(folder)
     elif record.exists():

@@ -18,6 +18,8 @@ from fdd_kernels.atomic import UNFINISHED, atomic_directory, clear_unfinished, r
 from fdd_kernels.integrations.finite import as_json
 
 PREFIX = "checkpoint-"
+# What is added to the name of a checkpoint whose weights give a loss that is no number: nothing resumes from it.
+NOT_FINITE = "-not-finite"
 
 
 class CheckpointError(RuntimeError):

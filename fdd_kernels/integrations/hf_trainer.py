@@ -15,7 +15,7 @@ from transformers import Trainer
 from fdd_kernels.atomic import remove_directory
 from fdd_kernels.config import FDDConfig
 from fdd_kernels.distiller import Distiller
-from fdd_kernels.integrations.checkpoints import PREFIX, AtomicCheckpoints, last_checkpoint
+from fdd_kernels.integrations.checkpoints import NOT_FINITE, PREFIX, AtomicCheckpoints, last_checkpoint
 from fdd_kernels.integrations.finite import NonFiniteLossError, all_finite, require_finite
 from fdd_kernels.integrations.model_card import TAGS, distillation_section
 from fdd_kernels.integrations.sums import StepSums, WeightedSums
@@ -166,7 +166,7 @@ class FDDTrainerMixin(AtomicCheckpoints):
         run = Path(self._get_output_dir(None))
         bad, aside = run / f"{PREFIX}{self.state.global_step}", ""
         if bad.is_dir():
-            target = bad.with_name(f"{bad.name}-not-finite")
+            target = bad.with_name(bad.name + NOT_FINITE)
             aside = f" ({bad.name}, of these weights, is now {target.name})"
         self.accelerator.wait_for_everyone()
         if aside and self.args.should_save:
