@@ -47,8 +47,9 @@ from fdd_kernels.loading import (
     first_line,
     fit_vocabularies,
     load_student,
-    load_tokenizer,
+    load_vocabulary,
     open_cache,
+    require_shared,
     window_length,
     with_lora,
 )  # fmt: skip
@@ -57,6 +58,7 @@ from fdd_kernels.teacher_cache import WindowCache
 from fdd_kernels.teacher_options import load_teacher
 from fdd_kernels.user_error import RunStopped, SaidElsewhere, UserError
 from fdd_kernels.version import __version__
+from fdd_kernels.vocabulary import Vocabulary
 
 KEPT_CHECKPOINTS = 2
 # Its name since transformers 5, and before.
@@ -140,10 +142,13 @@ def _prepare(options: DistillOptions, processes: Processes, console: Console) ->
     with Activity(console, "loading the teacher"):
         if options.teacher_cache is not None:
             teacher = open_cache(options.teacher_cache)
-            tokenizer = load_tokenizer(str(teacher.tokenizer_folder), options.student)
+            vocabulary = load_vocabulary(str(teacher.tokenizer_folder), options.student, options.config.vocab_size)
+            require_shared(teacher, vocabulary)
         else:
-            tokenizer = load_tokenizer(options.teacher, options.student)
+            vocabulary = load_vocabulary(options.teacher, options.student, options.config.vocab_size)
             teacher = load_teacher(options, computing_dtype(options.teacher_dtype or options.dtype, processes.device))
+    for note in vocabulary.notes:
+        console.print(note, soft_wrap=True)
     transformers.set_seed(options.seed)
     with Activity(console, "loading the student"):
         student, initialised = load_student(options.student)
@@ -152,12 +157,13 @@ def _prepare(options: DistillOptions, processes: Processes, console: Console) ->
         max_length = window_length(teacher.max_length, student=student)
     else:
         rows, max_length = embeddings(teacher), window_length(options.max_length, student=student, teacher=teacher)
-        windows = _read(options, tokenizer, max_length, console)
-    config = fit_vocabularies(options.config, {"student": embeddings(student), "teacher": rows}, tokenizer)
-    if config.vocab_size is not None and config.vocab_size < len(tokenizer) and config.ce_weight:
+        windows = _read(options, vocabulary, max_length, console)
+    config = fit_vocabularies(options.config, {"student": embeddings(student), "teacher": rows}, vocabulary)
+    tokens = len(vocabulary.tokenizer)
+    if config.vocab_size is not None and config.vocab_size < tokens and config.ce_weight and not vocabulary.unshared:
         raise UserError(
-            f"vocab_size={config.vocab_size} leaves out some of the tokenizer's {len(tokenizer)} tokens, which cross-entropy "
-            f"(ce_weight={config.ce_weight:g}) has to count: leave vocab_size out, or give at least {len(tokenizer)}"
+            f"vocab_size={config.vocab_size} leaves out some of the tokenizer's {tokens} tokens, which cross-entropy "
+            f"(ce_weight={config.ce_weight:g}) has to count: leave vocab_size out, or give at least {tokens}"
         )
     if options.lora_rank:
         student = with_lora(student.to(dtype), options.lora_rank, options.lora_alpha, options.lora_targets)
@@ -168,16 +174,20 @@ def _prepare(options: DistillOptions, processes: Processes, console: Console) ->
     if last is not None:
         require_more(options.output, int(last.name.removeprefix(PREFIX)), steps)
     trainer = _trainer(options, student, teacher, config, windows, steps, dtype, processes.device, console)
-    return _Run(trainer, tokenizer, windows, config, max_length)
+    return _Run(trainer, vocabulary.tokenizer, windows, config, max_length)
 
 
-def _read(options: DistillOptions, tokenizer, max_length: int, console: Console) -> Windows:
+def _read(options: DistillOptions, vocabulary: Vocabulary, max_length: int, console: Console) -> Windows:
     """Windows to train on, and those held out: a part of them, or another text."""
-    common = {"max_length": max_length, "seed": options.seed}
-    windows = read_windows(options.data, tokenizer, console, eval_fraction=options.eval_fraction, **common)
-    if options.eval_data is None:
-        return windows
-    return replace(windows, held_out=read_windows(options.eval_data, tokenizer, console, eval_fraction=0.0, **common).train)
+
+    def read(data: Path, eval_fraction: float) -> Windows:
+        return read_windows(
+            data, vocabulary.tokenizer, console, max_length=max_length, seed=options.seed, eval_fraction=eval_fraction,
+            unshared=vocabulary.unshared,
+        )  # fmt: skip
+
+    windows = read(options.data, options.eval_fraction)
+    return windows if options.eval_data is None else replace(windows, held_out=read(options.eval_data, 0.0).train)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from safetensors import SafetensorError
 from torch import nn
@@ -23,10 +22,12 @@ from fdd_kernels.loading import (
     first_line,
     fit_vocabularies,
     load_student,
-    load_tokenizer,
+    load_vocabulary,
     open_cache,
     window_length,
 )  # fmt: skip
+from fdd_kernels.models.teachers import place_teacher
+from fdd_kernels.progress import Activity
 from fdd_kernels.sizes import show
 from fdd_kernels.teacher_cache.cache import WindowCache
 from fdd_kernels.teacher_cache.options import CacheOptions
@@ -34,6 +35,7 @@ from fdd_kernels.teacher_cache.statistics import write_statistics_cache
 from fdd_kernels.teacher_cache.writer import write_teacher_cache
 from fdd_kernels.teacher_options import load_teacher
 from fdd_kernels.user_error import UserError
+from fdd_kernels.vocabulary import Vocabulary
 
 
 def cache_teacher(options: CacheOptions, console: Console | None = None) -> WindowCache:
@@ -50,23 +52,26 @@ def cache_teacher(options: CacheOptions, console: Console | None = None) -> Wind
     except OSError as error:
         raise UserError(f"{output}: cannot be made a directory: {error.strerror}") from None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(options.teacher, options.student)
-    teacher = load_teacher(options, computing_dtype(options.teacher_dtype, device))
+    vocabulary = load_vocabulary(options.teacher, options.student, options.vocab_size)
+    for note in vocabulary.notes:
+        console.print(note, soft_wrap=True)
+    with Activity(console, "loading the teacher"):
+        teacher = load_teacher(options, computing_dtype(options.teacher_dtype, device))
     student = None
     if options.student is not None:
-        student = load_student(options.student)[0].to(teacher.dtype).requires_grad_(False)
+        with Activity(console, "loading the student"):
+            student = load_student(options.student)[0].to(teacher.dtype).requires_grad_(False)
     max_length = window_length(options.max_length, teacher=teacher, **{} if student is None else {"student": student})
     source = open_source(options.data)
-    windows = read_windows(source, tokenizer, console, max_length=max_length, eval_fraction=options.eval_fraction,
-                           seed=options.seed)  # fmt: skip
+    windows = read_windows(source, vocabulary.tokenizer, console, max_length=max_length, seed=options.seed,
+                           eval_fraction=options.eval_fraction, unshared=vocabulary.unshared)  # fmt: skip
     data = source.digests()
-    progress = Progress(TextColumn("caching"), BarColumn(), MofNCompleteColumn(), TextColumn("windows"),
-                        TimeRemainingColumn(), console=console, disable=not console.is_terminal)  # fmt: skip
-    with progress:
-        task = progress.add_task("", total=None)
+    with Activity(console, "caching windows") as activity:
 
         def advance(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
+            if activity.total is None:
+                activity.start_at(done, total)
+            activity.update(done, total=total)
 
         try:
             layers = options.teacher_layers
@@ -74,14 +79,14 @@ def cache_teacher(options: CacheOptions, console: Console | None = None) -> Wind
                 layers = layer_grid(teacher.config.get_text_config().num_hidden_layers, options.num_layers, options.layer_grid)
             common = {
                 "layers": layers, "apply_final_norm": options.apply_final_norm, "batch_size": options.batch_size,
-                "shard_size": options.shard_size, "tokenizer": tokenizer, "data": data, "resume": options.resume,
+                "shard_size": options.shard_size, "tokenizer": vocabulary.tokenizer, "data": data, "resume": options.resume,
                 "advance": advance,
             }  # fmt: skip
-            teacher.to(device)
+            place_teacher(teacher, device)
             if student is None:
                 cache = write_teacher_cache(output, teacher, windows, codec=options.dtype or "bfloat16", **common)
             else:
-                loss = _loss_options(options, teacher, student, tokenizer)
+                loss = _loss_options(options, teacher, student, vocabulary)
                 cache = write_statistics_cache(output, teacher, student.to(device), windows, options=loss, **common)
         except (OSError, SafetensorError) as error:
             raise UserError(
@@ -96,10 +101,10 @@ def cache_teacher(options: CacheOptions, console: Console | None = None) -> Wind
     return cache
 
 
-def _loss_options(options: CacheOptions, teacher: nn.Module, student: nn.Module, tokenizer) -> LossOptions:
+def _loss_options(options: CacheOptions, teacher: nn.Module, student: nn.Module, vocabulary: Vocabulary) -> LossOptions:
     """What of the loss the statistics depend on."""
     rows = {"student": embeddings(student), "teacher": embeddings(teacher)}
-    config = fit_vocabularies(FDDConfig(vocab_size=options.vocab_size), rows, tokenizer)
+    config = fit_vocabularies(FDDConfig(vocab_size=options.vocab_size), rows, vocabulary)
     return LossOptions(
         temperature=options.temperature, output_temperature=options.output_temperature,
         output_in_dynamics=options.output_in_dynamics, vocab_size=config.vocab_size,
