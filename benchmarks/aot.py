@@ -351,7 +351,9 @@ def compile_job(one: Job) -> Report:
         problems.append(f"spills {spilled} bytes")
     if shared > hardware.shared_limit:
         problems.append(f"{shared} bytes of shared memory of {hardware.shared_limit}")
-    if (one.kernel in HEAVY and any(kind in ("*bf16", "*fp16") for kind in types) or one.kernel == "product_kernel") and not dots:
+    if (
+        one.kernel in HEAVY and any(kind in ("*bf16", "*fp16") for kind in types) or one.kernel == "product_kernel"
+    ) and not dots:
         problems.append("no tensor-core instruction")
     threads = options["num_warps"] * hardware.warp
     if one.kernel in HEAVY or one.kernel == "product_kernel":

@@ -125,7 +125,10 @@ def test_every_product_is_done_once(monkeypatch):
     problem = random_problem((8,), columns, dtype=torch.bfloat16)
     layers, widths = len(problem.student_hidden), {h[0].shape[-1] for h in (problem.student_hidden, problem.teacher_hidden)}
     of_logits = [g["out"].shape == (8 * layers, columns) for g in gemms]
-    logits, gemms = [g for g, is_one in zip(gemms, of_logits) if is_one], [g for g, is_one in zip(gemms, of_logits) if not is_one]
+    logits, gemms = (
+        [g for g, is_one in zip(gemms, of_logits) if is_one],
+        [g for g, is_one in zip(gemms, of_logits) if not is_one],
+    )
     assert {g["a"].shape[1] for g in logits} == widths
     assert len(logits) == 2  # one a head
     of_head = [g["out"].shape[0] for g in gemms if g["a"].shape[1] == 8 * layers]
@@ -182,7 +185,12 @@ def test_the_value_of_kl_for_models_that_nearly_agree(monkeypatch):
         found, expected = run(problem).terms, exact(problem, None).terms
         for name in ("output_kd", "trajectory"):
             a, b = getattr(found, name), getattr(expected, name)
-            assert abs(a - b) <= 1.5e-6 / near * b, (near, name, a, b)  # logits are off by some 1e-6, log q - log p is of size near
+            assert abs(a - b) <= 1.5e-6 / near * b, (
+                near,
+                name,
+                a,
+                b,
+            )  # logits are off by some 1e-6, log q - log p is of size near
 
 
 def test_plain_gemm():

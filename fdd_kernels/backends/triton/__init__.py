@@ -66,9 +66,7 @@ def kept_rows(inputs: LensInputs, spec: LensSpec, needed: list[bool]) -> int:
     return operations.kept_rows(inputs, spec, needed)
 
 
-def stats_and_grad(
-    inputs: LensInputs, spec: LensSpec, rows_at_a_time: int, upstream_of, needed: list[bool], refine: bool
-):
+def stats_and_grad(inputs: LensInputs, spec: LensSpec, rows_at_a_time: int, upstream_of, needed: list[bool], refine: bool):
     """Gradients and statistics with cached logits; see `backends.Backend`."""
     from fdd_kernels.backends.triton import operations
 

@@ -22,7 +22,9 @@ OPTIONS = {"num_warps": 8, "num_stages": 3}
 def vendor_writes_float32(device: torch.device) -> bool:
     """Whether PyTorch multiplies 16-bit matrices into a float32 result on `device`."""
     ops = torch.ops.aten
-    return device.type == "cuda" and torch.version.hip is None and hasattr(ops.mm, "dtype_out") and hasattr(ops.addmm, "dtype_out")
+    return (
+        device.type == "cuda" and torch.version.hip is None and hasattr(ops.mm, "dtype_out") and hasattr(ops.addmm, "dtype_out")
+    )
 
 
 def multiply(out_MN: Tensor, a_MK: Tensor, b_KN: Tensor, *, accumulate: bool = False) -> None:

@@ -145,6 +145,4 @@ def table_for(spec: LensSpec, layers: int, device: torch.device) -> Table:
     width = max(len(row) for row in rows)
     values = torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int32, device=device)
     kinds_read = {read.divergence for read in spec.reads}
-    return Table(
-        values, width, len(slots), len(second_pass), next(iter(others), "kl"), "kl" in kinds_read, NLL in kinds_read
-    )
+    return Table(values, width, len(slots), len(second_pass), next(iter(others), "kl"), "kl" in kinds_read, NLL in kinds_read)

@@ -142,9 +142,7 @@ def cached_grad_kernel(
                 log_p = log_q
                 if TEACHER:
                     log_p = t * inverse - tl.load(k + 5 * field)
-                g += softmax_gradient(
-                    log_q, log_p, tl.load(k), tl.load(k + field), tl.load(k + 2 * field), TEACHER, DIVERGENCE
-                )
+                g += softmax_gradient(log_q, log_p, tl.load(k), tl.load(k + field), tl.load(k + 2 * field), TEACHER, DIVERGENCE)
                 if LABELS:
                     g += tl.where(c == label, tl.load(k + 3 * field), 0.0)
                 if VALUES:

@@ -85,9 +85,7 @@ def cached_merge_kernel(
     pivot_t = pivot_s * 0.0
     about_t = about_s * 0.0
     if TEACHER:
-        pivot_t, about_t = row_shift(
-            state, shift + field, first_total + 2 * field, tile, tiles, first_slot < last_slot
-        )
+        pivot_t, about_t = row_shift(state, shift + field, first_total + 2 * field, tile, tiles, first_slot < last_slot)
     tl.store(pivots + layer * stride, pivot_s)
     tl.store(pivots + (layers + layer) * stride, pivot_t)
     for slot in range(first_slot, last_slot):
@@ -97,9 +95,7 @@ def cached_merge_kernel(
         lse_t = lse_s
         expectation_t = lse_s
         if TEACHER:
-            lse_t, expectation_t = merged_sums(
-                state, at + 2 * field, field, tile, tiles, about_t * inverse, about_s * inverse
-            )
+            lse_t, expectation_t = merged_sums(state, at + 2 * field, field, tile, tiles, about_t * inverse, about_s * inverse)
         for entry in range(
             table_entry(table, table_width, READ_BEGIN, slot), table_entry(table, table_width, READ_BEGIN, slot + 1)
         ):

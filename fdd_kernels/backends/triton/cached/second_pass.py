@@ -17,9 +17,7 @@ from fdd_kernels.backends.triton.work_table import (
 )
 
 
-@triton.jit(
-    do_not_specialize=["rows", "columns", "layers", "tiles", "first_tile", "state_tile", "table_width", "stride"]
-)
+@triton.jit(do_not_specialize=["rows", "columns", "layers", "tiles", "first_tile", "state_tile", "table_width", "stride"])
 def cached_second_pass_kernel(
     sums, logits_s, logits_t, bias_s, bias_t, pivots, reads, count, table, rows, columns, ld_s, ld_t, layers, tiles,
     first_tile, state_tile, table_width, stride, scale_s, scale_t, cap_s, cap_t,

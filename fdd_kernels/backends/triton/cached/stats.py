@@ -143,9 +143,7 @@ def cached_stats_kernel(
                         of_t = t - before_t
                         if not EVERY:
                             live = live & live_tokens(before_s, before_t)
-                    n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd = tile_moments(
-                        of_s, of_t, live, EVERY, BLOCK_C
-                    )
+                    n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd = tile_moments(of_s, of_t, live, EVERY, BLOCK_C)
                     square = moment_inverse * moment_inverse
                     at = state + (2 * layers + SLOT_FIELDS * slots) * field
                     at += table_entry(table, table_width, PART_INDEX, part) * MOMENT_FIELDS * field

@@ -2,7 +2,7 @@
 
 The strategy of least memory. Nothing here waits for the device: how many rows are valid stays there. Beyond inputs, outputs
 and statistics a call allocates the hidden states of a block of rows (BLOCK_BYTES with their float32 gradient), dL/dlogits of that
-block and some tokens (GRAD_BYTES), one scratch tile ring a program, and, where a 16-bit head is trained over several blocks of
+block and some tokens (GRAD_BYTES), the head's gradient of those tokens (HEAD_BYTES), one scratch tile ring a program, and, where a 16-bit head is trained over several blocks of
 rows, a float32 gradient of it. No atomics: results are the same from run to run.
 
 Shape suffixes: L layers, R rows, r rows of a block, C the vocabulary, c tokens of a chunk, D a hidden width.
@@ -29,6 +29,7 @@ from fdd_kernels.spec import MOMENT_STATS, READ_STATS, LensInputs, LensSpec
 MIB = 2**20
 BLOCK_BYTES = 256 * MIB
 GRAD_BYTES = 128 * MIB
+HEAD_BYTES = 128 * MIB
 
 
 def _head_arguments(head: Head, side: str, block_hidden: Tensor, filler: Tensor) -> dict:
@@ -126,7 +127,15 @@ def _configured(operation: str, inputs: LensInputs, spec: LensSpec, run):
     dtype = torch.float32 if mixed else tensors[0].dtype
     widths = inputs.student_hidden[0].shape[-1], inputs.teacher_hidden[0].shape[-1] if spec.needs_teacher else 0
     shape = (inputs.rows, spec.columns, *widths)
-    config = tuned(operation, shape, dtype, architecture, lambda config: run(config, architecture), mixed=mixed)
+    config = tuned(
+        operation,
+        shape,
+        dtype,
+        architecture,
+        lambda config: run(config, architecture),
+        mixed=mixed,
+        work=f"{len(inputs.student_hidden)}:{spec.encode()[0]}",
+    )
     return run(config, architecture)
 
 
@@ -186,13 +195,14 @@ def _grad(
     dtype = head.block_dtype
     scale = gradient_scale(dtype, spec, *per_row[1:])
     weight = head.weight[: spec.columns]
-    several = problem.block_rows < problem.rows
-    # Over one block of rows each chunk of the head's gradient is complete at once and needs no float32 copy.
-    weight_CD = torch.zeros_like(weight, dtype=torch.float32) if several and grad_weight is not None else None
+    weight_CD = None if grad_weight is None else grad_weight[: spec.columns]
+    if weight_CD is not None and weight_CD.dtype != torch.float32 and problem.block_rows < problem.rows:
+        weight_CD = torch.zeros_like(weight, dtype=torch.float32)  # summed over blocks of rows, and rounded once
     bias_C = None if grad_bias is None else torch.zeros(spec.columns, dtype=torch.float32, device=problem.device)
     want_hidden = any(g is not None for g in grad_hidden)
-    tiles_a_chunk = max(1, GRAD_BYTES // (problem.layers * problem.block_rows * config.block_columns * dtype.itemsize))
-    tiles_a_chunk = min(tiles_a_chunk, problem.tiles)
+    tile_bytes = problem.layers * problem.block_rows * config.block_columns * dtype.itemsize
+    head_bytes = head.width * config.block_columns * 4
+    tiles_a_chunk = min(max(1, min(GRAD_BYTES // tile_bytes, HEAD_BYTES // head_bytes)), problem.tiles)
     for block in problem.blocks():
         hidden_mD = block.student_LrD.flatten(0, 1)
         sum_mD = None
@@ -214,15 +224,12 @@ def _grad(
                 sum_cD = torch.empty((stop - start, head.width), dtype=torch.float32, device=problem.device)
                 multiply(sum_cD, grad_mc.t(), hidden_mD)
                 sum_cD /= scale
-                if weight_CD is None:
-                    grad_weight[start:stop] = sum_cD
-                else:
-                    weight_CD[start:stop] += sum_cD
+                weight_CD[start:stop] += sum_cD  # one block of rows may write it; several add to it
             if bias_C is not None:
                 bias_C[start:stop] += grad_mc.sum(0, dtype=torch.float32)
         if sum_mD is not None:
             problem.put_back(grad_hidden, sum_mD.view(problem.layers, block.rows, -1), block.first, scale)
-    if weight_CD is not None:
+    if weight_CD is not None and weight_CD.dtype != grad_weight.dtype:
         grad_weight[: spec.columns] = weight_CD
     if bias_C is not None:
         grad_bias[: spec.columns] = bias_C.div_(scale)

@@ -77,4 +77,3 @@ def park_features(
         inside = (columns_e + start < columns)[None, :]
         u = tl.load(hidden_r + (columns_e + start)[None, :], mask=inside, other=0.0).to(tl.float32)
         tl.store(tile + r[:, None] * BLOCK_C + (start + e)[None, :], tl.where(inside, u, float("-inf")))
-
