@@ -352,7 +352,7 @@ def compile_job(one: Job) -> Report:
     if shared > hardware.shared_limit:
         problems.append(f"{shared} bytes of shared memory of {hardware.shared_limit}")
     if (
-        one.kernel in HEAVY and any(kind in ("*bf16", "*fp16") for kind in types) or one.kernel == "product_kernel"
+        (one.kernel in HEAVY and any(kind in ("*bf16", "*fp16") for kind in types)) or one.kernel == "product_kernel"
     ) and not dots:
         problems.append("no tensor-core instruction")
     threads = options["num_warps"] * hardware.warp

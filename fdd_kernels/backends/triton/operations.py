@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fdd_kernels.backends import torch_stream
-from fdd_kernels.backends.triton import interpreting
 from fdd_kernels.backends.triton.cached import host as cached
 from fdd_kernels.backends.triton.one_pass import host as one_pass
 from fdd_kernels.backends.triton.strategy import (

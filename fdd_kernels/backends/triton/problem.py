@@ -15,7 +15,7 @@ from fdd_kernels.spec import LensInputs, LensSpec
 
 
 class Head:
-    """One model's head as the kernels read it, and its hidden states. `weight` None: a teacher without one, in feature space."""
+    """One model's head as the kernels read it, and its hidden states; `weight` None: features are compared."""
 
     def __init__(self, hidden: list[Tensor], weight: Tensor | None, bias: Tensor | None, scale: float, cap: float | None):
         self.hidden, self.width = hidden, hidden[0].shape[-1]

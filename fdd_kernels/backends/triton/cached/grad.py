@@ -129,7 +129,7 @@ def cached_grad_kernel(
         row_s += stride_s
         if TEACHER:
             at_t = row_t + table_entry(table, table_width, TEACHER_LAYER, layer) * stride_t
-            t, teacher_slope = row_logits(at_t, bias_t, c, inside, scale_t, cap_t, BIAS_T, SCALE_T, CAP_T, FULL)
+            t, _slope_t = row_logits(at_t, bias_t, c, inside, scale_t, cap_t, BIAS_T, SCALE_T, CAP_T, FULL)
             t -= tl.load(pivots + (layers + layer) * stride)
         g = nothing
         if SOFTMAX:

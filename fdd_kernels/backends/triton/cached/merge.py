@@ -125,9 +125,9 @@ def cached_merge_kernel(
             if role == SECOND:
                 before = table_entry(table, table_width, SLOT_BEGIN, layer - 1)
                 before_total = (2 * layers + SLOT_FIELDS * before) * field
-                largest, about = row_shift(state, shift - 2 * field, before_total, tile, tiles, before < first_slot)
+                _largest, about = row_shift(state, shift - 2 * field, before_total, tile, tiles, before < first_slot)
                 off_s -= about
-                largest, about = row_shift(state, shift - field, before_total + 2 * field, tile, tiles, before < first_slot)
+                _largest, about = row_shift(state, shift - field, before_total + 2 * field, tile, tiles, before < first_slot)
                 off_t -= about
             index = table_entry(table, table_width, PART_INDEX, entry) * MOMENT_FIELDS
             at = state + (2 * layers + SLOT_FIELDS * slots + index) * field + tile

@@ -39,8 +39,8 @@ def cached_second_pass_kernel(
     read = reads + table_entry(table, table_width, SECOND_READ, second) * READ_FIELDS * stride + row
     row_s = logits_s + (layer * rows.to(tl.int64) + row) * ld_s
     row_t = logits_t + (teacher_layer * rows.to(tl.int64) + row) * ld_t
-    s, slope_s = row_logits(row_s, bias_s, c, inside, scale_s, cap_s, BIAS_S, SCALE_S, CAP_S, FULL)
-    t, slope_t = row_logits(row_t, bias_t, c, inside, scale_t, cap_t, BIAS_T, SCALE_T, CAP_T, FULL)
+    s, _slope_s = row_logits(row_s, bias_s, c, inside, scale_s, cap_s, BIAS_S, SCALE_S, CAP_S, FULL)
+    t, _slope_t = row_logits(row_t, bias_t, c, inside, scale_t, cap_t, BIAS_T, SCALE_T, CAP_T, FULL)
     log_q = (s - tl.load(pivots + layer * stride + row)) * inverse - tl.load(read + LSE_S * stride)
     log_p = (t - tl.load(pivots + (layers + layer) * stride + row)) * inverse - tl.load(read + LSE_T * stride)
     field = rows.to(tl.int64) * tiles

@@ -92,11 +92,11 @@ def cached_stats_kernel(
     before_t = before_s
     t = before_s
     for layer in range(layers):
-        s, slope = row_logits(row_s, bias_s, c, inside, scale_s, cap_s, BIAS_S, SCALE_S, CAP_S, FULL)
+        s, _slope_s = row_logits(row_s, bias_s, c, inside, scale_s, cap_s, BIAS_S, SCALE_S, CAP_S, FULL)
         row_s += stride_s
         if TEACHER:
             at_t = row_t + table_entry(table, table_width, TEACHER_LAYER, layer) * stride_t
-            t, slope = row_logits(at_t, bias_t, c, inside, scale_t, cap_t, BIAS_T, SCALE_T, CAP_T, FULL)
+            t, _slope_t = row_logits(at_t, bias_t, c, inside, scale_t, cap_t, BIAS_T, SCALE_T, CAP_T, FULL)
         shift_s = tl.full((), 0.0, tl.float32)
         shift_t = shift_s
         if SOFTMAX:

@@ -50,7 +50,7 @@ def slot_gradient(
     TEACHER: tl.constexpr, DIVERGENCE: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """dL/du of one strip from the reads of one slot."""
-    q_r, p_r, slope_r, label_value_r, lse_s, lse_t, kl_r = slot_coefficients(
+    q_r, p_r, slope_r, label_value_r, lse_s, lse_t, _kl_r = slot_coefficients(
         reads, grad_reads, stride, stride, counts, table, table_width, slot, BLOCK_R
     )
     inverse = table_float(table, table_width, SLOT_INVERSE, slot)

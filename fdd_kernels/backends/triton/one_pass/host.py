@@ -1,9 +1,10 @@
 """The two operations with the GEMM inside the kernels: blocks of rows on the host.
 
 The strategy of least memory. Nothing here waits for the device: how many rows are valid stays there. Beyond inputs, outputs
-and statistics a call allocates the hidden states of a block of rows (BLOCK_BYTES with their float32 gradient), dL/dlogits of that
-block and some tokens (GRAD_BYTES), the head's gradient of those tokens (HEAD_BYTES), one scratch tile ring a program, and, where a 16-bit head is trained over several blocks of
-rows, a float32 gradient of it. No atomics: results are the same from run to run.
+and statistics a call allocates the hidden states of a block of rows (BLOCK_BYTES with their float32 gradient), dL/dlogits of
+that block and some tokens (GRAD_BYTES), the head's gradient of those tokens (HEAD_BYTES), one scratch tile ring a program,
+and, where a 16-bit head is trained over several blocks of rows, a float32 gradient of it. No atomics: results are the same
+from run to run.
 
 Shape suffixes: L layers, R rows, r rows of a block, C the vocabulary, c tokens of a chunk, D a hidden width.
 """
