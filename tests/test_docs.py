@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from hf_models import one_thread, tiny_batch, tiny_model, tiny_tokenizer  # noqa: F401
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -44,10 +45,12 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def process_group():
-    """A group of this process alone."""
+    """A group of this process alone; accelerate forgets it after."""
+    AcceleratorState._reset_state(reset_partial_state=True)
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield torch.distributed.group.WORLD
     torch.distributed.destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 class Deepspeed:
