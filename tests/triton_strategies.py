@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import replace
 
@@ -234,3 +235,29 @@ def test_bad_environment_is_named(monkeypatch):
     monkeypatch.setenv(strategy.CACHE_BYTES, "2GiB")
     with pytest.raises(ValueError, match="FDD_KERNELS_CACHE_BYTES='2GiB' is not a number of bytes"):
         run(problem)
+
+
+def shard_of_a_vocabulary(rank: int, path: str, name: str) -> None:
+    """One of two processes: its rows of both heads, against one process with all of them."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    os.environ[strategy.STRATEGY] = name
+    options = {"trajectory": "jsd", "ce_weight": 0.5, "backend": "triton"}
+    whole, part = (random_problem((3,), TOKENS + 40, labels=True) for _ in range(2))
+    expected = fused_fdd_loss(**whole.arguments, **options)
+    expected.backward()
+    own = slice(0, 70) if rank == 0 else slice(70, None)
+    weight = part.student_weight.detach()[own].requires_grad_()
+    heads = {"student_weight": weight, "teacher_weight": part.teacher_weight[own]}
+    found = fused_fdd_loss(**part.arguments | heads, **options, vocab_group=torch.distributed.group.WORLD)
+    found.backward()
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    pairs = [(weight.grad, whole.student_weight.grad[own])]
+    pairs += [(a.grad, b.grad) for a, b in zip(part.student_hidden, whole.student_hidden)]
+    for a, b in pairs:
+        assert (a - b).norm() <= 1e-5 * b.norm()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", ["cached", "slabbed"])
+def test_heads_that_are_split_over_processes(name, tmp_path):
+    torch.multiprocessing.spawn(shard_of_a_vocabulary, args=(str(tmp_path / "store"), name), nprocs=2)
