@@ -178,7 +178,7 @@ def _prepare(options: LossOptions, student_hidden, student_weight, teacher_hidde
         students, student_weight, student_bias, teachers, teacher_weight, teacher_bias,
         *_rows_that_count(options, labels, mask),
     )  # fmt: skip
-    normaliser = normaliser_of(options, inputs.rows, inputs.valid, num_items_in_batch)
+    normaliser = normaliser_of(options, inputs.rows, inputs.valid, num_items_in_batch, inputs.device)
     return plan, inputs, normaliser, rows_to_keep(plan, normaliser, *tensors_of(plan, inputs))
 
 

@@ -20,7 +20,7 @@ from fdd_kernels.config import FDDLossTerms
 from fdd_kernels.plan import Plan
 from fdd_kernels.reference import dense_logits
 from fdd_kernels.spec import LSE_S, NLL, LensInputs, LensSpec, Read
-from fdd_kernels.terms import combine, row_terms_from_statistics
+from fdd_kernels.terms import combine, row_terms_from_statistics, term_weights, upstream_gradients
 
 
 class _Once(torch.autograd.Function):
@@ -114,7 +114,8 @@ class LossAndGradient(torch.autograd.Function):
                 del gradients
                 spec, backend = ctx.plan.spec.encode(), ctx.plan.backend
                 statistics = _statistics(spec, backend, ctx.shard, inputs)
-                _, of_statistics = _differentiate(ctx.plan, statistics, inputs.valid, ctx.normaliser, upstream)
+                weights = term_weights(ctx.plan, ctx.normaliser, upstream, inputs.statistics_dtype)
+                of_statistics = upstream_gradients(ctx.plan, *statistics, inputs.valid, weights)
                 found = ops.lens_grad(*inputs, *spec, backend, *statistics, *of_statistics, ctx.needed)
                 found = _complete(ctx.shard, found, ctx.needed)
         return _returned(ctx, found, inputs, upstream)
@@ -164,11 +165,12 @@ def _kept_rows(backend: str, inputs: LensInputs, spec: LensSpec, needed: list[bo
 def _loss_and_gradient(plan: Plan, rows_at_a_time: int, shard, normaliser, needed: list[bool], inputs: LensInputs,
                        of_loss: Tensor | float = 1.0) -> tuple[FDDLossTerms, list[Tensor]]:  # fmt: skip
     """The terms, and the gradients of `of_loss` * loss marked in `needed`, in the dtypes in which the backend has them."""
+    weights = term_weights(plan, normaliser, (of_loss, None, None, None, None), inputs.statistics_dtype)
 
     def upstream_of(rows: Tensor, *statistics: Tensor) -> tuple[Tensor, ...]:
         if shard is not None:
             statistics = shard.merged(inputs.at(rows), plan.spec, statistics)
-        return *statistics, *_differentiate(plan, statistics, None, normaliser, (of_loss, None, None, None, None))[1]
+        return *statistics, *upstream_gradients(plan, *statistics, None, weights)
 
     with torch.autocast(inputs.device.type, enabled=False), torch.profiler.record_function("fdd_kernels::stats_and_grad"):
         found, statistics = BACKENDS[plan.backend].stats_and_grad(
@@ -201,19 +203,6 @@ def _rounded(found: list[Tensor], inputs: LensInputs, needed: list[bool]) -> lis
     for i, source in enumerate([source for source, need in zip(sources, needed) if need]):
         found[i] = found[i].to(source.dtype)
     return found
-
-
-def _differentiate(plan: Plan, statistics, valid, normaliser, upstream) -> tuple[FDDLossTerms, tuple[Tensor, Tensor]]:
-    """The terms, and the gradients of reads and moments given those of the terms (None: no gradient)."""
-    pivots, reads, moments = [t.detach() for t in statistics]
-    # A caller's hooks on saved tensors, such as checkpointing's, have no business in here.
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
-        reads.requires_grad_()
-        moments.requires_grad_()
-        terms = combine(row_terms_from_statistics(plan, pivots, reads, moments), plan.options, valid, (), normaliser)
-        total = sum(term * g for term, g in zip(terms, upstream) if g is not None)
-        gradients = torch.autograd.grad(total, (reads, moments), allow_unused=True, materialize_grads=True)
-    return FDDLossTerms(*[term.detach() for term in terms]), gradients
 
 
 class LogSumExps(torch.autograd.Function):
