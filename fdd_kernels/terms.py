@@ -89,7 +89,7 @@ def _vectors(plan: Plan, pivots: Tensor, reads: Tensor, moments: Tensor) -> _Vec
             offset = torch.zeros_like(offset)
         elif term == "trajectory":  # the features themselves: their pivots are put back
             layers = pivots[:, _run([layer for _, layer in plan.spec.moments[run]])]
-            offset = torch.add(offset, layers.transpose(0, 1), alpha=1 / plan.spec.moment_temperature)
+            offset = offset + layers.transpose(0, 1) / plan.spec.moment_temperature
         elif plan.derivative_reads:
             lse = _part(reads, _layers_of_deltas(plan))[:, LSE_S : LSE_T + 1]
             offset = offset - (lse[1:] - lse[:-1])
