@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from fdd_kernels.data import Window, load_windows, pad_windows
-from fdd_kernels.loading import load_model, load_student, load_tokenizer
+from fdd_kernels.data import load_windows, pad_windows
+from fdd_kernels.loading import load_model, load_student, load_vocabulary
+from fdd_kernels.vocabulary import shared_vocabulary
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WORDS = [f"w{number}" for number in range(94)]
@@ -27,7 +29,7 @@ def parse(description: str, **defaults) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--teacher", metavar="DIR_OR_NAME", help="a transformers causal LM")
     parser.add_argument("--student", metavar="DIR_OR_NAME", help="another one with the same tokenizer")
-    parser.add_argument("--data", type=Path, metavar="PATH", help=".jsonl or .txt, as `fdd-kernels distill` takes it")
+    parser.add_argument("--data", type=Path, metavar="PATH", help="as `fdd-kernels distill` takes it")
     parser.add_argument("--output", type=Path, metavar="DIR", default=Path("runs") / Path(sys.argv[0]).stem)
     parser.add_argument("--steps", type=int, default=12, help="optimizer steps")
     parser.add_argument("--save-steps", type=int, default=4, help="steps between checkpoints")
@@ -53,20 +55,24 @@ class Task:
     teacher: nn.Module
     tokenizer: PreTrainedTokenizerFast
     data: Path
-    train: list[Window]
-    held_out: list[Window]
+    train: Dataset
+    held_out: Dataset
 
 
 def load(options: argparse.Namespace) -> Task:
     """What the options name; without names, tiny models of five layers and prompts with completions of random words."""
     if options.teacher is None:
-        tokenizer, student, teacher = tiny_tokenizer(), tiny_model(1, width=32), tiny_model(2, width=64)
+        vocabulary = shared_vocabulary(tiny_tokenizer(), tiny_tokenizer())
+        student, teacher = tiny_model(1, width=32), tiny_model(2, width=64)
         data = tiny_data(options.output / f"tiny-{os.environ.get('RANK', 0)}.jsonl")  # one for each process
     else:
-        tokenizer, data = load_tokenizer(options.teacher, options.student), options.data
+        vocabulary, data = load_vocabulary(options.teacher, options.student), options.data
         student, teacher = load_student(options.student)[0], load_model(options.teacher, "teacher")
-    windows = load_windows(data, tokenizer, max_length=options.max_length, eval_fraction=0.1, seed=options.seed)
-    return Task(student.to(DEVICE), teacher.to(DEVICE), tokenizer, data, windows.train, windows.held_out)
+    windows = load_windows(
+        data, vocabulary.tokenizer, unshared=vocabulary.unshared, max_length=options.max_length, eval_fraction=0.1,
+        seed=options.seed,
+    )  # fmt: skip
+    return Task(student.to(DEVICE), teacher.to(DEVICE), vocabulary.tokenizer, data, windows.train, windows.held_out)
 
 
 def tiny_model(seed: int, width: int) -> nn.Module:
@@ -105,7 +111,7 @@ def _order(count: int, seed: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def batches_of_step(windows: list[Window], options: argparse.Namespace, step: int) -> list[dict[str, Tensor]]:
+def batches_of_step(windows: Dataset, options: argparse.Namespace, step: int) -> list[dict[str, Tensor]]:
     """The micro-batches of an optimizer step: they follow from the step alone, so a loop that resumes has nothing to skip."""
     size, parts = options.batch_size, options.gradient_accumulation
     epoch, index = divmod(step, len(windows) // (size * parts))
