@@ -215,7 +215,6 @@ class LogSumExps(torch.autograd.Function):
     def forward(ctx, spec: LensSpec, backend: str, rows_at_a_time: int, weight, bias, *hidden: Tensor):
         labels = torch.zeros(len(hidden[0]), dtype=torch.int64, device=weight.device)
         inputs = LensInputs(list(hidden), weight, bias, list(hidden), None, None, None, labels)
-        temperatures = hidden[0].new_tensor([[read.temperature] for read in spec.reads])
         needed = [*ctx.needs_input_grad[-len(hidden) :], False, False]
 
         def upstream_of(_rows, pivots: Tensor, reads: Tensor, moments: Tensor) -> tuple[Tensor, ...]:
@@ -231,7 +230,9 @@ class LogSumExps(torch.autograd.Function):
             statistics = ops.lens_stats(*arguments)
             slopes = ops.lens_grad(*arguments, *upstream_of(None, *statistics), needed) if any(needed) else []
         pivots, reads, _ = statistics
-        found = pivots[0] / temperatures + reads[:, LSE_S]
+        found = torch.stack(
+            [pivots[0, read.layer] / read.temperature + of_read[LSE_S] for read, of_read in zip(spec.reads, reads)]
+        )
         ctx.needed = needed
         ctx.save_for_backward(*hidden, *slopes)
         return found

@@ -227,9 +227,9 @@ def test_operators_of_a_block(monkeypatch):
     counts: list[Operators] = []
 
     def stats_and_grad(inputs, spec, rows_at_a_time, upstream_of, needed, refine):
-        statistics = torch_stream.stats(inputs, spec)
+        rows, statistics = torch.arange(inputs.rows), torch_stream.stats(inputs, spec)
         with Operators() as counted:
-            upstream_of(torch.arange(inputs.rows), *statistics)
+            upstream_of(rows, *statistics)
         counts.append(counted)
         return [], statistics
 
