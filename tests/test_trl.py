@@ -94,8 +94,8 @@ def test_lora_students_train_their_adapters_alone(tmp_path):
 def test_the_model_that_peft_config_adapts_is_its_own_teacher(tmp_path):
     """TRL puts the adapters into the very model that was passed as the teacher."""
     model = tiny_model("llama", seed=1, depth=3, vocab_size=len(tiny_tokenizer()))
-    lora = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
-    trainer = sft(tmp_path, PAIRS, student=model, teacher=model, peft_config=lora, max_steps=2,
+    lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    trainer = sft(tmp_path, PAIRS, student=model, teacher=model, peft_config=lora, max_steps=4,
                   config=FDDConfig(num_layers=2, ce_weight=1.0))  # fmt: skip
     assert trainer.evaluate()["eval_output_kd"] == pytest.approx(0, abs=1e-6)
     trainer.train()
