@@ -40,7 +40,7 @@ def shown(activity, width):
     return console.file.getvalue().rstrip("\n")
 
 
-@pytest.mark.parametrize(("width", "terms"), [(60, 0), (80, 1), (100, 3), (160, 5)])
+@pytest.mark.parametrize(("width", "terms"), [(60, 0), (80, 2), (100, 3), (160, 5)])
 def test_terms_are_dropped_before_bar_steps_and_time(width, terms):
     console = terminal(width)
     with Activity(console, "distilling") as activity:
