@@ -75,8 +75,8 @@ class LossAndGradient(torch.autograd.Function):
 
     For backends that keep a block's values between the two operations, which spares the backward pass both heads' products.
     Those gradients are for an upstream gradient of 1: the first backward pass scales them in place, which nobody else can
-    see, and hands them over; a second one forms them anew. So does the first one on a CPU where scaling would round 16-bit
-    gradients a second time: unless the upstream gradient is a power of two. (Elsewhere that would take a host sync.)
+    see, and hands them over; a second one forms them anew. Where scaling would round gradients of 16 bits a second time, they
+    are formed anew with the upstream gradient in them; but on a CPU alone, since to look at it is a host sync elsewhere.
     Upstream gradients of other terms go through the two operations. `normaliser` divides the sums over rows; None: nothing
     does. All processes of a `shard` must take the same rows at a time, and the same backward passes.
     """
@@ -91,6 +91,8 @@ class LossAndGradient(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
         ctx.set_materialize_grads(False)
         terms, ctx.gradients = ctx.compute(_inputs(*tensors))
+        in_common = ctx.gradients if shard is None else ctx.gradients[: sum(ctx.needed[:-2])]  # of all its processes
+        ctx.of_16_bits = any(gradient.dtype.itemsize == 2 for gradient in in_common)
         computed = (True, plan.output_kd is not None, plan.trajectory, plan.derivative, plan.ce is not None)
         ctx.mark_non_differentiable(*[term for term, is_computed in zip(terms, computed) if not is_computed])
         return terms
@@ -104,11 +106,11 @@ class LossAndGradient(torch.autograd.Function):
             if all(g is None for g in of_terms):
                 if of_loss is None:
                     return (None,) * len(ctx.needs_input_grad)
-                if gradients is None or _rounds_twice(gradients, of_loss, ctx.shard, ctx.needed):
+                if ctx.of_16_bits and not _scales_exactly(of_loss):
                     del gradients
                     found = ctx.compute(inputs, of_loss)[1]
                 else:
-                    found = _scaled(gradients, of_loss)
+                    found = _scaled(gradients or ctx.compute(inputs)[1], of_loss)
                 found = _rounded(found, inputs, ctx.needed)
             else:
                 del gradients
@@ -180,13 +182,9 @@ def _loss_and_gradient(plan: Plan, rows_at_a_time: int, shard, normaliser, neede
     return terms, _complete(shard, found, needed)
 
 
-def _rounds_twice(found: list[Tensor], of_loss: Tensor, shard, needed: list[bool]) -> bool:
-    """Whether scaling the gradients `found` would round any of 16 bits again; False where the host would have to wait."""
-    if of_loss.device.type != "cpu" or abs(math.frexp(of_loss.item())[0]) in (0.0, 0.5):
-        return False
-    if shard is not None:  # by what all its processes have in common
-        found = found[: sum(needed[:-2])]
-    return any(gradient.dtype.itemsize == 2 for gradient in found)
+def _scales_exactly(of_loss: Tensor) -> bool:
+    """Whether it is a power of two (or 0), so that no gradient is rounded by it; True where the host would have to wait."""
+    return of_loss.device.type != "cpu" or abs(math.frexp(of_loss.item())[0]) in (0.0, 0.5)
 
 
 def _scaled(found: list[Tensor], of_loss: Tensor) -> list[Tensor]:
