@@ -337,7 +337,7 @@ def test_data_sets_read_as_files_do(tmp_path, tokenizer, monkeypatch):
     for data, message in (
         (f"{tmp_path}/two:dev", "has no split 'dev': name one of train, test"),
         (f"{tmp_path}/one:x", "has no splits"),
-        ("nobody/nothing", "no such file, and no data set that can be loaded"),
+        ("nobody/nothing-2.5", "no such file, and no data set that can be loaded"),
         (3, "int: expected a path"),
     ):
         with pytest.raises(UserError, match=message):

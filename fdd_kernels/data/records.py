@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +137,7 @@ def _read_json(path: Path) -> Iterator[Record]:
 
 
 def _read_csv(path: Path) -> Iterator[Record]:
-    csv.field_size_limit(sys.maxsize)  # texts are longer than its 128 KiB
+    csv.field_size_limit(2**31 - 1)  # texts are longer than its 128 KiB
     reader = csv.DictReader((line for _, line in _decoded_lines(path)), strict=True)
     try:
         for row in reader:
