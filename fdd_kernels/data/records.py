@@ -299,4 +299,4 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise UserError(f'{where}: "tool_calls" must be a list of {{"function": {{"name", "arguments"}}}}')
-    return dict(call) if function is not call else {"type": "function", "function": function}
+    return {"type": "function", **(call if function is not call else {"function": function})}
