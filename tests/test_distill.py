@@ -28,7 +28,7 @@ from fdd_kernels.distill_command.processes import Processes
 from fdd_kernels.distill_command.run import distill
 from fdd_kernels.integrations import FDDTrainer
 from fdd_kernels.integrations.checkpoints import checkpoints
-from fdd_kernels.user_error import SaidElsewhere, UserError
+from fdd_kernels.user_error import RunStopped, SaidElsewhere, UserError
 
 NUMBERS = ("one", "two", "three")
 TEXT = "\n".join(f"{a} and {b} is {c}, the word" for a in NUMBERS for b in ("one", "four") for c in ("a", "word", "x"))
