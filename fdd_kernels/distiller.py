@@ -18,8 +18,8 @@ from fdd_kernels.models.lens import ModelLens
 from fdd_kernels.models.parallel import data_parallel, inside_forward, own_rows
 from fdd_kernels.models.positions import counted_positions
 from fdd_kernels.models.routers import RouterLoss, router_coefficient
-from fdd_kernels.models.teachers import StudentSide, Teacher, TeacherStates, as_teacher, describe, model_states
-from fdd_kernels.terms import normaliser_of
+from fdd_kernels.models.teachers import StudentSide, Teacher, TeacherStates, as_teacher, model_states, require_model
+from fdd_kernels.terms import divisor_of
 
 
 class DistillerTerms(FDDLossTerms):
@@ -73,11 +73,7 @@ class Distiller:
 
     def __init__(self, student: nn.Module, teacher: nn.Module | Teacher, config: FDDConfig | None = None, *,
                  vocab_group: torch.distributed.ProcessGroup | None = None) -> None:  # fmt: skip
-        if not isinstance(student, nn.Module):
-            raise TypeError(
-                f"student must be a causal LM, got {describe(student)}: load it first, with "
-                "AutoModelForCausalLM.from_pretrained(...)"
-            )
+        require_model("student", student)
         if not isinstance(config, FDDConfig | None):
             raise TypeError(f"config must be an FDDConfig, got {type(config).__name__}: give FDDConfig(alpha=..., ...)")
         self.config, self.vocab_group = config or FDDConfig(), vocab_group
@@ -255,5 +251,5 @@ class Distiller:
         """What a batch's positions are of those that its terms are divided by: 1, or its part of an optimizer step."""
         count = self.count_positions(batch).float()
         if num_items_in_batch is not None:
-            return (count / normaliser_of(self.options, 1, None, num_items_in_batch, count.device)).to(count.dtype)
+            return (count / divisor_of(num_items_in_batch)).to(count.dtype)
         return count if self.options.reduction == "sum" else count.clamp(max=1)

@@ -124,15 +124,21 @@ def row_terms_from_statistics(plan: Plan, pivots: Tensor, reads: Tensor, moments
     )
 
 
+def divisor_of(items: Tensor | float) -> Tensor | float:
+    """A number of items as a divisor; a tensor of 0, which nobody has looked at, becomes inf, so that what it divides is 0."""
+    return torch.where(items == 0, torch.inf, items) if isinstance(items, Tensor) else items
+
+
 def normaliser_of(options: LossOptions, rows: int, valid: Tensor | None, num_items_in_batch: Tensor | float | None,
                   device: torch.device) -> Tensor | float | None:  # fmt: skip
-    """What divides the sum over rows; None: nothing does. A tensor of 0 items becomes inf, so that the loss is 0."""
-    if isinstance(num_items_in_batch, Tensor):
-        items = num_items_in_batch.reshape(()).to(device)
-        return torch.where(items == 0, torch.inf, items)
-    if num_items_in_batch is None and options.reduction == "mean":
+    """What divides the sum over rows; None: nothing does."""
+    if num_items_in_batch is None:
+        if options.reduction != "mean":
+            return None
         return max(rows, 1) if valid is None else valid.sum().clamp(min=1)
-    return num_items_in_batch
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.reshape(()).to(device)
+    return divisor_of(num_items_in_batch)
 
 
 def combine(terms: RowTerms, options: LossOptions, valid: Tensor | None, leading_shape: tuple[int, ...],
