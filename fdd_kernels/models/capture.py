@@ -42,18 +42,20 @@ def capture_states(
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     accepted = {k: v for k, v in (inputs | {"use_cache": False}).items() if takes_any or k in parameters}
     sharded = any(isinstance(module, FSDPModule) for module in backbone.modules())
-    last = blocks[max(layers)] if not (final or sharded) and max(layers) < len(blocks) else head
-    state: Tensor | None = None
+    unneeded = [] if final or sharded else list(blocks[max(layers) :])  # not the next one alone: it may be left out
+    state = last = None
 
-    def stop(_module, args) -> None:
-        nonlocal state
-        state = args[0] if args else None
+    def stop(module, args) -> None:
+        nonlocal state, last
+        state, last = args[0] if args else None, module
         if not sharded:
             raise _Enough
 
     with _hooks(blocks, layers, read) as captured, contextlib.ExitStack() as end:
-        if last is not None:
-            end.enter_context(last.register_forward_pre_hook(stop, prepend=last is head))
+        for module in unneeded:
+            end.enter_context(module.register_forward_pre_hook(stop))
+        if head is not None:  # before what else changes its input there
+            end.enter_context(head.register_forward_pre_hook(stop, prepend=True))
         try:
             # A whole model may be called from its own forward (see `inside_forward`), whose hooks run already.
             output = (backbone if head is None else backbone.forward)(**accepted)

@@ -212,12 +212,15 @@ class ModelLens:
         )
 
     def _lists_of_blocks(self) -> list[nn.ModuleList]:
-        """Every list of modules that is as long as the model is deep."""
+        """Every list of modules that is as long as the model is deep; or, as some count their blocks' parts, a part of that."""
         config = self.model.config
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         depth = getattr(config, "num_hidden_layers", None)
         lists = [module for module in self.model.modules() if isinstance(module, nn.ModuleList)]
         fitting = [blocks for blocks in lists if len(blocks) == depth]
+        if not fitting and isinstance(depth, int):
+            inner = {id(m) for blocks in lists for m in blocks.modules() if m is not blocks}
+            fitting = [blocks for blocks in lists if len(blocks) > 1 and depth % len(blocks) == 0 and id(blocks) not in inner]
         if not fitting:
             raise TypeError(
                 f"{self.name}: looked in {type(self.model).__name__} for a ModuleList of config.num_hidden_layers={depth} "
@@ -309,8 +312,8 @@ class ModelLens:
             raise TypeError(f"{self.name}: {kind} is no causal LM ({why}). {_SUPPORTED}. {_REMEDY}")
         if looks_ahead:
             warnings.warn(
-                f"{self.name}: the predictions of {kind}, as its config is (is_decoder, attn_type), change with the tokens after "
-                "them. It is compared all the same, but at every position it has seen what it is to predict",
+                f"{self.name}: the predictions of {kind}, as its config is (is_decoder, attn_type), change with the tokens "
+                "after them. It is compared all the same, but at every position it has seen what it is to predict",
                 stacklevel=2,
             )
 

@@ -42,6 +42,12 @@ class RouterLoss:
         self.lens, self._output = lens, None
 
     def __enter__(self) -> RouterLoss:
+        """Raises ValueError for a model that is run as a whole (see `ModelLens`): nothing of its own forward is left over."""
+        if self.lens.backbone is self.lens.model:
+            raise ValueError(
+                f"the router loss of {type(self.lens.model).__name__} cannot be computed apart from its logits: set "
+                "config.output_router_logits=False to leave it out"
+            )
         self._hook = self.lens.backbone.register_forward_hook(self._keep)
         return self
 
