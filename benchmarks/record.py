@@ -11,8 +11,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fdd_kernels.atomic import write_text
 
 FORMAT = 1
@@ -39,6 +37,8 @@ def machine(device: str) -> dict[str, Any]:
     except (OSError, ValueError):
         pass
     if device == "cuda":
+        import torch
+
         info["gpu"] = torch.cuda.get_device_name()
     return info
 
@@ -66,16 +66,27 @@ def git_revision() -> dict[str, Any]:
 
 
 def source_digest() -> str:
-    """A digest of the sources that the figures come from."""
-    digest = hashlib.sha256()
+    """A digest of the sources that the figures come from: the whole package with its extension, csrc, and these benchmarks."""
     package = ROOT / "fdd_kernels"
-    files = [package / f"{name}.py" for name in ("api", "functions", "ops", "plan", "terms", "spec")]
-    files += sorted((package / "backends").rglob("*.py")) + sorted(package.glob("_C*")) + sorted((ROOT / "csrc").glob("*"))
-    here = ("workloads", "inputs", "products", "dense", "peers", "providers", "measure", "accuracy")
-    for path in files + [ROOT / "benchmarks" / f"{name}.py" for name in here]:
-        if path.is_file():
-            digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    files = [*package.rglob("*.py"), *package.glob("_C*"), *(ROOT / "csrc").glob("*"), *(ROOT / "benchmarks").glob("*.py")]
+    digest = hashlib.sha256()
+    for path in sorted(filter(Path.is_file, files)):
+        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        RecordError: it is missing, or no JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, UnicodeDecodeError) as error:
+        raise RecordError(f"{path}: is not JSON ({error}); it was damaged or is something else") from error
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -84,12 +95,7 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         RecordError: it is missing, no JSON, or not a record of this format.
     """
-    try:
-        data = json.loads(path.read_text())
-    except OSError as error:
-        raise RecordError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, UnicodeDecodeError) as error:
-        raise RecordError(f"{path}: is not JSON ({error}); it was damaged or is something else") from error
+    data = read_json(path)
     missing = [key for key in _REQUIRED if not isinstance(data, dict) or key not in data]
     if missing:
         raise RecordError(f"{path}: is no benchmark record: it lacks {', '.join(missing)}")
