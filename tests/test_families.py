@@ -156,7 +156,7 @@ class TestWithoutABackboneOfItsOwn:
         lens, calls = ModelLens(mllama()), []
         assert lens.backbone is lens.model
         hooks = [m.register_forward_hook(lambda m, *_: calls.append(m)) for m in (lens.head, lens.blocks[2])]
-        states, final = lens.states(tiny_batch(labels=False), (1,))
+        _, final = lens.states(tiny_batch(labels=False), (1,))
         assert final.shape == (2, 9, 32)
         assert calls == [lens.blocks[2]]
         lens.states(tiny_batch(labels=False), (1,), final=False)
@@ -205,7 +205,8 @@ def vision_language(kind: str, seed: int = 0) -> tuple[nn.Module, dict, str]:
     else:
         config = AutoConfig.for_model(
             "llama4", image_token_index=IMAGE, image_token_id=IMAGE,
-            text_config={"model_type": "llama4_text", **TEXT, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2},
+            text_config={"model_type": "llama4_text", **TEXT, "head_dim": 8, "intermediate_size_mlp": 48,
+                         "num_local_experts": 2},
             vision_config={"model_type": "llama4_vision_model", **VISION, "intermediate_size": 64, "pixel_shuffle_ratio": 0.5,
                            "projector_input_dim": 16, "projector_output_dim": 16, "vision_output_dim": 16})  # fmt: skip
         model, blocks, tokens = transformers.Llama4ForConditionalGeneration(config), "language_model.model.layers", 1
@@ -221,11 +222,8 @@ def test_vision_language_models_with_images(kind):
     distiller = Distiller(student, teacher, CONFIG)
     other = batch | {"pixel_values": -2 * batch["pixel_values"]}
     assert (distiller(batch).loss - distiller(other).loss).abs() > 1e-6  # the image is seen
-    text = {key: value for key, value in batch.items() if key != "pixel_values"} | {
-        "input_ids": tiny_batch()["input_ids"] % IMAGE
-    }
-    text["labels"] = text["input_ids"]
-    for one in (batch, text):
+    words = tiny_batch(vocab_size=IMAGE)["input_ids"]
+    for one in (batch, {"input_ids": words, "attention_mask": torch.ones_like(words), "labels": words}):
         student.zero_grad()
         require_dense(student, teacher, blocks, one, rtol=1e-4)
 
@@ -278,13 +276,8 @@ class TestNoCausalLM:
 
     @pytest.mark.parametrize("kind", ["bert", "xlnet"])
     def test_a_causal_lm_configured_to_look_ahead_is_warned_of(self, kind):
-        if kind == "bert":
-            model = self.bert(BertLMHeadModel)
-        else:
-            model = noisy(XLNetLMHeadModel(tiny_config("xlnet", depth=3)))
-        with pytest.warns(
-            UserWarning, match=rf"student: the predictions of {type(model).__name__}.*change with the tokens after"
-        ):
+        model = self.bert(BertLMHeadModel) if kind == "bert" else noisy(XLNetLMHeadModel(tiny_config("xlnet", depth=3)))
+        with pytest.warns(UserWarning, match=f"student: the predictions of {type(model).__name__}.* change with the tokens"):
             lens = ModelLens(model, "student")
         assert lens.depth == 3
 

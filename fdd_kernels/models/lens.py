@@ -1,9 +1,9 @@
 """Reading a Hugging Face causal LM along its depth: head, final norm, soft cap and scale, and capture of sampled layers.
 
-Nothing here knows a model family. What follows the last block (norms, projections) is observed in one forward pass over
-two tokens; soft cap and scale are measured by putting known numbers in the place of the head's output; and the whole
-reading is then compared with the model's own logits, so a model that does something else is refused instead of being
-distilled wrongly.
+Nothing here knows a model family. What follows the last block (norms, projections, scales, the transform of a head) is
+recorded in one forward pass over two tokens (`tail.py`); soft cap and scale are measured by putting known numbers in the
+place of the head's output; and the whole reading is then compared with the model's own logits on other tokens, so a model
+that does something else is refused instead of being distilled wrongly.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ _SUPPORTED = (
     "Supported are models that predict the next token: transformers' causal LMs, and vision-language models that write text. "
     "Not supported are masked LMs (encoders), sequence-to-sequence models and classifiers"
 )
+# How inputs beside text begin.
+_MEDIA = ("pixel_", "image_", "video_", "audio_", "input_features", "input_audio")
 # By how much of its largest logit a prediction must change with the tokens after it to be called no causal LM's.
 _LOOKING_AHEAD = 0.02
 # Numbers to put in place of a head's output: a small one shows the scale, a large one the soft cap, the rest check both.
@@ -101,14 +103,22 @@ def unwrap(model: nn.Module) -> nn.Module:
 class ModelLens:
     """A causal LM's backbone with its head taken off, and the states of chosen layers.
 
+    The backbone is what transformers calls the model's `base_model`, where the model runs that beside its head; otherwise
+    (Llama 4 with images, whose text model holds the head) the model itself, which then ends where the head begins.
+
     Args:
         model: a transformers causal LM, also wrapped by peft or torch.compile.
         name: how errors call it.
         split_head: the head may be a DTensor, and so may the logits; every process of its mesh makes the lens.
 
+    Warns:
+        UserWarning: a causal LM whose config lets it look at later tokens.
+
     Raises:
-        TypeError: no head that can be read (see `read_head`), backbone or list of blocks is found; says what was looked for.
-        ValueError: head, norm, soft cap and scale as found do not reproduce the model's logits; says how far off they are.
+        TypeError: no causal LM (a masked LM, an encoder-decoder, a classifier); no head that can be read (see `read_head`), no
+            list of blocks; says what was looked for.
+        ValueError: what was found does not reproduce the model's logits, as where the head's input is made of more than the
+            last block's state; says how far off it is.
     """
 
     def __init__(self, model: nn.Module, name: str = "model", *, split_head: bool = False) -> None:
@@ -248,7 +258,7 @@ class ModelLens:
                 return
             failures.append(f"the last {kind} {failure}")
         raise ValueError(
-            f"{self.name}: looked for the blocks whose output, through final norm, head and {self.transform}, gives the "
+            f"{self.name}: looked for the blocks whose output alone, through final norm, head and {self.transform}, gives the "
             f"logits of {type(self.model).__name__}: {'; '.join(failures) or 'none of their lists ran'}. {_REMEDY}"
         )
 
@@ -257,7 +267,7 @@ class ModelLens:
         backbone = recording.steps(source, recording.output)
         # A head that is not called as a module leaves no trace; then nothing is taken to stand between it and the backbone.
         after = Steps() if recording.head_input is None else recording.steps(recording.output, recording.head_input)
-        if backbone is not None and after is not None:
+        if backbone is not None and after is not None and self._base_takes_media():
             self.backbone, self._backbone_steps, self._head_steps, self._whole = self.model.base_model, backbone, after, False
             return None
         steps = recording.steps(source, recording.head_input)
@@ -265,6 +275,11 @@ class ModelLens:
             return "is not all that the head's input is made of"
         self.backbone, self._backbone_steps, self._head_steps, self._whole = self.model, steps, Steps(), True
         return None
+
+    def _base_takes_media(self) -> bool:
+        """Whether the base model takes what the model takes beside text; otherwise the model does something with it first."""
+        model, base = (inspect.signature(module.forward).parameters for module in (self.model, self.model.base_model))
+        return not any(name.startswith(_MEDIA) and name not in base for name in model)
 
     @property
     def _read_steps(self) -> str:
@@ -305,7 +320,7 @@ class ModelLens:
         causal = {*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
         kind, largest = type(self.model).__name__, logits.abs().max()
         masked = kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() and not getattr(self.model.config, "is_decoder", False)
-        bound = max(_LOOKING_AHEAD, 8 * torch.finfo(self.model.dtype).eps) * largest
+        bound = max(_LOOKING_AHEAD, 8 * torch.finfo(self.weight.dtype).eps) * largest
         looks_ahead = (logits[0, :2] - logits[1, :2]).abs().max() > bound
         if kind not in causal and (masked or looks_ahead):
             why = "its predictions change with the tokens after them" if looks_ahead else "transformers lists it as a masked LM"
