@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from fdd_kernels.planner.command import add_plan, parse_size
+from fdd_kernels.planner.command import add_plan
+from fdd_kernels.sizes import parse_size
 from fdd_kernels.user_error import UserError
 from fdd_kernels.version import __version__
 
@@ -209,7 +210,7 @@ def run_cache_teacher(arguments: argparse.Namespace) -> None:
         if name not in given:
             raise UserError(f"--{name} is missing; only --verify does without it, with --output alone")
     if "shard_size" in given:
-        given["shard_size"] = parse_size(given["shard_size"])
+        given["shard_size"] = parse_size(given["shard_size"], "--shard-size")
     cache_teacher(CacheOptions(**given))
 
 

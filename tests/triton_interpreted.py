@@ -17,7 +17,7 @@ from triton.runtime import interpreter
 
 from fdd_kernels import fused_fdd_loss
 from fdd_kernels.backends import BACKENDS
-from fdd_kernels.backends.triton import autotune, config, divergences, operations
+from fdd_kernels.backends.triton import autotune, config, divergences, memory
 from fdd_kernels.divergences import DIVERGENCES
 from fdd_kernels.testing import assert_within_budget, evaluate, exact, random_problem
 
@@ -65,8 +65,8 @@ def test_order_of_programs_does_not_matter(shuffled, monkeypatch):
 
 def test_several_blocks_of_rows_and_chunks_of_columns(monkeypatch):
     """The budgets shrunk until every loop on the host turns more than once, and each dtype of a head is summed."""
-    monkeypatch.setattr(operations, "BLOCK_BYTES", 1)
-    monkeypatch.setattr(operations, "GRAD_BYTES", 1)
+    monkeypatch.setattr(memory, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(memory, "GRAD_BYTES", 1)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         problem = random_problem((2, 20), 70, dtype=dtype)
         assert_within_budget(problem, run(problem), None)
@@ -76,13 +76,13 @@ def test_several_blocks_of_rows_and_chunks_of_columns(monkeypatch):
 def test_nothing_of_the_heads_size_is_allocated_but_its_gradient(monkeypatch, dtype):
     """Budgets of 64 columns; wide heads beside few rows, so that a head is by far the largest tensor."""
     columns, width, backend = 300, 64, BACKENDS["triton"]
-    monkeypatch.setattr(operations, "GRAD_BYTES", 1)
-    monkeypatch.setattr(operations, "HEAD_BYTES", 64 * width * 6)
+    monkeypatch.setattr(memory, "GRAD_BYTES", 1)
+    monkeypatch.setattr(memory, "HEAD_BYTES", 64 * width * 6)
     problem = random_problem((17,), columns, width, width, layers=1, dtype=dtype)
     for block_bytes, trained, expected in (
-        (operations.BLOCK_BYTES, True, 1), (1, True, 1 + (dtype != torch.float32)), (operations.BLOCK_BYTES, False, 0),
+        (memory.BLOCK_BYTES, True, 1), (1, True, 1 + (dtype != torch.float32)), (memory.BLOCK_BYTES, False, 0),
     ):  # fmt: skip
-        monkeypatch.setattr(operations, "BLOCK_BYTES", block_bytes)
+        monkeypatch.setattr(memory, "BLOCK_BYTES", block_bytes)
         seen = Allocations()
         watched = replace(backend, stats=seen.watching(backend.stats), grad=seen.watching(backend.grad))
         monkeypatch.setitem(BACKENDS, "triton", watched)

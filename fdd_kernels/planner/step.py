@@ -18,8 +18,8 @@ OPTIMIZERS = {"adamw": 8, "adamw8bit": 2, "lion": 4, "sgd-momentum": 4, "sgd": 0
 class Setup:
     """A training step to plan for.
 
-    `lora_rank` None: all weights are trained. `teacher_dtype` None: that of the student. `teacher_elsewhere`: its states
-    come from a cache or another device.
+    `backend` "auto": the one that is taken on the device. `lora_rank` None: all weights are trained. `teacher_dtype` None: that
+    of the student. `teacher_elsewhere`: its states come from a cache or another device.
     """
 
     student: ModelShape
@@ -28,13 +28,20 @@ class Setup:
     optimizer: str = "adamw"
     dtype: str = "bfloat16"
     layers: int = 4
-    backend: str = "torch"
+    backend: str = "auto"
     device: str = "cuda"
     train_head: bool = True
     checkpointing: bool = False
     teacher_elsewhere: bool = False
     lora_rank: int | None = None
     teacher_dtype: str | None = None
+
+    @property
+    def chosen_backend(self) -> str:
+        """The backend whose memory counts."""
+        from fdd_kernels.backends import PREFERENCE
+
+        return PREFERENCE[self.device][0] if self.backend == "auto" else self.backend
 
     @property
     def itemsize(self) -> int:
@@ -70,7 +77,7 @@ def step_memory(setup: Setup, *, dense: bool = False) -> dict[str, int]:
     """Bytes of a training step by part, with the dense loss or with ours; they are taken to exist at the same time."""
     adapters = 0 if setup.lora_rank is None else setup.trained
     teacher_head = setup.teacher.vocabulary * setup.teacher.width * setup.teacher_itemsize
-    loss = loss_memory(setup.loss, "dense" if dense else setup.backend, device=setup.device)
+    loss = loss_memory(setup.loss, "dense" if dense else setup.chosen_backend, device=setup.device)
     # The head's gradient is among the gradients already.
     in_loss = loss.total - loss.parts["gradient of the head"]
     return {

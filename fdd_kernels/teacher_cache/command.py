@@ -29,7 +29,7 @@ from fdd_kernels.loading import (
     open_cache,
     window_length,
 )  # fmt: skip
-from fdd_kernels.planner.loss import show
+from fdd_kernels.sizes import show
 from fdd_kernels.teacher_cache.cache import WindowCache
 from fdd_kernels.teacher_cache.codec import CODECS
 from fdd_kernels.teacher_cache.statistics import write_statistics_cache

@@ -3,6 +3,7 @@
 Importing this package needs no triton: the kernels are imported when an operation runs. The files, in order of use:
 
     config.py       launch configurations, a plain function of operation, shape, dtype and architecture
+    memory.py       byte budgets, how they cut the work, what a call allocates
     autotune.py     opt-in search over configurations, kept on disk
     launch.py       the one place that launches, or records launches for ahead-of-time compilation
     tables.py       a LensSpec as a small integer table that the kernels walk

@@ -1,10 +1,9 @@
 """The two operations: blocks of rows on the host, the kernels within them.
 
 Nothing here waits for the device: how many rows count stays there. Beyond inputs, outputs and statistics a call allocates
-the hidden states of a block of rows (BLOCK_BYTES with their float32 gradient), dL/dx of that block and some columns
-(GRAD_BYTES), those columns of the head and of its gradient (HEAD_BYTES), one scratch tile ring a program, and, where a
-low-precision head is trained over several blocks of rows, a float32 gradient of it. No atomics: results are the same from run
-to run.
+what `memory.py` states: the hidden states of a block of rows, dL/dx of that block and some columns, those columns of the head
+and of its gradient, one scratch tile ring a program, and, where a low-precision head is trained over several blocks of rows, a
+float32 gradient of it. No atomics: results are the same from run to run.
 
 Shape suffixes: L layers, R rows, r rows of a block, C columns, c columns of a chunk, D a hidden width.
 """
@@ -23,6 +22,7 @@ from fdd_kernels.backends.triton.autotune import tuned
 from fdd_kernels.backends.triton.config import LaunchConfig, architecture_of, f32_precision, multiprocessors
 from fdd_kernels.backends.triton.divergence import launch_divergence
 from fdd_kernels.backends.triton.grad import launch_grad
+from fdd_kernels.backends.triton.memory import rows_of_a_block, tiles_of_a_chunk
 from fdd_kernels.backends.triton.merge import launch_merge, launch_merge_divergence
 from fdd_kernels.backends.triton.rows import move_rows, order_of_rows
 from fdd_kernels.backends.triton.stats import fields_of, launch_stats
@@ -42,10 +42,6 @@ from fdd_kernels.spec import (
     LensSpec,
 )
 
-MIB = 2**20
-BLOCK_BYTES = 256 * MIB
-GRAD_BYTES = 128 * MIB
-HEAD_BYTES = 128 * MIB
 # What the scaled bounds on float16 operands come to: far from overflow, and from underflow.
 LARGEST_GRAD = LARGEST_OPERAND = 2.0**8
 
@@ -100,15 +96,9 @@ class Problem:
         self.units = multiprocessors(self.device, architecture == "interpreter")
         self.zero = torch.zeros(1, dtype=torch.float32, device=self.device)
         self.tiles = triton.cdiv(spec.columns, config.block_columns)
-        # The student's also as an operand in float16 and as a float32 sum of their gradient.
-        student_bytes = self.student.dtype.itemsize + 4 + (2 if self.student.narrow else 0)
-        bytes_a_row = self.layers * (
-            self.student.width * student_bytes + (self.teacher.width * self.teacher.dtype.itemsize if spec.needs_teacher else 0)
-        )
-        largest = max(1, BLOCK_BYTES // (bytes_a_row * config.block_rows))
-        row_tiles = triton.cdiv(self.rows, config.block_rows)
-        blocks = triton.cdiv(row_tiles, largest)
-        self.block_rows = triton.cdiv(row_tiles, blocks) * config.block_rows
+        teacher = (self.teacher.width, self.teacher.dtype.itemsize) if spec.needs_teacher else None
+        student = (self.student.width, self.student.dtype.itemsize)
+        self.block_rows = rows_of_a_block(self.rows, self.layers, student, teacher, config.block_rows)
 
     def blocks(self):
         for first in range(0, self.rows, self.block_rows):
@@ -255,9 +245,9 @@ def _grad(problem: Problem, per_row, grad_hidden: list[Tensor | None], grad_weig
         weight_CD = torch.zeros_like(weight, dtype=torch.float32)  # it is summed over blocks of rows, and rounded once
     bias_C = None if grad_bias is None else torch.zeros(spec.columns, dtype=torch.float32, device=problem.device)
     want_hidden = any(g is not None for g in grad_hidden)
-    tile_bytes = problem.layers * problem.block_rows * config.block_columns * grad_dtype.itemsize
-    head_bytes = head.width * config.block_columns * (4 + (2 if head.narrow else 0))
-    tiles_a_chunk = min(max(1, min(GRAD_BYTES // tile_bytes, HEAD_BYTES // head_bytes)), problem.tiles)
+    tiles_a_chunk = tiles_of_a_chunk(
+        problem.block_rows, problem.layers, spec.columns, head.width, head.dtype.itemsize, config.block_columns
+    )
     for block in problem.blocks():
         hidden_mD = block.student_LrD.flatten(0, 1)
         hidden_scale = _operand_scale(hidden_mD) if head.narrow else weight_scale
