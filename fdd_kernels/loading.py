@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -36,15 +37,18 @@ def as_user_error(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {first_line(error)}") from error
 
 
-def load_model(name: str, role: str) -> nn.Module:
+def load_model(name: str, role: str, **options) -> nn.Module:
     """A causal LM in evaluation mode, from a directory or a name; code that came with it is never run.
+
+    Args:
+        options: of `from_pretrained`.
 
     Raises:
         UserError: it cannot be loaded; says why in one line.
     """
     _require_directory(name, role)
     with as_user_error(f"cannot load the {role} {name}"):
-        return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False).eval()
+        return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **options).eval()
 
 
 def _require_directory(name: str, role: str) -> None:
@@ -159,11 +163,19 @@ def computing_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def with_lora(student: nn.Module, rank: int) -> nn.Module:
+def with_lora(student: nn.Module, rank: int, alpha: float | None = None, targets: Sequence[str] = ("all-linear",)) -> nn.Module:
+    """The student with adapters of this rank on the modules named; `alpha` is twice the rank unless given.
+
+    Raises:
+        UserError: peft is not installed, or there are no such modules.
+    """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise UserError("--lora-rank needs peft: pip install peft") from None
-    with as_user_error("cannot add LoRA adapters to the student"):
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    targets = targets[0] if len(targets) == 1 and targets[0] == "all-linear" else list(targets)
+    with as_user_error("cannot add LoRA adapters to the student"), warnings.catch_warnings():
+        # peft asks for transformers' property by its old name.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        config = LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=targets, task_type="CAUSAL_LM")
         return get_peft_model(student, config)

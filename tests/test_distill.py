@@ -465,7 +465,7 @@ class TestBadInput:
 
         if why_unavailable("triton", torch.device("cpu")) is None:
             pytest.skip("triton runs here")
-        self.fails(capsys, [*command(inputs, tmp_path / "o"), "--backend", "triton"], 'backend="triton" cannot run')
+        self.fails(capsys, [*command(inputs, tmp_path / "o"), "--backend", "triton"], "--backend triton cannot run")
 
     def test_output_that_is_a_file(self, inputs, tmp_path, capsys):
         (tmp_path / "o").write_text("")

@@ -12,12 +12,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from allocations import Allocations
+from allocations import Allocations, allocated_peak
 from triton.runtime import interpreter
 
 from fdd_kernels import fused_fdd_loss
 from fdd_kernels.backends import BACKENDS
-from fdd_kernels.backends.triton import autotune, config, divergences, memory
+from fdd_kernels.backends.call_shape import CallShape
+from fdd_kernels.backends.triton import autotune, config, divergences, memory, operations
 from fdd_kernels.divergences import DIVERGENCES
 from fdd_kernels.testing import assert_within_budget, evaluate, exact, random_problem
 
@@ -89,6 +90,31 @@ def test_nothing_of_the_heads_size_is_allocated_but_its_gradient(monkeypatch, dt
         run(problem if trained else problem.frozen("student_weight"))
         large = [size for size in seen.sizes if size > columns * width // 2]
         assert len(large) == expected, large
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_memory_is_what_the_gradient_allocates(monkeypatch, dtype):
+    """By the interpreter's tiles, and budgets under which no part is small beside the others."""
+    monkeypatch.setattr(memory, "PLANNED_ARCHITECTURE", config.INTERPRETER)
+    monkeypatch.setattr(memory, "PLANNED_MULTIPROCESSORS", config.multiprocessors(torch.device("cpu"), True))
+    monkeypatch.setattr(memory, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(memory, "GRAD_BYTES", 2**13)
+    monkeypatch.setattr(operations, "add_product", lambda *_: None)  # widens 16-bit operands where there is no GPU
+    backend, peaks = BACKENDS["triton"], []
+
+    def grad(*arguments):
+        found = []
+        peaks.append(allocated_peak(lambda: found.append(backend.grad(*arguments))))
+        return found[0]
+
+    monkeypatch.setitem(BACKENDS, "triton", replace(backend, grad=grad))
+    rows, columns, widths = 32, 160, (96, 80)
+    problem = random_problem((rows,), columns, *widths, layers=2, dtype=dtype)
+    outcome = run(problem, output_in_dynamics=True)
+    gradients = sum(gradient.nbytes for gradient in outcome.gradients.values())
+    shape = CallShape(2, rows, columns, *widths, dtype.itemsize)
+    predicted = sum(memory.memory(shape).values()) + gradients
+    assert peaks == [pytest.approx(predicted, rel=0.1)]
 
 
 def test_float16_gradients_below_its_smallest_number():

@@ -90,7 +90,8 @@ def run_plan(arguments: argparse.Namespace) -> int:
 
 def _print(setup: Setup, fused: dict[str, int], dense: dict[str, int], limit: int, advice: list[Advice]) -> None:
     print(f"student {setup.student.parameters / 1e9:.2f}B, teacher {setup.teacher.parameters / 1e9:.2f}B weights, "
-          f"{setup.tokens} tokens, {setup.layers} layers + output, {setup.dtype}, {setup.optimizer}, backend {setup.chosen_backend}")  # fmt: skip
+          f"{setup.tokens} tokens, {setup.layers} layers + output, {setup.dtype}, {setup.optimizer}, "
+          f"backend {setup.chosen_backend}")  # fmt: skip
     print(f"{'':<18} {'dense loss':>12} {'fused loss':>12}")
     for part in fused:
         if fused[part] or dense[part]:
@@ -108,7 +109,7 @@ def _print(setup: Setup, fused: dict[str, int], dense: dict[str, int], limit: in
             alternative = "" if setup.lora_rank else "LoRA adapters (--lora-rank 16), "
             print(f"  even so it does not fit: {alternative}a smaller student, or more memory")
     print(
-        "\nactivations are an estimate from the sizes of the matrices: kernels, attention and experts decide what is really kept"
+        "\nactivations are an estimate from the sizes of the matrices; kernels of attention, scans, experts decide what is kept"
     )
 
 

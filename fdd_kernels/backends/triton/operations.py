@@ -268,11 +268,7 @@ def _grad(problem: Problem, per_row, grad_hidden: list[Tensor | None], grad_weig
             if sum_mD is not None:
                 add_product(sum_mD, grad_mc, _operand(weight[start:stop], weight_scale, grad_dtype))
             if grad_weight is not None:
-                sum_cD = torch.zeros((stop - start, head.width), dtype=torch.float32, device=problem.device)
-                add_product(sum_cD, grad_mc.T, hidden_mD)
-                sum_cD /= scale * hidden_scale
-                # One block of rows may write it; several add to it.
-                weight_CD[start:stop] += sum_cD
+                _add_head_gradient(weight_CD[start:stop], grad_mc, hidden_mD, scale * hidden_scale)
             if bias_C is not None:
                 bias_C[start:stop] += grad_mc.sum(0, dtype=torch.float32)
         if sum_mD is not None:
@@ -281,10 +277,18 @@ def _grad(problem: Problem, per_row, grad_hidden: list[Tensor | None], grad_weig
                     move_rows(
                         grad_RD, sum_rD, block.order, block.count, block.first, into_block=False, scale=scale * weight_scale
                     )
+        del block, hidden_mD, sum_mD, grad_Lrc, grad_mc  # before those of the next block are allocated
     if weight_CD is not None and weight_CD.dtype != grad_weight.dtype:
         grad_weight[: spec.columns] = weight_CD
     if bias_C is not None:
         grad_bias[: spec.columns] = bias_C.div_(scale)
+
+
+def _add_head_gradient(weight_cD: Tensor, grad_mc: Tensor, hidden_mD: Tensor, scale: Tensor) -> None:
+    """Add some columns' share of a block of rows to the head's gradient."""
+    sum_cD = torch.zeros(weight_cD.shape, dtype=torch.float32, device=weight_cD.device)
+    add_product(sum_cD, grad_mc.T, hidden_mD)
+    weight_cD += sum_cD.div_(scale)
 
 
 def add_product(sum_mn: Tensor, a_mk: Tensor, b_kn: Tensor) -> None:
