@@ -122,7 +122,7 @@ def test_several_blocks_of_rows_need_a_sum_of_the_heads_gradient():
     shape = LossShape(rows=8192, columns=151936, student_width=896, teacher_width=3584, itemsize=2)
     part = "sum of the head's gradient"
     assert loss_memory(shape, "triton").parts[part] == 4 * 151936 * 896
-    for changes in ({"rows": 1024}, {"itemsize": 4}, {"train_head": False}):
+    for changes in ({"rows": 128}, {"itemsize": 4}, {"train_head": False}):
         assert loss_memory(replace(shape, **changes), "triton").parts[part] == 0
 
 
@@ -266,3 +266,12 @@ def test_prediction_agrees_with_the_peak_of_allocations(provider, shape):
     # The C++ kernels take the scratch of their threads from the system; the rest of theirs, and all of the others', is here.
     low = 0.9 * predicted if provider == "cpu" else 0.99 * predicted
     assert low <= measured <= 1.01 * predicted, f"predicted {predicted / MIB:.2f} MiB, allocated {measured / MIB:.2f} MiB"
+
+
+def test_scratch_for_logits_follows_the_devices_memory():
+    """At most a 32nd of it; what is asked for otherwise is counted by what it takes."""
+    shape = LossShape(rows=8192, columns=151936, student_width=896, teacher_width=3584, itemsize=2)
+    held = [loss_memory(shape, "triton", device_memory=gib * 2**30).parts["logits"] for gib in (24, 40, 80)]
+    assert held == sorted(held)
+    assert all(scratch <= gib * 2**30 / 32 for scratch, gib in zip(held, (24, 40, 80)))
+    assert setup(device_memory=24 * 2**30).device_memory == 24 * 2**30

@@ -11,8 +11,9 @@ FLOAT = 4
 class CallShape:
     """What of a call decides how much memory a backend takes.
 
-    `layers` are those that something reads, `itemsize` is that of states and heads. `teacher_head` False: the teacher's states
-    are compared as they are. `reads` and `moments` count what is summed (see `spec.py`). `threads` are the CPU's.
+    `layers` are those that something reads, `itemsize` is that of states and heads (2 is taken as bfloat16). `teacher_head`
+    False: the teacher's states are compared as they are. `moments` counts the pairs of vectors whose moments are taken.
+    `threads` are the CPU's, `device_memory` the GPU's bytes, None where they are not known.
     """
 
     layers: int
@@ -23,10 +24,10 @@ class CallShape:
     itemsize: int
     train_head: bool = True
     teacher_head: bool = True
-    reads: int = 1
     moments: int = 0
     threads: int = 1
     device: str = "cpu"
+    device_memory: int | None = None
 
     @property
     def narrow(self) -> bool:

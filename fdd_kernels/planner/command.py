@@ -68,6 +68,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
         backend=arguments.backend, device=arguments.device, train_head=not arguments.frozen_head,
         checkpointing=arguments.gradient_checkpointing, teacher_elsewhere=arguments.cached_teacher,
         lora_rank=arguments.lora_rank, teacher_dtype=arguments.teacher_dtype,
+        device_memory=limit if arguments.device == "cuda" else None,
     )  # fmt: skip
     fused, dense = step_memory(setup), step_memory(setup, dense=True)
     totals = {"fused": sum(fused.values()), "dense": sum(dense.values())}

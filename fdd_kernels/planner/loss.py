@@ -51,7 +51,7 @@ class LossShape:
         )  # fmt: skip
         return lay_out(options, self.columns, self.layers, (self.rows,), self.feature_space, "torch")
 
-    def call(self, threads: int, device: str) -> CallShape:
+    def call(self, threads: int, device: str, device_memory: int | None) -> CallShape:
         """The call as a backend sees it."""
         from fdd_kernels.backends.call_shape import CallShape
 
@@ -59,8 +59,8 @@ class LossShape:
         return CallShape(
             layers=len(plan.layers), rows=self.rows, columns=self.columns, student_width=self.student_width,
             teacher_width=self.teacher_width, itemsize=self.itemsize, train_head=self.train_head,
-            teacher_head=not self.feature_space, reads=len(plan.spec.reads), moments=len(plan.spec.moments), threads=threads,
-            device=device,
+            teacher_head=not self.feature_space, moments=len(plan.spec.moments), threads=threads, device=device,
+            device_memory=device_memory,
         )  # fmt: skip
 
 
@@ -123,12 +123,15 @@ def _dense(shape: LossShape) -> dict[str, int]:
     return {"logits and what is made of them": max(early, late, 0)}
 
 
-def loss_memory(shape: LossShape, provider: str, *, threads: int = 1, device: str = "cpu") -> LossMemory | None:
+def loss_memory(
+    shape: LossShape, provider: str, *, threads: int = 1, device: str = "cpu", device_memory: int | None = None
+) -> LossMemory | None:
     """Predicted memory of one forward and backward pass of the loss.
 
     Args:
         provider: a backend, each of which states its own memory, or "dense".
         threads: of the cpu backend.
+        device_memory: bytes of the GPU, which decide how much scratch the triton backend takes; None: enough.
 
     Returns:
         The parts, or None for a provider that is not modelled.
@@ -138,7 +141,7 @@ def loss_memory(shape: LossShape, provider: str, *, threads: int = 1, device: st
     if provider == "dense":
         parts = _dense(shape) | {"runtime": DENSE_RUNTIME_BYTES}
     elif provider in BACKENDS and BACKENDS[provider].memory is not None:
-        parts = BACKENDS[provider].memory(shape.call(threads, device))
+        parts = BACKENDS[provider].memory(shape.call(threads, device, device_memory))
         parts |= {"statistics": _statistics(shape.plan(), shape.rows)}
     else:
         return None

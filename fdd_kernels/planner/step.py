@@ -19,7 +19,7 @@ class Setup:
     """A training step to plan for.
 
     `backend` "auto": the one that is taken on the device. `lora_rank` None: all weights are trained. `teacher_dtype` None: that
-    of the student. `teacher_elsewhere`: its states come from a cache or another device.
+    of the student. `teacher_elsewhere`: its states come from a cache or another device. `device_memory`: of a GPU, in bytes.
     """
 
     student: ModelShape
@@ -35,6 +35,7 @@ class Setup:
     teacher_elsewhere: bool = False
     lora_rank: int | None = None
     teacher_dtype: str | None = None
+    device_memory: int | None = None
 
     @property
     def chosen_backend(self) -> str:
@@ -77,7 +78,9 @@ def step_memory(setup: Setup, *, dense: bool = False) -> dict[str, int]:
     """Bytes of a training step by part, with the dense loss or with ours; they are taken to exist at the same time."""
     adapters = 0 if setup.lora_rank is None else setup.trained
     teacher_head = setup.teacher.vocabulary * setup.teacher.width * setup.teacher_itemsize
-    loss = loss_memory(setup.loss, "dense" if dense else setup.chosen_backend, device=setup.device)
+    loss = loss_memory(
+        setup.loss, "dense" if dense else setup.chosen_backend, device=setup.device, device_memory=setup.device_memory
+    )
     # The head's gradient is among the gradients already.
     in_loss = loss.total - loss.parts["gradient of the head"]
     return {
