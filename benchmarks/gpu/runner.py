@@ -61,7 +61,7 @@ class Runner:
             status = self._take(step, min(cap, left), cut=left < cap)
             if status == "wrong":
                 return WRONG
-            if status == "failed" and not self._alive():
+            if status not in ("ok", "not here") and not self._alive():
                 return RESTART
         return DONE
 
