@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
+import threading
 from dataclasses import replace
 
+import filelock
 import pytest
 import torch
 import triton
@@ -177,5 +180,34 @@ def test_autotuning_is_kept_on_disk(monkeypatch, tmp_path):
     timed.clear()
     assert autotune.tuned(*arguments, timer=timer) == best
     assert not timed
+    for work in ("5:0,kl|", "5:0,jsd|", "2:0,kl|0,1"):  # another work, another search
+        autotune.tuned(*arguments, timer=timer, work=work)
+        assert timed
+        timed.clear()
+    assert len(json.loads(autotune.cache_file().read_text())) == 4
     monkeypatch.delenv(autotune.SWITCH)
     assert autotune.tuned(*arguments, timer=timer) == config.choose((300, 1000, 64, 64), torch.bfloat16, "sm_90")
+
+
+def test_what_another_process_adds_meanwhile_is_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("FDD_KERNELS_CACHE", str(tmp_path))
+    configuration = config.choose((300, 1000, 64, 64), torch.bfloat16, "sm_90")
+    with filelock.FileLock(autotune.cache_file().with_suffix(".lock")):  # as a process that is adding "theirs" holds it
+        ours = threading.Thread(target=autotune._write, args=("ours", configuration))
+        ours.start()
+        ours.join(0.5)
+        autotune.cache_file().write_text(json.dumps({"theirs": vars(configuration)}))
+    ours.join()
+    assert set(json.loads(autotune.cache_file().read_text())) == {"ours", "theirs"}
+
+
+def test_the_device_decides_by_the_median_of_runs_with_an_empty_cache(monkeypatch):
+    monkeypatch.setattr(triton.testing, "do_bench", lambda run, return_mode: run() or 3.0 if return_mode == "median" else None)
+    ran = []
+    assert autotune.seconds(ran.append, "a configuration") == pytest.approx(0.003)
+    assert ran == ["a configuration"]
+
+    def too_large(_config):
+        raise triton.runtime.errors.OutOfResources(2, 1, "shared memory")
+
+    assert autotune.seconds(too_large, "another") == float("inf")

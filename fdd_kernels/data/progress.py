@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
 from pathlib import Path
 
 from rich.console import Console
@@ -20,7 +19,7 @@ def read_windows(
     max_length: int,
     eval_fraction: float,
     seed: int,
-    shared: Container[int] | None = None,
+    unshared: frozenset[int] = frozenset(),
 ) -> Windows:
     """`load_windows` with a progress bar, and lines that say what was read and what was left out."""
     source = open_source(data)
@@ -34,7 +33,7 @@ def read_windows(
             max_length=max_length,
             eval_fraction=eval_fraction,
             seed=seed,
-            shared=shared,
+            unshared=unshared,
             advance=lambda read: progress.advance(task, read),
         )
     console.print(

@@ -12,7 +12,7 @@ from fdd_kernels.distill_command.run_folder import DistillOptions
 from fdd_kernels.distiller import Distiller
 from fdd_kernels.integrations.model_card import TAGS, distillation_section, public_name
 
-_TRAINING = ("epochs", "max_steps", "learning_rate", "batch_size", "gradient_accumulation", "dtype", "seed", "lora_rank")
+_TRAINING = ("learning_rate", "batch_size", "gradient_accumulation", "dtype", "seed", "lora_rank")
 
 
 def model_card(options: DistillOptions, distiller: Distiller, metrics: dict[str, Any], terms: list[str]) -> ModelCard:
@@ -42,12 +42,13 @@ def model_card(options: DistillOptions, distiller: Distiller, metrics: dict[str,
         "",
         f"- Data: {', '.join(files) or 'not named'}; {metrics['train_windows']} windows of at most "
         f"{metrics['max_length']} tokens, {metrics['train_tokens']} tokens; {metrics['held_out_windows']} windows held out",
-        f"- Steps: {metrics['steps']}",
+        f"- Steps: {metrics['steps']}, {metrics['epochs']:g} epochs",
         *(f"- {name}: {getattr(options, name)}" for name in _TRAINING if getattr(options, name) is not None),
         *(f"- {name} {version}" for name, version in metrics["versions"].items()),
     ]
     if metrics["held_out"] is not None:
         lines += ["", "## On the windows held out", "", "Means over tokens, in nats (derivative: 1 - cosine).", ""]
         lines += ["| | before | after |", "|---|---|---|"]
-        lines += [f"| {name} | {metrics['held_out_before'][name]:.4f} | {metrics['held_out'][name]:.4f} |" for name in terms]
+        before, after = metrics["held_out_before"], metrics["held_out"]
+        lines += [f"| {name} | {before[name]:.4f} | {after[name]:.4f} |" for name in terms if name in after]
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n")

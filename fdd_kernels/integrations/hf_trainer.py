@@ -15,8 +15,8 @@ from transformers import Trainer
 from fdd_kernels.atomic import remove_directory
 from fdd_kernels.config import FDDConfig
 from fdd_kernels.distiller import Distiller
-from fdd_kernels.integrations.checkpoints import PREFIX, AtomicCheckpoints, last_checkpoint
-from fdd_kernels.integrations.finite import NonFiniteLossError, all_finite, require_finite
+from fdd_kernels.integrations.checkpoints import NOT_FINITE, PREFIX, AtomicCheckpoints, last_checkpoint
+from fdd_kernels.integrations.finite import NonFiniteLossError, all_finite, require_finite, warn_of_nothing
 from fdd_kernels.integrations.model_card import TAGS, distillation_section
 from fdd_kernels.integrations.sums import StepSums, WeightedSums
 from fdd_kernels.models.lens import unwrap
@@ -90,12 +90,7 @@ class FDDTrainerMixin(AtomicCheckpoints):
         count = sum((self.distiller.count_positions(batch).cpu() for batch in batches), torch.zeros((), dtype=torch.int64))
         count = self.accelerator.reduce(count.to(self.args.device), "sum")
         if not count.item():
-            warnings.warn(
-                f"no position counts in step {self.state.global_step + 1}, so that its loss is 0 and nothing is learnt: every "
-                "label is -100 (or masked, or a first token's). Look at the labels of your data: a response template that is "
-                "not found, prompts as long as max_length, or a collator that masks too much give such batches",
-                stacklevel=2,
-            )
+            warn_of_nothing(self.state.global_step + 1)
         self._step = StepSums()
         # Processes between which context parallelism will split these batches have all counted the same.
         copies = self.get_cp_size() if hasattr(self, "get_cp_size") else 1
@@ -166,7 +161,7 @@ class FDDTrainerMixin(AtomicCheckpoints):
         run = Path(self._get_output_dir(None))
         bad, aside = run / f"{PREFIX}{self.state.global_step}", ""
         if bad.is_dir():
-            target = bad.with_name(f"{bad.name}-not-finite")
+            target = bad.with_name(bad.name + NOT_FINITE)
             aside = f" ({bad.name}, of these weights, is now {target.name})"
         self.accelerator.wait_for_everyone()
         if aside and self.args.should_save:

@@ -186,7 +186,10 @@ def _configured(operation: str, inputs: LensInputs, spec: LensSpec, run):
     widths = inputs.student_hidden[0].shape[-1], inputs.teacher_hidden[0].shape[-1] if spec.needs_teacher else 0
     shape = (inputs.rows, spec.columns, *widths)
     with _on(inputs.device):
-        config = tuned(operation, shape, dtype, architecture, lambda config: run(config, architecture), mixed=mixed)
+        config = tuned(
+            operation, shape, dtype, architecture, lambda config: run(config, architecture), mixed=mixed,
+            work=f"{len(inputs.student_hidden)}:{spec.encode()[0]}",
+        )  # fmt: skip
         return run(config, architecture)
 
 
