@@ -144,26 +144,28 @@ def recorded_call(call: Call, traffic: Traffic) -> tuple[Watch, int, int]:
     from fdd_kernels.backends.triton import operations
     from fdd_kernels.backends.triton.launch import recorded
     from fdd_kernels.config import LossOptions
-    from fdd_kernels.functions import _differentiate
     from fdd_kernels.plan import make_plan
     from fdd_kernels.spec import LensInputs
+    from fdd_kernels.terms import term_weights, upstream_gradients
 
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.bfloat16, device="meta")
 
     students, teachers = ([new(call.rows, width) for _ in range(call.layers)] for width in (call.student, call.teacher))
     heads = new(call.columns, call.student), new(call.columns, call.teacher)
-    options = LossOptions(**call.pair.loss_options, backend="torch")
+    options = LossOptions(**call.pair.loss_options, backend="torch")  # a plan for "triton" asks for a GPU
     plan, *_ = make_plan(options, students, heads[0], teachers, heads[1], None, None, None, None, None)
     inputs = LensInputs(students, heads[0], None, teachers, heads[1], None, None, None)
     needed = [True] * call.layers + [call.trained, False]
     block_rows = operations.kept_rows(inputs, plan.spec, needed)
-    upstream: Callable = lambda _, *found: (  # noqa: E731
-        *found, *_differentiate(plan, found, None, call.rows, (1.0, None, None, None, None))[1]
-    )  # fmt: skip
+    weights = term_weights(plan, call.rows, (1.0, None, None, None, None), torch.float32)
+
+    def upstream_of(_rows: Tensor, *statistics: Tensor) -> tuple[Tensor, ...]:
+        return *statistics, *upstream_gradients(plan, *statistics, None, weights)
+
     with recorded() as launches:
         with Watch(lambda: traffic.add(launches)) as watch:
-            found, _ = operations.stats_and_grad(inputs, plan.spec, block_rows, upstream, needed, True)
+            found, _ = operations.stats_and_grad(inputs, plan.spec, block_rows, upstream_of, needed, True)
         traffic.add(launches)
     return watch, sum(g.numel() * g.element_size() for g in found), block_rows
 
