@@ -65,19 +65,19 @@ class Processes:
         return result
 
 
-@contextlib.contextmanager
-def together(arguments: TrainingArguments) -> Iterator[Processes]:
-    """The processes of this run, connected for the time of the block.
-
-    Raises:
-        UserError: they shard the model, which this command does not do.
-    """
+def require_data_parallelism() -> None:
+    """Raises UserError where accelerate was told to shard the model, which this command does not do."""
     for library, variable in (("FSDP", "ACCELERATE_USE_FSDP"), ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED")):
         if os.environ.get(variable, "false").lower() in ("1", "true"):
             raise UserError(
                 f"{library} shards the model, which this command does not do: start it with torchrun or with plain data "
                 "parallelism, or use FDDTrainer in a script of your own (examples/trainer.py)"
             )
+
+
+@contextlib.contextmanager
+def together(arguments: TrainingArguments) -> Iterator[Processes]:
+    """The processes of this run, connected for the time of the block."""
     processes = Processes(arguments)
     try:
         yield processes

@@ -28,7 +28,7 @@ from fdd_kernels.data import Windows, pad_windows
 from fdd_kernels.data.progress import read_windows
 from fdd_kernels.distill_command.model_card import model_card
 from fdd_kernels.distill_command.options import DistillOptions
-from fdd_kernels.distill_command.processes import Processes, together
+from fdd_kernels.distill_command.processes import Processes, require_data_parallelism, together
 from fdd_kernels.distill_command.run_folder import (
     ADAPTER_FOLDER,
     METRICS_FILE,
@@ -81,6 +81,7 @@ def distill(options: DistillOptions, console: Console | None = None) -> dict[str
         RunStopped: the loss is no number; the last good checkpoint is kept.
     """
     transformers.utils.logging.disable_progress_bar()
+    require_data_parallelism()
     _require_reporters(options.report_to)
     connecting = TrainingArguments(output_dir=str(options.output), report_to="none", use_cpu=not _has_accelerator())
     with together(connecting) as processes, contextlib.ExitStack() as held:
