@@ -16,7 +16,7 @@ PAIRS = [{"prompt": f"one two {'three ' * n}", "completion": "four word words " 
 TEXTS = [{"text": "the words and a " * (1 + n % 5)} for n in range(8)]
 
 
-def sft(output, rows, *, peft_config=None, config=None, student=None, **arguments):
+def sft(output, rows, *, peft_config=None, config=None, student=None, teacher=None, **arguments):
     tokenizer = tiny_tokenizer()
     sizes = {"vocab_size": len(tokenizer), "depth": 3}
     defaults = {"report_to": "none", "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "learning_rate": 2e-3,
@@ -29,7 +29,7 @@ def sft(output, rows, *, peft_config=None, config=None, student=None, **argument
         eval_dataset=Dataset.from_list(rows[:3]),
         processing_class=tokenizer,
         peft_config=peft_config,
-        teacher=tiny_model("gpt2", seed=2, **sizes),
+        teacher=teacher or tiny_model("gpt2", seed=2, **sizes),
         fdd_config=config or FDDConfig(num_layers=2),
     )
 
@@ -89,6 +89,23 @@ def test_lora_students_train_their_adapters_alone(tmp_path):
     for name, parameter in trainer.model.named_parameters():
         moved = not torch.equal(before[name], parameter)
         assert moved == ("lora_B" in name or "lora_A" in name), name
+
+
+def test_the_model_that_peft_config_adapts_is_its_own_teacher(tmp_path):
+    """TRL puts the adapters into the very model that was passed as the teacher."""
+    model = tiny_model("llama", seed=1, depth=3, vocab_size=len(tiny_tokenizer()))
+    lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    trainer = sft(tmp_path, PAIRS, student=model, teacher=model, peft_config=lora, max_steps=4,
+                  config=FDDConfig(num_layers=2, ce_weight=1.0))  # fmt: skip
+    assert trainer.evaluate()["eval_output_kd"] == pytest.approx(0, abs=1e-6)
+    trainer.train()
+    apart = tiny_model("llama", seed=1, depth=3, vocab_size=len(tiny_tokenizer()))
+    batch = next(iter(trainer.get_eval_dataloader()))
+    with torch.no_grad():
+        expected = Distiller(trainer.model.eval(), apart, trainer.fdd_config)(batch)
+    found = trainer.evaluate()
+    assert found["eval_output_kd"] > 1e-5
+    assert found["eval_output_kd"] == pytest.approx(float(expected.output_kd), rel=1e-3)
 
 
 def test_the_routers_of_a_student_with_experts(tmp_path):

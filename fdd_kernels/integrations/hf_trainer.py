@@ -74,11 +74,12 @@ class FDDTrainerMixin(AtomicCheckpoints):
         Raises:
             ValueError: a whole pass has fewer batches than one step.
         """
+        resumed = self._epoch_iterator is None and self.state.global_step > 0
         first, self._epoch_iterator = self._epoch_iterator is not epoch_iterator, epoch_iterator
         held, self._held_over = self._held_over, []
         batches = held + super().get_batch_samples(epoch_iterator, max(num_batches - len(held), 0), *args, **kwargs)[0]
         if len(batches) < num_batches and not self._is_at_its_end:
-            if first and batches:
+            if first and batches and not resumed:
                 raise ValueError(
                     f"the data gives {len(batches)} batches in a pass, but a step takes gradient_accumulation_steps="
                     f"{num_batches}: none would ever be complete. Lower gradient_accumulation_steps or the batch size"
@@ -187,7 +188,7 @@ class FDDTrainerMixin(AtomicCheckpoints):
         Raises:
             NonFiniteLossError: a loss, or in the end a weight, is not finite; says which checkpoint is the last good one.
         """
-        self._held_over, self._skipped_steps = [], 0
+        self._held_over, self._epoch_iterator, self._skipped_steps = [], None, 0
         result = super().train(*args, **kwargs)
         finite = torch.tensor(float(all_finite(self.model.parameters())), device=self.args.device)
         if self.accelerator.reduce(finite, "sum") < self.accelerator.num_processes:
