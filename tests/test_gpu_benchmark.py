@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,13 +14,14 @@ pytest.importorskip("triton", reason="triton is not installed: there is nothing 
 
 from benchmarks import gpu_model
 from benchmarks.__main__ import main
-from benchmarks.gpu import supervisor, verdict
-from benchmarks.gpu.bench import NotHere, WrongNumbersError
+from benchmarks.gpu import correctness, end_to_end, supervisor, verdict
+from benchmarks.gpu.bench import Bench, NotHere, WrongNumbersError
 from benchmarks.gpu.card import Card
 from benchmarks.gpu.plan import Step, steps
 from benchmarks.gpu.runner import Runner
 from benchmarks.gpu_calibration import calibration, fit
 from benchmarks.record import read_json, save
+from fdd_kernels.testing import evaluate
 
 
 @pytest.mark.timeout(1500)
@@ -141,6 +143,40 @@ def test_a_record_of_other_code_is_put_aside(tmp_path):
         path.write_text(content)
         assert supervisor.continued(path, dry=True, fresh=False)["steps"] == {}
     assert {p.name for p in tmp_path.iterdir()} == {"gpu-1.json", "gpu-2.json"}
+
+
+def test_rows_are_halved_until_they_fit(monkeypatch):
+    """What is out of memory all the same is given up, and so is what differs from ours."""
+    bench, reports, asked = Bench(Card(dry=True), lambda *report: reports.append(report)), [], []
+    workload = replace(bench.workload("Llama"), rows=8)
+
+    def measured(bench, workload, way):
+        asked.append((workload.rows, way is end_to_end.WAYS["auto"]))
+        if workload.rows > 2 or not fits:
+            raise torch.OutOfMemoryError("too large")
+        return {"ms": 1.0}
+
+    monkeypatch.setattr(end_to_end, "_measured", measured)
+    fits = True
+    found = end_to_end.measure(bench, workload, "one_pass")
+    assert found == {"ms": 1.0, "ours_at_these_rows": {"ms": 1.0}}
+    assert asked == [(8, False), (4, False), (2, False), (2, True)]
+    assert reports == [("8 rows", "out of memory"), ("4 rows", "out of memory")]
+    fits = False
+    with pytest.raises(torch.OutOfMemoryError):
+        end_to_end.measure(bench, workload, "one_pass")
+    with pytest.raises(NotHere, match="has no soft cap"):
+        monkeypatch.setitem(end_to_end.WAYS, "liger", replace(end_to_end.WAYS["liger"], package=None))
+        end_to_end.measure(bench, bench.workload("Gemma"), "liger")
+
+
+def test_numbers_beyond_their_budget_are_wrong(monkeypatch):
+    bench = Bench(Card(dry=True), lambda *_: None)
+    outcome = evaluate(correctness.build(bench, "plain")[0], backend="torch")
+    outcome.gradients["student_weight"].mul_(1.5)
+    monkeypatch.setattr(correctness, "evaluate", lambda *_, **__: outcome)
+    with pytest.raises(WrongNumbersError, match="auto, plain: student_weight is beyond its budget"):
+        correctness.check(bench, "auto", "plain")
 
 
 def record_of(**ms):
