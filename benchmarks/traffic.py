@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.gpu_model import PAIRS, Call
 
 # Operators that launch nothing: views, and memory that nobody writes.
-FREE = ("alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand", "new_empty", "permute", "select",
+FREE = ("alias", "as_strided", "promote_types", "detach", "empty", "empty_like", "empty_strided", "expand", "new_empty", "permute", "select",
         "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "_unsafe_view",
         "resolve_conj", "lift_fresh", "_reshape_alias")  # fmt: skip
 ROWS = (4096, 16384)
@@ -34,18 +34,20 @@ ROWS = (4096, 16384)
 class Watch(TorchDispatchMode):
     """Counts the operators that launch a kernel, and the bytes that are in use at a time.
 
-    `between()` is called before each operator: what has recorded launches lets go of their tensors there.
+    `launched()` is called before each operator: it lets go of the launches recorded since, and says whether there were any.
+    `within` are the operators between the first launch and the last: the others are once a call, not once a block.
     """
 
-    def __init__(self, between: Callable[[], None]) -> None:
+    def __init__(self, launched: Callable[[], bool]) -> None:
         super().__init__()
         self.operators: Counter[str] = Counter()
-        self.peak = 0
-        self._between = between
+        self.peak = self.within = 0
+        self._launched = launched
+        self._before: int | None = None
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self._between()
+        self.look()
         out = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
         if name not in FREE:
@@ -58,6 +60,13 @@ class Watch(TorchDispatchMode):
         self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
         self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
         return out
+
+    def look(self) -> None:
+        """Take notice of what was launched since the last operator."""
+        if self._launched():
+            so_far = self.operators.total()
+            self._before = so_far if self._before is None else self._before
+            self.within = so_far - self._before
 
 
 def storage_key(tensor: Tensor) -> int:
@@ -74,14 +83,16 @@ class Traffic:
     moved: Counter = field(default_factory=Counter)
     launches: Counter = field(default_factory=Counter)
 
-    def add(self, launches: list[Any]) -> None:
-        """Count recorded launches, and forget them."""
+    def add(self, launches: list[Any]) -> bool:
+        """Count recorded launches, and forget them; whether there were any."""
+        any_launched = bool(launches)
         for launch in launches:
             if "accumulate" in launch.arguments:
                 self._add_gemm(*(launch.arguments[name] for name in ("out", "a", "b")))
             else:
                 self._add_kernel(launch.kernel.fn.__name__, launch.grid, launch.arguments)
         launches.clear()
+        return any_launched
 
     def _add_gemm(self, out: Tensor, a: Tensor, b: Tensor) -> None:
         """One (m, k) x (k, n) product: logits write a block's elements, dH and dW read their gradient."""
@@ -125,7 +136,7 @@ def count(pair: str, rows: int, *, trained: bool) -> dict[str, Any]:
     watch, outputs, block_rows = recorded_call(call, traffic)
     blocks = -(-rows // block_rows)
     state = sum(moved for name, moved in traffic.moved.items() if name.endswith("state"))
-    kernels = sum(traffic.launches.values()) + sum(traffic.gemms.values()) + sum(watch.operators.values())
+    kernels = traffic.launches.total() + traffic.gemms.total() + watch.within
     heads = [traffic.gemms[f"{model} logits"] / blocks for model in ("student", "teacher")]
     covered = {kind: columns / (blocks * call.columns) for kind, columns in traffic.columns.items()}
     return {
@@ -166,7 +177,7 @@ def recorded_call(call: Call, traffic: Traffic) -> tuple[Watch, int, int]:
     with recorded() as launches:
         with Watch(lambda: traffic.add(launches)) as watch:
             found, _ = operations.stats_and_grad(inputs, plan.spec, block_rows, upstream_of, needed, True)
-        traffic.add(launches)
+        watch.look()
     return watch, sum(g.numel() * g.element_size() for g in found), block_rows
 
 

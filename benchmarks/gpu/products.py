@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks.gpu.bench import Bench, NotHere, WrongNumbersError
 from benchmarks.gpu_model import PAIRS, gemm
 
-SLAB_BYTES = 128 * 2**20  # of dL/dlogits, in whole 4096 tokens
+SLAB_BYTES = 128 * 2**20  # of dL/dlogits, in whole 2048 tokens
 PRODUCT_ROWS = {"GPT-2": (4220, 1020), "Llama": (4220, 4095), "Qwen": (1660, 1020), "Gemma": (1020, 4220)}
 
 
@@ -101,7 +101,7 @@ def alone(bench: Bench) -> dict:
                 if v % 8:
                     tight = wide.flatten()[: m * v].view(m, v)
                     _timed(bench, found, f"logits {width}, f32 out, rows not padded", (m, v, width), 4, tight, a, b)
-            slab = min(_padded(v), max(4096, SLAB_BYTES // (2 * m) // 4096 * 4096))
+            slab = min(_padded(v), max(2048, SLAB_BYTES // (2 * m) // 2048 * 2048))
             gradient = _random(bench, m, slab)
             grad_hidden = torch.zeros(m, student, device=card.device)
             grad_head = torch.zeros(slab, student, device=card.device)

@@ -193,6 +193,7 @@ class Gradients:
         self.several = block_rows < problem.rows
         self.dtype = head.block_dtype
         self.weight_CD = self.bias_C = None
+        self.one = torch.ones(1, dtype=torch.float32, device=problem.device)
         if self.weight is not None:
             if self.weight.dtype == torch.float32:
                 self.weight_CD = self.weight[:columns]
@@ -209,7 +210,9 @@ class Gradients:
         problem, spec, table = self.problem, block.spec, block.table
         head, layers, rows = problem.student, block.layers, block.rows
         pivots, reads, moments, grad_reads, grad_moments = per_row
-        scale = gradient_scale(self.dtype, spec, reads, moments, grad_reads, grad_moments)
+        scale = self.one
+        if self.dtype == torch.float16:
+            scale = gradient_scale(self.dtype, spec, reads, moments, grad_reads, grad_moments)
         coefficients = torch.empty(
             (table.slots + len(spec.moments), ITEM_FIELDS.value, rows), dtype=torch.float32, device=problem.device
         )
