@@ -18,7 +18,7 @@ from fdd_kernels.models.lens import ModelLens
 from fdd_kernels.models.parallel import data_parallel, inside_forward, own_rows
 from fdd_kernels.models.positions import counted_positions
 from fdd_kernels.models.routers import RouterLoss, router_coefficient
-from fdd_kernels.models.teachers import StudentSide, Teacher, TeacherStates, as_teacher, describe, model_states
+from fdd_kernels.models.teachers import StudentSide, Teacher, TeacherStates, as_teacher, model_states, require_model
 
 
 class DistillerTerms(FDDLossTerms):
@@ -72,11 +72,7 @@ class Distiller:
 
     def __init__(self, student: nn.Module, teacher: nn.Module | Teacher, config: FDDConfig | None = None, *,
                  vocab_group: torch.distributed.ProcessGroup | None = None) -> None:  # fmt: skip
-        if not isinstance(student, nn.Module):
-            raise TypeError(
-                f"student must be a causal LM, got {describe(student)}: load it first, with "
-                "AutoModelForCausalLM.from_pretrained(...)"
-            )
+        require_model("student", student)
         if not isinstance(config, FDDConfig | None):
             raise TypeError(f"config must be an FDDConfig, got {type(config).__name__}: give FDDConfig(alpha=..., ...)")
         self.config, self.vocab_group = config or FDDConfig(), vocab_group

@@ -26,8 +26,9 @@ from fdd_kernels.distill_command.identity import model_identity
 from fdd_kernels.distill_command.options import DistillOptions
 from fdd_kernels.distill_command.processes import Processes
 from fdd_kernels.distill_command.run import distill
+from fdd_kernels.integrations import FDDTrainer
 from fdd_kernels.integrations.checkpoints import checkpoints
-from fdd_kernels.user_error import SaidElsewhere, UserError
+from fdd_kernels.user_error import RunStopped, SaidElsewhere, UserError
 
 NUMBERS = ("one", "two", "three")
 TEXT = "\n".join(f"{a} and {b} is {c}, the word" for a in NUMBERS for b in ("one", "four") for c in ("a", "word", "x"))
@@ -516,6 +517,27 @@ def test_a_loss_that_is_no_number_ends_the_run(inputs, tmp_path, capsys):
     assert main(command(inputs, output, "--no-resume")) == 0
     assert not list(output.glob("*not-finite"))
     json.loads((output / "metrics.json").read_text("utf-8"), parse_constant=refuse_constant)
+
+
+def test_the_last_good_checkpoint_is_kept_and_resumed_from(inputs, whole, tmp_path, monkeypatch):
+    own = FDDTrainer.training_step
+
+    def ruined(self, model, *arguments, **named):
+        if self.state.global_step == 3:
+            with torch.no_grad():
+                model.lm_head.weight.fill_(torch.inf)
+        return own(self, model, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FDDTrainer, "training_step", ruined)
+        with pytest.raises(
+            RunStopped, match=r"loss of step 4 is not finite .*checkpoint-2 is the last good checkpoint"
+        ) as stop:
+            distill(options(inputs, tmp_path / "run"), quiet())
+    assert stop.value.exit_status == 1
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    distill(options(inputs, tmp_path / "run"), quiet())
+    same(weights(tmp_path / "run"), weights(whole))
 
 
 def test_a_student_with_experts_is_shown_with_its_routers(inputs, tmp_path):

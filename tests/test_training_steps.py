@@ -108,6 +108,14 @@ def test_labels_that_are_all_ignored_are_warned_of(tmp_path):
         run.evaluate()
 
 
+def test_a_batch_that_context_parallelism_will_split_is_counted_once(tmp_path, monkeypatch):
+    run = trainer(tmp_path, train=examples([4, 9]))
+    whole = run.get_batch_samples(iter(run.get_train_dataloader()), 1, run.args.device)[1]
+    monkeypatch.setattr(run, "get_cp_size", lambda: 2)
+    part = run.get_batch_samples(iter(run.get_train_dataloader()), 1, run.args.device)[1]
+    assert 2 * part == whole - whole % 2  # of one process here; two count twice as many
+
+
 class Ruin(TrainerCallback):
     """After a step the student's weights give no finite loss."""
 
@@ -167,9 +175,11 @@ def test_a_state_with_numbers_that_json_does_not_know(tmp_path):
     def refuse(name):
         raise AssertionError(name)
 
-    text = (tmp_path / "checkpoint-1" / "trainer_state.json").read_text()
-    first = json.loads(text, parse_constant=refuse)["log_history"][0]
-    assert (first["grad_norm"], first["other"]) == (None, [None, 1.0])
+    run.save_state()
+    for folder in (tmp_path, tmp_path / "checkpoint-1"):
+        text = (folder / "trainer_state.json").read_text()
+        first = json.loads(text, parse_constant=refuse)["log_history"][0]
+        assert (first["grad_norm"], first["other"]) == (None, [None, 1.0])
 
 
 def test_require_finite_names_the_terms():

@@ -21,7 +21,7 @@ from fdd_kernels.integrations.model_card import TAGS, distillation_section
 from fdd_kernels.integrations.sums import StepSums, WeightedSums
 from fdd_kernels.models.lens import unwrap
 from fdd_kernels.models.positions import SHIFT_LABELS, counting_rows
-from fdd_kernels.models.teachers import Teacher, place_teacher
+from fdd_kernels.models.teachers import Teacher, place_teacher, require_model
 
 # How many steps in a row float16's scaler may skip: it halves its scale, 65536 at first, each time.
 _SKIPPED_STEPS = 20
@@ -283,3 +283,8 @@ class FDDTrainer(FDDTrainerMixin, Trainer):
         CheckpointError: while training, a checkpoint could not be written; those before it are intact.
         NonFiniteLossError: while training, the loss is infinite or no number; the last good checkpoint is kept.
     """
+
+    def __init__(self, model: nn.Module | None = None, *args, **kwargs) -> None:
+        if model is not None:
+            require_model("model", model)
+        super().__init__(model, *args, **kwargs)
