@@ -414,6 +414,17 @@ def test_a_teacher_with_a_place_of_its_own_gives_the_same(inputs, whole, tmp_pat
     same(weights(tmp_path / "run"), weights(whole))
 
 
+@pytest.mark.parametrize(("kind", "library"), [("bnb4", "bitsandbytes"), ("bnb8", "bitsandbytes"), ("torchao-int8", "torchao")])
+def test_a_quantised_teacher(inputs, whole, tmp_path, kind, library):
+    pytest.importorskip(library)
+    teacher = str(inputs / "student")  # a Llama: torchao knows no Conv1D
+    metrics = distill(options(inputs, tmp_path / "q", teacher=teacher, teacher_quantization=kind, max_steps=1), quiet())
+    assert 0 < metrics["held_out_before"]["output_kd"] < 0.05  # student and teacher differ by the quantisation alone
+    if library == "torchao":
+        with pytest.raises(UserError, match="finds nothing to quantise"):
+            distill(options(inputs, tmp_path / "none", teacher_quantization=kind, max_steps=1), quiet())
+
+
 def test_a_teacher_in_a_dtype_of_its_own(inputs, tmp_path):
     metrics = distill(options(inputs, tmp_path, teacher_dtype="bfloat16", max_steps=1), quiet())
     assert metrics["held_out"]["output_kd"] > 0

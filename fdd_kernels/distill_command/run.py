@@ -54,7 +54,7 @@ from fdd_kernels.loading import (
     with_lora,
 )  # fmt: skip
 from fdd_kernels.progress import Activity
-from fdd_kernels.teacher_cache import WindowCache
+from fdd_kernels.teacher_cache import StatisticsCache, WindowCache
 from fdd_kernels.teacher_options import load_teacher
 from fdd_kernels.user_error import RunStopped, SaidElsewhere, UserError
 from fdd_kernels.version import __version__
@@ -145,6 +145,11 @@ def _prepare(options: DistillOptions, processes: Processes, console: Console) ->
             teacher = open_cache(options.teacher_cache)
             vocabulary = load_vocabulary(str(teacher.tokenizer_folder), options.student, options.config.vocab_size)
             require_shared(teacher, vocabulary)
+            if isinstance(teacher, StatisticsCache) and options.config.train_head and not options.lora_rank:
+                raise UserError(
+                    f"teacher_cache={options.teacher_cache} holds statistics for one head that does not change: train adapters "
+                    "beside it (lora_rank), freeze it (train_head=False), or use a cache of states"
+                )
         else:
             vocabulary = load_vocabulary(options.teacher, options.student, options.config.vocab_size)
             teacher = load_teacher(options, computing_dtype(options.teacher_dtype or options.dtype, processes.device))
