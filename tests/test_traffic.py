@@ -11,9 +11,6 @@ pytest.importorskip("triton", reason="triton is not installed: there is nothing 
 from benchmarks import traffic
 from benchmarks.__main__ import main
 from benchmarks.gpu_model import DEVICES, PAIRS, Call, cached
-from fdd_kernels import terms
-
-pytestmark = pytest.mark.skipif(not hasattr(terms, "term_weights"), reason="the terms' gradients have no closed form yet")
 
 
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
