@@ -395,12 +395,13 @@ def test_reports_go_to_tensorboard(inputs, tmp_path):
     assert list(tmp_path.rglob("events.out.tfevents*"))
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 def test_options_of_training_reach_the_trainer(inputs, tmp_path, monkeypatch):
     made = []
     own = run_module._ResumableTrainer.train
     monkeypatch.setattr(run_module._ResumableTrainer, "train", lambda self, **k: (made.append(self), own(self, **k))[1])
     lora = {"lora_rank": 2, "lora_alpha": 3.0, "lora_targets": ("q_proj",)}
-    settings = {"warmup": 0.5, "weight_decay": 0.2, "scheduler": "linear", "max_steps": 4}
+    settings = {"warmup": 0.5, "weight_decay": 0.2, "scheduler": "linear", "max_steps": 4, "gradient_checkpointing": True}
     distill(options(inputs, tmp_path, **lora, **settings), quiet())
     arguments, config = made[0].args, made[0].model.peft_config["default"]
     assert (arguments.warmup_steps, arguments.weight_decay, arguments.lr_scheduler_type) == (2, 0.2, "linear")
@@ -440,6 +441,7 @@ def test_two_processes_train_as_one_with_their_batches(inputs, whole, tmp_path):
     done = subprocess.run([*launcher, *arguments], env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("saved checkpoint-6") == 1
+    assert "FutureWarning" not in done.stderr
     metrics, alone = (json.loads((folder / "metrics.json").read_text()) for folder in (output, whole))
     assert metrics["steps"] == alone["steps"] == 6
     logs = [[log["loss"] for log in found["history"] if "loss" in log] for found in (metrics, alone)]

@@ -181,3 +181,16 @@ def test_columns_that_the_teachers_bias_alone_leaves_out_are_refused():
         with pytest.raises(ValueError, match="leave out other columns"):
             loss(plain.student_hidden, wrong)
         loss(plain.student_hidden, right)
+
+
+def test_no_items_are_refused_or_a_loss_of_zero():
+    problem = _problem({})
+    make = StatisticsMaker(LossOptions(), problem.student_weight)
+    loss = StatisticsLoss(LossOptions(), len(problem.student_hidden), problem.student_weight)
+    arguments = problem.student_hidden, make(problem.teacher_hidden, problem.teacher_weight)
+    with pytest.raises(ValueError, match="num_items_in_batch=0 must be greater than 0"):
+        loss(*arguments, num_items_in_batch=0)
+    of_none = loss(*arguments, num_items_in_batch=torch.zeros((), dtype=torch.float64)).loss
+    assert of_none == 0
+    assert of_none.dtype == torch.float32
+    assert not any(g.any() for g in torch.autograd.grad(of_none, problem.student_hidden))
