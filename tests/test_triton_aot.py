@@ -68,7 +68,8 @@ import dataclasses
 from benchmarks import aot
 
 case = next(aot.cases(quick=True))
-job = next(j for j in (aot.job("cuda:90", case, one) for one in aot.launches(case, "sm_90")) if j.kernel == "cached_stats_kernel")
+jobs = (aot.job("cuda:90", case, one) for one in aot.launches(case, "sm_90"))
+job = next(job for job in jobs if job.kernel == "cached_stats_kernel")
 divisible = tuple(name for name in job.divisible if not name.startswith("ld_"))
 print(*aot.compile_job(dataclasses.replace(job, divisible=divisible)).problems, sep="; ")
 """

@@ -69,6 +69,7 @@ def test_several_blocks_and_slabs(monkeypatch):
     """Scratch for three rows: every loop on the host turns more than once, and each dtype of a head is summed."""
     monkeypatch.setattr(strategy, "FEWEST_CACHED_ROWS", {"trained": 1, "frozen": 1})
     monkeypatch.setattr(strategy, "GEMM_TILE", 4)
+    monkeypatch.setattr(strategy, "ROW_STEP", 1)
     monkeypatch.setattr(strategy, "GRADIENT_BYTES", 1)
     columns = 2 * TOKENS + 5
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -217,7 +218,8 @@ def test_rule():
         assert 0 < rows * 5 <= strategy.MOST_CACHED_ROWS
         assert rows * 5 >= strategy.FEWEST_CACHED_ROWS["trained"]
         assert 8 * 5 * rows * strategy.padded(columns) <= budget
-        assert rows * 5 % strategy.GEMM_TILE >= strategy.GEMM_TILE - 5 or rows * 5 % strategy.GEMM_TILE == 0
+        assert rows % strategy.ROW_STEP == 0
+        assert -(rows * 5) % strategy.GEMM_TILE <= strategy.ROW_STEP * 5
     assert strategy.cached_rows(shape(columns=262144), 256 * strategy.MIB) == 0
     assert strategy.cached_rows(shape(columns=262144, rows=20), 256 * strategy.MIB) == 20  # all of them fit
     assert strategy.cached_rows(shape(rows=0), budget) == 0
