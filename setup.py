@@ -22,6 +22,7 @@ def extension() -> dict:
 
     # The products and the row kernels choose their instruction set at run time: nothing here depends on this machine.
     flags = ["-O3", "-std=c++20", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unused-parameter"]
+    flags += ["-Werror=switch"]  # a divergence that a switch leaves out would be computed as another
     # torch's own thread pool, through ATen/Parallel.h; its wheels bring the OpenMP runtime of g++.
     link = [] if sys.platform == "darwin" else ["-fopenmp"]
     flags += link

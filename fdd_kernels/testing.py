@@ -30,7 +30,7 @@ from fdd_kernels.api import _rows_that_count, fdd_loss_reference, fused_fdd_loss
 from fdd_kernels.config import FDDLossTerms, LossOptions
 from fdd_kernels.divergences import DIVERGENCES
 from fdd_kernels.plan import Plan, make_plan
-from fdd_kernels.reference import _distance, dense_logits
+from fdd_kernels.reference import dense_logits, distance_of
 from fdd_kernels.terms import RowTerms, combine, normaliser_of
 
 PERTURBATIONS = 3  # random movements of the logits from which the floor of a gradient is taken
@@ -313,7 +313,7 @@ def value_floors(problem: Problem, unit: float | None = None, **options) -> FDDL
         return _movement(value, (s, t), off, summation) + summation * value(s, t).abs()
 
     def distance(name: str, s: Tensor, t: Tensor, off: Tensor, common: float) -> Tensor:
-        value = lambda a, b: _distance(name, a, b)  # noqa: E731
+        value = lambda a, b: distance_of(name, a, b)  # noqa: E731
         return _movement(value, (s, t), off, common) + summation * value(s, t)
 
     final = len(students) - 1
