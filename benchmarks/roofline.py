@@ -38,7 +38,7 @@ from pathlib import Path
 import torch
 
 from fdd_kernels.backends.triton.config import LaunchConfig, choose
-from fdd_kernels.backends.triton.operations import GRAD_BYTES
+from fdd_kernels.backends.triton.operations import GRAD_BYTES, HEAD_BYTES
 
 GIB, MIB = 2**30, 2**20
 
@@ -164,8 +164,9 @@ def product_phase(device: Device, pair: Pair, rows: int, layers: int, trained_he
     elements = layers * rows * pair.columns
     count = 2 if trained_head else 1
     operations = count * 2 * elements * pair.student_width
-    # dH is summed in float32 over the chunks of columns that GRAD_BYTES holds; dW is zeroed, summed, scaled and rounded.
-    chunks = max(1, elements * ITEM // GRAD_BYTES)
+    # dH is summed in float32 over the chunks of columns whose G and whose rows of the head the two budgets hold; dW is zeroed,
+    # summed, scaled and rounded.
+    chunks = max(1, elements * ITEM // GRAD_BYTES, pair.columns * pair.student_width * (ITEM + F32) // HEAD_BYTES)
     sums = layers * rows * pair.student_width * 2 * F32 * chunks
     sums += (count - 1) * pair.columns * pair.student_width * (6 * F32 + ITEM)
     return Phase(

@@ -1,6 +1,7 @@
 // The Python module fdd_kernels._C: both operations on tensors that fdd_kernels/backends/cpu.py has checked and cut.
 #include <ATen/core/grad_mode.h>
 #include <torch/extension.h>
+#include <torch/version.h>
 
 #include <algorithm>
 #include <limits>
@@ -10,6 +11,9 @@
 #include "lens.h"
 
 namespace {
+
+// Read from the file before it is loaded (fdd_kernels/_extension.py): with another torch, loading may crash.
+constexpr char kBuiltFor[] = "fdd_kernels built for torch " TORCH_VERSION ";";
 
 using fdd::Divergence;
 
@@ -156,6 +160,7 @@ void grad_of_kept(const fdd::Problem& p, const at::Tensor& memory, const at::Ten
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<fdd::Problem>(m, "Problem").def(py::init(&problem));
+  m.attr("built_for") = kBuiltFor;
   m.def("stats", &stats);
   m.def("grad", &grad);
   m.def("kept_size", &fdd::KeptValues::size);

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shutil
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -45,7 +44,8 @@ def examine() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": platform.platform(),
         "packages": {name: _version(name) for name in PACKAGES},
-        "compiler": shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"),
+        "compiler": _extension.compiler(),
+        "kernels": _extension.origin,
         "processor": _processor(),
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
         "backends": {name: {d.type: examine_backend(name, d) for d in devices} for name in BACKENDS if name != "auto"},
@@ -148,6 +148,7 @@ def print_findings(findings: dict[str, Any], *, as_json: bool = False) -> int:
     products = "as they are" if processor["bfloat16_products"] else "converted to float32"
     print(f"  the C++ kernels multiply bfloat16 operands {products}")
     print(f"  C++ compiler: {findings['compiler'] or 'none found'}")
+    print(f"  C++ kernels: {findings['kernels'] or 'none, see backend cpu'}")
     print("\nGPU")
     for gpu in findings["gpus"]:
         print(f"  {gpu['name']}, {gpu['memory_gib']} GiB, compute capability {gpu['compute_capability']}")

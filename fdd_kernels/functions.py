@@ -8,6 +8,7 @@ lies between is the same for one process and for many.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -74,9 +75,10 @@ class LossAndGradient(torch.autograd.Function):
 
     For backends that keep a block's values between the two operations, which spares the backward pass both heads' products.
     Those gradients are for an upstream gradient of 1: the first backward pass scales them in place, which nobody else can
-    see, and hands them over; a second one forms them anew. Upstream gradients of other terms go through the two operations.
-    `normaliser` divides the sums over rows; None: nothing does. All processes of a `shard` must take the same rows at a time,
-    and the same backward passes.
+    see, and hands them over; a second one forms them anew. So does the first one on a CPU where scaling would round 16-bit
+    gradients a second time: unless the upstream gradient is a power of two. (Elsewhere that would take a host sync.)
+    Upstream gradients of other terms go through the two operations. `normaliser` divides the sums over rows; None: nothing
+    does. All processes of a `shard` must take the same rows at a time, and the same backward passes.
     """
 
     @staticmethod
@@ -102,10 +104,12 @@ class LossAndGradient(torch.autograd.Function):
             if all(g is None for g in of_terms):
                 if of_loss is None:
                     return (None,) * len(ctx.needs_input_grad)
-                found = gradients or ctx.compute(inputs)[1]
-                if of_loss != 1:
-                    for gradient in found:
-                        gradient.mul_(of_loss)
+                if gradients is None or _rounds_twice(gradients, of_loss, ctx.shard, ctx.needed):
+                    del gradients
+                    found = ctx.compute(inputs, of_loss)[1]
+                else:
+                    found = _scaled(gradients, of_loss)
+                found = _rounded(found, inputs, ctx.needed)
             else:
                 del gradients
                 spec, backend = ctx.plan.spec.encode(), ctx.plan.backend
@@ -157,21 +161,46 @@ def _kept_rows(backend: str, inputs: LensInputs, spec: LensSpec, needed: list[bo
     return BACKENDS[backend].kept_rows(inputs, spec, needed)
 
 
-def _loss_and_gradient(plan: Plan, rows_at_a_time: int, shard, normaliser, needed: list[bool],
-                       inputs: LensInputs) -> tuple[FDDLossTerms, list[Tensor]]:  # fmt: skip
-    """The terms, and the gradients of `loss` marked in `needed`."""
-    blocks: list[FDDLossTerms] = []
+def _loss_and_gradient(plan: Plan, rows_at_a_time: int, shard, normaliser, needed: list[bool], inputs: LensInputs,
+                       of_loss: Tensor | float = 1.0) -> tuple[FDDLossTerms, list[Tensor]]:  # fmt: skip
+    """The terms, and the gradients of `of_loss` * loss marked in `needed`, in the dtypes in which the backend has them."""
 
-    def per_row_of(rows: Tensor, *statistics: Tensor) -> tuple[Tensor, ...]:
+    def upstream_of(rows: Tensor, *statistics: Tensor) -> tuple[Tensor, ...]:
         if shard is not None:
             statistics = shard.merged(inputs.at(rows), plan.spec, statistics)
-        terms, of_statistics = _differentiate(plan, statistics, None, normaliser, (1.0, None, None, None, None))
-        blocks.append(terms)
-        return *statistics, *of_statistics
+        return *statistics, *_differentiate(plan, statistics, None, normaliser, (of_loss, None, None, None, None))[1]
 
     with torch.autocast(inputs.device.type, enabled=False), torch.profiler.record_function("fdd_kernels::stats_and_grad"):
-        found = BACKENDS[plan.backend].stats_and_grad(inputs, plan.spec, rows_at_a_time, per_row_of, needed)
-    return FDDLossTerms(*[torch.stack(term).sum(0) for term in zip(*blocks)]), _complete(shard, found, needed)
+        found, statistics = BACKENDS[plan.backend].stats_and_grad(
+            inputs, plan.spec, rows_at_a_time, upstream_of, needed, shard is None
+        )
+    terms = combine(row_terms_from_statistics(plan, *statistics), plan.options, inputs.valid, (), normaliser)
+    return terms, _complete(shard, found, needed)
+
+
+def _rounds_twice(found: list[Tensor], of_loss: Tensor, shard, needed: list[bool]) -> bool:
+    """Whether scaling the gradients `found` would round any of 16 bits again; False where the host would have to wait."""
+    if of_loss.device.type != "cpu" or abs(math.frexp(of_loss.item())[0]) in (0.0, 0.5):
+        return False
+    if shard is not None:  # by what all its processes have in common
+        found = found[: sum(needed[:-2])]
+    return any(gradient.dtype.itemsize == 2 for gradient in found)
+
+
+def _scaled(found: list[Tensor], of_loss: Tensor) -> list[Tensor]:
+    """The gradients times the upstream gradient, in place."""
+    if of_loss.device.type != "cpu" or of_loss != 1:
+        for gradient in found:
+            gradient.mul_(of_loss)
+    return found
+
+
+def _rounded(found: list[Tensor], inputs: LensInputs, needed: list[bool]) -> list[Tensor]:
+    """The gradients in the dtypes of what they are of; one after another, so that each wider one is freed."""
+    sources = (*inputs.student_hidden, inputs.student_weight, inputs.student_bias)
+    for i, source in enumerate([source for source, need in zip(sources, needed) if need]):
+        found[i] = found[i].to(source.dtype)
+    return found
 
 
 def _differentiate(plan: Plan, statistics, valid, normaliser, upstream) -> tuple[FDDLossTerms, tuple[Tensor, Tensor]]:
@@ -199,23 +228,21 @@ class LogSumExps(torch.autograd.Function):
         inputs = LensInputs(list(hidden), weight, bias, list(hidden), None, None, None, labels)
         temperatures = hidden[0].new_tensor([[read.temperature] for read in spec.reads])
         needed = [*ctx.needs_input_grad[-len(hidden) :], False, False]
-        blocks: list[Tensor] = []
 
-        def per_row_of(_rows, pivots: Tensor, reads: Tensor, moments: Tensor) -> tuple[Tensor, ...]:
-            blocks.append(pivots[0] / temperatures + reads[:, LSE_S])
+        def upstream_of(_rows, pivots: Tensor, reads: Tensor, moments: Tensor) -> tuple[Tensor, ...]:
             of_reads = torch.zeros_like(reads)
             of_reads[:, LSE_S] = 1.0
             return pivots, reads, moments, of_reads, torch.zeros_like(moments)
 
         if rows_at_a_time:
             with torch.autocast(inputs.device.type, enabled=False):
-                slopes = BACKENDS[backend].stats_and_grad(inputs, spec, rows_at_a_time, per_row_of, needed)
-            found = torch.cat(blocks, -1)
+                slopes, statistics = BACKENDS[backend].stats_and_grad(inputs, spec, rows_at_a_time, upstream_of, needed, False)
         else:
             arguments = (*inputs, *spec.encode(), backend)
-            per_row = per_row_of(None, *ops.lens_stats(*arguments))
-            found = blocks[0]
-            slopes = ops.lens_grad(*arguments, *per_row, needed) if any(needed) else []
+            statistics = ops.lens_stats(*arguments)
+            slopes = ops.lens_grad(*arguments, *upstream_of(None, *statistics), needed) if any(needed) else []
+        pivots, reads, _ = statistics
+        found = pivots[0] / temperatures + reads[:, LSE_S]
         ctx.needed = needed
         ctx.save_for_backward(*hidden, *slopes)
         return found

@@ -6,13 +6,14 @@ import json
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from itertools import product
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from allocations import Allocations
 
-from fdd_kernels.backends import BACKENDS, Backend, torch_stream
+from fdd_kernels.backends import BACKENDS, torch_stream
 from fdd_kernels.testing import evaluate, random_problem
 
 MIB = 2**20
@@ -101,36 +102,12 @@ def check_tiles(layers, rows, columns, widths, itemsize, device_type):
     assert whole < LIMIT
 
 
-class Allocations(TorchDispatchMode):
-    """The sizes, in elements, of everything computed."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes: set[tuple[int, ...]] = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
-                self.shapes.add(tuple(tensor.shape))
-        return out
-
-
 @pytest.fixture
 def allocations(monkeypatch):
     """What the torch backend's operations allocate, with tiles of 4 rows and 16 columns."""
     monkeypatch.setattr(torch_stream, "choose_tiles", lambda *_: torch_stream.Tiles(4, 16, 8))
     seen = Allocations()
-
-    def watched(operation):
-        def run(*args):
-            with seen:
-                return operation(*args)
-
-        return run
-
-    own = Backend(watched(torch_stream.stats), watched(torch_stream.grad), unavailable=lambda device: None)
+    own = replace(BACKENDS["torch"], stats=seen.watching(torch_stream.stats), grad=seen.watching(torch_stream.grad))
     monkeypatch.setitem(BACKENDS, "torch", own)
     return seen
 

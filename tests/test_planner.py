@@ -1,6 +1,5 @@
 """The planner: shapes of models, arithmetic, advice, command, and its prediction of the loss against allocated peaks."""
 
-import itertools
 import json
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from allocations import allocated_peak
 
 from benchmarks.inputs import build_problem
 from benchmarks.measure import step
@@ -175,16 +175,6 @@ CASES = [
     ("dense", {"rows": 128, "columns": 8000, "student_width": 64, "teacher_width": 64}),
     ("dense", {"rows": 256, "columns": 20000, "student_width": 64, "teacher_width": 64, "layers": 1}),
 ]
-
-
-def allocated_peak(function) -> int:
-    """The most bytes that torch's allocator had given out at a time while `function` ran: the same on every processor, where
-    resident memory also has pages and the buffers of the matrix library in it."""
-    kept = []  # what it returns, so that it counts to the end
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        kept.append(function())
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    return max(itertools.accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
 
 
 @pytest.mark.parametrize(("provider", "shape"), CASES, ids=lambda case: case if isinstance(case, str) else str(case["rows"]))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from allocations import Allocations
 from triton.runtime import interpreter
 
 from benchmarks.roofline import EXPONENTIALS
 from fdd_kernels import fused_fdd_loss
+from fdd_kernels.backends import BACKENDS
 from fdd_kernels.backends.triton import autotune, config, divergences, operations
 from fdd_kernels.divergences import DIVERGENCES
 from fdd_kernels.testing import assert_within_budget, evaluate, exact, random_problem
@@ -65,6 +68,25 @@ def test_several_blocks_of_rows_and_chunks_of_columns(monkeypatch):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         problem = random_problem((2, 20), 70, dtype=dtype)
         assert_within_budget(problem, run(problem), None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_nothing_of_the_heads_size_is_allocated_but_its_gradient(monkeypatch, dtype):
+    """Budgets of 64 columns; wide heads beside few rows, so that a head is by far the largest tensor."""
+    columns, width, backend = 300, 64, BACKENDS["triton"]
+    monkeypatch.setattr(operations, "GRAD_BYTES", 1)
+    monkeypatch.setattr(operations, "HEAD_BYTES", 64 * width * 6)
+    problem = random_problem((17,), columns, width, width, layers=1, dtype=dtype)
+    for block_bytes, trained, expected in (
+        (operations.BLOCK_BYTES, True, 1), (1, True, 1 + (dtype != torch.float32)), (operations.BLOCK_BYTES, False, 0),
+    ):  # fmt: skip
+        monkeypatch.setattr(operations, "BLOCK_BYTES", block_bytes)
+        seen = Allocations()
+        watched = replace(backend, stats=seen.watching(backend.stats), grad=seen.watching(backend.grad))
+        monkeypatch.setitem(BACKENDS, "triton", watched)
+        run(problem if trained else problem.frozen("student_weight"))
+        large = [size for size in seen.sizes if size > columns * width // 2]
+        assert len(large) == expected, large
 
 
 def test_float16_gradients_below_its_smallest_number():
@@ -144,7 +166,7 @@ def test_precision_of_float32_is_one_that_the_architecture_has(monkeypatch):
 
 def test_autotuning_is_kept_on_disk(monkeypatch, tmp_path):
     monkeypatch.setenv(autotune.SWITCH, "1")
-    monkeypatch.setenv(autotune.CACHE, str(tmp_path))
+    monkeypatch.setenv("FDD_KERNELS_CACHE", str(tmp_path))
     timed = []
 
     def timer(run, candidate):

@@ -70,12 +70,14 @@ def keeping(rows: int | None) -> Iterator[list[int]]:
     """Let the C++ backend keep `rows` rows at a time (None: as many as it chooses); the rows of each block that it kept."""
     backend, block_rows, blocks = BACKENDS["cpu"], cpu.block_rows, []
 
-    def stats_and_grad(inputs, spec, rows_at_a_time, per_row_of, needed):
+    def stats_and_grad(inputs, spec, rows_at_a_time, upstream_of, needed, refine):
+        assert not refine  # what a process knows of its own columns alone is no more accurate
+
         def seen(rows, *statistics):
             blocks.append(len(rows))
-            return per_row_of(rows, *statistics)
+            return upstream_of(rows, *statistics)
 
-        return backend.stats_and_grad(inputs, spec, rows_at_a_time, seen, needed)
+        return backend.stats_and_grad(inputs, spec, rows_at_a_time, seen, needed, refine)
 
     BACKENDS["cpu"] = replace(backend, stats_and_grad=stats_and_grad)
     if rows is not None:

@@ -15,8 +15,21 @@ from fdd_kernels.backends import cpu, torch_stream, triton
 class Backend:
     """Two functions and a check; `unavailable(device)` returns the reason and the remedy, or None.
 
-    A backend may do both operations at once, block of rows by block of rows, with `stats_and_grad`; `kept_rows` says how
-    many rows a block has, 0 where that does not pay.
+    A backend may do both operations at once, one block of rows after another, and keep a block's logits in between:
+
+        kept_rows(inputs, spec, needed) -> rows a block; 0 where that does not pay
+        stats_and_grad(inputs, spec, rows_at_a_time, upstream_of, needed, refine) -> gradients, (pivots, reads, moments)
+
+    For each block `upstream_of(rows, pivots, reads, moments)` is given its rows, int64 positions among the caller's on their
+    device, and their statistics (..., r). It returns what `grad` takes as `per_row` for these rows: the statistics to form
+    the gradients with, which are those of all columns where `inputs` has some of them, and the upstream gradients of reads and
+    moments. Rows that are not valid may be among a block's, with statistics of 0; what is returned for them is to be ignored.
+
+    The gradients are those of `grad`; a backend whose sums are in a wider dtype may return these, which are then rounded once,
+    after the upstream gradient is known. The statistics are those that `upstream_of` returned, of all rows in the caller's
+    order, 0 where a row is not valid. With `refine` the backend may have replaced each VALUE by a more accurate one, since
+    the gradient kernel knows both log-sum-exps: KL = sum p (expm1(x) - x) with x = log q - log p has no term below 0.
+    Without `refine` (`inputs` has some of the columns) it must not. Neither function is traced or differentiated.
     """
 
     stats: Callable

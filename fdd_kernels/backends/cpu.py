@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fdd_kernels import _extension
 from fdd_kernels.backends import torch_stream
+from fdd_kernels.divergences import DIVERGENCES
 from fdd_kernels.spec import MOMENT_STATS, NLL, READ_STATS, LensInputs, LensSpec
 
 MIB = 2**20
@@ -34,7 +35,7 @@ WEIGHT_BYTES = 32 * MIB  # float32 sums of the head's gradient where its dtype i
 
 F32 = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 # (rows, pivots, reads, moments) -> pivots, reads, moments, upstream gradients of reads and moments
-PerRow = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
+UpstreamOf = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,20 @@ def unavailable(device: torch.device) -> str | None:
     """Why these kernels cannot run on `device`, and the remedy."""
     if device.type != "cpu":
         return f'its kernels run on the CPU, not on "{device}"; use backend="auto"'
-    return _extension.why_missing
+    return _extension.missing_reason() or missing_divergences()
+
+
+def missing_divergences() -> str | None:
+    """What to do about kernels that were built before the registry got its last divergence; None if they know them all."""
+    known = getattr(_extension.kernels, "divergences", None)
+    missing = sorted(DIVERGENCES.keys() - known()) if known else []
+    if not missing:
+        return None
+    return f"its kernels were built from other sources and know no divergence {missing}: install the package again"
+
+
+# As of `_extension.missing_reason`.
+missing_divergences._dynamo_marked_constant = True
 
 
 def _streamed(inputs: LensInputs, spec: LensSpec, rows: Tensor, *, backward: bool):
@@ -231,12 +245,11 @@ def kept_rows(inputs: LensInputs, spec: LensSpec, needed: list[bool]) -> int:
 
 
 def stats_and_grad(
-    inputs: LensInputs, spec: LensSpec, rows_at_a_time: int, per_row_of: PerRow, needed: list[bool]
-) -> list[Tensor]:
-    """`stats`, then `grad`, for one block of rows after another, of which all values are kept in between.
+    inputs: LensInputs, spec: LensSpec, rows_at_a_time: int, upstream_of: UpstreamOf, needed: list[bool], refine: bool
+) -> tuple[list[Tensor], tuple[Tensor, Tensor, Tensor]]:
+    """`stats`, then `grad`, for one block of valid rows after another, of which all values are kept in between.
 
-    `per_row_of` is given the rows of a block and their statistics and returns what `grad` takes as `per_row` for them: the
-    statistics that the gradients are formed with, those of all columns where `inputs` has some, and their upstream gradients.
+    See `Backend` for `upstream_of` and what is returned.
     """
     rows, layers, width = _valid_rows(inputs), len(inputs.student_hidden), inputs.student_hidden[0].shape[1]
     grad_hidden, grad_weight, grad_bias = _no_gradients(inputs, needed)
@@ -252,7 +265,7 @@ def stats_and_grad(
         if memory is None:  # the first block is the largest
             memory = torch.empty(_extension.kernels.kept_size(problem), **F32)
         _extension.kernels.stats_and_keep(problem, memory, *statistics)
-        for whole, of_block in zip(per_row, per_row_of(block, *(t[..., block] for t in statistics)), strict=True):
+        for whole, of_block in zip(per_row, upstream_of(block, *(t[..., block] for t in statistics)), strict=True):
             whole[..., block] = of_block
         sums = torch.zeros(layers, len(block), width, **F32) if any(needed[:layers]) else None
         _extension.kernels.grad_of_kept(problem, memory, *per_row, sums, weight, grad_bias)
@@ -260,4 +273,4 @@ def stats_and_grad(
             _place(sums, block, grad_hidden)
     if weight is not grad_weight:
         grad_weight.copy_(weight)
-    return _wanted(inputs, grad_hidden, grad_weight, grad_bias)
+    return _wanted(inputs, grad_hidden, grad_weight, grad_bias), per_row[:3]

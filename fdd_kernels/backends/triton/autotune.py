@@ -18,15 +18,14 @@ import triton
 
 from fdd_kernels.backends.triton import launch
 from fdd_kernels.backends.triton.config import LaunchConfig, candidates, choose
+from fdd_kernels.environment import cache_folder
 
 SWITCH = "FDD_KERNELS_TRITON_AUTOTUNE"
-CACHE = "FDD_KERNELS_CACHE"
 REPEATS = 3
 
 
 def cache_file() -> Path:
-    folder = os.environ.get(CACHE) or Path.home() / ".cache" / "fdd_kernels"
-    return Path(folder) / "triton_configurations.json"
+    return cache_folder() / "triton_configurations.json"
 
 
 def _read() -> dict[str, dict]:

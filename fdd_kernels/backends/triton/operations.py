@@ -2,8 +2,9 @@
 
 Nothing here waits for the device: how many rows count stays there. Beyond inputs, outputs and statistics a call allocates
 the hidden states of a block of rows (BLOCK_BYTES with their float32 gradient), dL/dx of that block and some columns
-(GRAD_BYTES), one scratch tile ring a program, and, where a low-precision head is trained over several blocks of rows, a
-float32 gradient of it. No atomics: results are the same from run to run.
+(GRAD_BYTES), those columns of the head and of its gradient (HEAD_BYTES), one scratch tile ring a program, and, where a
+low-precision head is trained over several blocks of rows, a float32 gradient of it. No atomics: results are the same from run
+to run.
 
 Shape suffixes: L layers, R rows, r rows of a block, C columns, c columns of a chunk, D a hidden width.
 """
@@ -44,6 +45,7 @@ from fdd_kernels.spec import (
 MIB = 2**20
 BLOCK_BYTES = 256 * MIB
 GRAD_BYTES = 128 * MIB
+HEAD_BYTES = 128 * MIB
 # What the scaled bounds on float16 operands come to: far from overflow, and from underflow.
 LARGEST_GRAD = LARGEST_OPERAND = 2.0**8
 
@@ -56,6 +58,7 @@ class Head:
         self.dtype = hidden[0].dtype
         for tensor in (*hidden[1:], *(() if weight is None else (weight,))):
             self.dtype = torch.promote_types(self.dtype, tensor.dtype)
+        self.narrow = self.dtype != torch.float32
         # Triton's interpreter multiplies the bit patterns of bfloat16; in float32 the products are the same.
         self.block_dtype = torch.float32 if interpreting() and self.dtype == torch.bfloat16 else self.dtype
         # The kernels read a head along its width; any other layout is copied once a call.
@@ -97,9 +100,10 @@ class Problem:
         self.units = multiprocessors(self.device, architecture == "interpreter")
         self.zero = torch.zeros(1, dtype=torch.float32, device=self.device)
         self.tiles = triton.cdiv(spec.columns, config.block_columns)
+        # The student's also as an operand in float16 and as a float32 sum of their gradient.
+        student_bytes = self.student.dtype.itemsize + 4 + (2 if self.student.narrow else 0)
         bytes_a_row = self.layers * (
-            self.student.width * (self.student.dtype.itemsize + 4)
-            + (self.teacher.width * self.teacher.dtype.itemsize if spec.needs_teacher else 0)
+            self.student.width * student_bytes + (self.teacher.width * self.teacher.dtype.itemsize if spec.needs_teacher else 0)
         )
         largest = max(1, BLOCK_BYTES // (bytes_a_row * config.block_rows))
         row_tiles = triton.cdiv(self.rows, config.block_rows)
@@ -239,22 +243,22 @@ def _grad(problem: Problem, per_row, grad_hidden: list[Tensor | None], grad_weig
           grad_bias: Tensor | None) -> None:  # fmt: skip
     spec, config = problem.spec, problem.config
     head = problem.student
-    narrow = head.dtype != torch.float32
-    grad_dtype = torch.float16 if narrow else torch.float32
+    grad_dtype = torch.float16 if head.narrow else torch.float32
     scale = _grad_scale(problem, per_row)
     weight = head.weight[: spec.columns]
-    weight_scale = _operand_scale(weight) if narrow else scale.new_ones(())
-    several = problem.block_rows < problem.rows
-    # Over one block of rows each chunk of the head's gradient is complete at once and needs no float32 copy.
-    weight_CD = torch.zeros_like(weight, dtype=torch.float32) if several and grad_weight is not None else None
+    weight_scale = _operand_scale(weight) if head.narrow else scale.new_ones(())
+    weight_CD = None if grad_weight is None else grad_weight[: spec.columns]
+    if weight_CD is not None and head.narrow and problem.block_rows < problem.rows:
+        weight_CD = torch.zeros_like(weight, dtype=torch.float32)  # it is summed over blocks of rows, and rounded once
     bias_C = None if grad_bias is None else torch.zeros(spec.columns, dtype=torch.float32, device=problem.device)
     want_hidden = any(g is not None for g in grad_hidden)
-    tiles_a_chunk = max(1, GRAD_BYTES // (problem.layers * problem.block_rows * config.block_columns * grad_dtype.itemsize))
-    tiles_a_chunk = min(tiles_a_chunk, problem.tiles)
+    tile_bytes = problem.layers * problem.block_rows * config.block_columns * grad_dtype.itemsize
+    head_bytes = head.width * config.block_columns * (4 + (2 if head.narrow else 0))
+    tiles_a_chunk = min(max(1, min(GRAD_BYTES // tile_bytes, HEAD_BYTES // head_bytes)), problem.tiles)
     for block in problem.blocks():
         hidden_mD = block.student_LrD.flatten(0, 1)
-        hidden_scale = _operand_scale(hidden_mD) if narrow else weight_scale
-        hidden_mD = (hidden_mD * hidden_scale).to(grad_dtype) if grad_weight is not None else None
+        hidden_scale = _operand_scale(hidden_mD) if head.narrow else weight_scale
+        hidden_mD = _operand(hidden_mD, hidden_scale, grad_dtype) if grad_weight is not None else None
         sum_mD = None
         if want_hidden:
             sum_mD = torch.zeros((problem.layers * block.rows, head.width), dtype=torch.float32, device=problem.device)
@@ -269,15 +273,13 @@ def _grad(problem: Problem, per_row, grad_hidden: list[Tensor | None], grad_weig
             launch_grad(block, grad_Lrc, per_row, scale, first_tile, tiles)
             grad_mc = grad_Lrc.flatten(0, 1)[:, : stop - start]
             if sum_mD is not None:
-                add_product(sum_mD, grad_mc, (weight[start:stop] * weight_scale).to(grad_dtype))
+                add_product(sum_mD, grad_mc, _operand(weight[start:stop], weight_scale, grad_dtype))
             if grad_weight is not None:
                 sum_cD = torch.zeros((stop - start, head.width), dtype=torch.float32, device=problem.device)
                 add_product(sum_cD, grad_mc.T, hidden_mD)
                 sum_cD /= scale * hidden_scale
-                if weight_CD is None:
-                    grad_weight[start:stop] = sum_cD
-                else:
-                    weight_CD[start:stop] += sum_cD
+                # One block of rows may write it; several add to it.
+                weight_CD[start:stop] += sum_cD
             if bias_C is not None:
                 bias_C[start:stop] += grad_mc.sum(0, dtype=torch.float32)
         if sum_mD is not None:
@@ -286,7 +288,7 @@ def _grad(problem: Problem, per_row, grad_hidden: list[Tensor | None], grad_weig
                     move_rows(
                         grad_RD, sum_rD, block.order, block.count, block.first, into_block=False, scale=scale * weight_scale
                     )
-    if weight_CD is not None:
+    if weight_CD is not None and weight_CD.dtype != grad_weight.dtype:
         grad_weight[: spec.columns] = weight_CD
     if bias_C is not None:
         grad_bias[: spec.columns] = bias_C.div_(scale)
@@ -305,6 +307,13 @@ def add_product(sum_mn: Tensor, a_mk: Tensor, b_kn: Tensor) -> None:
         sum_mn.addmm_(a_mk.float(), b_kn.float())
 
 
+def _operand(tensor: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """An operand of a product times the power of two that its dtype asks for; float32 ones are taken as they are."""
+    if dtype == torch.float32:
+        return tensor
+    return torch.mul(tensor, scale, out=torch.empty_like(tensor, dtype=dtype))
+
+
 def _operand_scale(tensor: Tensor) -> Tensor:
     """A power of two (0-dim, on the device) that takes the largest of a bfloat16 operand to about LARGEST_OPERAND.
 
@@ -312,7 +321,7 @@ def _operand_scale(tensor: Tensor) -> Tensor:
     """
     if tensor.dtype == torch.float16:
         return torch.ones((), dtype=torch.float32, device=tensor.device)
-    largest = tensor.detach().abs().amax().float().nan_to_num(1.0, 1.0)
+    largest = torch.linalg.vector_norm(tensor.detach(), torch.inf).float().nan_to_num(1.0, 1.0)
     return torch.exp2(torch.log2(LARGEST_OPERAND / largest.clamp(min=2.0**-100)).floor())
 
 

@@ -1,0 +1,73 @@
+"""How the C++ kernels are compiled: by setup.py ahead of time, or by `python -m fdd_kernels._build FOLDER` at first use.
+
+FDD_KERNELS_SANITIZE=1 compiles with AddressSanitizer and UndefinedBehaviorSanitizer.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).resolve().parent
+# Instruction sets of products and row kernels are chosen at run time: no flag depends on this machine.
+# A divergence that a switch leaves out would be computed as another: that must not compile.
+FLAGS = (
+    "-O3", "-std=c++20", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unused-parameter", "-Werror=switch",
+)
+# torch's own thread pool, through ATen/Parallel.h; its wheels bring the OpenMP runtime of g++.
+OPENMP = () if sys.platform == "darwin" else ("-fopenmp",)
+SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g")
+
+
+def source_folder() -> Path:
+    """csrc: in the installed package, or beside the package in a checkout."""
+    inside = PACKAGE / "csrc"
+    return inside if inside.is_dir() else PACKAGE.parent / "csrc"
+
+
+def sources(folder: Path) -> list[Path]:
+    """Everything that the kernels are made of, in a fixed order."""
+    return sorted(path for path in folder.glob("*") if path.suffix in (".cpp", ".h", ".inc"))
+
+
+def flags() -> tuple[list[str], list[str]]:
+    """What the compiler and the linker are told."""
+    compiling, linking = [*FLAGS, *OPENMP], list(OPENMP)
+    if os.environ.get("FDD_KERNELS_SANITIZE", "0") == "1":
+        compiling += [*SANITIZERS, "-O1"]
+        linking += SANITIZERS
+    return compiling, linking
+
+
+def extension(folder: Path, **options: Any):
+    """The setuptools extension fdd_kernels._C of the sources in `folder`. Imports torch."""
+    from torch.utils.cpp_extension import CppExtension
+
+    compiling, linking = flags()
+    files = sources(folder)
+    return CppExtension(
+        "fdd_kernels._C",
+        [str(file) for file in files if file.suffix == ".cpp"],
+        depends=[str(file) for file in files if file.suffix != ".cpp"],
+        extra_compile_args=compiling,
+        extra_link_args=linking,
+        **options,
+    )
+
+
+def compile_into(folder: Path) -> None:
+    """Compile the extension into folder/built/fdd_kernels/."""
+    from setuptools import Distribution
+    from torch.utils.cpp_extension import BuildExtension
+
+    distribution = Distribution({"name": "fdd_kernels", "ext_modules": [extension(source_folder())]})
+    command = BuildExtension(distribution)
+    command.build_lib, command.build_temp = str(folder / "built"), str(folder / "objects")
+    command.ensure_finalized()
+    command.run()
+
+
+if __name__ == "__main__":
+    compile_into(Path(sys.argv[1]))
