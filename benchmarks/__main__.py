@@ -1,4 +1,4 @@
-"""`python -m benchmarks run | compare | table | check-records | report | list`; see `--help` of each."""
+"""`python -m benchmarks run | compare | table | check-records | report | list | gpu`; see `--help` of each."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from benchmarks import record
-from benchmarks.providers import PROVIDERS, choose
 from benchmarks.summary import memory as show
 from benchmarks.workloads import SUITES, select, suite
 from fdd_kernels.atomic import write_text
@@ -68,6 +65,15 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("--no-plots", action="store_true")
     report.set_defaults(run=do_report)
 
+    gpu = commands.add_parser("gpu", help="are the Triton strategies right and fast on this GPU", description=do_gpu.__doc__)
+    gpu.add_argument("--minutes", type=float, default=8.0, help="of this call; what is missing is measured by the next (8)")
+    gpu.add_argument("--output", type=Path, default=record.RESULTS / "gpu", metavar="DIR", help="(benchmarks/results/gpu)")
+    gpu.add_argument("--step", action="append", metavar="NAME", help="only steps of this name; may repeat; *? as in a shell")
+    gpu.add_argument("--fresh", action="store_true", help="put aside the record in --output instead of continuing it")
+    gpu.add_argument("--dry-run", action="store_true", help="every step at toy size on the CPU, in Triton's interpreter")
+    gpu.add_argument("--table", action="store_true", help="only print what the record in --output says")
+    gpu.set_defaults(run=do_gpu)
+
     listing = commands.add_parser("list", help="workloads of a suite, and providers", description=do_list.__doc__)
     listing.add_argument("--suite", choices=SUITES, default="full")
     listing.set_defaults(run=do_list)
@@ -76,6 +82,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def do_run(arguments: argparse.Namespace) -> int:
     """Measure; a run that was interrupted goes on where it stopped. Nothing else should run on the machine meanwhile."""
+    import torch
+
+    from benchmarks.providers import choose
     from benchmarks.runner import DEFAULT_REPEATS, Run
 
     workloads = select(suite(arguments.suite), arguments.workload)
@@ -173,8 +182,26 @@ def do_report(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def do_gpu(arguments: argparse.Namespace) -> int:
+    """Measure on one GPU, what decides first; print measured beside predicted and the verdict. Exit status 3: wrong numbers."""
+    from benchmarks.gpu import supervisor, verdict
+
+    if not arguments.minutes > 0:
+        raise ValueError(f"--minutes {arguments.minutes} must be above 0")
+    if not arguments.table:
+        status = supervisor.supervise(
+            arguments.output, arguments.minutes, dry=arguments.dry_run, fresh=arguments.fresh, only=arguments.step or ()
+        )
+    print(verdict.text(record.read_json(arguments.output / supervisor.RECORD)))
+    return 0 if arguments.table else status
+
+
 def do_list(arguments: argparse.Namespace) -> int:
     """Print what there is, and why what cannot run here cannot."""
+    import torch
+
+    from benchmarks.providers import PROVIDERS
+
     for workload in suite(arguments.suite):
         print(f"{workload.name:22} {workload.group:9} {workload.describe()}  {workload.text}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -13,13 +13,18 @@ CHUNK_ROWS = 128
 
 
 def row_losses(student_hidden: list[Tensor], student_weight: Tensor, teacher_hidden: list[Tensor], teacher_weight: Tensor,
-               options: dict) -> Tensor:  # fmt: skip
-    """Output KD + trajectory + derivative per row, (R,); no bias, temperature 1, divergence KL, derivative cosine."""
+               options: dict, *, upcast: bool = False) -> Tensor:  # fmt: skip
+    """Output KD + trajectory + derivative per row, (R,); no bias, temperature 1, divergence KL, derivative cosine.
+
+    `upcast`: the logits are made float32 before the softmax, as `.float()` in most training code does.
+    """
 
     def log_probabilities(hidden: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
         logits = F.linear(hidden, weight)
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
+        if upcast:
+            logits = logits.float()
         return F.log_softmax(logits, dim=-1, dtype=torch.float32)
 
     student = [log_probabilities(h, student_weight, options.get("student_softcap")) for h in student_hidden]

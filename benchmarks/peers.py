@@ -27,12 +27,12 @@ def over_layers(divergence: Callable[[Tensor, Tensor], Tensor], problem: Problem
     return output + sum(sampled) / len(sampled) if sampled else output
 
 
-def liger(problem: Problem, options: dict) -> Tensor:
+def liger(problem: Problem, options: dict, *, compiled: bool = False, chunk_rows: int = LIGER_CHUNK) -> Tensor:
     """Liger-Kernel's LigerFusedLinearJSDLoss at beta=0, which is KL(teacher || student)."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     function = LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=False, chunk_size=LIGER_CHUNK
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=compiled, chunk_size=chunk_rows
     )
     labels = _labels(problem)
     return over_layers(lambda s, t: function(s, problem.student_weight, t, problem.teacher_weight, labels), problem)

@@ -11,8 +11,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fdd_kernels.atomic import write_text
 
 FORMAT = 1
@@ -39,6 +37,8 @@ def machine(device: str) -> dict[str, Any]:
     except (OSError, ValueError):
         pass
     if device == "cuda":
+        import torch
+
         info["gpu"] = torch.cuda.get_device_name()
     return info
 
@@ -78,18 +78,27 @@ def source_digest() -> str:
     return digest.hexdigest()[:16]
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        RecordError: it is missing, or no JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, UnicodeDecodeError) as error:
+        raise RecordError(f"{path}: is not JSON ({error}); it was damaged or is something else") from error
+
+
 def load(path: Path) -> dict[str, Any]:
     """Read a record.
 
     Raises:
         RecordError: it is missing, no JSON, or not a record of this format.
     """
-    try:
-        data = json.loads(path.read_text())
-    except OSError as error:
-        raise RecordError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, UnicodeDecodeError) as error:
-        raise RecordError(f"{path}: is not JSON ({error}); it was damaged or is something else") from error
+    data = read_json(path)
     missing = [key for key in _REQUIRED if not isinstance(data, dict) or key not in data]
     if missing:
         raise RecordError(f"{path}: is no benchmark record: it lacks {', '.join(missing)}")

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from fdd_kernels.data import Window, load_windows, pad_windows
+from fdd_kernels.data import load_windows, pad_windows
 from fdd_kernels.loading import load_model, load_student, load_tokenizer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -27,7 +28,7 @@ def parse(description: str, **defaults) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--teacher", metavar="DIR_OR_NAME", help="a transformers causal LM")
     parser.add_argument("--student", metavar="DIR_OR_NAME", help="another one with the same tokenizer")
-    parser.add_argument("--data", type=Path, metavar="PATH", help=".jsonl or .txt, as `fdd-kernels distill` takes it")
+    parser.add_argument("--data", type=Path, metavar="PATH", help="as `fdd-kernels distill` takes it")
     parser.add_argument("--output", type=Path, metavar="DIR", default=Path("runs") / Path(sys.argv[0]).stem)
     parser.add_argument("--steps", type=int, default=12, help="optimizer steps")
     parser.add_argument("--save-steps", type=int, default=4, help="steps between checkpoints")
@@ -53,8 +54,8 @@ class Task:
     teacher: nn.Module
     tokenizer: PreTrainedTokenizerFast
     data: Path
-    train: list[Window]
-    held_out: list[Window]
+    train: Dataset
+    held_out: Dataset
 
 
 def load(options: argparse.Namespace) -> Task:
@@ -105,7 +106,7 @@ def _order(count: int, seed: int) -> list[int]:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def batches_of_step(windows: list[Window], options: argparse.Namespace, step: int) -> list[dict[str, Tensor]]:
+def batches_of_step(windows: Dataset, options: argparse.Namespace, step: int) -> list[dict[str, Tensor]]:
     """The micro-batches of an optimizer step: they follow from the step alone, so a loop that resumes has nothing to skip."""
     size, parts = options.batch_size, options.gradient_accumulation
     epoch, index = divmod(step, len(windows) // (size * parts))

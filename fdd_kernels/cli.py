@@ -90,7 +90,7 @@ def _add_distill(commands) -> None:
     source.add_argument("--teacher", metavar="DIR_OR_NAME", help="a transformers causal LM")
     source.add_argument("--teacher-cache", type=Path, metavar="DIR", help="or what cache-teacher wrote, text included")
     needed.add_argument("--student", required=True, metavar="DIR_OR_NAME", help="another; only config.json: random weights")
-    needed.add_argument("--data", type=Path, metavar="PATH", help=".txt, .jsonl, or a directory of them, for --teacher")
+    needed.add_argument("--data", type=Path, metavar="PATH", help="files, a directory of them, or a data set, for --teacher")
     needed.add_argument("--output", required=True, type=Path, metavar="DIR", help="checkpoints, student/ and metrics.json")
     training = distill.add_argument_group("training")
     length = training.add_mutually_exclusive_group()
@@ -130,7 +130,7 @@ def _add_cache_teacher(commands) -> None:
         "cache-teacher", help="run a teacher over your text once, to distil without it", description=run_cache_teacher.__doc__
     )
     cache.add_argument("--teacher", metavar="DIR_OR_NAME", help="a transformers causal LM")
-    cache.add_argument("--data", type=Path, metavar="PATH", help=".txt, .jsonl, or a directory of them")
+    cache.add_argument("--data", type=Path, metavar="PATH", help="files, a directory of them, or a data set")
     cache.add_argument("--output", required=True, type=Path, metavar="DIR", help="the cache")
     cache.add_argument("--kind", metavar="NAME", help="states, or statistics for the frozen head of --student (states)")
     cache.add_argument("--student", metavar="DIR_OR_NAME", help="for statistics: whose head")
@@ -232,14 +232,16 @@ def _needs(*packages: str) -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code: 0, 2 for what the user can put right (one line on stderr), 130 interrupted."""
+    """Run the command line; the exit code: 0, 2 for what the user can put right (one line on stderr), 1 for a run whose loss
+    is no number (one line too), 130 interrupted.
+    """
     arguments = build_parser().parse_args(argv)
     command: Callable[[argparse.Namespace], int | None] = arguments.run
     try:
         return command(arguments) or 0
     except UserError as error:
         print(f"fdd-kernels {arguments.command}: {error}", file=sys.stderr)
-        return 2
+        return error.exit_status
     except KeyboardInterrupt:
         print(f"fdd-kernels {arguments.command}: interrupted", file=sys.stderr)
         return 130

@@ -66,6 +66,8 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "cohere": ("cohere", {**_LLAMA_LIKE, "logit_scale": 0.0625}),
     "granite": ("granite", {**_LLAMA_LIKE, "logits_scaling": 6.0, "residual_multiplier": 0.5}),
     "mixtral": ("mixtral", {**_LLAMA_LIKE, "num_local_experts": 4}),
+    "qwen3_moe": ("qwen3_moe", {**_LLAMA_LIKE, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2,
+                                "moe_intermediate_size": 24}),
     "mamba": ("mamba", {"hidden_size": 32, "state_size": 4, "expand": 2, "time_step_rank": 4}),
     "stablelm": ("stablelm", {**_LLAMA_LIKE}),
     "olmo2": ("olmo2", {**_LLAMA_LIKE}),

@@ -110,7 +110,7 @@ class TestRefusals:
             distiller(more)
 
     def test_something_else_as_a_teacher(self, tmp_path):
-        with pytest.raises(TypeError, match="must be a causal LM or a teacher cache, got str"):
+        with pytest.raises(TypeError, match="must be a causal LM or a teacher cache, got the string 'teacher'"):
             Distiller(student_model(), "teacher")
         with pytest.raises(FileNotFoundError, match="holds no teacher cache"):
             TeacherCache(tmp_path)
@@ -191,7 +191,7 @@ class TestRefusals:
 
 
 def load_like(windows, drop):
-    return type(windows)(windows.train[:-drop], windows.held_out)
+    return type(windows)(list(windows.train)[:-drop], windows.held_out)
 
 
 class TestDamage:

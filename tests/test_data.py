@@ -1,11 +1,17 @@
 """Reading text, prompts and chats; what is learned; what is held out; what a corrupt line says."""
 
+import csv
 import json
+import subprocess
+import sys
 
+import datasets
+import pyarrow as pa
 import pytest
+import torch
 from hf_models import tiny_tokenizer
 
-from fdd_kernels.data import IGNORED, data_files, load_windows, read_records, tokenize
+from fdd_kernels.data import IGNORED, data_files, load_windows, open_source, pad_windows, read_records, tokenize
 from fdd_kernels.user_error import UserError
 
 CHAT = [
@@ -82,7 +88,7 @@ def test_a_template_without_a_stable_prompt_is_refused(tmp_path, tokenizer):
 def test_a_tokenizer_without_a_template_is_refused(tmp_path):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
-    with pytest.raises(UserError, match=r"a\.jsonl:1: the tokenizer's chat template refuses"):
+    with pytest.raises(UserError, match=r"a\.jsonl:1: a chat, but the tokenizer has no chat template"):
         learned_text(write(tmp_path / "a.jsonl", {"messages": CHAT}), tokenizer)
 
 
@@ -97,6 +103,14 @@ def test_a_tokenizer_without_a_template_is_refused(tmp_path):
     ('{"prompt": "x", "completion": null}', r"\"completion\" must be a string, got NoneType"),
     ('{"messages": []}', r"must be a list of messages"),
     ('{"messages": [{"role": "user"}]}', r"message 1 must be an object with the strings"),
+    ('{"messages": [{"role": "assistant", "content": null}]}', r"message 1 must be .* got the content NoneType"),
+    ('{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', r"message 1: part 1 of its content is 'image'"),
+    ('{"messages": [{"role": "assistant", "tool_calls": ["f"]}]}', r"message 1: \"tool_calls\" must be a list"),
+    ('{"prompt": [{"role": "user", "content": "x"}], "completion": "y"}', r"\"prompt\" must be a string, got list"),
+    ('{"conversations": [{"from": "narrator", "value": "x"}]}', r"message 1 is \"from\" 'narrator'"),
+    ('{"instruction": "x", "output": 1}', r"\"output\" must be a string, got int"),
+    ('{"input_ids": [1, 2], "labels": [1]}', r"2 \"input_ids\", but 1 \"labels\""),
+    ('{"messages": [{"role": "assistant", "content": "x"}], "tools": "{"}', r"\"tools\" is not valid JSON"),
     ('{"messages": [{"role": "user", "content": "x"}]}', r"no message has the role assistant"),
     ("[" * 100_000, r"not valid JSON"),
 ])  # fmt: skip
@@ -122,13 +136,17 @@ def test_byte_order_mark_and_empty_lines_are_ignored(tmp_path):
 
 def test_files_of_a_directory_come_in_order(tmp_path):
     (tmp_path / "deep").mkdir()
-    for name in ("b.txt", "deep/a.jsonl", "a.txt", "notes.md"):
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    for name in ("b.txt", "deep/a.jsonl", "a.txt", "notes.md", ".hidden.txt", ".ipynb_checkpoints/a-checkpoint.txt"):
         (tmp_path / name).write_text("")
     assert [str(f.relative_to(tmp_path)) for f in data_files(tmp_path)] == ["a.txt", "b.txt", "deep/a.jsonl"]
 
 
-@pytest.mark.parametrize(("name", "message"), [("none.txt", "no such file"), ("notes.md", "expected a .txt or .jsonl"),
-                                               (".", "no .txt or .jsonl file in this directory")])  # fmt: skip
+@pytest.mark.parametrize(("name", "message"), [
+    ("none.txt", "no such file"),
+    ("notes.md", "expected a .txt, .jsonl, .json, .csv or .parquet file"),
+    (".", "no .txt, .jsonl, .json, .csv or .parquet file in this directory"),
+])  # fmt: skip
 def test_no_data_is_an_error(tmp_path, name, message):
     (tmp_path / "notes.md").write_text("x")
     with pytest.raises(UserError, match=message):
@@ -140,7 +158,7 @@ def test_long_texts_become_windows_that_hold_every_token(tmp_path, tokenizer):
     path = tmp_path / "a.txt"
     path.write_text(text)
     windows = load(path, tokenizer)
-    assert {len(w["input_ids"]) for w in windows.train[:-1]} == {16}
+    assert {len(w["input_ids"]) for w in list(windows.train)[:-1]} == {16}
     assert tokenizer.decode([t for w in windows.train for t in w["input_ids"]]) == text + "<end>"
     assert windows.train_tokens == sum(len(w["attention_mask"]) for w in windows.train)
 
@@ -166,14 +184,238 @@ def test_whole_documents_are_held_out(tmp_path, tokenizer):
     assert not numbers[0] & numbers[1]
     again = load(path, tokenizer, eval_fraction=0.2)
     other = load(path, tokenizer, eval_fraction=0.2, seed=1)
-    assert again.held_out == windows.held_out
-    assert other.held_out != windows.held_out
+    assert again.held_out.to_list() == windows.held_out.to_list()
+    assert other.held_out.to_list() != windows.held_out.to_list()
 
 
 def test_of_a_single_document_the_end_is_held_out(tmp_path, tokenizer):
     path = tmp_path / "a.txt"
     path.write_text(" ".join(str(i) for i in range(200)))
     whole, parts = load(path, tokenizer), load(path, tokenizer, eval_fraction=0.25)
-    assert parts.train + parts.held_out == whole.train
+    assert [*parts.train, *parts.held_out] == list(whole.train)
     assert len(parts.held_out) == round(0.25 * len(whole.train))
-    assert load(path, tokenizer, eval_fraction=0.0).held_out == []
+    assert load(path, tokenizer, eval_fraction=0.0).held_out.to_list() == []
+
+
+QUESTION, ANSWER = {"role": "user", "content": "one and one"}, {"role": "assistant", "content": "two"}
+ASKED = "<user>one and one<end>\n<assistant>"
+
+
+@pytest.mark.parametrize(("entry", "whole", "learned"), [
+    ({"prompt": CHAT[:4], "completion": CHAT[4:]}, None, "three<end>\n"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "one and "}, "one"]}, ANSWER]},
+     ASKED + "two<end>\n", "two<end>\n"),
+    ({"conversations": [{"from": "human", "value": "one and one"}, {"from": "gpt", "value": "two"}], "system": "be brief"},
+     "<system>be brief<end>\n" + ASKED + "two<end>\n", "two<end>\n"),
+    ({"conversations": [QUESTION, ANSWER]}, ASKED + "two<end>\n", "two<end>\n"),
+    ({"instruction": "add", "input": "1 1", "output": "two"}, "<user>add\n\n1 1<end>\n<assistant>two<end>\n", "two<end>\n"),
+    ({"instruction": "one and one", "input": "", "output": "two"}, ASKED + "two<end>\n", "two<end>\n"),
+    ({"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}, None, None),
+])  # fmt: skip
+def test_every_shape_goes_through_the_template(tmp_path, tokenizer, entry, whole, learned):
+    found_learned, found_whole = learned_text(write(tmp_path / "a.jsonl", entry), tokenizer)
+    if "input_ids" in entry:
+        assert (found_learned, found_whole) == (tokenizer.decode([2, 3]), tokenizer.decode([1, 2, 3]))
+        return
+    assert found_learned == learned
+    assert found_whole == (whole or tokenizer.apply_chat_template(CHAT, tokenize=False))
+
+
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": '{"a": 1}'}}]}
+CALLING = [QUESTION, CALL, {"role": "tool", "content": "2"}, ANSWER]
+_TURN = "{% for m in messages %}<{{ m.role }}>CONTENT{% for c in m.tool_calls or [] %}CALL{% endfor %}<end>\n{% endfor %}"
+_PROMPT = "{% if add_generation_prompt %}<assistant>{% endif %}"
+
+
+@pytest.mark.parametrize(("content", "call"), [
+    ("{% if m.content %}{{ m.content }}{% endif %}", "{{ c.function.name }}({{ c.function.arguments | tojson }})"),
+    # Templates that write any content as it is, want the arguments as a text, or know a call by its empty content.
+    ("{{ m.content }}", "{{ c.function.name }}({{ c.function.arguments | tojson }})"),
+    ("{{ m.content }}", "{{ c.function.name + '(' + c.function.arguments + ')' }}"),
+    ("{{ m.content }}", "{% if m.content == '' %}{{ c.function.name }}({{ c.function.arguments | tojson }}){% endif %}"),
+])  # fmt: skip
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_tool_calls_are_learned_as_the_template_writes_them(tmp_path, content, call, suffix):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = _TURN.replace("CONTENT", content).replace("CALL", call) + _PROMPT
+    path = tmp_path / f"a{suffix}"
+    if suffix == ".jsonl":
+        write(path, {"messages": CALLING})
+    else:  # where every message has every field
+        datasets.Dataset.from_list([{"messages": CALLING, "text": None}, {"messages": None, "text": "x"}]).to_parquet(path)
+    ids, labels = tokenize(next(iter(read_records(path))), tokenizer)
+    assert tokenizer.decode([label for label in labels if label != IGNORED]) == 'add({"a": 1})<end>\ntwo<end>\n'
+    assert tokenizer.decode(ids) == f'{ASKED}add({{"a": 1}})<end>\n<tool>2<end>\n<assistant>two<end>\n'
+
+
+def test_a_template_without_tool_calls_is_refused(tmp_path, tokenizer):
+    path = write(tmp_path / "a.jsonl", {"messages": CALLING})
+    with pytest.raises(UserError, match=r"a\.jsonl:1: .*template"):
+        learned_text(path, tokenizer)
+
+
+def test_tools_reach_the_template(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for t in tools %}{{ t.name }} {% endfor %}" + tokenizer.chat_template
+    for tools in ([{"name": "add"}], '[{"name": "add"}]'):
+        path = write(tmp_path / "a.jsonl", {"messages": [QUESTION, ANSWER], "tools": tools})
+        assert learned_text(path, tokenizer) == ("two<end>\n", "add " + ASKED + "two<end>\n")
+
+
+def test_a_template_of_parts_gets_parts(tmp_path):
+    tokenizer = tiny_tokenizer()
+    parts = "{% for p in m.content %}{{ p.text }}{% endfor %}"
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ m.content }}", parts)
+    for question in ("one and one", [{"type": "text", "text": "one and one"}]):
+        path = write(tmp_path / "a.jsonl", {"messages": [{"role": "user", "content": question}, ANSWER]})
+        assert learned_text(path, tokenizer) == ("two<end>\n", ASKED + "two<end>\n")
+
+
+ROWS = [{"prompt": f"{i} words\n", "completion": f'the "word", {i}'} for i in range(5)]
+
+
+def as_file(folder, suffix):
+    path = folder / f"rows{suffix}"
+    if suffix == ".parquet":
+        datasets.Dataset.from_list(ROWS).to_parquet(path)
+    elif suffix == ".csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["prompt", "completion"])
+            writer.writeheader()
+            writer.writerows(ROWS)
+    elif suffix == ".json":
+        path.write_text(json.dumps(ROWS, indent=1))
+    else:
+        write(path, *ROWS)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
+def test_every_kind_of_file_reads_the_same(tmp_path, suffix):
+    assert [record.value for record in read_records(as_file(tmp_path, suffix))] == [tuple(row.values()) for row in ROWS]
+
+
+def test_json_may_have_an_object_on_each_line(tmp_path):
+    path = write(tmp_path / "a.json", *ROWS, "{")
+    records = read_records(path)
+    assert [next(records).source for _ in ROWS] == [f"{path}:{i}" for i in range(1, 6)]
+    with pytest.raises(UserError, match=r"a\.json:6: not valid JSON"):
+        next(records)
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("a.json", '[{"text": "x"},\n {"text": 3}]', r"a\.json, record 2: \"text\" must be a string"),
+    ("a.json", '[{"text": "x"},\n {"text" 3}]', r"a\.json:2: not valid JSON"),
+    ("a.json", "3", r"a\.json: expected a list of objects"),
+    ("a.csv", "prompt,completion\na,b\nc\n", r"a\.csv:3: expected .* got \['prompt'\]"),
+    ("a.csv", "text\na,b\n", r"a\.csv:2: more fields"),
+    ("a.csv", 'text\n"a" b\n', r"a\.csv:2: not valid CSV"),
+    ("a.parquet", "no table", r"a\.parquet: not a readable Parquet file"),
+])  # fmt: skip
+def test_a_corrupt_file_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        list(read_records(tmp_path / name))
+
+
+def test_data_sets_read_as_files_do(tmp_path, tokenizer, monkeypatch):
+    """In memory, streamed, saved, and by name (here of a folder, since no test asks the hub)."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cached")
+    expected = load(as_file(tmp_path, ".jsonl"), tokenizer).train.to_list()
+    whole = datasets.Dataset.from_list(ROWS)
+    splits = datasets.DatasetDict({"train": whole, "test": whole.select(range(2))})
+    whole.save_to_disk(tmp_path / "one")
+    splits.save_to_disk(tmp_path / "two")
+    (tmp_path / "folder").mkdir()
+    whole.to_parquet(tmp_path / "folder" / "train.parquet")
+    whole.select(range(2)).to_json(tmp_path / "other.json")
+    for data in (whole, whole.with_format("torch"), whole.to_iterable_dataset(), splits, tmp_path / "one", tmp_path / "two",
+                 f"{tmp_path}/two:train", f"{tmp_path}/folder:train"):  # fmt: skip
+        assert load(data, tokenizer).train.to_list() == expected, data
+    assert load(f"{tmp_path}/two:test", tokenizer).train.to_list() == expected[:2]
+    assert load(f"{tmp_path}/folder:train[:2]", tokenizer).train.to_list() == expected[:2]
+    for data, message in (
+        (f"{tmp_path}/two:dev", "has no split 'dev': name one of train, test"),
+        (f"{tmp_path}/one:x", "has no splits"),
+        ("nobody/nothing", "no such file, and no data set that can be loaded"),
+        (3, "int: expected a path"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_source(data)
+    with pytest.raises(UserError, match=r"a Dataset, row 1: expected \"text\""):
+        load(datasets.Dataset.from_list([{"body": "x"}]), tokenizer)
+
+
+def test_digests_tell_contents_apart(tmp_path):
+    """Of files those of yesterday's runs and caches, by their names within the folder."""
+    path = as_file(tmp_path, ".jsonl")
+    by_file, by_folder = open_source(path).digests(), open_source(tmp_path).digests()
+    assert by_file == by_folder
+    assert list(by_file) == ["rows.jsonl"]
+    whole = datasets.Dataset.from_list(ROWS)
+    whole.save_to_disk(tmp_path / "saved")
+    assert set(open_source(tmp_path / "saved").digests().values()) == set(open_source(whole).digests().values())
+    assert open_source(whole).digests() != open_source(whole.select(range(4))).digests()
+
+
+def test_windows_take_nine_bytes_a_token(tmp_path, tokenizer):
+    path = tmp_path / "a.txt"
+    path.write_text("the words are three and four, " * 2000)
+    windows = load(path, tokenizer, max_length=512).train
+    assert isinstance(windows, datasets.Dataset)
+    tokens = sum(len(window["input_ids"]) for window in windows)
+    assert windows.data.nbytes <= 9.1 * tokens
+    assert windows.data.schema.field("input_ids").type == pa.list_(pa.int32())
+
+
+def test_windows_of_several_pieces(tmp_path, tokenizer, monkeypatch):
+    monkeypatch.setattr("fdd_kernels.data.windows._PIECE", 40)
+    path = write(tmp_path / "a.jsonl", *({"text": f"{i} " * (i % 7 + 1)} for i in range(50)))
+    found = load(path, tokenizer, max_length=64).train
+    assert len(found.data.column("input_ids").chunks) > 1
+    assert [tokenizer.decode(w["input_ids"]) for w in found][::9] == [f"{i} " * (i % 7 + 1) + "<end>" for i in range(50)][::9]
+
+
+def test_tokens_that_one_model_lacks_are_left_out(tmp_path, tokenizer):
+    shared = set(range(len(tokenizer))) - {tokenizer("x")["input_ids"][0]}
+    path = write(tmp_path / "a.jsonl", {"text": "one"}, {"text": "x"}, {"text": "and " * 30 + "x"})
+    windows = load(path, tokenizer, shared=shared)
+    assert len(windows.train) == len(load(path, tokenizer).train) - 2 > 1
+    assert all(set(window["input_ids"]) <= shared for window in windows.train)
+    assert len(windows.not_shared) == 2
+    assert windows.not_shared[0].startswith(f"{path}:2 (")
+    assert "'x'" in windows.not_shared[0]
+    with pytest.raises(UserError, match=r"every document holds a token that not both models have, as .*:1"):
+        load(write(tmp_path / "b.jsonl", {"text": "x"}), tokenizer, shared=shared)
+
+
+def test_padding_takes_lists_tensors_and_data_sets():
+    lists = [
+        {"input_ids": [1, 2, 3], "labels": [-100, 2, 3], "teacher_index": 4},
+        {"input_ids": [5], "labels": [5], "teacher_index": 7},
+    ]
+    tensors = [{name: torch.tensor(value) for name, value in window.items()} for window in lists]
+    expected = {
+        "input_ids": [[1, 2, 3], [5, 0, 0]],
+        "attention_mask": [[1, 1, 1], [1, 0, 0]],
+        "labels": [[-100, 2, 3], [5, -100, -100]],
+        "teacher_index": [4, 7],
+    }
+    for windows in (lists, tensors, datasets.Dataset.from_list(lists), datasets.Dataset.from_list(lists).with_format("torch")):
+        for rows in ([windows[0], windows[1]], windows[:2]):
+            batch = pad_windows(rows)
+            assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
+            assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    without = [{"input_ids": [1, 2]}, {"input_ids": [3]}]
+    assert pad_windows(without).keys() == {"input_ids", "attention_mask"}
+    with pytest.raises(ValueError, match="1 of 2 windows have labels"):
+        pad_windows([lists[0], without[0]])
+
+
+def test_caches_and_collators_need_no_terminal_and_no_data_library():
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('rich', 'datasets', 'pyarrow')))\n"
+        "from fdd_kernels.data import file_digest, pad_windows\n"
+        "import fdd_kernels.data.windows\nimport fdd_kernels.teacher_cache"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

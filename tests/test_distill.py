@@ -23,6 +23,7 @@ from fdd_kernels import FDDConfig, atomic
 from fdd_kernels.cli import main
 from fdd_kernels.distill_command.run import distill
 from fdd_kernels.distill_command.run_folder import DistillOptions
+from fdd_kernels.integrations.checkpoints import checkpoints
 from fdd_kernels.user_error import UserError
 
 NUMBERS = ("one", "two", "three")
@@ -310,6 +311,43 @@ def test_a_student_of_a_config_alone_is_initialised_by_seed(inputs, tmp_path):
         runs[name] = weights(tmp_path / name)
     same(runs["a"], runs["b"])
     assert not torch.equal(runs["a"]["lm_head.weight"], runs["c"]["lm_head.weight"])
+
+
+def refuse_constant(name):
+    raise AssertionError(f"{name} is not JSON")
+
+
+def test_a_loss_that_is_no_number_ends_the_run(inputs, tmp_path, capsys):
+    """At the first such step, with exit status 1 and no student; every file is JSON."""
+    output = tmp_path / "run"
+    assert main(command(inputs, output, "--learning-rate", "1e12", "--save-steps", "1")) == 1
+    errors = capsys.readouterr().err
+    assert "is not finite (loss " in errors
+    assert "nothing was saved before" in errors
+    assert "learning rate" in errors
+    assert "Traceback" not in errors
+    assert not (output / "student").exists()
+    assert not (output / "metrics.json").exists()
+    # Without a held-out part only the next loss tells.
+    assert (
+        main(command(inputs, output, "--no-resume", "--learning-rate", "1e12", "--save-steps", "1", "--eval-fraction", "0"))
+        == 1
+    )
+    assert not checkpoints(output)
+    for file in output.rglob("*.json"):
+        json.loads(file.read_text("utf-8"), parse_constant=refuse_constant)
+    assert main(command(inputs, output, "--no-resume")) == 0
+    assert not list(output.glob("*not-finite"))
+    json.loads((output / "metrics.json").read_text("utf-8"), parse_constant=refuse_constant)
+
+
+def test_a_student_with_experts_is_shown_with_its_routers(inputs, tmp_path):
+    folder = tmp_path / "mixture"
+    size = json.loads((inputs / "student" / "config.json").read_text())["vocab_size"]
+    tiny_model("mixtral", depth=3, vocab_size=size, seed=1, output_router_logits=True).save_pretrained(folder)
+    metrics = distill(options(inputs, tmp_path / "run", student=str(folder), max_steps=2), quiet())
+    assert metrics["held_out"]["router"] > 0
+    assert "| router |" in (tmp_path / "run" / "student" / "README.md").read_text()
 
 
 def test_lora_resumes_and_is_merged(inputs, tmp_path):

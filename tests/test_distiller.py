@@ -213,6 +213,31 @@ def test_other_attention_masks_say_nothing_of_padding():
         Distiller(student, teacher, FDDConfig(num_layers=3))(four)
 
 
+@pytest.mark.parametrize("labels", [True, False])
+def test_shift_labels_are_taken_as_given(labels):
+    """Beside labels or instead of them; position t is compared with shift_labels[t]."""
+    student, teacher = models()
+    batch = tiny_batch()
+    shifted = F.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
+    terms = Distiller(student, teacher, CONFIG)(batch)
+    given = batch | {"shift_labels": shifted, "labels": torch.full_like(shifted, 5)}
+    if not labels:
+        del given["labels"]
+    distiller = Distiller(student, teacher, CONFIG)
+    assert distiller.count_positions(given) == distiller.count_positions(batch)
+    for found, expected in zip(distiller(given), terms, strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    # The first half of each sequence knows the label after its end.
+    half = {name: tensor[:, :5] for name, tensor in given.items()}
+    assert distiller.count_positions(half) == (shifted[:, :5] != -100).sum()
+    with torch.no_grad():
+        logits, states = student(half["input_ids"]).logits, distiller.teacher_states(half)
+    ce = F.cross_entropy(logits.flatten(0, 1), half["shift_labels"].flatten())
+    torch.testing.assert_close(distiller(half, teacher_states=states).ce.detach(), ce, rtol=1e-5, atol=0, check_dtype=False)
+    with pytest.raises(ValueError, match=r"shift_labels has shape \(2, 9\)"):
+        distiller(half | {"shift_labels": shifted})
+
+
 def test_positions_without_labels_have_no_influence():
     batch = tiny_batch()
     batch["labels"][:] = -100
@@ -329,6 +354,50 @@ class TestVocabularies:
         student, teacher = tiny_model("llama", vocab_size=128), tiny_model("gpt2")
         with pytest.raises(ValueError, match=r"128 entries and the teacher's 97.*vocab_size=N.*<= 97"):
             Distiller(student, teacher)
+
+
+def lora_on_the_head(student):
+    student = peft.get_peft_model(student, peft.LoraConfig(r=4, target_modules=["lm_head"], task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        student.base_model.model.lm_head.lora_B.default.weight.normal_()
+    return student
+
+
+def new_head(student):
+    head = nn.Linear(student.config.hidden_size, VOCAB, bias=False, dtype=student.dtype)
+    student.set_output_embeddings(head)
+    return student
+
+
+@pytest.mark.parametrize("change", [lora_on_the_head, new_head, lambda s: (s.resize_token_embeddings(VOCAB + 6), s)[1]])
+def test_a_head_that_was_changed_after_the_distiller_was_made_is_the_one_read(change):
+    student, teacher = models()
+    config = FDDConfig(num_layers=3, ce_weight=0.5, vocab_size=VOCAB)
+    distiller, batch = Distiller(student, teacher, config), tiny_batch()
+    changed = change(student)
+    terms = distiller(batch)
+    terms.loss.backward()
+    found = gradients(changed)
+    changed.zero_grad()
+    fresh = Distiller(changed, teacher, config)(batch)
+    fresh.loss.backward()
+    for one, other in zip(terms, fresh, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    expected = gradients(changed)
+    assert found.keys() == expected.keys()
+    assert any("lm_head" in name and gradient.any() for name, gradient in found.items())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=0)
+
+
+def test_vocabularies_that_no_longer_fit_are_refused():
+    student, teacher = models()
+    distiller = Distiller(student, teacher, CONFIG)
+    student.resize_token_embeddings(VOCAB + 6)
+    with pytest.raises(ValueError, match="vocab_size"):
+        distiller(tiny_batch())
+    teacher.resize_token_embeddings(VOCAB + 6)
+    assert distiller(tiny_batch()).loss.isfinite()
 
 
 def test_own_logits_are_never_computed():

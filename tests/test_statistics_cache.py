@@ -50,6 +50,16 @@ def test_it_equals_the_live_teacher(windows, tmp_path, family):
         )
 
 
+def test_shift_labels_in_the_place_of_labels(cache):
+    student = student_model()
+    student.lm_head.requires_grad_(False)
+    distiller, batch = Distiller(student, cache, CONFIG), batch_of(cache)
+    shifted = torch.nn.functional.pad(batch["labels"], (0, 1), value=-100)[:, 1:]
+    given = {name: tensor for name, tensor in batch.items() if name != "labels"} | {"shift_labels": shifted}
+    for found, expected in zip(distiller(given), distiller(batch), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
 def test_padding_on_the_left(cache):
     """The label of the first token, which the last padding position precedes, does not count."""
     student, teacher = student_model(), teacher_model()

@@ -53,10 +53,3 @@ def test_problems_are_found():
     done = python("-c", STARVED)
     assert done.returncode == 0, done.stderr
     assert re.search(r"spills \d+ bytes; \d+ bytes of shared memory of 1024; no tensor-core instruction", done.stdout)
-
-
-def test_roofline_prints_a_table_for_every_pair():
-    done = python("-m", "benchmarks.roofline")
-    assert done.returncode == 0, done.stderr
-    assert "not measured" in done.stdout
-    assert all(name in done.stdout for name in ("GPT-2", "Llama", "Qwen"))

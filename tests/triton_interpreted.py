@@ -12,7 +12,6 @@ import triton.language as tl
 from allocations import Allocations
 from triton.runtime import interpreter
 
-from benchmarks.roofline import EXPONENTIALS
 from fdd_kernels import fused_fdd_loss
 from fdd_kernels.backends import BACKENDS
 from fdd_kernels.backends.triton import autotune, config, divergences, operations
@@ -134,7 +133,7 @@ def test_tanh_is_accurate_near_zero_and_far_away():
     torch.testing.assert_close(out.double(), x.double().tanh(), rtol=1e-6, atol=0)
 
 
-def test_exponentials_are_as_few_as_the_roofline_says(monkeypatch):
+def test_exponentials_are_few(monkeypatch):
     """Two an element and pass, and in the statistics two a row of each strip, to rescale the sums so far."""
     counts = []
     exp = interpreter.interpreter_builder.create_exp
@@ -146,7 +145,6 @@ def test_exponentials_are_as_few_as_the_roofline_says(monkeypatch):
     strips = tiles * tile.block_columns // tile.block_strip
     assert counts.count((tile.block_rows, tile.block_strip)) == 2 * 2 * strips
     assert counts.count((tile.block_rows,)) == 2 * strips
-    assert EXPONENTIALS == {"statistics": 2 + 2 / 16, "gradient": 2.0}  # strips of 16 columns on every device
 
 
 def test_every_architecture_has_a_configuration():

@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from fdd_kernels.data import data_files
+from fdd_kernels.data.sources import open_source
 from fdd_kernels.distill_command.run_folder import DistillOptions
 from fdd_kernels.distiller import Distiller
 from fdd_kernels.integrations.model_card import TAGS, distillation_section, public_name
@@ -23,8 +23,9 @@ def model_card(options: DistillOptions, distiller: Distiller, metrics: dict[str,
         terms: the terms of the loss to show.
     """
     student, teacher = public_name(options.student), public_name(distiller.teacher.name)
-    data = distiller.teacher.reader.contents["data"] or () if options.teacher_cache else data_files(options.data)
-    files = [Path(file).name for file in data]
+    cached = options.teacher_cache is not None
+    data = distiller.teacher.reader.contents["data"] or () if cached else open_source(options.data).names()
+    files = [Path(file).name if cached else file for file in data]
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -48,5 +49,6 @@ def model_card(options: DistillOptions, distiller: Distiller, metrics: dict[str,
     if metrics["held_out"] is not None:
         lines += ["", "## On the windows held out", "", "Means over tokens, in nats (derivative: 1 - cosine).", ""]
         lines += ["| | before | after |", "|---|---|---|"]
-        lines += [f"| {name} | {metrics['held_out_before'][name]:.4f} | {metrics['held_out'][name]:.4f} |" for name in terms]
+        before, after = metrics["held_out_before"], metrics["held_out"]
+        lines += [f"| {name} | {before[name]:.4f} | {after[name]:.4f} |" for name in terms if name in after]
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n")

@@ -20,11 +20,13 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from fdd_kernels.atomic import atomic_directory, clear_unfinished, only_process, write_text
 from fdd_kernels.backends import resolve_backend
 from fdd_kernels.config import FDDConfig
-from fdd_kernels.data import Windows, pad_windows, read_windows
+from fdd_kernels.data import Windows, pad_windows
+from fdd_kernels.data.progress import read_windows
 from fdd_kernels.distill_command.model_card import model_card
 from fdd_kernels.distill_command.run_folder import ADAPTER_FOLDER, METRICS_FILE, STUDENT_FOLDER, DistillOptions, settle_run
 from fdd_kernels.integrations import FDDTrainer
 from fdd_kernels.integrations.checkpoints import CheckpointError, last_checkpoint
+from fdd_kernels.integrations.finite import NonFiniteLossError, as_json
 from fdd_kernels.loading import (
     as_user_error,
     computing_dtype,
@@ -39,13 +41,13 @@ from fdd_kernels.loading import (
     with_lora,
 )  # fmt: skip
 from fdd_kernels.teacher_cache import WindowCache
-from fdd_kernels.user_error import UserError
+from fdd_kernels.user_error import RunStopped, UserError
 from fdd_kernels.version import __version__
 
 KEPT_CHECKPOINTS = 2
 # Its name since transformers 5, and before.
 _CHECKPOINTING = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if hasattr(TrainingArguments, n))
-_TERMS = ("loss", "output_kd", "trajectory", "derivative", "ce")
+_TERMS = ("loss", "output_kd", "trajectory", "derivative", "ce", "router")
 
 
 def distill(options: DistillOptions, console: Console | None = None) -> dict[str, Any]:
@@ -60,6 +62,7 @@ def distill(options: DistillOptions, console: Console | None = None) -> dict[str
 
     Raises:
         UserError: models, data or options that do not go together, a directory of another run, a full disk.
+        RunStopped: the loss is no number; the last good checkpoint is kept.
     """
     console = console or Console(stderr=True)
     transformers.utils.logging.disable_progress_bar()
@@ -104,6 +107,8 @@ def distill(options: DistillOptions, console: Console | None = None) -> dict[str
             trainer.train(resume_from_checkpoint=None if last is None else str(last))
         except CheckpointError as error:
             raise UserError(f"{error.problem}. Make room and run the same command to go on from there") from error
+        except NonFiniteLossError as error:
+            raise RunStopped(f"{error}; start again with --no-resume or another --output") from error
         finally:
             trainer.report.stop()
         return _finish(options, trainer, tokenizer, windows, config, max_length, console)
@@ -134,7 +139,7 @@ class _Report(TrainerCallback):
         )
 
     def _terms(self, logs: dict[str, float], prefix: str = "") -> str:
-        return "  ".join(f"{name} {logs[prefix + name]:.4f}" for name in self.names)
+        return "  ".join(f"{name} {logs[prefix + name]:.4f}" for name in self.names if prefix + name in logs)
 
     def _print(self, state, text: str) -> None:
         self.console.print(f"step {state.global_step}/{state.max_steps}  {text}", soft_wrap=True)
@@ -166,9 +171,9 @@ class _Report(TrainerCallback):
 
 
 def _shown_terms(config: FDDConfig) -> list[str]:
-    """The loss and the terms that have a weight."""
+    """The loss and the terms that have a weight; the router's, which only some students have."""
     derivative = config.derivative is not None and config.beta
-    weights = (1, config.output_kd_weight, config.alpha, derivative, config.ce_weight)
+    weights = (1, config.output_kd_weight, config.alpha, derivative, config.ce_weight, 1)
     return [name for name, weight in zip(_TERMS, weights) if weight]
 
 
@@ -219,9 +224,12 @@ def _finish(options: DistillOptions, trainer: _ResumableTrainer, tokenizer, wind
     evaluations = [log for log in history if "eval_loss" in log]
     if windows.held_out and evaluations[-1]["step"] != trainer.state.global_step:
         evaluations.append(trainer.evaluate())
+    if windows.held_out and not math.isfinite(evaluations[-1]["eval_loss"]):
+        raise RunStopped(f"{output}: the held-out loss of the student in the end is not finite; it is not written")
 
     def held_out(which: int) -> dict[str, float] | None:
-        return {name: evaluations[which][f"eval_{name}"] for name in _TERMS} if evaluations else None
+        found = evaluations[which] if evaluations else {}
+        return {name: found[f"eval_{name}"] for name in _TERMS if f"eval_{name}" in found} or None
 
     metrics = {
         "steps": trainer.state.global_step,
@@ -248,7 +256,7 @@ def _finish(options: DistillOptions, trainer: _ResumableTrainer, tokenizer, wind
             student.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             model_card(options, trainer.distiller, metrics, _shown_terms(config)).save(folder / "README.md")
-        write_text(output / METRICS_FILE, json.dumps(metrics, indent=1) + "\n")
+        write_text(output / METRICS_FILE, json.dumps(as_json(metrics), indent=1, allow_nan=False) + "\n")
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(
             f"{output}: the student could not be written ({first_line(error)}); {last_checkpoint(output).name} is "
@@ -256,7 +264,7 @@ def _finish(options: DistillOptions, trainer: _ResumableTrainer, tokenizer, wind
         ) from error
     if windows.held_out:
         table = Table("held out", "before", "after", title=f"after {metrics['steps']} steps")
-        for name in _shown_terms(config):
+        for name in [name for name in _shown_terms(config) if name in metrics["held_out"]]:
             table.add_row(name, *(f"{metrics[when][name]:.4f}" for when in ("held_out_before", "held_out")))
         console.print(table)
     console.print(f"wrote {output / STUDENT_FOLDER} and {output / METRICS_FILE}", soft_wrap=True)

@@ -11,8 +11,8 @@ from typing import Any
 
 from fdd_kernels.atomic import remove_directory, write_text
 from fdd_kernels.config import FDDConfig
-from fdd_kernels.data import data_files, file_digest
-from fdd_kernels.integrations.checkpoints import checkpoints
+from fdd_kernels.data.sources import open_source
+from fdd_kernels.integrations.checkpoints import NOT_FINITE, PREFIX, checkpoints
 from fdd_kernels.loading import open_cache
 from fdd_kernels.user_error import UserError
 
@@ -29,7 +29,7 @@ class DistillOptions:
     Args:
         student, teacher: directories or names of transformers causal LMs that share a tokenizer. A student directory with
             a config.json and no weights is initialised at random.
-        data: a .txt or .jsonl file or a directory of them; see `fdd_kernels.data`.
+        data: files, or a data set by its name or folder; see `fdd_kernels.data.open_source`.
         teacher_cache: a directory written by `fdd-kernels cache-teacher`, in place of teacher and data: windows, their
             length and the part held out are its own.
         output: where checkpoints, student/, metrics.json and run.json go.
@@ -104,7 +104,7 @@ def settle_run(options: DistillOptions) -> dict[str, Any] | None:
     if not options.resume:
         for name in (METRICS_FILE, RUN_FILE):
             (output / name).unlink(missing_ok=True)
-        for folder in (*saved, output / STUDENT_FOLDER, output / ADAPTER_FOLDER):
+        for folder in (*saved, *output.glob(f"{PREFIX}*{NOT_FINITE}"), output / STUDENT_FOLDER, output / ADAPTER_FOLDER):
             if folder.is_dir():
                 remove_directory(folder)
     elif record.exists():
@@ -139,8 +139,7 @@ def run_record(options: DistillOptions) -> dict[str, Any]:
     if options.teacher_cache is not None:  # its index holds the checksums of everything in it
         run["teacher_cache"] = open_cache(options.teacher_cache).digest
     if options.data is not None:
-        root = options.data if options.data.is_dir() else options.data.parent
-        run["data"] = {str(file.relative_to(root)): file_digest(file) for file in data_files(options.data)}
+        run["data"] = open_source(options.data).digests()
     for role in ("teacher", "student"):
         folder = run[role] and Path(run[role])
         if folder and folder.is_dir():

@@ -9,6 +9,8 @@ _HOME = {
     "FDDLightningModule": "lightning_module",
     "AtomicCheckpoints": "checkpoints",
     "CheckpointError": "checkpoints",
+    "NonFiniteLossError": "finite",
+    "require_finite": "finite",
 }
 __all__ = list(_HOME)
 

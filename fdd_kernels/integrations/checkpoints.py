@@ -7,6 +7,7 @@ number: killed in the middle it may later go on without optimizer state, from ot
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import warnings
 from pathlib import Path
 
@@ -14,8 +15,11 @@ from safetensors import SafetensorError
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 from fdd_kernels.atomic import UNFINISHED, atomic_directory, clear_unfinished, remove_directory
+from fdd_kernels.integrations.finite import as_json
 
 PREFIX = "checkpoint-"
+# What is added to the name of a checkpoint whose weights give a loss that is no number: nothing resumes from it.
+NOT_FINITE = "-not-finite"
 
 
 class CheckpointError(RuntimeError):
@@ -60,9 +64,9 @@ class AtomicCheckpoints:
                 self.accelerator.wait_for_everyone()
                 self._writing = folder.parent
                 super()._save_checkpoint(model, trial)
+                self._name_best_checkpoint(target)
                 if self.args.should_save:
-                    self._name_best_checkpoint(target)
-                    self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+                    self._save_state(folder / TRAINER_STATE_NAME)
                 self.accelerator.wait_for_everyone()
         except (OSError, RuntimeError, SafetensorError) as error:
             last = last_checkpoint(run)
@@ -81,8 +85,14 @@ class AtomicCheckpoints:
         if self._writing is None:  # uploads go on in the background: not from a folder that will move
             super()._push_from_checkpoint(checkpoint_folder)
 
+    def _save_state(self, file: Path) -> None:
+        """The trainer's state as JSON, which knows no infinity and no NaN: null stands for them."""
+        dataclasses.replace(self.state, log_history=as_json(self.state.log_history)).save_to_json(str(file))
+
     def _name_best_checkpoint(self, target: Path) -> None:
-        """The best checkpoint under the name that it will have, where Trainer looked for it in the unfinished folder."""
+        """In every process the best checkpoint under the name that it will have, where Trainer, in the unfinished folder,
+        found another or none.
+        """
         if self.state.best_global_step:
             best = target.with_name(f"{PREFIX}{self.state.best_global_step}")
             if best == target or best.is_dir():
@@ -120,10 +130,15 @@ class AtomicCheckpoints:
 
     def get_batch_samples(self, *args, **kwargs):
         """The micro-batches of the next step; none for a run that was resumed at its end, where Trainer would take one more."""
-        if self.is_in_train and self.state.global_step >= self.state.max_steps:
+        if self._is_at_its_end:
             self.control.should_training_stop = True
             return [], None
         return super().get_batch_samples(*args, **kwargs)
+
+    @property
+    def _is_at_its_end(self) -> bool:
+        """Whether training is on with no step left to take: a run that was resumed at its end."""
+        return self.is_in_train and self.state.global_step >= self.state.max_steps
 
     def _last_complete(self, run: Path) -> str:
         saved = checkpoints(run)

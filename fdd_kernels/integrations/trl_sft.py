@@ -20,11 +20,13 @@ class FDDSFTTrainer(FDDTrainerMixin, SFTTrainer):
         fdd_config: layers and loss options.
 
     Positions whose label is -100 do not count: prompts with completion-only or assistant-only loss, padding, and the first
-    token of each packed sequence. TRL's own metrics (entropy, token accuracy) are not computed, since they need logits.
+    token of each packed sequence. The router loss of a student with experts is weighted by SFTConfig's
+    `router_aux_loss_coef`, or by the model's own coefficient if that is None. TRL's own metrics (entropy, token accuracy) are
+    not computed, since they need logits.
 
     Raises:
-        ValueError: an option of SFTConfig that changes the loss (`loss_type`, `router_aux_loss_coef`); a teacher cache
-            without `skip_prepare_dataset` or without a collator.
+        ValueError: an option of SFTConfig that changes the loss (`loss_type`); a teacher cache without `skip_prepare_dataset`
+            or without a collator.
         TypeError, ValueError: see `FDDTrainer`.
     """
 
@@ -41,5 +43,3 @@ class FDDSFTTrainer(FDDTrainerMixin, SFTTrainer):
         loss_type = getattr(self.args, "loss_type", "nll")
         if loss_type not in ("nll", "chunked_nll"):
             raise ValueError(f"FDDSFTTrainer's loss is the FDD loss: leave loss_type at its default, not {loss_type!r}")
-        if getattr(self, "aux_loss_enabled", False):
-            raise ValueError("FDDSFTTrainer adds no auxiliary loss of experts: set router_aux_loss_coef=0.0")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fdd_kernels.models.positions import token_shape
+from fdd_kernels.models.positions import SHIFT_LABELS, token_shape
 
 
 def check_batch(batch: Mapping[str, Any]) -> None:
@@ -23,7 +23,7 @@ def check_batch(batch: Mapping[str, Any]) -> None:
     tokens = next((name for name in ("input_ids", "inputs_embeds") if batch.get(name) is not None), None)
     if tokens is None:
         raise ValueError(f"the batch has neither input_ids nor inputs_embeds; it has {', '.join(map(str, batch)) or 'nothing'}")
-    for name in (tokens, "labels"):
+    for name in (tokens, "labels", SHIFT_LABELS):
         if batch.get(name) is not None and not isinstance(batch[name], Tensor):
             raise TypeError(
                 f"{name} is a {type(batch[name]).__name__}, but a tensor (batch, sequence) is needed: collate windows with "
@@ -34,12 +34,13 @@ def check_batch(batch: Mapping[str, Any]) -> None:
         shape = "(batch, sequence)" if wanted == 2 else "(batch, sequence, width)"
         raise ValueError(f"{tokens} has shape {tuple(batch[tokens].shape)}, but {shape} is needed")
     rows = token_shape(batch)
-    labels, mask = batch.get("labels"), batch.get("attention_mask")
-    if labels is not None and labels.shape != rows:
-        raise ValueError(
-            f"labels has shape {tuple(labels.shape)}, but {tokens} is of {tuple(rows)} (batch, sequence): give every token a "
-            "label of its own, not shifted, and -100 where there is nothing to learn"
-        )
+    mask = batch.get("attention_mask")
+    for name, remedy in (("labels", "a label of its own, not shifted"), (SHIFT_LABELS, "the label of the next token")):
+        if batch.get(name) is not None and batch[name].shape != rows:
+            raise ValueError(
+                f"{name} has shape {tuple(batch[name].shape)}, but {tokens} is of {tuple(rows)} (batch, sequence): give every "
+                f"token {remedy}, and -100 where there is nothing to learn"
+            )
     if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape != rows:
         raise ValueError(
             f"attention_mask has shape {tuple(mask.shape)}, but {tokens} is of {tuple(rows)} (batch, sequence): give every "

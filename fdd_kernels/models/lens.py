@@ -29,7 +29,7 @@ _PROBE = (2.0**-10, 6e4, 0.5, -3.0, 25.0, -200.0, 0.0)
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, and every module back in its own mode afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -104,9 +104,9 @@ class ModelLens:
 
     def __init__(self, model: nn.Module, name: str = "model", *, split_head: bool = False) -> None:
         self.name, self.model, self.split_head = name, unwrap(model), split_head
-        self.head = self._find_head()
+        self._find_head()  # first: a model without one is told so
         self.backbone = self._find_backbone()
-        with _evaluating(self.model), torch.no_grad():
+        with evaluating(self.model), torch.no_grad():
             self.vocabulary = len(self.weight)
             self.transform = self._measure_transform()
             self.blocks, self.tail = self._find_blocks_and_tail()
@@ -130,6 +130,11 @@ class ModelLens:
     def device(self) -> torch.device | None:
         """Where the model takes its inputs; None if FSDP decides."""
         return device_of(self.backbone)
+
+    @property
+    def head(self) -> nn.Module:
+        """The LM head, looked up anew: it may have been resized, replaced or adapted since the lens was made."""
+        return self._find_head()
 
     def _find_head(self) -> nn.Module:
         find = getattr(self.model, "get_output_embeddings", None)

@@ -48,15 +48,22 @@ def inside_forward(model: nn.Module, function: Callable) -> Iterator[Callable]:
         yield function
         return
     inner = wrapper.module if isinstance(wrapper, nn.parallel.DistributedDataParallel) else wrapper
-    own = inner.__dict__.get("forward")
-    inner.forward = function
-    try:
+    with forward_replaced(inner, function):
         yield wrapper
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """A module that runs `forward` in the place of its own; its hooks run as ever."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
     finally:
         if own is None:
-            del inner.forward
+            del module.forward
         else:
-            inner.forward = own
+            module.forward = own
 
 
 def require_gathered(name: str, parameter) -> None:

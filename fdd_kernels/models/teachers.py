@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import fields, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -18,11 +19,12 @@ from fdd_kernels.models.compiled import compile_blocks
 from fdd_kernels.models.lens import LogitTransform, ModelLens, unwrap
 from fdd_kernels.models.offload import has_place
 from fdd_kernels.models.parallel import inside_forward, own_rows
-from fdd_kernels.models.positions import counted_positions, token_shape
+from fdd_kernels.models.positions import SHIFT_LABELS, counted_positions, next_labels, token_shape
+from fdd_kernels.models.sharing import as_teacher_of_itself, shares_modules
 
 # The column of a batch that says which windows of a teacher cache its rows are.
 TEACHER_INDEX = "teacher_index"
-_NOT_MODEL_INPUTS = ("labels", "num_items_in_batch", TEACHER_INDEX)
+_NOT_MODEL_INPUTS = ("labels", SHIFT_LABELS, "num_items_in_batch", TEACHER_INDEX)
 # L tensors (batch, sequence, Dt), the last None where the final state is not needed; or what else `compare` takes.
 TeacherStates = list[Tensor | None] | Any
 
@@ -105,9 +107,8 @@ class TeacherWithHead(Teacher):
                 "teacher_states of this distiller, or of one whose loss needs the final state too"
             )
         weight, bias = self._head_on(student.weight.device, vocab_group, student.vocabulary)
-        labels, mask = batch.get("labels"), counted_positions(batch, options.ignore_index).to(student.weight.device)
-        if labels is None:
-            options = replace(options, shift=False)
+        labels = next_labels(batch, options.ignore_index)
+        mask = counted_positions(batch, options.ignore_index).to(student.weight.device)
         return fused_fdd_loss(
             _complete(student.states, batch, student.weight), student.weight, _complete(states, batch, weight), weight, labels,
             mask=mask, student_bias=student.bias, teacher_bias=bias, num_items_in_batch=num_items_in_batch, return_terms=True,
@@ -123,12 +124,20 @@ def _complete(states: list[Tensor | None], batch: Mapping[str, Tensor], weight: 
 
 
 class LiveTeacher(TeacherWithHead):
-    """A causal LM that is run for every batch; put in evaluation mode, never trained."""
+    """A causal LM that is run for every batch; put in evaluation mode, never trained.
 
-    def __init__(self, model: nn.Module, *, split_head: bool = False) -> None:
+    Args:
+        student: of whose modules it may be made. Then it is the student without its adapters, and in evaluation mode for its
+            own pass alone.
+    """
+
+    def __init__(self, model: nn.Module, *, split_head: bool = False, student: nn.Module | None = None) -> None:
         self._model = model  # as given: perhaps data-parallel
-        self.lens = ModelLens(model, "teacher", split_head=split_head)
-        model.eval()
+        self._student = student if student is not None and shares_modules(model, student) else None
+        if self._student is None:
+            model.eval()
+        with self._as_teacher():
+            self.lens = ModelLens(model, "teacher", split_head=split_head)
         compile_blocks(model, self.lens.blocks)
         self.depth, self.vocabulary, self.transform = self.lens.depth, self.lens.vocabulary, self.lens.transform
 
@@ -141,18 +150,27 @@ class LiveTeacher(TeacherWithHead):
     def name(self) -> str:
         return getattr(self.model.config, "_name_or_path", "") or type(self.model).__name__
 
+    @contextlib.contextmanager
+    def _as_teacher(self) -> Iterator[None]:
+        if self._student is not None:
+            with as_teacher_of_itself(self._model, self._student):
+                yield
+        else:
+            if unwrap(self._model).training:
+                unwrap(self._model).eval()
+            yield
+
     @torch.no_grad()
     def head(self) -> tuple[Tensor, Tensor | None]:
-        weight, bias, *_ = self.lens.read_head()
+        with self._as_teacher():
+            weight, bias, *_ = self.lens.read_head()
         return weight.detach(), None if bias is None else bias.detach()
 
     @torch.no_grad()
     def states(
         self, batch: Mapping[str, Tensor], layers: tuple[int, ...], *, apply_final_norm: bool, final: bool = True
     ) -> list[Tensor | None]:
-        if self.model.training:
-            self.model.eval()
-        with inside_forward(self._model, model_states) as states:
+        with self._as_teacher(), inside_forward(self._model, model_states) as states:
             return states(self.lens, batch, layers, apply_final_norm=apply_final_norm, final=final)
 
 
@@ -175,8 +193,8 @@ def model_states(
     return [*sampled, output]
 
 
-def as_teacher(teacher: nn.Module | Teacher, *, split_head: bool = False) -> Teacher:
-    """The teacher's side of the loss for a model or for a teacher cache.
+def as_teacher(teacher: nn.Module | Teacher, *, split_head: bool = False, student: nn.Module | None = None) -> Teacher:
+    """The teacher's side of the loss for a model, perhaps the student without its adapters, or for a teacher cache.
 
     Raises:
         TypeError: it is neither.
@@ -184,7 +202,7 @@ def as_teacher(teacher: nn.Module | Teacher, *, split_head: bool = False) -> Tea
     if isinstance(teacher, Teacher):
         return teacher
     if isinstance(teacher, nn.Module):
-        return LiveTeacher(teacher, split_head=split_head)
+        return LiveTeacher(teacher, split_head=split_head, student=student)
     raise TypeError(
         f"teacher must be a causal LM or a teacher cache, got {describe(teacher)}: load it first, with "
         "AutoModelForCausalLM.from_pretrained(...) or fdd_kernels.teacher_cache.open_teacher_cache(...)"

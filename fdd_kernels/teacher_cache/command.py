@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from torch import nn
 
 from fdd_kernels.config import LAYER_GRIDS, FDDConfig, LossOptions
-from fdd_kernels.data import data_files, file_digest, read_windows
+from fdd_kernels.data.progress import read_windows
+from fdd_kernels.data.sources import open_source
 from fdd_kernels.layers import layer_grid
 from fdd_kernels.loading import (
     as_user_error,
@@ -47,7 +48,7 @@ class CacheOptions:
         teacher: a directory or name of a transformers causal LM with its tokenizer.
         kind: "states" (any student, any objective), or "statistics": for the frozen head of `student`, by KL.
         student, temperature, output_temperature, output_in_dynamics, vocab_size: for statistics, which hold for these alone.
-        data: a .txt or .jsonl file or a directory of them; see `fdd_kernels.data`.
+        data: files, or a data set by its name or folder; see `fdd_kernels.data.open_source`.
         output: the cache's directory.
         num_layers, layer_grid, teacher_layers: which layers, as for `FDDConfig`; explicit ones win.
         apply_final_norm: read them through the final norm.
@@ -130,10 +131,10 @@ def cache_teacher(options: CacheOptions, console: Console | None = None) -> Wind
     if options.student is not None:
         student = load_student(options.student)[0].to(teacher.dtype).requires_grad_(False)
     max_length = window_length(options.max_length, teacher=teacher, **{} if student is None else {"student": student})
-    windows = read_windows(options.data, tokenizer, console, max_length=max_length, eval_fraction=options.eval_fraction,
+    source = open_source(options.data)
+    windows = read_windows(source, tokenizer, console, max_length=max_length, eval_fraction=options.eval_fraction,
                            seed=options.seed)  # fmt: skip
-    root = options.data if options.data.is_dir() else options.data.parent
-    data = {str(file.relative_to(root)): file_digest(file) for file in data_files(options.data)}
+    data = source.digests()
     progress = Progress(TextColumn("caching"), BarColumn(), MofNCompleteColumn(), TextColumn("windows"),
                         TimeRemainingColumn(), console=console, disable=not console.is_terminal)  # fmt: skip
     with progress:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fdd_kernels.config import FDDConfig, FDDLossTerms, LossOptions
 from fdd_kernels.data import Windows
 from fdd_kernels.models.lens import ModelLens
-from fdd_kernels.models.positions import counted_positions
+from fdd_kernels.models.positions import counted_positions, next_labels
 from fdd_kernels.models.teachers import LiveTeacher, StudentSide
 from fdd_kernels.teacher_cache.cache import WindowCache
 from fdd_kernels.teacher_cache.index import ArraySpec
@@ -100,7 +100,7 @@ def write_statistics_cache(folder: str | Path, teacher: nn.Module, student: nn.M
     Raises:
         as `write_teacher_cache` and `TeacherStatistics`.
     """
-    quantity = TeacherStatistics(LiveTeacher(teacher), layers, apply_final_norm=apply_final_norm,
+    quantity = TeacherStatistics(LiveTeacher(teacher, student=student), layers, apply_final_norm=apply_final_norm,
                                  student=ModelLens(student, "student"), options=options or LossOptions())  # fmt: skip
     write_cache(Path(folder), quantity, windows, **storage)
     return StatisticsCache(folder)
@@ -169,7 +169,7 @@ class StatisticsCache(WindowCache):
         sampled = student.states[:-1] or [final] * (count - 1)  # without trajectory and derivative none is looked at
         final = sampled[-1] if final is None else final
         hidden = [state.flatten(0, 1)[states.places].to(student.weight.device) for state in (*sampled, final)]
-        labels = batch["labels"].flatten()[states.places + 1]
+        labels = next_labels(batch, options.ignore_index).flatten()[states.places]
         counts = counted_positions(batch, options.ignore_index).flatten()[states.places]  # a run may leave out some
         statistics = states.statistics
         if not bool(counts.all()):

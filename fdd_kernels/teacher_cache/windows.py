@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from fdd_kernels.data import IGNORED, Window, Windows
-from fdd_kernels.models.positions import attended_positions, counted_positions, precedes_label
+from fdd_kernels.models.positions import SHIFT_LABELS, attended_positions, counted_positions, precedes_label
 from fdd_kernels.models.teachers import TEACHER_INDEX
 
 _SHOWN = 8
@@ -25,26 +24,34 @@ def pack_windows(windows: Windows) -> dict[str, Tensor]:
 
     Raises:
         ValueError: a window without one, or with padding.
+        TypeError: windows without a length.
     """
-    every: list[Window] = [*windows.train, *windows.held_out]
-    starts, rows = [0], [0]
-    for index, window in enumerate(every):
-        length, count = len(window["input_ids"]), int(precedes_label(torch.tensor(window["labels"]), IGNORED).sum())
-        if len(window["labels"]) != length or not all(window.get("attention_mask", (1,))):
+    starts, rows, pieces = [0], [0], {"input_ids": [], "labels": []}
+    for index, window in enumerate(chain(_sized("train", windows.train), _sized("held_out", windows.held_out))):
+        ids, labels = (torch.as_tensor(window[name], dtype=torch.int32) for name in pieces)
+        if len(labels) != len(ids) or not all(window.get("attention_mask", (1,))):
             raise ValueError(f"window {index} must have as many labels as input_ids, and no padding")
+        count = int(precedes_label(labels, IGNORED).sum())
         if not count:
             raise ValueError(f"window {index} has no token to predict: leave it out")
-        starts.append(starts[-1] + length)
+        starts.append(starts[-1] + len(ids))
         rows.append(rows[-1] + count)
-    tokens = {
-        name: torch.from_numpy(np.fromiter(chain.from_iterable(window[name] for window in every), np.int32, starts[-1]))
-        for name in ("input_ids", "labels")
-    }
+        pieces["input_ids"].append(ids)
+        pieces["labels"].append(labels)
     return {
-        **tokens,
+        **{name: torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int32) for name, parts in pieces.items()},
         "starts": torch.tensor(starts, dtype=torch.int64),
         "rows": torch.tensor(rows, dtype=torch.int64),
     }
+
+
+def _sized(name: str, windows: Sequence[Window]) -> Sequence[Window]:
+    if not hasattr(windows, "__len__"):
+        raise TypeError(
+            f"windows.{name} is a {type(windows).__name__}, which has no length, but a cache numbers its windows: give a "
+            "list or a datasets.Dataset; fdd_kernels.data.load_windows makes one of a stream"
+        )
+    return windows
 
 
 class WindowTable:
@@ -76,8 +83,9 @@ class WindowTable:
         Raises:
             ValueError: the batch does not say which windows it is made of, or they are not the cache's: names the window.
         """
-        if TEACHER_INDEX not in batch or "labels" not in batch:
-            missing = [name for name in (TEACHER_INDEX, "labels") if name not in batch]
+        labelled = "labels" in batch or SHIFT_LABELS in batch
+        if TEACHER_INDEX not in batch or not labelled:
+            missing = [TEACHER_INDEX] * (TEACHER_INDEX not in batch) + ["labels"] * (not labelled)
             raise ValueError(
                 f"the batch has no {' and no '.join(missing)} (it has {', '.join(batch)}): make batches of the cache's own "
                 "windows, cache.dataset('train'), with fdd_kernels.data.pad_windows as the collator"

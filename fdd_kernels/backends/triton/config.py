@@ -1,6 +1,6 @@
 """Launch configurations: a plain function of operation, shape, dtype and architecture.
 
-How the numbers were argued (benchmarks/roofline.py prints the model, benchmarks/aot.py the resources; neither is a timing:
+How the numbers were argued (benchmarks/gpu_model.py prints the model, benchmarks/aot.py the resources; neither is a timing:
 no GPU has run these kernels yet). Products of this kind are bound by what the multiprocessors fetch from the second cache
 level: 2 / block_rows + 2 / block_columns bytes per 16-bit product and model. So the tile is the largest that compiles
 without a spill on every target: 128 x 128 with 8 warps, one program a multiprocessor. Tiles wait for their neighbours in

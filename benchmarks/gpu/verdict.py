@@ -1,0 +1,96 @@
+"""What a record says: measured beside predicted, and whether the default strategy is accepted. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# The most that the default may take of what another way takes, by pair: what it must do to be the default.
+LIMITS = {
+    ("Qwen", "torch.compile"): 0.95,
+    ("GPT-2", "torch.compile"): 0.95,
+    ("Llama", "torch.compile"): 1.0,
+    ("Llama", "dense"): 0.6,
+    ("Qwen", "dense"): 0.6,
+    ("GPT-2", "dense"): 0.6,
+    ("Gemma", "dense"): 0.6,
+}
+NEEDED = [limit for limit in LIMITS if limit[0] != "Gemma"]  # Gemma's dense loss fits no card of 80 GB: it counts if measured
+CORRECT = ("products: probe", "correct: essentials")
+
+
+def line(entry: dict[str, Any]) -> str:
+    """A step's outcome in one line."""
+    parts = [f"{entry['status']:13} {entry['seconds']:6.1f} s"]
+    results = entry["results"]
+    if "ms" in results and not isinstance(results["ms"], dict):
+        predicted = results.get("predicted_ms")
+        parts.append(f"{results['ms']:9.2f} ms" + (f" (predicted {predicted:.2f})" if predicted else ""))
+        parts.append(f"{results['beyond_gradients'] / 2**20:8.0f} MiB")
+    elif isinstance(results.get("ms"), dict):
+        parts.append(", ".join(f"{name} {ms:.2f} ms" for name, ms in results["ms"].items()))
+    if entry.get("reason"):
+        parts.append(entry["reason"].splitlines()[0][:160])
+    return "  ".join(parts)
+
+
+def ratio(record: dict[str, Any], pair: str, way: str) -> float | None:
+    """Time of the default over that of another way at the same rows; None where either is not measured."""
+    ours, theirs = (_results(record, f"{pair}: {name}") for name in ("auto", way))
+    if not ours or not theirs:
+        return None
+    return theirs.get("ours_at_these_rows", ours)["ms"] / theirs["ms"]
+
+
+def _results(record: dict[str, Any], step: str) -> dict[str, Any] | None:
+    entry = record["steps"].get(step)
+    return entry["results"] if entry and entry["status"] == "ok" else None
+
+
+def verdict(record: dict[str, Any]) -> tuple[str, list[str]]:
+    """Whether the default is "accepted" or "refused", or that is "open", and what it rests on."""
+    lines, outcomes = [], []
+    for step in CORRECT:
+        status = record["steps"].get(step, {"status": "not taken"})["status"]
+        outcomes.append({"ok": True, "wrong": False}.get(status))
+        lines.append(f"{step}: {status}")
+    for (pair, way), most in LIMITS.items():
+        found = ratio(record, pair, way)
+        if found is None and (pair, way) not in NEEDED:
+            continue
+        outcomes.append(None if found is None else found <= most if most == 1.0 else found < most)
+        shown = "not measured" if found is None else f"{found:.3f}"
+        lines.append(
+            f"{pair}: the default takes {shown} of {way}'s time; it must be {'at most' if most == 1 else 'below'} {most}"
+        )
+    if False in outcomes:
+        return "refused", lines
+    return "open" if None in outcomes else "accepted", lines
+
+
+def text(record: dict[str, Any]) -> str:
+    """The tables and the verdict."""
+    lines = [f"\n{record['device']}, sources {record['sources']}"]
+    if record["dry_run"]:
+        lines.append("DRY RUN: toy sizes on a CPU; no figure means anything.")
+    for name, entry in record["steps"].items():
+        lines.append(f"{name:34} {line(entry)}")
+        for key, value in entry["results"].items():
+            if isinstance(value, dict):
+                lines += _details(key, value)
+    outcome, reasons = verdict(record)
+    lines += ["", *reasons, f"verdict: {outcome}{' (of a dry run: it means nothing)' if record['dry_run'] else ''}"]
+    return "\n".join(lines)
+
+
+def _details(key: str, value: dict[str, Any]) -> list[str]:
+    """Products in TF/s and kernels in GB/s, with what was predicted."""
+    lines = []
+    for name, found in (value.get("launches") or value).items():
+        if isinstance(found, dict) and "tflops" in found:
+            rate = f"{found['tflops']:7.0f} TF/s {found['ms']:8.3f} ms (predicted {found['predicted_ms']:.3f})"
+        elif isinstance(found, dict) and "gb_per_second" in found:
+            rate = f"{found['gb_per_second']:7.0f} GB/s {found['ms']:8.3f} ms"
+        else:
+            continue
+        lines.append(f"    {key + ', ' + name:58} {rate}")
+    return lines

@@ -1,0 +1,143 @@
+"""Chats as the tokenizer's own template writes them, cut into what is learned and what is not."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from fdd_kernels.data.records import Chat, Message
+from fdd_kernels.user_error import UserError
+
+# (text, whether its tokens are learned)
+Piece = tuple[str, bool]
+_PROBE = "probe of a part"
+
+
+def chat_pieces(chat: Chat, tokenizer, source: str) -> list[Piece]:
+    """A chat as the tokenizer's template writes it, cut where assistant turns begin and end; only those are learned.
+
+    A turn that the template writes differently once others follow (Qwen3 drops earlier reasoning) is not learned; the
+    last one always is. Text parts are joined for a template that knows texts only; tool calls must be in what it writes.
+
+    Raises:
+        UserError: the template refuses the chat, writes the last turn's prompt differently with and without it, or leaves
+            tool calls out.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError(
+            f"{source}: a chat, but the tokenizer has no chat template: take one that has, or write the chat as "
+            '"prompt" and "completion"'
+        )
+    failure = None
+    for messages in _writings([_as_the_template_reads(m, tokenizer) for m in chat.messages]):
+        try:
+            return _cut(messages, chat, tokenizer, source)
+        except _NotWritten as error:
+            failure = failure or error
+    raise failure
+
+
+class _NotWritten(UserError):
+    """The template cannot write a chat in this way; perhaps in another."""
+
+
+def _as_the_template_reads(message: Message, tokenizer) -> Message:
+    """A message with its content as a text or as parts, whichever the template writes."""
+    content = message["content"]
+    if content is None:
+        return message
+    texts, parts = (_writes(kind, tokenizer, str(tokenizer.chat_template)) for kind in ("text", "parts"))
+    if isinstance(content, list) and not parts:
+        return message | {"content": "".join(part["text"] for part in content)}
+    if isinstance(content, str) and parts and not texts:
+        return message | {"content": [{"type": "text", "text": content}]}
+    return message
+
+
+@functools.lru_cache(maxsize=16)
+def _writes(kind: str, tokenizer, template: str) -> bool:
+    """Whether a template writes content that is a text, or parts: not nothing, and not the list as Python prints it."""
+    content = _PROBE if kind == "text" else [{"type": "text", "text": _PROBE}]
+    try:
+        written = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}, {"role": "assistant", "content": content}], tokenize=False
+        )
+    except Exception:  # Jinja's errors, and whatever the template raises
+        return False
+    return _PROBE in written and "'text'" not in written
+
+
+def _writings(messages: list[Message]) -> Iterator[list[Message]]:
+    """The ways to write the same messages. There is one, but for tool calls: some templates want their arguments as an object
+    and others as JSON text, and their content empty, or none (which transformers 5 takes away, and its predecessors write).
+    """
+    calling = any(message.get("tool_calls") for message in messages)
+    for as_object, without in itertools.product((True, False), (None, "")) if calling else ((True, None),):
+        yield [_with_calls(m, as_object) | ({"content": without} if m["content"] is None else {}) for m in messages]
+
+
+def _with_calls(message: Message, as_object: bool) -> Message:
+    if not message.get("tool_calls"):
+        return message
+    return message | {"tool_calls": [_with_arguments(call, as_object) for call in message["tool_calls"]]}
+
+
+def _with_arguments(call: dict[str, Any], as_object: bool) -> dict[str, Any]:
+    function = call["function"]
+    arguments = function.get("arguments", {})
+    if as_object and isinstance(arguments, str):
+        with contextlib.suppress(json.JSONDecodeError):  # else it is a text for the template to write as it is
+            arguments = json.loads(arguments)
+    elif not as_object and not isinstance(arguments, str):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    return call | {"function": function | {"arguments": arguments}}
+
+
+def _cut(messages: list[Message], chat: Chat, tokenizer, source: str) -> list[Piece]:
+    def render(count: int, **options) -> str:
+        try:
+            return tokenizer.apply_chat_template(messages[:count], tools=chat.tools, tokenize=False, **options)
+        except Exception as error:  # Jinja's errors, and whatever the template raises
+            raise _NotWritten(f"{source}: the tokenizer's chat template refuses this chat: {error}") from None
+
+    whole = render(len(messages))
+    if any(m["content"] is None for m in messages) and whole.count("None") > str(_texts(messages)).count("None"):
+        raise _NotWritten(f"{source}: the tokenizer's chat template writes a content of null as None")
+    last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
+    pieces: list[Piece] = []
+    at = 0
+    for index, message in enumerate(messages[: last + 1]):
+        if message["role"] != "assistant" or index < chat.first:
+            continue
+        prompt = render(index, add_generation_prompt=True) if index else ""
+        until_now = render(index + 1)
+        if index == len(messages) - 1:
+            until_now = whole
+        if whole.startswith(prompt) and whole.startswith(until_now) and at <= len(prompt) <= len(until_now):
+            pieces += [(whole[at : len(prompt)], False), (whole[len(prompt) : len(until_now)], True)]
+            at = len(until_now)
+            _require_calls(message, pieces[-1][0], f"{source}: message {index + 1}")
+        elif index == last:
+            raise UserError(
+                f"{source}: the tokenizer's chat template does not begin the chat with the prompt of its last assistant turn, "
+                'so it is not known which tokens to learn; write the line as "prompt" and "completion"'
+            )
+    return [*pieces, (whole[at:], False)]
+
+
+def _texts(messages: list[Message]) -> list[Any]:
+    """What the messages say, without the content that is None."""
+    return [value for message in messages for value in message.values() if value is not None]
+
+
+def _require_calls(message: Message, written: str, where: str) -> None:
+    for call in message.get("tool_calls") or ():
+        if call["function"]["name"] not in written:
+            raise _NotWritten(
+                f"{where} calls {call['function']['name']}, which the tokenizer's chat template leaves out: take a tokenizer "
+                'whose template writes tool calls, or write the chat as "prompt" and "completion"'
+            )

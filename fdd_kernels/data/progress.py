@@ -1,0 +1,54 @@
+"""Reading with a progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fdd_kernels.data.sources import Source, open_source
+from fdd_kernels.data.windows import Windows, load_windows
+
+
+def read_windows(
+    data: str | Path | Source,
+    tokenizer,
+    console: Console,
+    *,
+    max_length: int,
+    eval_fraction: float,
+    seed: int,
+    shared: Container[int] | None = None,
+) -> Windows:
+    """`load_windows` with a progress bar, and lines that say what was read and what was left out."""
+    source = open_source(data)
+    amount = DownloadColumn() if source.files else MofNCompleteColumn()
+    columns = TextColumn("reading"), BarColumn(), amount, TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=source.size)
+        windows = load_windows(
+            source,
+            tokenizer,
+            max_length=max_length,
+            eval_fraction=eval_fraction,
+            seed=seed,
+            shared=shared,
+            advance=lambda read: progress.advance(task, read),
+        )
+    console.print(
+        f"{windows.documents} documents: {len(windows.train)} training windows of at most {max_length} tokens "
+        f"({windows.train_tokens} tokens), {len(windows.held_out)} held out"
+    )
+    if windows.without_labels:
+        console.print(
+            f"{len(windows.without_labels)} documents have nothing to learn within {max_length} tokens and are left out, "
+            f"for example {windows.without_labels[0]}"
+        )
+    if windows.not_shared:
+        console.print(
+            f"{len(windows.not_shared)} documents hold tokens that not both models have, and their windows with them are left "
+            f"out, for example {windows.not_shared[0]}"
+        )
+    return windows
