@@ -65,9 +65,9 @@ def kl_of(p: Tensor, r: Tensor, x: Tensor) -> Tensor:
 
 def _log_mixture(x: Tensor, share: float) -> Tensor:
     """log((1 - share) + share e^x), accurate near 0 and free of overflow."""
-    above = x.clamp(min=1)
-    return torch.where(x > 1, above + torch.log1p((1 - share) * torch.expm1(-above)),
-                       torch.log1p(share * torch.expm1(x.clamp(max=1))))  # fmt: skip
+    above, below = torch.where(x > 1, x, 1.0), torch.where(x > 1, 1.0, x)
+    of_above = above + torch.log1p((1 - share) * torch.expm1(-above))
+    return torch.where(x > 1, of_above, torch.log1p(share * torch.expm1(below)))
 
 
 def _kl_value(log_q: Tensor, log_p: Tensor) -> Tensor:

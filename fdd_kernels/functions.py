@@ -20,7 +20,7 @@ from fdd_kernels.config import FDDLossTerms
 from fdd_kernels.plan import Plan
 from fdd_kernels.reference import dense_logits
 from fdd_kernels.spec import LSE_S, NLL, LensInputs, LensSpec, Read
-from fdd_kernels.terms import combine, row_terms_from_statistics
+from fdd_kernels.terms import combine, row_terms_from_statistics, static_deltas
 
 
 class _Once(torch.autograd.Function):
@@ -45,27 +45,28 @@ class _Once(torch.autograd.Function):
 class LensStatistics(torch.autograd.Function):
     """Statistics of `spec.py`, differentiable once in the student's hidden states, weight and bias.
 
-    `spec` is an encoded `LensSpec`; `hidden` are the L states of the student, then those of the teacher. Saves its
-    inputs and the statistics, nothing that grows with rows x columns. The teacher receives no gradient.
+    The first three arguments are an encoded `LensSpec`; `hidden` are the L states of the student, then those of the
+    teacher. Saves its inputs and the statistics, nothing that grows with rows x columns. The teacher receives no gradient.
     """
 
     @staticmethod
-    def forward(ctx, spec: tuple, backend: str, shard, valid, labels, teacher_weight, teacher_bias, weight, bias,
-                *hidden: Tensor):  # fmt: skip
+    def forward(ctx, structure: str, numbers: Tensor, columns: int, backend: str, shard, valid, labels, teacher_weight,
+                teacher_bias, weight, bias, *hidden: Tensor):  # fmt: skip
         inputs = _inputs(valid, labels, teacher_weight, teacher_bias, weight, bias, *hidden)
-        statistics = _statistics(spec, backend, shard, inputs)
-        ctx.spec, ctx.backend, ctx.shard = spec, backend, shard
+        statistics = _statistics((structure, numbers, columns), backend, shard, inputs)
+        ctx.structure, ctx.columns, ctx.backend, ctx.shard = structure, columns, backend, shard
         ctx.needed = _needed(ctx, len(hidden))
-        ctx.save_for_backward(valid, labels, teacher_weight, teacher_bias, weight, bias, *hidden, *statistics)
+        ctx.save_for_backward(numbers, valid, labels, teacher_weight, teacher_bias, weight, bias, *hidden, *statistics)
         ctx.mark_non_differentiable(statistics[0])
         return statistics
 
     @staticmethod
     def backward(ctx, _grad_pivots, grad_reads, grad_moments):
-        *saved, pivots, reads, moments = ctx.saved_tensors
+        numbers, *saved, pivots, reads, moments = ctx.saved_tensors
         inputs, upstream = _inputs(*saved), (grad_reads, grad_moments)
+        spec = (ctx.structure, numbers, ctx.columns)
         with torch.no_grad():
-            found = ops.lens_grad(*inputs, *ctx.spec, ctx.backend, pivots, reads, moments, *upstream, ctx.needed)
+            found = ops.lens_grad(*inputs, *spec, ctx.backend, pivots, reads, moments, *upstream, ctx.needed)
             found = _complete(ctx.shard, found, ctx.needed)
         return _returned(ctx, found, inputs, upstream)
 
@@ -114,7 +115,8 @@ class LossAndGradient(torch.autograd.Function):
                 del gradients
                 spec, backend = ctx.plan.spec.encode(), ctx.plan.backend
                 statistics = _statistics(spec, backend, ctx.shard, inputs)
-                _, of_statistics = _differentiate(ctx.plan, statistics, inputs.valid, ctx.normaliser, upstream)
+                static = static_deltas(ctx.plan, inputs.student_hidden, inputs.teacher_hidden)
+                _, of_statistics = _differentiate(ctx.plan, statistics, static, inputs.valid, ctx.normaliser, upstream)
                 found = ops.lens_grad(*inputs, *spec, backend, *statistics, *of_statistics, ctx.needed)
                 found = _complete(ctx.shard, found, ctx.needed)
         return _returned(ctx, found, inputs, upstream)
@@ -165,16 +167,20 @@ def _loss_and_gradient(plan: Plan, rows_at_a_time: int, shard, normaliser, neede
                        of_loss: Tensor | float = 1.0) -> tuple[FDDLossTerms, list[Tensor]]:  # fmt: skip
     """The terms, and the gradients of `of_loss` * loss marked in `needed`, in the dtypes in which the backend has them."""
 
+    static = static_deltas(plan, inputs.student_hidden, inputs.teacher_hidden)
+
     def upstream_of(rows: Tensor, *statistics: Tensor) -> tuple[Tensor, ...]:
         if shard is not None:
             statistics = shard.merged(inputs.at(rows), plan.spec, statistics)
-        return *statistics, *_differentiate(plan, statistics, None, normaliser, (of_loss, None, None, None, None))[1]
+        of_block = None if static is None else static[..., rows]
+        upstream = (of_loss, None, None, None, None)
+        return *statistics, *_differentiate(plan, statistics, of_block, None, normaliser, upstream)[1]
 
     with torch.autocast(inputs.device.type, enabled=False), torch.profiler.record_function("fdd_kernels::stats_and_grad"):
         found, statistics = BACKENDS[plan.backend].stats_and_grad(
             inputs, plan.spec, rows_at_a_time, upstream_of, needed, shard is None
         )
-    terms = combine(row_terms_from_statistics(plan, *statistics), plan.options, inputs.valid, (), normaliser)
+    terms = combine(row_terms_from_statistics(plan, *statistics, static), plan.options, inputs.valid, (), normaliser)
     return terms, _complete(shard, found, needed)
 
 
@@ -203,14 +209,15 @@ def _rounded(found: list[Tensor], inputs: LensInputs, needed: list[bool]) -> lis
     return found
 
 
-def _differentiate(plan: Plan, statistics, valid, normaliser, upstream) -> tuple[FDDLossTerms, tuple[Tensor, Tensor]]:
+def _differentiate(plan: Plan, statistics, static, valid, normaliser,
+                   upstream) -> tuple[FDDLossTerms, tuple[Tensor, Tensor]]:  # fmt: skip
     """The terms, and the gradients of reads and moments given those of the terms (None: no gradient)."""
     pivots, reads, moments = [t.detach() for t in statistics]
     # A caller's hooks on saved tensors, such as checkpointing's, have no business in here.
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
         reads.requires_grad_()
         moments.requires_grad_()
-        terms = combine(row_terms_from_statistics(plan, pivots, reads, moments), plan.options, valid, (), normaliser)
+        terms = combine(row_terms_from_statistics(plan, pivots, reads, moments, static), plan.options, valid, (), normaliser)
         total = sum(term * g for term, g in zip(terms, upstream) if g is not None)
         gradients = torch.autograd.grad(total, (reads, moments), allow_unused=True, materialize_grads=True)
     return FDDLossTerms(*[term.detach() for term in terms]), gradients

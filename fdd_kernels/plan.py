@@ -262,7 +262,7 @@ def _check_normaliser(options: LossOptions, num_items_in_batch) -> None:
             raise ValueError(f"num_items_in_batch has shape {tuple(num_items_in_batch.shape)}: pass one number")
     elif isinstance(num_items_in_batch, bool) or not isinstance(num_items_in_batch, (int, float)):
         raise TypeError(f"num_items_in_batch must be a number or a tensor, got {type(num_items_in_batch).__name__}")
-    elif not (math.isfinite(num_items_in_batch) and num_items_in_batch > 0):
+    elif not 0 < num_items_in_batch < math.inf:
         raise ValueError(f"num_items_in_batch={num_items_in_batch} must be greater than 0")
 
 

@@ -5,6 +5,7 @@ Everything here is ordinary PyTorch on tensors of shape (R,); autograd different
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 from fdd_kernels.config import FDDLossTerms, LossOptions
 from fdd_kernels.plan import Plan
 from fdd_kernels.spec import COUNT, LSE_S, LSE_T, M_DD, M_SS, M_ST, M_TT, MEAN_S, MEAN_T, OWN, VALUE
+
+_COMPARED_ELEMENTS = 2**22  # of the hidden states that are compared at a time
 
 
 class RowTerms(NamedTuple):
@@ -26,7 +29,7 @@ class RowTerms(NamedTuple):
 
 def _safe_sqrt(x: Tensor) -> Tensor:
     """sqrt with gradient 0 at 0."""
-    return torch.where(x > 0, x, 1.0).sqrt() * (x > 0)
+    return torch.where(x <= 0, 0.0, torch.where(x <= 0, 1.0, x).sqrt())  # NaN stays
 
 
 def _cosine_distance(ss: Tensor, tt: Tensor, st: Tensor, dd: Tensor) -> Tensor:
@@ -37,7 +40,7 @@ def _cosine_distance(ss: Tensor, tt: Tensor, st: Tensor, dd: Tensor) -> Tensor:
     """
     norm_s, norm_t = _safe_sqrt(ss), _safe_sqrt(tt)
     product = norm_s * norm_t
-    defined = product > 0
+    defined = product != 0  # NaN stays
     product = torch.where(defined, product, 1.0)
     difference = (ss - tt) / torch.where(defined, norm_s + norm_t, 1.0)
     near = (dd - difference.square()) / (2 * product)
@@ -45,8 +48,35 @@ def _cosine_distance(ss: Tensor, tt: Tensor, st: Tensor, dd: Tensor) -> Tensor:
     return torch.where(defined, torch.where(2 * dd < ss + tt, near, far), 1.0)
 
 
-def _moment_distance(kind: str, moment: Tensor, shift_s: Tensor | float, shift_t: Tensor | float) -> Tensor:
-    """Distance of a moment target's vectors after `shift` is subtracted from each: (R,)."""
+def static_deltas(plan: Plan, student_hidden: Sequence[Tensor], teacher_hidden: Sequence[Tensor]) -> Tensor | None:
+    """Where a model's delta has length 0 because both its hidden states are equal: (2, pairs, R) bool; None: no angle is taken.
+
+    The hidden states are of the spec's layers. Products of equal states may differ in their last bits, which would be the
+    direction of a delta that has none; no bound on its length tells it from a short one, but the states themselves do.
+    """
+    if not plan.derivative or plan.options.derivative == "mse":
+        return None
+    pairs = [plan.spec.moments[index] for index in plan.derivative]
+    return torch.stack([
+        torch.stack([_equal_rows(states[first].detach(), states[second].detach()) for first, second in pairs])
+        for states in (student_hidden, teacher_hidden)
+    ])  # fmt: skip
+
+
+def _equal_rows(a: Tensor, b: Tensor) -> Tensor:
+    """(R,) bool: which rows of two (R, D) tensors are equal; a part of them at a time."""
+    rows = max(1, _COMPARED_ELEMENTS // a.shape[1])
+    if torch.compiler.is_compiling() or len(a) <= rows:
+        return (a == b).all(-1)
+    return torch.cat([(x == y).all(-1) for x, y in zip(a.split(rows), b.split(rows))])
+
+
+def _moment_distance(kind: str, moment: Tensor, shift_s: Tensor | float, shift_t: Tensor | float,
+                     static: tuple[Tensor, Tensor] | None = None) -> Tensor:  # fmt: skip
+    """Distance of a moment target's vectors after `shift` is subtracted from each: (R,).
+
+    `static` says for each model which vectors have length 0, whatever their computed length is.
+    """
     ss, tt, st, dd = moment[M_SS], moment[M_TT], moment[M_ST], moment[M_DD]
     if kind != "centered_cosine":
         count, mean_s, mean_t = moment[COUNT], moment[MEAN_S] - shift_s, moment[MEAN_T] - shift_t
@@ -54,11 +84,14 @@ def _moment_distance(kind: str, moment: Tensor, shift_s: Tensor | float, shift_t
         dd = dd + count * (mean_s - mean_t).square()
     if kind == "mse":
         return dd / moment[COUNT].clamp(min=1)
+    if static is not None:
+        ss, tt = torch.where(static[0], 0.0, ss), torch.where(static[1], 0.0, tt)
     return _cosine_distance(ss, tt, st, dd)
 
 
-def row_terms_from_statistics(plan: Plan, pivots: Tensor, reads: Tensor, moments: Tensor) -> RowTerms:
-    """The terms of every row from the statistics of `spec.py`."""
+def row_terms_from_statistics(plan: Plan, pivots: Tensor, reads: Tensor, moments: Tensor,
+                              static: Tensor | None = None) -> RowTerms:  # fmt: skip
+    """The terms of every row from the statistics of `spec.py`; `static` is of `static_deltas`."""
     options, spec = plan.options, plan.spec
     trajectory = derivative = None
     if plan.trajectory:
@@ -81,7 +114,8 @@ def row_terms_from_statistics(plan: Plan, pivots: Tensor, reads: Tensor, moments
                 first, second = plan.derivative_reads[pair]
                 shift_s = reads[second, LSE_S] - reads[first, LSE_S]
                 shift_t = reads[second, LSE_T] - reads[first, LSE_T]
-            per_pair.append(_moment_distance(options.derivative, moments[index], shift_s, shift_t))
+            of_pair = None if static is None else static[:, pair]
+            per_pair.append(_moment_distance(options.derivative, moments[index], shift_s, shift_t, of_pair))
         derivative = torch.stack(per_pair).mean(0)
     return RowTerms(
         output_kd=None if plan.output_kd is None else reads[plan.output_kd, VALUE],

@@ -10,7 +10,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from fdd_kernels import fdd_loss_reference, fused_fdd_loss, ops
+from fdd_kernels import FusedFDDLoss, api, fdd_loss_reference, fused_fdd_loss, ops
 from fdd_kernels.api import _rows_that_count
 from fdd_kernels.config import LossOptions
 from fdd_kernels.plan import make_plan
@@ -77,12 +77,37 @@ class TestCompile:
             assert_within_budget(problem, evaluate(problem, function, backend="torch", **OPTIONS), **OPTIONS)
         assert counter.frame_count == 2  # the first shape alone, then all
 
-    def test_changing_temperature_is_not_baked_in(self):
-        function = compiled()
-        problem = random_problem(layers=1)
-        for temperature in (1.5, 2.0, 3.5):
-            options = {"output_temperature": temperature}
-            assert_within_budget(problem, evaluate(problem, function, backend="torch", **options), **options)
+    def test_changing_numbers_share_one_graph(self):
+        """Twelve values of each at once: the first alone, then one graph for all."""
+        counter = CompileCounterWithBackend("aot_eager")
+        function = compiled(counter)
+        problem = random_problem(labels=True)
+        for i in range(12):
+            options = {
+                "temperature": 1.5 + i / 10, "output_temperature": 2.5 + i / 10, "student_softcap": 9.0 + i,
+                "teacher_softcap": 7.5 + i, "student_logit_scale": 0.3 + i / 30, "teacher_logit_scale": 0.35 + i / 30,
+                "alpha": 0.5 + i / 10, "num_items_in_batch": 5 + i,
+            }  # fmt: skip
+            outcome = evaluate(problem, function, backend="torch", **options)
+            if i in (0, 1, 11):
+                assert_within_budget(problem, outcome, **options)
+        assert counter.frame_count == 2
+
+    def test_the_module(self):
+        problem = random_problem(labels=True)
+        loss = torch.compile(FusedFDDLoss(backend="torch", temperature=2.0), fullgraph=True, backend="aot_eager")
+        expected = fused_fdd_loss(**problem.arguments, temperature=2.0, backend="torch")
+        torch.testing.assert_close(loss(**problem.arguments), expected)
+
+    def test_strict_export(self):
+        problem = random_problem().map(lambda t: t.detach())
+        arguments = tuple(
+            [getattr(problem, name) for name in ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")]
+        )
+        loss = FusedFDDLoss(backend="torch")
+        with torch.no_grad():
+            exported = torch.export.export(loss, arguments, strict=True)
+            torch.testing.assert_close(exported.module()(*arguments), loss(*arguments))
 
     def test_labels_out_of_range_fail_at_run_time(self):
         problem = full()
@@ -164,6 +189,15 @@ class TestAutocast:
         outside = torch.autograd.grad(loss, leaves)
         for a, b in zip(inside, outside):
             assert torch.equal(a, b)
+
+    def test_casts_no_layer_that_nothing_reads(self, backend, monkeypatch):
+        problem, seen = full(), []
+        real = api.tensors_of
+        monkeypatch.setattr(api, "tensors_of", lambda plan, inputs: seen.append(inputs) or real(plan, inputs))
+        with torch.autocast("cpu", torch.bfloat16):
+            evaluate(problem, backend=backend, output_kd_weight=0.0, beta=0.0)
+        for states in (seen[0].student_hidden, seen[0].teacher_hidden):
+            assert [h.dtype for h in states] == [torch.bfloat16, torch.bfloat16, torch.float32]
 
     @pytest.mark.usefixtures("_fresh_dynamo")
     def test_compiled(self):

@@ -243,10 +243,9 @@ def _at_temperature(u: Tensor, temperature: float) -> Tensor:
 
 
 def _vectors(u_LrC: Tensor, target: tuple[int, int], temperature: float) -> Tensor:
-    """A moment target's vector of one model: (r, c), a new tensor."""
+    """A moment target's vector of one model: (r, c), a new tensor; 0 where two layers have the same values."""
     first, second = target
-    vector = u_LrC[second] / temperature
-    return vector if first == OWN else vector.sub_(u_LrC[first], alpha=1 / temperature)
+    return u_LrC[second] / temperature if first == OWN else (u_LrC[second] - u_LrC[first]).div_(temperature)
 
 
 def _tile_moments(s: Tensor, t: Tensor, live: Tensor | None) -> Tensor:
