@@ -175,12 +175,9 @@ def _prepare(options: LossOptions, student_hidden, student_weight, teacher_hidde
         options, student_hidden, student_weight, teacher_hidden, teacher_weight, labels, student_bias, teacher_bias, mask,
         num_items_in_batch,
     )  # fmt: skip
+    students, teachers = ([h.reshape(-1, h.shape[-1]) for h in states] for states in (students, teachers))
     students, teachers = (
-        [
-            _autocast(h.reshape(-1, h.shape[-1])) if i in plan.layers else h.reshape(-1, h.shape[-1])
-            for i, h in enumerate(states)
-        ]
-        for states in (students, teachers)
+        [_autocast(h) if layer in plan.layers else h for layer, h in enumerate(states)] for states in (students, teachers)
     )
     heads = (_autocast(t) for t in (student_weight, student_bias, teacher_weight, teacher_bias))
     student_weight, student_bias, teacher_weight, teacher_bias = heads

@@ -42,6 +42,29 @@ class _Once(torch.autograd.Function):
         )
 
 
+def _save(ctx, *tensors: Tensor | None) -> None:
+    """`save_for_backward` that takes tensors made under `torch.inference_mode` too: nobody can change them, nor hook them."""
+    ctx.of_inference = {}
+    if not torch.compiler.is_compiling():
+        ctx.of_inference = {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
+    ctx.save_for_backward(*[None if i in ctx.of_inference else t for i, t in enumerate(tensors)])
+
+
+def _saved(ctx) -> list[Tensor | None]:
+    """What `_save` saved."""
+    return [ctx.of_inference.get(i, t) for i, t in enumerate(ctx.saved_tensors)]
+
+
+def _refuse_batches(*upstream: Tensor | None) -> None:
+    if torch.compiler.is_compiling():
+        return
+    if any(g is not None and torch._C._functorch.is_batchedtensor(g) for g in upstream):
+        raise RuntimeError(
+            "fused_fdd_loss cannot be differentiated for a batch of upstream gradients at once (is_grads_batched=True, vmap of "
+            'a backward pass): ask for them one after another, or use backend="reference"'
+        )
+
+
 class LensStatistics(torch.autograd.Function):
     """Statistics of `spec.py`, differentiable once in the student's hidden states, weight and bias.
 
@@ -56,13 +79,14 @@ class LensStatistics(torch.autograd.Function):
         statistics = _statistics((structure, numbers, columns), backend, shard, inputs)
         ctx.structure, ctx.columns, ctx.backend, ctx.shard = structure, columns, backend, shard
         ctx.needed = _needed(ctx, len(hidden))
-        ctx.save_for_backward(numbers, valid, labels, teacher_weight, teacher_bias, weight, bias, *hidden, *statistics)
+        _save(ctx, numbers, valid, labels, teacher_weight, teacher_bias, weight, bias, *hidden, *statistics)
         ctx.mark_non_differentiable(statistics[0])
         return statistics
 
     @staticmethod
     def backward(ctx, _grad_pivots, grad_reads, grad_moments):
-        numbers, *saved, pivots, reads, moments = ctx.saved_tensors
+        _refuse_batches(grad_reads, grad_moments)
+        numbers, *saved, pivots, reads, moments = _saved(ctx)
         inputs, upstream = _inputs(*saved), (grad_reads, grad_moments)
         spec = (ctx.structure, numbers, ctx.columns)
         with torch.no_grad():
@@ -89,7 +113,7 @@ class LossAndGradient(torch.autograd.Function):
         ctx.needed = _needed(ctx, len(hidden))
         ctx.compute = functools.partial(_loss_and_gradient, plan, rows_at_a_time, shard, normaliser, ctx.needed)
         ctx.plan, ctx.shard, ctx.normaliser = plan, shard, normaliser
-        ctx.save_for_backward(*tensors)
+        _save(ctx, *tensors)
         ctx.set_materialize_grads(False)
         terms, ctx.gradients = ctx.compute(_inputs(*tensors))
         computed = (True, plan.output_kd is not None, plan.trajectory, plan.derivative, plan.ce is not None)
@@ -98,7 +122,8 @@ class LossAndGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *upstream: Tensor | None):
-        inputs = _inputs(*ctx.saved_tensors)
+        _refuse_batches(*upstream)
+        inputs = _inputs(*_saved(ctx))
         of_loss, *of_terms = upstream
         gradients, ctx.gradients = ctx.gradients, None
         with torch.no_grad():

@@ -80,7 +80,7 @@ def failures(seed: int, backends: list[str]) -> list[str]:
     for backend in backends:
         of_backend = excesses(problem, evaluate(problem, fused_fdd_loss, backend=backend, **options), **options)
         found += [
-            f"seed {seed} {backend} {name}: error {e.error:.2e} is {e.fraction:.2f} x {e.budget:.2e} at {e.at}; {what}; {options}"
+            f"seed {seed} {backend} {name}: {e.error:.2e} is {e.fraction:.2f} x {e.budget:.2e} at {e.at}; {what}; {options}"
             for name, e in of_backend.items()
             if not e.fraction <= 1
         ]
