@@ -68,11 +68,8 @@ def test_every_instruction_set_of_this_processor_is_right(name):
         assert "this processor lacks it" in err
         pytest.skip(f"this processor lacks {name}")
     assert out.strip() == name
-    files, chosen = (
-        ["test_backends.py", "test_accuracy.py"],
-        "every_trajectory or every_option and padded or at_any_temperature",
-    )
-    tests = [*(f"tests/{file}" for file in files), "-k", chosen, "-q", "-p", "no:cacheprovider"]
+    chosen = "every_trajectory or every_option and padded or at_any_temperature"
+    tests = ["tests/test_backends.py", "tests/test_accuracy.py", "-k", chosen, "-q", "-p", "no:cacheprovider"]
     environment = os.environ | {"FDD_KERNELS_ISA": name, "FDD_TEST_BACKENDS": "cpu"}
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *tests], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from fdd_kernels import FusedFDDLoss, api, fdd_loss_reference, fused_fdd_loss, ops
@@ -307,3 +308,58 @@ def test_each_term_can_be_differentiated_on_its_own(backend):
     summed = dict(zip(problem.leaves, (sum(p) for p in zip(*parts))))
     whole = evaluate(problem, backend=backend, **OPTIONS)
     assert_within_budget(problem, whole._replace(gradients=summed), **OPTIONS)
+
+
+class TestOtherWays:
+    """What works, or says what to use instead."""
+
+    def test_teacher_under_inference_mode(self, backend):
+        problem = full()
+        expected = evaluate(problem, backend=backend, **OPTIONS)
+        with torch.inference_mode():
+            states = tuple([h.clone() for h in problem.teacher_hidden])
+            weight, bias = problem.teacher_weight.clone(), problem.teacher_bias.clone()
+        problem = replace(problem, teacher_hidden=states, teacher_weight=weight, teacher_bias=bias)
+        leaves = list(problem.leaves.values())
+        for reduction in ("mean", "none"):
+            loss = fused_fdd_loss(**problem.arguments, backend=backend, reduction=reduction, **OPTIONS)
+            gradients = torch.autograd.grad(loss.sum(), leaves)
+            if reduction == "mean":
+                for found, wanted in zip(gradients, expected.gradients.values()):
+                    assert torch.equal(found, wanted)
+
+    def test_meta_tensors(self, backend):
+        problem = full()
+        states = tuple([h.detach().to("meta") for h in problem.student_hidden])
+        with pytest.raises(ValueError, match=r"student_hidden\[0\] is a .* on meta, which holds no numbers"):
+            fused_fdd_loss(**replace(problem, student_hidden=states).arguments, backend=backend)
+
+    def test_transforms_of_functions(self, backend):
+        problem = random_problem().map(lambda t: t.detach())
+
+        def loss(hidden, backend=backend):
+            return fused_fdd_loss(
+                (hidden, *problem.student_hidden[1:]), problem.student_weight, problem.teacher_hidden, problem.teacher_weight,
+                backend=backend,
+            )  # fmt: skip
+
+        hidden = problem.student_hidden[0]
+        for transformed in (
+            lambda: torch.func.vmap(loss)(torch.stack([hidden, hidden])),
+            lambda: torch.func.jvp(loss, (hidden,), (hidden,)),
+            lambda: torch.func.grad(loss)(hidden),
+        ):
+            with pytest.raises(RuntimeError, match=r'student_hidden\[0\] is under a transform.*backend="reference"'):
+                transformed()
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="is under forward-mode AD"):
+            loss(forward_ad.make_dual(hidden, hidden))
+        torch.func.grad(lambda h: loss(h, "reference"))(hidden)  # the remedy
+
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    def test_batches_of_upstream_gradients(self, backend, reduction):
+        problem = random_problem()
+        loss = fused_fdd_loss(**problem.arguments, backend=backend, reduction=reduction)
+        with pytest.raises(RuntimeError, match="one after another"):
+            torch.autograd.grad(
+                loss, problem.student_weight, torch.ones(2, *loss.shape), is_grads_batched=True
+            )  # fmt: skip
