@@ -14,8 +14,11 @@ tile for few rows, and in float32 the most that a kernel is asked for. It leaves
 type (float16), a part of it (no deltas; at few rows a single head), or kernels of smaller tiles with registers to spare
 (pairs of dtypes, ragged widths).
 
-Exits with 1 if a kernel spills registers, asks for more shared memory than its target has, or multiplies 16-bit
-matrices without a tensor-core instruction.
+Each case is compiled for both kinds of kernels: the one-pass tiles, and the row kernels over cached logits.
+
+Exits with 1 if a kernel spills registers, asks for more shared memory than its target has, multiplies 16-bit matrices without a
+tensor-core instruction, or, of the row kernels, reads full tiles by less than 128 bits or takes more instructions than its
+variant may.
 """
 
 from __future__ import annotations
@@ -39,13 +42,28 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fdd_kernels.backends.triton import config as configurations
-from fdd_kernels.backends.triton import divergence, grad, merge, operations, rows, stats
+from fdd_kernels.backends.triton import gather_rows, gemm, operations
+from fdd_kernels.backends.triton.cached import grad as cached_grad
+from fdd_kernels.backends.triton.cached import host as cached
+from fdd_kernels.backends.triton.cached import merge as cached_merge
+from fdd_kernels.backends.triton.cached import second_pass as cached_second_pass
+from fdd_kernels.backends.triton.cached import stats as cached_stats
 from fdd_kernels.backends.triton.launch import Launch, recorded
+from fdd_kernels.backends.triton.one_pass import grad, second_pass, splits, stats
+from fdd_kernels.backends.triton.one_pass import host as one_pass
+from fdd_kernels.backends.triton.strategy import MOST_CACHE_BYTES, cached_rows, scratch_elements
 from fdd_kernels.config import LossOptions
 from fdd_kernels.plan import make_plan
 from fdd_kernels.spec import LensInputs
 
 HEAVY = ("lens_stats_kernel", "divergence_stats_kernel", "lens_grad_kernel")
+# Machine instructions an element pair of the row kernels' full tiles, as they stand in the code (every branch counted once):
+# of the plain variant, and what a flag may add.
+CEILINGS = {
+    "cached_stats_kernel": {"": 65, "BIAS_S": 50, "CAP_S": 75, "LABELS": 10, "reverse_kl": 15},
+    "cached_grad_kernel": {"": 85, "BIAS_S": 35, "CAP_S": 75, "LABELS": 10, "reverse_kl": 40, "jsd": 90, "skew_kl": 60},
+    "cached_second_pass_kernel": {"": 200, "BIAS_S": 10, "CAP_S": 75},
+}
 
 
 @dataclass(frozen=True)
@@ -89,6 +107,7 @@ class Case:
     teacher_width: int = 1600
     columns: int = 50257
     layers: int = 5
+    biases: bool = False  # which changes the row kernels alone
 
 
 LENS = {
@@ -102,6 +121,7 @@ LENS = {
     "skew_kl, no deltas": {"trajectory": "skew_kl", "beta": 0.0},
     "labels alone": {"alpha": 0.0, "beta": 0.0, "output_kd_weight": 0.0, "ce_weight": 1.0},
 }
+CAPPED = {"student_softcap": 30.0, "teacher_softcap": 30.0, "student_logit_scale": 0.5, "teacher_logit_scale": 0.5}
 FEATURES = {"trajectory": "mse", "derivative": "mse", "output_kd_weight": 0.0}
 
 
@@ -112,13 +132,20 @@ def every_option(label: str = "", **inputs) -> Iterator[Case]:
     yield Case("features" + label, FEATURES, features=True, **inputs)
 
 
+def row_variants(**inputs) -> Iterator[Case]:
+    """Options that change a constexpr of the row kernels but nothing of the tiles."""
+    yield Case("kl, biases and labels", {"ce_weight": 1.0}, biases=True, **inputs)
+    yield Case("kl, soft caps and scales", CAPPED, **inputs)
+    yield Case("kl, whole tiles", {}, columns=49152, **inputs)
+
+
 def cases(quick: bool) -> Iterator[Case]:
     """The kinds of inputs that change a specialisation or a tile, each with every option; `quick`: see the top."""
     bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
     few, ragged = {"rows": 48}, {"student_width": 250, "teacher_width": 333}
     if quick:
         parts = ("no deltas", "labels alone, few rows", "features, few rows")
-        chosen = [*every_option(), *every_option(", few rows", **few), Case("jsd", LENS["jsd"], f32, f32)]
+        chosen = [*every_option(), *every_option(", few rows", **few), Case("jsd", LENS["jsd"], f32, f32), *row_variants()]
         yield from (case for case in chosen if not any(part in case.name for part in parts))
         return
     for student, teacher in ((bf16, bf16), (f16, f16), (f32, f32), (f32, bf16), (bf16, f32)):
@@ -129,11 +156,13 @@ def cases(quick: bool) -> Iterator[Case]:
     yield from every_option(", bf16 heads", student=f32, teacher=f32, heads=bf16)
     for precision in ("tf32x3", "tf32"):
         yield from every_option(f", {precision}", student=f32, teacher=f32, precision=precision)
+    yield from row_variants()
+    yield from row_variants(student=f32, teacher=f32)
     yield Case("one row, one layer", {}, rows=1, layers=1)
 
 
 def launches(case: Case, architecture: str) -> list[Launch]:
-    """What both operations would launch on an architecture for one case."""
+    """What the operations would launch on an architecture for one case, by both kinds of kernels."""
 
     def new(*shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -143,26 +172,44 @@ def launches(case: Case, architecture: str) -> list[Launch]:
     columns = case.teacher_width if case.features else case.columns
     weight = new(columns, case.student_width, dtype=case.heads or case.student)
     teacher_weight = None if case.features else new(columns, case.teacher_width, dtype=case.heads or case.teacher)
+    bias = new(columns, dtype=torch.float32) if case.biases else None
     labels = new(case.rows, dtype=torch.int64) if case.options.get("ce_weight") else None
     plan, *_ = make_plan(
-        LossOptions(**case.options, backend="torch"), students, weight, teachers, teacher_weight, labels, None, None, None, None
+        LossOptions(**case.options, backend="torch"), students, weight, teachers, teacher_weight, labels, bias, bias, None, None
     )
     chosen = [[states[i] for i in plan.layers] for states in (students, teachers)]
-    inputs = LensInputs(chosen[0], weight, None, chosen[1], teacher_weight, None, None, labels)
-    named, precision = configurations.architecture_of, os.environ.get(configurations.F32_PRECISION)
-    operations.architecture_of = lambda device, interpreting: architecture
+    inputs = LensInputs(chosen[0], weight, bias, chosen[1], teacher_weight, bias, None, labels)
+    needed = [True] * (len(plan.layers) + 1) + [case.biases]
+    named, precision = one_pass.architecture_of, os.environ.get(configurations.F32_PRECISION)
+    one_pass.architecture_of = lambda device, interpreting: architecture
     os.environ[configurations.F32_PRECISION] = case.precision
+
+    def upstream_of(rows, pivots, reads, moments) -> tuple[torch.Tensor, ...]:
+        return pivots, reads, moments, torch.empty_like(reads), torch.empty_like(moments)
+
     try:
         with recorded() as found:
-            pivots, reads, moments = operations.stats(inputs, plan.spec)
-            per_row = (pivots, reads, moments, torch.empty_like(reads), torch.empty_like(moments))
-            operations.grad(inputs, plan.spec, per_row, [True] * (len(plan.layers) + 1) + [False])
+            if not case.biases:  # a run-time value of these kernels
+                one_pass.grad(inputs, plan.spec, upstream_of(None, *one_pass.stats(inputs, plan.spec)), needed)
+            shape = operations.shape_of(inputs, plan.spec, trains_head=True)
+            rows = cached_rows(shape, MOST_CACHE_BYTES)
+            scratch = new(scratch_elements(shape, rows), dtype=torch.float32)
+            cached.stats_and_grad(inputs, plan.spec, rows, upstream_of, needed, True, scratch)
     finally:
-        operations.architecture_of = named
+        one_pass.architecture_of = named
         os.environ.pop(configurations.F32_PRECISION)
         if precision is not None:
             os.environ[configurations.F32_PRECISION] = precision
-    return found
+    return [launch for launch in found if launch.kernel is not gemm.multiply] + [product_launch(case)]
+
+
+def product_launch(case: Case) -> Launch:
+    """The plain GEMM, which stands in where the vendor's cannot write float32."""
+    half = torch.float16 if case.student == torch.float16 else torch.bfloat16
+    a, b = (torch.empty(shape, dtype=half, device="meta") for shape in ((512, 768), (768, 4096)))
+    with recorded() as found:
+        gemm.launch_product(torch.empty((512, 4096), device="meta"), a, b, accumulate=False)
+    return found[0]
 
 
 @dataclass(frozen=True)
@@ -183,11 +230,18 @@ KERNELS = {
     kernel.fn.__name__: kernel
     for kernel in (
         stats.lens_stats_kernel,
-        divergence.divergence_stats_kernel,
+        second_pass.divergence_stats_kernel,
         grad.lens_grad_kernel,
-        merge.merge_stats_kernel,
-        merge.merge_divergence_kernel,
-        rows.move_rows_kernel,
+        splits.merge_stats_kernel,
+        splits.merge_divergence_kernel,
+        cached_stats.cached_stats_kernel,
+        cached_merge.cached_merge_kernel,
+        cached_merge.merge_values_kernel,
+        cached_second_pass.cached_second_pass_kernel,
+        cached_grad.coefficients_kernel,
+        cached_grad.cached_grad_kernel,
+        gather_rows.move_rows_kernel,
+        gemm.product_kernel,
     )
 }
 
@@ -260,6 +314,8 @@ class Report:
     exponentials_a_tile: int
     programs_a_multiprocessor: int
     occupancy: float
+    instructions_an_element: float  # of the row kernels on NVIDIA's targets, else 0
+    wide_loads: int  # of 128 bits, as they stand in the code
     problems: tuple[str, ...]
 
 
@@ -275,12 +331,15 @@ def compile_job(one: Job) -> Report:
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in one.divisible},
     )  # fmt: skip
     compiled = triton.compile(source, target=target, options=options)
+    instructions = 0
     if backend == "cuda":
         assembly = compiled.asm["ptx"]
         registers, spilled = cuda_resources(compiled.asm["cubin"])
+        instructions, wide = cuda_instructions(compiled.asm["cubin"]) if one.kernel in CEILINGS else (0, 0)
     else:
         assembly = compiled.asm["amdgcn"]
         registers, spilled = hip_resources(assembly)
+        wide = len(re.findall(r"\b(?:global|buffer)_load_dwordx4\b", assembly))
     hardware = HARDWARE[one.target]
     shared = compiled.metadata.shared
     found = re.findall(TENSOR_CORE[backend], assembly)
@@ -292,9 +351,16 @@ def compile_job(one: Job) -> Report:
         problems.append(f"spills {spilled} bytes")
     if shared > hardware.shared_limit:
         problems.append(f"{shared} bytes of shared memory of {hardware.shared_limit}")
-    if one.kernel in HEAVY and any(kind in ("*bf16", "*fp16") for kind in types) and not dots:
+    if (
+        (one.kernel in HEAVY and any(kind in ("*bf16", "*fp16") for kind in types)) or one.kernel == "product_kernel"
+    ) and not dots:
         problems.append("no tensor-core instruction")
     threads = options["num_warps"] * hardware.warp
+    if one.kernel in HEAVY or one.kernel == "product_kernel":
+        per_element = 0.0
+    else:
+        per_element = instructions * threads / constants.get("BLOCK_C", threads)
+        problems += row_kernel_problems(one.kernel, constants, dict(one.signature), threads, per_element, wide)
     per_thread = -(-registers // 8) * 8
     reserved = shared + (KIB if backend == "cuda" else 0)
     programs = min(hardware.registers // max(1, per_thread * threads), hardware.threads // threads)
@@ -305,8 +371,40 @@ def compile_job(one: Job) -> Report:
         num_stages=options["num_stages"],
         registers=registers, spilled_bytes=spilled, shared_bytes=shared, tensor_core="+".join(dots) or "-",
         tensor_core_instructions=len(found), exponentials_a_tile=exponentials(compiled.asm["ttir"], constants),
-        programs_a_multiprocessor=programs, occupancy=round(programs * threads / hardware.threads, 3), problems=tuple(problems),
+        programs_a_multiprocessor=programs, occupancy=round(programs * threads / hardware.threads, 3),
+        instructions_an_element=round(per_element, 1), wide_loads=wide, problems=tuple(problems),
     )  # fmt: skip
+
+
+def row_kernel_problems(
+    kernel: str, constants: dict, kinds: dict[str, str], threads: int, per_element: float, wide: int
+) -> list[str]:
+    """Full tiles that are read by less than 128 bits at a time, or take more instructions than their variant may."""
+    if kernel not in CEILINGS or not constants["FULL"]:
+        return []
+    problems, parts = [], CEILINGS[kernel]
+    flags = [name for name in ("BIAS_S", "CAP_S", "LABELS") if constants.get(name)]
+    ceiling = sum(parts.get(flag, 0) for flag in ("", *flags, constants["DIVERGENCE"]))
+    if per_element > ceiling:
+        problems.append(f"{per_element:.1f} instructions an element pair, more than {ceiling}")
+    # Rows of logits in float32, and a teacher's features where their rows allow it.
+    models = 2 if constants.get("TEACHER", True) and kinds["logits_t"] == "*fp32" else 1
+    fewest = models * constants["BLOCK_C"] // (4 * threads)
+    if wide < fewest:
+        problems.append(f"{wide} loads of 128 bits, fewer than {fewest}")
+    return problems
+
+
+def cuda_instructions(cubin: bytes) -> tuple[int, int]:
+    """Machine instructions of a cubin, and its loads of 128 bits."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+    lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*)$", text, flags=re.MULTILINE)
+    instructions = [line for line in lines if not re.match(r"(?:@!?U?P\w+ )?NOP\b", line)]
+    return len(instructions), sum(bool(re.search(r"\bLDG\b[\w.]*\.128\b", line)) for line in instructions)
 
 
 def shorten(instruction: str) -> str:
@@ -352,7 +450,7 @@ def main() -> int:
     arguments = parser.parse_args()
     todo = jobs(arguments.target, arguments.quick)
     reports = []
-    columns = "{:10} {:18} {:34} {:15} {:>5} {:>4} {:>5} {:>7} {:>8} {:>5} {:>4}  {}"
+    columns = "{:10} {:20} {:34} {:15} {:>5} {:>4} {:>5} {:>7} {:>8} {:>5} {:>4}  {}"
     names = ("target", "kernel", "case", "tile", "warps", "regs", "spill", "shared", "exp/tile", "progs", "dots", "")
     print(columns.format(*names))
     with ProcessPoolExecutor(arguments.processes) as pool:
@@ -364,6 +462,8 @@ def main() -> int:
                 r.shared_bytes, r.exponentials_a_tile, r.programs_a_multiprocessor, r.tensor_core_instructions,
                 r.tensor_core,
             )  # fmt: skip
+            if r.instructions_an_element:
+                line += f" {r.instructions_an_element} instructions an element, {r.wide_loads} wide loads"
             print(line, *r.problems, flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(report) for report in reports], indent=1) + "\n")

@@ -66,15 +66,12 @@ def git_revision() -> dict[str, Any]:
 
 
 def source_digest() -> str:
-    """A digest of the sources that the figures come from."""
-    digest = hashlib.sha256()
+    """A digest of the sources that the figures come from: the whole package with its extension, csrc, and these benchmarks."""
     package = ROOT / "fdd_kernels"
-    files = [package / f"{name}.py" for name in ("api", "functions", "ops", "plan", "terms", "spec")]
-    files += sorted((package / "backends").rglob("*.py")) + sorted(package.glob("_C*")) + sorted((ROOT / "csrc").glob("*"))
-    here = ("workloads", "inputs", "products", "dense", "peers", "providers", "measure", "accuracy")
-    for path in files + [ROOT / "benchmarks" / f"{name}.py" for name in here]:
-        if path.is_file():
-            digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    files = [*package.rglob("*.py"), *package.glob("_C*"), *(ROOT / "csrc").glob("*"), *(ROOT / "benchmarks").glob("*.py")]
+    digest = hashlib.sha256()
+    for path in sorted(filter(Path.is_file, files)):
+        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 

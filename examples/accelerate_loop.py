@@ -18,6 +18,7 @@ from transformers import get_cosine_schedule_with_warmup, set_seed
 
 from fdd_kernels import Distiller
 from fdd_kernels.data import pad_windows
+from fdd_kernels.integrations import require_finite
 
 
 def save(accelerator: Accelerator, target: Path) -> None:
@@ -34,19 +35,18 @@ def save(accelerator: Accelerator, target: Path) -> None:
 def evaluate(accelerator: Accelerator, distiller: Distiller, student, windows: list, size: int) -> dict[str, float]:
     """Each term's mean over all tokens of all processes; every process computes as many batches as the others."""
     batches = [pad_windows(windows[at : at + size]) for at in range(0, len(windows), size)]
-    sums = torch.zeros(6, dtype=torch.float64)
+    sums = 0.0
     student.eval()
     for first in range(0, len(batches), accelerator.num_processes):
         index = first + accelerator.process_index
         batch = {name: value.to(accelerator.device) for name, value in batches[min(index, len(batches) - 1)].items()}
         with accelerator.autocast():
-            terms = distiller(batch, student=student)
-        if index < len(batches):
-            count = distiller.count_positions(batch).double().cpu()
-            sums += torch.stack([*(term.double().cpu() for term in terms), torch.ones((), dtype=torch.float64)]) * count
+            terms = distiller(batch, student=student).named()
+        count = distiller.count_positions(batch) * (index < len(batches))  # a batch that stands in for none counts nothing
+        sums = sums + torch.stack([*terms.values(), torch.ones_like(terms["loss"])]).double() * count
     student.train()
-    *sums, count = accelerator.reduce(sums.to(accelerator.device), "sum").tolist()
-    return {name: value / count for name, value in zip(terms._fields, sums)}
+    *sums, count = accelerator.reduce(sums, "sum").tolist()
+    return {name: value / count for name, value in zip(terms, sums)}
 
 
 def main() -> None:
@@ -83,6 +83,7 @@ def main() -> None:
         for _ in range(min(steps_an_epoch - done, options.steps - step)):
             micro_batches = list(itertools.islice(batches, parts))
             items = accelerator.reduce(sum(distiller.count_positions(batch) for batch in micro_batches), "sum")
+            shares = 0.0
             for index, batch in enumerate(micro_batches):
                 last = index == len(micro_batches) - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(student):
@@ -90,6 +91,9 @@ def main() -> None:
                         # Gradients are averaged over processes; the mean is to be over all tokens of the step.
                         terms = distiller(batch, student=student, num_items_in_batch=items / accelerator.num_processes)
                     accelerator.backward(terms.loss)
+                shares = shares + torch.stack(list(terms.named().values())).detach()
+            values = accelerator.reduce(shares, "mean").tolist()
+            require_finite(f"step {step + 1}", dict(zip(terms.named(), values)))  # in all processes, or in none
             accelerator.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()
             scheduler.step()

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from fdd_kernels.data import load_windows, pad_windows
-from fdd_kernels.loading import load_model, load_student, load_tokenizer
+from fdd_kernels.loading import load_model, load_student, load_vocabulary
+from fdd_kernels.vocabulary import shared_vocabulary
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WORDS = [f"w{number}" for number in range(94)]
@@ -61,13 +62,17 @@ class Task:
 def load(options: argparse.Namespace) -> Task:
     """What the options name; without names, tiny models of five layers and prompts with completions of random words."""
     if options.teacher is None:
-        tokenizer, student, teacher = tiny_tokenizer(), tiny_model(1, width=32), tiny_model(2, width=64)
+        vocabulary = shared_vocabulary(tiny_tokenizer(), tiny_tokenizer())
+        student, teacher = tiny_model(1, width=32), tiny_model(2, width=64)
         data = tiny_data(options.output / f"tiny-{os.environ.get('RANK', 0)}.jsonl")  # one for each process
     else:
-        tokenizer, data = load_tokenizer(options.teacher, options.student), options.data
+        vocabulary, data = load_vocabulary(options.teacher, options.student), options.data
         student, teacher = load_student(options.student)[0], load_model(options.teacher, "teacher")
-    windows = load_windows(data, tokenizer, max_length=options.max_length, eval_fraction=0.1, seed=options.seed)
-    return Task(student.to(DEVICE), teacher.to(DEVICE), tokenizer, data, windows.train, windows.held_out)
+    windows = load_windows(
+        data, vocabulary.tokenizer, unshared=vocabulary.unshared, max_length=options.max_length, eval_fraction=0.1,
+        seed=options.seed,
+    )  # fmt: skip
+    return Task(student.to(DEVICE), teacher.to(DEVICE), vocabulary.tokenizer, data, windows.train, windows.held_out)
 
 
 def tiny_model(seed: int, width: int) -> nn.Module:

@@ -12,6 +12,7 @@ from transformers import get_cosine_schedule_with_warmup, set_seed
 
 from fdd_kernels import Distiller
 from fdd_kernels.atomic import atomic_directory
+from fdd_kernels.integrations import require_finite
 
 
 def save(folder: Path, student, optimizer, scheduler) -> None:
@@ -57,13 +58,14 @@ def main() -> None:
             with torch.autocast(common.DEVICE.type, torch.bfloat16, enabled=options.bf16):
                 terms = distiller(batch, num_items_in_batch=items)
             terms.loss.backward()
-            shares.append(torch.stack(terms).detach())
+            shares.append(torch.stack(list(terms.named().values())).detach())
+        values = dict(zip(terms.named(), torch.stack(shares).sum(0).tolist()))
+        require_finite(f"step {step + 1}", values)  # or the step would spoil the student
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()
-        values = torch.stack(shares).sum(0).tolist()
-        print(f"step {step + 1}", *(f"{name} {value:.4f}" for name, value in zip(terms._fields, values)))
+        print(f"step {step + 1}", *(f"{name} {value:.4f}" for name, value in values.items()))
         if (step + 1) % options.save_steps == 0:
             save(options.output / f"step-{step + 1:06d}", student, optimizer, scheduler)
     student.merge_and_unload().save_pretrained(options.output / "student")

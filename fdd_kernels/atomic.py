@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+import filelock
 
 from fdd_kernels.user_error import UserError
 
@@ -159,13 +160,14 @@ def only_process(folder: Path) -> Iterator[None]:
     Raises:
         UserError: the directory cannot be written to, or another process works there.
     """
+    lock = filelock.FileLock(folder / ".lock")
     try:
-        lock = (folder / ".lock").open("w")
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"{folder}: another process is at work in this directory") from None
     except OSError as error:
         raise UserError(f"{folder}: cannot be written to: {error.strerror}") from None
-    with lock as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{folder}: another process is at work in this directory") from None
+    try:
         yield
+    finally:
+        lock.release()

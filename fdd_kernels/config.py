@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor
-
-from fdd_kernels.divergences import DERIVATIVES, TRAJECTORIES
+if TYPE_CHECKING:  # without torch the command line can show its options
+    from torch import Tensor
 
 BACKENDS = ("auto", "reference", "torch", "cpu", "triton")
 REDUCTIONS = ("mean", "sum", "none")
@@ -52,7 +51,24 @@ def _require_int(name: str, value: Any, *, minimum: int) -> None:
 
 @dataclass(frozen=True)
 class LossOptions:
-    """The options of `fused_fdd_loss`, under the same names and with the same meaning; see there."""
+    """The options of `fused_fdd_loss`, under the same names and with the same meaning; see there.
+
+    Args:
+        alpha: weight of the trajectory.
+        beta: weight of the derivative.
+        output_kd_weight: weight of KL(teacher || student) at the output.
+        ce_weight: weight of cross-entropy on the text itself.
+        trajectory: kl, reverse_kl, jsd, skew_kl, mse or cosine.
+        derivative: cosine, centered_cosine, mse or none.
+        temperature: divides the logits of trajectory and derivative.
+        output_temperature: divides the logits of the output KD.
+        scale_by_t2: multiply the output KD by its temperature squared.
+        student_softcap, teacher_softcap: soft cap of the model's logits, if not its own.
+        student_logit_scale, teacher_logit_scale: scale of the model's logits, if not its own.
+        output_in_dynamics: count the output among the layers of trajectory and derivative.
+        vocab_size: compare only the first tokens (found out where heads are padded unequally).
+        backend: auto, torch, cpu, triton or reference.
+    """
 
     ignore_index: int = -100
     shift: bool = False
@@ -81,6 +97,8 @@ class LossOptions:
             _require_number(name, getattr(self, name), positive=True)
         for name in ("student_softcap", "teacher_softcap", "student_logit_scale", "teacher_logit_scale"):
             _require_number(name, getattr(self, name), positive=True, optional="softcap" in name)
+        from fdd_kernels.divergences import DERIVATIVES, TRAJECTORIES
+
         _require_int("ignore_index", self.ignore_index, minimum=-(2**63))
         if self.vocab_size is not None:
             _require_int("vocab_size", self.vocab_size, minimum=1)
@@ -108,7 +126,7 @@ class FDDConfig(LossOptions):
     models):
 
     Args:
-        num_layers: how many layers to sample in each model; the paper's L_D = 4.
+        num_layers: how many layers to sample in each model; 4 is the paper's L_D.
         layer_grid: "floor" samples Q, 2Q, ..., num_layers * Q with Q = depth // (num_layers + 1), the paper's rule;
             "linspace" spreads num_layers evenly over 1..depth - 1.
         student_layers, teacher_layers: explicit 1-based layers (the state after that many blocks); they win over the

@@ -247,12 +247,12 @@ class Distiller:
         router = routers(batch) if coefficient else None
         if router is None:
             return terms, None
-        router = router.to(terms.loss) * self._share(batch, num_items_in_batch)
+        router = router.to(terms.loss) * self._share(batch, num_items_in_batch).to(terms.loss.device)
         return terms._replace(loss=terms.loss + coefficient * router), router.detach()
 
     def _share(self, batch: Mapping[str, Tensor], num_items_in_batch: Tensor | float | None) -> Tensor:
         """What a batch's positions are of those that its terms are divided by: 1, or its part of an optimizer step."""
-        count = self.count_positions(batch).to(self.student.head.weight.device, torch.float32)
+        count = self.count_positions(batch).float()
         if num_items_in_batch is not None:
             return count / num_items_in_batch
         return count if self.options.reduction == "sum" else count.clamp(max=1)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from fdd_kernels.config import FDDConfig
 from fdd_kernels.teacher_cache import WindowCache, open_teacher_cache
 from fdd_kernels.user_error import UserError
+from fdd_kernels.vocabulary import Vocabulary, shared_vocabulary
 
 WEIGHTS = ("*.safetensors", "*.bin", "*.safetensors.index.json")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -35,15 +37,18 @@ def as_user_error(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {first_line(error)}") from error
 
 
-def load_model(name: str, role: str) -> nn.Module:
+def load_model(name: str, role: str, **options) -> nn.Module:
     """A causal LM in evaluation mode, from a directory or a name; code that came with it is never run.
+
+    Args:
+        options: of `from_pretrained`.
 
     Raises:
         UserError: it cannot be loaded; says why in one line.
     """
     _require_directory(name, role)
     with as_user_error(f"cannot load the {role} {name}"):
-        return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False).eval()
+        return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **options).eval()
 
 
 def _require_directory(name: str, role: str) -> None:
@@ -63,11 +68,14 @@ def load_student(name: str) -> tuple[nn.Module, bool]:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False).float().eval(), True
 
 
-def load_tokenizer(teacher: str, student: str | None = None):
-    """The tokenizer that both models share: the student's if it has one, else the teacher's.
+def load_vocabulary(teacher: str, student: str | None = None, vocab_size: int | None = None) -> Vocabulary:
+    """The tokenizer for both models, the student's if it has one, else the teacher's, and which tokens they share.
+
+    Args:
+        vocab_size: how many tokens are compared, if not all that they share.
 
     Raises:
-        UserError: there is none, or the student's has other tokens.
+        UserError: there is none, or they differ in more than the tokens at their ends; see `shared_vocabulary`.
     """
 
     def load(name: str, role: str):
@@ -81,16 +89,8 @@ def load_tokenizer(teacher: str, student: str | None = None):
     if has_none(teacher):
         raise UserError(f"the teacher {teacher} has no tokenizer (looked for {', '.join(TOKENIZER_FILES)})")
     theirs = load(teacher, "teacher")
-    if student is None or has_none(student):
-        return theirs
-    ours = load(student, "student")
-    if ours.get_vocab() != theirs.get_vocab():
-        differing = len(set(ours.get_vocab().items()) ^ set(theirs.get_vocab().items()))
-        raise UserError(
-            f"the tokenizers of teacher ({len(theirs)} tokens) and student ({len(ours)}) differ in {differing} entries: "
-            "predictions can only be compared over one vocabulary"
-        )
-    return ours
+    ours = theirs if student is None or has_none(student) else load(student, "student")
+    return shared_vocabulary(ours, theirs, vocab_size)
 
 
 def open_cache(path: Path) -> WindowCache:
@@ -108,21 +108,34 @@ def embeddings(model: nn.Module) -> int:
     return model.get_input_embeddings().weight.shape[0]
 
 
-def fit_vocabularies(config: FDDConfig, rows: dict[str, int], tokenizer) -> FDDConfig:
-    """Compare the tokenizer's tokens only, where the heads of "student" and "teacher" are padded unequally.
+def fit_vocabularies(config: FDDConfig, rows: dict[str, int], vocabulary: Vocabulary) -> FDDConfig:
+    """Compare the shared tokens only, where the heads of "student" and "teacher" or their tokenizers are unequal.
 
     Args:
         rows: how many tokens each model has embeddings for.
 
     Raises:
-        UserError: a model has too few for the tokenizer.
+        UserError: a model has too few for the tokenizer, or more tokens are to be compared than are shared.
     """
     for role, count in rows.items():
-        if len(tokenizer) > count:
-            raise UserError(f"the tokenizer has {len(tokenizer)} tokens, but the {role} only {count} embeddings")
-    if config.vocab_size is None and len(set(rows.values())) > 1:
-        return dataclasses.replace(config, vocab_size=len(tokenizer))
+        if vocabulary.size > count:
+            raise UserError(f"the tokenizer has {vocabulary.size} tokens, but the {role} only {count} embeddings")
+    if vocabulary.partial and (config.vocab_size or 0) > vocabulary.size:
+        raise UserError(f"vocab_size={config.vocab_size}, but the models share the first {vocabulary.size} tokens only")
+    if config.vocab_size is None and (vocabulary.partial or len(set(rows.values())) > 1):
+        return dataclasses.replace(config, vocab_size=vocabulary.size)
     return config
+
+
+def require_shared(cache: WindowCache, vocabulary: Vocabulary) -> None:
+    """Raise UserError if the windows of a cache hold a token that the student does not share with the teacher."""
+    tokens = torch.tensor(sorted(vocabulary.unshared), dtype=cache.table.input_ids.dtype)
+    found = cache.table.input_ids[torch.isin(cache.table.input_ids, tokens)]
+    if len(found):
+        raise UserError(
+            f"the cached text of {cache.path} holds {len(found)} tokens that student and teacher do not share, the first is "
+            f"{int(found[0])}: cache the teacher over text without them"
+        )
 
 
 def window_length(wanted: int | None, **models: nn.Module) -> int:
@@ -150,11 +163,19 @@ def computing_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def with_lora(student: nn.Module, rank: int) -> nn.Module:
+def with_lora(student: nn.Module, rank: int, alpha: float | None = None, targets: Sequence[str] = ("all-linear",)) -> nn.Module:
+    """The student with adapters of this rank on the modules named; `alpha` is twice the rank unless given.
+
+    Raises:
+        UserError: peft is not installed, or there are no such modules.
+    """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise UserError("--lora-rank needs peft: pip install peft") from None
-    with as_user_error("cannot add LoRA adapters to the student"):
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    targets = targets[0] if len(targets) == 1 and targets[0] == "all-linear" else list(targets)
+    with as_user_error("cannot add LoRA adapters to the student"), warnings.catch_warnings():
+        # peft asks for transformers' property by its old name.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        config = LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=targets, task_type="CAUSAL_LM")
         return get_peft_model(student, config)

@@ -15,3 +15,10 @@ class RunStopped(UserError):
     """A run that began as it should and cannot be brought to a good end: its loss is no number."""
 
     exit_status = 1
+
+
+class SaidElsewhere(UserError):
+    """One that another process of the same run says."""
+
+    def __init__(self, exit_status: int = UserError.exit_status) -> None:
+        self.exit_status = exit_status

@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from hf_models import tiny_batch, tiny_model
@@ -18,9 +19,14 @@ from fdd_kernels import Distiller, FDDConfig
 CONFIG = FDDConfig(num_layers=2, ce_weight=0.5)
 
 
-def models(tied: bool):
-    student = tiny_model("llama_tied" if tied else "llama", depth=3, seed=1).train()
-    return student, tiny_model("gpt2", depth=3, seed=2)
+def models(kind: str):
+    """Student and teacher; of a kind that ends with "self" one peft model, adapters on and off."""
+    student = tiny_model("llama_tied" if kind.endswith("tied") else "llama", depth=3, seed=1).train()
+    if not kind.endswith("self"):
+        return student, tiny_model("gpt2", depth=3, seed=2)
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    student = peft.get_peft_model(student, lora)
+    return student, student
 
 
 def batches(world: int) -> list[dict]:
@@ -61,7 +67,7 @@ def zero_step(stage: int, rank: int, world: int, student, distiller: Distiller, 
 def main(kind: str, rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    student, teacher = models(tied=kind.endswith("tied"))
+    student, teacher = models(kind)
     distiller = Distiller(student, teacher, CONFIG)
     if kind.startswith("zero"):
         batch = batches(world)[rank]
@@ -92,7 +98,8 @@ def main(kind: str, rank: int, world: int, folder: Path) -> None:
         terms.loss.backward()
     loss = terms.loss.detach() / world
     torch.distributed.all_reduce(loss)
-    gradients = {n: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad for n, p in student.named_parameters()}
+    gradients = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
+    gradients = {n: gradient.full_tensor() if isinstance(gradient, DTensor) else gradient for n, gradient in gradients.items()}
     assert "forward" not in vars(student)
     if rank == 0:
         torch.save({"loss": loss, "gradients": gradients}, folder / "found.pt")

@@ -133,6 +133,23 @@ def test_an_unfinished_run_of_other_settings_is_not_mixed_in(unfinished, tmp_pat
     assert main([*arguments, "--repeats", "7", "--fresh"]) == 0
 
 
+@pytest.mark.parametrize(
+    "path",
+    ["fdd_kernels/divergences.py", "fdd_kernels/testing.py", "csrc/lens.h", "benchmarks/measure.py", "fdd_kernels/_C.so"],
+)
+def test_an_unfinished_run_of_other_sources_is_not_continued(tmp_path, monkeypatch, path):
+    """Of the package, whatever part of it: budgets and divergences decide what is refused and what is computed."""
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    for name in ("fdd_kernels/backends/cpu.py", "benchmarks/README.md", path):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("before")
+    before = record.source_digest()
+    (tmp_path / "benchmarks" / "README.md").write_text("after")
+    assert record.source_digest() == before
+    (tmp_path / path).write_text("after")
+    assert record.source_digest() != before
+
+
 def test_a_wrong_answer_has_no_figures(tmp_path, monkeypatch, capsys):
     from benchmarks import runner
 

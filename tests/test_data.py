@@ -377,16 +377,16 @@ def test_windows_of_several_pieces(tmp_path, tokenizer, monkeypatch):
 
 
 def test_tokens_that_one_model_lacks_are_left_out(tmp_path, tokenizer):
-    shared = set(range(len(tokenizer))) - {tokenizer("x")["input_ids"][0]}
+    unshared = frozenset(tokenizer("x")["input_ids"])
     path = write(tmp_path / "a.jsonl", {"text": "one"}, {"text": "x"}, {"text": "and " * 30 + "x"})
-    windows = load(path, tokenizer, shared=shared)
+    windows = load(path, tokenizer, unshared=unshared)
     assert len(windows.train) == len(load(path, tokenizer).train) - 2 > 1
-    assert all(set(window["input_ids"]) <= shared for window in windows.train)
+    assert all(unshared.isdisjoint(window["input_ids"]) for window in windows.train)
     assert len(windows.not_shared) == 2
     assert windows.not_shared[0].startswith(f"{path}:2 (")
     assert "'x'" in windows.not_shared[0]
     with pytest.raises(UserError, match=r"every document holds a token that not both models have, as .*:1"):
-        load(write(tmp_path / "b.jsonl", {"text": "x"}), tokenizer, shared=shared)
+        load(write(tmp_path / "b.jsonl", {"text": "x"}), tokenizer, unshared=unshared)
 
 
 def test_padding_takes_lists_tensors_and_data_sets():

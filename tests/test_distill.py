@@ -16,15 +16,18 @@ import torch
 from hf_models import one_thread, tiny_config, tiny_model, tiny_tokenizer  # noqa: F401
 from huggingface_hub import ModelCard
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fdd_kernels import FDDConfig, atomic
 from fdd_kernels.cli import main
+from fdd_kernels.distill_command import run as run_module
+from fdd_kernels.distill_command.identity import model_identity
+from fdd_kernels.distill_command.options import DistillOptions
+from fdd_kernels.distill_command.processes import Processes
 from fdd_kernels.distill_command.run import distill
-from fdd_kernels.distill_command.run_folder import DistillOptions
 from fdd_kernels.integrations.checkpoints import checkpoints
-from fdd_kernels.user_error import UserError
+from fdd_kernels.user_error import SaidElsewhere, UserError
 
 NUMBERS = ("one", "two", "three")
 TEXT = "\n".join(f"{a} and {b} is {c}, the word" for a in NUMBERS for b in ("one", "four") for c in ("a", "word", "x"))
@@ -302,6 +305,180 @@ def test_checkpoints_of_somebody_else_are_not_touched(inputs, tmp_path):
     assert (tmp_path / "checkpoint-7").is_dir()
 
 
+def test_a_finished_run_can_be_made_longer(inputs, tmp_path):
+    output = tmp_path / "run"
+    distill(options(inputs, output, max_steps=2, scheduler="constant"), quiet())
+    console = quiet()
+    metrics = distill(options(inputs, output, max_steps=6, scheduler="constant"), console)
+    assert "going on from checkpoint-2" in console.file.getvalue()
+    assert metrics["steps"] == 6
+    distill(options(inputs, tmp_path / "at-once", scheduler="constant"), quiet())
+    same(weights(output), weights(tmp_path / "at-once"))
+    # By epochs too: 13 windows are four steps; and never shorter, which would throw steps away.
+    assert distill(options(inputs, output, max_steps=None, epochs=1.5, scheduler="constant"), quiet())["steps"] == 6
+    with pytest.raises(UserError, match=r"holds this run after 6 steps, and 4 are wanted: give more --steps or --epochs"):
+        distill(options(inputs, output, max_steps=None, epochs=1.0, scheduler="constant"), quiet())
+    assert json.loads((output / "metrics.json").read_text())["steps"] == 6
+
+
+def test_the_card_says_how_many_epochs_it_were(inputs, tmp_path):
+    distill(options(inputs, tmp_path, max_steps=None, epochs=1.5), quiet())
+    card = ModelCard.load(tmp_path / "student" / "README.md").text
+    assert "- Steps: 6, 1.5 epochs" in card
+    assert "epochs: 1.0" not in card
+
+
+def test_copied_and_touched_models_are_the_same_run(inputs, whole, tmp_path):
+    for name in ("teacher", "student"):
+        shutil.copytree(inputs / name, tmp_path / name)
+        for file in (tmp_path / name).iterdir():
+            os.utime(file, (1, 1))
+        (tmp_path / name / "README.md").write_text("notes")
+    models = {name: str(tmp_path / name) for name in ("teacher", "student")}
+    console = quiet()
+    distill(options(inputs, whole, **models), console)
+    assert "finished; nothing to do" in console.file.getvalue()
+    # Another training of the same shape has other weights, though its files have the same sizes.
+    model = tiny_model("llama", depth=3, vocab_size=len(tiny_tokenizer()), seed=7)
+    model.save_pretrained(tmp_path / "student")
+    with pytest.raises(UserError, match=r"\(student was another: model.safetensors differs\)"):
+        distill(options(inputs, whole, **models), quiet())
+
+
+def test_records_of_earlier_versions_are_understood(inputs, whole, tmp_path):
+    """They have sizes and times of the models' files, and do not know newer options."""
+    output = tmp_path / "run"
+    shutil.copytree(whole, output)
+    record = json.loads((output / "run.json").read_text())
+    for name in ("warmup", "scheduler", "weight_decay", "eval_data", "lora_alpha", "lora_targets", "teacher_dtype"):
+        del record[name]
+    for role in ("teacher", "student"):
+        record[role] = {file.name: [file.stat().st_size, 0] for file in (inputs / role).iterdir()}
+    (output / "run.json").write_text(json.dumps(record))
+    console = quiet()
+    distill(options(inputs, output), console)
+    assert "finished; nothing to do" in console.file.getvalue()
+    with pytest.raises(UserError, match=r"scheduler was 'cosine', is 'linear'"):
+        distill(options(inputs, output, scheduler="linear"), quiet())
+
+
+def test_a_tensor_that_differs_is_found(tmp_path):
+    tensors = {"a": torch.zeros(5000), "b": torch.arange(7.0)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    before = model_identity(str(tmp_path))
+    for name, index in (("a", 0), ("a", 4999), ("a", 2500), ("b", 3)):
+        changed = {key: tensor.clone() for key, tensor in tensors.items()}
+        changed[name][index] += 1
+        save_file(changed, tmp_path / "model.safetensors")
+        assert model_identity(str(tmp_path)) != before
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert model_identity(str(tmp_path)) == before
+    (tmp_path / "model.safetensors").write_text("no safetensors at all")
+    assert model_identity(str(tmp_path)) != before
+    assert model_identity("gpt2-of-nobody") == "gpt2-of-nobody"
+
+
+def test_another_text_to_evaluate_on(inputs, tmp_path):
+    (tmp_path / "eval.txt").write_text(TEXT)
+    metrics = distill(
+        options(inputs, tmp_path / "run", eval_data=tmp_path / "eval.txt", eval_fraction=None, max_steps=1), quiet()
+    )
+    plain = distill(options(inputs, tmp_path / "plain", eval_fraction=0.0, max_steps=1), quiet())
+    assert metrics["train_windows"] == plain["train_windows"]
+    assert metrics["held_out_windows"] > 3
+    assert plain["held_out"] is None
+
+
+def test_reports_go_to_tensorboard(inputs, tmp_path):
+    distill(options(inputs, tmp_path, report_to=("tensorboard",), max_steps=1), quiet())
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
+def test_options_of_training_reach_the_trainer(inputs, tmp_path, monkeypatch):
+    made = []
+    own = run_module._ResumableTrainer.train
+    monkeypatch.setattr(run_module._ResumableTrainer, "train", lambda self, **k: (made.append(self), own(self, **k))[1])
+    lora = {"lora_rank": 2, "lora_alpha": 3.0, "lora_targets": ("q_proj",)}
+    settings = {"warmup": 0.5, "weight_decay": 0.2, "scheduler": "linear", "max_steps": 4}
+    distill(options(inputs, tmp_path, **lora, **settings), quiet())
+    arguments, config = made[0].args, made[0].model.peft_config["default"]
+    assert (arguments.warmup_steps, arguments.weight_decay, arguments.lr_scheduler_type) == (2, 0.2, "linear")
+    assert (config.r, config.lora_alpha, config.target_modules) == (2, 3.0, {"q_proj"})
+
+
+@pytest.mark.parametrize("place", ["auto", "cpu", "disk"])
+def test_a_teacher_with_a_place_of_its_own_gives_the_same(inputs, whole, tmp_path, place):
+    away = {"teacher_device_map": place, "teacher_offload_folder": tmp_path / "away" if place == "disk" else None}
+    distill(options(inputs, tmp_path / "run", **away), quiet())
+    same(weights(tmp_path / "run"), weights(whole))
+
+
+def test_a_teacher_in_a_dtype_of_its_own(inputs, tmp_path):
+    metrics = distill(options(inputs, tmp_path, teacher_dtype="bfloat16", max_steps=1), quiet())
+    assert metrics["held_out"]["output_kd"] > 0
+    assert {tensor.dtype for tensor in weights(tmp_path).values()} == {torch.float32}
+
+
+def test_two_processes_train_as_one_with_their_batches(inputs, whole, tmp_path):
+    """Started by torchrun, two processes with batches of two take the steps of one with batches of four."""
+    output, arguments = tmp_path / "run", command(inputs, tmp_path / "run")
+    arguments[arguments.index("--batch-size") + 1] = "2"
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fdd_kernels"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    done = subprocess.run([*launcher, *arguments], env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("saved checkpoint-6") == 1
+    metrics, alone = (json.loads((folder / "metrics.json").read_text()) for folder in (output, whole))
+    assert metrics["steps"] == alone["steps"] == 6
+    logs = [[log["loss"] for log in found["history"] if "loss" in log] for found in (metrics, alone)]
+    # Then an epoch of 13 windows ends, which accelerate evens out by giving one to both processes.
+    assert logs[0][:3] == pytest.approx(logs[1][:3], rel=1e-4)
+    assert metrics["held_out"]["loss"] == pytest.approx(alone["held_out"]["loss"], rel=0.05)
+    with pytest.raises(UserError, match=r"processes was 2, is 1"):
+        distill(options(inputs, output, batch_size=2), quiet())
+
+
+def test_an_error_of_one_process_is_said_once(monkeypatch):
+    """What fails in the first process, or in one of several, ends all of them with one message."""
+
+    class Arguments:
+        device, world_size, process_index = torch.device("cpu"), 2, 0
+
+    def fail():
+        raise UserError("no such file")
+
+    sent = []
+
+    def broadcast(shared, **where):
+        if sent:
+            shared[:] = sent
+        sent[:] = shared
+
+    def gather(found, own):
+        found[:] = [False, True]
+
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    first, second = Processes(Arguments), Processes(type("Second", (Arguments,), {"process_index": 1}))
+    assert [first.first(lambda: {"steps": 3}), second.first(lambda: pytest.fail("not here"))] == [{"steps": 3}] * 2
+    sent.clear()
+    with pytest.raises(UserError, match="no such file"):
+        first.first(fail)
+    with pytest.raises(SaidElsewhere):
+        second.first(lambda: pytest.fail("not here"))
+    with pytest.raises(UserError, match="no such file"):
+        second.all(fail)
+    with pytest.raises(SaidElsewhere):
+        first.all(lambda: 1)
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_sharded_models_are_refused_by_name(inputs, tmp_path, monkeypatch, variable):
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(UserError, match=r"(FSDP|DeepSpeed) shards the model, which this command does not do"):
+        distill(options(inputs, tmp_path), quiet())
+
+
 def test_a_student_of_a_config_alone_is_initialised_by_seed(inputs, tmp_path):
     runs = {}
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -446,9 +623,20 @@ class TestBadInput:
     def test_another_tokenizer(self, inputs, tmp_path, capsys):
         shutil.copytree(inputs / "student", tmp_path / "student")
         text = (tmp_path / "student" / "tokenizer.json").read_text()
-        (tmp_path / "student" / "tokenizer.json").write_text(text.replace("<end>", "<fin>"))
+        (tmp_path / "student" / "tokenizer.json").write_text(text.replace('"!":', '"!!":'))
         changed = self.replaced(inputs, tmp_path / "o", student=tmp_path / "student")
-        self.fails(capsys, changed, "tokenizers of teacher")
+        self.fails(capsys, changed, "is '!' to the teacher and '!!' to the student")
+
+    @pytest.mark.parametrize(("arguments", "message"), [
+        (["--vocab-size", "5", "--ce-weight", "1"], "--vocab-size 5"),
+        (["--lora-rank", "2", "--lora-targets", "no_such_layer"], "cannot add LoRA adapters to the student"),
+        (["--report-to", "nowhere"], "--report-to nowhere is not one of"),
+        (["--report-to", "comet_ml"], "--report-to comet_ml needs comet_ml, which is not installed: pip install comet_ml"),
+        (["--eval-data", "none.txt", "--eval-fraction", "0"], "none.txt"),
+        (["--student-layers", "1,9", "--teacher-layers", "1,2"], "9"),
+    ])  # fmt: skip
+    def test_options_that_do_not_go_with_the_models(self, inputs, tmp_path, capsys, arguments, message):
+        self.fails(capsys, [*command(inputs, tmp_path / "o"), *arguments], message)
 
     def test_no_tokenizer(self, inputs, tmp_path, capsys):
         changed = self.replaced(inputs, tmp_path / "o", teacher=inputs / "bare")
@@ -465,7 +653,7 @@ class TestBadInput:
 
         if why_unavailable("triton", torch.device("cpu")) is None:
             pytest.skip("triton runs here")
-        self.fails(capsys, [*command(inputs, tmp_path / "o"), "--backend", "triton"], 'backend="triton" cannot run')
+        self.fails(capsys, [*command(inputs, tmp_path / "o"), "--backend", "triton"], "--backend triton cannot run")
 
     def test_output_that_is_a_file(self, inputs, tmp_path, capsys):
         (tmp_path / "o").write_text("")

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import accelerate
@@ -15,9 +16,11 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint  # noqa: 
 from lightning.pytorch.loggers import TensorBoardLogger  # noqa: E402
 from lightning_worker import CONFIG, batches, fit, module  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from test_trainer import examples, pad  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from fdd_kernels import Distiller  # noqa: E402
+from fdd_kernels.integrations import NonFiniteLossError  # noqa: E402
 
 TESTS = Path(__file__).parent
 TERMS = ("loss", "output_kd", "trajectory", "derivative", "ce")
@@ -158,6 +161,66 @@ def test_a_plain_teacher_is_moved_and_one_with_a_place_is_not(tmp_path, monkeypa
         monkeypatch.setattr(teacher, "to", moved.append)
         fit(model, tmp_path, limit_train_batches=1)
         assert moved == expected
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(batches())
+
+
+def test_the_last_step_of_a_stream_is_a_mean_too(tmp_path):
+    model = module()
+    fit(model, tmp_path, train=Stream(), accumulate_grad_batches=4)
+    assert_same(dict(model.student.named_parameters()), expected(4), rtol=1e-4, atol=2e-6)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
+    model = module()
+    model._optimizer = lambda p: torch.optim.SGD(p, lr=1e30)
+    with pytest.raises(NonFiniteLossError, match=r"loss of step 2 is not finite"):
+        fit(model, tmp_path, accumulate_grad_batches=2)
+
+
+def test_labels_that_are_all_ignored_are_warned_of(tmp_path):
+    nothing = batches()[0]
+    nothing["labels"] = torch.full_like(nothing["labels"], -100)
+    with pytest.warns(UserWarning, match="no position counts in step 1"):
+        fit(module(), tmp_path, train=[nothing])
+
+
+@pytest.mark.parametrize("count", [5, 6, 7])
+def test_rows_that_are_repeated_for_other_processes_do_not_count(tmp_path, count):
+    """Each of two processes in turn, as Lightning shares out a validation set between them."""
+    rows, found = examples([4, 17, 6, 12, 5, 9, 13][:count]), []
+    for rank in range(2):
+        model = module()
+        sampler = torch.utils.data.DistributedSampler(rows, num_replicas=2, rank=rank, shuffle=False)
+        loader = torch.utils.data.DataLoader(rows, batch_size=2, sampler=sampler, collate_fn=pad)
+        trainer = pl.Trainer(accelerator="cpu", devices=1, logger=False, enable_progress_bar=False, enable_model_summary=False,
+                             use_distributed_sampler=False, default_root_dir=tmp_path)  # fmt: skip
+        (metrics,) = trainer.validate(model, loader, verbose=False)
+        found.append(metrics)
+    distiller = module().distiller
+    counts = [float(distiller.count_positions(pad(rows[rank::2]))) for rank in range(2)]
+    with torch.no_grad():
+        whole = distiller(pad(rows))
+    for name in TERMS:
+        mean = sum(count * metrics[f"val_{name}"] for count, metrics in zip(counts, found)) / sum(counts)
+        assert mean == pytest.approx(float(getattr(whole, name)), rel=1e-4), name
+
+
+def test_gradients_that_ddp_would_wait_for_are_told_of():
+    model = module()
+    model.distiller = Distiller(model.student, *model._teacher, replace(CONFIG, train_head=False))
+    strategy = pl.strategies.DDPStrategy()
+
+    class Trainer:
+        pass
+
+    model._trainer = Trainer()
+    model._trainer.strategy = strategy
+    with pytest.raises(ValueError, match=r"1 parameters that train, lm_head.weight.*ddp_find_unused_parameters_true"):
+        model.setup("fit")
 
 
 def test_other_strategies_are_refused():

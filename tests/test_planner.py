@@ -15,10 +15,10 @@ from benchmarks.providers import PROVIDERS
 from benchmarks.runner import loss_shape
 from benchmarks.workloads import GPT2 as PAIR
 from fdd_kernels.cli import main
-from fdd_kernels.planner.command import parse_size
 from fdd_kernels.planner.loss import MIB, LossShape, input_bytes, loss_memory
 from fdd_kernels.planner.models import ModelShape, model_from_config, read_model
 from fdd_kernels.planner.step import Setup, advise, most_tokens, step_memory
+from fdd_kernels.sizes import parse_size
 from fdd_kernels.user_error import UserError
 
 GPT2 = {"model_type": "gpt2", "n_embd": 768, "n_layer": 12, "n_head": 12, "vocab_size": 50257}

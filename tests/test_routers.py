@@ -3,8 +3,11 @@
 import pytest
 import torch
 from hf_models import one_thread, tiny_batch, tiny_model  # noqa: F401
+from test_trainer import examples, pad
+from transformers import TrainingArguments
 
 from fdd_kernels import Distiller, FDDConfig, FDDLossTerms
+from fdd_kernels.integrations import FDDTrainer
 
 CONFIG = FDDConfig(num_layers=2, ce_weight=0.5)
 COEFFICIENT = 0.3
@@ -70,3 +73,40 @@ def test_a_coefficient_that_is_missing_is_named():
     student.config.output_router_logits = True
     with pytest.raises(ValueError, match=r"config\.router_aux_loss_coef"):
         Distiller(student, teacher(), CONFIG)(tiny_batch())
+
+
+def test_every_trainer_adds_and_logs_it(tmp_path):
+    rows = examples([9, 5, 12, 7])
+    run = FDDTrainer(
+        model=mixture(), teacher=teacher(), fdd_config=CONFIG, train_dataset=rows, eval_dataset=rows, data_collator=pad,
+        args=TrainingArguments(
+            output_dir=str(tmp_path), report_to="none", use_cpu=True, disable_tqdm=True, save_strategy="no", logging_steps=1,
+            per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=1, learning_rate=1e-3,
+        ),
+    )  # fmt: skip
+    batches = [pad(rows[:2]), pad(rows[2:])]
+    distiller, found = Distiller(mixture(), teacher(), CONFIG), run.evaluate()
+    with torch.no_grad():
+        assert found["eval_router"] == pytest.approx(float(distiller(pad(rows)).router), rel=1e-5)
+    run.train()
+    log = run.state.log_history[0]
+    weighted = log["output_kd"] + log["trajectory"] + log["derivative"] + 0.5 * log["ce"] + COEFFICIENT * log["router"]
+    assert log["loss"] == pytest.approx(weighted, rel=1e-5)
+    # By Lightning: each micro-batch is weighted by its tokens, as the other terms are.
+    pl = pytest.importorskip("lightning.pytorch")
+    from fdd_kernels.integrations import FDDLightningModule
+
+    module = FDDLightningModule(mixture(), teacher(), CONFIG, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+                         enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+                         accumulate_grad_batches=2)  # fmt: skip
+    trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+    student = mixture().train()
+    distiller = Distiller(student, teacher(), CONFIG)
+    items = sum(distiller.count_positions(batch) for batch in batches)
+    terms = [distiller(batch, num_items_in_batch=items) for batch in batches]
+    assert float(trainer.callback_metrics["train_router"]) == pytest.approx(float(distiller(batches[1]).router), rel=1e-5)
+    sum(part.loss for part in terms).backward()
+    for (name, parameter), (_, start) in zip(module.student.named_parameters(), student.named_parameters(), strict=True):
+        moved = start - (0 if start.grad is None else 0.1 * start.grad)
+        torch.testing.assert_close(parameter, moved, rtol=1e-4, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")

@@ -77,7 +77,8 @@ class Stream(torch.utils.data.IterableDataset):
 def test_a_stream_that_ends_in_the_middle_of_a_step(tmp_path):
     """Five batches a pass, two a step: the fifth and the next pass's first are one step, with one mean."""
     stream = Stream([4, 9, 16, 12, 5])
-    run = trainer(tmp_path, train=stream, max_steps=5, per_device_train_batch_size=1, gradient_accumulation_steps=2, **PLAIN)
+    options = {"train": stream, "max_steps": 5, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2} | PLAIN
+    run = trainer(tmp_path, save_strategy="steps", save_steps=2, **options)
     run.train()
     batches = [pad([row]) for row in stream.rows * 2]
     student, losses = reference([batches[at : at + 2] for at in range(0, 10, 2)])
@@ -85,6 +86,9 @@ def test_a_stream_that_ends_in_the_middle_of_a_step(tmp_path):
     found = [log["loss"] for log in run.state.log_history if "loss" in log]
     assert found == pytest.approx(losses, rel=1e-4)
     assert run.state.global_step == 5
+    resumed = trainer(tmp_path, **options)  # in the first pass, of which one batch is left
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    same_parameters(resumed.model, run.model, rtol=0, atol=0)
 
 
 def test_a_stream_that_is_shorter_than_a_step_is_refused(tmp_path):

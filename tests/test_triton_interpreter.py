@@ -2,7 +2,7 @@
 
 The interpreter is chosen by an environment variable that Triton reads when it is imported, so everything here happens in
 processes of its own: the tests of every backend (tests/test_backends.py) once more for "triton", and the checks of
-tests/triton_interpreted.py that only these kernels need.
+tests/triton_interpreted.py and tests/triton_strategies.py that only these kernels need.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ def interpreted_tests(*arguments: str) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
-def test_kernels_alone():
-    interpreted_tests(str(HERE / "triton_interpreted.py"))
+@pytest.mark.parametrize("name", ["triton_interpreted", "triton_strategies"])
+def test_kernels_alone(name):
+    interpreted_tests(str(HERE / f"{name}.py"))
 
 
 @pytest.mark.timeout(1800)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import random
+import threading
 from dataclasses import replace
 
+import filelock
 import pytest
 import torch
 import triton
@@ -14,7 +17,8 @@ from triton.runtime import interpreter
 
 from fdd_kernels import fused_fdd_loss
 from fdd_kernels.backends import BACKENDS
-from fdd_kernels.backends.triton import autotune, config, divergences, operations
+from fdd_kernels.backends.triton import autotune, config, elementwise, strategy
+from fdd_kernels.backends.triton.one_pass import host as one_pass
 from fdd_kernels.divergences import DIVERGENCES
 from fdd_kernels.testing import assert_within_budget, evaluate, exact, random_problem
 
@@ -41,6 +45,12 @@ def shuffled(monkeypatch):
     torch.use_deterministic_algorithms(before)
 
 
+@pytest.fixture(params=strategy.STRATEGIES[1:])
+def each_strategy(request, monkeypatch):
+    monkeypatch.setenv(strategy.STRATEGY, request.param)
+    return request.param
+
+
 def run(problem, upstream=None, **options):
     return evaluate(problem, fused_fdd_loss, upstream, backend="triton", **options)
 
@@ -49,11 +59,12 @@ def tensors(outcome):
     return [*outcome.terms, *outcome.gradients.values()]
 
 
-def test_order_of_programs_does_not_matter(shuffled, monkeypatch):
+def test_order_of_programs_does_not_matter(each_strategy, shuffled, monkeypatch):
     problem = random_problem(dtype=torch.float32, columns=70, labels=True)
     found = run(problem, **OPTIONS)
     assert any(len(order) > 1 for order in shuffled.values())
     monkeypatch.undo()
+    monkeypatch.setenv(strategy.STRATEGY, each_strategy)
     expected = run(problem, **OPTIONS)
     for a, b in zip(tensors(found), tensors(expected), strict=True):
         assert torch.equal(a, b)
@@ -62,8 +73,9 @@ def test_order_of_programs_does_not_matter(shuffled, monkeypatch):
 
 def test_several_blocks_of_rows_and_chunks_of_columns(monkeypatch):
     """The budgets shrunk until every loop on the host turns more than once, and each dtype of a head is summed."""
-    monkeypatch.setattr(operations, "BLOCK_BYTES", 1)
-    monkeypatch.setattr(operations, "GRAD_BYTES", 1)
+    monkeypatch.setenv(strategy.STRATEGY, "one_pass")
+    monkeypatch.setattr(one_pass, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(one_pass, "GRAD_BYTES", 1)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         problem = random_problem((2, 20), 70, dtype=dtype)
         assert_within_budget(problem, run(problem), None)
@@ -73,13 +85,14 @@ def test_several_blocks_of_rows_and_chunks_of_columns(monkeypatch):
 def test_nothing_of_the_heads_size_is_allocated_but_its_gradient(monkeypatch, dtype):
     """Budgets of 64 columns; wide heads beside few rows, so that a head is by far the largest tensor."""
     columns, width, backend = 300, 64, BACKENDS["triton"]
-    monkeypatch.setattr(operations, "GRAD_BYTES", 1)
-    monkeypatch.setattr(operations, "HEAD_BYTES", 64 * width * 6)
+    monkeypatch.setenv(strategy.STRATEGY, "one_pass")
+    monkeypatch.setattr(one_pass, "GRAD_BYTES", 1)
+    monkeypatch.setattr(one_pass, "HEAD_BYTES", 64 * width * 4)
     problem = random_problem((17,), columns, width, width, layers=1, dtype=dtype)
     for block_bytes, trained, expected in (
-        (operations.BLOCK_BYTES, True, 1), (1, True, 1 + (dtype != torch.float32)), (operations.BLOCK_BYTES, False, 0),
+        (one_pass.BLOCK_BYTES, True, 1), (1, True, 1 + (dtype != torch.float32)), (one_pass.BLOCK_BYTES, False, 0),
     ):  # fmt: skip
-        monkeypatch.setattr(operations, "BLOCK_BYTES", block_bytes)
+        monkeypatch.setattr(one_pass, "BLOCK_BYTES", block_bytes)
         seen = Allocations()
         watched = replace(backend, stats=seen.watching(backend.stats), grad=seen.watching(backend.grad))
         monkeypatch.setitem(BACKENDS, "triton", watched)
@@ -88,7 +101,7 @@ def test_nothing_of_the_heads_size_is_allocated_but_its_gradient(monkeypatch, dt
         assert len(large) == expected, large
 
 
-def test_float16_gradients_below_its_smallest_number():
+def test_float16_gradients_below_its_smallest_number(each_strategy):
     """Elements of dL/dx near 1e-7, where float16 has no digits left, still add up to gradients that it can hold."""
     problem = random_problem(dtype=torch.float16)
     found, expected = run(problem, upstream=3e-6, reduction="sum"), exact(problem, 3e-6, reduction="sum")
@@ -101,8 +114,8 @@ def test_float16_gradients_below_its_smallest_number():
 def elementwise_kernel(log_q, log_p, value, slope, DIVERGENCE: tl.constexpr, SIZE: tl.constexpr):
     i = tl.arange(0, SIZE)
     q, p = tl.load(log_q + i), tl.load(log_p + i)
-    tl.store(value + i, divergences.divergence_value(q, p, DIVERGENCE))
-    tl.store(slope + i, divergences.divergence_slope(q, p, DIVERGENCE))
+    tl.store(value + i, elementwise.divergence_value(q, p, DIVERGENCE))
+    tl.store(slope + i, elementwise.divergence_slope(q, p, DIVERGENCE))
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -123,7 +136,7 @@ def test_elementwise_pairs_are_the_registry(name):
 @triton.jit
 def tanh_kernel(x, out, SIZE: tl.constexpr):
     i = tl.arange(0, SIZE)
-    tl.store(out + i, divergences.tanh(tl.load(x + i)))
+    tl.store(out + i, elementwise.tanh(tl.load(x + i)))
 
 
 def test_tanh_is_accurate_near_zero_and_far_away():
@@ -131,20 +144,6 @@ def test_tanh_is_accurate_near_zero_and_far_away():
     out = torch.empty(256)
     tanh_kernel[(1,)](x, out, SIZE=256)
     torch.testing.assert_close(out.double(), x.double().tanh(), rtol=1e-6, atol=0)
-
-
-def test_exponentials_are_few(monkeypatch):
-    """Two an element and pass, and in the statistics two a row of each strip, to rescale the sums so far."""
-    counts = []
-    exp = interpreter.interpreter_builder.create_exp
-    monkeypatch.setattr(interpreter.interpreter_builder, "create_exp", lambda x: counts.append(x.data.shape) or exp(x))
-    problem = random_problem((2, 8), 96, dtype=torch.float32)
-    run(problem, trajectory="kl", temperature=1.0, output_in_dynamics=True)
-    tile = config.choose((16, 96, 1, 1), torch.float32, config.INTERPRETER)
-    tiles = len(problem.student_hidden) * 96 // tile.block_columns
-    strips = tiles * tile.block_columns // tile.block_strip
-    assert counts.count((tile.block_rows, tile.block_strip)) == 2 * 2 * strips
-    assert counts.count((tile.block_rows,)) == 2 * strips
 
 
 def test_every_architecture_has_a_configuration():
@@ -177,5 +176,34 @@ def test_autotuning_is_kept_on_disk(monkeypatch, tmp_path):
     timed.clear()
     assert autotune.tuned(*arguments, timer=timer) == best
     assert not timed
+    for work in ("5:0,kl|", "5:0,jsd|", "2:0,kl|0,1"):  # another work, another search
+        autotune.tuned(*arguments, timer=timer, work=work)
+        assert timed
+        timed.clear()
+    assert len(json.loads(autotune.cache_file().read_text())) == 4
     monkeypatch.delenv(autotune.SWITCH)
     assert autotune.tuned(*arguments, timer=timer) == config.choose((300, 1000, 64, 64), torch.bfloat16, "sm_90")
+
+
+def test_what_another_process_adds_meanwhile_is_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("FDD_KERNELS_CACHE", str(tmp_path))
+    configuration = config.choose((300, 1000, 64, 64), torch.bfloat16, "sm_90")
+    with filelock.FileLock(autotune.cache_file().with_suffix(".lock")):  # as a process that is adding "theirs" holds it
+        ours = threading.Thread(target=autotune._write, args=("ours", configuration))
+        ours.start()
+        ours.join(0.5)
+        autotune.cache_file().write_text(json.dumps({"theirs": vars(configuration)}))
+    ours.join()
+    assert set(json.loads(autotune.cache_file().read_text())) == {"ours", "theirs"}
+
+
+def test_the_device_decides_by_the_median_of_runs_with_an_empty_cache(monkeypatch):
+    monkeypatch.setattr(triton.testing, "do_bench", lambda run, return_mode: run() or 3.0 if return_mode == "median" else None)
+    ran = []
+    assert autotune.seconds(ran.append, "a configuration") == pytest.approx(0.003)
+    assert ran == ["a configuration"]
+
+    def too_large(_config):
+        raise triton.runtime.errors.OutOfResources(2, 1, "shared memory")
+
+    assert autotune.seconds(too_large, "another") == float("inf")

@@ -42,7 +42,7 @@ class Backend:
 BACKENDS: dict[str, Backend] = {
     "cpu": Backend(cpu.stats, cpu.grad, cpu.unavailable, cpu.kept_rows, cpu.stats_and_grad),
     "torch": Backend(torch_stream.stats, torch_stream.grad, unavailable=lambda device: None),
-    "triton": Backend(triton.stats, triton.grad, triton.unavailable),
+    "triton": Backend(triton.stats, triton.grad, triton.unavailable, triton.kept_rows, triton.stats_and_grad),
 }
 # What "auto" prefers on a device, first to last.
 PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("cpu", "torch")}

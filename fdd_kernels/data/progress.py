@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fdd_kernels.data.sources import Source, open_source
 from fdd_kernels.data.windows import Windows, load_windows
+from fdd_kernels.progress import Activity
+from fdd_kernels.sizes import show
 
 
 def read_windows(
@@ -20,22 +20,19 @@ def read_windows(
     max_length: int,
     eval_fraction: float,
     seed: int,
-    shared: Container[int] | None = None,
+    unshared: frozenset[int] = frozenset(),
 ) -> Windows:
     """`load_windows` with a progress bar, and lines that say what was read and what was left out."""
     source = open_source(data)
-    amount = DownloadColumn() if source.files else MofNCompleteColumn()
-    columns = TextColumn("reading"), BarColumn(), amount, TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("", total=source.size)
+    with Activity(console, "reading text", source.size, count=show if source.files else str) as activity:
         windows = load_windows(
             source,
             tokenizer,
             max_length=max_length,
             eval_fraction=eval_fraction,
             seed=seed,
-            shared=shared,
-            advance=lambda read: progress.advance(task, read),
+            unshared=unshared,
+            advance=lambda read: activity.update(activity.done + read),
         )
     console.print(
         f"{windows.documents} documents: {len(windows.train)} training windows of at most {max_length} tokens "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import uuid
 from array import array
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,7 +85,7 @@ def load_windows(
     max_length: int,
     eval_fraction: float,
     seed: int,
-    shared: Container[int] | None = None,
+    unshared: frozenset[int] = frozenset(),
     advance: Callable[[int], None] = lambda read: None,
 ) -> Windows:
     """Read, tokenize, cut into windows and hold a part out.
@@ -96,7 +96,7 @@ def load_windows(
 
     Args:
         data: see `open_source`. A data set that is streamed is read once, to its end.
-        shared: the tokens that student and teacher both have; windows with others are left out. None: every token.
+        unshared: tokens that student and teacher do not share; windows with one are left out.
         advance: called with what was read, in bytes of files or rows of a data set.
 
     Raises:
@@ -110,9 +110,8 @@ def load_windows(
         added, foreign = 0, None
         for start in range(0, len(ids), max_length) if isinstance(record.value, str | Tokens) else (0,):
             part = slice(start, start + max_length)
-            unknown = None if shared is None else next((token for token in ids[part] if token not in shared), None)
-            if unknown is not None:
-                foreign = unknown
+            if not unshared.isdisjoint(ids[part]):
+                foreign = next(token for token in ids[part] if token in unshared)
             elif any(label != IGNORED for label in labels[part][1:]):
                 table.add(ids[part], labels[part])
                 added += 1

@@ -15,15 +15,15 @@ from transformers.utils import logging as transformers_logging
 from fdd_kernels.backends import resolve_backend
 from fdd_kernels.demo import report
 from fdd_kernels.demo.corpus import standard_library_texts, token_stream
-from fdd_kernels.demo.students import Budget, Evaluation, train_students
+from fdd_kernels.demo.students import OBJECTIVES, Budget, Evaluation, train_students
 from fdd_kernels.demo.teacher import (
     CONTEXT,
     RECORD_FILE,
     SHIPPED_TEACHER,
     held_out_windows,
     train_teacher,
-    training_progress,
 )
+from fdd_kernels.progress import Activity
 
 FULL, QUICK = Budget(steps=250), Budget(steps=60, evaluations=4, evaluation_windows=24)
 DEFAULT_SEEDS = {False: 2, True: 1}
@@ -49,6 +49,7 @@ def run_demo(output: Path, quick: bool = False, retrain_teacher: bool = False, s
     if seeds < 1:
         raise ValueError(f"seeds={seeds} must be at least 1")
     started, console, budget = time.monotonic(), Console(), QUICK if quick else FULL
+    told = Console(stderr=True)  # what it is doing, beside its results
     transformers_logging.disable_progress_bar()
     output.mkdir(parents=True, exist_ok=True)
     folder = SHIPPED_TEACHER
@@ -62,7 +63,7 @@ def run_demo(output: Path, quick: bool = False, retrain_teacher: bool = False, s
         f"Teacher: {record['parameters'] / 1e6:.1f} M parameters, trained on {record['tokens_seen'] / 1e6:.1f} M tokens of "
         f"{record['text']}"
     )
-    with console.status("Reading the standard library"):
+    with Activity(told, "reading the standard library"):
         stream = token_stream(tokenizer, standard_library_texts(held_out=False))
         held_out = token_stream(tokenizer, standard_library_texts(held_out=True))
         evaluation = Evaluation(teacher, held_out_windows(held_out, budget.evaluation_windows))
@@ -71,12 +72,13 @@ def run_demo(output: Path, quick: bool = False, retrain_teacher: bool = False, s
         f"standard library; the teacher's held-out loss is {evaluation.teacher_loss:.3f} nats per token"
     )
     runs, samples = [], {}
-    with training_progress() as progress:
-        for seed in range(seeds):
-            new_runs, students = train_students(teacher, stream, evaluation, budget, seed, progress)
-            runs += new_runs
-            if seed == 0:
-                prompt = held_out_windows(held_out, 1)[:, :PROMPT_TOKENS]
+    for seed in range(seeds):
+        with Activity(told, f"training {len(OBJECTIVES)} students, seed {seed}", budget.steps) as activity:
+            new_runs, students = train_students(teacher, stream, evaluation, budget, seed, activity)
+        runs += new_runs
+        if seed == 0:
+            prompt = held_out_windows(held_out, 1)[:, :PROMPT_TOKENS]
+            with Activity(told, "letting the models write"):
                 samples = _continuations({"teacher": teacher, **students}, tokenizer, prompt)
     result = report.Result(
         budget=budget,

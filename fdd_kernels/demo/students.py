@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from rich.progress import Progress
 from torch import Tensor
 from transformers import LlamaForCausalLM, get_cosine_with_min_lr_schedule_with_warmup
 
@@ -15,6 +14,7 @@ from fdd_kernels.config import FDDConfig
 from fdd_kernels.demo.corpus import random_windows
 from fdd_kernels.demo.teacher import CONTEXT, llama
 from fdd_kernels.distiller import Distiller
+from fdd_kernels.progress import Activity
 
 OBJECTIVES: dict[str, FDDConfig] = {
     "labels only": FDDConfig(output_kd_weight=0.0, alpha=0.0, beta=0.0, ce_weight=1.0),
@@ -109,7 +109,7 @@ class _Student:
 
 
 def train_students(
-    teacher: LlamaForCausalLM, stream: Tensor, evaluation: Evaluation, budget: Budget, seed: int, progress: Progress
+    teacher: LlamaForCausalLM, stream: Tensor, evaluation: Evaluation, budget: Budget, seed: int, activity: Activity
 ) -> tuple[list[Run], dict[str, LlamaForCausalLM]]:
     """Train one student per objective from the same initial weights on the same batches.
 
@@ -118,7 +118,6 @@ def train_students(
     students = [_Student(objective, seed, teacher, budget) for objective in OBJECTIVES]
     generator = torch.Generator().manual_seed(1000 + seed)
     every = max(1, budget.steps // budget.evaluations)
-    task = progress.add_task(f"students, seed {seed}", total=budget.steps, status="")
     for step in range(1, budget.steps + 1):
         windows = random_windows(stream, budget.batch_size, CONTEXT, generator)
         batch = {"input_ids": windows, "attention_mask": torch.ones_like(windows), "labels": windows}
@@ -128,6 +127,6 @@ def train_students(
             for student in students:
                 student.evaluate(step, evaluation)
         kl = students[-1].run.held_out_kl
-        status = f"full FDD loss {losses[-1]:.3f}" + (f", held-out KL {kl[-1]:.3f}" if kl else "")
-        progress.update(task, completed=step, status=status)
+        terms = [f"full FDD loss {losses[-1]:.3f}", *(f"held-out KL {value:.3f}" for value in kl[-1:])]
+        activity.update(step, terms=terms)
     return [student.run for student in students], {s.run.objective: s.model for s in students}

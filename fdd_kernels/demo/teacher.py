@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console
 from transformers import (
     AutoTokenizer,
     LlamaConfig,
@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from fdd_kernels.demo.corpus import random_windows, standard_library_texts, token_stream, train_tokenizer
+from fdd_kernels.progress import Activity
 
 SHIPPED_TEACHER = Path(__file__).parent / "assets" / "teacher"
 VOCAB_SIZE = 2048
@@ -46,17 +47,6 @@ def llama(hidden_size: int, num_layers: int, num_heads: int, vocab_size: int = V
         pad_token_id=0,
     )
     return LlamaForCausalLM(config)
-
-
-def training_progress() -> Progress:
-    """A progress bar with the number of steps, the last losses and the remaining time."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}"),
-        TimeRemainingColumn(),
-    )
 
 
 @torch.no_grad()
@@ -113,8 +103,7 @@ def train_teacher(
     )
     generator = torch.Generator().manual_seed(seed + 1)
     curve, started = [], time.monotonic()
-    with training_progress() as progress:
-        task = progress.add_task("teacher", total=steps, status="")
+    with Activity(Console(stderr=True), "training the teacher", steps) as activity:
         for step in range(1, steps + 1):
             batch = random_windows(train_stream, batch_size, CONTEXT, generator)
             loss = forward(input_ids=batch, labels=batch).loss
@@ -127,8 +116,7 @@ def train_teacher(
                 curve.append({"step": step, "held_out_loss": held_out_loss(model, evaluation)})
                 save_teacher(output, model, tokenizer)
                 print(json.dumps(curve[-1] | {"seconds": round(time.monotonic() - started)}), flush=True)
-            if step % 10 == 0 or step == steps:
-                progress.update(task, completed=step, status=f"loss {loss.item():.3f}")
+            activity.update(step, terms=[f"loss {loss.item():.3f}"] if step % 10 == 0 or step == steps else None)
     record = {} if earlier is None else {"before": earlier}
     record |= {
         "command": f"python -m fdd_kernels.demo.teacher --steps {steps} --batch-size {batch_size} "

@@ -12,7 +12,7 @@ from fdd_kernels.distill_command.run_folder import DistillOptions
 from fdd_kernels.distiller import Distiller
 from fdd_kernels.integrations.model_card import TAGS, distillation_section, public_name
 
-_TRAINING = ("epochs", "max_steps", "learning_rate", "batch_size", "gradient_accumulation", "dtype", "seed", "lora_rank")
+_TRAINING = ("learning_rate", "batch_size", "gradient_accumulation", "dtype", "seed", "lora_rank")
 
 
 def model_card(options: DistillOptions, distiller: Distiller, metrics: dict[str, Any], terms: list[str]) -> ModelCard:
@@ -42,7 +42,7 @@ def model_card(options: DistillOptions, distiller: Distiller, metrics: dict[str,
         "",
         f"- Data: {', '.join(files) or 'not named'}; {metrics['train_windows']} windows of at most "
         f"{metrics['max_length']} tokens, {metrics['train_tokens']} tokens; {metrics['held_out_windows']} windows held out",
-        f"- Steps: {metrics['steps']}",
+        f"- Steps: {metrics['steps']}, {metrics['epochs']:g} epochs",
         *(f"- {name}: {getattr(options, name)}" for name in _TRAINING if getattr(options, name) is not None),
         *(f"- {name} {version}" for name, version in metrics["versions"].items()),
     ]

@@ -87,7 +87,8 @@ class AtomicCheckpoints:
 
     def _save_state(self, file: Path) -> None:
         """The trainer's state as JSON, which knows no infinity and no NaN: null stands for them."""
-        dataclasses.replace(self.state, log_history=as_json(self.state.log_history)).save_to_json(str(file))
+        numbers = {name: as_json(getattr(self.state, name)) for name in ("log_history", "best_metric")}
+        dataclasses.replace(self.state, **numbers).save_to_json(str(file))
 
     def _name_best_checkpoint(self, target: Path) -> None:
         """In every process the best checkpoint under the name that it will have, where Trainer, in the unfinished folder,

@@ -1,8 +1,9 @@
-"""Stopping a run whose loss is no longer a number, before a step is taken with it."""
+"""What is checked of a step's loss: that it is a number, before the step is taken, and that anything counts in it."""
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -38,6 +39,16 @@ def require_finite(when: str, terms: Mapping[str, float | Tensor], *, kept: str 
     if not math.isfinite(values["loss"]):
         shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         raise NonFiniteLossError(f"the loss of {when} is not finite ({shown})" + (f"; {kept}" if kept else ""))
+
+
+def warn_of_nothing(step: int) -> None:
+    """Say that no position counts in a step, and why that may be."""
+    warnings.warn(
+        f"no position counts in step {step}, so that its loss is 0 and nothing is learnt: every label is -100 (or masked, or "
+        "a first token's). Look at the labels of your data: a response template that is not found, prompts as long as "
+        "max_length, or a collator that masks too much give such batches",
+        stacklevel=3,
+    )
 
 
 def all_finite(parameters: Iterable[Tensor]) -> bool:

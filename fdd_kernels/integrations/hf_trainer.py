@@ -16,7 +16,7 @@ from fdd_kernels.atomic import remove_directory
 from fdd_kernels.config import FDDConfig
 from fdd_kernels.distiller import Distiller
 from fdd_kernels.integrations.checkpoints import NOT_FINITE, PREFIX, AtomicCheckpoints, last_checkpoint
-from fdd_kernels.integrations.finite import NonFiniteLossError, all_finite, require_finite
+from fdd_kernels.integrations.finite import NonFiniteLossError, all_finite, require_finite, warn_of_nothing
 from fdd_kernels.integrations.model_card import TAGS, distillation_section
 from fdd_kernels.integrations.sums import StepSums, WeightedSums
 from fdd_kernels.models.lens import unwrap
@@ -74,11 +74,12 @@ class FDDTrainerMixin(AtomicCheckpoints):
         Raises:
             ValueError: a whole pass has fewer batches than one step.
         """
+        resumed = self._epoch_iterator is None and self.state.global_step > 0
         first, self._epoch_iterator = self._epoch_iterator is not epoch_iterator, epoch_iterator
         held, self._held_over = self._held_over, []
         batches = held + super().get_batch_samples(epoch_iterator, max(num_batches - len(held), 0), *args, **kwargs)[0]
         if len(batches) < num_batches and not self._is_at_its_end:
-            if first and batches:
+            if first and batches and not resumed:
                 raise ValueError(
                     f"the data gives {len(batches)} batches in a pass, but a step takes gradient_accumulation_steps="
                     f"{num_batches}: none would ever be complete. Lower gradient_accumulation_steps or the batch size"
@@ -90,12 +91,7 @@ class FDDTrainerMixin(AtomicCheckpoints):
         count = sum((self.distiller.count_positions(batch).cpu() for batch in batches), torch.zeros((), dtype=torch.int64))
         count = self.accelerator.reduce(count.to(self.args.device), "sum")
         if not count.item():
-            warnings.warn(
-                f"no position counts in step {self.state.global_step + 1}, so that its loss is 0 and nothing is learnt: every "
-                "label is -100 (or masked, or a first token's). Look at the labels of your data: a response template that is "
-                "not found, prompts as long as max_length, or a collator that masks too much give such batches",
-                stacklevel=2,
-            )
+            warn_of_nothing(self.state.global_step + 1)
         self._step = StepSums()
         # Processes between which context parallelism will split these batches have all counted the same.
         copies = self.get_cp_size() if hasattr(self, "get_cp_size") else 1
@@ -192,7 +188,7 @@ class FDDTrainerMixin(AtomicCheckpoints):
         Raises:
             NonFiniteLossError: a loss, or in the end a weight, is not finite; says which checkpoint is the last good one.
         """
-        self._held_over, self._skipped_steps = [], 0
+        self._held_over, self._epoch_iterator, self._skipped_steps = [], None, 0
         result = super().train(*args, **kwargs)
         finite = torch.tensor(float(all_finite(self.model.parameters())), device=self.args.device)
         if self.accelerator.reduce(finite, "sum") < self.accelerator.num_processes:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DistributedSampler
 
 try:
     import lightning.pytorch as pl
@@ -23,8 +24,10 @@ except ModuleNotFoundError as error:
             'FDDLightningModule needs Lightning: pip install "fdd_kernels[lightning]"', name="lightning"
         ) from error
 
-from fdd_kernels.config import FDDConfig, FDDLossTerms
-from fdd_kernels.distiller import Distiller
+from fdd_kernels.config import FDDConfig
+from fdd_kernels.distiller import Distiller, DistillerTerms
+from fdd_kernels.integrations.finite import require_finite, warn_of_nothing
+from fdd_kernels.models.positions import counting_rows
 from fdd_kernels.models.teachers import Teacher, place_teacher
 
 _ADAMW = functools.partial(torch.optim.AdamW, lr=1e-4)
@@ -47,11 +50,14 @@ class FDDLightningModule(pl.LightningModule):
 
     An optimizer step follows the mean over all tokens that count in its micro-batches, on all processes: Lightning's division
     by `accumulate_grad_batches` and its averaging over processes, both of which weigh tokens of short batches more, are taken
-    back before gradients are clipped. `module.student.save_pretrained(...)` writes the student.
+    back before gradients are clipped. Rows that a DistributedSampler repeats do not count in evaluation.
+    `module.student.save_pretrained(...)` writes the student.
 
     Raises:
         ModuleNotFoundError: neither `lightning` nor `pytorch_lightning` is installed.
-        ValueError: at `fit`, a strategy other than one device or DDP.
+        ValueError: at `fit`, a strategy other than one device or DDP; DDP without `find_unused_parameters` for a loss that
+            does not reach every parameter that trains.
+        NonFiniteLossError: while training, the loss is infinite or no number.
         TypeError, ValueError: see `Distiller`.
     """
 
@@ -69,9 +75,15 @@ class FDDLightningModule(pl.LightningModule):
         self._teacher = (teacher,)
         self.distiller = Distiller(student, teacher, fdd_config)
         self._optimizer = optimizer
-        # Of the current optimizer step: tokens that count, in all and in its first micro-batch, on all processes.
+        self._begin_step()
+
+    def _begin_step(self) -> None:
+        # Of an optimizer step, on all processes: tokens that count, each micro-batch's at least 1, in all and in the first.
         self._tokens: Tensor | None = None
         self._first_tokens: Tensor | None = None
+        # Tokens as they are counted, and the terms that go into the gradient, in this process.
+        self._counted: Tensor | int = 0
+        self._sums: dict[str, Tensor] = {}
 
     def setup(self, stage: str) -> None:
         strategy = self.trainer.strategy
@@ -80,6 +92,14 @@ class FDDLightningModule(pl.LightningModule):
                 f"strategy={type(strategy).__name__}: FDDLightningModule runs on one device or with DDPStrategy. For "
                 "models that are sharded use FDDTrainer or an accelerate loop with FSDP2"
             )
+        names = self.distiller.parameters_without_gradient() if stage == "fit" else []
+        kwargs = getattr(strategy, "_ddp_kwargs", {})
+        if isinstance(strategy, DDPStrategy) and names and not kwargs.get("find_unused_parameters"):
+            raise ValueError(
+                f"{len(names)} parameters that train, {names[0]} for one, get no gradient from this loss (train_head=False, or "
+                "no term of the final state), and DDP would wait for it: give Trainer("
+                'strategy="ddp_find_unused_parameters_true"), or freeze them with requires_grad_(False)'
+            )
         place_teacher(*self._teacher, strategy.root_device)
 
     def configure_optimizers(self):
@@ -87,42 +107,74 @@ class FDDLightningModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         self.student.train()  # from_pretrained gives models in evaluation mode, and Lightning would leave them there
-        self._tokens = None
+        self._begin_step()
 
-    def forward(self, batch: Mapping[str, Tensor], num_items_in_batch: Tensor | float | None = None) -> FDDLossTerms:
+    def forward(self, batch: Mapping[str, Tensor], num_items_in_batch: Tensor | float | None = None) -> DistillerTerms:
         """The loss of one batch: see `Distiller`."""
         return self.distiller(batch, num_items_in_batch=num_items_in_batch)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         count, processes = self.distiller.count_positions(batch), self.trainer.world_size
-        tokens = self.trainer.strategy.reduce(count.to(self.device), reduce_op="sum").clamp(min=1)
+        counted = self.trainer.strategy.reduce(count.to(self.device), reduce_op="sum")
+        tokens = counted.clamp(min=1)
         terms = self(batch, tokens / processes)  # its mean over processes is the mean over their tokens
         self._log("train", terms, len(next(iter(batch.values()))), sync_dist=processes > 1)
         if self._tokens is None:
             self._tokens, self._first_tokens = tokens, tokens
         else:
             self._tokens = self._tokens + tokens
+        self._counted = self._counted + counted
         # Sums over tokens may be added up over micro-batches. Their common divisor keeps them of the size of a mean.
-        return terms.loss * (tokens / self._first_tokens).to(terms.loss.dtype)
+        share = (tokens / self._first_tokens).to(terms.loss.dtype)
+        for name, term in terms.named().items():
+            self._sums[name] = self._sums.get(name, 0.0) + term.detach() * share
+        return terms.loss * share
 
     def on_before_optimizer_step(self, optimizer) -> None:
-        scale = self.trainer.accumulate_grad_batches * self._first_tokens / self._tokens
-        self._tokens = None
+        """Make the gradient that of the mean over the step's tokens, and see that there is one.
+
+        Raises:
+            NonFiniteLossError: the loss is infinite or no number, on any process; no step is taken.
+        """
+        mean = self._first_tokens / self._tokens
+        sums = torch.stack([value.double() for value in self._sums.values()]) * mean.to(torch.float64)
+        means = dict(zip(self._sums, self.trainer.strategy.reduce(sums, reduce_op="mean").tolist()))
+        if not self._counted:
+            warn_of_nothing(self.trainer.global_step + 1)
+        self._begin_step()
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # float16's scaler skips such a step
+            require_finite(f"step {self.trainer.global_step + 1}", means)
+        scale = self.trainer.accumulate_grad_batches * mean
         with torch.no_grad():
             for parameter in self.student.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(scale.to(parameter.grad.dtype))
 
-    def _log(self, stage: str, terms: FDDLossTerms, weight: int, **options) -> None:
-        values = {f"{stage}_{name}": value.detach() for name, value in terms._asdict().items()}
+    def _log(self, stage: str, terms: DistillerTerms, weight: int, **options) -> None:
+        values = {f"{stage}_{name}": value.detach() for name, value in terms.named().items()}
         self.log_dict(values, batch_size=weight, prog_bar=True, **options)
 
-    def _evaluate(self, stage: str, batch: Mapping[str, Tensor]) -> None:
+    def _evaluate(self, stage: str, batch: Mapping[str, Tensor], batch_idx: int, loaders: Any, which: int) -> None:
+        loader = loaders[which] if isinstance(loaders, (list, tuple)) else loaders
+        batch = _without_repeats(batch, batch_idx, loader, self.distiller.config.ignore_index)
         tokens = int(self.distiller.count_positions(batch))
         self._log(stage, self(batch), tokens, on_step=False, on_epoch=True, sync_dist=True)
 
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        self._evaluate("val", batch)
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate("val", batch, batch_idx, self.trainer.val_dataloaders, dataloader_idx)
 
-    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> None:
-        self._evaluate("test", batch)
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluate("test", batch, batch_idx, self.trainer.test_dataloaders, dataloader_idx)
+
+
+def _without_repeats(batch: Mapping[str, Tensor], index: int, loader: Any, ignore_index: int) -> Mapping[str, Tensor]:
+    """The batch with nothing that counts in rows that a DistributedSampler repeats, so that all processes have as many.
+
+    It deals rows out in turn and fills up with the first ones: row i of process r is the data set's i * processes + r.
+    """
+    sampler, size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
+    if not isinstance(sampler, DistributedSampler) or size is None:
+        return batch
+    rows = len(next(iter(batch.values())))
+    own = -(-(len(sampler.dataset) - sampler.rank) // sampler.num_replicas) - index * size
+    return batch if own >= rows else counting_rows(batch, max(own, 0), ignore_index)

@@ -47,19 +47,23 @@ def shares_modules(teacher: nn.Module, student: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def as_teacher_of_itself(model: nn.Module, student: nn.Module) -> Iterator[None]:
-    """A model in evaluation mode and without its student's adapters; every module as it was afterwards."""
+    """A model in evaluation mode and without its student's adapters; every module as it was afterwards.
+
+    peft's own `enable_adapters` also makes adapters trainable and not, of which FSDP2 would keep what it sees first.
+    """
     layers = [layer for layer in _shared_adapters(model, student) if not layer.disable_adapters]
-    asked = [(p, p.requires_grad) for layer in layers for p in layer.parameters()]
     with evaluating(model):
         try:
             for layer in layers:
-                layer.enable_adapters(False)
+                layer._disable_adapters = True
+                if not layer.disable_adapters:
+                    raise RuntimeError(
+                        f"this version of peft gives no way to switch the adapters of {type(layer).__name__} off"
+                    )
             yield
         finally:
             for layer in layers:
-                layer.enable_adapters(True)
-            for parameter, requires_grad in asked:  # which peft switches off and on with the adapters
-                parameter.requires_grad_(requires_grad)
+                layer._disable_adapters = False
 
 
 def _peft_model(model: nn.Module) -> nn.Module | None:

@@ -5,25 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 from dataclasses import asdict
 from pathlib import Path
 
 from fdd_kernels.layers import layer_grid
-from fdd_kernels.planner.loss import GIB, show
 from fdd_kernels.planner.models import read_model
 from fdd_kernels.planner.step import DTYPE_BYTES, OPTIMIZERS, QUANTISED_BYTES, Advice, Setup, advise, step_memory
+from fdd_kernels.sizes import GIB, parse_size, show
 from fdd_kernels.user_error import UserError
-
-_UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
-
-
-def parse_size(text: str) -> int:
-    """Bytes from "24GiB", "24G", "512 MB" or a plain number."""
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?)(i?b)?\s*", text.lower())
-    if not match or not float(match[1]) > 0:
-        raise UserError(f"{text!r} is not an amount of memory: write it as 24GiB or 512MiB")
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def add_plan(commands) -> None:

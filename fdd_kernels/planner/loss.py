@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from fdd_kernels.backends import cpu, torch_stream
 from fdd_kernels.config import LossOptions
 from fdd_kernels.plan import Plan, lay_out
+from fdd_kernels.sizes import MIB, show
 from fdd_kernels.spec import MOMENT_STATS, READ_STATS
 
-MIB, GIB = 2**20, 2**30
 FLOAT = 4
 RUNTIME_BYTES = {"cpu": 2 * MIB, "torch": 6 * MIB, "dense": 4 * MIB}  # generated code, buffers of the matrix library
 HEAD_PRODUCT_BYTES = 16 * MIB  # MKL's own buffers in the product that is the head's gradient, of 10 to 31 MiB that were seen
@@ -66,11 +66,6 @@ class LossMemory:
         """The sum in words, largest first."""
         parts = sorted([*self.parts.items(), ("inputs", self.inputs)], key=lambda item: -item[1])
         return " + ".join(f"{name} {show(size)}" for name, size in parts if size >= MIB)
-
-
-def show(size: float) -> str:
-    """Bytes in words."""
-    return f"{size / GIB:.2f} GiB" if abs(size) >= GIB else f"{size / MIB:.1f} MiB"
 
 
 def input_bytes(shape: LossShape) -> int:

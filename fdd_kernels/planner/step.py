@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from fdd_kernels.planner.loss import LossShape, loss_memory
 from fdd_kernels.planner.models import ModelShape
+
+if TYPE_CHECKING:  # without torch the command line can show its options
+    from fdd_kernels.planner.loss import LossShape
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Of a quantised model: the blocks' weights; embedding and head stay as they are.
@@ -59,6 +62,8 @@ class Setup:
 
     @property
     def loss(self) -> LossShape:
+        from fdd_kernels.planner.loss import LossShape
+
         return LossShape(
             rows=self.tokens, columns=min(self.student.vocabulary, self.teacher.vocabulary), layers=self.layers + 1,
             student_width=self.student.width, teacher_width=self.teacher.width, itemsize=self.itemsize,
@@ -68,6 +73,8 @@ class Setup:
 
 def step_memory(setup: Setup, *, dense: bool = False) -> dict[str, int]:
     """Bytes of a training step by part, with the dense loss or with ours; they are taken to exist at the same time."""
+    from fdd_kernels.planner.loss import loss_memory
+
     adapters = 0 if setup.lora_rank is None else setup.trained
     teacher_head = setup.teacher.vocabulary * setup.teacher.width * setup.teacher_itemsize
     loss = loss_memory(setup.loss, "dense" if dense else setup.backend, device=setup.device)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 import transformers
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from safetensors import SafetensorError
 from torch import nn
 
-from fdd_kernels.config import LAYER_GRIDS, FDDConfig, LossOptions
+from fdd_kernels.config import FDDConfig, LossOptions
 from fdd_kernels.data.progress import read_windows
 from fdd_kernels.data.sources import open_source
 from fdd_kernels.layers import layer_grid
@@ -23,92 +21,21 @@ from fdd_kernels.loading import (
     embeddings,
     first_line,
     fit_vocabularies,
-    load_model,
     load_student,
-    load_tokenizer,
+    load_vocabulary,
     open_cache,
     window_length,
 )  # fmt: skip
-from fdd_kernels.planner.loss import show
+from fdd_kernels.models.teachers import place_teacher
+from fdd_kernels.progress import Activity
+from fdd_kernels.sizes import show
 from fdd_kernels.teacher_cache.cache import WindowCache
-from fdd_kernels.teacher_cache.codec import CODECS
+from fdd_kernels.teacher_cache.options import CacheOptions
 from fdd_kernels.teacher_cache.statistics import write_statistics_cache
-from fdd_kernels.teacher_cache.writer import SHARD_SIZE, write_teacher_cache
+from fdd_kernels.teacher_cache.writer import write_teacher_cache
+from fdd_kernels.teacher_options import load_teacher
 from fdd_kernels.user_error import UserError
-
-KINDS = ("states", "statistics")
-TEACHER_DTYPES = ("auto", "float32", "bfloat16")
-
-
-@dataclass(frozen=True)
-class CacheOptions:
-    """What to cache and how.
-
-    Args:
-        teacher: a directory or name of a transformers causal LM with its tokenizer.
-        kind: "states" (any student, any objective), or "statistics": for the frozen head of `student`, by KL.
-        student, temperature, output_temperature, output_in_dynamics, vocab_size: for statistics, which hold for these alone.
-        data: files, or a data set by its name or folder; see `fdd_kernels.data.open_source`.
-        output: the cache's directory.
-        num_layers, layer_grid, teacher_layers: which layers, as for `FDDConfig`; explicit ones win.
-        apply_final_norm: read them through the final norm.
-        dtype: how states are stored: float32, bfloat16 (the default), int8 or float8 (both with a scale per position).
-            Statistics are float32.
-        teacher_dtype: what the teacher computes in; "auto" is bfloat16 on a GPU that has it.
-        max_length: tokens in a window; None: 512, or less if the teacher has fewer positions.
-        batch_size: windows that the teacher reads at a time.
-        eval_fraction, seed: the part of the windows that is held out, and which.
-        shard_size: bytes of a shard.
-        resume: go on with an interrupted cache in `output`; False removes it and starts again.
-        verify: read everything again at the end and compare checksums.
-    """
-
-    teacher: str
-    data: Path
-    output: Path
-    kind: str = "states"
-    student: str | None = None
-    temperature: float = 1.0
-    output_temperature: float = 1.0
-    output_in_dynamics: bool = False
-    vocab_size: int | None = None
-    num_layers: int = 4
-    layer_grid: str = "floor"
-    teacher_layers: tuple[int, ...] | None = None
-    apply_final_norm: bool = True
-    dtype: str | None = None
-    teacher_dtype: str = "auto"
-    max_length: int | None = None
-    batch_size: int = 8
-    eval_fraction: float = 0.05
-    seed: int = 0
-    shard_size: int = SHARD_SIZE
-    resume: bool = True
-    verify: bool = False
-
-    def __post_init__(self) -> None:
-        for name, least in (("num_layers", 0), ("max_length", 2), ("batch_size", 1), ("seed", 0), ("shard_size", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{name}={value} must be at least {least}")
-        if not 0 <= self.eval_fraction < 1:
-            raise UserError(f"eval_fraction={self.eval_fraction} must be at least 0 and below 1")
-        named = {"kind": KINDS, "dtype": (None, *CODECS), "teacher_dtype": TEACHER_DTYPES, "layer_grid": LAYER_GRIDS}
-        for name, choices in named.items():
-            if getattr(self, name) not in choices:
-                raise UserError(f"{name}={getattr(self, name)!r} is not one of {', '.join(c for c in choices if c)}")
-        if self.kind == "statistics":
-            if self.student is None:
-                raise UserError("kind='statistics' needs student: statistics are made for the head of one student")
-            if self.dtype not in (None, "float32"):
-                raise UserError(
-                    f"dtype={self.dtype!r}: statistics are stored in float32, since small differences are taken of them"
-                )
-            return
-        defaults = {f.name: f.default for f in fields(self)}
-        for name in ("student", "temperature", "output_temperature", "output_in_dynamics", "vocab_size"):
-            if getattr(self, name) != defaults[name]:
-                raise UserError(f"{name}={getattr(self, name)!r} is for kind='statistics'; states serve any student and loss")
+from fdd_kernels.vocabulary import Vocabulary
 
 
 def cache_teacher(options: CacheOptions, console: Console | None = None) -> WindowCache:
@@ -125,23 +52,26 @@ def cache_teacher(options: CacheOptions, console: Console | None = None) -> Wind
     except OSError as error:
         raise UserError(f"{output}: cannot be made a directory: {error.strerror}") from None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(options.teacher, options.student)
-    teacher = load_model(options.teacher, "teacher").to(computing_dtype(options.teacher_dtype, device)).requires_grad_(False)
+    vocabulary = load_vocabulary(options.teacher, options.student, options.vocab_size)
+    for note in vocabulary.notes:
+        console.print(note, soft_wrap=True)
+    with Activity(console, "loading the teacher"):
+        teacher = load_teacher(options, computing_dtype(options.teacher_dtype, device))
     student = None
     if options.student is not None:
-        student = load_student(options.student)[0].to(teacher.dtype).requires_grad_(False)
+        with Activity(console, "loading the student"):
+            student = load_student(options.student)[0].to(teacher.dtype).requires_grad_(False)
     max_length = window_length(options.max_length, teacher=teacher, **{} if student is None else {"student": student})
     source = open_source(options.data)
-    windows = read_windows(source, tokenizer, console, max_length=max_length, eval_fraction=options.eval_fraction,
-                           seed=options.seed)  # fmt: skip
+    windows = read_windows(source, vocabulary.tokenizer, console, max_length=max_length, seed=options.seed,
+                           eval_fraction=options.eval_fraction, unshared=vocabulary.unshared)  # fmt: skip
     data = source.digests()
-    progress = Progress(TextColumn("caching"), BarColumn(), MofNCompleteColumn(), TextColumn("windows"),
-                        TimeRemainingColumn(), console=console, disable=not console.is_terminal)  # fmt: skip
-    with progress:
-        task = progress.add_task("", total=None)
+    with Activity(console, "caching windows") as activity:
 
         def advance(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
+            if activity.total is None:
+                activity.start_at(done, total)
+            activity.update(done, total=total)
 
         try:
             layers = options.teacher_layers
@@ -149,14 +79,14 @@ def cache_teacher(options: CacheOptions, console: Console | None = None) -> Wind
                 layers = layer_grid(teacher.config.get_text_config().num_hidden_layers, options.num_layers, options.layer_grid)
             common = {
                 "layers": layers, "apply_final_norm": options.apply_final_norm, "batch_size": options.batch_size,
-                "shard_size": options.shard_size, "tokenizer": tokenizer, "data": data, "resume": options.resume,
+                "shard_size": options.shard_size, "tokenizer": vocabulary.tokenizer, "data": data, "resume": options.resume,
                 "advance": advance,
             }  # fmt: skip
-            teacher.to(device)
+            place_teacher(teacher, device)
             if student is None:
                 cache = write_teacher_cache(output, teacher, windows, codec=options.dtype or "bfloat16", **common)
             else:
-                loss = _loss_options(options, teacher, student, tokenizer)
+                loss = _loss_options(options, teacher, student, vocabulary)
                 cache = write_statistics_cache(output, teacher, student.to(device), windows, options=loss, **common)
         except (OSError, SafetensorError) as error:
             raise UserError(
@@ -171,10 +101,10 @@ def cache_teacher(options: CacheOptions, console: Console | None = None) -> Wind
     return cache
 
 
-def _loss_options(options: CacheOptions, teacher: nn.Module, student: nn.Module, tokenizer) -> LossOptions:
+def _loss_options(options: CacheOptions, teacher: nn.Module, student: nn.Module, vocabulary: Vocabulary) -> LossOptions:
     """What of the loss the statistics depend on."""
     rows = {"student": embeddings(student), "teacher": embeddings(teacher)}
-    config = fit_vocabularies(FDDConfig(vocab_size=options.vocab_size), rows, tokenizer)
+    config = fit_vocabularies(FDDConfig(vocab_size=options.vocab_size), rows, vocabulary)
     return LossOptions(
         temperature=options.temperature, output_temperature=options.output_temperature,
         output_in_dynamics=options.output_in_dynamics, vocab_size=config.vocab_size,

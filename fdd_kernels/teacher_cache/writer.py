@@ -19,10 +19,9 @@ from fdd_kernels.models.teachers import LiveTeacher
 from fdd_kernels.teacher_cache.cache import FINAL, KIND, TeacherCache, layer_name
 from fdd_kernels.teacher_cache.codec import CODECS
 from fdd_kernels.teacher_cache.index import ArraySpec
+from fdd_kernels.teacher_cache.options import SHARD_SIZE
 from fdd_kernels.teacher_cache.storage import CacheWriter, ShardBuffer
 from fdd_kernels.teacher_cache.windows import CachedWindows, WindowTable, pack_windows
-
-SHARD_SIZE = 512 * 2**20
 
 
 class CachedQuantity(ABC):

@@ -1,19 +1,16 @@
-"""The backend "triton": the two operations as Triton kernels that stream all layers in one launch.
+"""The backend "triton": the operations on GPUs, by one of three strategies.
 
 Importing this package needs no triton: the kernels are imported when an operation runs. The files, in order of use:
 
-    config.py       launch configurations, a plain function of operation, shape, dtype and architecture
-    autotune.py     opt-in search over configurations, kept on disk
-    launch.py       the one place that launches, or records launches for ahead-of-time compilation
-    tables.py       a LensSpec as a small integer table that the kernels walk
-    rows.py         rows that count, gathered into contiguous blocks; gradients put back
-    tiles.py        one tile of u = softcap(scale * (h W^T + b))
-    divergences.py  the elementwise pair of each divergence
-    stats.py        first pass: log-sum-exps, expectations, moments, per range of columns
-    divergence.py   second pass of the divergences that need both log-sum-exps
-    merge.py        ranges merged, statistics finished
-    grad.py         dL/dx of a block of rows x columns
-    operations.py   the operations: `stats` and `grad`
+    operations.py   the operations: which strategy a call takes, and its fallback
+    strategy.py     the rule, a plain function of shape, device and memory
+    problem.py      a call as every strategy sees it; gather_rows.py: valid rows side by side, gradients put back
+    work_table.py   a LensSpec as a small integer table that the kernels walk
+    elementwise.py  the mathematics of elements and rows, shared by all kernels
+    gemm.py         products with float32 results; scaling.py: dL/dlogits through float16
+    config.py       launch configurations; autotune.py: opt-in search; launch.py: the one place that launches or records
+    cached/         logits by GEMM into bounded scratch, row kernels over them ("cached" and "slabbed")
+    one_pass/       the GEMM inside the kernels, no scratch of the vocabulary's size ("one_pass")
 """
 
 from __future__ import annotations
@@ -60,3 +57,17 @@ def grad(inputs: LensInputs, spec: LensSpec, per_row: tuple[Tensor, ...], needed
     from fdd_kernels.backends.triton import operations
 
     return operations.grad(inputs, spec, per_row, needed)
+
+
+def kept_rows(inputs: LensInputs, spec: LensSpec, needed: list[bool]) -> int:
+    """Rows a block whose logits are cached between statistics and gradients; 0: not at all."""
+    from fdd_kernels.backends.triton import operations
+
+    return operations.kept_rows(inputs, spec, needed)
+
+
+def stats_and_grad(inputs: LensInputs, spec: LensSpec, rows_at_a_time: int, upstream_of, needed: list[bool], refine: bool):
+    """Gradients and statistics with cached logits; see `backends.Backend`."""
+    from fdd_kernels.backends.triton import operations
+
+    return operations.stats_and_grad(inputs, spec, rows_at_a_time, upstream_of, needed, refine)

@@ -1,27 +1,27 @@
 """Opt-in search over launch configurations, kept on disk.
 
-FDD_KERNELS_TRITON_AUTOTUNE=1 times every candidate the first time a shape is met (rows rounded up to a power of two) and
-stores the best under FDD_KERNELS_CACHE (default ~/.cache/fdd_kernels). Without it the plain function of `config.py`
-decides, nothing is timed and nothing is read.
+FDD_KERNELS_TRITON_AUTOTUNE=1 times every candidate the first time that a device meets a shape (rows rounded up to a power of
+two) with these layers, divergences and moments, and stores the best under FDD_KERNELS_CACHE (default ~/.cache/fdd_kernels).
+Without it the plain function of `config.py` decides, nothing is timed and nothing is read.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import filelock
 import torch
 import triton
 
+from fdd_kernels.atomic import write_text
 from fdd_kernels.backends.triton import launch
 from fdd_kernels.backends.triton.config import LaunchConfig, candidates, choose
 from fdd_kernels.environment import cache_folder
 
 SWITCH = "FDD_KERNELS_TRITON_AUTOTUNE"
-REPEATS = 3
 
 
 def cache_file() -> Path:
@@ -36,39 +36,43 @@ def _read() -> dict[str, dict]:
 
 
 def _write(key: str, config: LaunchConfig) -> None:
-    """Add an entry; the file is replaced as a whole, so that a reader never sees half of it."""
+    """Add an entry. The file is replaced as a whole, so that a reader never sees half of it, by one process at a time, so that
+    none undoes what another has added."""
     path = cache_file()
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        json.dump(_read() | {key: vars(config)}, file, indent=1)
-    os.replace(file.name, path)
+    with filelock.FileLock(path.with_suffix(".lock")):
+        write_text(path, json.dumps(_read() | {key: vars(config)}, indent=1))
 
 
 def seconds(run: Callable[[LaunchConfig], object], config: LaunchConfig) -> float:
-    """The shortest of a few timed runs; infinity for a configuration that the device has no room for."""
+    """The median of timed runs, each with an empty L2; infinity for a configuration that the device has no room for."""
     try:
-        run(config)
+        return triton.testing.do_bench(lambda: run(config), return_mode="median") / 1000
     except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError):
         return float("inf")
-    best = float("inf")
-    for _ in range(REPEATS):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run(config)
-        stop.record()
-        stop.synchronize()
-        best = min(best, start.elapsed_time(stop) / 1000)
-    return best
 
 
-def tuned(operation: str, shape: tuple[int, ...], dtype: torch.dtype, architecture: str,
-          run: Callable[[LaunchConfig], object], timer: Callable = seconds, mixed: bool = False) -> LaunchConfig:  # fmt: skip
-    """The configuration for `shape` = (rows, columns, widths): the default, or the fastest found by timing `run`."""
+def tuned(
+    operation: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    architecture: str,
+    run: Callable[[LaunchConfig], object],
+    timer: Callable = seconds,
+    mixed: bool = False,
+    work: str = "",
+) -> LaunchConfig:
+    """The configuration for `shape` = (rows, columns, widths): the default, or the fastest found by timing `run`.
+
+    `work` tells calls of the same shape apart: what is computed of how many layers.
+    """
     rows = shape[0]
     if os.environ.get(SWITCH, "0") in ("", "0") or not rows:
         return choose(shape, dtype, architecture, mixed)
     rounded = (triton.next_power_of_2(rows), *shape[1:])
-    key = "/".join([operation, architecture, str(dtype) + "+" * mixed, "x".join(map(str, rounded)), triton.__version__])
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else architecture
+    kind = str(dtype) + "+" * mixed
+    key = "/".join([operation, architecture, device, kind, "x".join(map(str, rounded)), work, triton.__version__])
     known = _read().get(key)
     if known is not None:
         return LaunchConfig(**known)

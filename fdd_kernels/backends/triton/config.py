@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
+from fdd_kernels.backends.triton import interpreting
+
 F32_PRECISION = "FDD_KERNELS_TRITON_F32"
 F32_PRECISIONS = ("ieee", "tf32x3", "tf32")
 INTERPRETER = "interpreter"
@@ -44,6 +46,30 @@ class LaunchConfig:
     def programs(self) -> int:
         """Programs that are to be at work on a multiprocessor: as many as have the registers for it."""
         return max(1, 8 // self.num_warps)
+
+
+@dataclass(frozen=True)
+class RowLaunch:
+    """Launch of a kernel whose program owns one row: tokens of a tile, warps, and warps where tokens are masked."""
+
+    block: int
+    num_warps: int
+    masked_warps: int
+
+    def options(self, masked: bool) -> dict[str, int]:
+        """The compiler's options; `masked`: the tile is ragged or has biases, whose masks take registers."""
+        return {"num_warps": self.masked_warps if masked else self.num_warps, "num_stages": 1}
+
+
+# Chosen by what compiles without a stack on every target (benchmarks/aot.py), not by timing. One warp needs no barriers: its
+# reductions are shuffles; masks and the gradient have too many values in flight for that.
+ROW_LAUNCHES = {"stats": RowLaunch(1024, 1, 2), "second_pass": RowLaunch(1024, 2, 2), "grad": RowLaunch(2048, 4, 4)}
+INTERPRETED_ROW_LAUNCH = RowLaunch(128, 1, 1)
+
+
+def row_launch(operation: str) -> RowLaunch:
+    """The launch of a row kernel; small tiles in the interpreter, so that few tokens make several."""
+    return INTERPRETED_ROW_LAUNCH if interpreting() else ROW_LAUNCHES[operation]
 
 
 def architecture_of(device: torch.device, interpreting: bool) -> str:

@@ -12,11 +12,12 @@ SMALL = {"num_warps": 4, "num_stages": 1}  # options of a kernel that only moves
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with everything that decides how it is compiled."""
+    """A kernel with everything that decides how it is compiled; or a GEMM, whose kernel is `gemm.multiply`."""
 
     kernel: Any
     arguments: dict[str, Any]
     options: dict[str, int]
+    grid: tuple[int, ...] = ()
 
 
 _recording: list[Launch] | None = None
@@ -37,9 +38,15 @@ def recorded() -> Iterator[list[Launch]]:
         _recording = before
 
 
+def record(kernel: Any, grid: tuple[int, ...] = (), options: dict[str, int] | None = None, **arguments: Any) -> bool:
+    """Whether launches are being recorded; if so, this one is now among them."""
+    if _recording is None:
+        return False
+    _recording.append(Launch(kernel, arguments, options or {}, grid))
+    return True
+
+
 def launch(kernel: Any, grid: tuple[int, ...], options: dict[str, int], **arguments: Any) -> None:
     """Launch `kernel` on the current device and stream; `options` are the compiler's, as `LaunchConfig.options`."""
-    if _recording is not None:
-        _recording.append(Launch(kernel, arguments, options))
-        return
-    kernel[grid](**arguments, **options)
+    if not record(kernel, grid, options, **arguments):
+        kernel[grid](**arguments, **options)

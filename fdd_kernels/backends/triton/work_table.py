@@ -11,6 +11,7 @@ table, padded to one width:
     PART_BEGIN   (L + 1), PART_INDEX, PART_ROLE: the moment targets that a layer is part of: OWN_LAYER alone, SECOND of
                           a pair (the walk over layers is complete for the pair there), or FIRST
     SECOND_READ, SECOND_LAYER, SECOND_INVERSE: the reads that take a second pass
+    TEACHER_LAYER (L)     the teacher's layer that layer l of the student is compared with
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import struct
 from dataclasses import dataclass
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -38,7 +40,8 @@ PART_ROLE = tl.constexpr(8)
 SECOND_READ = tl.constexpr(9)
 SECOND_LAYER = tl.constexpr(10)
 SECOND_INVERSE = tl.constexpr(11)
-TABLE_ROWS = 12
+TEACHER_LAYER = tl.constexpr(12)
+TABLE_ROWS = 13
 
 WANTS_STUDENT = tl.constexpr(1)
 WANTS_TEACHER = tl.constexpr(2)
@@ -55,15 +58,31 @@ SECOND = tl.constexpr(1)
 FIRST = tl.constexpr(2)
 
 
+@triton.jit
+def table_entry(table, table_width, ROW: tl.constexpr, index):
+    return tl.load(table + ROW * table_width + index)
+
+
+@triton.jit
+def table_float(table, table_width, ROW: tl.constexpr, index):
+    return tl.load(table + ROW * table_width + index).to(tl.float32, bitcast=True)
+
+
 @dataclass(frozen=True)
 class Table:
-    """The table on a device and what the launcher needs to know of it. `divergence`: the one besides KL, else "kl"."""
+    """The table on a device and what the launcher needs to know of it.
+
+    `divergence` is the one besides KL, else "kl"; `has_kl`, `has_labels`: whether there are reads of KL, of
+    the label's cross-entropy.
+    """
 
     values: Tensor
     width: int
     slots: int
     second_pass: int
     divergence: str
+    has_kl: bool
+    has_labels: bool
 
 
 def _bits(value: float) -> int:
@@ -122,6 +141,8 @@ def table_for(spec: LensSpec, layers: int, device: torch.device) -> Table:
     rows[SECOND_READ.value] = [index for index, _ in second_pass]
     rows[SECOND_LAYER.value] = [read.layer for _, read in second_pass]
     rows[SECOND_INVERSE.value] = [_bits(1.0 / read.temperature) for _, read in second_pass]
+    rows[TEACHER_LAYER.value] = list(range(layers))  # paired by rank
     width = max(len(row) for row in rows)
     values = torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int32, device=device)
-    return Table(values, width, len(slots), len(second_pass), next(iter(others), "kl"))
+    kinds_read = {read.divergence for read in spec.reads}
+    return Table(values, width, len(slots), len(second_pass), next(iter(others), "kl"), "kl" in kinds_read, NLL in kinds_read)

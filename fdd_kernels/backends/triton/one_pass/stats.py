@@ -18,9 +18,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fdd_kernels.backends.triton.divergences import times
+from fdd_kernels.backends.triton.elementwise import MOMENT_FIELDS, exponential_sums, second_moments
 from fdd_kernels.backends.triton.launch import launch
-from fdd_kernels.backends.triton.tables import (
+from fdd_kernels.backends.triton.one_pass.tiles import park_features, park_tile, pivot_of, tile_values
+from fdd_kernels.backends.triton.work_table import (
     FIRST,
     PART_BEGIN,
     PART_INDEX,
@@ -31,11 +32,11 @@ from fdd_kernels.backends.triton.tables import (
     SLOT_INVERSE,
     WANTS_LABEL,
     WANTS_STUDENT,
+    table_entry,
+    table_float,
 )
-from fdd_kernels.backends.triton.tiles import park_features, park_tile, pivot_of, table_entry, table_float, tile_values
 
 SLOT_FIELDS = tl.constexpr(7)
-MOMENT_FIELDS = tl.constexpr(7)
 
 
 @triton.jit
@@ -45,10 +46,10 @@ def update_softmax(z_re, difference_re, top, total, expectation, WITH_EXPECTATIO
     # While every logit so far is -inf the shift must stay finite.
     shift = tl.where(new_top > float("-inf"), new_top, 0.0)
     rescale = tl.exp(top - shift)
-    weight_re = tl.exp(z_re - shift[:, None])
-    total = total * rescale + tl.sum(weight_re, 1)
+    more, more_expectation = exponential_sums(z_re - shift[:, None], difference_re, 1, WITH_EXPECTATION, False)
+    total = total * rescale + more
     if WITH_EXPECTATION:
-        expectation = expectation * rescale + tl.sum(times(weight_re, difference_re), 1)
+        expectation = expectation * rescale + more_expectation
     return new_top, total, expectation
 
 
@@ -90,13 +91,19 @@ def update_slot(
 
 @triton.jit
 def vectors(tile_s, tile_t, before_s, before_t, strip_re, pair, inverse):
-    """A strip of a moment target's vectors: z of the layer, less z of the layer before for a pair; and where finite."""
+    """A strip of a moment target's vectors: z of the layer, less z of the layer before for a pair; and where they count.
+
+    Tokens whose logit is -inf in either model or layer do not; NaN does, and shows.
+    """
     s = tl.load(tile_s + strip_re)
     t = tl.load(tile_t + strip_re)
+    live = (s != float("-inf")) & (t != float("-inf"))
     if pair:
-        s -= tl.load(before_s + strip_re)
-        t -= tl.load(before_t + strip_re)
-    live = (tl.abs(s) < float("inf")) & (tl.abs(t) < float("inf"))
+        s_before = tl.load(before_s + strip_re)
+        t_before = tl.load(before_t + strip_re)
+        live = live & (s_before != float("-inf")) & (t_before != float("-inf"))
+        s -= s_before
+        t -= t_before
     return s * inverse, t * inverse, live
 
 
@@ -169,11 +176,11 @@ def update_moments(
         n += tl.sum(live.to(tl.float32), 1)
         sum_s += tl.sum(s, 1)
         sum_t += tl.sum(t, 1)
-        sum_ss += tl.sum(s * s, 1)
-        sum_tt += tl.sum(t * t, 1)
-        sum_st += tl.sum(s * t, 1)
-        d = s - t
-        sum_dd += tl.sum(d * d, 1)
+        ss, tt, st, dd = second_moments(s, t, 1)
+        sum_ss += ss
+        sum_tt += tt
+        sum_st += st
+        sum_dd += dd
     divisor = tl.maximum(n, 1.0)
     offset_s, offset_t = sum_s / divisor, sum_t / divisor
     difference = sum_s - sum_t

@@ -21,32 +21,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fdd_kernels import spec
-from fdd_kernels.backends.triton.divergences import divergence_slope
+from fdd_kernels.backends.triton.elementwise import (
+    MOMENT_FIELDS,
+    moment_coefficients,
+    moment_gradient,
+    slot_coefficients,
+    softmax_gradient,
+)
 from fdd_kernels.backends.triton.launch import launch
-from fdd_kernels.backends.triton.stats import MOMENT_FIELDS, vectors
-from fdd_kernels.backends.triton.tables import (
+from fdd_kernels.backends.triton.one_pass.stats import vectors
+from fdd_kernels.backends.triton.one_pass.tiles import park_features, park_tile, tile_values
+from fdd_kernels.backends.triton.work_table import (
     FIRST,
-    KIND_KL,
-    KIND_LSE,
-    KIND_NLL,
     PART_BEGIN,
     PART_INDEX,
     PART_ROLE,
-    READ_BEGIN,
-    READ_INDEX,
-    READ_KIND,
     SECOND,
     SLOT_BEGIN,
     SLOT_INVERSE,
+    table_entry,
+    table_float,
 )
-from fdd_kernels.backends.triton.tiles import park_features, park_tile, table_entry, table_float, tile_values
-
-READ_FIELDS = tl.constexpr(spec.READ_STATS)
-LSE_S, LSE_T = tl.constexpr(spec.LSE_S), tl.constexpr(spec.LSE_T)
-VALUE, SLOPE = tl.constexpr(spec.VALUE), tl.constexpr(spec.SLOPE)
-COUNT, MEAN_S, MEAN_T = tl.constexpr(spec.COUNT), tl.constexpr(spec.MEAN_S), tl.constexpr(spec.MEAN_T)
-M_SS, M_ST, M_DD = tl.constexpr(spec.M_SS), tl.constexpr(spec.M_ST), tl.constexpr(spec.M_DD)
 
 
 @triton.jit
@@ -55,42 +50,21 @@ def slot_gradient(
     TEACHER: tl.constexpr, DIVERGENCE: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """dL/du of one strip from the reads of one slot."""
-    q_r = tl.zeros((BLOCK_R,), dtype=tl.float32)
-    p_r, slope_r, label_value_r, lse_s, lse_t = q_r, q_r, q_r, q_r, q_r
-    for entry in range(
-        table_entry(table, table_width, READ_BEGIN, slot), table_entry(table, table_width, READ_BEGIN, slot + 1)
-    ):
-        kind = table_entry(table, table_width, READ_KIND, entry)
-        at = table_entry(table, table_width, READ_INDEX, entry) * READ_FIELDS * stride
-        lse_s = tl.load(reads + at + LSE_S * stride, mask=counts, other=0.0)
-        q_r += tl.load(grad_reads + at + LSE_S * stride, mask=counts, other=0.0)
-        if kind != KIND_LSE:
-            upstream = tl.load(grad_reads + at + VALUE * stride, mask=counts, other=0.0)
-            if kind == KIND_NLL:
-                q_r += upstream
-                label_value_r -= upstream
-            else:
-                q_r -= upstream * tl.load(reads + at + SLOPE * stride, mask=counts, other=0.0)
-                if kind == KIND_KL:
-                    p_r -= upstream
-                else:
-                    slope_r += upstream
-        if kind != KIND_NLL:
-            lse_t = tl.load(reads + at + LSE_T * stride, mask=counts, other=0.0)
+    q_r, p_r, slope_r, label_value_r, lse_s, lse_t, _kl_r = slot_coefficients(
+        reads, grad_reads, stride, stride, counts, table, table_width, slot, BLOCK_R
+    )
     inverse = table_float(table, table_width, SLOT_INVERSE, slot)
     log_q = u_s * inverse - lse_s[:, None]
-    grad = q_r[:, None] * tl.exp(log_q)
-    grad += tl.where(columns_e[None, :] == label_r[:, None], label_value_r[:, None], 0.0)
+    log_p = log_q
     if TEACHER:
         log_p = tl.load(tile_t + strip_re) * inverse - lse_t[:, None]
-        grad += p_r[:, None] * tl.exp(log_p)
-        if DIVERGENCE != "kl":
-            grad += slope_r[:, None] * divergence_slope(log_q, log_p, DIVERGENCE)
+    grad = softmax_gradient(log_q, log_p, q_r[:, None], p_r[:, None], slope_r[:, None], TEACHER, DIVERGENCE)
+    grad += tl.where(columns_e[None, :] == label_r[:, None], label_value_r[:, None], 0.0)
     return grad * inverse
 
 
 @triton.jit
-def moment_gradient(
+def part_gradient(
     moments, grad_moments, stride, counts, tile_s, tile_t, before_s, before_t, after_s, after_t, strip_re, role, inverse,
 ):  # fmt: skip
     """dL/du of one strip from one moment target that the layer is part of."""
@@ -98,13 +72,10 @@ def moment_gradient(
         s, t, live = vectors(after_s, after_t, tile_s, tile_t, strip_re, True, inverse)
     else:
         s, t, live = vectors(tile_s, tile_t, before_s, before_t, strip_re, role == SECOND, inverse)
-    s -= tl.load(moments + MEAN_S * stride, mask=counts, other=0.0)[:, None]
-    t -= tl.load(moments + MEAN_T * stride, mask=counts, other=0.0)[:, None]
-    grad_mean = tl.load(grad_moments + MEAN_S * stride, mask=counts, other=0.0)
-    grad_mean /= tl.maximum(tl.load(moments + COUNT * stride, mask=counts, other=1.0), 1.0)
-    grad = grad_mean[:, None] + (2.0 * tl.load(grad_moments + M_SS * stride, mask=counts, other=0.0))[:, None] * s
-    grad += tl.load(grad_moments + M_ST * stride, mask=counts, other=0.0)[:, None] * t
-    grad += (2.0 * tl.load(grad_moments + M_DD * stride, mask=counts, other=0.0))[:, None] * (s - t)
+    of_one, of_s, of_t, of_d, mean_s, mean_t = moment_coefficients(moments, grad_moments, stride, stride, counts)
+    s -= mean_s[:, None]
+    t -= mean_t[:, None]
+    grad = moment_gradient(s, t, of_one[:, None], of_s[:, None], of_t[:, None], of_d[:, None])
     sign = tl.where(role == FIRST, -inverse, inverse)
     return tl.where(live, grad * sign, 0.0)
 
@@ -198,7 +169,7 @@ def lens_grad_kernel(
                             table_entry(table, table_width, PART_BEGIN, layer + 1),
                         ):
                             at = table_entry(table, table_width, PART_INDEX, part) * MOMENT_FIELDS * stride
-                            g += moment_gradient(
+                            g += part_gradient(
                                 moments + at + row_r, grad_moments + at + row_r, stride, counts, tile_s + start,
                                 tile_s + TILE + start, before_s + start, before_s + TILE + start, after_s + start,
                                 after_s + TILE + start, strip_re, table_entry(table, table_width, PART_ROLE, part),

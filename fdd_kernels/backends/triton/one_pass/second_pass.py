@@ -8,15 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fdd_kernels import spec
-from fdd_kernels.backends.triton.divergences import divergence_slope, divergence_value
+from fdd_kernels.backends.triton.elementwise import LSE_S, LSE_T, READ_FIELDS, divergence_slope, divergence_value
 from fdd_kernels.backends.triton.launch import launch
-from fdd_kernels.backends.triton.tables import SECOND_INVERSE, SECOND_LAYER, SECOND_READ
-from fdd_kernels.backends.triton.tiles import park_tile, table_entry, table_float, tile_values
-
-READ_FIELDS = tl.constexpr(spec.READ_STATS)
-LSE_S = tl.constexpr(spec.LSE_S)
-LSE_T = tl.constexpr(spec.LSE_T)
+from fdd_kernels.backends.triton.one_pass.tiles import park_tile, tile_values
+from fdd_kernels.backends.triton.work_table import SECOND_INVERSE, SECOND_LAYER, SECOND_READ, table_entry, table_float
 
 
 @triton.jit(

@@ -1,7 +1,7 @@
-"""Ranges of columns merged into the statistics of `spec.py`, at the rows of the caller.
+"""Splits of the vocabulary merged into the statistics of `spec.py`, at the rows of the caller.
 
-Each range has pivots of its own; what it found is restated about those of the first range before it is merged.
-Shape suffix: r rows of a tile.
+Each split has row shifts of its own; what it found is restated about the largest logit of the row before it is merged, so that
+probable tokens lie near 0 and stay exact at any temperature. Shape suffix: r rows of a tile.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fdd_kernels import spec
+from fdd_kernels.backends.triton.elementwise import LSE_S, LSE_T, MOMENT_FIELDS, READ_FIELDS, SLOPE, VALUE
 from fdd_kernels.backends.triton.launch import launch
-from fdd_kernels.backends.triton.stats import MOMENT_FIELDS, SLOT_FIELDS, load_moments, merge_moments, store_moments
-from fdd_kernels.backends.triton.tables import (
+from fdd_kernels.backends.triton.one_pass.stats import SLOT_FIELDS, load_moments, merge_moments, store_moments
+from fdd_kernels.backends.triton.work_table import (
     FIRST,
     KIND_KL,
     KIND_NLL,
@@ -27,12 +27,10 @@ from fdd_kernels.backends.triton.tables import (
     SECOND_READ,
     SLOT_BEGIN,
     SLOT_INVERSE,
+    table_entry,
+    table_float,
 )
-from fdd_kernels.backends.triton.tiles import table_entry, table_float
 
-READ_FIELDS = tl.constexpr(spec.READ_STATS)
-LSE_S, LSE_T = tl.constexpr(spec.LSE_S), tl.constexpr(spec.LSE_T)
-VALUE, SLOPE = tl.constexpr(spec.VALUE), tl.constexpr(spec.SLOPE)
 # One row a thread, and threads alone: for more of them the assembler spills to make room.
 TILE_ROWS = 32
 OPTIONS = {"num_warps": 1, "num_stages": 1}
@@ -48,9 +46,19 @@ def merge_softmax(top, total, expectation, top_b, total_b, expectation_b):
 
 
 @triton.jit
-def pivot_shift(pivot, reference, counts):
-    """How far a range's pivot lies above that of the first range."""
-    return tl.load(pivot, mask=counts, other=0.0) - tl.load(reference, mask=counts, other=0.0)
+def row_shift(pivot, top, range_stride, ranges, inverse, counts, TILE_ROWS: tl.constexpr):
+    """The largest u of each row over all splits: of their shifts (`pivot`).
+
+    `top` has each split's largest z at the temperature 1 / inverse; without a slot (inverse 0) the first split's shift serves.
+    """
+    shift = tl.load(pivot, mask=counts, other=0.0)
+    if inverse > 0:
+        largest = tl.full((TILE_ROWS,), float("-inf"), tl.float32)
+        for part in range(ranges):
+            own = tl.load(pivot + part * range_stride, mask=counts, other=0.0)
+            largest = tl.maximum(largest, own + tl.load(top + part * range_stride, mask=counts, other=0.0) / inverse)
+        shift = tl.where(tl.abs(largest) < float("inf"), largest, shift)
+    return shift
 
 
 @triton.jit(do_not_specialize=["first", "rows", "total_rows", "layers", "slots", "fields", "table_width", "ranges"])
@@ -69,11 +77,19 @@ def merge_stats_kernel(
     pivots += row_r
     reads += row_r
     moments += row_r
+    before_s = tl.zeros((TILE_ROWS,), tl.float32)
+    before_t = before_s
     for layer in range(layers):
-        pivot_s = tl.load(state + 2 * layer * stride, mask=counts, other=0.0)
+        first_slot = table_entry(table, table_width, SLOT_BEGIN, layer)
+        inverse = 0.0
+        if first_slot < table_entry(table, table_width, SLOT_BEGIN, layer + 1):
+            inverse = table_float(table, table_width, SLOT_INVERSE, first_slot)
+        top = state + (2 * layers + first_slot * SLOT_FIELDS) * stride
+        pivot_s = row_shift(state + 2 * layer * stride, top, range_stride, ranges, inverse, counts, TILE_ROWS)
         pivot_t = tl.zeros((TILE_ROWS,), tl.float32)
         if TEACHER:
-            pivot_t = tl.load(state + (2 * layer + 1) * stride, mask=counts, other=0.0)
+            pivot = state + (2 * layer + 1) * stride
+            pivot_t = row_shift(pivot, top + 3 * stride, range_stride, ranges, inverse, counts, TILE_ROWS)
         tl.store(pivots + layer * out_stride, pivot_s, mask=counts)
         tl.store(pivots + (layers + layer) * out_stride, pivot_t, mask=counts)
         for slot in range(
@@ -115,10 +131,12 @@ def merge_stats_kernel(
                     tl.store(read + LSE_T * out_stride, lse_t, mask=counts)
                     if kind == KIND_KL:
                         value = expectation_t / total_t + (lse_s - lse_t)
+                        value = tl.where(value < 0, 0.0, value)  # rounding, where the models nearly agree
                         tl.store(read + VALUE * out_stride, value, mask=counts)
                         tl.store(read + SLOPE * out_stride, tl.full((TILE_ROWS,), -1.0, tl.float32), mask=counts)
                     if DIVERGENCE == "reverse_kl" and kind == KIND_OTHER:
                         value = expectation_s / total_s - (lse_s - lse_t)
+                        value = tl.where(value < 0, 0.0, value)
                         tl.store(read + VALUE * out_stride, value, mask=counts)
                         tl.store(read + SLOPE * out_stride, value + 1.0, mask=counts)
         for entry in range(
@@ -136,16 +154,16 @@ def merge_stats_kernel(
                     mean_sb += (tl.load(own + 2 * layer * stride, mask=counts, other=0.0) - pivot_s) * moment_inverse
                     mean_tb += (tl.load(own + (2 * layer + 1) * stride, mask=counts, other=0.0) - pivot_t) * moment_inverse
                     if role == SECOND:
-                        before_s = 2 * (layer - 1) * stride
-                        mean_sb -= pivot_shift(own + before_s, state + before_s, counts) * moment_inverse
-                        before_t = before_s + stride
-                        mean_tb -= pivot_shift(own + before_t, state + before_t, counts) * moment_inverse
+                        before = own + 2 * (layer - 1) * stride
+                        mean_sb -= (tl.load(before, mask=counts, other=0.0) - before_s) * moment_inverse
+                        mean_tb -= (tl.load(before + stride, mask=counts, other=0.0) - before_t) * moment_inverse
                     n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd = merge_moments(
                         n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd, n_b, mean_sb, mean_tb, m_ssb, m_ttb, m_stb, m_ddb
                     )
                 store_moments(
                     moments + moment * MOMENT_FIELDS * out_stride, out_stride, counts, n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd
                 )
+        before_s, before_t = pivot_s, pivot_t
 
 
 @triton.jit(do_not_specialize=["first", "rows", "total_rows", "table_width", "ranges", "seconds"])

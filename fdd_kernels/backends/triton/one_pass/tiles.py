@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fdd_kernels.backends.triton.divergences import tanh
+from fdd_kernels.backends.triton.elementwise import tanh
 
 
 @triton.jit
@@ -77,13 +77,3 @@ def park_features(
         inside = (columns_e + start < columns)[None, :]
         u = tl.load(hidden_r + (columns_e + start)[None, :], mask=inside, other=0.0).to(tl.float32)
         tl.store(tile + r[:, None] * BLOCK_C + (start + e)[None, :], tl.where(inside, u, float("-inf")))
-
-
-@triton.jit
-def table_entry(table, table_width, ROW: tl.constexpr, index):
-    return tl.load(table + ROW * table_width + index)
-
-
-@triton.jit
-def table_float(table, table_width, ROW: tl.constexpr, index):
-    return tl.load(table + ROW * table_width + index).to(tl.float32, bitcast=True)

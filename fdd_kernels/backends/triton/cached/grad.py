@@ -1,0 +1,189 @@
+"""dL/dlogits of one row and one tile of a slab of the vocabulary, all layers, and the accurate value of KL.
+
+With per-row coefficients from the upstream gradients (`elementwise.py`), per slot and per moment target,
+
+    dL/dz = a q + b p + d slope(log_q, log_p) + n [token = label]
+    dL/ds = k_1 + k_s (s - mean_s) + k_t (t - mean_t) + k_d ((s - mean_s) - (t - mean_t))
+
+A program walks the layers with the logits of the layer before, and its unfinished gradient, in registers: a pair's moments give
++dL/ds to its second layer and -dL/ds to its first. Both log-sum-exps are known here, so where KL is small its value is summed
+again on the way, in the accurate form (`elementwise.kl_value`).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fdd_kernels.backends.triton.cached.row import live_tokens, row_logits
+from fdd_kernels.backends.triton.elementwise import (
+    MOMENT_FIELDS,
+    REFINED_BELOW,
+    kl_value,
+    moment_coefficients,
+    moment_gradient,
+    slot_coefficients,
+    softmax_gradient,
+)
+from fdd_kernels.backends.triton.work_table import (
+    FIRST,
+    PART_BEGIN,
+    PART_INDEX,
+    PART_ROLE,
+    SECOND,
+    SLOT_BEGIN,
+    SLOT_INVERSE,
+    TEACHER_LAYER,
+    table_entry,
+    table_float,
+)
+
+ITEM_FIELDS = tl.constexpr(7)
+
+
+@triton.jit(do_not_specialize=["rows", "slots", "table_width", "stride", "grad_stride"])
+def coefficients_kernel(
+    coefficients, reads, moments, grad_reads, grad_moments, grad_scale, count, table, rows, slots, table_width, stride,
+    grad_stride, moment_inverse, student_scale, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """coefficients (slots + moments, 7, rows) of dL/dx for `cached_grad_kernel`, times `grad_scale`; 0 at invalid rows."""
+    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    item = tl.program_id(1)
+    counts = (row < rows) & (row < tl.load(count))
+    stored = row < rows
+    field = rows.to(tl.int64)
+    out = coefficients + item * ITEM_FIELDS * field + row
+    scale = student_scale * tl.load(grad_scale)
+    if item < slots:
+        q, p, slope, label, lse_s, lse_t, kl = slot_coefficients(
+            reads + row, grad_reads + row, stride.to(tl.int64), grad_stride.to(tl.int64), counts, table, table_width, item,
+            BLOCK_R,
+        )  # fmt: skip
+        factor = scale * table_float(table, table_width, SLOT_INVERSE, item)
+        tl.store(out, q * factor, mask=stored)
+        tl.store(out + field, p * factor, mask=stored)
+        tl.store(out + 2 * field, slope * factor, mask=stored)
+        tl.store(out + 3 * field, label * factor, mask=stored)
+        tl.store(out + 4 * field, lse_s, mask=stored)
+        tl.store(out + 5 * field, lse_t, mask=stored)
+        tl.store(out + 6 * field, kl, mask=stored)
+    else:
+        index = (item - slots) * MOMENT_FIELDS
+        of_one, of_s, of_t, of_d, mean_s, mean_t = moment_coefficients(
+            moments + index * stride.to(tl.int64) + row, grad_moments + index * grad_stride.to(tl.int64) + row,
+            stride.to(tl.int64), grad_stride.to(tl.int64), counts,
+        )  # fmt: skip
+        factor = scale * moment_inverse
+        tl.store(out, of_one * factor, mask=stored)
+        tl.store(out + field, of_s * factor, mask=stored)
+        tl.store(out + 2 * field, of_t * factor, mask=stored)
+        tl.store(out + 3 * field, of_d * factor, mask=stored)
+        tl.store(out + 4 * field, mean_s, mask=stored)
+        tl.store(out + 5 * field, mean_t, mask=stored)
+
+
+@triton.jit
+def store_gradient(at, gradient, inside, FULL: tl.constexpr):
+    if FULL:
+        tl.store(at, gradient.to(at.dtype.element_ty))
+    else:
+        tl.store(at, gradient.to(at.dtype.element_ty), mask=inside)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "rows", "columns", "layers", "slots", "tiles", "first_tile", "state_tile", "first_column", "table_width", "stride"
+    ]
+)  # fmt: skip
+def cached_grad_kernel(
+    grad, values, logits_s, logits_t, bias_s, bias_t, pivots, coefficients, labels, count, table, rows, columns, ld_s, ld_t,
+    grad_ld, layers, slots, tiles, first_tile, state_tile, first_column, table_width, stride, scale_s, scale_t, cap_s, cap_t,
+    moment_inverse, TEACHER: tl.constexpr, SOFTMAX: tl.constexpr, MOMENTS: tl.constexpr, VALUES: tl.constexpr,
+    LABELS: tl.constexpr, BIAS_S: tl.constexpr, BIAS_T: tl.constexpr, SCALE_S: tl.constexpr, SCALE_T: tl.constexpr,
+    CAP_S: tl.constexpr, CAP_T: tl.constexpr, FULL: tl.constexpr, DIVERGENCE: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """grad (L, rows, grad_ld) = dL/dx of a row (axis 0) and a tile (axis 1) of the slab; values (slots, rows, tiles)."""
+    EVERY: tl.constexpr = FULL and not (BIAS_S or BIAS_T)  # without a bias no logit is -inf
+    row = tl.program_id(0)
+    tile = first_tile + tl.program_id(1)
+    c = tile * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = c < columns
+    row_s = logits_s + row.to(tl.int64) * ld_s
+    row_t = logits_t + row.to(tl.int64) * ld_t
+    stride_s = rows.to(tl.int64) * ld_s
+    stride_t = rows.to(tl.int64) * ld_t
+    out = grad + row.to(tl.int64) * grad_ld + c
+    out_stride = rows.to(tl.int64) * grad_ld
+    values += row.to(tl.int64) * tiles + state_tile + tile
+    pivots += row
+    coefficients += row
+    field = rows.to(tl.int64)
+    stride = stride.to(tl.int64)
+    if LABELS:
+        label = tl.load(labels + row) - first_column
+    nothing = tl.zeros((BLOCK_C,), tl.float32)
+    t, before_s, before_t, before_g, before_slope = nothing, nothing, nothing, nothing, nothing
+    for layer in range(layers):
+        s, slope = row_logits(row_s, bias_s, c, inside, scale_s, cap_s, BIAS_S, SCALE_S, CAP_S, FULL)
+        s -= tl.load(pivots + layer * stride)
+        row_s += stride_s
+        if TEACHER:
+            at_t = row_t + table_entry(table, table_width, TEACHER_LAYER, layer) * stride_t
+            t, _slope_t = row_logits(at_t, bias_t, c, inside, scale_t, cap_t, BIAS_T, SCALE_T, CAP_T, FULL)
+            t -= tl.load(pivots + (layers + layer) * stride)
+        g = nothing
+        if SOFTMAX:
+            for slot in range(
+                table_entry(table, table_width, SLOT_BEGIN, layer), table_entry(table, table_width, SLOT_BEGIN, layer + 1)
+            ):
+                inverse = table_float(table, table_width, SLOT_INVERSE, slot)
+                k = coefficients + slot * ITEM_FIELDS * field
+                log_q = s * inverse - tl.load(k + 4 * field)
+                log_p = log_q
+                if TEACHER:
+                    log_p = t * inverse - tl.load(k + 5 * field)
+                g += softmax_gradient(log_q, log_p, tl.load(k), tl.load(k + field), tl.load(k + 2 * field), TEACHER, DIVERGENCE)
+                if LABELS:
+                    g += tl.where(c == label, tl.load(k + 3 * field), 0.0)
+                if VALUES:
+                    if tl.load(k + 6 * field) < REFINED_BELOW:
+                        tl.store(values + slot * field * tiles, tl.sum(kl_value(log_q, log_p, EVERY), 0))
+        if MOMENTS:
+            for part in range(
+                table_entry(table, table_width, PART_BEGIN, layer), table_entry(table, table_width, PART_BEGIN, layer + 1)
+            ):
+                role = table_entry(table, table_width, PART_ROLE, part)
+                if role != FIRST:
+                    of_s, of_t, live = s, t, inside
+                    if not EVERY:
+                        live = live_tokens(s, t)
+                    if role == SECOND:
+                        of_s = s - before_s
+                        of_t = t - before_t
+                        if not EVERY:
+                            live = live & live_tokens(before_s, before_t)
+                    k = coefficients + (slots + table_entry(table, table_width, PART_INDEX, part)) * ITEM_FIELDS * field
+                    v = moment_gradient(
+                        of_s * moment_inverse - tl.load(k + 4 * field), of_t * moment_inverse - tl.load(k + 5 * field),
+                        tl.load(k), tl.load(k + field), tl.load(k + 2 * field), tl.load(k + 3 * field),
+                    )  # fmt: skip
+                    if not EVERY:
+                        v = tl.where(live, v, 0.0)
+                    g += v
+                    if role == SECOND:
+                        before_g -= v
+            if layer > 0:  # the layer before is finished only now
+                if CAP_S:
+                    before_g *= before_slope
+                store_gradient(out, before_g, inside, FULL)
+                out += out_stride
+            before_s, before_t, before_g, before_slope = s, t, g, slope
+        else:
+            if CAP_S:
+                g *= slope
+            store_gradient(out, g, inside, FULL)
+            out += out_stride
+    if MOMENTS:
+        if CAP_S:
+            before_g *= before_slope
+        store_gradient(out, before_g, inside, FULL)

@@ -1,0 +1,235 @@
+"""Per-element and per-row mathematics that the kernels of every strategy share, as device functions.
+
+p is the teacher's distribution, q the student's. The registry of the divergences is `fdd_kernels/divergences.py`; its
+formulas are spelled out again here: value(log_q, log_p) summed over the vocabulary, slope its derivative with respect to log_q.
+
+Elements come as tensors of any shape; what belongs to a row comes in a shape that broadcasts against them: (r, 1) for a tile
+of rows, a scalar for a program that owns one row. AXIS is the axis of the vocabulary in both cases. Functions that load per-row
+numbers take a pointer to the rows and a row stride.
+
+A token of probability zero contributes its limit, never NaN. Functions of the mathematical library that Triton's
+interpreter does not know (expm1, log1p, tanh) are written out with full relative accuracy near 0: models that nearly agree
+live there.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fdd_kernels import divergences, spec
+from fdd_kernels.backends.triton.work_table import (
+    KIND_KL,
+    KIND_LSE,
+    KIND_NLL,
+    READ_BEGIN,
+    READ_INDEX,
+    READ_KIND,
+    table_entry,
+)
+
+SKEW = tl.constexpr(divergences.SKEW)
+READ_FIELDS = tl.constexpr(spec.READ_STATS)
+MOMENT_FIELDS = tl.constexpr(spec.MOMENT_STATS)
+LSE_S, LSE_T = tl.constexpr(spec.LSE_S), tl.constexpr(spec.LSE_T)
+VALUE, SLOPE = tl.constexpr(spec.VALUE), tl.constexpr(spec.SLOPE)
+COUNT, MEAN_S, MEAN_T = tl.constexpr(spec.COUNT), tl.constexpr(spec.MEAN_S), tl.constexpr(spec.MEAN_T)
+M_SS, M_ST, M_DD = tl.constexpr(spec.M_SS), tl.constexpr(spec.M_ST), tl.constexpr(spec.M_DD)
+
+
+@triton.jit
+def times(weight, factor):
+    """weight * factor with 0 * anything = 0."""
+    return tl.where(weight > 0, weight * factor, 0.0)
+
+
+@triton.jit
+def weighted(weight, factor, FINITE: tl.constexpr):
+    """weight * factor; `times`, unless the factor is known to be finite."""
+    if FINITE:
+        product = weight * factor
+    else:
+        product = times(weight, factor)
+    return product
+
+
+@triton.jit
+def expm1_negative(y):
+    """e^y - 1 for y <= 0: a Taylor polynomial (remainder below 2^-27) above -1/2."""
+    series = 1.0 / 5040 + y * (1.0 / 40320)
+    series = 1.0 / 720 + y * series
+    series = 1.0 / 120 + y * series
+    series = 1.0 / 24 + y * series
+    series = 1.0 / 6 + y * series
+    series = 0.5 + y * series
+    series = 1.0 + y * series
+    return tl.where(y > -0.5, y * series, tl.exp(y) - 1.0)
+
+
+@triton.jit
+def log1p_negative(w):
+    """log(1 + w) for -1 < w <= 0: 2 atanh(w / (2 + w)) above -1/2, where its argument is above -1/3."""
+    s = w / (2.0 + w)
+    t = s * s
+    series = 1.0 / 11.0 + t * (1.0 / 13.0)
+    series = 1.0 / 9.0 + t * series
+    series = 1.0 / 7.0 + t * series
+    series = 1.0 / 5.0 + t * series
+    series = 1.0 / 3.0 + t * series
+    return tl.where(w > -0.5, 2.0 * s * (1.0 + t * series), tl.log(1.0 + w))
+
+
+@triton.jit
+def tanh(x):
+    e = expm1_negative(-2.0 * tl.abs(x))
+    magnitude = -e / (2.0 + e)
+    return tl.where(x < 0, -magnitude, magnitude)
+
+
+@triton.jit
+def log_mean(x):
+    """log((1 + e^x) / 2)."""
+    return tl.maximum(x, 0.0) + log1p_negative(expm1_negative(-tl.abs(x)) * 0.5)
+
+
+@triton.jit
+def divergence_value(log_q, log_p, DIVERGENCE: tl.constexpr):
+    x = log_q - log_p
+    if DIVERGENCE == "kl":
+        value = times(tl.exp(log_p), -x)
+    elif DIVERGENCE == "reverse_kl":
+        value = times(tl.exp(log_q), x)
+    elif DIVERGENCE == "jsd":
+        value = -0.5 * (times(tl.exp(log_p), log_mean(x)) + times(tl.exp(log_q), log_mean(-x)))
+    else:
+        tl.static_assert(DIVERGENCE == "skew_kl")
+        # -p log(SKEW + (1 - SKEW) e^x), written about the larger of the two terms.
+        small = expm1_negative(-tl.abs(x))
+        small = tl.where(x > 0, SKEW * small, (1.0 - SKEW) * small)
+        value = -times(tl.exp(log_p), tl.maximum(x, 0.0) + log1p_negative(small))
+    return value
+
+
+@triton.jit
+def divergence_slope(log_q, log_p, DIVERGENCE: tl.constexpr):
+    if DIVERGENCE == "kl":
+        slope = -tl.exp(log_p)
+    elif DIVERGENCE == "reverse_kl":
+        slope = times(tl.exp(log_q), log_q - log_p + 1.0)
+    elif DIVERGENCE == "jsd":
+        slope = -0.5 * times(tl.exp(log_q), log_mean(log_p - log_q))
+    else:
+        tl.static_assert(DIVERGENCE == "skew_kl")
+        # -p sigmoid(x + log((1 - SKEW) / SKEW))
+        slope = -times(tl.exp(log_p), 1.0 / (1.0 + tl.exp(log_p - log_q) * (SKEW / (1.0 - SKEW))))
+    return slope
+
+
+# Above, the expectation of the first pass is as accurate: its error of some 1e-6 is absolute.
+REFINED_BELOW = tl.constexpr(0.25)
+
+
+@triton.jit
+def kl_value(log_q, log_p, FINITE: tl.constexpr):
+    """Elements whose sum is KL(p || q): p (e^x - 1 - x) with x = log q - log p, none of them negative.
+
+    Since sum(q - p) = 0 this is sum(-p x), without its cancellation where the models nearly agree.
+    """
+    x = log_q - log_p
+    p = tl.exp(log_p)
+    series = 1.0 / 720 + x * (1.0 / 5040)
+    series = 1.0 / 120 + x * series
+    series = 1.0 / 24 + x * series
+    series = 1.0 / 6 + x * series
+    series = 0.5 + x * series  # the remainder is below 2^-24 of it
+    return tl.where(tl.abs(x) < 0.3, (p * x) * (x * series), (tl.exp(log_q) - p) - weighted(p, x, FINITE))
+
+
+@triton.jit
+def exponential_sums(z, difference, AXIS: tl.constexpr, WITH_EXPECTATION: tl.constexpr, FINITE: tl.constexpr):
+    """Sums over the vocabulary of e^z and, if wanted, of e^z * difference; z are shifted so that none overflows.
+
+    FINITE promises that no z is -inf.
+    """
+    weight = tl.exp(z)
+    total = tl.sum(weight, AXIS)
+    expectation = total
+    if WITH_EXPECTATION:
+        expectation = tl.sum(weighted(weight, difference, FINITE), AXIS)
+    return total, expectation
+
+
+@triton.jit
+def second_moments(s, t, AXIS: tl.constexpr):
+    """Sums over the vocabulary of s s, t t, s t and (s - t)^2."""
+    d = s - t
+    return tl.sum(s * s, AXIS), tl.sum(t * t, AXIS), tl.sum(s * t, AXIS), tl.sum(d * d, AXIS)
+
+
+@triton.jit
+def slot_coefficients(reads, grad_reads, stride, grad_stride, counts, table, table_width, slot, BLOCK_R: tl.constexpr):
+    """What a slot's reads want of dL/dz, per row: the coefficients of q, p, the divergence's slope and the label's token.
+
+    Returns them with both log-sum-exps and the value of KL, (BLOCK_R,) each; that is infinite without a read of KL. `reads` and
+    `grad_reads` point at the rows; rows that do not count get coefficients of 0.
+    """
+    q_r = tl.zeros((BLOCK_R,), dtype=tl.float32)
+    kl = q_r + float("inf")
+    p_r, slope_r, label_r, lse_s, lse_t = q_r, q_r, q_r, q_r, q_r
+    for entry in range(
+        table_entry(table, table_width, READ_BEGIN, slot), table_entry(table, table_width, READ_BEGIN, slot + 1)
+    ):
+        kind = table_entry(table, table_width, READ_KIND, entry)
+        index = table_entry(table, table_width, READ_INDEX, entry) * READ_FIELDS
+        read = reads + index * stride
+        grad_read = grad_reads + index * grad_stride
+        lse_s = tl.load(read + LSE_S * stride, mask=counts, other=0.0)
+        q_r += tl.load(grad_read + LSE_S * grad_stride, mask=counts, other=0.0)
+        if kind != KIND_LSE:
+            upstream = tl.load(grad_read + VALUE * grad_stride, mask=counts, other=0.0)
+            if kind == KIND_NLL:
+                q_r += upstream
+                label_r -= upstream
+            else:
+                q_r -= upstream * tl.load(read + SLOPE * stride, mask=counts, other=0.0)
+                if kind == KIND_KL:
+                    p_r -= upstream
+                    kl = tl.load(read + VALUE * stride, mask=counts, other=float("inf"))
+                else:
+                    slope_r += upstream
+        if kind != KIND_NLL:
+            lse_t = tl.load(read + LSE_T * stride, mask=counts, other=0.0)
+    return q_r, p_r, slope_r, label_r, lse_s, lse_t, kl
+
+
+@triton.jit
+def moment_coefficients(moments, grad_moments, stride, grad_stride, counts):
+    """The coefficients of dL/ds of a moment target per row: of 1, s - mean_s, t - mean_t, their difference; and the means.
+
+    `moments` and `grad_moments` point at the rows of one target; rows that do not count get 0.
+    """
+    mean_s = tl.load(moments + MEAN_S * stride, mask=counts, other=0.0)
+    mean_t = tl.load(moments + MEAN_T * stride, mask=counts, other=0.0)
+    of_one = tl.load(grad_moments + MEAN_S * grad_stride, mask=counts, other=0.0)
+    of_one /= tl.maximum(tl.load(moments + COUNT * stride, mask=counts, other=1.0), 1.0)
+    of_s = 2.0 * tl.load(grad_moments + M_SS * grad_stride, mask=counts, other=0.0)
+    of_t = tl.load(grad_moments + M_ST * grad_stride, mask=counts, other=0.0)
+    of_d = 2.0 * tl.load(grad_moments + M_DD * grad_stride, mask=counts, other=0.0)
+    return of_one, of_s, of_t, of_d, mean_s, mean_t
+
+
+@triton.jit
+def softmax_gradient(log_q, log_p, q, p, slope, TEACHER: tl.constexpr, DIVERGENCE: tl.constexpr):
+    """dL/dz = q e^log_q + p e^log_p + slope * slope(log_q, log_p), but for the label's part."""
+    grad = q * tl.exp(log_q)
+    if TEACHER:
+        grad += p * tl.exp(log_p)
+        if DIVERGENCE != "kl":
+            grad += slope * divergence_slope(log_q, log_p, DIVERGENCE)
+    return grad
+
+
+@triton.jit
+def moment_gradient(s, t, of_one, of_s, of_t, of_d):
+    """dL/ds of a moment target from s and t about their means."""
+    return of_one + of_s * s + of_t * t + of_d * (s - t)

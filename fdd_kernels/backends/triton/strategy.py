@@ -1,0 +1,142 @@
+"""Which way a call goes: a plain rule over shape, device and memory.
+
+    cached    training: the logits of a block of rows, all layers and the whole vocabulary, stay in scratch between statistics
+              and gradients, so that every GEMM runs once
+    slabbed   the two operations apart: the logits of a slab of the vocabulary at a time, computed again for the gradients
+    one_pass  the GEMM inside the kernels: no scratch of the vocabulary's size at all
+
+FDD_KERNELS_TRITON_STRATEGY chooses ("auto" is the rule), FDD_KERNELS_CACHE_BYTES bounds the scratch for logits. The thresholds
+are predictions of benchmarks/gpu_model.py: no GPU has run this yet.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+STRATEGY = "FDD_KERNELS_TRITON_STRATEGY"
+STRATEGIES = ("auto", "cached", "slabbed", "one_pass")
+CACHE_BYTES = "FDD_KERNELS_CACHE_BYTES"
+
+MIB = 2**20
+FLOAT = 4
+MOST_CACHE_BYTES = 2048 * MIB
+CACHE_SHARE = 32  # of the device's memory
+SLAB_BYTES = 256 * MIB
+STATE_BYTES = 64 * MIB
+GRADIENT_BYTES = 128 * MIB  # dL/dlogits of a slab
+ALIGNMENT = 16  # elements: rows of scratch start where 128-bit loads and the vendor's GEMM want them
+SLAB_TOKENS = 4096  # a slab is a multiple of this: of every kernel's tile
+GEMM_TILE = 128
+MOST_CACHED_ROWS = 4480  # rows x layers of a block: a GEMM gains nothing beyond
+MOST_SLABBED_ROWS = 8192
+# Rows x layers of a block from which reading both heads once a block is cheaper than multiplying twice.
+FEWEST_CACHED_ROWS = {"trained": 512, "frozen": 256}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides: L, R, C, both widths, scratch bytes per logit pair, and whether the head is trained and 16-bit."""
+
+    layers: int
+    rows: int
+    columns: int
+    student_width: int
+    teacher_width: int  # 0 without a teacher's head
+    trained_head: bool
+    narrow: bool
+
+    @property
+    def models(self) -> int:
+        """Models whose logits take scratch."""
+        return 2 if self.teacher_width else 1
+
+
+def chosen_strategy() -> str:
+    """The strategy that the environment asks for, "auto" without one.
+
+    Raises:
+        ValueError: it asks for one that does not exist.
+    """
+    strategy = os.environ.get(STRATEGY) or "auto"
+    if strategy not in STRATEGIES:
+        raise ValueError(f"{STRATEGY}={strategy!r} is not one of {', '.join(STRATEGIES)}")
+    return strategy
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Bytes of scratch for logits: FDD_KERNELS_CACHE_BYTES, or 2 GiB and at most a 32nd of the device's memory.
+
+    Raises:
+        ValueError: the environment holds something that is no number of bytes.
+    """
+    asked = os.environ.get(CACHE_BYTES)
+    if asked:
+        if not asked.isdigit():
+            raise ValueError(f"{CACHE_BYTES}={asked!r} is not a number of bytes, such as {MOST_CACHE_BYTES}")
+        return int(asked)
+    if device.type != "cuda":
+        return MOST_CACHE_BYTES
+    return min(MOST_CACHE_BYTES, torch.cuda.get_device_properties(device).total_memory // CACHE_SHARE)
+
+
+def padded(columns: int) -> int:
+    """Elements from one row of logits in scratch to the next."""
+    return -(-columns // ALIGNMENT) * ALIGNMENT
+
+
+def balanced_rows(rows: int, most: int, layers: int) -> int:
+    """Rows a block: blocks of nearly equal size, rows x layers just under whole GEMM tiles where there are several."""
+    if rows <= most:
+        return rows
+    even = -(-rows // -(-rows // most))
+    tiles = -(-even * layers // GEMM_TILE)
+    for fitting in (tiles, tiles - 1):
+        if 0 < (found := fitting * GEMM_TILE // layers) <= most:
+            return found
+    return most
+
+
+def scratch_elements(shape: Shape, rows: int) -> int:
+    """Float32 elements of scratch for the logits of `rows` rows, the whole vocabulary."""
+    return shape.models * shape.layers * rows * padded(shape.columns)
+
+
+def cached_rows(shape: Shape, budget: int) -> int:
+    """Rows a block whose logits fit `budget` bytes and pay; 0: not even enough to pay, go slabbed."""
+    if not shape.rows:
+        return 0
+    most = min(budget // (FLOAT * scratch_elements(shape, 1)), max(1, MOST_CACHED_ROWS // shape.layers))
+    fewest = FEWEST_CACHED_ROWS["trained" if shape.trained_head else "frozen"]
+    if most == 0 or (shape.rows > most and most * shape.layers < fewest):
+        return 0
+    return balanced_rows(shape.rows, most, shape.layers)
+
+
+@dataclass(frozen=True)
+class Slabs:
+    """How the two operations cut the work: rows a block, tokens a slab of logits."""
+
+    rows: int
+    tokens: int
+
+
+def slabs_of(shape: Shape, budget: int) -> Slabs | None:
+    """Slabs within `budget` bytes of logits; None where not even one slab of the fewest tokens fits beside one tile of rows."""
+    most = max(1, MOST_SLABBED_ROWS // shape.layers)
+    smallest = min(SLAB_TOKENS, padded(shape.columns))
+    per_row = FLOAT * shape.models * shape.layers * smallest
+    most = min(most, budget // per_row)
+    if most < min(shape.rows, max(1, GEMM_TILE // shape.layers)):
+        return None
+    rows = balanced_rows(shape.rows, most, shape.layers)
+    tokens = min(budget, SLAB_BYTES) // (FLOAT * shape.models * shape.layers * max(rows, 1)) // SLAB_TOKENS * SLAB_TOKENS
+    return Slabs(rows, max(smallest, min(tokens, padded(shape.columns))))
+
+
+def gradient_tokens(rows: int, layers: int, columns: int, itemsize: int) -> int:
+    """Tokens a slab of dL/dlogits within GRADIENT_BYTES."""
+    most = GRADIENT_BYTES // (layers * max(rows, 1) * itemsize) // SLAB_TOKENS * SLAB_TOKENS
+    return min(max(SLAB_TOKENS, most), padded(columns))
