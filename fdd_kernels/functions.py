@@ -58,7 +58,9 @@ def _saved(ctx) -> list[Tensor | None]:
 def _refuse_batches(*upstream: Tensor | None) -> None:
     if torch.compiler.is_compiling():
         return
-    if any(g is not None and torch._C._functorch.is_batchedtensor(g) for g in upstream):
+    functorch = torch._C._functorch
+    batched = functorch.is_batchedtensor, functorch.is_legacy_batchedtensor
+    if any(g is not None and is_one(g) for g in upstream for is_one in batched):
         raise RuntimeError(
             "fused_fdd_loss cannot be differentiated for a batch of upstream gradients at once (is_grads_batched=True, vmap of "
             'a backward pass): ask for them one after another, or use backend="reference"'

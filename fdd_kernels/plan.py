@@ -77,18 +77,13 @@ def _require_float(name: str, tensor) -> None:
 
 
 def _require_plain(name: str, tensor: Tensor) -> None:
-    """Refuse a tensor that only stands for others or for none."""
+    """Refuse a DTensor, which stands for the tensors of several processes."""
     if torch.compiler.is_compiling():
         return
     if hasattr(tensor, "placements"):  # a DTensor, whose module takes long to import
         raise TypeError(
             f"{name} is a DTensor with placements {tensor.placements}: pass all of it (.full_tensor()), or, of heads that are "
             "split over their rows, this process's rows (.to_local()) together with vocab_group"
-        )
-    if tensor.device.type == "meta":
-        raise ValueError(
-            f"{name} is a {describe(tensor)}, which holds no numbers: make it on a device and load its values, "
-            "or trace the loss under torch._subclasses.FakeTensorMode"
         )
 
 
@@ -262,6 +257,11 @@ def make_plan(options: LossOptions, student_hidden, student_weight, teacher_hidd
     for name, tensor in named.items():
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device} and student_hidden[0] on {device}: move one of them")
+    if device.type == "meta" and not torch.compiler.is_compiling():
+        raise ValueError(
+            f"student_hidden[0] is a {describe(student[0])}, which holds no numbers: make the models on a device and load their "
+            "values, or trace the loss under torch._subclasses.FakeTensorMode"
+        )
     _check_teacher_is_constant({k: v for k, v in named.items() if k.startswith("teacher")})
     feature_space = teacher_weight is None
     _check_space(options, feature_space, count)
