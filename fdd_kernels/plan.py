@@ -259,8 +259,8 @@ def make_plan(options: LossOptions, student_hidden, student_weight, teacher_hidd
             raise ValueError(f"{name} is on {tensor.device} and student_hidden[0] on {device}: move one of them")
     if device.type == "meta" and not torch.compiler.is_compiling():
         raise ValueError(
-            f"student_hidden[0] is a {describe(student[0])}, which holds no numbers: make the models on a device and load their "
-            "values, or trace the loss under torch._subclasses.FakeTensorMode"
+            f"student_hidden[0] is a {describe(student[0])}, which holds no numbers: make the models on a device and load "
+            "their values, or trace the loss under torch._subclasses.FakeTensorMode"
         )
     _check_teacher_is_constant({k: v for k, v in named.items() if k.startswith("teacher")})
     feature_space = teacher_weight is None

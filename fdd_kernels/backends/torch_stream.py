@@ -121,7 +121,6 @@ class _Problem:
             inputs.teacher_hidden, inputs.teacher_weight, inputs.teacher_bias, spec.teacher_logit_scale,
             spec.teacher_softcap, self.dtype,
         )  # fmt: skip
-        self.live = _live_columns(self.student, self.teacher, spec.columns)
         self.layers = len(inputs.student_hidden)
         self.valid_rows = None if inputs.valid is None else inputs.valid.nonzero().squeeze(1)
         self.count = self.total_rows if inputs.valid is None else len(self.valid_rows)
@@ -140,8 +139,13 @@ class _Problem:
             yield rows, first, last
 
     def live_tile(self, columns: slice) -> Tensor | None:
-        """(c,) bool: the columns of a tile that count in the moments; None: all of them."""
-        return None if self.live is None else self.live[columns]
+        """(c,) bool: the columns of a tile where no bias is -inf in front of no soft cap; None: there are no biases."""
+        live = None
+        for side in (self.student, self.teacher):
+            if side.bias is not None and side.softcap is None:
+                own = side.bias[columns] != -torch.inf
+                live = own if live is None else live & own
+        return live
 
     def column_tiles(self):
         for first in range(0, self.spec.columns, self.tiles.columns):
@@ -152,16 +156,6 @@ class _Problem:
         local = self.labels[rows] - columns.start
         inside = (local >= 0) & (local < columns.stop - columns.start)
         return inside, local.where(inside, 0)
-
-
-def _live_columns(student: _Side, teacher: _Side, columns: int) -> Tensor | None:
-    """(C,) bool: no bias is -inf there. None without biases. A soft cap makes such a value finite."""
-    live = None
-    for side in (student, teacher):
-        if side.bias is not None and side.softcap is None:
-            own = side.bias[:columns] != -torch.inf
-            live = own if live is None else live & own
-    return live
 
 
 class _Tops:
