@@ -113,7 +113,11 @@ class Run:
         if reason is None:
             reason, status = provider.unsupported(workload), "unsupported"
         prediction = loss_memory(
-            loss_shape(workload), provider.name, threads=workload.threads or self.threads, device=self.device
+            loss_shape(workload),
+            provider.name,
+            threads=workload.threads or self.threads,
+            device=self.device,
+            device_memory=memory_limit(self.device) if self.device == "cuda" else None,
         )
         if prediction is not None:
             entry["predicted_memory"] = prediction.total

@@ -18,7 +18,7 @@ from fdd_kernels.models.lens import ModelLens
 from fdd_kernels.models.parallel import data_parallel, inside_forward, own_rows
 from fdd_kernels.models.positions import counted_positions
 from fdd_kernels.models.routers import RouterLoss, router_coefficient
-from fdd_kernels.models.teachers import StudentSide, Teacher, TeacherStates, as_teacher, describe, model_states
+from fdd_kernels.models.teachers import StudentSide, Teacher, TeacherStates, as_teacher, model_states, require_model
 
 
 class DistillerTerms(FDDLossTerms):
@@ -72,11 +72,7 @@ class Distiller:
 
     def __init__(self, student: nn.Module, teacher: nn.Module | Teacher, config: FDDConfig | None = None, *,
                  vocab_group: torch.distributed.ProcessGroup | None = None) -> None:  # fmt: skip
-        if not isinstance(student, nn.Module):
-            raise TypeError(
-                f"student must be a causal LM, got {describe(student)}: load it first, with "
-                "AutoModelForCausalLM.from_pretrained(...)"
-            )
+        require_model("student", student)
         if not isinstance(config, FDDConfig | None):
             raise TypeError(f"config must be an FDDConfig, got {type(config).__name__}: give FDDConfig(alpha=..., ...)")
         self.config, self.vocab_group = config or FDDConfig(), vocab_group
@@ -193,9 +189,10 @@ class Distiller:
         Raises:
             RuntimeError: a head is spread over processes where the loss is computed; says what to do.
             ValueError: `teacher_states` lack the final state, which this loss needs; no labels, and an attention_mask of
-                another shape; labels that are not one a token; tokens or positions that a model does not have.
+                another shape; labels that are not one a token; tokens or positions that a model does not have;
+                DistributedDataParallel without `find_unused_parameters`, and parameters that the loss does not reach; routers
+                whose loss is asked for and cannot be computed.
             TypeError: `batch` is no mapping of tensors.
-            ValueError: DistributedDataParallel without `find_unused_parameters`, and parameters that the loss does not reach.
         """
         check_batch(batch)
         if student is not None:
@@ -244,10 +241,9 @@ class Distiller:
             weight, bias = (own_rows("the student's head", t, self.vocab_group, vocabulary) for t in (weight, bias))
         student = StudentSide(states, weight, bias, vocabulary)
         terms = self.teacher.compare(student, teacher_states, batch, self.options, num_items_in_batch, self.vocab_group)
-        router = routers(batch) if coefficient else None
-        if router is None:
+        if not coefficient:
             return terms, None
-        router = router.to(terms.loss) * self._share(batch, num_items_in_batch).to(terms.loss.device)
+        router = routers(batch).to(terms.loss) * self._share(batch, num_items_in_batch).to(terms.loss.device)
         return terms._replace(loss=terms.loss + coefficient * router), router.detach()
 
     def _share(self, batch: Mapping[str, Tensor], num_items_in_batch: Tensor | float | None) -> Tensor:

@@ -71,6 +71,11 @@ def load_teacher(options: TeacherOptions, dtype: torch.dtype) -> nn.Module:
         teacher = load_model(options.teacher, "teacher").to(dtype)
     else:
         teacher = load_model(options.teacher, "teacher", **{_dtype_keyword(): dtype}, **keywords)
+    if options.teacher_quantization == "torchao-int8" and not any(_of_torchao(p) for p in teacher.parameters()):
+        raise UserError(
+            f"teacher_quantization=torchao-int8 finds nothing to quantise in {options.teacher}: torchao knows torch.nn.Linear, "
+            "and its layers are others (GPT-2's are Conv1D); give bnb8 or bnb4"
+        )
     teacher.requires_grad_(False)
     if options.teacher_device_map == "disk":
         from accelerate import disk_offload
@@ -79,6 +84,10 @@ def load_teacher(options: TeacherOptions, dtype: torch.dtype) -> nn.Module:
             options.teacher_offload_folder.mkdir(parents=True, exist_ok=True)
             disk_offload(teacher, str(options.teacher_offload_folder), execution_device=_execution_device())
     return teacher
+
+
+def _of_torchao(parameter: torch.Tensor) -> bool:
+    return type(parameter).__module__.startswith("torchao") or type(parameter.data).__module__.startswith("torchao")
 
 
 def _dtype_keyword() -> str:

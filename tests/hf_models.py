@@ -34,6 +34,13 @@ _LLAMA_LIKE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+_BERT_LIKE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "is_decoder": True,
+}
 _TOKENS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
 # model_type and config fields by family; `depth` is filled in under the family's own name for it.
@@ -72,6 +79,19 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "stablelm": ("stablelm", {**_LLAMA_LIKE}),
     "olmo2": ("olmo2", {**_LLAMA_LIKE}),
     "nemotron": ("nemotron", {**_LLAMA_LIKE}),
+    # What stands before the head is more than a final norm.
+    "bert": ("bert", {**_BERT_LIKE}),
+    "roberta": ("roberta", {**_BERT_LIKE}),
+    "electra": ("electra", {**_BERT_LIKE, "embedding_size": 16}),
+    "rembert": ("rembert", {**_BERT_LIKE, "input_embedding_size": 16, "output_embedding_size": 24}),
+    "modernbert_decoder": ("modernbert-decoder", {**_BERT_LIKE, "sliding_window": 8, "local_attention": 8}),
+    "minicpm3": ("minicpm3", {**_LLAMA_LIKE, "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16,
+                              "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "dim_model_base": 8}),
+    "openai_gpt": ("openai-gpt", {"n_embd": 32, "n_head": 4, "n_positions": 64}),
+    "xlnet": ("xlnet", {"d_model": 32, "n_head": 4, "d_inner": 48}),
+    "llama4": ("llama4_text", {**_LLAMA_LIKE, "head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2}),
+    "gemma3n": ("gemma3n_text", {**_LLAMA_LIKE, "head_dim": 8, "hidden_size_per_layer_input": 8, "laurel_rank": 8,
+                                 "num_kv_shared_layers": 0, "vocab_size_per_layer_input": 97, "final_logit_softcapping": 0.7}),
     "recurrent_gemma": ("recurrent_gemma", {**_LLAMA_LIKE, "lru_width": 32, "logits_soft_cap": 0.5, "head_dim": 8}),
 }  # fmt: skip
 
@@ -90,7 +110,8 @@ def tiny_model(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32
     Every parameter gets noise of standard deviation 0.1 * spread, so that norms and biases are not at their initial 1 and 0.
     """
     config = tiny_config(family, **changes)
-    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "attention_dropout", "hidden_dropout"):
+    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "attention_dropout", "hidden_dropout",
+                 "hidden_dropout_prob", "attention_probs_dropout_prob"):  # fmt: skip
         if hasattr(config, name):
             setattr(config, name, 0.0)
     torch.manual_seed(seed)

@@ -9,6 +9,7 @@ The kernels are compiled at their first use, into a cache of their own; where th
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+NOT_COPIED = (".git", ".venv", "build", "runs", "tests", "benchmarks", "*.so", "*.egg-info", "__pycache__")
 CALL = """
 import sys, torch, fdd_kernels
 from fdd_kernels import fused_fdd_loss
@@ -49,7 +51,8 @@ def main() -> None:
         python = str(folder / "venv" / "bin" / "python")
         packages = run([python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], folder).strip()
         Path(packages, "torch_of_the_other_environment.pth").write_text(f"{Path(torch.__file__).parent.parent}\n")
-        run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", str(ROOT)], folder)
+        shutil.copytree(ROOT, folder / "sources", ignore=shutil.ignore_patterns(*NOT_COPIED))  # pip builds among them
+        run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", str(folder / "sources")], folder)
         print(f"installed, {time.monotonic() - started:.0f} s", flush=True)
         cache = {"FDD_KERNELS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
         told = run([python, "-c", CALL, "auto"], folder, PATH=str(folder / "venv" / "bin"), CXX="", **cache)

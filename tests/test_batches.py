@@ -5,6 +5,7 @@ import torch
 from hf_models import one_thread, tiny_batch, tiny_model  # noqa: F401
 
 from fdd_kernels import Distiller, FDDConfig
+from fdd_kernels.integrations import FDDTrainer
 
 SHARED = 90
 
@@ -68,3 +69,8 @@ def test_what_is_no_model_is_named(changes, message):
     model = tiny_model("llama", depth=5)
     with pytest.raises(TypeError, match=message):
         Distiller(**({"student": model, "teacher": model} | changes))
+
+
+def test_a_string_as_a_trainers_model_is_named():
+    with pytest.raises(TypeError, match=r"model must be a causal LM, got the string 'a/student'"):
+        FDDTrainer(model="a/student", teacher=tiny_model("llama", depth=5))

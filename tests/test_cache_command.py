@@ -56,6 +56,13 @@ class TestCommands:
         metrics = distill(options(inputs, tmp_path / "run", teacher_cache=tmp_path / "cache", **FROM_CACHE), quiet())
         assert metrics["held_out"]["output_kd"] < 0.95 * metrics["held_out_before"]["output_kd"]
 
+    def test_a_teacher_on_disk_gives_the_same_cache(self, inputs, cached, tmp_path):
+        away = {"teacher_device_map": "disk", "teacher_offload_folder": tmp_path / "away"}
+        cache_teacher(cache_options(inputs, tmp_path / "cache", **away), quiet())
+        found, expected = digests(tmp_path / "cache"), digests(cached)
+        # The index names the teacher by its weights, which one that lies on disk does not give (`describe_model`).
+        assert {**found, "index.json": b""} == {**expected, "index.json": b""}
+
     def test_resume_wants_the_same_cache(self, inputs, cached, tmp_path):
         run = {"teacher_cache": cached, "max_steps": 2, **FROM_CACHE}
         distill(options(inputs, tmp_path / "run", **run), quiet())

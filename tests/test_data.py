@@ -1,9 +1,11 @@
 """Reading text, prompts and chats; what is learned; what is held out; what a corrupt line says."""
 
 import csv
+import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -75,6 +77,16 @@ def test_turns_that_a_template_rewrites_are_not_learned_but_the_last_is(tmp_path
     learned, whole = learned_text(write(tmp_path / "a.jsonl", {"messages": CHAT}), tokenizer)
     assert learned == "(thinking)three<end>\n"
     assert "(thinking)two" not in whole
+
+
+def test_a_prompt_that_begins_the_reasoning_ends_before_it(tmp_path):
+    """As DeepSeek's, which finished turns are written without."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("<assistant>{% endif", "<assistant><think>{% endif")
+    answers = [{**message, "content": "<" + message["content"]} for message in CHAT]
+    learned, whole = learned_text(write(tmp_path / "a.jsonl", {"messages": answers}), tokenizer)
+    assert learned == "<two<end>\n<three<end>\n"
+    assert whole == tokenizer.apply_chat_template(answers, tokenize=False)
 
 
 def test_a_template_without_a_stable_prompt_is_refused(tmp_path, tokenizer):
@@ -248,6 +260,27 @@ def test_tool_calls_are_learned_as_the_template_writes_them(tmp_path, content, c
     assert tokenizer.decode(ids) == f'{ASKED}add({{"a": 1}})<end>\n<tool>2<end>\n<assistant>two<end>\n'
 
 
+def test_templates_of_many_models(tmp_path):
+    """Those that TRL ships: each answer that stays as it is once others follow is learned, and no question is."""
+    trl = importlib.util.find_spec("trl")
+    paths = sorted((Path(trl.origin).parent / "chat_templates").glob("*.jinja")) if trl else []
+    if not paths:
+        pytest.skip("no TRL that ships templates")
+    parts = [{"role": "user", "content": [{"type": "text", "text": "one and one"}]}, {"role": "assistant", "content": ["two"]}]
+    tokenizer = tiny_tokenizer()
+    for path in paths:
+        if path.stem.endswith("_training"):  # variants
+            continue
+        tokenizer.bos_token, tokenizer.chat_template = "<s>", path.read_text()
+        for messages, answer in ((CHAT[1:], "three"), (parts, "two")):
+            learned, whole = learned_text(write(tmp_path / "a.jsonl", {"messages": messages}), tokenizer)
+            assert answer in learned, path.name
+            assert "one" not in learned, path.name
+            assert "one and one" in whole, path.name
+            assert '"text"' not in whole, path.name
+            assert "'text'" not in whole, path.name
+
+
 def test_a_template_without_tool_calls_is_refused(tmp_path, tokenizer):
     path = write(tmp_path / "a.jsonl", {"messages": CALLING})
     with pytest.raises(UserError, match=r"a\.jsonl:1: .*template"):
@@ -337,7 +370,7 @@ def test_data_sets_read_as_files_do(tmp_path, tokenizer, monkeypatch):
     for data, message in (
         (f"{tmp_path}/two:dev", "has no split 'dev': name one of train, test"),
         (f"{tmp_path}/one:x", "has no splits"),
-        ("nobody/nothing", "no such file, and no data set that can be loaded"),
+        ("nobody/nothing-2.5", "no such file, and no data set that can be loaded"),
         (3, "int: expected a path"),
     ):
         with pytest.raises(UserError, match=message):

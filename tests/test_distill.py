@@ -26,8 +26,9 @@ from fdd_kernels.distill_command.identity import model_identity
 from fdd_kernels.distill_command.options import DistillOptions
 from fdd_kernels.distill_command.processes import Processes
 from fdd_kernels.distill_command.run import distill
+from fdd_kernels.integrations import FDDTrainer
 from fdd_kernels.integrations.checkpoints import checkpoints
-from fdd_kernels.user_error import SaidElsewhere, UserError
+from fdd_kernels.user_error import RunStopped, SaidElsewhere, UserError
 
 NUMBERS = ("one", "two", "three")
 TEXT = "\n".join(f"{a} and {b} is {c}, the word" for a in NUMBERS for b in ("one", "four") for c in ("a", "word", "x"))
@@ -394,12 +395,13 @@ def test_reports_go_to_tensorboard(inputs, tmp_path):
     assert list(tmp_path.rglob("events.out.tfevents*"))
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")
 def test_options_of_training_reach_the_trainer(inputs, tmp_path, monkeypatch):
     made = []
     own = run_module._ResumableTrainer.train
     monkeypatch.setattr(run_module._ResumableTrainer, "train", lambda self, **k: (made.append(self), own(self, **k))[1])
     lora = {"lora_rank": 2, "lora_alpha": 3.0, "lora_targets": ("q_proj",)}
-    settings = {"warmup": 0.5, "weight_decay": 0.2, "scheduler": "linear", "max_steps": 4}
+    settings = {"warmup": 0.5, "weight_decay": 0.2, "scheduler": "linear", "max_steps": 4, "gradient_checkpointing": True}
     distill(options(inputs, tmp_path, **lora, **settings), quiet())
     arguments, config = made[0].args, made[0].model.peft_config["default"]
     assert (arguments.warmup_steps, arguments.weight_decay, arguments.lr_scheduler_type) == (2, 0.2, "linear")
@@ -411,6 +413,17 @@ def test_a_teacher_with_a_place_of_its_own_gives_the_same(inputs, whole, tmp_pat
     away = {"teacher_device_map": place, "teacher_offload_folder": tmp_path / "away" if place == "disk" else None}
     distill(options(inputs, tmp_path / "run", **away), quiet())
     same(weights(tmp_path / "run"), weights(whole))
+
+
+@pytest.mark.parametrize(("kind", "library"), [("bnb4", "bitsandbytes"), ("bnb8", "bitsandbytes"), ("torchao-int8", "torchao")])
+def test_a_quantised_teacher(inputs, whole, tmp_path, kind, library):
+    pytest.importorskip(library)
+    teacher = str(inputs / "student")  # a Llama: torchao knows no Conv1D
+    metrics = distill(options(inputs, tmp_path / "q", teacher=teacher, teacher_quantization=kind, max_steps=1), quiet())
+    assert 0 < metrics["held_out_before"]["output_kd"] < 0.05  # student and teacher differ by the quantisation alone
+    if library == "torchao":
+        with pytest.raises(UserError, match="finds nothing to quantise"):
+            distill(options(inputs, tmp_path / "none", teacher_quantization=kind, max_steps=1), quiet())
 
 
 def test_a_teacher_in_a_dtype_of_its_own(inputs, tmp_path):
@@ -428,6 +441,7 @@ def test_two_processes_train_as_one_with_their_batches(inputs, whole, tmp_path):
     done = subprocess.run([*launcher, *arguments], env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("saved checkpoint-6") == 1
+    assert "FutureWarning" not in done.stderr
     metrics, alone = (json.loads((folder / "metrics.json").read_text()) for folder in (output, whole))
     assert metrics["steps"] == alone["steps"] == 6
     logs = [[log["loss"] for log in found["history"] if "loss" in log] for found in (metrics, alone)]
@@ -516,6 +530,27 @@ def test_a_loss_that_is_no_number_ends_the_run(inputs, tmp_path, capsys):
     assert main(command(inputs, output, "--no-resume")) == 0
     assert not list(output.glob("*not-finite"))
     json.loads((output / "metrics.json").read_text("utf-8"), parse_constant=refuse_constant)
+
+
+def test_the_last_good_checkpoint_is_kept_and_resumed_from(inputs, whole, tmp_path, monkeypatch):
+    own = FDDTrainer.training_step
+
+    def ruined(self, model, *arguments, **named):
+        if self.state.global_step == 3:
+            with torch.no_grad():
+                model.lm_head.weight.fill_(torch.inf)
+        return own(self, model, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FDDTrainer, "training_step", ruined)
+        with pytest.raises(
+            RunStopped, match=r"loss of step 4 is not finite .*checkpoint-2 is the last good checkpoint"
+        ) as stop:
+            distill(options(inputs, tmp_path / "run"), quiet())
+    assert stop.value.exit_status == 1
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    distill(options(inputs, tmp_path / "run"), quiet())
+    same(weights(tmp_path / "run"), weights(whole))
 
 
 def test_a_student_with_experts_is_shown_with_its_routers(inputs, tmp_path):

@@ -200,6 +200,24 @@ def test_padding_on_the_left_equals_the_right_and_none(pair, dtype, labels):
     torch.testing.assert_close(run([other])[0], wanted, rtol=budget, atol=0)
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_packed_sequences_equal_rows_of_their_own(masked):
+    """Two sequences in one row, told apart by position_ids (and by a mask of blocks): none sees or predicts the other."""
+    student, teacher = tiny_model("llama", seed=1, dtype=torch.float64), tiny_model("llama", seed=2, dtype=torch.float64)
+    batch = tiny_batch(labels=False)
+    lengths = batch["attention_mask"].sum(1).tolist()
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    pieces = [row[:length] for row, length in zip(batch["input_ids"], lengths)]
+    labels = [torch.cat([torch.tensor([-100]), piece[1:]]) for piece in pieces]
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    packed = {"input_ids": torch.cat(pieces)[None], "position_ids": positions, "labels": torch.cat(labels)[None]}
+    if masked:
+        own = torch.block_diag(*(torch.ones(length, length) for length in lengths)).tril().bool()
+        packed["attention_mask"] = torch.zeros(own.shape, dtype=torch.float64).masked_fill(~own, -1e30)[None, None]
+    distiller = Distiller(student, teacher, CONFIG)
+    torch.testing.assert_close(torch.stack(list(distiller(packed))), torch.stack(list(distiller(batch))), rtol=1e-6, atol=1e-9)
+
+
 def test_other_attention_masks_say_nothing_of_padding():
     student, teacher = models()
     distiller, batch = Distiller(student, teacher, CONFIG), tiny_batch()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hf_models import FAMILIES, one_thread, tiny_batch, tiny_config, tiny_model  # noqa: F401
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, BertConfig, BertLMHeadModel
+from transformers import AutoModel, AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
 
 from fdd_kernels.models.lens import LogitTransform, ModelLens, configured_transform, unwrap
 
@@ -18,6 +18,8 @@ ROUNDING = 6 * 4 * 32 * torch.finfo(torch.float32).eps
 
 # Families whose output_hidden_states start after the first block instead of with the embeddings.
 WITHOUT_EMBEDDINGS = {"mamba"}
+# Families whose blocks give something else than output_hidden_states: with the sequence first, or four streams.
+OTHER_STATES = {"xlnet", "gemma3n"}
 
 
 def assert_same_but_for_rounding(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -43,6 +45,8 @@ def test_reading_equals_the_models_own(family):
         assert_same_but_for_rounding(lens.logits(state), expected.logits)
     # Sampled states are the model's own; its last entry is already normed, so the last block is not among them.
     offset = 1 if family in WITHOUT_EMBEDDINGS else 0
+    if family in OTHER_STATES:
+        return
     for layer, state in zip(layers[:-1], states):
         assert_same_but_for_rounding(state, expected.hidden_states[layer - offset])
         # Other layers are far from it, so that the bound shows which one was read.
@@ -173,12 +177,6 @@ class TestRefusals:
         model.config.num_hidden_layers = 5
         with pytest.raises(TypeError, match=r"num_hidden_layers=5 blocks, found lists of \[6\]"):
             ModelLens(model)
-
-    def test_head_with_a_transform_of_its_own(self):
-        config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, vocab_size=97,
-                            is_decoder=True)  # fmt: skip
-        with pytest.raises(ValueError, match="BertLMHeadModel"):
-            ModelLens(BertLMHeadModel(config))
 
     def test_encoder_decoder(self):
         config = BartConfig(d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,

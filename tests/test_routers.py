@@ -75,6 +75,13 @@ def test_a_coefficient_that_is_missing_is_named():
         Distiller(student, teacher(), CONFIG)(tiny_batch())
 
 
+def test_routers_that_show_no_logits_are_named():
+    student = tiny_model("llama", depth=3, seed=1)
+    student.config.output_router_logits, student.config.router_aux_loss_coef = True, 0.1
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM .*no router_logits: set output_router_logits=False"):
+        Distiller(student, teacher(), CONFIG)(tiny_batch())
+
+
 def test_every_trainer_adds_and_logs_it(tmp_path):
     rows = examples([9, 5, 12, 7])
     run = FDDTrainer(

@@ -169,6 +169,9 @@ class TestCommand:
         mine = distill(options(inputs, tmp_path / "run", teacher_cache=tmp_path / "cache", **FROM_CACHE, **lora), quiet())
         for name, value in live["held_out"].items():
             assert mine["held_out"][name] == pytest.approx(value, rel=2e-4, abs=1e-5), name
+        with pytest.raises(UserError, match=r"holds statistics for one head that does not change: train adapters"):
+            distill(options(inputs, tmp_path / "all", teacher_cache=tmp_path / "cache", **FROM_CACHE), quiet())
+        assert not list((tmp_path / "all").glob("checkpoint-*"))
 
     @pytest.mark.parametrize(
         ("changes", "message"),

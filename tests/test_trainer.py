@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from hf_models import VOCAB, one_thread, pad_left, tiny_model  # noqa: F401
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, PreTrainedTokenizerFast, TrainingArguments
 
 from fdd_kernels import Distiller, FDDConfig
@@ -182,6 +183,9 @@ def test_only_the_student_is_saved(tmp_path):
     same_parameters(loaded, run.model, rtol=0, atol=0)
     weights = sum(p.numel() for p in run.model.parameters()) * 4
     assert (tmp_path / "student" / "model.safetensors").stat().st_size < weights + 20_000
+    assert load_file(tmp_path / "checkpoint-1" / "model.safetensors").keys() <= run.model.state_dict().keys()
+    optimizer = torch.load(tmp_path / "checkpoint-1" / "optimizer.pt", weights_only=True)
+    assert len(optimizer["state"]) == len(list(run.model.parameters()))
     state = json.loads((tmp_path / "checkpoint-1" / "trainer_state.json").read_text())
     assert {"output_kd", "trajectory", "derivative", "ce"} <= state["log_history"][0].keys()
 

@@ -11,6 +11,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from fdd_kernels import Distiller
 from fdd_kernels.integrations import FDDTrainerMixin, NonFiniteLossError, require_finite
+from fdd_kernels.integrations.sums import StepSums
 
 # Plain gradient descent: the parameters show the gradient, not only its direction.
 PLAIN = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 0.1, "lr_scheduler_type": "constant"}
@@ -105,7 +106,15 @@ def test_labels_that_are_all_ignored_are_warned_of(tmp_path):
     with pytest.warns(UserWarning, match=r"no position counts in step 1.*every label is -100"):
         run.train()
     with pytest.warns(UserWarning, match="no position counts in the data of eval_loss"):
-        run.evaluate()
+        assert run.evaluate()["eval_trajectory"] == 0
+
+
+def test_a_batch_that_context_parallelism_will_split_is_counted_once(tmp_path, monkeypatch):
+    run = trainer(tmp_path, train=examples([4, 9]))
+    whole = run.get_batch_samples(iter(run.get_train_dataloader()), 1, run.args.device)[1]
+    monkeypatch.setattr(run, "get_cp_size", lambda: 2)
+    part = run.get_batch_samples(iter(run.get_train_dataloader()), 1, run.args.device)[1]
+    assert 2 * part == whole - whole % 2  # of one process here; two count twice as many
 
 
 class Ruin(TrainerCallback):
@@ -141,12 +150,40 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, parts):
     assert [path for path in saved(tmp_path) if path[-1].isdigit()] == ["checkpoint-4"]
 
 
+def test_float16s_scaler_may_skip_some_steps(tmp_path, monkeypatch):
+    run = trainer(tmp_path, train=examples([9] * 4))
+    monkeypatch.setattr(Trainer, "training_step", lambda *_arguments: torch.tensor(math.nan))
+    run.accelerator.scaler, run.current_gradient_accumulation_steps = object(), 1
+
+    def step(loss):
+        run._step = StepSums()
+        run._step.add({"loss": torch.tensor(loss)}, torch.tensor(1), torch.tensor(1))
+        run.training_step(run.model, {}, torch.tensor(1))
+
+    for _ in range(20):
+        step(math.nan)
+    step(1.0)
+    for _ in range(20):
+        step(math.nan)
+    with pytest.raises(NonFiniteLossError):
+        step(math.nan)
+
+
 def test_an_evaluation_that_is_no_number_stops_before_saving(tmp_path):
     rows = examples([9] * 32)
     run = trainer(tmp_path, train=rows, held_out=rows[:4], callbacks=[Ruin(2)], eval_strategy="steps", eval_steps=1, **SAVING)
     with pytest.raises(NonFiniteLossError, match=r"evaluation after step 2 .*checkpoint-1 is the last good"):
         run.train()
     assert saved(tmp_path) == ["checkpoint-1"]
+
+
+def test_a_checkpoint_of_another_run_is_left_alone(tmp_path):
+    rows = examples([9] * 32)
+    trainer(tmp_path, train=rows, **(SAVING | {"max_steps": 2, "save_steps": 2})).train()
+    run = trainer(tmp_path, train=rows, callbacks=[Ruin(2)], **(SAVING | {"save_steps": 3}))
+    with pytest.raises(NonFiniteLossError, match=r"step 3 .*nothing was saved before"):
+        run.train()
+    assert saved(tmp_path) == ["checkpoint-2"]
 
 
 def test_weights_that_are_no_numbers_in_the_end(tmp_path):
@@ -167,9 +204,11 @@ def test_a_state_with_numbers_that_json_does_not_know(tmp_path):
     def refuse(name):
         raise AssertionError(name)
 
-    text = (tmp_path / "checkpoint-1" / "trainer_state.json").read_text()
-    first = json.loads(text, parse_constant=refuse)["log_history"][0]
-    assert (first["grad_norm"], first["other"]) == (None, [None, 1.0])
+    run.save_state()
+    for folder in (tmp_path, tmp_path / "checkpoint-1"):
+        text = (folder / "trainer_state.json").read_text()
+        first = json.loads(text, parse_constant=refuse)["log_history"][0]
+        assert (first["grad_norm"], first["other"]) == (None, [None, 1.0])
 
 
 def test_require_finite_names_the_terms():

@@ -29,6 +29,15 @@ def check(problem: Problem, backend: str, **options) -> None:
     assert_within_budget(problem, evaluate(problem, backend=backend, **options), **options)
 
 
+@pytest.mark.parametrize("trajectory", ["kl", "reverse_kl", "jsd", "skew_kl"])
+def test_logits_of_tens_of_thousands_overflow_nothing(backend, trajectory):
+    problem = random_problem((12,), 37, 8, 8, layers=2, spread=2e4)
+    logits = problem.student_hidden[-1] @ problem.student_weight.T
+    assert logits.abs().max() > 6e4
+    check(problem, backend, trajectory=trajectory)
+    check(problem, backend, trajectory=trajectory, ce_weight=0.0, derivative=None)
+
+
 def test_bf16_logits_rounded_before_the_softmax(backend):
     """Of models that nearly agree, rounding the logits leaves a gradient that is wrong by tens of percent in some row."""
     problem = random_problem((24,), 1000, 32, 32, dtype=torch.bfloat16, near=2e-2)

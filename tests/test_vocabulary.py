@@ -3,6 +3,7 @@
 import io
 import json
 
+import datasets
 import pytest
 from hf_models import one_thread, tiny_model, tiny_tokenizer  # noqa: F401
 from rich.console import Console
@@ -104,7 +105,8 @@ OPTIONS = {"config": FDDConfig(num_layers=2), "max_steps": 1, "dtype": "float32"
 
 def test_a_teacher_with_one_token_more_is_distilled(inputs, tmp_path):
     said = console()
-    given = {"teacher": str(inputs / "teacher"), "student": str(inputs / "student"), "data": inputs / "data.jsonl"}
+    given = {"teacher": str(inputs / "teacher"), "student": str(inputs / "student")}
+    given["data"] = datasets.Dataset.from_list([CHAT] * 8)
     metrics = distill(DistillOptions(output=tmp_path, **given, **OPTIONS), said)
     assert metrics["vocab_size"] == SIZE
     assert f"{SIZE} is '<think>' to the teacher and nothing to the student" in said.file.getvalue()

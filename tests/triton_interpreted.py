@@ -12,13 +12,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from allocations import Allocations
+from allocations import Allocations, allocated_peak
 from triton.runtime import interpreter
 
 from fdd_kernels import fused_fdd_loss
 from fdd_kernels.backends import BACKENDS
-from fdd_kernels.backends.triton import autotune, config, elementwise, strategy
-from fdd_kernels.backends.triton.one_pass import host as one_pass
+from fdd_kernels.backends.call_shape import CallShape
+from fdd_kernels.backends.triton import autotune, config, elementwise, memory, strategy
 from fdd_kernels.divergences import DIVERGENCES
 from fdd_kernels.testing import assert_within_budget, evaluate, exact, random_problem
 
@@ -74,8 +74,8 @@ def test_order_of_programs_does_not_matter(each_strategy, shuffled, monkeypatch)
 def test_several_blocks_of_rows_and_chunks_of_columns(monkeypatch):
     """The budgets shrunk until every loop on the host turns more than once, and each dtype of a head is summed."""
     monkeypatch.setenv(strategy.STRATEGY, "one_pass")
-    monkeypatch.setattr(one_pass, "BLOCK_BYTES", 1)
-    monkeypatch.setattr(one_pass, "GRAD_BYTES", 1)
+    monkeypatch.setattr(memory, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(memory, "GRAD_BYTES", 1)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         problem = random_problem((2, 20), 70, dtype=dtype)
         assert_within_budget(problem, run(problem), None)
@@ -86,19 +86,45 @@ def test_nothing_of_the_heads_size_is_allocated_but_its_gradient(monkeypatch, dt
     """Budgets of 64 columns; wide heads beside few rows, so that a head is by far the largest tensor."""
     columns, width, backend = 300, 64, BACKENDS["triton"]
     monkeypatch.setenv(strategy.STRATEGY, "one_pass")
-    monkeypatch.setattr(one_pass, "GRAD_BYTES", 1)
-    monkeypatch.setattr(one_pass, "HEAD_BYTES", 64 * width * 4)
+    monkeypatch.setattr(memory, "GRAD_BYTES", 1)
+    monkeypatch.setattr(memory, "HEAD_BYTES", 64 * width * 4)
     problem = random_problem((17,), columns, width, width, layers=1, dtype=dtype)
     for block_bytes, trained, expected in (
-        (one_pass.BLOCK_BYTES, True, 1), (1, True, 1 + (dtype != torch.float32)), (one_pass.BLOCK_BYTES, False, 0),
+        (memory.BLOCK_BYTES, True, 1), (1, True, 1 + (dtype != torch.float32)), (memory.BLOCK_BYTES, False, 0),
     ):  # fmt: skip
-        monkeypatch.setattr(one_pass, "BLOCK_BYTES", block_bytes)
+        monkeypatch.setattr(memory, "BLOCK_BYTES", block_bytes)
         seen = Allocations()
         watched = replace(backend, stats=seen.watching(backend.stats), grad=seen.watching(backend.grad))
         monkeypatch.setitem(BACKENDS, "triton", watched)
         run(problem if trained else problem.frozen("student_weight"))
         large = [size for size in seen.sizes if size > columns * width // 2]
         assert len(large) == expected, large
+
+
+def test_memory_is_what_a_call_allocates(monkeypatch, each_strategy):
+    """By the interpreter's tiles, and budgets under which no part is small beside the others."""
+    monkeypatch.setattr(memory, "PLANNED_ARCHITECTURE", config.INTERPRETER)
+    monkeypatch.setattr(memory, "PLANNED_MULTIPROCESSORS", config.multiprocessors(torch.device("cpu"), True))
+    monkeypatch.setattr(memory, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(memory, "GRAD_BYTES", 2**13)
+    backend, peaks = BACKENDS["triton"], []
+
+    def measured(operation):
+        def run(*arguments):
+            found = []
+            peaks.append(allocated_peak(lambda: found.append(operation(*arguments))))
+            return found[0]
+
+        return run
+
+    watched = replace(backend, grad=measured(backend.grad), stats_and_grad=measured(backend.stats_and_grad))
+    monkeypatch.setitem(BACKENDS, "triton", watched)
+    rows, columns, widths = 32, 160, (96, 80)
+    problem = random_problem((rows,), columns, *widths, layers=2, dtype=torch.float32)
+    outcome = run(problem, output_in_dynamics=True)
+    gradients = sum(gradient.nbytes for gradient in outcome.gradients.values())
+    predicted = sum(memory.memory(CallShape(2, rows, columns, *widths, itemsize=4)).values()) + gradients
+    assert peaks == [pytest.approx(predicted, rel=0.15)]
 
 
 def test_float16_gradients_below_its_smallest_number(each_strategy):

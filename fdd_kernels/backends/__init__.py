@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from fdd_kernels.backends import cpu, torch_stream, triton
+from fdd_kernels.backends.call_shape import CallShape
+from fdd_kernels.backends.triton.memory import memory as triton_memory
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class Backend:
     order, 0 where a row is not valid. With `refine` the backend may have replaced each VALUE by a more accurate one, since
     the gradient kernel knows both log-sum-exps: KL = sum p (expm1(x) - x) with x = log q - log p has no term below 0.
     Without `refine` (`inputs` has some of the columns) it must not. Neither function is traced or differentiated.
+
+    `memory(shape)` says what a call allocates by part, beside gradients and statistics.
     """
 
     stats: Callable
@@ -37,12 +41,13 @@ class Backend:
     unavailable: Callable[[torch.device], str | None]
     kept_rows: Callable | None = None
     stats_and_grad: Callable | None = None
+    memory: Callable[[CallShape], dict[str, int]] | None = None
 
 
 BACKENDS: dict[str, Backend] = {
-    "cpu": Backend(cpu.stats, cpu.grad, cpu.unavailable, cpu.kept_rows, cpu.stats_and_grad),
-    "torch": Backend(torch_stream.stats, torch_stream.grad, unavailable=lambda device: None),
-    "triton": Backend(triton.stats, triton.grad, triton.unavailable, triton.kept_rows, triton.stats_and_grad),
+    "cpu": Backend(cpu.stats, cpu.grad, cpu.unavailable, cpu.kept_rows, cpu.stats_and_grad, cpu.memory),
+    "torch": Backend(torch_stream.stats, torch_stream.grad, unavailable=lambda device: None, memory=torch_stream.memory),
+    "triton": Backend(triton.stats, triton.grad, triton.unavailable, triton.kept_rows, triton.stats_and_grad, triton_memory),
 }
 # What "auto" prefers on a device, first to last.
 PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("cpu", "torch")}

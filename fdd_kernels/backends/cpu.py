@@ -17,11 +17,11 @@ from torch import Tensor
 
 from fdd_kernels import _extension
 from fdd_kernels.backends import torch_stream
+from fdd_kernels.backends.call_shape import FLOAT, CallShape
 from fdd_kernels.divergences import DIVERGENCES
 from fdd_kernels.spec import MOMENT_STATS, NLL, READ_STATS, LensInputs, LensSpec
 
 MIB = 2**20
-FLOAT = 4
 TILE_COLUMNS = 128
 TILE_BYTES = MIB // 2  # both models' values of all layers: well inside the second cache level of a core
 PACK_BYTES = 8 * MIB  # both heads' rows of a panel
@@ -32,6 +32,7 @@ MOST_PRODUCT_ROWS = 512  # rows x layers of a block: more would leave the second
 KEPT_PRODUCT_ROWS = 32  # rows x layers of a block: the fewest at which it was measured to be faster (45, at V = 262144)
 HIDDEN_BYTES = 48 * MIB  # float32 sums of the hidden states' gradients where their dtype is narrower
 WEIGHT_BYTES = 32 * MIB  # float32 sums of the head's gradient where its dtype is narrower
+RUNTIME_BYTES = 2 * MIB  # generated code, buffers of the matrix library
 
 F32 = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 # (rows, pivots, reads, moments) -> pivots, reads, moments, upstream gradients of reads and moments
@@ -274,3 +275,47 @@ def stats_and_grad(
     if weight is not grad_weight:
         grad_weight.copy_(weight)
     return _wanted(inputs, grad_hidden, grad_weight, grad_bias), per_row[:3]
+
+
+def memory(shape: CallShape) -> dict[str, int]:
+    """Bytes that a call allocates by part, beside gradients and statistics."""
+    head_sum = FLOAT * shape.columns * shape.student_width if shape.narrow and shape.train_head else 0
+    rows = block_rows(
+        shape.layers, shape.rows, shape.columns, shape.student_width, models=2, head_sum_bytes=head_sum, threads=shape.threads
+    )
+    parts = _kept_memory(shape, rows, head_sum) if rows else _streamed_memory(shape, head_sum)
+    return parts | {"runtime": RUNTIME_BYTES}
+
+
+def _kept_memory(shape: CallShape, rows: int, head_sum: int) -> dict[str, int]:
+    width, teacher_width = shape.student_width, shape.teacher_width if shape.teacher_head else 0
+    all_rows, tile = shape.layers * _round_up(rows, KEPT_ROWS), min(TILE_COLUMNS, shape.columns)
+    head_rows = tile * max(width, teacher_width) if shape.narrow else 0
+    forward = all_rows * (width + teacher_width + max(width, teacher_width)) + shape.threads * (tile * all_rows + head_rows)
+    trained = all_rows * width if shape.train_head else 0
+    backward = all_rows * width + trained + shape.threads * (all_rows * width + 2 * tile * all_rows + head_rows)
+    return {
+        "kept values": FLOAT * 2 * all_rows * _round_up(shape.columns, tile),
+        "operands and sums of a block": FLOAT * max(forward, backward),
+        "sum of the head's gradient": head_sum if rows < shape.rows else 0,
+    }
+
+
+def _streamed_memory(shape: CallShape, head_sum: int) -> dict[str, int]:
+    layers, rows, width = shape.layers, shape.rows, shape.student_width
+    teacher_width = shape.teacher_width if shape.teacher_head else 0
+    tiles = choose_tiles(layers, rows, shape.columns, 2 * width + teacher_width, shape.threads, backward=True)
+    set_rows = min(rows, max(1, HIDDEN_BYTES // (FLOAT * layers * width)))
+    panel = min(tiles.panel, shape.columns)
+    tile = 3 * layers * tiles.rows * tiles.columns * FLOAT
+    if shape.narrow:
+        tile += layers * tiles.rows * (width + teacher_width) * FLOAT
+        tile += (256 + tiles.columns) * width * FLOAT if shape.train_head else 0
+    return {
+        "sums of hidden gradients": FLOAT * layers * set_rows * width
+        + (shape.itemsize * set_rows * width if shape.narrow else 0),
+        "sum of the head's gradient": head_sum if set_rows < rows and head_sum <= WEIGHT_BYTES else 0,
+        "packed heads": FLOAT * panel * (width + teacher_width + (width if shape.narrow else 0)),
+        "gradient of a panel": FLOAT * layers * panel * _round_up(set_rows, 16) if shape.train_head else 0,
+        "tiles": shape.threads * tile,
+    }

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fdd_kernels.backends.call_shape import FLOAT, CallShape
 from fdd_kernels.divergences import DIVERGENCES, is_near, kl_of
 from fdd_kernels.spec import (
     COUNT,
@@ -41,6 +42,10 @@ TILE_BYTES = {"cpu": 32 * MIB}
 ACCELERATOR_TILE_BYTES = 128 * MIB
 OPERAND_BYTES = 48 * MIB  # of the hidden states of a row block, and of the head's rows of a column tile
 ACCUMULATOR_BYTES = 96 * MIB  # of a gradient that is accumulated in a wider dtype than its own
+RUNTIME_BYTES = 6 * MIB  # generated code, buffers of the matrix library
+# Tiles of one layer that are held while gradients are formed: for each layer (the student's values before and after the pivot,
+# the teacher's, their gradient, and that of the tile before), for a read's temporaries, for a moment's.
+LAYER_TILES, READ_TILES, MOMENT_TILES = 5, 6, 4
 
 
 @dataclass(frozen=True)
@@ -514,3 +519,22 @@ def _tile_gradient(problem: _Problem, per_row, rows, columns: slice, student_LrD
         if first != OWN:
             grad_u[first].sub_(grad_vector, alpha=1 / spec.moment_temperature)
     return student.chain(grad_u, raw_s)
+
+
+def memory(shape: CallShape) -> dict[str, int]:
+    """Bytes that are in use at the peak of a call by part, beside gradients and statistics."""
+    layers, rows, width = shape.layers, shape.rows, shape.student_width
+    tiles = choose_tiles(layers, rows, shape.columns, width, shape.teacher_width, FLOAT, shape.device)
+    block, resident = min(tiles.rows, rows), min(rows, tiles.resident_rows)
+    converted = width + (shape.teacher_width if shape.teacher_head else 0) if shape.narrow else 0
+    head_sum = FLOAT * shape.columns * width
+    several = shape.narrow and shape.train_head and rows > resident
+    count = LAYER_TILES * layers + READ_TILES + (MOMENT_TILES if shape.moments else 0)
+    return {
+        "sums of hidden gradients": FLOAT * layers * resident * width,
+        "sum of the head's gradient": head_sum if several and head_sum <= ACCUMULATOR_BYTES else 0,
+        "operands": FLOAT * layers * block * (width + shape.teacher_width)
+        + FLOAT * tiles.columns * ((width if shape.train_head else 0) + converted),
+        "tiles": FLOAT * block * tiles.columns * count,
+        "runtime": RUNTIME_BYTES,
+    }

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,7 +38,7 @@ def chat_pieces(chat: Chat, tokenizer, source: str) -> list[Piece]:
         try:
             return _cut(messages, chat, tokenizer, source)
         except _NotWritten as error:
-            failure = failure or error
+            failure = error
     raise failure
 
 
@@ -60,7 +61,7 @@ def _as_the_template_reads(message: Message, tokenizer) -> Message:
 
 @functools.lru_cache(maxsize=16)
 def _writes(kind: str, tokenizer, template: str) -> bool:
-    """Whether a template writes content that is a text, or parts: not nothing, and not the list as Python prints it."""
+    """Whether a template writes content that is a text, or parts: not nothing, and not the list as Python or JSON has it."""
     content = _PROBE if kind == "text" else [{"type": "text", "text": _PROBE}]
     try:
         written = tokenizer.apply_chat_template(
@@ -68,7 +69,7 @@ def _writes(kind: str, tokenizer, template: str) -> bool:
         )
     except Exception:  # Jinja's errors, and whatever the template raises
         return False
-    return _PROBE in written and "'text'" not in written
+    return _PROBE in written and not re.search("""['"]text['"]""", written)
 
 
 def _writings(messages: list[Message]) -> Iterator[list[Message]]:
@@ -98,13 +99,30 @@ def _with_arguments(call: dict[str, Any], as_object: bool) -> dict[str, Any]:
 
 
 def _cut(messages: list[Message], chat: Chat, tokenizer, source: str) -> list[Piece]:
-    def render(count: int, **options) -> str:
+    def render(turns: list[Message], **options) -> str:
         try:
-            return tokenizer.apply_chat_template(messages[:count], tools=chat.tools, tokenize=False, **options)
+            return tokenizer.apply_chat_template(turns, tools=chat.tools, tokenize=False, **options)
         except Exception as error:  # Jinja's errors, and whatever the template raises
             raise _NotWritten(f"{source}: the tokenizer's chat template refuses this chat: {error}") from None
 
-    whole = render(len(messages))
+    def where_the_turn_begins(index: int) -> int | None:
+        """Where the prompt of an assistant turn ends in `whole`; None where `whole` does not begin with it."""
+        if index == 0:
+            return 0
+        before = messages[:index]
+        prompt = render(before, add_generation_prompt=True)
+        if whole.startswith(prompt):
+            return len(prompt)
+        # A prompt may already begin the reasoning (DeepSeek, Nemotron), which finished turns are written without: it then ends
+        # where the two part, and not behind what comes before any answer.
+        answers = [_as_the_template_reads({"role": "assistant", "content": text}, tokenizer) for text in ("A", "B")]
+        common = _common([whole, prompt, *(render([*before, answer]) for answer in answers)])
+        asked = render(before)
+        return common if whole.startswith(asked) and common > len(asked) else None
+
+    whole = render(messages)
+    for index, message in enumerate(messages):
+        _require_calls(message, whole, f"{source}: message {index + 1}")
     if any(m["content"] is None for m in messages) and whole.count("None") > str(_texts(messages)).count("None"):
         raise _NotWritten(f"{source}: the tokenizer's chat template writes a content of null as None")
     last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
@@ -113,12 +131,11 @@ def _cut(messages: list[Message], chat: Chat, tokenizer, source: str) -> list[Pi
     for index, message in enumerate(messages[: last + 1]):
         if message["role"] != "assistant" or index < chat.first:
             continue
-        prompt = render(index, add_generation_prompt=True) if index else ""
-        until_now = render(index + 1)
+        begin, until_now = where_the_turn_begins(index), render(messages[: index + 1])
         if index == len(messages) - 1:
             until_now = whole
-        if whole.startswith(prompt) and whole.startswith(until_now) and at <= len(prompt) <= len(until_now):
-            pieces += [(whole[at : len(prompt)], False), (whole[len(prompt) : len(until_now)], True)]
+        if begin is not None and whole.startswith(until_now) and at <= begin <= len(until_now):
+            pieces += [(whole[at:begin], False), (whole[begin : len(until_now)], True)]
             at = len(until_now)
             _require_calls(message, pieces[-1][0], f"{source}: message {index + 1}")
         elif index == last:
@@ -127,6 +144,11 @@ def _cut(messages: list[Message], chat: Chat, tokenizer, source: str) -> list[Pi
                 'so it is not known which tokens to learn; write the line as "prompt" and "completion"'
             )
     return [*pieces, (whole[at:], False)]
+
+
+def _common(texts: list[str]) -> int:
+    """How many characters they all begin with."""
+    return sum(1 for _ in itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*texts)))
 
 
 def _texts(messages: list[Message]) -> list[Any]:

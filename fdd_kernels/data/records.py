@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,7 +137,7 @@ def _read_json(path: Path) -> Iterator[Record]:
 
 
 def _read_csv(path: Path) -> Iterator[Record]:
-    csv.field_size_limit(sys.maxsize)  # texts are longer than its 128 KiB
+    csv.field_size_limit(2**31 - 1)  # texts are longer than its 128 KiB
     reader = csv.DictReader((line for _, line in _decoded_lines(path)), strict=True)
     try:
         for row in reader:
@@ -300,4 +299,4 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise UserError(f'{where}: "tool_calls" must be a list of {{"function": {{"name", "arguments"}}}}')
-    return dict(call) if function is not call else {"type": "function", "function": function}
+    return {"type": "function", **(call if function is not call else {"function": function})}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fdd_kernels.data.files import data_files, file_digest
+from fdd_kernels.data.files import SUFFIXES, data_files, file_digest
 from fdd_kernels.data.records import Record, read_records, record_of_row
 from fdd_kernels.user_error import UserError
 
@@ -93,7 +93,7 @@ def open_source(data: str | Path | Dataset | IterableDataset | Source) -> Source
     name, _, config = name.partition(",")
     if Path(name).is_dir() and any((Path(name) / saved).exists() for saved in _SAVED):
         return _saved(Path(name), split or None)
-    named_as_path = str(data).startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix
+    named_as_path = str(data).startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in SUFFIXES
     if named_as_path and not Path(name).is_dir():
         data_files(path)  # says that there is no such file
     return _loaded(str(data), name, config or None, split or None)

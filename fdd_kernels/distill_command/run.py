@@ -39,7 +39,7 @@ from fdd_kernels.distill_command.run_folder import (
 )
 from fdd_kernels.integrations import FDDTrainer
 from fdd_kernels.integrations.checkpoints import PREFIX, CheckpointError, last_checkpoint
-from fdd_kernels.integrations.finite import NonFiniteLossError, as_json
+from fdd_kernels.integrations.finite import NonFiniteLossError, as_json, require_finite
 from fdd_kernels.loading import (
     as_user_error,
     computing_dtype,
@@ -54,7 +54,7 @@ from fdd_kernels.loading import (
     with_lora,
 )  # fmt: skip
 from fdd_kernels.progress import Activity
-from fdd_kernels.teacher_cache import WindowCache
+from fdd_kernels.teacher_cache import StatisticsCache, WindowCache
 from fdd_kernels.teacher_options import load_teacher
 from fdd_kernels.user_error import RunStopped, SaidElsewhere, UserError
 from fdd_kernels.version import __version__
@@ -145,6 +145,11 @@ def _prepare(options: DistillOptions, processes: Processes, console: Console) ->
             teacher = open_cache(options.teacher_cache)
             vocabulary = load_vocabulary(str(teacher.tokenizer_folder), options.student, options.config.vocab_size)
             require_shared(teacher, vocabulary)
+            if isinstance(teacher, StatisticsCache) and options.config.train_head and not options.lora_rank:
+                raise UserError(
+                    f"teacher_cache={options.teacher_cache} holds statistics for one head that does not change: train adapters "
+                    "beside it (lora_rank), freeze it (train_head=False), or use a cache of states"
+                )
         else:
             vocabulary = load_vocabulary(options.teacher, options.student, options.config.vocab_size)
             teacher = load_teacher(options, computing_dtype(options.teacher_dtype or options.dtype, processes.device))
@@ -316,13 +321,14 @@ def _finish(options: DistillOptions, run: _Run, processes: Processes, console: C
     if windows.held_out and evaluations[-1]["step"] != trainer.state.global_step:
         with Activity(console, "evaluating"):
             evaluations.append(trainer.evaluate())
-    if windows.held_out and not math.isfinite(evaluations[-1]["eval_loss"]):
-        raise RunStopped(f"{options.output}: the held-out loss of the student in the end is not finite; it is not written")
 
     def held_out(which: int) -> dict[str, float] | None:
         found = evaluations[which] if evaluations else {}
         return {name: found[f"eval_{name}"] for name in _TERMS if f"eval_{name}" in found} or None
 
+    if evaluations:
+        with _as_user_errors(processes):
+            require_finite("the last evaluation", held_out(-1))
     metrics = {
         "steps": trainer.state.global_step,
         "epochs": round(trainer.state.epoch or 0.0, 4),

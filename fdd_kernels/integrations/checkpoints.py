@@ -85,6 +85,11 @@ class AtomicCheckpoints:
         if self._writing is None:  # uploads go on in the background: not from a folder that will move
             super()._push_from_checkpoint(checkpoint_folder)
 
+    def save_state(self) -> None:
+        """As the trainer's own, in JSON."""
+        if self.is_world_process_zero():
+            self._save_state(Path(self.args.output_dir) / TRAINER_STATE_NAME)
+
     def _save_state(self, file: Path) -> None:
         """The trainer's state as JSON, which knows no infinity and no NaN: null stands for them."""
         numbers = {name: as_json(getattr(self.state, name)) for name in ("log_history", "best_metric")}

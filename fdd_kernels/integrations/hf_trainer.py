@@ -15,13 +15,13 @@ from transformers import Trainer
 from fdd_kernels.atomic import remove_directory
 from fdd_kernels.config import FDDConfig
 from fdd_kernels.distiller import Distiller
-from fdd_kernels.integrations.checkpoints import NOT_FINITE, PREFIX, AtomicCheckpoints, last_checkpoint
+from fdd_kernels.integrations.checkpoints import NOT_FINITE, PREFIX, AtomicCheckpoints, checkpoints
 from fdd_kernels.integrations.finite import NonFiniteLossError, all_finite, require_finite, warn_of_nothing
 from fdd_kernels.integrations.model_card import TAGS, distillation_section
 from fdd_kernels.integrations.sums import StepSums, WeightedSums
 from fdd_kernels.models.lens import unwrap
 from fdd_kernels.models.positions import SHIFT_LABELS, counting_rows
-from fdd_kernels.models.teachers import Teacher, place_teacher
+from fdd_kernels.models.teachers import Teacher, place_teacher, require_model
 
 # How many steps in a row float16's scaler may skip: it halves its scale, 65536 at first, each time.
 _SKIPPED_STEPS = 20
@@ -158,20 +158,19 @@ class FDDTrainerMixin(AtomicCheckpoints):
         require_finite(when, means, kept=self._put_last_aside())
 
     def _put_last_aside(self) -> str:
-        """Rename the checkpoint of the weights as they are, if there is one; says what is left to go on from."""
+        """Rename the checkpoint of the weights as they are, if this run wrote one; says what is left to go on from."""
         run = Path(self._get_output_dir(None))
-        bad, aside = run / f"{PREFIX}{self.state.global_step}", ""
-        if bad.is_dir():
-            target = bad.with_name(bad.name + NOT_FINITE)
-            aside = f" ({bad.name}, of these weights, is now {target.name})"
+        bad = run / f"{PREFIX}{self.state.global_step}"
+        aside = bad.with_name(bad.name + NOT_FINITE)
         self.accelerator.wait_for_everyone()
-        if aside and self.args.should_save:
-            if target.exists():
-                remove_directory(target)
-            bad.rename(target)
+        if self._unproven is not None and bad.is_dir():
+            if aside.exists():
+                remove_directory(aside)
+            bad.rename(aside)
         self.accelerator.wait_for_everyone()
-        last = last_checkpoint(run)
-        return ("nothing was saved before" if last is None else f"{last.name} is the last good checkpoint") + aside
+        good = [folder for folder in checkpoints(run) if folder != bad]
+        kept = f"{good[-1].name} is the last good checkpoint" if good else "nothing was saved before"
+        return kept + (f" ({bad.name}, of these weights, is now {aside.name})" if aside.is_dir() else "")
 
     def _rotate(self, run: Path) -> None:
         """Waits for the next finite loss, which shows that the newest checkpoint is good."""
@@ -201,7 +200,7 @@ class FDDTrainerMixin(AtomicCheckpoints):
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Adds the mean of each term since the last training log."""
         if "loss" in logs:
-            means, self._means = self._means.means(self.accelerator.reduce), WeightedSums()
+            (means, _), self._means = self._means.means(self.accelerator.reduce), WeightedSums()
             logs |= {name: value for name, value in means.items() if name != "loss"}
         super().log(logs, *args, **kwargs)
 
@@ -214,10 +213,10 @@ class FDDTrainerMixin(AtomicCheckpoints):
         training, self._means = self._means, WeightedSums()
         try:
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-            means = self._means.means(self.accelerator.reduce)
+            means, weight = self._means.means(self.accelerator.reduce)
         finally:
             self._means = training
-        if not means:
+        if not weight:
             warnings.warn(f"no position counts in the data of {metric_key_prefix}_loss, which is given as 0", stacklevel=2)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         if self.is_in_train and not math.isfinite(means.get("loss", 0.0)):
@@ -283,3 +282,8 @@ class FDDTrainer(FDDTrainerMixin, Trainer):
         CheckpointError: while training, a checkpoint could not be written; those before it are intact.
         NonFiniteLossError: while training, the loss is infinite or no number; the last good checkpoint is kept.
     """
+
+    def __init__(self, model: nn.Module | None = None, *args, **kwargs) -> None:
+        if model is not None:
+            require_model("model", model)
+        super().__init__(model, *args, **kwargs)

@@ -24,12 +24,12 @@ class WeightedSums:
             self._sums[name] = self._sums.get(name, 0.0) + term.detach().double() * weight.to(term.device)
         self._weight = self._weight + weight.to(term.device, torch.float64)
 
-    def means(self, reduce: Reduce) -> dict[str, float]:
-        """The mean of each term over all processes; {} where nothing has weight."""
+    def means(self, reduce: Reduce) -> tuple[dict[str, float], float]:
+        """The mean of each term over all processes, 0 where nothing has weight, and the weight in all."""
         if not self._sums:
-            return {}
+            return {}, 0.0
         *sums, weight = reduce(torch.stack([*self._sums.values(), self._weight]), "sum").tolist()
-        return {name: value / weight for name, value in zip(self._sums, sums)} if weight else {}
+        return {name: value / weight if weight else 0.0 for name, value in zip(self._sums, sums)}, weight
 
 
 class StepSums:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from fdd_kernels.models.offload import end_forward
 from fdd_kernels.models.parallel import FSDPModule
+from fdd_kernels.models.tail import final_state, first_tensor
 
 
 class _Enough(Exception):
-    """Raised in the place of the first block that is not needed, and caught where the backbone was called."""
+    """Raised in the place of the first module that is not needed, and caught where the backbone was called."""
 
 
 def capture_states(
@@ -24,6 +25,7 @@ def capture_states(
     *,
     final: bool = True,
     read: Callable[[Tensor], Tensor] | None = None,
+    head: nn.Module | None = None,
 ) -> tuple[dict[int, Tensor], Tensor | None]:
     """The states (batch, sequence, width) after the given numbers of blocks (0: the embeddings), and the final state.
 
@@ -32,50 +34,59 @@ def capture_states(
         final: whether the final state is asked for. If not, it is None, and blocks after the last of `layers` do not run
             (unless FSDP shards the backbone, whose bookkeeping needs whole forwards).
         read: applied to each state as it is captured, so that the raw ones are freed one by one.
+        head: of a `backbone` that is the whole model. Its input is the final state, and the forward ends there.
     """
     if not layers and not final:
         return {}, None
     parameters = inspect.signature(backbone.forward).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    accepted = {k: v for k, v in inputs.items() if (takes_any or k in parameters) and k != "use_cache"}
+    accepted = {k: v for k, v in (inputs | {"use_cache": False}).items() if takes_any or k in parameters}
     sharded = any(isinstance(module, FSDPModule) for module in backbone.modules())
-    unneeded = blocks[max(layers)] if not (final or sharded) and max(layers) < len(blocks) else None
+    unneeded = [] if final or sharded else list(blocks[max(layers) :])  # not the next one alone: it may be left out
+    state = last = None
 
-    state = None
-    with _hooks(blocks, layers, unneeded, read) as captured:
+    def stop(module, args) -> None:
+        nonlocal state, last
+        state, last = args[0] if args else None, module
+        if not sharded:
+            raise _Enough
+
+    with _hooks(blocks, layers, read) as captured, contextlib.ExitStack() as end:
+        for module in unneeded:
+            end.enter_context(module.register_forward_pre_hook(stop))
+        if head is not None:  # before what else changes its input there
+            end.enter_context(head.register_forward_pre_hook(stop, prepend=True))
         try:
-            output = backbone(**accepted, use_cache=False)
-            state = output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]
+            # A whole model may be called from its own forward (see `inside_forward`), whose hooks run already.
+            output = (backbone if head is None else backbone.forward)(**accepted)
+            if head is None:
+                state = final_state(output)
         except _Enough:
-            end_forward(backbone, unneeded)
+            end_forward(backbone, last)
     return captured, state if final else None
 
 
 @contextlib.contextmanager
 def _hooks(
-    blocks: nn.ModuleList, layers: tuple[int, ...], unneeded: nn.Module | None, read: Callable[[Tensor], Tensor] | None
+    blocks: nn.ModuleList, layers: tuple[int, ...], read: Callable[[Tensor], Tensor] | None
 ) -> Iterator[dict[int, Tensor]]:
-    """Collects states by layer while the backbone runs, and stops it before the block `unneeded`."""
+    """Collects states by layer while the backbone runs."""
     captured: dict[int, Tensor] = {}
 
     def keep(layer: int, value) -> None:
         # Recomputation under gradient checkpointing runs the hooks again: the first state is the one in the graph.
         if layer not in captured:
-            state = value[0] if isinstance(value, tuple) else value
+            state = first_tensor(value)
             captured[layer] = state if read is None else read(state)
-
-    def stop(_module, _args) -> None:
-        raise _Enough
 
     with contextlib.ExitStack() as hooks:
         for layer in layers:
-            if layer == 0:
-                hook = blocks[0].register_forward_pre_hook(
-                    lambda _module, args, kwargs: keep(0, args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+            if layer > 0:
+                after = blocks[layer - 1].register_forward_hook(lambda _m, _a, out, layer=layer: keep(layer, out))
+                hooks.enter_context(after)
+            if layer < len(blocks):  # the embeddings; or a block was left out, as those for images are where there is only text
+                before = blocks[layer].register_forward_pre_hook(
+                    lambda _m, args, kwargs, layer=layer: keep(layer, [*args, *kwargs.values()]), with_kwargs=True
                 )
-            else:
-                hook = blocks[layer - 1].register_forward_hook(lambda _m, _a, out, layer=layer: keep(layer, out))
-            hooks.enter_context(hook)
-        if unneeded is not None:
-            hooks.enter_context(unneeded.register_forward_pre_hook(stop))
+                hooks.enter_context(before)
         yield captured

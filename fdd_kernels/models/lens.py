@@ -1,14 +1,16 @@
 """Reading a Hugging Face causal LM along its depth: head, final norm, soft cap and scale, and capture of sampled layers.
 
-Nothing here knows a model family. What follows the last block (norms, projections) is observed in one forward pass over
-two tokens; soft cap and scale are measured by putting known numbers in the place of the head's output; and the whole
-reading is then compared with the model's own logits, so a model that does something else is refused instead of being
-distilled wrongly.
+Nothing here knows a model family. What follows the last block (norms, projections, scales, the transform of a head) is
+recorded in one forward pass over two tokens (`tail.py`); soft cap and scale are measured by putting known numbers in the
+place of the head's output; and the whole reading is then compared with the model's own logits on other tokens, so a model
+that does something else is refused instead of being distilled wrongly.
 """
 
 from __future__ import annotations
 
 import contextlib
+import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -19,11 +21,20 @@ from fdd_kernels.models.capture import capture_states
 from fdd_kernels.models.heads import Head, read_head
 from fdd_kernels.models.offload import device_of
 from fdd_kernels.models.parallel import refuse_flattened, refuse_partitioned, whole
+from fdd_kernels.models.tail import Recording, Slot, Steps
 
 _REMEDY = (
     "Call fused_fdd_loss yourself with the hidden states (the last one after the final norm) and the head's weight, bias, "
     "soft cap and logit scale"
 )
+_SUPPORTED = (
+    "Supported are models that predict the next token: transformers' causal LMs, and vision-language models that write text. "
+    "Not supported are masked LMs (encoders), sequence-to-sequence models and classifiers"
+)
+# How inputs beside text begin.
+_MEDIA = ("pixel_", "image_", "video_", "audio_", "input_features", "input_audio")
+# By how much of its largest logit a prediction must change with the tokens after it to be called no causal LM's.
+_LOOKING_AHEAD = 0.02
 # Numbers to put in place of a head's output: a small one shows the scale, a large one the soft cap, the rest check both.
 _PROBE = (2.0**-10, 6e4, 0.5, -3.0, 25.0, -200.0, 0.0)
 
@@ -92,24 +103,32 @@ def unwrap(model: nn.Module) -> nn.Module:
 class ModelLens:
     """A causal LM's backbone with its head taken off, and the states of chosen layers.
 
+    The backbone is what transformers calls the model's `base_model`, where the model runs that beside its head; otherwise
+    (Llama 4 with images, whose text model holds the head) the model itself, which then ends where the head begins.
+
     Args:
         model: a transformers causal LM, also wrapped by peft or torch.compile.
         name: how errors call it.
         split_head: the head may be a DTensor, and so may the logits; every process of its mesh makes the lens.
 
+    Warns:
+        UserWarning: a causal LM whose config lets it look at later tokens.
+
     Raises:
-        TypeError: no head that can be read (see `read_head`), backbone or list of blocks is found; says what was looked for.
-        ValueError: head, norm, soft cap and scale as found do not reproduce the model's logits; says how far off they are.
+        TypeError: no causal LM (a masked LM, an encoder-decoder, a classifier); no head that can be read (see `read_head`), no
+            list of blocks; says what was looked for.
+        ValueError: what was found does not reproduce the model's logits, as where the head's input is made of more than the
+            last block's state; says how far off it is.
     """
 
     def __init__(self, model: nn.Module, name: str = "model", *, split_head: bool = False) -> None:
         self.name, self.model, self.split_head = name, unwrap(model), split_head
         self._find_head()  # first: a model without one is told so
-        self.backbone = self._find_backbone()
+        self._refuse_encoder_decoder()
+        self.backbone = self.model  # until more is known
         with evaluating(self.model), torch.no_grad():
             self.vocabulary = len(self.weight)
-            self.transform = self._measure_transform()
-            self.blocks, self.tail = self._find_blocks_and_tail()
+            self._find_reading()
         self.depth = len(self.blocks)
 
     def read_head(self) -> Head:
@@ -144,38 +163,35 @@ class ModelLens:
         if head is None or not isinstance(weight, Tensor) or weight.ndim != 2:
             raise TypeError(
                 f"{self.name}: {type(self.model).__name__}.get_output_embeddings() gives {type(head).__name__}, but an LM "
-                f"head with a weight of shape (vocabulary, width) is needed. Pass a causal LM. {_REMEDY}"
+                f"head with a weight of shape (vocabulary, width) is needed. Pass a causal LM. {_SUPPORTED}. {_REMEDY}"
             )
         return head
 
-    def _find_backbone(self) -> nn.Module:
+    def _refuse_encoder_decoder(self) -> None:
         if getattr(self.model.config, "is_encoder_decoder", False):
             raise TypeError(
-                f"{self.name}: {type(self.model).__name__} is an encoder-decoder (config.is_encoder_decoder); only causal LMs "
-                f"are read. {_REMEDY}"
+                f"{self.name}: {type(self.model).__name__} is an encoder-decoder (config.is_encoder_decoder). {_SUPPORTED}. "
+                f"{_REMEDY}"
             )
-        backbone = getattr(self.model, "base_model", None)
-        if backbone is None or backbone is self.model:
-            raise TypeError(
-                f"{self.name}: {type(self.model).__name__} has no base_model beside its head (looked for the attribute "
-                f"base_model, as transformers' causal LMs have it). {_REMEDY}"
-            )
-        return backbone
 
-    @property
-    def _tokens(self) -> dict[str, Tensor]:
-        """A batch of two tokens, to watch the model with."""
-        tokens = torch.tensor([[0, min(1, self.vocabulary - 1)]], device=self.device)
+    def _tokens(self, ids: list[list[int]]) -> dict[str, Tensor]:
+        """A small batch to watch the model with; of a smaller vocabulary its last token stands for those that are missing."""
+        tokens = torch.tensor(ids, device=self.device).clamp(max=self.vocabulary - 1)
         return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
 
-    def _own_logits(self) -> Tensor:
-        return self.model(**self._tokens, use_cache=False).logits
+    def _own_logits(self, tokens: dict[str, Tensor]) -> Tensor:
+        parameters = inspect.signature(self.model.forward).parameters
+        takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+        return self.model(**tokens, **{"use_cache": False} if takes_any or "use_cache" in parameters else {}).logits
 
-    def _measure_transform(self) -> LogitTransform:
-        """What the model does to its head's output, seen by putting known numbers in that output's place."""
+    def _observe(self, lists: list[nn.ModuleList]) -> tuple[Recording, LogitTransform]:
+        """One forward pass: what follows the blocks, and what the model does to its head's output.
+
+        The latter is seen by putting known numbers in the place of that output.
+        """
         configured, numbers = configured_transform(self.model.config), torch.tensor(_PROBE, dtype=torch.float64)
-        if str(self.device).startswith("mps") or 2 * self.vocabulary < len(numbers):
-            return configured  # no float64, or no room; the comparison with the model's logits still follows
+        # No float64, or no room for the numbers: the comparison with the model's logits still follows.
+        measurable = not str(self.device).startswith("mps") and 2 * self.vocabulary >= len(numbers)
         seen: list[Tensor] = []
 
         def replace(_module, _args, output: Tensor) -> Tensor:
@@ -183,89 +199,138 @@ class ModelLens:
             seen.append(numbers.repeat(cycles)[: output.numel()].view(output.shape).to(output.device))
             return seen[-1].clone()
 
-        with self.head.register_forward_hook(replace):
-            answer = self._own_logits()
+        head = self.head
+        base = getattr(self.model, "base_model", None)
+        recording = Recording(self.model, head, lists, None if base is self.model else base)
+        with contextlib.ExitStack() as hooks:
+            hooks.enter_context(recording.watching())
+            if measurable:
+                hooks.enter_context(head.register_forward_hook(replace))
+            answer = self._own_logits(self._tokens([[0, 1]]))
         if len(seen) != 1 or seen[0].shape != answer.shape:
-            return configured
+            return recording, configured
         probe, answer = seen[0].flatten().cpu(), answer.double().flatten().cpu()
         scale, largest = float(answer[0] / probe[0]), float(answer[1])
         capped = abs(largest - scale * _PROBE[1]) > 1e-3 * abs(scale * _PROBE[1])
         measured = LogitTransform(scale, largest if capped else None)
         for transform in (configured, measured):
             if torch.allclose(transform(probe), answer, rtol=1e-5, atol=0):
-                return transform
+                return recording, transform
         raise ValueError(
             f"{self.name}: {type(self.model).__name__} turns {_PROBE} at its head into {answer[: len(_PROBE)].tolist()}, "
             f"which is no scale and soft cap (read from its config: {configured}). {_REMEDY}"
         )
 
-    def _find_blocks_and_tail(self) -> tuple[nn.ModuleList, list[nn.Module]]:
-        """The list of blocks, and what follows it, that reproduce the model's logits."""
+    def _lists_of_blocks(self) -> list[nn.ModuleList]:
+        """Every list of modules that is as long as the model is deep; or, as some count their blocks' parts, a part of that."""
         config = self.model.config
         config = config.get_text_config() if hasattr(config, "get_text_config") else config
         depth = getattr(config, "num_hidden_layers", None)
-        lists = [module for module in self.backbone.modules() if isinstance(module, nn.ModuleList)]
+        lists = [module for module in self.model.modules() if isinstance(module, nn.ModuleList)]
         fitting = [blocks for blocks in lists if len(blocks) == depth]
+        if not fitting and isinstance(depth, int):
+            inner = {id(m) for blocks in lists for m in blocks.modules() if m is not blocks}
+            fitting = [blocks for blocks in lists if len(blocks) > 1 and depth % len(blocks) == 0 and id(blocks) not in inner]
         if not fitting:
             raise TypeError(
-                f"{self.name}: looked in {type(self.backbone).__name__} for a ModuleList of config.num_hidden_layers="
-                f"{depth} blocks, found lists of {[len(blocks) for blocks in lists]}. {_REMEDY}"
+                f"{self.name}: looked in {type(self.model).__name__} for a ModuleList of config.num_hidden_layers={depth} "
+                f"blocks, found lists of {[len(blocks) for blocks in lists]}. {_REMEDY}"
             )
+        return fitting
+
+    def _find_reading(self) -> None:
+        """Find what is run for states, the blocks, and the steps from a block's state to the head; all tried out."""
+        tokens = self._tokens([[1, 0, 1], [1, 0, 0]])
+        logits = whole(self._own_logits(tokens)).float()
+        self._require_causal(logits)
+        recording, self.transform = self._observe(self._lists_of_blocks())
         failures = []
-        for self.blocks in fitting:
-            tail: list[nn.Module] = []
-            try:
-                failure = self._compare(tail)
-            except Exception as error:  # whatever a strange model does with a state that is not what it expects
-                failure = f"raises {type(error).__name__}: {error}"
+        for self.blocks, source in reversed(recording.ended.items()):  # those that run last first
+            kind = type(self.blocks[-1]).__name__
+            failure = self._take_apart(recording, source)
             if failure is None:
-                return self.blocks, tail
-            modules = [type(module).__name__ for module in tail]
-            failures.append(f"the last {type(self.blocks[-1]).__name__} read through {modules or 'no norm'} {failure}")
+                try:
+                    failure = self._compare(tokens, logits)
+                except Exception as error:  # whatever a strange model does with a state that is not what it expects
+                    failure = f"raises {type(error).__name__}: {error}"
+                failure = failure and f"read through {self._read_steps} {failure}"
+            if failure is None:
+                return
+            failures.append(f"the last {kind} {failure}")
         raise ValueError(
-            f"{self.name}: looked for the blocks whose output, through final norm, head and {self.transform}, gives the "
-            f"logits of {type(self.model).__name__}: {'; '.join(failures)}. {_REMEDY}"
+            f"{self.name}: looked for the blocks whose output alone, through final norm, head and {self.transform}, gives the "
+            f"logits of {type(self.model).__name__}: {'; '.join(failures) or 'none of their lists ran'}. {_REMEDY}"
         )
 
-    def _compare(self, tail: list[nn.Module]) -> str | None:
-        """Collect in `tail` the modules between the last block and the head; says how their reading differs, if it does."""
-        after_blocks, nesting = False, 0
+    def _take_apart(self, recording: Recording, source: Slot) -> str | None:
+        """Set what is run and the steps after it for one list of blocks; says why not, if it cannot be."""
+        backbone = recording.steps(source, recording.output)
+        # A head that is not called as a module leaves no trace; then nothing is taken to stand between it and the backbone.
+        after = Steps() if recording.head_input is None else recording.steps(recording.output, recording.head_input)
+        if backbone is not None and after is not None and self._base_takes_media():
+            self.backbone, self._backbone_steps, self._head_steps, self._whole = self.model.base_model, backbone, after, False
+            return None
+        steps = recording.steps(source, recording.head_input)
+        if steps is None:
+            return "is not all that the head's input is made of"
+        self.backbone, self._backbone_steps, self._head_steps, self._whole = self.model, steps, Steps(), True
+        return None
 
-        def before(module, _args):
-            nonlocal nesting
-            if after_blocks:
-                if nesting == 0:
-                    tail.append(module)
-                nesting += 1
+    def _base_takes_media(self) -> bool:
+        """Whether the base model takes what the model takes beside text; otherwise the model does something with it first."""
+        model, base = (inspect.signature(module.forward).parameters for module in (self.model, self.model.base_model))
+        return not any(name.startswith(_MEDIA) and name not in base for name in model)
 
-        def after(module, _args, _output):
-            nonlocal after_blocks, nesting
-            if after_blocks and nesting:
-                nesting -= 1
-            if module is self.blocks[-1]:
-                after_blocks = True
+    @property
+    def _read_steps(self) -> str:
+        return f"{self._backbone_steps}" if not self._head_steps.steps else f"{self._backbone_steps} and {self._head_steps}"
 
-        with contextlib.ExitStack() as hooks:
-            for module in self.backbone.modules():
-                if module is not self.backbone:
-                    hooks.enter_context(module.register_forward_pre_hook(before))
-                    hooks.enter_context(module.register_forward_hook(after))
-            (read,), final = self.states(self._tokens, (len(self.blocks),))
-        for module in tail:
-            read = module(read)
-        logits, mine = whole(self._own_logits()).float(), self.logits(read).float()
-        if read.shape != final.shape or logits.shape != mine.shape:
-            return f"has shape {tuple(mine.shape)} instead of {tuple(logits.shape)}"
-        # Both come from the same rounding steps in the model's dtype, so they agree within a few of its units.
+    def _compare(self, tokens: dict[str, Tensor], logits: Tensor) -> str | None:
+        """Read the last block's state and the final one of other tokens; says how the logits differ, if they do."""
+        (state,), final = self.states(tokens, (len(self.blocks),))
+        for reading in (self.read(state), final):
+            mine = self.logits(reading).float()
+            if logits.shape != mine.shape:
+                return f"has shape {tuple(mine.shape)} instead of {tuple(logits.shape)}"
+            error = (logits - mine).abs().max()
+            if not error <= self._rounding(reading, logits):
+                return f"differs by {float(error):.3g}"
+        return None
+
+    def _rounding(self, state: Tensor, logits: Tensor) -> Tensor:
+        """How far apart two readings of one state may be: both come from the same steps in the model's dtype, and agree
+        within a few of its units.
+        """
         head = self.read_head()
-        eps = max(torch.finfo(head.weight.dtype).eps, torch.finfo(read.dtype).eps)
+        eps = max(torch.finfo(head.weight.dtype).eps, torch.finfo(state.dtype).eps)
         tolerance = 32 * eps * logits.abs().max()
         if head.storage == "quantised":
             # The layer may round its input too, to 8 bits a row: independent errors of up to half a step of max|h| / 127
             # through a row of W have a standard deviation of max|h| / 440 times the row's length; allow for seven of them.
-            tolerance += read.float().abs().max() / 64 * head.weight.float().norm(dim=1).max()
-        error = (logits - mine).abs().max()
-        return None if error <= tolerance else f"differs by {float(error):.3g}"
+            tolerance += state.float().abs().max() / 64 * head.weight.float().norm(dim=1).max()
+        return tolerance
+
+    def _require_causal(self, logits: Tensor) -> None:
+        """Refuse masked LMs, by the logits of two rows that differ in their last token alone and by transformers' own lists.
+
+        Warns of a model for causal LM whose configuration lets it look ahead.
+        """
+        from transformers.models.auto import modeling_auto as auto
+
+        causal = {*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
+        kind, largest = type(self.model).__name__, logits.abs().max()
+        masked = kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() and not getattr(self.model.config, "is_decoder", False)
+        bound = max(_LOOKING_AHEAD, 8 * torch.finfo(self.weight.dtype).eps) * largest
+        looks_ahead = (logits[0, :2] - logits[1, :2]).abs().max() > bound
+        if kind not in causal and (masked or looks_ahead):
+            why = "its predictions change with the tokens after them" if looks_ahead else "transformers lists it as a masked LM"
+            raise TypeError(f"{self.name}: {kind} is no causal LM ({why}). {_SUPPORTED}. {_REMEDY}")
+        if looks_ahead:
+            warnings.warn(
+                f"{self.name}: the predictions of {kind}, as its config is (is_decoder, attn_type), change with the tokens "
+                "after them. It is compared all the same, but at every position it has seen what it is to predict",
+                stacklevel=2,
+            )
 
     def logits(self, state: Tensor) -> Tensor:
         """The model's logits of a final state (..., width), dense: for tests and checks, not for training."""
@@ -294,8 +359,11 @@ class ModelLens:
         # is done (reentrant checkpointing), so they are read after the forward.
         at_once = read is not None and not torch.is_grad_enabled()
         captured, state = capture_states(
-            self.backbone, self.blocks, inputs, layers, final=final, read=read if at_once else None
-        )
+            self.backbone, self.blocks, inputs, layers, final=final, read=read if at_once else None,
+            head=self.head if self._whole else None,
+        )  # fmt: skip
+        if state is not None:
+            state = self._head_steps(state)
         missing = [layer for layer in layers if layer not in captured]
         if missing:
             raise RuntimeError(f"{self.name}: blocks {missing} did not run, so their states could not be captured")
@@ -314,11 +382,8 @@ class ModelLens:
         return any(p.requires_grad for block in self.blocks[:layer] for p in block.parameters())
 
     def read(self, state: Tensor, *, apply_final_norm: bool = True) -> Tensor:
-        """A raw state as the head would see it: through the final norm and any projection after it.
+        """A raw state as the head would see it: through all that the model does between its last block and the head.
 
-        Without the norm, projections still apply, since the head's width asks for them.
+        Without the norm, the rest still applies (projections, scales), since the head's width asks for it.
         """
-        for module in self.tail:
-            if apply_final_norm or isinstance(module, nn.Linear) or hasattr(module, "base_layer"):  # peft's linear layers
-                state = module(state)
-        return state
+        return self._head_steps(self._backbone_steps(state, norms=apply_final_norm))

@@ -48,7 +48,13 @@ def inside_forward(model: nn.Module, function: Callable) -> Iterator[Callable]:
         yield function
         return
     inner = wrapper.module if isinstance(wrapper, nn.parallel.DistributedDataParallel) else wrapper
-    with forward_replaced(inner, function):
+    own = inner.forward
+
+    def inside(*args, **kwargs):
+        with forward_replaced(inner, own):  # the function may run the whole model
+            return function(*args, **kwargs)
+
+    with forward_replaced(inner, inside):
         yield wrapper
 
 

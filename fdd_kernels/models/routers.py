@@ -36,12 +36,18 @@ def router_coefficient(model: nn.Module) -> float:
 
 
 class RouterLoss:
-    """`with RouterLoss(lens) as router:` run the backbone; then `router(batch)` is its router loss, a scalar, or None."""
+    """`with RouterLoss(lens) as router:` run the backbone; then `router(batch)` is its router loss, a scalar."""
 
     def __init__(self, lens: ModelLens) -> None:
         self.lens, self._output = lens, None
 
     def __enter__(self) -> RouterLoss:
+        """Raises ValueError for a model that is run as a whole (see `ModelLens`): nothing of its own forward is left over."""
+        if self.lens.backbone is self.lens.model:
+            raise ValueError(
+                f"the router loss of {type(self.lens.model).__name__} cannot be computed apart from its logits: set "
+                "config.output_router_logits=False to leave it out"
+            )
         self._hook = self.lens.backbone.register_forward_hook(self._keep)
         return self
 
@@ -51,10 +57,11 @@ class RouterLoss:
     def _keep(self, _module, _args, output) -> None:
         self._output = output
 
-    def __call__(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+    def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Raises ValueError if the model gives no routers' logits, or makes no loss of them."""
         output, self._output = self._output, None
         if getattr(output, "router_logits", None) is None:
-            return None
+            raise self._missing("its backbone gives no router_logits")
         model, mask = self.lens.model, batch["attention_mask"] if attended_positions(batch) is not None else None
         tokens = {name: batch[name] for name in ("input_ids", "inputs_embeds") if batch.get(name) is not None}
         # Its own forward, with the backbone's output in the place of the backbone and of logits what costs nothing.
@@ -63,4 +70,13 @@ class RouterLoss:
             forward_replaced(self.lens.head, lambda state: state[..., :1]),
         ):
             answer = type(model).forward(model, **tokens, attention_mask=mask, output_router_logits=True, use_cache=False)
-        return getattr(answer, "aux_loss", None)
+        loss = getattr(answer, "aux_loss", None)
+        if not isinstance(loss, Tensor):
+            raise self._missing("its forward gives no aux_loss")
+        return loss
+
+    def _missing(self, what: str) -> ValueError:
+        return ValueError(
+            f"{type(self.lens.model).__name__} has config.output_router_logits=True, but {what}: set "
+            "output_router_logits=False to train without the loss of its routers"
+        )

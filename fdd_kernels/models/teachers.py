@@ -25,6 +25,7 @@ from fdd_kernels.models.sharing import as_teacher_of_itself, shares_modules
 # The column of a batch that says which windows of a teacher cache its rows are.
 TEACHER_INDEX = "teacher_index"
 _NOT_MODEL_INPUTS = ("labels", SHIFT_LABELS, "num_items_in_batch", TEACHER_INDEX)
+_LOADING = "AutoModelForCausalLM.from_pretrained(...)"
 # L tensors (batch, sequence, Dt), the last None where the final state is not needed; or what else `compare` takes.
 TeacherStates = list[Tensor | None] | Any
 
@@ -204,13 +205,18 @@ def as_teacher(teacher: nn.Module | Teacher, *, split_head: bool = False, studen
     if isinstance(teacher, nn.Module):
         return LiveTeacher(teacher, split_head=split_head, student=student)
     raise TypeError(
-        f"teacher must be a causal LM or a teacher cache, got {describe(teacher)}: load it first, with "
-        "AutoModelForCausalLM.from_pretrained(...) or fdd_kernels.teacher_cache.open_teacher_cache(...)"
+        f"teacher must be a causal LM or a teacher cache, got {_shown(teacher)}: load it first, with {_LOADING} or "
+        "fdd_kernels.teacher_cache.open_teacher_cache(...)"
     )
 
 
-def describe(value: object) -> str:
-    """A value as errors show what stands in the place of a model: its type, and a string with its text."""
+def require_model(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is a model, and not, say, what one is loaded by."""
+    if not isinstance(value, nn.Module):
+        raise TypeError(f"{name} must be a causal LM, got {_shown(value)}: load it first, with {_LOADING}")
+
+
+def _shown(value: object) -> str:
     return f"the string {value!r}" if isinstance(value, str) else type(value).__name__
 
 

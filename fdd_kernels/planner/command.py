@@ -8,10 +8,9 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
-from fdd_kernels.layers import layer_grid
 from fdd_kernels.planner.models import read_model
 from fdd_kernels.planner.step import DTYPE_BYTES, OPTIMIZERS, QUANTISED_BYTES, Advice, Setup, advise, step_memory
-from fdd_kernels.sizes import GIB, parse_size, show
+from fdd_kernels.sizes import GIB, parse_count, parse_size, show
 from fdd_kernels.user_error import UserError
 
 
@@ -23,16 +22,19 @@ def add_plan(commands) -> None:
     config = "a Hugging Face config (name, directory or config.json), or WIDTHxDEPTHxVOCABULARY"
     plan.add_argument("--student", required=True, metavar="CONFIG", help=config)
     plan.add_argument("--teacher", required=True, metavar="CONFIG", help="likewise")
-    plan.add_argument("--tokens", required=True, type=int, metavar="N", help="of one micro-batch")
-    plan.add_argument("--vram", default="24GiB", metavar="SIZE", help="memory that there is (%(default)s)")
+    plan.add_argument("--tokens", required=True, metavar="N", help="of one micro-batch; 8k is 8192")
+    plan.add_argument("--vram", default="24GiB", metavar="SIZE", help="memory that there is, with its unit (%(default)s)")
     plan.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS, help="(%(default)s)")
     plan.add_argument("--dtype", default="bfloat16", choices=DTYPE_BYTES, help="of weights and activations (%(default)s)")
     plan.add_argument("--num-layers", type=int, default=4, metavar="N", help="layers compared (%(default)s, the paper's)")
-    plan.add_argument("--backend", default=None, choices=("torch", "cpu"), help="whose buffers are counted (torch)")
+    plan.add_argument(
+        "--backend", default="auto", choices=("auto", "triton", "torch", "cpu"),
+        help="whose buffers are counted (%(default)s: those of the one that is taken on the device)",
+    )  # fmt: skip
     plan.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="(%(default)s)")
     plan.add_argument("--frozen-head", action="store_true", help="the loss does not train the student's head")
     plan.add_argument("--gradient-checkpointing", action="store_true")
-    plan.add_argument("--lora-rank", type=int, metavar="N", help="train LoRA adapters on query and value, not all weights")
+    plan.add_argument("--lora-rank", type=int, metavar="N", help="train LoRA adapters on all linear layers, not the weights")
     plan.add_argument("--cached-teacher", action="store_true", help="the teacher's states come from elsewhere")
     plan.add_argument("--teacher-dtype", choices=(*DTYPE_BYTES, *QUANTISED_BYTES), help="of the teacher's weights (--dtype)")
     plan.add_argument("--json", action="store_true", help="print JSON")
@@ -43,23 +45,31 @@ def add_plan(commands) -> None:
 def run_plan(arguments: argparse.Namespace) -> int:
     """Predict the peak memory of a training step by part, with the dense loss and with the fused one; exit code 1 if the
     fused one does not fit."""
-    limit = parse_size(arguments.vram)
-    counts = {"--tokens": arguments.tokens, "--num-layers": arguments.num_layers, "--lora-rank": arguments.lora_rank}
-    for name, value in counts.items():
+    from fdd_kernels.layers import layer_grid
+
+    limit = parse_size(arguments.vram, "--vram")
+    tokens = parse_count(arguments.tokens, "--tokens")
+    for name, value in {"--num-layers": arguments.num_layers, "--lora-rank": arguments.lora_rank}.items():
         if value is not None and value < 1:
             raise UserError(f"{name} {value} must be at least 1")
+    if {"triton": "cuda", "cpu": "cpu"}.get(arguments.backend, arguments.device) != arguments.device:
+        other = "cpu" if arguments.device == "cuda" else "cuda"
+        raise UserError(f"--backend {arguments.backend} does not run on --device {arguments.device}: pass --device {other}")
+    models = {option: read_model(text, option) for option, text in
+              (("--student", arguments.student), ("--teacher", arguments.teacher))}  # fmt: skip
+    for option, model in models.items():
+        try:
+            layer_grid(model.depth, arguments.num_layers, "floor")
+        except ValueError as error:
+            raise UserError(f"--num-layers {arguments.num_layers}, {option} with {model.depth} blocks: {error}") from error
     setup = Setup(
-        student=read_model(arguments.student, "--student"), teacher=read_model(arguments.teacher, "--teacher"),
-        tokens=arguments.tokens, optimizer=arguments.optimizer, dtype=arguments.dtype, layers=arguments.num_layers,
-        backend=arguments.backend or "torch", device=arguments.device, train_head=not arguments.frozen_head,
+        student=models["--student"], teacher=models["--teacher"],
+        tokens=tokens, optimizer=arguments.optimizer, dtype=arguments.dtype, layers=arguments.num_layers,
+        backend=arguments.backend, device=arguments.device, train_head=not arguments.frozen_head,
         checkpointing=arguments.gradient_checkpointing, teacher_elsewhere=arguments.cached_teacher,
         lora_rank=arguments.lora_rank, teacher_dtype=arguments.teacher_dtype,
+        device_memory=limit if arguments.device == "cuda" else None,
     )  # fmt: skip
-    try:
-        for model in (setup.student, setup.teacher):
-            layer_grid(model.depth, setup.layers, "floor")
-    except ValueError as error:
-        raise UserError(str(error)) from error
     fused, dense = step_memory(setup), step_memory(setup, dense=True)
     totals = {"fused": sum(fused.values()), "dense": sum(dense.values())}
     advice = [] if totals["fused"] <= limit else advise(setup, limit)
@@ -81,7 +91,8 @@ def run_plan(arguments: argparse.Namespace) -> int:
 
 def _print(setup: Setup, fused: dict[str, int], dense: dict[str, int], limit: int, advice: list[Advice]) -> None:
     print(f"student {setup.student.parameters / 1e9:.2f}B, teacher {setup.teacher.parameters / 1e9:.2f}B weights, "
-          f"{setup.tokens} tokens, {setup.layers} layers + output, {setup.dtype}, {setup.optimizer}")  # fmt: skip
+          f"{setup.tokens} tokens, {setup.layers} layers + output, {setup.dtype}, {setup.optimizer}, "
+          f"backend {setup.chosen_backend}")  # fmt: skip
     print(f"{'':<18} {'dense loss':>12} {'fused loss':>12}")
     for part in fused:
         if fused[part] or dense[part]:
@@ -98,7 +109,9 @@ def _print(setup: Setup, fused: dict[str, int], dense: dict[str, int], limit: in
         if not advice[-1].fits:
             alternative = "" if setup.lora_rank else "LoRA adapters (--lora-rank 16), "
             print(f"  even so it does not fit: {alternative}a smaller student, or more memory")
-    print("\nactivations are an estimate; python -m benchmarks prints how far predictions of the loss are off")
+    print(
+        "\nactivations are an estimate from the sizes of the matrices; kernels of attention, scans, experts decide what is kept"
+    )
 
 
 def _draw(fused: dict[str, int], dense: dict[str, int], limit: int, path: Path) -> None:

@@ -1,8 +1,8 @@
 """How much memory the loss and a training step around it will take, from shapes alone. Needs no model and no transformers.
 
-The loss: gradients it returns, plus buffers whose sizes follow from the byte budgets of the backends, plus constants. The
-buffers of "cpu" are those that the code allocates, of "torch" and the dense loss those that are alive at its peak. What an
-allocator keeps of freed memory comes on top: with glibc's defaults up to 1.7 times as much resident memory was measured
+The loss: gradients it returns, plus what the backend allocates besides, as it states itself (`Backend.memory`). For "cpu" and
+"triton" that is what the code allocates, for "torch" and the dense loss what is alive at its peak. No GPU has measured it. What
+an allocator keeps of freed memory comes on top: with glibc's defaults up to 1.7 times as much resident memory was measured
 where one (rows x columns) tensor of the dense loss has less than 32 MiB. `python -m benchmarks` prints how far every
 prediction of a run is off.
 """
@@ -10,19 +10,17 @@ prediction of a run is off.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from fdd_kernels.backends import cpu, torch_stream
-from fdd_kernels.config import LossOptions
-from fdd_kernels.plan import Plan, lay_out
 from fdd_kernels.sizes import MIB, show
-from fdd_kernels.spec import MOMENT_STATS, READ_STATS
+
+if TYPE_CHECKING:  # without torch the command line can show its options
+    from fdd_kernels.backends.call_shape import CallShape
+    from fdd_kernels.plan import Plan
 
 FLOAT = 4
-RUNTIME_BYTES = {"cpu": 2 * MIB, "torch": 6 * MIB, "dense": 4 * MIB}  # generated code, buffers of the matrix library
+DENSE_RUNTIME_BYTES = 4 * MIB  # buffers of the matrix library
 HEAD_PRODUCT_BYTES = 16 * MIB  # MKL's own buffers in the product that is the head's gradient, of 10 to 31 MiB that were seen
-# Tiles of one layer that the torch backend holds while it forms gradients: for each layer (the student's values before and
-# after the pivot, the teacher's, their gradient, and that of the tile before), for a read's temporaries, for a moment's.
-TORCH_LAYER_TILES, TORCH_READ_TILES, TORCH_MOMENT_TILES = 5, 6, 4
 
 
 @dataclass(frozen=True)
@@ -44,11 +42,26 @@ class LossShape:
 
     def plan(self) -> Plan:
         """What the call reads and sums."""
+        from fdd_kernels.config import LossOptions
+        from fdd_kernels.plan import lay_out
+
         options = LossOptions(
             alpha=float(self.trajectory is not None), trajectory=self.trajectory or "kl", derivative=self.derivative,
             beta=float(self.derivative is not None), output_in_dynamics=self.output_in_dynamics,
         )  # fmt: skip
         return lay_out(options, self.columns, self.layers, (self.rows,), self.feature_space, "torch")
+
+    def call(self, threads: int, device: str, device_memory: int | None) -> CallShape:
+        """The call as a backend sees it."""
+        from fdd_kernels.backends.call_shape import CallShape
+
+        plan = self.plan()
+        return CallShape(
+            layers=len(plan.layers), rows=self.rows, columns=self.columns, student_width=self.student_width,
+            teacher_width=self.teacher_width, itemsize=self.itemsize, train_head=self.train_head,
+            teacher_head=not self.feature_space, moments=len(plan.spec.moments), threads=threads, device=device,
+            device_memory=device_memory,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,76 +96,10 @@ def _gradients(shape: LossShape) -> dict[str, int]:
 
 def _statistics(plan: Plan, rows: int) -> int:
     """Statistics, their gradients and what autograd keeps between them and the loss."""
+    from fdd_kernels.spec import MOMENT_STATS, READ_STATS
+
     numbers = 2 * len(plan.layers) + READ_STATS * len(plan.spec.reads) + MOMENT_STATS * len(plan.spec.moments)
     return 3 * FLOAT * rows * numbers
-
-
-def _cpu(shape: LossShape, threads: int) -> dict[str, int]:
-    plan = shape.plan()
-    narrow = shape.itemsize < FLOAT
-    head_sum = FLOAT * shape.columns * shape.student_width if narrow and shape.train_head else 0
-    rows = cpu.block_rows(
-        len(plan.layers), shape.rows, shape.columns, shape.student_width, models=2, head_sum_bytes=head_sum, threads=threads
-    )
-    parts = _cpu_kept(shape, threads, rows, head_sum) if rows else _cpu_streamed(shape, threads, head_sum)
-    return parts | {"statistics": _statistics(plan, shape.rows)}
-
-
-def _cpu_kept(shape: LossShape, threads: int, rows: int, head_sum: int) -> dict[str, int]:
-    layers, width = len(shape.plan().layers), shape.student_width
-    teacher_width = 0 if shape.feature_space else shape.teacher_width
-    all_rows, tile = layers * -(-rows // cpu.KEPT_ROWS) * cpu.KEPT_ROWS, min(cpu.TILE_COLUMNS, shape.columns)
-    head_rows = tile * max(width, teacher_width) if shape.itemsize < FLOAT else 0
-    forward = all_rows * (width + teacher_width + max(width, teacher_width)) + threads * (tile * all_rows + head_rows)
-    trained = all_rows * width if shape.train_head else 0
-    backward = all_rows * width + trained + threads * (all_rows * width + 2 * tile * all_rows + head_rows)
-    return {
-        "kept values": FLOAT * 2 * all_rows * (-(-shape.columns // tile) * tile),
-        "operands and sums of a block": FLOAT * max(forward, backward),
-        "sum of the head's gradient": head_sum if rows < shape.rows else 0,
-    }
-
-
-def _cpu_streamed(shape: LossShape, threads: int, head_sum: int) -> dict[str, int]:
-    layers, rows, width = len(shape.plan().layers), shape.rows, shape.student_width
-    teacher_width = 0 if shape.feature_space else shape.teacher_width
-    tiles = cpu.choose_tiles(layers, rows, shape.columns, 2 * width + teacher_width, threads, backward=True)
-    set_rows = min(rows, max(1, cpu.HIDDEN_BYTES // (FLOAT * layers * width)))
-    padded = -(-set_rows // 16) * 16
-    narrow = shape.itemsize < FLOAT
-    panel = min(tiles.panel, shape.columns)
-    tile = 3 * layers * tiles.rows * tiles.columns * FLOAT
-    if narrow:
-        tile += layers * tiles.rows * (width + teacher_width) * FLOAT
-        tile += (256 + tiles.columns) * width * FLOAT if shape.train_head else 0
-    return {
-        "sums of hidden gradients": FLOAT * layers * set_rows * width + (shape.itemsize * set_rows * width if narrow else 0),
-        "sum of the head's gradient": head_sum if set_rows < rows and head_sum <= cpu.WEIGHT_BYTES else 0,
-        "packed heads": FLOAT * panel * (width + teacher_width + (width if narrow else 0)),
-        "gradient of a panel": FLOAT * layers * panel * padded if shape.train_head else 0,
-        "tiles": threads * tile,
-    }
-
-
-def _torch(shape: LossShape, device: str) -> dict[str, int]:
-    plan = shape.plan()
-    layers, rows, width = len(plan.layers), shape.rows, shape.student_width
-    tiles = torch_stream.choose_tiles(layers, rows, shape.columns, width, shape.teacher_width, FLOAT, device)
-    block = min(tiles.rows, rows)
-    resident = min(rows, tiles.resident_rows)
-    narrow = shape.itemsize < FLOAT
-    converted = width + (0 if shape.feature_space else shape.teacher_width) if narrow else 0
-    head_sum = FLOAT * shape.columns * width
-    several = narrow and shape.train_head and rows > resident
-    count = TORCH_LAYER_TILES * layers + TORCH_READ_TILES + (TORCH_MOMENT_TILES if plan.spec.moments else 0)
-    return {
-        "sums of hidden gradients": FLOAT * layers * resident * width,
-        "sum of the head's gradient": head_sum if several and head_sum <= torch_stream.ACCUMULATOR_BYTES else 0,
-        "operands": FLOAT * layers * block * (width + shape.teacher_width)
-        + FLOAT * tiles.columns * ((width if shape.train_head else 0) + converted),
-        "tiles": FLOAT * block * tiles.columns * count,
-        "statistics": _statistics(plan, rows),
-    }
 
 
 def dense_tensors(shape: LossShape) -> int:
@@ -176,22 +123,26 @@ def _dense(shape: LossShape) -> dict[str, int]:
     return {"logits and what is made of them": max(early, late, 0)}
 
 
-def loss_memory(shape: LossShape, provider: str, *, threads: int = 1, device: str = "cpu") -> LossMemory | None:
+def loss_memory(
+    shape: LossShape, provider: str, *, threads: int = 1, device: str = "cpu", device_memory: int | None = None
+) -> LossMemory | None:
     """Predicted memory of one forward and backward pass of the loss.
 
     Args:
-        provider: "cpu", "torch" or "dense".
+        provider: a backend, each of which states its own memory, or "dense".
         threads: of the cpu backend.
+        device_memory: bytes of the GPU, which decide how much scratch the triton backend takes; None: enough.
 
     Returns:
         The parts, or None for a provider that is not modelled.
     """
-    if provider == "cpu":
-        parts, runtime = _cpu(shape, threads), RUNTIME_BYTES["cpu"]
-    elif provider == "torch":
-        parts, runtime = _torch(shape, device), RUNTIME_BYTES["torch"]
-    elif provider == "dense":
-        parts, runtime = _dense(shape), RUNTIME_BYTES["dense"]
+    from fdd_kernels.backends import BACKENDS
+
+    if provider == "dense":
+        parts = _dense(shape) | {"runtime": DENSE_RUNTIME_BYTES}
+    elif provider in BACKENDS and BACKENDS[provider].memory is not None:
+        parts = BACKENDS[provider].memory(shape.call(threads, device, device_memory))
+        parts |= {"statistics": _statistics(shape.plan(), shape.rows)}
     else:
         return None
-    return LossMemory(_gradients(shape) | parts | {"runtime": runtime}, input_bytes(shape))
+    return LossMemory(_gradients(shape) | parts, input_bytes(shape))

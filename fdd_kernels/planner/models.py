@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,51 +14,51 @@ from fdd_kernels.user_error import UserError
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What of a causal LM decides its memory."""
+    """What of a causal LM decides its memory.
+
+    Args:
+        vocabulary, width: of its head.
+        blocks: weights of everything but embedding and head.
+        embeddings: weights of the embedding and the head, once if they are tied.
+        linear: inputs plus outputs of every matrix of the blocks, added up.
+        experts: likewise of the experts that one token goes through.
+    """
 
     vocabulary: int
     width: int
     depth: int
-    intermediate: int
-    query_width: int
-    key_width: int
-    gated: bool
-    tied: bool
+    blocks: int
+    embeddings: int
+    linear: int
+    experts: int = 0
     softcap: bool = False
 
     @property
     def parameters(self) -> int:
-        """Weights of matrices; norms and biases are left out."""
+        """All weights."""
         return self.blocks + self.embeddings
 
-    @property
-    def blocks(self) -> int:
-        """Weights of the blocks."""
-        attention = 2 * self.width * (self.query_width + self.key_width)
-        mlp = (3 if self.gated else 2) * self.width * self.intermediate
-        return self.depth * (attention + mlp)
-
-    @property
-    def embeddings(self) -> int:
-        """Weights of the embedding and the head."""
-        return (1 if self.tied else 2) * self.vocabulary * self.width
-
     def adapters(self, rank: int) -> int:
-        """Weights of LoRA adapters on the query and value projections of every block, as in the paper."""
-        return self.depth * rank * (2 * self.width + self.query_width + self.key_width)
+        """Weights of LoRA adapters on every linear layer of the blocks, as `fdd-kernels distill --lora-rank` adds them."""
+        return rank * self.linear
 
     def activations(self, tokens: int, itemsize: int, *, checkpointing: bool) -> int:
-        """What the blocks keep for the backward pass, an estimate: inputs of every product, norm and nonlinearity.
+        """What the blocks keep for the backward pass, an estimate: inputs and outputs of the matrices that a token meets.
 
-        Attention is taken to keep no (tokens x tokens) matrix. With checkpointing one block's, and every block's input.
+        Norms and nonlinearities keep about as much as is counted twice here. Attention is taken to keep no (tokens x tokens)
+        matrix, a scan no state of each token. With checkpointing one block's, and every block's input.
         """
-        block = 6 * self.width + 2 * (self.query_width + self.key_width) + (4 if self.gated else 2) * self.intermediate
-        kept = block + self.depth * self.width if checkpointing else self.depth * block
+        kept = self.linear + self.experts
+        if checkpointing:
+            kept = kept // self.depth + self.depth * self.width
         return itemsize * tokens * kept
 
 
 def read_model(text: str, option: str) -> ModelShape:
     """A model from "WIDTHxDEPTHxVOCABULARY", a config.json, a directory that holds one, or a name that transformers knows.
+
+    The three numbers are read as a GPT-2 of that size. From a config the model is built without memory (on torch's "meta"
+    device) and its weights are counted.
 
     Raises:
         UserError: it is none of these; says what was tried.
@@ -65,60 +66,92 @@ def read_model(text: str, option: str) -> ModelShape:
     numbers = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
     if numbers:
         width, depth, vocabulary = map(int, numbers.groups())
-        return ModelShape(vocabulary, width, depth, 4 * width, width, width, gated=False, tied=True)
+        if not width * depth * vocabulary:
+            raise UserError(f"{option} {text}: WIDTHxDEPTHxVOCABULARY must be positive, as in 768x12x50257")
+        matrices = 12 * width**2  # query, key and value in one, output, and two of the MLP
+        return ModelShape(vocabulary, width, depth, depth * matrices, vocabulary * width, linear=depth * 16 * width)
     path = Path(text)
     if path.is_dir():
         path = path / "config.json"
+    try:
+        from transformers import AutoConfig
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f'{option} {text!r}: to read a config needs pip install "fdd_kernels[hf]"; without it give WIDTHxDEPTHxVOCABULARY, '
+            "as in 768x12x50257"
+        ) from error
     if path.is_file():
         try:
             data = json.loads(path.read_text())
         except ValueError as error:
             raise UserError(f"{option}: {path} is not JSON ({error})") from error
-        return model_from_config(data, f"{option}: {path}")
-    try:
-        from transformers import AutoConfig
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"{option} {text!r} is no file, no directory and not WIDTHxDEPTHxVOCABULARY; names need "
-            'pip install "fdd_kernels[hf]"'
-        ) from error
-    try:
-        data = AutoConfig.from_pretrained(text).to_dict()
-    except Exception as error:  # transformers raises many kinds for a name that it cannot resolve
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{option} {text!r} is no file or directory, not WIDTHxDEPTHxVOCABULARY (as 768x12x50257), and no model name "
-            f"that can be resolved here: {first}"
-        ) from error
-    return model_from_config(data, f"{option}: {text}")
+        kind = data.get("model_type") if isinstance(data, dict) else None
+        if kind not in CONFIG_MAPPING:
+            raise UserError(
+                f"{option}: {path} has model_type {kind!r}, which the transformers here does not know (code that comes with a "
+                "model is not run): update it, or give WIDTHxDEPTHxVOCABULARY, as in 768x12x50257"
+            )
+        return model_from_config(lambda: CONFIG_MAPPING[kind].from_dict(data), f"{option}: {path}")
+    return model_from_config(lambda: AutoConfig.from_pretrained(text), f"{option} {text!r}, which is no file or directory here")
 
 
-def model_from_config(data: dict[str, Any], where: str) -> ModelShape:
-    """The shape in a Hugging Face config's fields, under any of the names in use.
+def model_from_config(make_config: Callable[[], Any], where: str) -> ModelShape:
+    """The shape of the causal LM that transformers builds from a config.
 
     Raises:
-        UserError: a field is missing or no positive number.
+        UserError: it builds none; says why.
     """
-    data = data | (data.get("text_config") or {}) if isinstance(data, dict) else {}
+    import torch
+    from transformers import AutoModelForCausalLM
 
-    def number(*names: str, default: int | None = None) -> int:
-        value = next((data[name] for name in names if data.get(name) is not None), default)
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise UserError(f"{where}: {' or '.join(names)} is {value!r}, a positive number is needed")
-        return value
-
-    width = number("hidden_size", "n_embd", "d_model")
-    heads = number("num_attention_heads", "n_head", "n_heads")
-    head_width = number("head_dim", default=max(1, width // heads))
-    kind = str(data.get("model_type", ""))
+    try:
+        config = make_config()
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        text_config = config.get_text_config()
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        vocabulary, width = head.weight.shape
+        depth = text_config.num_hidden_layers
+        tied = head.weight is embedding.weight
+    except Exception as error:  # transformers raises many kinds for a config that fits no model
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(
+            f"{where}: no causal LM can be built from its config ({type(error).__name__}: {first}); check it, or give "
+            "WIDTHxDEPTHxVOCABULARY, as in 768x12x50257"
+        ) from error
+    embeddings = head.weight.numel() + (0 if tied else embedding.weight.numel())
+    linear, experts = _matrices(model, head, _first_number(text_config, _EXPERTS_A_TOKEN))
     return ModelShape(
-        vocabulary=number("vocab_size"),
-        width=width,
-        depth=number("num_hidden_layers", "n_layer", "n_layers"),
-        intermediate=number("intermediate_size", "n_inner", "ffn_dim", default=4 * width),
-        query_width=heads * head_width,
-        key_width=number("num_key_value_heads", default=heads) * head_width,
-        gated=not kind.startswith(("gpt", "opt", "bloom", "phi-msft", "falcon")),
-        tied=bool(data.get("tie_word_embeddings", kind.startswith(("gpt2", "gemma")))),
-        softcap=bool(data.get("final_logit_softcapping")),
-    )
+        vocabulary, width, depth, sum(p.numel() for p in model.parameters()) - embeddings, embeddings, linear, experts,
+        softcap=bool(getattr(text_config, "final_logit_softcapping", None)),
+    )  # fmt: skip
+
+
+_EXPERTS_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts", "moe_k")
+
+
+def _first_number(config: Any, names: Sequence[str]) -> int | None:
+    return next((value for name in names if isinstance(value := getattr(config, name, None), int)), None)
+
+
+def _matrices(model: Any, head: Any, experts_a_token: int | None) -> tuple[int, int]:
+    """Inputs plus outputs of the matrices beside embeddings and head, and of the experts of one token (None: all of them).
+
+    Experts are matrices stacked to three dimensions, or numbered modules of a list of that name.
+    """
+    from torch import nn
+
+    linear, experts = 0, 0
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding) or module is head:
+            continue
+        number = re.search(r"experts\.(\d+)", path)
+        for parameter in module.parameters(recurse=False):
+            if parameter.ndim == 3 and "expert" in path:
+                experts += min(experts_a_token or len(parameter), len(parameter)) * sum(parameter.shape[1:])
+            elif parameter.ndim == 2 and number:
+                experts += sum(parameter.shape) if experts_a_token is None or int(number[1]) < experts_a_token else 0
+            elif parameter.ndim == 2:
+                linear += sum(parameter.shape)
+    return linear, experts

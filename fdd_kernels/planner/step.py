@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
+from fdd_kernels.planner.loss import LossShape, loss_memory
 from fdd_kernels.planner.models import ModelShape
-
-if TYPE_CHECKING:  # without torch the command line can show its options
-    from fdd_kernels.planner.loss import LossShape
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Of a quantised model: the blocks' weights; embedding and head stay as they are.
@@ -21,8 +18,8 @@ OPTIMIZERS = {"adamw": 8, "adamw8bit": 2, "lion": 4, "sgd-momentum": 4, "sgd": 0
 class Setup:
     """A training step to plan for.
 
-    `lora_rank` None: all weights are trained. `teacher_dtype` None: that of the student. `teacher_elsewhere`: its states
-    come from a cache or another device.
+    `backend` "auto": the one that is taken on the device. `lora_rank` None: all weights are trained. `teacher_dtype` None: that
+    of the student. `teacher_elsewhere`: its states come from a cache or another device. `device_memory`: of a GPU, in bytes.
     """
 
     student: ModelShape
@@ -31,13 +28,21 @@ class Setup:
     optimizer: str = "adamw"
     dtype: str = "bfloat16"
     layers: int = 4
-    backend: str = "torch"
+    backend: str = "auto"
     device: str = "cuda"
     train_head: bool = True
     checkpointing: bool = False
     teacher_elsewhere: bool = False
     lora_rank: int | None = None
     teacher_dtype: str | None = None
+    device_memory: int | None = None
+
+    @property
+    def chosen_backend(self) -> str:
+        """The backend whose memory counts."""
+        from fdd_kernels.backends import PREFERENCE
+
+        return PREFERENCE[self.device][0] if self.backend == "auto" else self.backend
 
     @property
     def itemsize(self) -> int:
@@ -62,8 +67,6 @@ class Setup:
 
     @property
     def loss(self) -> LossShape:
-        from fdd_kernels.planner.loss import LossShape
-
         return LossShape(
             rows=self.tokens, columns=min(self.student.vocabulary, self.teacher.vocabulary), layers=self.layers + 1,
             student_width=self.student.width, teacher_width=self.teacher.width, itemsize=self.itemsize,
@@ -73,11 +76,11 @@ class Setup:
 
 def step_memory(setup: Setup, *, dense: bool = False) -> dict[str, int]:
     """Bytes of a training step by part, with the dense loss or with ours; they are taken to exist at the same time."""
-    from fdd_kernels.planner.loss import loss_memory
-
     adapters = 0 if setup.lora_rank is None else setup.trained
     teacher_head = setup.teacher.vocabulary * setup.teacher.width * setup.teacher_itemsize
-    loss = loss_memory(setup.loss, "dense" if dense else setup.backend, device=setup.device)
+    loss = loss_memory(
+        setup.loss, "dense" if dense else setup.chosen_backend, device=setup.device, device_memory=setup.device_memory
+    )
     # The head's gradient is among the gradients already.
     in_loss = loss.total - loss.parts["gradient of the head"]
     return {
@@ -126,10 +129,19 @@ def advise(setup: Setup, limit: int) -> list[Advice]:
 
 
 def most_tokens(setup: Setup, limit: int) -> int:
-    """The most tokens, a multiple of 64, whose step fits; 0 if none does."""
+    """The most tokens, a multiple of 64, whose step fits; 0 if none does.
+
+    Scratch comes in whole blocks of rows, so that a little more can take a little less: what is found fits, and in rare cases
+    a few more tokens would.
+    """
+
+    def fits(blocks: int) -> bool:
+        return sum(step_memory(replace(setup, tokens=64 * blocks)).values()) <= limit
+
     low, high = 0, max(1, setup.tokens // 64)
+    if fits(high):
+        return 64 * high
     while low < high:
         middle = (low + high + 1) // 2
-        fits = sum(step_memory(replace(setup, tokens=64 * middle)).values()) <= limit
-        low, high = (middle, high) if fits else (low, middle - 1)
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return 64 * low

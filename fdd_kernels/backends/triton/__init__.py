@@ -3,7 +3,7 @@
 Importing this package needs no triton: the kernels are imported when an operation runs. The files, in order of use:
 
     operations.py   the operations: which strategy a call takes, and its fallback
-    strategy.py     the rule, a plain function of shape, device and memory
+    strategy.py     the rule, a plain function of shape, device and memory; memory.py: what a call allocates by each
     problem.py      a call as every strategy sees it; gather_rows.py: valid rows side by side, gradients put back
     work_table.py   a LensSpec as a small integer table that the kernels walk
     elementwise.py  the mathematics of elements and rows, shared by all kernels

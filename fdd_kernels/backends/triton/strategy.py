@@ -67,7 +67,12 @@ def chosen_strategy() -> str:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Bytes of scratch for logits: FDD_KERNELS_CACHE_BYTES, or 2 GiB and at most a 32nd of the device's memory.
+    """Bytes of scratch for logits on a device; see `cache_budget`."""
+    return cache_budget(torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None)
+
+
+def cache_budget(device_memory: int | None) -> int:
+    """Bytes of scratch for logits: FDD_KERNELS_CACHE_BYTES, or 2 GiB and at most a 32nd of the device's memory (None: unknown).
 
     Raises:
         ValueError: the environment holds something that is no number of bytes.
@@ -77,9 +82,7 @@ def cache_bytes(device: torch.device) -> int:
         if not asked.isdigit():
             raise ValueError(f"{CACHE_BYTES}={asked!r} is not a number of bytes, such as {MOST_CACHE_BYTES}")
         return int(asked)
-    if device.type != "cuda":
-        return MOST_CACHE_BYTES
-    return min(MOST_CACHE_BYTES, torch.cuda.get_device_properties(device).total_memory // CACHE_SHARE)
+    return MOST_CACHE_BYTES if device_memory is None else min(MOST_CACHE_BYTES, device_memory // CACHE_SHARE)
 
 
 def padded(columns: int) -> int:

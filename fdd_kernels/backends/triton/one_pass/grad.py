@@ -29,6 +29,7 @@ from fdd_kernels.backends.triton.elementwise import (
     softmax_gradient,
 )
 from fdd_kernels.backends.triton.launch import launch
+from fdd_kernels.backends.triton.memory import RING
 from fdd_kernels.backends.triton.one_pass.stats import vectors
 from fdd_kernels.backends.triton.one_pass.tiles import park_features, park_tile, tile_values
 from fdd_kernels.backends.triton.work_table import (
@@ -191,7 +192,7 @@ def launch_grad(block, grad, per_row, grad_scale, first_tile: int, tiles: int) -
     launch(
         lens_grad_kernel, (block.programs(tiles),), config.options, grad=grad, reads=reads,
         moments=moments, grad_reads=grad_reads, grad_moments=grad_moments, pivots=pivots, grad_scale=grad_scale,
-        scratch=block.scratch(tiles, ring=3), order=block.order, labels=block.labels, total_rows=pivots.shape[-1],
+        scratch=block.scratch(tiles, ring=RING), order=block.order, labels=block.labels, total_rows=pivots.shape[-1],
         moment_inverse=1.0 / block.spec.moment_temperature, first_tile=first_tile, tiles=tiles, grad_width=grad.shape[-1],
         MOMENTS=bool(block.spec.moments), DIVERGENCE=block.table.divergence, BLOCK_E=config.block_strip,
         **block.arguments(),

@@ -1,8 +1,8 @@
 """The two operations with the GEMM inside the kernels: blocks of rows on the host.
 
 The strategy of least memory. Nothing here waits for the device: how many rows are valid stays there. Beyond inputs, outputs
-and statistics a call allocates the hidden states of a block of rows (BLOCK_BYTES with their float32 gradient), dL/dlogits of
-that block and some tokens (GRAD_BYTES), the head's gradient of those tokens (HEAD_BYTES), one scratch tile ring a program,
+and statistics a call allocates what `memory.py` states: the hidden states of a block of rows with their float32 gradient,
+dL/dlogits of that block and some tokens, the head's gradient of those tokens, one scratch tile ring a program,
 and, where a 16-bit head is trained over several blocks of rows, a float32 gradient of it. No atomics: results are the same
 from run to run.
 
@@ -19,6 +19,7 @@ from fdd_kernels.backends.triton import interpreting
 from fdd_kernels.backends.triton.autotune import tuned
 from fdd_kernels.backends.triton.config import LaunchConfig, architecture_of, f32_precision, multiprocessors
 from fdd_kernels.backends.triton.gemm import multiply
+from fdd_kernels.backends.triton.memory import rows_of_a_block, tiles_of_a_chunk
 from fdd_kernels.backends.triton.one_pass.grad import launch_grad
 from fdd_kernels.backends.triton.one_pass.second_pass import launch_divergence
 from fdd_kernels.backends.triton.one_pass.splits import launch_merge, launch_merge_divergence
@@ -26,11 +27,6 @@ from fdd_kernels.backends.triton.one_pass.stats import fields_of, launch_stats
 from fdd_kernels.backends.triton.problem import Head, Problem
 from fdd_kernels.backends.triton.scaling import gradient_scale
 from fdd_kernels.spec import MOMENT_STATS, READ_STATS, LensInputs, LensSpec
-
-MIB = 2**20
-BLOCK_BYTES = 256 * MIB
-GRAD_BYTES = 128 * MIB
-HEAD_BYTES = 128 * MIB
 
 
 def _head_arguments(head: Head, side: str, block_hidden: Tensor, filler: Tensor) -> dict:
@@ -56,14 +52,9 @@ class TiledProblem(Problem):
         self.units = multiprocessors(self.device, architecture == "interpreter")
         self.zero = torch.zeros(1, dtype=torch.float32, device=self.device)
         self.tiles = triton.cdiv(spec.columns, config.block_columns)
-        bytes_a_row = self.layers * (
-            self.student.width * (self.student.dtype.itemsize + 4)
-            + (self.teacher.width * self.teacher.dtype.itemsize if spec.needs_teacher else 0)
-        )
-        largest = max(1, BLOCK_BYTES // (bytes_a_row * config.block_rows))
-        row_tiles = triton.cdiv(self.rows, config.block_rows)
-        blocks = triton.cdiv(row_tiles, largest)
-        self.block_rows = triton.cdiv(row_tiles, blocks) * config.block_rows
+        teacher = (self.teacher.width, self.teacher.dtype.itemsize) if spec.needs_teacher else None
+        student = (self.student.width, self.student.dtype.itemsize)
+        self.block_rows = rows_of_a_block(self.rows, self.layers, student, teacher, config.block_rows)
 
     def blocks(self):
         for first in range(0, self.rows, self.block_rows):
@@ -201,9 +192,9 @@ def _grad(
         weight_CD = torch.zeros_like(weight, dtype=torch.float32)  # summed over blocks of rows, and rounded once
     bias_C = None if grad_bias is None else torch.zeros(spec.columns, dtype=torch.float32, device=problem.device)
     want_hidden = any(g is not None for g in grad_hidden)
-    tile_bytes = problem.layers * problem.block_rows * config.block_columns * dtype.itemsize
-    head_bytes = head.width * config.block_columns * 4
-    tiles_a_chunk = min(max(1, min(GRAD_BYTES // tile_bytes, HEAD_BYTES // head_bytes)), problem.tiles)
+    tiles_a_chunk = tiles_of_a_chunk(
+        problem.block_rows, problem.layers, spec.columns, head.width, dtype.itemsize, config.block_columns
+    )
     for block in problem.blocks():
         hidden_mD = block.student_LrD.flatten(0, 1)
         sum_mD = None
@@ -222,15 +213,20 @@ def _grad(
             if sum_mD is not None:
                 multiply(sum_mD, grad_mc, weight[start:stop].to(dtype), accumulate=True)
             if grad_weight is not None:
-                sum_cD = torch.empty((stop - start, head.width), dtype=torch.float32, device=problem.device)
-                multiply(sum_cD, grad_mc.t(), hidden_mD)
-                sum_cD /= scale
-                weight_CD[start:stop] += sum_cD  # one block of rows may write it; several add to it
+                _add_head_gradient(weight_CD[start:stop], grad_mc, hidden_mD, scale)
             if bias_C is not None:
                 bias_C[start:stop] += grad_mc.sum(0, dtype=torch.float32)
         if sum_mD is not None:
             problem.put_back(grad_hidden, sum_mD.view(problem.layers, block.rows, -1), block.first, scale)
+        del block, hidden_mD, sum_mD, grad_Lrc, grad_mc  # before those of the next block are allocated
     if weight_CD is not None and weight_CD.dtype != grad_weight.dtype:
         grad_weight[: spec.columns] = weight_CD
     if bias_C is not None:
         grad_bias[: spec.columns] = bias_C.div_(scale)
+
+
+def _add_head_gradient(weight_cD: Tensor, grad_mc: Tensor, hidden_mD: Tensor, scale: Tensor) -> None:
+    """Add some tokens' share of a block of rows to the head's gradient: one block may write it, several add to it."""
+    sum_cD = torch.empty(weight_cD.shape, dtype=torch.float32, device=weight_cD.device)
+    multiply(sum_cD, grad_mc.t(), hidden_mD)
+    weight_cD += sum_cD.div_(scale)
