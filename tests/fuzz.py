@@ -17,8 +17,7 @@ import torch
 
 from fdd_kernels import fused_fdd_loss
 from fdd_kernels.backends import BACKENDS, why_unavailable
-from fdd_kernels.config import DERIVATIVES, TRAJECTORIES
-from fdd_kernels.divergences import FEATURE_DISTANCES
+from fdd_kernels.divergences import DERIVATIVES, FEATURE_DISTANCES, TRAJECTORIES
 from fdd_kernels.testing import Problem, evaluate, excesses, random_problem
 
 
