@@ -1,4 +1,4 @@
-"""`python -m benchmarks run | compare | table | check-records | report | list | gpu`; see `--help` of each."""
+"""`python -m benchmarks run | compare | table | check-records | report | list | gpu | traffic`; see `--help` of each."""
 
 from __future__ import annotations
 
@@ -73,6 +73,10 @@ def build_parser() -> argparse.ArgumentParser:
     gpu.add_argument("--dry-run", action="store_true", help="every step at toy size on the CPU, in Triton's interpreter")
     gpu.add_argument("--table", action="store_true", help="only print what the record in --output says")
     gpu.set_defaults(run=do_gpu)
+
+    traffic = commands.add_parser("traffic", help="what the Triton backend moves and launches", description=do_traffic.__doc__)
+    traffic.add_argument("--json", type=Path, metavar="FILE", help="write the counts to this file")
+    traffic.set_defaults(run=do_traffic)
 
     listing = commands.add_parser("list", help="workloads of a suite, and providers", description=do_list.__doc__)
     listing.add_argument("--suite", choices=SUITES, default="full")
@@ -194,6 +198,13 @@ def do_gpu(arguments: argparse.Namespace) -> int:
         )
     print(verdict.text(record.read_json(arguments.output / supervisor.RECORD)))
     return 0 if arguments.table else status
+
+
+def do_traffic(arguments: argparse.Namespace) -> int:
+    """Count GEMMs, bytes an element, scratch and kernels a block on recorded launches; needs no GPU."""
+    from benchmarks import traffic
+
+    return traffic.run(arguments.json)
 
 
 def do_list(arguments: argparse.Namespace) -> int:

@@ -68,8 +68,10 @@ def fused_fdd_loss(
 
     Gradient flows to the student's hidden states, weight and bias, each only if it requires one, never to the teacher.
     The loss can be differentiated once. On CPUs the gradients are formed in the forward pass where that saves work, and wait
-    in memory for the backward pass: evaluate under `torch.no_grad()`. Products are taken of the tensors as given (under
-    autocast, of float32 tensors cast to its dtype); sums, softmax and statistics are float32, or float64 if any input is.
+    in memory for the backward pass: evaluate under `torch.no_grad()`. Where the upstream gradient is then no power of two (a
+    loss divided by three), gradients of 16 bits are formed again, which takes as long, so as to be rounded once: pass
+    `num_items_in_batch` instead. Products are taken of the tensors as given (under autocast, of float32 tensors cast to its
+    dtype); sums, softmax and statistics are float32, or float64 if any input is.
 
     Args:
         student_hidden, teacher_hidden: L tensors (..., Ds) and (..., Dt) in depth order, paired by rank. The last is
@@ -96,7 +98,8 @@ def fused_fdd_loss(
         student_logit_scale, teacher_logit_scale: multiply the logits (Cohere; Granite: 1 / logits_scaling).
         output_in_dynamics: the final state is also the last layer of trajectory and derivative.
         reduction: "mean" over the positions that count, "sum", or "none": (...) with 0 at the others.
-        num_items_in_batch: divide the sum by this number instead (gradient accumulation, data parallelism).
+        num_items_in_batch: divide the sum by this number instead (gradient accumulation, data parallelism). A tensor of one
+            number may be 0, for a loss of 0; to capture a CUDA graph let it be on the device.
         vocab_size: compare only the first `vocab_size` columns; needed where the vocabularies are padded unequally.
         backend: "auto", "reference", "torch", "cpu" or "triton".
         return_terms: return `FDDLossTerms` with the unweighted terms beside the loss.
@@ -185,7 +188,7 @@ def _prepare(options: LossOptions, student_hidden, student_weight, teacher_hidde
         students, student_weight, student_bias, teachers, teacher_weight, teacher_bias,
         *_rows_that_count(options, labels, mask),
     )  # fmt: skip
-    normaliser = normaliser_of(options, inputs.rows, inputs.valid, num_items_in_batch)
+    normaliser = normaliser_of(options, inputs.rows, inputs.valid, num_items_in_batch, inputs.device)
     return plan, inputs, normaliser, rows_to_keep(plan, normaliser, *tensors_of(plan, inputs))
 
 

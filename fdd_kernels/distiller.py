@@ -19,6 +19,7 @@ from fdd_kernels.models.parallel import data_parallel, inside_forward, own_rows
 from fdd_kernels.models.positions import counted_positions
 from fdd_kernels.models.routers import RouterLoss, router_coefficient
 from fdd_kernels.models.teachers import StudentSide, Teacher, TeacherStates, as_teacher, model_states, require_model
+from fdd_kernels.terms import divisor_of
 
 
 class DistillerTerms(FDDLossTerms):
@@ -250,5 +251,5 @@ class Distiller:
         """What a batch's positions are of those that its terms are divided by: 1, or its part of an optimizer step."""
         count = self.count_positions(batch).float()
         if num_items_in_batch is not None:
-            return count / num_items_in_batch
+            return (count / divisor_of(num_items_in_batch)).to(count.dtype)
         return count if self.options.reduction == "sum" else count.clamp(max=1)

@@ -20,7 +20,7 @@ from fdd_kernels.config import FDDLossTerms
 from fdd_kernels.plan import Plan
 from fdd_kernels.reference import dense_logits
 from fdd_kernels.spec import LSE_S, NLL, LensInputs, LensSpec, Read
-from fdd_kernels.terms import combine, row_terms_from_statistics, static_deltas
+from fdd_kernels.terms import combine, row_terms_from_statistics, static_deltas, term_weights, upstream_gradients
 
 
 class _Once(torch.autograd.Function):
@@ -102,8 +102,8 @@ class LossAndGradient(torch.autograd.Function):
 
     For backends that keep a block's values between the two operations, which spares the backward pass both heads' products.
     Those gradients are for an upstream gradient of 1: the first backward pass scales them in place, which nobody else can
-    see, and hands them over; a second one forms them anew. So does the first one on a CPU where scaling would round 16-bit
-    gradients a second time: unless the upstream gradient is a power of two. (Elsewhere that would take a host sync.)
+    see, and hands them over; a second one forms them anew. Where scaling would round gradients of 16 bits a second time, they
+    are formed anew with the upstream gradient in them; but on a CPU alone, since to look at it is a host sync elsewhere.
     Upstream gradients of other terms go through the two operations. `normaliser` divides the sums over rows; None: nothing
     does. All processes of a `shard` must take the same rows at a time, and the same backward passes.
     """
@@ -118,6 +118,8 @@ class LossAndGradient(torch.autograd.Function):
         _save(ctx, *tensors)
         ctx.set_materialize_grads(False)
         terms, ctx.gradients = ctx.compute(_inputs(*tensors))
+        in_common = ctx.gradients if shard is None else ctx.gradients[: sum(ctx.needed[:-2])]  # of all its processes
+        ctx.of_16_bits = any(gradient.dtype.itemsize == 2 for gradient in in_common)
         computed = (True, plan.output_kd is not None, plan.trajectory, plan.derivative, plan.ce is not None)
         ctx.mark_non_differentiable(*[term for term, is_computed in zip(terms, computed) if not is_computed])
         return terms
@@ -132,18 +134,19 @@ class LossAndGradient(torch.autograd.Function):
             if all(g is None for g in of_terms):
                 if of_loss is None:
                     return (None,) * len(ctx.needs_input_grad)
-                if gradients is None or _rounds_twice(gradients, of_loss, ctx.shard, ctx.needed):
+                if ctx.of_16_bits and not _scales_exactly(of_loss):
                     del gradients
                     found = ctx.compute(inputs, of_loss)[1]
                 else:
-                    found = _scaled(gradients, of_loss)
+                    found = _scaled(gradients or ctx.compute(inputs)[1], of_loss)
                 found = _rounded(found, inputs, ctx.needed)
             else:
                 del gradients
                 spec, backend = ctx.plan.spec.encode(), ctx.plan.backend
                 statistics = _statistics(spec, backend, ctx.shard, inputs)
+                weights = term_weights(ctx.plan, ctx.normaliser, upstream, inputs.statistics_dtype)
                 static = static_deltas(ctx.plan, inputs.student_hidden, inputs.teacher_hidden)
-                _, of_statistics = _differentiate(ctx.plan, statistics, static, inputs.valid, ctx.normaliser, upstream)
+                of_statistics = upstream_gradients(ctx.plan, *statistics, inputs.valid, weights, static)
                 found = ops.lens_grad(*inputs, *spec, backend, *statistics, *of_statistics, ctx.needed)
                 found = _complete(ctx.shard, found, ctx.needed)
         return _returned(ctx, found, inputs, upstream)
@@ -193,15 +196,14 @@ def _kept_rows(backend: str, inputs: LensInputs, spec: LensSpec, needed: list[bo
 def _loss_and_gradient(plan: Plan, rows_at_a_time: int, shard, normaliser, needed: list[bool], inputs: LensInputs,
                        of_loss: Tensor | float = 1.0) -> tuple[FDDLossTerms, list[Tensor]]:  # fmt: skip
     """The terms, and the gradients of `of_loss` * loss marked in `needed`, in the dtypes in which the backend has them."""
-
+    weights = term_weights(plan, normaliser, (of_loss, None, None, None, None), inputs.statistics_dtype)
     static = static_deltas(plan, inputs.student_hidden, inputs.teacher_hidden)
 
     def upstream_of(rows: Tensor, *statistics: Tensor) -> tuple[Tensor, ...]:
         if shard is not None:
             statistics = shard.merged(inputs.at(rows), plan.spec, statistics)
         of_block = None if static is None else static[..., rows]
-        upstream = (of_loss, None, None, None, None)
-        return *statistics, *_differentiate(plan, statistics, of_block, None, normaliser, upstream)[1]
+        return *statistics, *upstream_gradients(plan, *statistics, None, weights, of_block)
 
     with torch.autocast(inputs.device.type, enabled=False), torch.profiler.record_function("fdd_kernels::stats_and_grad"):
         found, statistics = BACKENDS[plan.backend].stats_and_grad(
@@ -211,13 +213,9 @@ def _loss_and_gradient(plan: Plan, rows_at_a_time: int, shard, normaliser, neede
     return terms, _complete(shard, found, needed)
 
 
-def _rounds_twice(found: list[Tensor], of_loss: Tensor, shard, needed: list[bool]) -> bool:
-    """Whether scaling the gradients `found` would round any of 16 bits again; False where the host would have to wait."""
-    if of_loss.device.type != "cpu" or abs(math.frexp(of_loss.item())[0]) in (0.0, 0.5):
-        return False
-    if shard is not None:  # by what all its processes have in common
-        found = found[: sum(needed[:-2])]
-    return any(gradient.dtype.itemsize == 2 for gradient in found)
+def _scales_exactly(of_loss: Tensor) -> bool:
+    """Whether it is a power of two (or 0), so that no gradient is rounded by it; True where the host would have to wait."""
+    return of_loss.device.type != "cpu" or abs(math.frexp(of_loss.item())[0]) in (0.0, 0.5)
 
 
 def _scaled(found: list[Tensor], of_loss: Tensor) -> list[Tensor]:
@@ -236,20 +234,6 @@ def _rounded(found: list[Tensor], inputs: LensInputs, needed: list[bool]) -> lis
     return found
 
 
-def _differentiate(plan: Plan, statistics, static, valid, normaliser,
-                   upstream) -> tuple[FDDLossTerms, tuple[Tensor, Tensor]]:  # fmt: skip
-    """The terms, and the gradients of reads and moments given those of the terms (None: no gradient)."""
-    pivots, reads, moments = [t.detach() for t in statistics]
-    # A caller's hooks on saved tensors, such as checkpointing's, have no business in here.
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
-        reads.requires_grad_()
-        moments.requires_grad_()
-        terms = combine(row_terms_from_statistics(plan, pivots, reads, moments, static), plan.options, valid, (), normaliser)
-        total = sum(term * g for term, g in zip(terms, upstream) if g is not None)
-        gradients = torch.autograd.grad(total, (reads, moments), allow_unused=True, materialize_grads=True)
-    return FDDLossTerms(*[term.detach() for term in terms]), gradients
-
-
 class LogSumExps(torch.autograd.Function):
     """Log-sum-exps of the student's logits, (L, R): one for each of `hidden`; differentiable once, in `hidden` alone.
 
@@ -260,7 +244,6 @@ class LogSumExps(torch.autograd.Function):
     def forward(ctx, spec: LensSpec, backend: str, rows_at_a_time: int, weight, bias, *hidden: Tensor):
         labels = torch.zeros(len(hidden[0]), dtype=torch.int64, device=weight.device)
         inputs = LensInputs(list(hidden), weight, bias, list(hidden), None, None, None, labels)
-        temperatures = hidden[0].new_tensor([[read.temperature] for read in spec.reads])
         needed = [*ctx.needs_input_grad[-len(hidden) :], False, False]
 
         def upstream_of(_rows, pivots: Tensor, reads: Tensor, moments: Tensor) -> tuple[Tensor, ...]:
@@ -276,7 +259,9 @@ class LogSumExps(torch.autograd.Function):
             statistics = ops.lens_stats(*arguments)
             slopes = ops.lens_grad(*arguments, *upstream_of(None, *statistics), needed) if any(needed) else []
         pivots, reads, _ = statistics
-        found = pivots[0] / temperatures + reads[:, LSE_S]
+        found = torch.stack(
+            [pivots[0, read.layer] / read.temperature + of_read[LSE_S] for read, of_read in zip(spec.reads, reads)]
+        )
         ctx.needed = needed
         ctx.save_for_backward(*hidden, *slopes)
         return found

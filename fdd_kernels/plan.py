@@ -274,7 +274,7 @@ def make_plan(options: LossOptions, student_hidden, student_weight, teacher_hidd
         raise ValueError(f"ce_weight={options.ce_weight} needs labels: pass labels, or ce_weight=0")
     if options.shift and (labels is None or labels.ndim == 0):
         raise ValueError("shift=True shifts the labels along their last dimension: pass labels of shape (..., sequence)")
-    _check_normaliser(options, num_items_in_batch)
+    check_normaliser(options, num_items_in_batch)
     plan = lay_out(options, columns, count, leading_shape, feature_space, resolve_backend(options.backend, device))
     _check_transforms(named | {"labels": labels, "mask": mask}, plan.backend)
     if not torch.compiler.is_compiling() and os.environ.get(DEBUG_SWITCH, "0") not in ("", "0"):
@@ -282,7 +282,8 @@ def make_plan(options: LossOptions, student_hidden, student_weight, teacher_hidd
     return plan, student, teacher
 
 
-def _check_normaliser(options: LossOptions, num_items_in_batch) -> None:
+def check_normaliser(options: LossOptions, num_items_in_batch) -> None:
+    """Refuse what cannot divide a sum; a tensor, whose value would take a host sync, may be 0."""
     if num_items_in_batch is None:
         return
     if options.reduction == "none":
@@ -293,7 +294,10 @@ def _check_normaliser(options: LossOptions, num_items_in_batch) -> None:
     elif isinstance(num_items_in_batch, bool) or not isinstance(num_items_in_batch, (int, float)):
         raise TypeError(f"num_items_in_batch must be a number or a tensor, got {type(num_items_in_batch).__name__}")
     elif not 0 < num_items_in_batch < math.inf:
-        raise ValueError(f"num_items_in_batch={num_items_in_batch} must be greater than 0")
+        raise ValueError(
+            f"num_items_in_batch={num_items_in_batch} must be greater than 0: skip a batch without valid tokens, or pass a "
+            "tensor, for which 0 gives a loss of 0"
+        )
 
 
 def _check_finite(named: dict[str, Tensor | None]) -> None:

@@ -32,7 +32,7 @@ from fdd_kernels.backends import resolve_backend
 from fdd_kernels.backends.torch_stream import MIB, choose_tiles
 from fdd_kernels.config import FDDLossTerms, LossOptions
 from fdd_kernels.functions import log_sum_exps
-from fdd_kernels.plan import Plan, lay_out
+from fdd_kernels.plan import Plan, check_normaliser, lay_out
 from fdd_kernels.spec import (
     LSE_S,
     LSE_T,
@@ -302,13 +302,14 @@ class StatisticsLoss:
             num_items_in_batch: see `fused_fdd_loss`.
 
         Raises:
-            ValueError: the head has changed, CE without labels.
+            TypeError, ValueError: the head has changed, CE without labels, a bad `num_items_in_batch`.
         """
         if self.weight._version != self.version:
             raise ValueError(
                 "the student's head has changed since the loss was made: the teacher's statistics are of another head"
             )
         options, rows = self.options, len(student_hidden[0])
+        check_normaliser(options, num_items_in_batch)
         if options.ce_weight and labels is None:
             raise ValueError(f"ce_weight={options.ce_weight} needs labels: pass labels, or ce_weight=0")
         plan = lay_out(options, self.columns, self.layers, (rows,), False, resolve_backend(options.backend, self.weight.device))
@@ -320,7 +321,8 @@ class StatisticsLoss:
         row_terms = row_terms_from_statistics(
             plan, lse.new_empty(0), _stacked(reads, READ_STATS, lse), _stacked(moments, MOMENT_STATS, lse)
         )
-        return combine(row_terms, options, None, (rows,), normaliser_of(options, rows, None, num_items_in_batch))
+        normaliser = normaliser_of(options, rows, None, num_items_in_batch, lse.device)
+        return combine(row_terms, options, None, (rows,), normaliser)
 
     def _scalars(self, statistics: dict[str, Tensor], index: int) -> Tensor:
         return statistics["scalars"][:, 3 * index : 3 * index + 3].unbind(-1)

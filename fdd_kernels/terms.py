@@ -1,10 +1,15 @@
-"""From per-row statistics to the loss: the distances of layer deltas, the weights and the reductions, once for all.
+"""From per-row statistics to the loss, and back from the loss to the statistics: weights and reductions, once for all.
 
-Everything here is ordinary PyTorch on tensors of shape (R,); autograd differentiates it.
+The values are ordinary PyTorch on tensors of shape (R,) that autograd differentiates. `upstream_gradients` has the same
+derivatives in closed form, in a tenth of the operators, for those who form gradients one block of rows after another. Neither
+has a loop over layers or pairs of them, or waits for a device.
+
+Shape suffixes: P pairs of vectors (one a moment target), R rows.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,8 +17,10 @@ import torch
 from torch import Tensor
 
 from fdd_kernels.config import FDDLossTerms, LossOptions
+from fdd_kernels.distances import DISTANCES, Distance, Sums
+from fdd_kernels.divergences import FEATURE_DISTANCES
 from fdd_kernels.plan import Plan
-from fdd_kernels.spec import COUNT, LSE_S, LSE_T, M_DD, M_SS, M_ST, M_TT, MEAN_S, MEAN_T, OWN, VALUE
+from fdd_kernels.spec import LSE_S, LSE_T, M_SS, M_TT, MEAN_S, MEAN_T, VALUE
 
 _COMPARED_ELEMENTS = 2**22  # of the hidden states that are compared at a time
 
@@ -27,29 +34,55 @@ class RowTerms(NamedTuple):
     ce: Tensor | None
 
 
-def _safe_sqrt(x: Tensor) -> Tensor:
-    """sqrt with gradient 0 at 0."""
-    return torch.where(x <= 0, 0.0, torch.where(x <= 0, 1.0, x).sqrt())  # NaN stays
+class TermWeights(NamedTuple):
+    """What each read or pair of vectors of a term counts for in a total: numbers, scalars or (R,)."""
+
+    output_kd: Tensor | float
+    trajectory: Tensor | float
+    derivative: Tensor | float
+    ce: Tensor | float
 
 
-def _cosine_distance(ss: Tensor, tt: Tensor, st: Tensor, dd: Tensor) -> Tensor:
-    """1 - cos of vectors s and t from s.s, t.t, s.t and |s - t|^2; 1, with gradient 0, where either has length 0.
+class _Vectors(NamedTuple):
+    """Sums of the vectors that are compared, and the offsets (P, R) from their centred moments to them: mean - shift."""
 
-    For vectors that nearly agree, 1 - s.t / (|s||t|) would lose every digit, while
-    (|s - t|^2 - (|s| - |t|)^2) / (2 |s||t|), the same number, keeps them.
-    """
-    norm_s, norm_t = _safe_sqrt(ss), _safe_sqrt(tt)
-    product = norm_s * norm_t
-    defined = product != 0  # NaN stays
-    product = torch.where(defined, product, 1.0)
-    difference = (ss - tt) / torch.where(defined, norm_s + norm_t, 1.0)
-    near = (dd - difference.square()) / (2 * product)
-    far = 1 - st / product
-    return torch.where(defined, torch.where(2 * dd < ss + tt, near, far), 1.0)
+    sums: Sums
+    of_s: Tensor
+    of_t: Tensor
+    of_difference: Tensor
+
+
+def _run(positions: Sequence[int]) -> slice:
+    """Positions as a slice, whose reading needs neither an index on the device nor a copy: a plan's follow one another."""
+    run = slice(positions[0], positions[-1] + 1)
+    assert list(positions) == list(range(run.start, run.stop))
+    return run
+
+
+def _part(tensor: Tensor, run: slice) -> Tensor:
+    """`tensor[run]`; the tensor itself where that is all of it, which spares an operator."""
+    return tensor if run == slice(0, len(tensor)) else tensor[run]
+
+
+def _compared_vectors(plan: Plan) -> dict[str, tuple[Distance, slice]]:
+    """Term: distance and moment targets, of the terms that compare vectors, in the order of the targets."""
+    found = {}
+    if plan.trajectory and plan.options.trajectory in FEATURE_DISTANCES:
+        found["trajectory"] = DISTANCES[plan.options.trajectory], _run(plan.trajectory)
+    if plan.derivative:
+        found["derivative"] = DISTANCES[plan.options.derivative], _run(plan.derivative)
+    return found
+
+
+def _layers_of_deltas(plan: Plan) -> slice:
+    """The reads of the layers between which deltas are taken, for their log-sum-exps."""
+    first, second = zip(*plan.derivative_reads)
+    assert list(first[1:]) == list(second[:-1])
+    return _run([*first, second[-1]])
 
 
 def static_deltas(plan: Plan, student_hidden: Sequence[Tensor], teacher_hidden: Sequence[Tensor]) -> Tensor | None:
-    """Where a model's delta has length 0 because both its hidden states are equal: (2, pairs, R) bool; None: no angle is taken.
+    """Where a model's delta has length 0 because its two hidden states are equal: (pairs, 2, R) bool; None: nothing asks.
 
     The hidden states are of the spec's layers. Products of equal states may differ in their last bits, which would be the
     direction of a delta that has none; no bound on its length tells it from a short one, but the states themselves do.
@@ -57,10 +90,8 @@ def static_deltas(plan: Plan, student_hidden: Sequence[Tensor], teacher_hidden: 
     if not plan.derivative or plan.options.derivative == "mse":
         return None
     pairs = [plan.spec.moments[index] for index in plan.derivative]
-    return torch.stack([
-        torch.stack([_equal_rows(states[first].detach(), states[second].detach()) for first, second in pairs])
-        for states in (student_hidden, teacher_hidden)
-    ])  # fmt: skip
+    models = [[h.detach() for h in states] for states in (student_hidden, teacher_hidden)]
+    return torch.stack([torch.stack([_equal_rows(h[first], h[second]) for h in models]) for first, second in pairs])
 
 
 def _equal_rows(a: Tensor, b: Tensor) -> Tensor:
@@ -71,73 +102,77 @@ def _equal_rows(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([(x == y).all(-1) for x, y in zip(a.split(rows), b.split(rows))])
 
 
-def _moment_distance(kind: str, moment: Tensor, shift_s: Tensor | float, shift_t: Tensor | float,
-                     static: tuple[Tensor, Tensor] | None = None) -> Tensor:  # fmt: skip
-    """Distance of a moment target's vectors after `shift` is subtracted from each: (R,).
-
-    `static` says for each model which vectors have length 0, whatever their computed length is.
-    """
-    ss, tt, st, dd = moment[M_SS], moment[M_TT], moment[M_ST], moment[M_DD]
-    if kind != "centered_cosine":
-        count, mean_s, mean_t = moment[COUNT], moment[MEAN_S] - shift_s, moment[MEAN_T] - shift_t
-        ss, tt, st = ss + count * mean_s.square(), tt + count * mean_t.square(), st + count * mean_s * mean_t
-        dd = dd + count * (mean_s - mean_t).square()
-    if kind == "mse":
-        return dd / moment[COUNT].clamp(min=1)
+def _vectors(plan: Plan, pivots: Tensor, reads: Tensor, moments: Tensor, static: Tensor | None) -> _Vectors:
+    """The vectors of all moment targets: what the statistics are relative to is put back, so that deltas are log q's."""
+    means, offsets = moments[:, MEAN_S : MEAN_T + 1], []
+    count, _, _, _, _, product, difference = moments.unbind(1)
+    for term, (distance, run) in _compared_vectors(plan).items():
+        offset = _part(means, run)
+        if distance.centred:
+            offset = torch.zeros_like(offset)
+        elif term == "trajectory":  # the features themselves: their pivots are put back
+            layers = pivots[:, _run([layer for _, layer in plan.spec.moments[run]])]
+            offset = offset + layers.transpose(0, 1) / plan.spec.moment_temperature
+        elif plan.derivative_reads:
+            lse = _part(reads, _layers_of_deltas(plan))[:, LSE_S : LSE_T + 1]
+            offset = offset - (lse[1:] - lse[:-1])
+        offsets.append(offset)
+    offset = offsets[0] if len(offsets) == 1 else torch.cat(offsets)
+    summed = count[:, None] * offset
+    (offset_s, offset_t), (sum_s, sum_t) = offset.unbind(1), summed.unbind(1)
+    apart = offset_s - offset_t
+    sum_apart = count * apart
+    squares = torch.addcmul(moments[:, M_SS : M_TT + 1], summed, offset)
     if static is not None:
-        ss, tt = torch.where(static[0], 0.0, ss), torch.where(static[1], 0.0, tt)
-    return _cosine_distance(ss, tt, st, dd)
+        others = static.new_zeros((len(squares) - len(static), *static.shape[1:]))  # the trajectory's, which come first
+        squares = squares.masked_fill(torch.cat([others, static]), 0.0)
+    sums = Sums(
+        count=count,
+        squares=squares,
+        product=torch.addcmul(product, sum_s, offset_t),
+        difference=torch.addcmul(difference, sum_apart, apart),
+    )
+    return _Vectors(sums, sum_s, sum_t, sum_apart)
 
 
 def row_terms_from_statistics(plan: Plan, pivots: Tensor, reads: Tensor, moments: Tensor,
                               static: Tensor | None = None) -> RowTerms:  # fmt: skip
     """The terms of every row from the statistics of `spec.py`; `static` is of `static_deltas`."""
-    options, spec = plan.options, plan.spec
-    trajectory = derivative = None
-    if plan.trajectory:
-        per_layer = []
-        for index in plan.trajectory:
-            if options.trajectory in ("mse", "cosine"):
-                first, layer = spec.moments[index]
-                assert first == OWN
-                # Statistics are relative to the pivots; the features themselves are compared here.
-                shifts = -pivots[:, layer] / spec.moment_temperature
-                per_layer.append(_moment_distance(options.trajectory, moments[index], shifts[0], shifts[1]))
-            else:
-                per_layer.append(reads[index, VALUE])
-        trajectory = torch.stack(per_layer).mean(0)
-    if plan.derivative:
-        per_pair = []
-        for pair, index in enumerate(plan.derivative):
-            shift_s = shift_t = 0.0
-            if plan.derivative_reads:
-                first, second = plan.derivative_reads[pair]
-                shift_s = reads[second, LSE_S] - reads[first, LSE_S]
-                shift_t = reads[second, LSE_T] - reads[first, LSE_T]
-            of_pair = None if static is None else static[:, pair]
-            per_pair.append(_moment_distance(options.derivative, moments[index], shift_s, shift_t, of_pair))
-        derivative = torch.stack(per_pair).mean(0)
+    compared, values = _compared_vectors(plan), {}
+    if compared:
+        sums = _vectors(plan, pivots, reads, moments, static).sums
+        values = {term: distance.value(sums.at(run)).mean(0) for term, (distance, run) in compared.items()}
+    if plan.trajectory and "trajectory" not in values:
+        values["trajectory"] = reads[_run(plan.trajectory), VALUE].mean(0)
     return RowTerms(
         output_kd=None if plan.output_kd is None else reads[plan.output_kd, VALUE],
-        trajectory=trajectory,
-        derivative=derivative,
+        trajectory=values.get("trajectory"),
+        derivative=values.get("derivative"),
         ce=None if plan.ce is None else reads[plan.ce, VALUE],
     )
 
 
-def normaliser_of(options: LossOptions, rows: int, valid: Tensor | None, num_items_in_batch: Tensor | float | None):
+def divisor_of(items: Tensor | float) -> Tensor | float:
+    """A number of items as a divisor; a tensor of 0, which nobody has looked at, becomes inf, so that what it divides is 0."""
+    return torch.where(items == 0, torch.inf, items) if isinstance(items, Tensor) else items
+
+
+def normaliser_of(options: LossOptions, rows: int, valid: Tensor | None, num_items_in_batch: Tensor | float | None,
+                  device: torch.device) -> Tensor | float | None:  # fmt: skip
     """What divides the sum over rows; None: nothing does."""
-    if num_items_in_batch is None and options.reduction == "mean":
+    if num_items_in_batch is None:
+        if options.reduction != "mean":
+            return None
         return max(rows, 1) if valid is None else valid.sum().clamp(min=1)
-    return num_items_in_batch
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.reshape(()).to(device)
+    return divisor_of(num_items_in_batch)
 
 
 def combine(terms: RowTerms, options: LossOptions, valid: Tensor | None, leading_shape: tuple[int, ...],
             normaliser: Tensor | float | None) -> FDDLossTerms:  # fmt: skip
     """Weights, temperature factor and reduction; rows with `valid` False count as 0. `normaliser`: of `normaliser_of`."""
     like = next(term for term in terms if term is not None)
-    if isinstance(normaliser, Tensor):
-        normaliser = normaliser.reshape(()).to(like.device)
 
     def reduce(term: Tensor | None) -> Tensor:
         if term is None:
@@ -146,7 +181,7 @@ def combine(terms: RowTerms, options: LossOptions, valid: Tensor | None, leading
             term = torch.where(valid, term, 0.0)
         if options.reduction == "none":
             return term.view(leading_shape)
-        return term.sum() if normaliser is None else term.sum() / normaliser
+        return term.sum() if normaliser is None else (term.sum() / normaliser).to(term.dtype)
 
     output_kd = reduce(terms.output_kd)
     if options.scale_by_t2:
@@ -156,3 +191,54 @@ def combine(terms: RowTerms, options: LossOptions, valid: Tensor | None, leading
         options.output_kd_weight * output_kd + options.alpha * trajectory + options.beta * derivative + options.ce_weight * ce
     )
     return FDDLossTerms(loss, output_kd, trajectory, derivative, ce)
+
+
+def term_weights(plan: Plan, normaliser: Tensor | float | None, upstream: Sequence[Tensor | float | None],
+                 dtype: torch.dtype) -> TermWeights:  # fmt: skip
+    """The weights of the total sum of `upstream` * terms, with the terms of `combine` (None: no gradient), in `dtype`."""
+    if isinstance(normaliser, Tensor):
+        normaliser = normaliser.to(dtype)
+    options, (of_loss, *of_terms) = plan.options, upstream
+    factors = (options.output_temperature**2 if options.scale_by_t2 else 1.0, 1 / max(len(plan.trajectory), 1),
+               1 / max(len(plan.derivative), 1), 1.0)  # fmt: skip
+    weights = []
+    for factor, of_term, in_loss in zip(
+        factors, of_terms, (options.output_kd_weight, options.alpha, options.beta, options.ce_weight)
+    ):
+        weight = 0.0 if of_loss is None else factor * in_loss * of_loss
+        weight = weight if of_term is None else weight + factor * of_term
+        weights.append(weight if normaliser is None else weight / normaliser)
+    return TermWeights(*weights)
+
+
+@torch.no_grad()
+def upstream_gradients(plan: Plan, pivots: Tensor, reads: Tensor, moments: Tensor, valid: Tensor | None,
+                       weights: TermWeights, static: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of reads and moments of the total that has these `weights`; those of the teacher's statistics are 0."""
+    of_reads, of_moments = torch.zeros_like(reads), torch.zeros_like(moments)
+    of_value, compared = of_reads[:, VALUE], _compared_vectors(plan)
+    if plan.trajectory and "trajectory" not in compared:
+        of_value[_run(plan.trajectory)] = weights.trajectory
+    if plan.ce is not None:
+        of_value[plan.ce] = weights.ce
+    if plan.output_kd is not None:  # perhaps a read of the trajectory
+        of_value[plan.output_kd].add_(weights.output_kd)
+    if compared:
+        vectors = _vectors(plan, pivots, reads, moments, static)
+        _, of_mean, _, of_ss, _, of_st, of_dd = of_moments.unbind(1)
+        for write_slope, alike in itertools.groupby(compared.values(), lambda entry: entry[0].write_slope):
+            runs = [run for _, run in alike]
+            run = slice(runs[0].start, runs[-1].stop)
+            write_slope(vectors.sums.at(run), *[_part(of_sum, run) for of_sum in (of_ss, of_st, of_dd)])
+        of_mean.addcmul_(vectors.of_t, of_st)
+        of_mean.addcmul_(vectors.of_s, of_ss, value=2).addcmul_(vectors.of_difference, of_dd, value=2)
+        for term, (_, run) in compared.items():
+            _part(of_moments, run).mul_(getattr(weights, term))
+        if "derivative" in compared and plan.derivative_reads:
+            of_lse = _part(of_reads, _layers_of_deltas(plan))[:, LSE_S]
+            of_shift = _part(of_mean, compared["derivative"][1])
+            of_lse[1:].sub_(of_shift)
+            of_lse[:-1].add_(of_shift)
+    if valid is not None:
+        of_reads, of_moments = torch.where(valid, of_reads, 0.0), torch.where(valid, of_moments, 0.0)
+    return of_reads, of_moments

@@ -269,7 +269,7 @@ class _DenseCall:
 
     def combine(self, rows: RowTerms) -> FDDLossTerms:
         count = len(self.student[0][0])
-        normaliser = normaliser_of(self.options, count, self.valid, self.normaliser)
+        normaliser = normaliser_of(self.options, count, self.valid, self.normaliser, self.student[0][0].device)
         return combine(rows, self.options, self.valid, self.plan.leading_shape, normaliser)
 
 

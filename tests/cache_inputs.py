@@ -72,7 +72,8 @@ def same_loss_and_gradients(student, distiller, live, batch, **live_options):
     terms, gradients = loss_and_gradients(student, distiller, batch)
     expected_terms, expected = loss_and_gradients(student, live, batch, **live_options)
     for name, term, value in zip(terms._fields, terms, expected_terms):
-        torch.testing.assert_close(term, value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        # Two evaluations that add up to 9 x 97 numbers in another order, each rounded by half a unit in either.
+        torch.testing.assert_close(term, value, rtol=873 * 2.0**-23, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
     scale = max(float(g.abs().max()) for g in expected.values())
     assert scale > 1e-3
     for name, gradient in gradients.items():

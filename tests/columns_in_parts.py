@@ -11,11 +11,10 @@ from torch import Tensor
 from fdd_kernels import ops
 from fdd_kernels.api import _rows_that_count
 from fdd_kernels.config import LossOptions
-from fdd_kernels.functions import _differentiate
 from fdd_kernels.merge import merge_statistics
 from fdd_kernels.plan import make_plan
 from fdd_kernels.spec import SLOPE, VALUE, LensInputs
-from fdd_kernels.terms import normaliser_of, static_deltas
+from fdd_kernels.terms import combine, normaliser_of, row_terms_from_statistics, term_weights, upstream_gradients
 from fdd_kernels.testing import Outcome, Problem
 from fdd_kernels.vocab_parallel import VocabShard, first_pass, part_statistics, second_pass_reads, second_pass_sums
 
@@ -48,9 +47,10 @@ def in_parts(problem: Problem, bounds: tuple[int, ...], upstream: float = 1.0, *
         sums = sum(second_pass_sums(*part, pivots, reads) for part in parts)
         reads[later, VALUE], reads[later, SLOPE] = sums.unbind(1)
     statistics = [s if valid is None else torch.where(valid, s, 0.0) for s in (pivots, reads, moments)]
-    normaliser = normaliser_of(chosen, parts[0][0].rows, valid, num_items_in_batch)
-    static = static_deltas(plan, *states)
-    terms, of_statistics = _differentiate(plan, statistics, static, valid, normaliser, (upstream, None, None, None, None))
+    normaliser = normaliser_of(chosen, parts[0][0].rows, valid, num_items_in_batch, p.student_weight.device)
+    terms = combine(row_terms_from_statistics(plan, *statistics), chosen, valid, (), normaliser)
+    weights = term_weights(plan, normaliser, (upstream, None, None, None, None), reads.dtype)
+    of_statistics = upstream_gradients(plan, *statistics, valid, weights)
     needed = [True] * (len(plan.layers) + 1) + [p.student_bias is not None]
     of_parts = [ops.lens_grad(*i, *spec.encode(), plan.backend, *statistics, *of_statistics, needed) for i, spec in parts]
     shares = {

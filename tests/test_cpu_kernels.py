@@ -277,7 +277,9 @@ def test_every_way_with_little_to_train(way, trained):
         leaf.requires_grad_(name in trained)
     assert set(problem.leaves) == set(trained)
     for name, found in zip(problem.leaves, gradients(problem)[1:]):
-        torch.testing.assert_close(found, everything[name], rtol=1e-6, atol=0, msg=lambda m, n=name: f"{n}: {m}")
+        # Other tiles may add in another order, of numbers as large as the largest.
+        atol = 1e-6 * float(everything[name].abs().max())
+        torch.testing.assert_close(found, everything[name], rtol=1e-5, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_every_way_under_defaults_that_are_not_ours(way):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,13 +14,14 @@ pytest.importorskip("triton", reason="triton is not installed: there is nothing 
 
 from benchmarks import gpu_model
 from benchmarks.__main__ import main
-from benchmarks.gpu import supervisor, verdict
-from benchmarks.gpu.bench import NotHere, WrongNumbersError
+from benchmarks.gpu import correctness, end_to_end, supervisor, verdict
+from benchmarks.gpu.bench import Bench, NotHere, WrongNumbersError
 from benchmarks.gpu.card import Card
 from benchmarks.gpu.plan import Step, steps
 from benchmarks.gpu.runner import Runner
 from benchmarks.gpu_calibration import calibration, fit
 from benchmarks.record import read_json, save
+from fdd_kernels.testing import evaluate
 
 
 @pytest.mark.timeout(1500)
@@ -89,7 +91,7 @@ def test_a_step_over_its_cap_is_interrupted(tmp_path, monkeypatch):
 def test_a_step_that_the_end_of_the_time_cuts_short_is_taken_again(tmp_path):
     plan = [Step("slow", lambda bench: time.sleep(30), 1.0), Step("next", lambda bench: {}, 5)]
     _, record = run(tmp_path, plan, seconds=1.2)
-    assert record["steps"] == {}
+    assert {name: entry["status"] for name, entry in record["steps"].items()} == {"slow": "cut short"}
     _, record = run(tmp_path, [Step("slow", lambda bench: {}, 1.0)])
     assert record["steps"]["slow"]["status"] == "ok"
 
@@ -143,6 +145,40 @@ def test_a_record_of_other_code_is_put_aside(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"gpu-1.json", "gpu-2.json"}
 
 
+def test_rows_are_halved_until_they_fit(monkeypatch):
+    """What is out of memory all the same is given up, and so is what differs from ours."""
+    bench, reports, asked = Bench(Card(dry=True), lambda *report: reports.append(report)), [], []
+    workload = replace(bench.workload("Llama"), rows=8)
+
+    def measured(bench, workload, way):
+        asked.append((workload.rows, way is end_to_end.WAYS["auto"]))
+        if workload.rows > 2 or not fits:
+            raise torch.OutOfMemoryError("too large")
+        return {"ms": 1.0}
+
+    monkeypatch.setattr(end_to_end, "_measured", measured)
+    fits = True
+    found = end_to_end.measure(bench, workload, "one_pass")
+    assert found == {"ms": 1.0, "ours_at_these_rows": {"ms": 1.0}}
+    assert asked == [(8, False), (4, False), (2, False), (2, True)]
+    assert reports == [("8 rows", "out of memory"), ("4 rows", "out of memory")]
+    fits = False
+    with pytest.raises(torch.OutOfMemoryError):
+        end_to_end.measure(bench, workload, "one_pass")
+    monkeypatch.setitem(end_to_end.WAYS, "liger", replace(end_to_end.WAYS["liger"], package=None))
+    with pytest.raises(NotHere, match="has no soft cap"):
+        end_to_end.measure(bench, bench.workload("Gemma"), "liger")
+
+
+def test_numbers_beyond_their_budget_are_wrong(monkeypatch):
+    bench = Bench(Card(dry=True), lambda *_: None)
+    outcome = evaluate(correctness.build(bench, "plain")[0], backend="torch")
+    outcome.gradients["student_weight"].mul_(1.5)
+    monkeypatch.setattr(correctness, "evaluate", lambda *_, **__: outcome)
+    with pytest.raises(WrongNumbersError, match="auto, plain: student_weight is beyond its budget"):
+        correctness.check(bench, "auto", "plain")
+
+
 def record_of(**ms):
     """A record whose steps took so many milliseconds."""
     entries = {step: {"status": "ok", "seconds": 1.0, "results": {}} for step in verdict.CORRECT}
@@ -150,7 +186,7 @@ def record_of(**ms):
         pair, way = name.split("_")
         way = {"compile": "torch.compile"}.get(way, way)
         pair = {"GPT2": "GPT-2"}.get(pair, pair)
-        results = {"ms": value, "predicted_ms": value, "beyond_gradients": 2**20}
+        results = {"ms": value, "predicted_ms": value, "beyond_gradients": 2**20, "rows": 4096}
         entries[f"{pair}: {way}"] = {"status": "ok", "seconds": 1.0, "results": results}
     return {"device": "some card", "sources": "0", "dry_run": False, "steps": entries}
 
@@ -176,7 +212,12 @@ def test_verdict():
     record = record_of(**GOOD)
     record["steps"]["Qwen: dense"]["results"] |= {"ms": 139.0, "ours_at_these_rows": {"ms": 100.0}}
     assert verdict.verdict(record)[0] == "refused"
-    assert "28.00 ms (predicted 28.00)" in verdict.text(record)
+    record["steps"]["products: alone"] = {"status": "ok", "seconds": 1.0, "results": {"Llama M=4220": {
+        "dH": {"ms": 1.0, "tflops": 700.0, "predicted_ms": 0.9}}}}  # fmt: skip
+    text = verdict.text(record)
+    assert "700 TF/s    1.000 ms (predicted 0.900)" in text
+    assert "0.719" in text  # the default's 100 of the dense loss's 139 ms, at its rows
+    assert text.endswith("verdict: refused")
 
 
 def test_model_fits_what_it_was_fitted_to():

@@ -142,7 +142,7 @@ def test_a_step_on_a_device_reads_nothing_back(monkeypatch):
         students, teachers = [[h.flatten(0, -2) for h in side] for side in (p.student_hidden, p.teacher_hidden)]
         heads = (p.student_weight, p.student_bias), (p.teacher_weight, p.teacher_bias)
         inputs = LensInputs(students, *heads[0], teachers, *heads[1], valid, labels)
-        normaliser = normaliser_of(options, inputs.rows, valid, items)
+        normaliser = normaliser_of(options, inputs.rows, valid, items, inputs.device)
         loss = LossAndGradient.apply(plan, ROWS, None, normaliser, *tensors_of(plan, inputs))[0]
         leaves = list(p.leaves.values())
         for _ in range(2):  # the gradients formed in forward, and those formed anew

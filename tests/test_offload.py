@@ -62,8 +62,9 @@ class TestEarlyStop:
         calls = count_calls(stopping.teacher.lens.blocks)
         terms = stopping(batch)
         assert calls == [1] * 6 + [0] * 2
+        # Up to the order of sums: with one state fewer a backend's products have other shapes.
         for name in ("trajectory", "derivative", "ce"):
-            torch.testing.assert_close(getattr(terms, name), getattr(expected, name), rtol=0, atol=0)
+            torch.testing.assert_close(getattr(terms, name), getattr(expected, name), rtol=1e-5, atol=1e-6)
         with torch.no_grad():
             torch.testing.assert_close(theirs(**tiny_batch(labels=False)).logits, logits, rtol=0, atol=0)
 

@@ -134,7 +134,8 @@ class TestCompile:
         eager = layer.weight.grad.clone()
         layer.zero_grad()
         torch.compile(step, fullgraph=True, backend="aot_eager")(hidden).backward()
-        assert torch.equal(layer.weight.grad, eager)  # the same operations in the same order
+        # The same up to the order of sums: a compiler may lay out an operand of a product in another way.
+        torch.testing.assert_close(layer.weight.grad, eager, rtol=1e-5, atol=1e-6 * float(eager.abs().max()))
 
 
 def test_operators_pass_torchs_own_checks(backend):
@@ -206,7 +207,7 @@ class TestAutocast:
         with torch.autocast("cpu", torch.bfloat16):
             eager = evaluate(problem, backend="torch", **OPTIONS)
             outcome = evaluate(problem, compiled(), backend="torch", **OPTIONS)
-        assert torch.equal(outcome.terms.loss, eager.terms.loss)
+        torch.testing.assert_close(outcome.terms.loss, eager.terms.loss, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

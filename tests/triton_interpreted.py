@@ -19,6 +19,8 @@ from fdd_kernels import fused_fdd_loss
 from fdd_kernels.backends import BACKENDS
 from fdd_kernels.backends.call_shape import CallShape
 from fdd_kernels.backends.triton import autotune, config, elementwise, memory, strategy
+from fdd_kernels.backends.triton.gather_rows import move_rows
+from fdd_kernels.backends.triton.launch import recorded
 from fdd_kernels.divergences import DIVERGENCES
 from fdd_kernels.testing import assert_within_budget, evaluate, exact, random_problem
 
@@ -233,3 +235,26 @@ def test_the_device_decides_by_the_median_of_runs_with_an_empty_cache(monkeypatc
         raise triton.runtime.errors.OutOfResources(2, 1, "shared memory")
 
     assert autotune.seconds(too_large, "another") == float("inf")
+
+
+def test_rows_of_many_layers_are_moved_by_few_launches():
+    """Ten layers, one of them strided: gathered and put back, but for the one that wants no gradient."""
+    states = [torch.randn(7, 5, generator=torch.Generator().manual_seed(i)) for i in range(10)]
+    states[4] = torch.stack([states[4], states[4]], -1)[..., 0]
+    order = torch.tensor([6, 2, 0, 5, 1, 3, 4], dtype=torch.int32)
+    count = torch.tensor([4], dtype=torch.int32)
+    block = torch.full((10, 5, 5), torch.nan)
+    with recorded() as launches:
+        move_rows(states, block, order, count, 1, into_block=True)
+    assert [one.grid[2] for one in launches] == [4, 1, 5]
+    move_rows(states, block, order, count, 1, into_block=True)
+    for state, moved in zip(states, block):
+        assert torch.equal(moved[:3], state[order[1:4].long()])
+        assert not moved[3:].any()
+    found = [None if i == 7 else torch.zeros(7, 5) for i in range(10)]
+    move_rows(found, block, order, count, 1, into_block=False, scale=torch.tensor([0.5]))
+    for i, gradient in enumerate(found):
+        if gradient is not None:
+            expected = torch.zeros(7, 5)
+            expected[order[1:4].long()] = 2 * block[i, :3]
+            assert torch.equal(gradient, expected)

@@ -10,13 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from benchmarks.gpu import ours
 from benchmarks.gpu.bench import Bench, NotHere
 from benchmarks.gpu.end_to_end import WAYS
+from benchmarks.workloads import Workload
 
-PRODUCT_NAMES = ("gemm", "nvjet", "cutlass", "xmma", "mm", "splitk")
+PRODUCT_NAMES = ("gemm", "nvjet", "cutlass", "xmma", "splitk")
+SHAPES = ((1024, 1), (1024, 2), (2048, 2), (2048, 4), (4096, 4), (4096, 8))  # tokens of a tile, warps
+TOY_SHAPES = ((16, 1), (32, 1))
 PACKAGE = "fdd_kernels.backends.triton"
 
 
@@ -36,9 +37,25 @@ class Started:
     def programs(self) -> int:
         return math.prod(self.grid)
 
-    def again(self, **changes: Any) -> None:
-        """Start it once more, with other options."""
-        self.kernel.run(grid=self.grid, warmup=False, **(self.arguments | changes))
+    @property
+    def numbers(self) -> dict[str, float]:
+        """Its arguments but for tensors, and the compiler's options."""
+        return {name: value for name, value in self.arguments.items() if isinstance(value, (int, float))}
+
+    def again(self) -> None:
+        """Start it once more."""
+        self.kernel.run(grid=self.grid, warmup=False, **self.arguments)
+
+    def reshaped(self, block: int, warps: int) -> Started:
+        """A kernel over cached logits with other tiles: all full ones of its slab, and state of their number."""
+        tiles = max(1, self.arguments["columns"] // block)
+        full = block <= self.arguments["columns"]
+        changes = {"BLOCK_C": block, "num_warps": warps, "first_tile": 0, "state_tile": 0, "tiles": tiles, "FULL": full}
+        for name in ("state", "values", "sums"):  # (..., rows, tiles)
+            tensor = self.arguments.get(name)
+            if tensor is not None and tensor.shape[-1] == self.arguments["tiles"]:
+                changes[name] = tensor.new_empty((*tensor.shape[:-1], tiles))
+        return Started(self.kernel, (self.grid[0], tiles, *self.grid[2:]), self.arguments | changes)
 
 
 def _kernels() -> list[Any]:
@@ -72,14 +89,28 @@ def watched() -> Iterator[dict[str, Started]]:
             del kernel.run
 
 
+def called(bench: Bench, workload: Workload, strategy: str) -> Callable[[], object]:
+    """A function that computes the loss with its gradients, after one such call."""
+    problem, way = bench.problem(workload), WAYS[strategy]
+    run = lambda: way.run(bench, problem, workload.loss_options)  # noqa: E731
+    bench.card.once(run, workload, way)()
+    return run
+
+
+def watched_call(bench: Bench, workload: Workload, strategy: str) -> dict[str, Started]:
+    """The largest launch of each kernel of a call."""
+    run = called(bench, workload, strategy)
+    with watched() as largest:
+        run()
+    return largest
+
+
 def profiled(pair: str, strategy: str = "auto") -> Callable[[Bench], dict]:
     """The step that sums the kernels of one loss with its gradients, beside the model's parts."""
 
     def step(bench: Bench) -> dict:
         workload = bench.workload(pair)
-        problem, options = bench.problem(workload), workload.loss_options
-        run = lambda: WAYS[strategy].run(bench, problem, options)  # noqa: E731
-        run()
+        run = called(bench, workload, strategy)
         rows, span = bench.card.kernels(run)
         sums = {"products": 0.0, "this package's kernels": 0.0, "other kernels": 0.0}
         own = {kernel.fn.__name__ for kernel in _kernels()}
@@ -101,42 +132,42 @@ def profiled(pair: str, strategy: str = "auto") -> Callable[[Bench], dict]:
 
 
 def elementwise(pair: str) -> Callable[[Bench], dict]:
-    """The step that starts a pair's elementwise kernels again, alone, as launched and with other numbers of warps."""
+    """The step that starts a pair's elementwise kernels again, alone: as launched, then in other shapes."""
 
     def step(bench: Bench) -> dict:
         if ours.missing("cached"):
             raise NotHere(f"the kernels over cached logits are {ours.missing('cached')}")
         card, workload = bench.card, bench.workload(pair)
-        problem, options = bench.problem(workload), workload.loss_options
-        run = lambda: WAYS["cached"].run(bench, problem, options)  # noqa: E731
-        run()
-        with watched() as largest:
-            run()
+        largest = watched_call(bench, workload, "cached")
         for name, started in largest.items():
-            moved = moved_bytes(started)
-            if moved is None:
+            if moved_bytes(started) is None:
                 continue
-            found = {}
-            shapes = [(w, s) for w in card.size((1, 2, 4, 8), (1,)) for s in card.size((1, 2), (1,))]
-            for warps, stages in [(None, None), *shapes]:
-                changes = {} if warps is None else {"num_warps": warps, "num_stages": stages}
-                seconds = statistics.median(card.seconds(lambda s=started, c=changes: s.again(**c), warm_up=2, most=0.2))
-                key = "as launched" if warps is None else f"{warps} warps, {stages} stages"
-                found[key] = {"ms": seconds * 1e3, "gb_per_second": moved / seconds / 1e9}
-            about = {
-                k: v for k, v in started.arguments.items() if isinstance(v, (int, bool)) and not isinstance(v, torch.Tensor)
-            }
-            bench.report(name, {"grid": started.grid, "arguments": about, "moved_bytes": moved, "launches": found})
+            found = {"as launched": _rate(bench, started)}
+            bench.report(name, {"grid": started.grid, "arguments": started.numbers, "launches": found})
+            for block, warps in card.size(SHAPES, TOY_SHAPES):
+                found[f"{block} tokens, {warps} warps"] = _rate(bench, started.reshaped(block, warps))
+                bench.report(name, {"grid": started.grid, "arguments": started.numbers, "launches": found})
         return {"predicted_gb_per_second": bench.model.memory * bench.model.stream / 1e9}
 
     return step
 
 
+def _rate(bench: Bench, started: Started) -> dict[str, float] | str:
+    """Milliseconds and GB/s of a launch; why not, if it does not compile."""
+    try:
+        seconds = statistics.median(bench.card.seconds(started.again, warm_up=2, most=0.2))
+    except (RuntimeError, ValueError) as error:
+        bench.card.cuda.synchronize()
+        return f"{type(error).__name__}: {error}"[:200]
+    return {"ms": seconds * 1e3, "gb_per_second": moved_bytes(started) / seconds / 1e9}
+
+
 def moved_bytes(started: Started) -> int | None:
     """What a kernel over cached logits must move; None for any other kernel."""
     arguments = started.arguments
-    if "BLOCK_C" not in arguments or "layers" not in arguments:
+    if "logits_s" not in arguments:
         return None
-    elements = started.programs * arguments["BLOCK_C"] * arguments["layers"]
+    block, first = arguments["BLOCK_C"], arguments["first_tile"]
+    columns = min(arguments["columns"], (first + started.grid[1]) * block) - first * block
     written = arguments["grad"].element_size() if "grad" in arguments else 0
-    return elements * (8 + written)
+    return started.grid[0] * columns * arguments["layers"] * (8 + written)

@@ -39,7 +39,7 @@ def steps() -> list[Step]:
         *measured("torch.compile", *PAIRS, cap=60),
         # Why.
         Step("products: alone", products.alone, 30),
-        Step("kernels: Llama", kernels.elementwise("Llama"), 25),
+        Step("kernels: Llama", kernels.elementwise("Llama"), 40),
         Step("kernels: Qwen", kernels.elementwise("Qwen"), 25),
         Step("profile: Llama", kernels.profiled("Llama"), 12),
         Step("profile: Qwen", kernels.profiled("Qwen"), 12),

@@ -22,6 +22,7 @@ from benchmarks.gpu.plan import Step, steps
 from benchmarks.gpu.supervisor import DONE, RESTART, WRONG, set_aside
 from benchmarks.record import read_json, save
 
+CUT = "cut short"
 LEAST = 5.0  # seconds left below which no step is begun
 
 
@@ -47,11 +48,12 @@ class Runner:
         save(self.path, self.record)
 
     def run(self) -> int:
-        """All steps that have no entry, in order; an exit status for the supervisor."""
+        """All steps that have no result, in order; an exit status for the supervisor."""
         for step in self.plan:
-            if step.name in self.record["steps"]:
-                if self.record["steps"][step.name]["status"] == "wrong":
-                    return WRONG
+            before = self.record["steps"].get(step.name, {"status": CUT})["status"]
+            if before == "wrong":
+                return WRONG
+            if before != CUT:
                 continue
             left = self.until - time.time()
             if left < min(LEAST, step.cap):
@@ -61,12 +63,12 @@ class Runner:
             status = self._take(step, min(cap, left), cut=left < cap)
             if status == "wrong":
                 return WRONG
-            if status == "failed" and not self._alive():
+            if status not in ("ok", "not here") and not self._alive():
                 return RESTART
         return DONE
 
     def _take(self, step: Step, cap: float, *, cut: bool) -> str:
-        """One step; its status. A step that the end of the time cut short keeps no entry, so that it is taken again."""
+        """One step; its status. A step that the end of the time cuts short is taken again by the next run."""
         since = time.time()
         self.entry = self.record["steps"][step.name] = {"status": "killed", "results": {}}
         self.record["running"] = {"step": step.name, "since": since, "until": since + cap}
@@ -84,15 +86,13 @@ class Runner:
             status, found = "out of memory", {"reason": str(error).splitlines()[0]}
         except Exception as error:
             over = isinstance(error, OverTime) or time.time() - since >= cap
-            status = "over time" if over else "failed"
+            status = (CUT if cut else "over time") if over else "failed"
             found = {"reason": f"{type(error).__name__}: {error}"[:400], "traceback": traceback.format_exc(limit=-12)}
         reason = {name: found.pop(name) for name in ("reason", "traceback") if name in found}
         self.entry |= {"status": status, "seconds": round(time.time() - since, 2), **reason}
         for key, value in found.items():
             self._report(key, value)
         print(f"{step.name:34} {verdict.line(self.entry)}", flush=True)
-        if status == "over time" and cut:
-            del self.record["steps"][step.name]
         self.record["running"] = None
         save(self.path, self.record)
         if status != "ok":

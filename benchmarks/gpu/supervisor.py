@@ -63,6 +63,7 @@ def supervise(output: Path, minutes: float, *, dry: bool, fresh: bool = False, o
     path, until = output / RECORD, time.time() + 60 * minutes
     save(path, continued(path, dry=dry, fresh=fresh) | {"running": None})
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment |= {"FDD_KERNELS_BUILD": "0"}  # no step needs the C++ kernels, which a first use would compile
     if dry:  # read when triton is imported
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         environment |= {"PYTHONWARNINGS": "ignore::RuntimeWarning"}  # the interpreter's, of masked elements

@@ -68,29 +68,45 @@ def verdict(record: dict[str, Any]) -> tuple[str, list[str]]:
 
 
 def text(record: dict[str, Any]) -> str:
-    """The tables and the verdict."""
+    """What went wrong, measured beside predicted, and the verdict, last."""
     lines = [f"\n{record['device']}, sources {record['sources']}"]
     if record["dry_run"]:
         lines.append("DRY RUN: toy sizes on a CPU; no figure means anything.")
-    for name, entry in record["steps"].items():
-        lines.append(f"{name:34} {line(entry)}")
-        for key, value in entry["results"].items():
-            if isinstance(value, dict):
-                lines += _details(key, value)
+    lines += [f"{name:34} {line(entry)}" for name, entry in record["steps"].items() if entry["status"] != "ok"]
+    lines += _products_and_kernels(record) + _comparison(record)
     outcome, reasons = verdict(record)
     lines += ["", *reasons, f"verdict: {outcome}{' (of a dry run: it means nothing)' if record['dry_run'] else ''}"]
     return "\n".join(lines)
 
 
-def _details(key: str, value: dict[str, Any]) -> list[str]:
+def _comparison(record: dict[str, Any]) -> list[str]:
+    """Every way at every shape: measured, predicted, the default's time over its, memory."""
+    lines = ["", f"{'':34} {'measured ms':>12} {'predicted':>10} {'default / it':>13} {'MiB beside gradients':>21}"]
+    for name, entry in record["steps"].items():
+        found = entry["results"]
+        if entry["status"] != "ok" or "beyond_gradients" not in found:
+            continue
+        pair, _, kind = name.partition(": ")
+        way, _, shape = kind.partition(", ")
+        ours = record["steps"].get(f"{pair}: auto{', ' + shape if shape else ''}", {"results": {}})["results"]
+        ours = found.get("ours_at_these_rows", ours)
+        quotient = f"{ours['ms'] / found['ms']:13.3f}" if way != "auto" and "ms" in ours else f"{'':13}"
+        predicted = f"{found['predicted_ms']:10.2f}" if found.get("predicted_ms") else f"{'':10}"
+        memory = found["beyond_gradients"] / 2**20
+        lines.append(f"{name:34} {found['ms']:12.2f} {predicted} {quotient} {memory:21.0f}  {found['rows']} rows")
+    return lines
+
+
+def _products_and_kernels(record: dict[str, Any]) -> list[str]:
     """Products in TF/s and kernels in GB/s, with what was predicted."""
     lines = []
-    for name, found in (value.get("launches") or value).items():
-        if isinstance(found, dict) and "tflops" in found:
-            rate = f"{found['tflops']:7.0f} TF/s {found['ms']:8.3f} ms (predicted {found['predicted_ms']:.3f})"
-        elif isinstance(found, dict) and "gb_per_second" in found:
-            rate = f"{found['gb_per_second']:7.0f} GB/s {found['ms']:8.3f} ms"
-        else:
-            continue
-        lines.append(f"    {key + ', ' + name:58} {rate}")
+    for step, entry in record["steps"].items():
+        for key, value in entry["results"].items():
+            for name, found in (value.get("launches") or value).items() if isinstance(value, dict) else ():
+                about = f"{step.partition(': ')[2]}, {key}, {name}"
+                if isinstance(found, dict) and "tflops" in found:
+                    rate = f"{found['tflops']:6.0f} TF/s {found['ms']:8.3f} ms (predicted {found['predicted_ms']:.3f})"
+                    lines.append(f"{about:64} {rate}")
+                elif isinstance(found, dict) and "gb_per_second" in found:
+                    lines.append(f"{about:64} {found['gb_per_second']:6.0f} GB/s {found['ms']:8.3f} ms")
     return lines

@@ -1,9 +1,11 @@
 """Rows that count, gathered into contiguous blocks, and gradients put back; how many they are stays on the device.
 
-Shape suffixes: R rows of the caller, r rows of a block, D a hidden width.
+Shape suffixes: L layers, R rows of the caller, r rows of a block, D a hidden width.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -13,17 +15,42 @@ from torch import Tensor
 from fdd_kernels.backends.triton.launch import SMALL, launch
 
 TILE_ROWS, TILE_WIDTH = 16, 128
+LAYERS_A_LAUNCH = 8  # pointers of the kernel
+
+
+@triton.jit
+def layer_pointer(layer, h0, h1, h2, h3, h4, h5, h6, h7):
+    """The pointer of a layer: hidden states are tensors of their own."""
+    pointer = h0
+    if layer == 1:
+        pointer = h1
+    if layer == 2:
+        pointer = h2
+    if layer == 3:
+        pointer = h3
+    if layer == 4:
+        pointer = h4
+    if layer == 5:
+        pointer = h5
+    if layer == 6:
+        pointer = h6
+    if layer == 7:
+        pointer = h7
+    return pointer
 
 
 @triton.jit(do_not_specialize=["first", "rows", "width", "hidden_row_stride", "hidden_column_stride"])
 def move_rows_kernel(
-    hidden_RD, block_rD, order_R, count, scale, first, rows, width, hidden_row_stride, hidden_column_stride,
-    INTO_BLOCK: tl.constexpr, SCALED: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_WIDTH: tl.constexpr,
+    h0, h1, h2, h3, h4, h5, h6, h7, block_LrD, order_R, count, scale, first, rows, width, hidden_row_stride,
+    hidden_column_stride, INTO_BLOCK: tl.constexpr, SCALED: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Row i of the block is row order[first + i] of `hidden`; beyond `count` rows the block is 0 and nothing is put back.
+    """Row i of a layer (axis 2) of the block is row order[first + i] of its states; beyond `count` rows the block is 0 and
 
-    Out of the block, values are divided by `scale` where SCALED.
+    nothing is put back. Out of the block, values are divided by `scale` where SCALED.
     """
+    layer = tl.program_id(2)
+    hidden_RD = layer_pointer(layer, h0, h1, h2, h3, h4, h5, h6, h7)
+    block_rD = block_LrD + layer.to(tl.int64) * rows * width
     r = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     d = tl.program_id(1) * TILE_WIDTH + tl.arange(0, TILE_WIDTH)
     counts = (r < rows) & (first + r < tl.load(count))
@@ -33,12 +60,12 @@ def move_rows_kernel(
     inside = d[None, :] < width
     if INTO_BLOCK:
         values = tl.load(hidden, mask=counts[:, None] & inside, other=0.0)
-        tl.store(block, values.to(block_rD.dtype.element_ty), mask=(r < rows)[:, None] & inside)
+        tl.store(block, values.to(block_LrD.dtype.element_ty), mask=(r < rows)[:, None] & inside)
     else:
         values = tl.load(block, mask=counts[:, None] & inside, other=0.0)
         if SCALED:
             values = values / tl.load(scale)
-        tl.store(hidden, values.to(hidden_RD.dtype.element_ty), mask=counts[:, None] & inside)
+        tl.store(hidden, values.to(h0.dtype.element_ty), mask=counts[:, None] & inside)
 
 
 def order_of_rows(valid: Tensor | None, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -49,13 +76,29 @@ def order_of_rows(valid: Tensor | None, rows: int, device: torch.device) -> tupl
     return order, valid.sum(dtype=torch.int32).reshape(1)
 
 
-def move_rows(hidden_RD: Tensor, block_rD: Tensor, order_R: Tensor, count: Tensor, first: int, *, into_block: bool,
-              scale: Tensor | None = None) -> None:  # fmt: skip
-    """Copy rows into a block, or out of it divided by `scale`, converting between their dtypes."""
-    rows, width = block_rD.shape
-    launch(
-        move_rows_kernel, (triton.cdiv(rows, TILE_ROWS), triton.cdiv(width, TILE_WIDTH)), SMALL, hidden_RD=hidden_RD,
-        block_rD=block_rD, order_R=order_R, count=count, scale=count if scale is None else scale, first=first, rows=rows,
-        width=width, hidden_row_stride=hidden_RD.stride(0), hidden_column_stride=hidden_RD.stride(1),
-        INTO_BLOCK=into_block, SCALED=scale is not None, TILE_ROWS=TILE_ROWS, TILE_WIDTH=TILE_WIDTH,
-    )  # fmt: skip
+def move_rows(states: Sequence[Tensor | None], block_LrD: Tensor, order_R: Tensor, count: Tensor, first: int, *,
+              into_block: bool, scale: Tensor | None = None) -> None:  # fmt: skip
+    """Copy rows of `states` (R, D) into the layers of a block, or out of it divided by `scale`, converting between dtypes.
+
+    None stands for a layer that is left alone. Neighbours that are alike are moved by one launch, LAYERS_A_LAUNCH of them.
+    """
+    _, rows, width = block_LrD.shape
+    begin = 0
+    while begin < len(states):
+        one, stop = states[begin], begin + 1
+        while one is not None and stop < min(len(states), begin + LAYERS_A_LAUNCH) and _alike(one, states[stop]):
+            stop += 1
+        if one is not None:
+            pointers = [states[min(begin + i, stop - 1)] for i in range(LAYERS_A_LAUNCH)]
+            grid = (triton.cdiv(rows, TILE_ROWS), triton.cdiv(width, TILE_WIDTH), stop - begin)
+            launch(
+                move_rows_kernel, grid, SMALL, **{f"h{i}": pointer for i, pointer in enumerate(pointers)},
+                block_LrD=block_LrD[begin:stop], order_R=order_R, count=count, scale=count if scale is None else scale,
+                first=first, rows=rows, width=width, hidden_row_stride=one.stride(0), hidden_column_stride=one.stride(1),
+                INTO_BLOCK=into_block, SCALED=scale is not None, TILE_ROWS=TILE_ROWS, TILE_WIDTH=TILE_WIDTH,
+            )  # fmt: skip
+        begin = stop
+
+
+def _alike(first: Tensor, second: Tensor | None) -> bool:
+    return second is not None and (first.dtype, first.stride()) == (second.dtype, second.stride())

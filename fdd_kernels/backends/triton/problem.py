@@ -58,12 +58,9 @@ class Problem:
     def gather(self, head: Head, first: int, rows: int) -> Tensor:
         """The hidden states (L, rows, D) of the rows from `first` on, in order; zeros beyond the valid ones."""
         block_LrD = torch.empty((self.layers, rows, head.width), dtype=head.block_dtype, device=self.device)
-        for hidden_RD, block_rD in zip(head.hidden, block_LrD):
-            move_rows(hidden_RD, block_rD, self.order, self.count, first, into_block=True)
+        move_rows(head.hidden, block_LrD, self.order, self.count, first, into_block=True)
         return block_LrD
 
     def put_back(self, found: list[Tensor | None], block_LrD: Tensor, first: int, scale: Tensor | None = None) -> None:
         """Write a block's gradients, divided by `scale`, at the rows of the caller, for the layers that want one."""
-        for grad_RD, grad_rD in zip(found, block_LrD):
-            if grad_RD is not None:
-                move_rows(grad_RD, grad_rD, self.order, self.count, first, into_block=False, scale=scale)
+        move_rows(found, block_LrD, self.order, self.count, first, into_block=False, scale=scale)

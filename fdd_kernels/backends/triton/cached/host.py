@@ -10,7 +10,7 @@ Shape suffixes: L layers, R rows, r rows of a block, m = L r, C the vocabulary, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
@@ -34,16 +34,16 @@ COEFFICIENT_ROWS = 128
 
 
 class Block:
-    """A block of rows: its hidden states and logits, its part of the statistics (in the order of rows)."""
+    """A block of rows, `count` of them valid: hidden states and logits, its part of the statistics (in the order of rows)."""
 
-    def __init__(self, problem: Problem, scratch: Tensor, first: int, rows: int, statistics: Statistics):
+    def __init__(self, problem: Problem, scratch: Tensor, first: int, rows: int, count: Tensor, statistics: Statistics):
         self.problem, self.spec, self.table = problem, problem.spec, problem.table
         self.first, self.rows, self.layers = first, rows, problem.layers
         self.student_LrD = problem.gather(problem.student, first, rows)
         teacher_LrD = problem.gather(problem.teacher, first, rows) if self.spec.needs_teacher else None
         self.logits = BlockLogits(problem, scratch, self.student_LrD, teacher_LrD)
         self.statistics = tuple([t[..., first : first + rows] for t in statistics])
-        self.count = (problem.count - first).clamp(max=rows)  # valid rows of the block, on the device
+        self.count = count
         self.labels = problem.labels[first : first + rows]
 
     def arguments(self) -> dict:
@@ -193,6 +193,7 @@ class Gradients:
         self.several = block_rows < problem.rows
         self.dtype = head.block_dtype
         self.weight_CD = self.bias_C = None
+        self.one = torch.ones(1, dtype=torch.float32, device=problem.device)
         if self.weight is not None:
             if self.weight.dtype == torch.float32:
                 self.weight_CD = self.weight[:columns]
@@ -209,7 +210,9 @@ class Gradients:
         problem, spec, table = self.problem, block.spec, block.table
         head, layers, rows = problem.student, block.layers, block.rows
         pivots, reads, moments, grad_reads, grad_moments = per_row
-        scale = gradient_scale(self.dtype, spec, reads, moments, grad_reads, grad_moments)
+        scale = self.one
+        if self.dtype == torch.float16:
+            scale = gradient_scale(self.dtype, spec, reads, moments, grad_reads, grad_moments)
         coefficients = torch.empty(
             (table.slots + len(spec.moments), ITEM_FIELDS.value, rows), dtype=torch.float32, device=problem.device
         )
@@ -330,14 +333,23 @@ def at_callers_rows(problem: Problem, inputs: LensInputs, statistics: Statistics
     return tuple([torch.empty_like(t).index_copy_(-1, order, t) for t in statistics])
 
 
+def blocks_of(problem: Problem, rows: int, step: int) -> Iterator[tuple[int, int, Tensor]]:
+    """Of each block of `step` rows: the first, how many they are, and how many of them are valid, (1,) on the device."""
+    starts = torch.arange(0, rows, step, dtype=torch.int32, device=problem.device)
+    # Four of each: Triton compiles a kernel once more for a pointer that 16 does not divide.
+    counts = (problem.count - starts).clamp(max=step).unsqueeze(1).repeat(1, 4)
+    for i, first in enumerate(range(0, rows, step)):
+        yield first, min(step, rows - first), counts[i, :1]
+
+
 def stats(inputs: LensInputs, spec: LensSpec, slabs: Slabs) -> Statistics:
     """The statistics, slab by slab."""
     problem = Problem(inputs, spec)
     statistics = new_statistics(problem)
     if problem.rows:
         scratch = new_scratch(problem, slabs.rows, slabs.tokens)
-        for first in range(0, problem.rows, slabs.rows):
-            block_statistics(Block(problem, scratch, first, min(slabs.rows, problem.rows - first), statistics))
+        for first, rows, count in blocks_of(problem, problem.rows, slabs.rows):
+            block_statistics(Block(problem, scratch, first, rows, count, statistics))
     return at_callers_rows(problem, inputs, statistics)
 
 
@@ -349,8 +361,8 @@ def grad(inputs: LensInputs, spec: LensSpec, per_row: tuple[Tensor, ...], needed
         order = problem.order.long()
         per_row = tuple([t.contiguous() if inputs.valid is None else t.index_select(-1, order) for t in per_row])
         scratch = new_scratch(problem, slabs.rows, slabs.tokens)
-        for first in range(0, problem.rows, slabs.rows):
-            block = Block(problem, scratch, first, min(slabs.rows, problem.rows - first), per_row[:3])
+        for first, rows, count in blocks_of(problem, problem.rows, slabs.rows):
+            block = Block(problem, scratch, first, rows, count, per_row[:3])
             gradients.add(block, tuple([t[..., first : first + block.rows] for t in per_row]), None)
     return gradients.finished(problem.rows > 0)
 
@@ -370,10 +382,11 @@ def stats_and_grad(
     valid_rows = count_valid(problem, inputs)
     block_rows = balanced_rows(valid_rows, rows_at_a_time, problem.layers)
     gradients = Gradients(problem, inputs, needed, block_rows)
-    for first in range(0, valid_rows, max(block_rows, 1)):
-        block = Block(problem, scratch, first, min(block_rows, valid_rows - first), statistics)
+    order = problem.order.long()
+    for first, rows, count in blocks_of(problem, valid_rows, max(block_rows, 1)):
+        block = Block(problem, scratch, first, rows, count, statistics)
         block_statistics(block)
-        per_row = upstream_of(problem.order[first : first + block.rows].long(), *block.statistics)
+        per_row = upstream_of(order[first : first + rows], *block.statistics)
         gradients.add(block, per_row, block.statistics[1] if refine else None)
         for own, returned in zip(block.statistics, per_row):
             if returned is not own:  # those of all shards' tokens
