@@ -20,7 +20,7 @@ from fdd_kernels.config import FDDLossTerms, LossOptions
 from fdd_kernels.distances import DISTANCES, Distance, Sums
 from fdd_kernels.divergences import FEATURE_DISTANCES
 from fdd_kernels.plan import Plan
-from fdd_kernels.spec import LSE_S, LSE_T, M_SS, M_TT, MEAN_S, MEAN_T, VALUE
+from fdd_kernels.spec import LSE_S, LSE_T, M_SS, M_TT, MEAN_S, MEAN_T, OWN, VALUE
 
 _COMPARED_ELEMENTS = 2**22  # of the hidden states that are compared at a time
 
@@ -82,16 +82,19 @@ def _layers_of_deltas(plan: Plan) -> slice:
 
 
 def static_deltas(plan: Plan, student_hidden: Sequence[Tensor], teacher_hidden: Sequence[Tensor]) -> Tensor | None:
-    """Where a model's delta has length 0 because its two hidden states are equal: (pairs, 2, R) bool; None: nothing asks.
+    """Where a model's delta has length 0 because its two hidden states are equal: (moment targets, 2, R) bool; None: no angle.
 
     The hidden states are of the spec's layers. Products of equal states may differ in their last bits, which would be the
     direction of a delta that has none; no bound on its length tells it from a short one, but the states themselves do.
     """
     if not plan.derivative or plan.options.derivative == "mse":
         return None
-    pairs = [plan.spec.moments[index] for index in plan.derivative]
     models = [[h.detach() for h in states] for states in (student_hidden, teacher_hidden)]
-    return torch.stack([torch.stack([_equal_rows(h[first], h[second]) for h in models]) for first, second in pairs])
+    other = student_hidden[0].new_zeros(len(student_hidden[0]), dtype=torch.bool)  # of a layer's own values
+    found = []
+    for first, second in plan.spec.moments:
+        found.append(torch.stack([other if first == OWN else _equal_rows(h[first], h[second]) for h in models]))
+    return torch.stack(found)
 
 
 def _equal_rows(a: Tensor, b: Tensor) -> Tensor:
@@ -124,8 +127,7 @@ def _vectors(plan: Plan, pivots: Tensor, reads: Tensor, moments: Tensor, static:
     sum_apart = count * apart
     squares = torch.addcmul(moments[:, M_SS : M_TT + 1], summed, offset)
     if static is not None:
-        others = static.new_zeros((len(squares) - len(static), *static.shape[1:]))  # the trajectory's, which come first
-        squares = squares.masked_fill(torch.cat([others, static]), 0.0)
+        squares = squares.masked_fill(static, 0.0)
     sums = Sums(
         count=count,
         squares=squares,
