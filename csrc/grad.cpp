@@ -146,7 +146,7 @@ void form_row(const Problem& problem, const Statistics& statistics, const Upstre
     kernels.moment_gradient(grad_row(target.second), target.first == kOwn ? nullptr : grad_row(target.first),
                             problem.vector(target, values.student(0, local), stride, pivots_s, total),
                             problem.vector(target, values.teacher(0, local), stride, pivots_t, total),
-                            problem.moment_inv_temperature, count, upstream);
+                            problem.excluded_from(first_column), problem.moment_inv_temperature, count, upstream);
   }
   for (int64_t layer = 0; layer < problem.layers; ++layer)
     kernels.chain(grad_row(layer), values.student(layer, local), count, problem.student.scale, problem.student.softcap);

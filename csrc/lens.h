@@ -55,10 +55,12 @@ struct Problem {
   std::vector<int64_t> labels;  // per position in `rows`; empty without NLL
   std::vector<Read> reads;
   std::vector<MomentTarget> moments;
+  std::vector<float> excluded;  // (C) padded, for the moments: -inf where a bias is, 0 elsewhere; empty: nowhere
   float moment_inv_temperature = 1.f;
   Tiles tiles{};
 
   int64_t count() const { return int64_t(rows.size()); }
+  const float* excluded_from(int64_t column) const { return excluded.empty() ? nullptr : excluded.data() + column; }
   VectorView vector(const MomentTarget& target, const float* u, int64_t layer_stride, const float* pivots,
                     int64_t pivot_stride) const;
 };

@@ -4,6 +4,8 @@
 #include <torch/version.h>
 
 #include <algorithm>
+#include <limits>
+#include <map>
 #include <string>
 
 #include "lens.h"
@@ -20,14 +22,32 @@ using SideArguments = std::tuple<std::vector<at::Tensor>, std::optional<at::Tens
 // (layer, temperature, name of the divergence)
 using ReadArguments = std::tuple<int64_t, double, std::string>;
 
+const std::map<std::string, Divergence> kDivergences = {
+    {"", Divergence::kNone},   {"kl", Divergence::kKl},          {"reverse_kl", Divergence::kReverseKl},
+    {"jsd", Divergence::kJsd}, {"skew_kl", Divergence::kSkewKl}, {"nll", Divergence::kNll}};
+
 Divergence divergence(const std::string& name) {
-  if (name.empty()) return Divergence::kNone;
-  if (name == "kl") return Divergence::kKl;
-  if (name == "reverse_kl") return Divergence::kReverseKl;
-  if (name == "jsd") return Divergence::kJsd;
-  if (name == "skew_kl") return Divergence::kSkewKl;
-  if (name == "nll") return Divergence::kNll;
-  TORCH_CHECK_VALUE(false, "the C++ kernels know no divergence '", name, "'");
+  const auto found = kDivergences.find(name);
+  TORCH_CHECK_VALUE(found != kDivergences.end(), "the C++ kernels know no divergence '", name, "'");
+  return found->second;
+}
+
+std::vector<std::string> divergences() {
+  std::vector<std::string> names;
+  for (const auto& [name, _] : kDivergences) names.push_back(name);
+  return names;
+}
+
+// -inf where a bias is, which leaves a column out of the moments; empty if none is. A soft cap makes such a value finite.
+std::vector<float> excluded_columns(const fdd::Problem& p) {
+  std::vector<float> excluded;
+  for (const fdd::Side* side : {&p.student, &p.teacher})
+    for (int64_t c = 0; side->softcap == 0.f && !side->bias.empty() && c < p.columns; ++c) {
+      if (side->bias[c] != -std::numeric_limits<float>::infinity()) continue;
+      excluded.resize(fdd::round_up(p.columns, fdd::kPadding) + fdd::kPadding);
+      excluded[c] = side->bias[c];
+    }
+  return excluded;
 }
 
 fdd::Side side(const SideArguments& arguments, int64_t columns) {
@@ -72,6 +92,7 @@ fdd::Problem problem(const SideArguments& student, const SideArguments& teacher,
   for (const auto& [first, second] : moments) p.moments.push_back({first, second});
   p.moment_inv_temperature = float(1 / moment_temperature);
   p.tiles = {tiles[0], tiles[1], tiles[2]};
+  p.excluded = excluded_columns(p);
   return p;
 }
 
@@ -145,6 +166,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("kept_size", &fdd::KeptValues::size);
   m.def("stats_and_keep", &stats_and_keep);
   m.def("grad_of_kept", &grad_of_kept);
+  m.def("divergences", &divergences);
   m.def("instruction_set", [] { return std::string(fdd::row_kernels().name); });
   m.def("product_library", [] { return std::string(fdd::product_library()); });
   m.def("narrow_products", &fdd::narrow_products);

@@ -13,17 +13,24 @@ constexpr int64_t kPadding = 16;
 
 enum class Divergence : int { kNone, kKl, kReverseKl, kJsd, kSkewKl, kNll };
 
-// One model's view of a row: its raw values, and what turns them into z and log-probabilities.
+// One model's view of a row: its raw values, and what turns them into log-probabilities. The pivot is the row's largest
+// value: z is then small where probabilities are not, and rounding it, once or in a fused multiply-add, moves no
+// probability by more than its own last digits.
 struct RowView {
   const float* u;
   float pivot;
-  float log_sum_exp;  // of z; used once it is known
+  float log_sum_exp;  // of z
 };
 
-// Running softmax of a row: sum of e^(z - max) for each model and the expectation of a difference of logits.
+// Running softmax of a row: the largest values of u, which the sums are relative to, and sums of e_s = e^z_s and e_t.
+// With e the exponentials of the model under whose distribution the divergence is an expectation, e' the other's and
+// x = z' - z the difference of their logits:
 struct SoftmaxState {
   float max_s, max_t;
-  double total_s, total_t, weighted;
+  double total_s, total_t;
+  double weighted;    // sum of -e x
+  double excess;      // sum of e (e^x - 1 - x)
+  double difference;  // sum of e' - e
 };
 
 // Running moments of a pair of vectors (s, t) about their means, over the columns seen so far; d = s - t.
@@ -54,11 +61,11 @@ struct RowKernels {
   void (*transform)(float* x, int64_t n, const float* bias, float scale, float softcap);
   // Largest finite value, 0 if there is none.
   float (*largest)(const float* u, int64_t n);
-  // Adds a tile to the running softmax. Teacher null: the student alone. For kKl and kReverseKl `weighted` collects
-  // the expectation of z_t - z_s under the teacher, of z_s - z_t under the student.
-  void (*softmax)(RowView student, const RowView* teacher, float inv_temperature, int64_t n, Divergence kind,
+  // Adds a tile to the running softmax. Teacher null: the student alone. The last three sums are of kKl and kReverseKl.
+  void (*softmax)(const float* student, const float* teacher, float inv_temperature, int64_t n, Divergence kind,
                   SoftmaxState* state);
-  void (*moments)(VectorView s, VectorView t, float inv_temperature, int64_t n, MomentState* state);
+  // `excluded` (n) is -inf at columns that do not count, 0 elsewhere; null: all of them count.
+  void (*moments)(VectorView s, VectorView t, const float* excluded, float inv_temperature, int64_t n, MomentState* state);
   // Sums of the divergence's value and slope, with both log-sum-exps known.
   void (*divergence)(RowView student, RowView teacher, float inv_temperature, int64_t n, Divergence kind, double* value,
                      double* slope);
@@ -66,8 +73,8 @@ struct RowKernels {
   void (*read_gradient)(float* grad, RowView student, const RowView* teacher, float inv_temperature, int64_t n,
                         Divergence kind, ReadGradient upstream);
   // grad_second += dL/du, grad_first -= dL/du of one moment target; grad_first may be null.
-  void (*moment_gradient)(float* grad_second, float* grad_first, VectorView s, VectorView t, float inv_temperature,
-                          int64_t n, MomentGradient upstream);
+  void (*moment_gradient)(float* grad_second, float* grad_first, VectorView s, VectorView t, const float* excluded,
+                          float inv_temperature, int64_t n, MomentGradient upstream);
   // dL/du -> dL/dx in place, from u before any pivot.
   void (*chain)(float* grad, const float* u, int64_t n, float scale, float softcap);
   void (*from_bfloat16)(const uint16_t* in, float* out, int64_t n);

@@ -13,20 +13,43 @@ namespace {
 enum ReadStat { kLseS, kLseT, kValue, kSlope, kReadStats };
 enum MomentStat { kCount, kMeanS, kMeanT, kMSS, kMTT, kMST, kMDD, kMomentStats };
 
-bool needs_second_pass(Divergence kind) { return kind == Divergence::kJsd || kind == Divergence::kSkewKl; }
+bool needs_second_pass(Divergence kind) {
+  switch (kind) {
+    case Divergence::kJsd:
+    case Divergence::kSkewKl:
+      return true;
+    case Divergence::kNone:
+    case Divergence::kKl:
+    case Divergence::kReverseKl:
+    case Divergence::kNll:
+      break;
+  }
+  return false;
+}
+
+// KL(p || q) from the running sums, whose weights are p and sum to `total`. Where student and teacher are close,
+// log(Q / P) + E_p[-x] is a small difference, while E_p[e^x - 1 - x] is a sum of positive numbers; the two differ by
+// log(Q / P) - (Q - P) / P, which is of the second order in how far Q / P is from 1.
+double kl_of(const SoftmaxState& sums, double total, double other) {
+  const double off = sums.difference / total;
+  const double value = std::abs(off) < 0.5 ? sums.excess / total - (off - std::log1p(off))
+                                           : sums.weighted / total + std::log(other) - std::log(total);
+  return value < 0 ? 0 : value;  // NaN stays
+}
 
 // Running state of every row that counts, indexed [read or target][position in problem.rows].
 struct State {
   std::vector<SoftmaxState> softmax;
   std::vector<MomentState> moments;
-  std::vector<double> label_logit, value, slope;  // per read
+  std::vector<float> label_value;     // u at the label, per read
+  std::vector<double> value, slope;  // per read
 
   explicit State(const Problem& problem) {
     const float lowest = -std::numeric_limits<float>::infinity();
     const size_t reads = problem.reads.size() * problem.rows.size();
-    softmax.assign(reads, SoftmaxState{lowest, lowest, 0, 0, 0});
+    softmax.assign(reads, SoftmaxState{lowest, lowest, 0, 0, 0, 0, 0});
     moments.assign(problem.moments.size() * problem.rows.size(), MomentState{});
-    label_logit.assign(reads, 0);
+    label_value.assign(reads, 0);
     value.assign(reads, 0);
     slope.assign(reads, 0);
   }
@@ -86,23 +109,20 @@ class Rows {
       for (size_t i = 0; i < problem_.reads.size(); ++i) {
         const Read& read = problem_.reads[i];
         const size_t at = i * problem_.rows.size() + row;
-        const RowView student{values.student(read.layer, local), *pivot(0, read.layer, row), 0.f};
-        if (read.kind == Divergence::kNll) {
-          kernels.softmax(student, nullptr, read.inv_temperature, count, read.kind, &state_.softmax[at]);
-          const int64_t label = problem_.labels[row] - column;
-          if (label >= 0 && label < count)
-            state_.label_logit[at] = double(student.u[label] - student.pivot) * read.inv_temperature;
-        } else {
-          const RowView teacher{values.teacher(read.layer, local), *pivot(1, read.layer, row), 0.f};
-          kernels.softmax(student, &teacher, read.inv_temperature, count, read.kind, &state_.softmax[at]);
-        }
+        const float* student = values.student(read.layer, local);
+        const float* teacher = read.kind == Divergence::kNll ? nullptr : values.teacher(read.layer, local);
+        kernels.softmax(student, teacher, read.inv_temperature, count, read.kind, &state_.softmax[at]);
+        if (read.kind != Divergence::kNll) continue;
+        const int64_t label = problem_.labels[row] - column;
+        if (label >= 0 && label < count) state_.label_value[at] = student[label];
       }
       for (size_t i = 0; i < problem_.moments.size(); ++i) {
         const VectorView s = problem_.vector(problem_.moments[i], values.student(0, local), values.layer_stride,
                                              pivot(0, 0, row), out_.total_rows);
         const VectorView t = problem_.vector(problem_.moments[i], values.teacher(0, local), values.layer_stride,
                                              pivot(1, 0, row), out_.total_rows);
-        kernels.moments(s, t, problem_.moment_inv_temperature, count, &state_.moments[i * problem_.rows.size() + row]);
+        kernels.moments(s, t, problem_.excluded_from(column), problem_.moment_inv_temperature, count,
+                        &state_.moments[i * problem_.rows.size() + row]);
       }
     });
   }
@@ -124,22 +144,24 @@ class Rows {
   void finish_first_pass() {
     for (size_t i = 0; i < problem_.reads.size(); ++i)
       for (int64_t row = 0; row < problem_.count(); ++row) {
+        const Read& read = problem_.reads[i];
         const size_t at = i * problem_.rows.size() + row;
         const SoftmaxState& softmax = state_.softmax[at];
-        const double lse_s = softmax.max_s + std::log(softmax.total_s);
+        set_pivot(0, read.layer, row, softmax.max_s);
+        const double lse_s = std::log(softmax.total_s);
         *stat(i, kLseS, row) = float(lse_s);
-        const Divergence kind = problem_.reads[i].kind;
-        if (kind == Divergence::kNll) {
-          *stat(i, kValue, row) = float(lse_s - state_.label_logit[at]);
+        if (read.kind == Divergence::kNll) {
+          const double off = double(*pivot(0, read.layer, row)) - state_.label_value[at];
+          *stat(i, kValue, row) = float(lse_s + off * read.inv_temperature);
           continue;
         }
-        const double lse_t = softmax.max_t + std::log(softmax.total_t);
-        *stat(i, kLseT, row) = float(lse_t);
-        if (kind == Divergence::kKl) {
-          *stat(i, kValue, row) = float(softmax.weighted / softmax.total_t + lse_s - lse_t);
+        set_pivot(1, read.layer, row, softmax.max_t);
+        *stat(i, kLseT, row) = float(std::log(softmax.total_t));
+        if (read.kind == Divergence::kKl) {
+          *stat(i, kValue, row) = float(kl_of(softmax, softmax.total_t, softmax.total_s));
           *stat(i, kSlope, row) = -1.f;
-        } else if (kind == Divergence::kReverseKl) {
-          *stat(i, kValue, row) = float(softmax.weighted / softmax.total_s + lse_t - lse_s);
+        } else if (read.kind == Divergence::kReverseKl) {
+          *stat(i, kValue, row) = float(kl_of(softmax, softmax.total_s, softmax.total_t));
           *stat(i, kSlope, row) = *stat(i, kValue, row) + 1.f;
         }
       }
@@ -165,6 +187,20 @@ class Rows {
  private:
   float* pivot(int64_t side, int64_t layer, int64_t row) {
     return out_.pivots + (side * problem_.layers + layer) * out_.total_rows + problem_.rows[row];
+  }
+  // The row's largest value takes the place of the first tile's, and the means of the deltas are restated about it. Sums
+  // without a finite value keep theirs.
+  void set_pivot(int64_t side, int64_t layer, int64_t row, float largest) {
+    float* own = pivot(side, layer, row);
+    if (!std::isfinite(largest) || largest == *own) return;
+    const double moved = (double(largest) - *own) * problem_.moment_inv_temperature;
+    *own = largest;
+    for (size_t i = 0; i < problem_.moments.size(); ++i) {
+      MomentState& m = state_.moments[i * problem_.rows.size() + row];
+      double& mean = side == 0 ? m.mean_s : m.mean_t;
+      if (problem_.moments[i].second == layer) mean -= moved;
+      if (problem_.moments[i].first == layer) mean += moved;
+    }
   }
   float* stat(size_t read, int64_t which, int64_t row) {
     return out_.reads + (read * kReadStats + which) * out_.total_rows + problem_.rows[row];

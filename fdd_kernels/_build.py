@@ -12,7 +12,17 @@ from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent
 # Instruction sets of products and row kernels are chosen at run time: no flag depends on this machine.
-FLAGS = ("-O3", "-std=c++20", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-psabi", "-Wno-unused-parameter")
+# A divergence that a switch leaves out would be computed as another: that must not compile.
+FLAGS = (
+    "-O3",
+    "-std=c++20",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wextra",
+    "-Wno-psabi",
+    "-Wno-unused-parameter",
+    "-Werror=switch",
+)
 # torch's own thread pool, through ATen/Parallel.h; its wheels bring the OpenMP runtime of g++.
 OPENMP = () if sys.platform == "darwin" else ("-fopenmp",)
 SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g")

@@ -15,8 +15,10 @@ from fdd_kernels.functions import LensStatistics, LossAndGradient, rows_to_keep,
 from fdd_kernels.plan import Plan, check_labels, make_plan
 from fdd_kernels.reference import dense_row_terms
 from fdd_kernels.spec import LensInputs
-from fdd_kernels.terms import combine, normaliser_of, row_terms_from_statistics
+from fdd_kernels.terms import combine, normaliser_of, row_terms_from_statistics, static_deltas
 from fdd_kernels.vocab_parallel import plan_shard
+
+_OPTION_NAMES = tuple([f.name for f in fields(LossOptions)])  # compiled code cannot ask for them
 
 
 def fused_fdd_loss(
@@ -88,7 +90,8 @@ def fused_fdd_loss(
         trajectory: "kl" KL(p||q), "reverse_kl" KL(q||p), "jsd", "skew_kl" KL(p || 0.1 p + 0.9 q), or on the raw values
             "mse" (mean over columns) and "cosine".
         derivative: "cosine", "centered_cosine" (both deltas minus their mean over columns), "mse" (mean over columns of
-            the squared difference of the deltas), or None. A delta of length 0 has cosine 0 and gradient 0.
+            the squared difference of the deltas), or None. A delta of length 0, as between two equal hidden states, has
+            cosine 0 and gradient 0.
         temperature, output_temperature: divide the logits of the dynamics and of the output KD; CE uses 1.
         scale_by_t2: multiply output_kd by output_temperature squared.
         student_softcap, teacher_softcap: cap * tanh(logits / cap) after the scale (Gemma 2: 30).
@@ -147,8 +150,9 @@ def fused_fdd_loss(
     if plan.backend == "reference":
         rows = dense_row_terms(plan, *inputs)
     else:
-        statistics = LensStatistics.apply(plan.spec.encode(), plan.backend, shard, *tensors_of(plan, inputs))
-        rows = row_terms_from_statistics(plan, *statistics)
+        statistics = LensStatistics.apply(*plan.spec.encode(), plan.backend, shard, *tensors_of(plan, inputs))
+        read = ([states[layer] for layer in plan.layers] for states in (inputs.student_hidden, inputs.teacher_hidden))
+        rows = row_terms_from_statistics(plan, *statistics, static_deltas(plan, *read))
     terms = combine(rows, options, inputs.valid, plan.leading_shape, normaliser)
     return terms if return_terms else terms.loss
 
@@ -174,7 +178,10 @@ def _prepare(options: LossOptions, student_hidden, student_weight, teacher_hidde
         options, student_hidden, student_weight, teacher_hidden, teacher_weight, labels, student_bias, teacher_bias, mask,
         num_items_in_batch,
     )  # fmt: skip
-    students, teachers = ([_autocast(h.reshape(-1, h.shape[-1])) for h in states] for states in (students, teachers))
+    students, teachers = ([h.reshape(-1, h.shape[-1]) for h in states] for states in (students, teachers))
+    students, teachers = (
+        [_autocast(h) if layer in plan.layers else h for layer, h in enumerate(states)] for states in (students, teachers)
+    )
     heads = (_autocast(t) for t in (student_weight, student_bias, teacher_weight, teacher_bias))
     student_weight, student_bias, teacher_weight, teacher_bias = heads
     inputs = LensInputs(
@@ -232,7 +239,7 @@ class FusedFDDLoss(nn.Module):
         return fused_fdd_loss(
             student_hidden, student_weight, teacher_hidden, teacher_weight, labels, student_bias=student_bias,
             teacher_bias=teacher_bias, mask=mask, num_items_in_batch=num_items_in_batch, return_terms=self.return_terms,
-            vocab_group=vocab_group, **{f.name: getattr(self.options, f.name) for f in fields(LossOptions)},
+            vocab_group=vocab_group, **{name: getattr(self.options, name) for name in _OPTION_NAMES},
         )  # fmt: skip
 
     def extra_repr(self) -> str:

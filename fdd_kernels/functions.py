@@ -20,7 +20,7 @@ from fdd_kernels.config import FDDLossTerms
 from fdd_kernels.plan import Plan
 from fdd_kernels.reference import dense_logits
 from fdd_kernels.spec import LSE_S, NLL, LensInputs, LensSpec, Read
-from fdd_kernels.terms import combine, row_terms_from_statistics, term_weights, upstream_gradients
+from fdd_kernels.terms import combine, row_terms_from_statistics, static_deltas, term_weights, upstream_gradients
 
 
 class _Once(torch.autograd.Function):
@@ -42,30 +42,57 @@ class _Once(torch.autograd.Function):
         )
 
 
+def _save(ctx, *tensors: Tensor | None) -> None:
+    """`save_for_backward` that takes tensors made under `torch.inference_mode` too: nobody can change them, nor hook them."""
+    ctx.of_inference = {}
+    if not torch.compiler.is_compiling():
+        ctx.of_inference = {i: t for i, t in enumerate(tensors) if t is not None and t.is_inference()}
+    ctx.save_for_backward(*[None if i in ctx.of_inference else t for i, t in enumerate(tensors)])
+
+
+def _saved(ctx) -> list[Tensor | None]:
+    """What `_save` saved."""
+    return [ctx.of_inference.get(i, t) for i, t in enumerate(ctx.saved_tensors)]
+
+
+def _refuse_batches(*upstream: Tensor | None) -> None:
+    if torch.compiler.is_compiling():
+        return
+    functorch = torch._C._functorch
+    batched = functorch.is_batchedtensor, functorch.is_legacy_batchedtensor
+    if any(g is not None and is_one(g) for g in upstream for is_one in batched):
+        raise RuntimeError(
+            "fused_fdd_loss cannot be differentiated for a batch of upstream gradients at once (is_grads_batched=True, vmap of "
+            'a backward pass): ask for them one after another, or use backend="reference"'
+        )
+
+
 class LensStatistics(torch.autograd.Function):
     """Statistics of `spec.py`, differentiable once in the student's hidden states, weight and bias.
 
-    `spec` is an encoded `LensSpec`; `hidden` are the L states of the student, then those of the teacher. Saves its
-    inputs and the statistics, nothing that grows with rows x columns. The teacher receives no gradient.
+    The first three arguments are an encoded `LensSpec`; `hidden` are the L states of the student, then those of the
+    teacher. Saves its inputs and the statistics, nothing that grows with rows x columns. The teacher receives no gradient.
     """
 
     @staticmethod
-    def forward(ctx, spec: tuple, backend: str, shard, valid, labels, teacher_weight, teacher_bias, weight, bias,
-                *hidden: Tensor):  # fmt: skip
+    def forward(ctx, structure: str, numbers: Tensor, columns: int, backend: str, shard, valid, labels, teacher_weight,
+                teacher_bias, weight, bias, *hidden: Tensor):  # fmt: skip
         inputs = _inputs(valid, labels, teacher_weight, teacher_bias, weight, bias, *hidden)
-        statistics = _statistics(spec, backend, shard, inputs)
-        ctx.spec, ctx.backend, ctx.shard = spec, backend, shard
+        statistics = _statistics((structure, numbers, columns), backend, shard, inputs)
+        ctx.structure, ctx.columns, ctx.backend, ctx.shard = structure, columns, backend, shard
         ctx.needed = _needed(ctx, len(hidden))
-        ctx.save_for_backward(valid, labels, teacher_weight, teacher_bias, weight, bias, *hidden, *statistics)
+        _save(ctx, numbers, valid, labels, teacher_weight, teacher_bias, weight, bias, *hidden, *statistics)
         ctx.mark_non_differentiable(statistics[0])
         return statistics
 
     @staticmethod
     def backward(ctx, _grad_pivots, grad_reads, grad_moments):
-        *saved, pivots, reads, moments = ctx.saved_tensors
+        _refuse_batches(grad_reads, grad_moments)
+        numbers, *saved, pivots, reads, moments = _saved(ctx)
         inputs, upstream = _inputs(*saved), (grad_reads, grad_moments)
+        spec = (ctx.structure, numbers, ctx.columns)
         with torch.no_grad():
-            found = ops.lens_grad(*inputs, *ctx.spec, ctx.backend, pivots, reads, moments, *upstream, ctx.needed)
+            found = ops.lens_grad(*inputs, *spec, ctx.backend, pivots, reads, moments, *upstream, ctx.needed)
             found = _complete(ctx.shard, found, ctx.needed)
         return _returned(ctx, found, inputs, upstream)
 
@@ -88,7 +115,7 @@ class LossAndGradient(torch.autograd.Function):
         ctx.needed = _needed(ctx, len(hidden))
         ctx.compute = functools.partial(_loss_and_gradient, plan, rows_at_a_time, shard, normaliser, ctx.needed)
         ctx.plan, ctx.shard, ctx.normaliser = plan, shard, normaliser
-        ctx.save_for_backward(*tensors)
+        _save(ctx, *tensors)
         ctx.set_materialize_grads(False)
         terms, ctx.gradients = ctx.compute(_inputs(*tensors))
         in_common = ctx.gradients if shard is None else ctx.gradients[: sum(ctx.needed[:-2])]  # of all its processes
@@ -99,7 +126,8 @@ class LossAndGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *upstream: Tensor | None):
-        inputs = _inputs(*ctx.saved_tensors)
+        _refuse_batches(*upstream)
+        inputs = _inputs(*_saved(ctx))
         of_loss, *of_terms = upstream
         gradients, ctx.gradients = ctx.gradients, None
         with torch.no_grad():
@@ -117,7 +145,8 @@ class LossAndGradient(torch.autograd.Function):
                 spec, backend = ctx.plan.spec.encode(), ctx.plan.backend
                 statistics = _statistics(spec, backend, ctx.shard, inputs)
                 weights = term_weights(ctx.plan, ctx.normaliser, upstream, inputs.statistics_dtype)
-                of_statistics = upstream_gradients(ctx.plan, *statistics, inputs.valid, weights)
+                static = static_deltas(ctx.plan, inputs.student_hidden, inputs.teacher_hidden)
+                of_statistics = upstream_gradients(ctx.plan, *statistics, inputs.valid, weights, static)
                 found = ops.lens_grad(*inputs, *spec, backend, *statistics, *of_statistics, ctx.needed)
                 found = _complete(ctx.shard, found, ctx.needed)
         return _returned(ctx, found, inputs, upstream)
@@ -168,17 +197,19 @@ def _loss_and_gradient(plan: Plan, rows_at_a_time: int, shard, normaliser, neede
                        of_loss: Tensor | float = 1.0) -> tuple[FDDLossTerms, list[Tensor]]:  # fmt: skip
     """The terms, and the gradients of `of_loss` * loss marked in `needed`, in the dtypes in which the backend has them."""
     weights = term_weights(plan, normaliser, (of_loss, None, None, None, None), inputs.statistics_dtype)
+    static = static_deltas(plan, inputs.student_hidden, inputs.teacher_hidden)
 
     def upstream_of(rows: Tensor, *statistics: Tensor) -> tuple[Tensor, ...]:
         if shard is not None:
             statistics = shard.merged(inputs.at(rows), plan.spec, statistics)
-        return *statistics, *upstream_gradients(plan, *statistics, None, weights)
+        of_block = None if static is None else static[..., rows]
+        return *statistics, *upstream_gradients(plan, *statistics, None, weights, of_block)
 
     with torch.autocast(inputs.device.type, enabled=False), torch.profiler.record_function("fdd_kernels::stats_and_grad"):
         found, statistics = BACKENDS[plan.backend].stats_and_grad(
             inputs, plan.spec, rows_at_a_time, upstream_of, needed, shard is None
         )
-    terms = combine(row_terms_from_statistics(plan, *statistics), plan.options, inputs.valid, (), normaliser)
+    terms = combine(row_terms_from_statistics(plan, *statistics, static), plan.options, inputs.valid, (), normaliser)
     return terms, _complete(shard, found, needed)
 
 

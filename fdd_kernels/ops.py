@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from fdd_kernels.backends import BACKENDS
-from fdd_kernels.spec import MOMENT_STATS, READ_STATS, LensInputs, LensSpec
+from fdd_kernels.spec import MOMENT_STATS, READ_STATS, LensInputs, LensSpec, count_parts
 
 # LensInputs, an encoded LensSpec, a key of BACKENDS.
 _ARGUMENTS = (
     "Tensor[] student_hidden, Tensor student_weight, Tensor? student_bias, "
     "Tensor[] teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, Tensor? valid, Tensor? labels, "
-    "str structure, float[] numbers, SymInt columns, str backend"
+    "str structure, Tensor numbers, SymInt columns, str backend"
 )
 _STATISTICS = "Tensor pivots, Tensor reads, Tensor moments"
 
@@ -40,12 +40,13 @@ def lens_stats(*arguments):
 
 @lens_stats.register_fake
 def _(*arguments):
-    inputs, spec, _, _ = _unpack(arguments)
+    inputs, structure = LensInputs(*arguments[: len(LensInputs._fields)]), arguments[len(LensInputs._fields)]
+    reads, moments = count_parts(structure)
 
     def new(*shape: int) -> Tensor:
         return inputs.student_weight.new_empty((*shape, inputs.rows), dtype=inputs.statistics_dtype)
 
-    return new(2, len(inputs.student_hidden)), new(len(spec.reads), READ_STATS), new(len(spec.moments), MOMENT_STATS)
+    return new(2, len(inputs.student_hidden)), new(reads, READ_STATS), new(moments, MOMENT_STATS)
 
 
 @torch.library.custom_op(
@@ -62,6 +63,6 @@ def lens_grad(*arguments):
 
 @lens_grad.register_fake
 def _(*arguments):
-    inputs, _, _, (*_, needed) = _unpack(arguments)
+    inputs, needed = LensInputs(*arguments[: len(LensInputs._fields)]), arguments[-1]
     outputs = (*inputs.student_hidden, inputs.student_weight, inputs.student_bias)
     return [torch.empty_like(t, memory_format=torch.contiguous_format) for t, n in zip(outputs, needed) if n]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fdd_kernels.backends import resolve_backend
 from fdd_kernels.config import LossOptions
@@ -72,11 +73,33 @@ def _require_float(name: str, tensor) -> None:
         raise TypeError(f"{name} is a {describe(tensor)}: pass float32, bfloat16, float16 or float64 (dequantise it first)")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} has layout {tensor.layout}: pass a dense tensor (.to_dense())")
-    if not torch.compiler.is_compiling() and hasattr(tensor, "placements"):  # a DTensor, whose module takes long to import
+    _require_plain(name, tensor)
+
+
+def _require_plain(name: str, tensor: Tensor) -> None:
+    """Refuse a DTensor, which stands for the tensors of several processes."""
+    if torch.compiler.is_compiling():
+        return
+    if hasattr(tensor, "placements"):  # a DTensor, whose module takes long to import
         raise TypeError(
             f"{name} is a DTensor with placements {tensor.placements}: pass all of it (.full_tensor()), or, of heads that are "
             "split over their rows, this process's rows (.to_local()) together with vocab_group"
         )
+
+
+def _check_transforms(named: dict[str, Tensor | None], backend: str) -> None:
+    """Refuse what differentiates or batches the loss in another way than backward passes do; the reference can."""
+    if backend == "reference" or torch.compiler.is_compiling():
+        return
+    for name, tensor in named.items():
+        wrapped = tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        dual = tensor is not None and forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+        if wrapped or dual:
+            way = "a transform of torch.func (vmap, jvp, grad, ...)" if wrapped else "forward-mode AD"
+            raise RuntimeError(
+                f"{name} is under {way}, which "
+                f'the backend "{backend}" does not support: use backward() or torch.autograd.grad, or backend="reference"'
+            )
 
 
 def _check_head(side: str, states: tuple[Tensor, ...], weight: Tensor | None, bias: Tensor | None) -> None:
@@ -164,6 +187,7 @@ def _check_tokens(name: str, tensor, leading_shape: tuple[int, ...], device: tor
             f"{name} has shape {tuple(tensor.shape)}, but the hidden states have {leading_shape} before their width: "
             "one entry per hidden state"
         )
+    _require_plain(name, tensor)
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device} and student_hidden on {device}: move it")
 
@@ -233,6 +257,11 @@ def make_plan(options: LossOptions, student_hidden, student_weight, teacher_hidd
     for name, tensor in named.items():
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device} and student_hidden[0] on {device}: move one of them")
+    if device.type == "meta" and not torch.compiler.is_compiling():
+        raise ValueError(
+            f"student_hidden[0] is a {describe(student[0])}, which holds no numbers: make the models on a device and load "
+            "their values, or trace the loss under torch._subclasses.FakeTensorMode"
+        )
     _check_teacher_is_constant({k: v for k, v in named.items() if k.startswith("teacher")})
     feature_space = teacher_weight is None
     _check_space(options, feature_space, count)
@@ -247,6 +276,7 @@ def make_plan(options: LossOptions, student_hidden, student_weight, teacher_hidd
         raise ValueError("shift=True shifts the labels along their last dimension: pass labels of shape (..., sequence)")
     check_normaliser(options, num_items_in_batch)
     plan = lay_out(options, columns, count, leading_shape, feature_space, resolve_backend(options.backend, device))
+    _check_transforms(named | {"labels": labels, "mask": mask}, plan.backend)
     if not torch.compiler.is_compiling() and os.environ.get(DEBUG_SWITCH, "0") not in ("", "0"):
         _check_finite(named)
     return plan, student, teacher
@@ -263,7 +293,7 @@ def check_normaliser(options: LossOptions, num_items_in_batch) -> None:
             raise ValueError(f"num_items_in_batch has shape {tuple(num_items_in_batch.shape)}: pass one number")
     elif isinstance(num_items_in_batch, bool) or not isinstance(num_items_in_batch, (int, float)):
         raise TypeError(f"num_items_in_batch must be a number or a tensor, got {type(num_items_in_batch).__name__}")
-    elif not (math.isfinite(num_items_in_batch) and num_items_in_batch > 0):
+    elif not 0 < num_items_in_batch < math.inf:
         raise ValueError(
             f"num_items_in_batch={num_items_in_batch} must be greater than 0: skip a batch without valid tokens, or pass a "
             "tensor, for which 0 gives a loss of 0"

@@ -30,17 +30,24 @@ def dense_logits(hidden: Tensor, weight: Tensor | None, bias: Tensor | None, sca
     return u if softcap is None else softcap * torch.tanh(u / softcap)
 
 
-def _finite(x: Tensor) -> Tensor:
-    return torch.isfinite(x.detach())
+def _live_columns(columns: int, *biased: tuple[Tensor | None, float | None]) -> Tensor | None:
+    """(C,) bool: no bias is -inf there, in front of no soft cap. None without biases; of each model its bias and soft cap."""
+    live = None
+    for bias, softcap in biased:
+        if bias is not None and softcap is None:
+            own = bias[:columns] != -torch.inf
+            live = own if live is None else live & own
+    return live
 
 
-def _distance(kind: str, s: Tensor, t: Tensor) -> Tensor:
-    """Distance of two vectors per row, (R, C) -> (R,), over the columns where both are finite."""
-    live = _finite(s) & _finite(t)
-    count = live.sum(-1, keepdim=True).clamp(min=1)
+def distance_of(kind: str, s: Tensor, t: Tensor, live: Tensor | None = None) -> Tensor:
+    """Distance of two vectors per row, (R, C) -> (R,), over the columns that are `live` (C,); None: all."""
+    if live is None:
+        live = torch.ones_like(s[0], dtype=torch.bool)
+    count = live.sum().clamp(min=1)
     s, t = torch.where(live, s, 0.0), torch.where(live, t, 0.0)
     if kind == "mse":
-        return (s - t).square().sum(-1) / count[:, 0]
+        return (s - t).square().sum(-1) / count
     if kind == "centered_cosine":
         s = torch.where(live, s - s.sum(-1, keepdim=True) / count, 0.0)
         t = torch.where(live, t - t.sum(-1, keepdim=True) / count, 0.0)
@@ -74,6 +81,7 @@ def _dense_row_terms(plan: Plan, student_hidden, student_weight, student_bias, t
     u_t = [
         dense_logits(h, teacher_weight, teacher_bias, o.teacher_logit_scale, o.teacher_softcap, columns) for h in teacher_hidden
     ]
+    live = _live_columns(columns, (student_bias, o.student_softcap), (teacher_bias, o.teacher_softcap))
     dynamics = range(final + 1 if o.output_in_dynamics else final)
     z_s, z_t = ([u[layer] / o.temperature for layer in dynamics] for u in (u_s, u_t))
     output_kd = trajectory = derivative = ce = None
@@ -82,13 +90,13 @@ def _dense_row_terms(plan: Plan, student_hidden, student_weight, student_bias, t
             value = DIVERGENCES[o.trajectory].value
             per_layer = [value(s.log_softmax(-1), t.log_softmax(-1)).sum(-1) for s, t in zip(z_s, z_t)]
         else:
-            per_layer = [_distance(o.trajectory, s, t) for s, t in zip(z_s, z_t)]
+            per_layer = [distance_of(o.trajectory, s, t, live) for s, t in zip(z_s, z_t)]
         trajectory = torch.stack(per_layer).mean(0)
     if o.beta and o.derivative is not None and len(dynamics) > 1:
         y_s, y_t = (z if plan.feature_space else [x.log_softmax(-1) for x in z] for z in (z_s, z_t))
         per_pair = []
         for first, second in zip(dynamics, dynamics[1:]):
-            per_pair.append(_distance(o.derivative, y_s[second] - y_s[first], y_t[second] - y_t[first]))
+            per_pair.append(distance_of(o.derivative, y_s[second] - y_s[first], y_t[second] - y_t[first], live))
         derivative = torch.stack(per_pair).mean(0)
     if o.output_kd_weight and not plan.feature_space:
         log_q, log_p = ((u[final] / o.output_temperature).log_softmax(-1) for u in (u_s, u_t))

@@ -20,7 +20,9 @@ from fdd_kernels.config import FDDLossTerms, LossOptions
 from fdd_kernels.distances import DISTANCES, Distance, Sums
 from fdd_kernels.divergences import FEATURE_DISTANCES
 from fdd_kernels.plan import Plan
-from fdd_kernels.spec import LSE_S, LSE_T, M_SS, M_TT, MEAN_S, MEAN_T, VALUE
+from fdd_kernels.spec import LSE_S, LSE_T, M_SS, M_TT, MEAN_S, MEAN_T, OWN, VALUE
+
+_COMPARED_ELEMENTS = 2**22  # of the hidden states that are compared at a time
 
 
 class RowTerms(NamedTuple):
@@ -79,7 +81,31 @@ def _layers_of_deltas(plan: Plan) -> slice:
     return _run([*first, second[-1]])
 
 
-def _vectors(plan: Plan, pivots: Tensor, reads: Tensor, moments: Tensor) -> _Vectors:
+def static_deltas(plan: Plan, student_hidden: Sequence[Tensor], teacher_hidden: Sequence[Tensor]) -> Tensor | None:
+    """Where a model's delta has length 0 because its two hidden states are equal: (moment targets, 2, R) bool; None: no angle.
+
+    The hidden states are of the spec's layers. Products of equal states may differ in their last bits, which would be the
+    direction of a delta that has none; no bound on its length tells it from a short one, but the states themselves do.
+    """
+    if not plan.derivative or plan.options.derivative == "mse":
+        return None
+    models = [[h.detach() for h in states] for states in (student_hidden, teacher_hidden)]
+    other = student_hidden[0].new_zeros(len(student_hidden[0]), dtype=torch.bool)  # of a layer's own values
+    found = []
+    for first, second in plan.spec.moments:
+        found.append(torch.stack([other if first == OWN else _equal_rows(h[first], h[second]) for h in models]))
+    return torch.stack(found)
+
+
+def _equal_rows(a: Tensor, b: Tensor) -> Tensor:
+    """(R,) bool: which rows of two (R, D) tensors are equal; a part of them at a time."""
+    rows = max(1, _COMPARED_ELEMENTS // a.shape[1])
+    if torch.compiler.is_compiling() or len(a) <= rows:
+        return (a == b).all(-1)
+    return torch.cat([(x == y).all(-1) for x, y in zip(a.split(rows), b.split(rows))])
+
+
+def _vectors(plan: Plan, pivots: Tensor, reads: Tensor, moments: Tensor, static: Tensor | None) -> _Vectors:
     """The vectors of all moment targets: what the statistics are relative to is put back, so that deltas are log q's."""
     means, offsets = moments[:, MEAN_S : MEAN_T + 1], []
     count, _, _, _, _, product, difference = moments.unbind(1)
@@ -99,20 +125,24 @@ def _vectors(plan: Plan, pivots: Tensor, reads: Tensor, moments: Tensor) -> _Vec
     (offset_s, offset_t), (sum_s, sum_t) = offset.unbind(1), summed.unbind(1)
     apart = offset_s - offset_t
     sum_apart = count * apart
+    squares = torch.addcmul(moments[:, M_SS : M_TT + 1], summed, offset)
+    if static is not None:
+        squares = squares.masked_fill(static, 0.0)
     sums = Sums(
         count=count,
-        squares=torch.addcmul(moments[:, M_SS : M_TT + 1], summed, offset),
+        squares=squares,
         product=torch.addcmul(product, sum_s, offset_t),
         difference=torch.addcmul(difference, sum_apart, apart),
     )
     return _Vectors(sums, sum_s, sum_t, sum_apart)
 
 
-def row_terms_from_statistics(plan: Plan, pivots: Tensor, reads: Tensor, moments: Tensor) -> RowTerms:
-    """The terms of every row from the statistics of `spec.py`."""
+def row_terms_from_statistics(plan: Plan, pivots: Tensor, reads: Tensor, moments: Tensor,
+                              static: Tensor | None = None) -> RowTerms:  # fmt: skip
+    """The terms of every row from the statistics of `spec.py`; `static` is of `static_deltas`."""
     compared, values = _compared_vectors(plan), {}
     if compared:
-        sums = _vectors(plan, pivots, reads, moments).sums
+        sums = _vectors(plan, pivots, reads, moments, static).sums
         values = {term: distance.value(sums.at(run)).mean(0) for term, (distance, run) in compared.items()}
     if plan.trajectory and "trajectory" not in values:
         values["trajectory"] = reads[_run(plan.trajectory), VALUE].mean(0)
@@ -185,7 +215,7 @@ def term_weights(plan: Plan, normaliser: Tensor | float | None, upstream: Sequen
 
 @torch.no_grad()
 def upstream_gradients(plan: Plan, pivots: Tensor, reads: Tensor, moments: Tensor, valid: Tensor | None,
-                       weights: TermWeights) -> tuple[Tensor, Tensor]:  # fmt: skip
+                       weights: TermWeights, static: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The gradients of reads and moments of the total that has these `weights`; those of the teacher's statistics are 0."""
     of_reads, of_moments = torch.zeros_like(reads), torch.zeros_like(moments)
     of_value, compared = of_reads[:, VALUE], _compared_vectors(plan)
@@ -196,7 +226,7 @@ def upstream_gradients(plan: Plan, pivots: Tensor, reads: Tensor, moments: Tenso
     if plan.output_kd is not None:  # perhaps a read of the trajectory
         of_value[plan.output_kd].add_(weights.output_kd)
     if compared:
-        vectors = _vectors(plan, pivots, reads, moments)
+        vectors = _vectors(plan, pivots, reads, moments, static)
         _, of_mean, _, of_ss, _, of_st, of_dd = of_moments.unbind(1)
         for write_slope, alike in itertools.groupby(compared.values(), lambda entry: entry[0].write_slope):
             runs = [run for _, run in alike]

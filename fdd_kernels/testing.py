@@ -30,9 +30,11 @@ from fdd_kernels.api import _rows_that_count, fdd_loss_reference, fused_fdd_loss
 from fdd_kernels.config import FDDLossTerms, LossOptions
 from fdd_kernels.divergences import DIVERGENCES
 from fdd_kernels.plan import Plan, make_plan
-from fdd_kernels.reference import _distance, dense_logits
+from fdd_kernels.reference import dense_logits, distance_of
 from fdd_kernels.terms import RowTerms, combine, normaliser_of
 
+# Of each column: what is below the smallest normal number may count as 0, before it is divided by a temperature.
+_UNDERFLOW = 64 * torch.finfo(torch.float32).tiny
 PERTURBATIONS = 3  # random movements of the logits from which the floor of a gradient is taken
 
 
@@ -238,6 +240,17 @@ def _movement(value: Callable[..., Tensor], vectors: tuple[Tensor, ...], indepen
     return 3 * independent * slopes.norm(dim=-1) + common * slopes.abs().sum(-1)
 
 
+def _angle_rounding(kind: str, s: Tensor, t: Tensor, unit: float) -> Tensor:
+    """How far 1 - cos of vectors (R, C) may be off because it is a difference, (R,): of numbers of the size of 1, or, where
+    the vectors are close, of |s - t|^2 / (2 |s||t|), each the end of a few roundings."""
+    if kind == "mse":
+        return torch.zeros_like(s[:, 0])
+    if kind == "centered_cosine":
+        s, t = (v - v.mean(-1, keepdim=True) for v in (s, t))
+    size = (s - t).square().sum(-1) / (2 * s.norm(dim=-1) * t.norm(dim=-1))
+    return 8 * unit * size.clamp(max=1).nan_to_num(1)
+
+
 @dataclass(frozen=True)
 class _DenseCall:
     """One call in float64: for each model and layer its values (R, C) before a temperature, and how far off they may be."""
@@ -310,11 +323,14 @@ def value_floors(problem: Problem, unit: float | None = None, **options) -> FDDL
     def divergence(name: str, layer: int, temperature: float) -> Tensor:
         s, t, off = read(layer, temperature, softmax=True)
         value = lambda a, b: DIVERGENCES[name].value(a, b).sum(-1)  # noqa: E731
-        return _movement(value, (s, t), off, summation) + summation * value(s, t).abs()
+        # A backend may leave out the terms whose sum over the columns is 0, as `slope` does: they then cancel in the sum alone.
+        plain = DIVERGENCES[name].slope(s, t)
+        plain = 3 * off * plain.norm(dim=-1) + summation * plain.abs().sum(-1)
+        return _movement(value, (s, t), off, summation) + plain + summation * value(s, t).abs()
 
     def distance(name: str, s: Tensor, t: Tensor, off: Tensor, common: float) -> Tensor:
-        value = lambda a, b: _distance(name, a, b)  # noqa: E731
-        return _movement(value, (s, t), off, common) + summation * value(s, t)
+        value = lambda a, b: distance_of(name, a, b)  # noqa: E731
+        return _movement(value, (s, t), off, common) + summation * value(s, t) + _angle_rounding(name, s, t, call.unit)
 
     final = len(students) - 1
     dynamics = range(final + 1 if o.output_in_dynamics else final)
@@ -487,7 +503,7 @@ def excesses(problem: Problem, outcome: Outcome, upstream=None, **options) -> di
             return
         # Infinite where the truth is (a token impossible for the student alone): then only equality will do.
         same = got.double() == true
-        budget = (2 * dense_error + floor).reshape(-1)
+        budget = (2 * dense_error + floor + problem.student_weight.numel() * _UNDERFLOW).reshape(-1)
         fraction = torch.where(error == 0, 0.0, error / budget.view_as(error)).reshape(-1)
         if fraction.shape == same.reshape(-1).shape:
             fraction = torch.where(same.reshape(-1), 0.0, fraction)

@@ -160,7 +160,7 @@ def _fingerprint(options: LossOptions, plan: Plan, inputs: LensInputs) -> int:
     of_grad = [h.requires_grad for h in students] if torch.is_grad_enabled() else None
     dtypes = [t.dtype for t in (*students, inputs.student_weight, *inputs.teacher_hidden, inputs.teacher_weight)]
     common = replace(options, backend="auto"), plan.leading_shape, students[0].shape[-1], of_grad, dtypes
-    return zlib.crc32(repr((plan.spec.encode()[:2], common)).encode())
+    return zlib.crc32(repr((replace(plan.spec, columns=0), common)).encode())
 
 
 def _exchange(group: dist.ProcessGroup, own: _Answer) -> list[_Answer]:

@@ -19,7 +19,7 @@ TESTS = [
     [
         "tests/test_cpu_kernels.py",
         "-k",
-        "way or ragged or strided or unaligned or half or sets or bits or who_else or one_thread",
+        "way or ragged or strided or unaligned or half or sets or bits or who_else",
     ],
     ["tests/test_backends.py", "-k", "cpu and float32"],
 ]

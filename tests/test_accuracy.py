@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from fdd_kernels import fdd_loss_reference, fused_fdd_loss
+from fdd_kernels.backends import why_unavailable
+from fdd_kernels.divergences import DERIVATIVES, DIVERGENCES, TRAJECTORIES
 from fdd_kernels.testing import (
     Problem,
     assert_within_budget,
@@ -136,6 +138,67 @@ def test_a_sharp_teacher(backend, device, trajectory):
     check(random_problem(**BIG, device=device, spread=40.0), backend, trajectory=trajectory)
 
 
+@pytest.mark.parametrize("temperature", [0.1, 0.3, 3.0, 10.0])
+@pytest.mark.parametrize(
+    ("spread", "near", "dtype"),
+    [(10, 0.1, torch.float32), (40, 0.1, torch.float32), (100, 0.01, torch.bfloat16), (1000, None, torch.float32)],
+    ids=str,
+)
+def test_confident_models_at_any_temperature(backend, device, temperature, spread, near, dtype):
+    """Logits / temperature up to 10^5 whose largest is not among the first columns: the row's own scale is what counts."""
+    problem = random_problem((12,), 200, 48, 48, 3, spread=spread, near=near, dtype=dtype, device=device)
+    for trajectory in DIVERGENCES:
+        check(problem, backend, trajectory=trajectory, temperature=temperature, output_temperature=temperature)
+
+
+def test_two_certain_models_have_no_gradient(backend, device):
+    """One row, both certain of a column beyond the first ones: e^-317 is 0, and so is p - q."""
+    eye = torch.eye(200, device=device)
+    student, teacher = (torch.zeros(1, 200, device=device) for _ in range(2))
+    student[0, 150], teacher[0, 150] = 33.3, 31.7
+    student.requires_grad_()
+    fused_fdd_loss(student, eye, teacher, eye, output_temperature=0.1, backend=backend).backward()
+    assert not student.grad.any()
+
+
+# Triton's one-pass kernels sum the plain form.
+@pytest.mark.parametrize("of", ["cpu", "torch", "reference"])
+@pytest.mark.parametrize("trajectory", list(DIVERGENCES))
+@pytest.mark.parametrize(("near", "most"), [(3e-2, 2e-4), (3e-3, 2e-3), (3e-4, 2e-2)])
+def test_value_of_models_that_nearly_agree(of, trajectory, near, most):
+    """Relative errors at KL of about 3e-5, 3e-7 and 3e-9: the plain sum's were 1e-2, 1 and more, with values below 0."""
+    if why_unavailable(of, torch.device("cpu")):
+        pytest.skip("not built")
+    problem = random_problem((8,), 4000, 32, 32, 2, near=None, spread=1.0)
+    noise = torch.randn(4000, 32, generator=torch.Generator().manual_seed(1))
+    teacher_weight = problem.student_weight.detach() + near * noise / math.sqrt(32) / 4
+    problem = replace(problem, teacher_weight=teacher_weight, teacher_hidden=tuple(h.detach() for h in problem.student_hidden))
+    options = {"trajectory": trajectory, "reduction": "none", "beta": 0.0}
+    terms, truth = evaluate(problem, backend=of, **options).terms, exact(problem, **options).terms
+    for name in ("trajectory", "output_kd"):
+        got, true = getattr(terms, name).double(), getattr(truth, name)
+        assert (got >= 0).all()
+        assert 1e-10 < true.mean() < 1e-4
+        assert ((got - true).abs() / true).max() < most, name
+
+
+@pytest.mark.parametrize("where", ["student", "teacher"])
+@pytest.mark.parametrize("of", ["cpu", "torch", "reference"])
+@pytest.mark.parametrize("trajectory", [*TRAJECTORIES, None])
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+def test_nan_stays_nan(of, where, trajectory, derivative):
+    """A row of states with a NaN has a loss of NaN, whichever terms read it, also beside columns of -inf; others have not."""
+    if why_unavailable(of, torch.device("cpu")):
+        pytest.skip("not built")
+    problem = random_problem((5,), 150, 8, 12, 3, bias="padded")
+    getattr(problem, f"{where}_hidden")[1].data[2, 3] = torch.nan
+    options = {"output_kd_weight": 0.0, "derivative": derivative, "reduction": "none"}
+    options |= {"alpha": 0.0} if trajectory is None else {"trajectory": trajectory, "beta": 0.0}
+    outcome = evaluate(problem, backend=of, **options)
+    assert outcome.terms.loss.isnan().tolist() == [False, False, True, False, False]
+    assert outcome.gradients["student_hidden[1]"][2].isnan().all()
+
+
 @DTYPES
 @pytest.mark.parametrize("trajectory", ["kl", "reverse_kl", "jsd", "skew_kl", "mse", "cosine"])
 @pytest.mark.parametrize("derivative", ["cosine", "centered_cosine", "mse"])
@@ -175,6 +238,32 @@ def test_static_layers(backend, device, derivative, side):
     assert (truth.terms.derivative == 1).all()
     for name, gradient in outcome.gradients.items():
         assert not gradient.any(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_static_layers_of_any_shape(backend, dtype):
+    """Equal states in other memory, whose products round differently in a stacked product: still no length, no gradient."""
+    options = {"alpha": 0.0, "output_kd_weight": 0.0, "reduction": "none", "backend": backend, "temperature": 0.9}
+    for rows in (1, 2, 7):
+        for columns in (5, 67, 128) if backend != "triton" else (67,):
+            for width in (3, 16, 67) if backend != "triton" else (16,):
+                problem = random_problem((rows,), columns, width, width, 3, dtype=dtype)
+                first, _, last = problem.student_hidden
+                twin = first.detach().clone().requires_grad_()
+                problem = replace(problem, student_hidden=(first, twin, last))
+                outcome = evaluate(problem, **options)
+                assert (outcome.terms.derivative == 1).all()
+                assert not any(gradient.any() for gradient in outcome.gradients.values())
+
+
+@pytest.mark.parametrize("derivative", ["cosine", "centered_cosine"])
+def test_a_head_of_zeros_has_no_deltas(backend, derivative):
+    """As it may be initialised: all layers have the same logits, the bias, though their states differ."""
+    problem = random_problem((4,), 150, 8, 12, 4, bias="plain", spread=0.0)
+    options = {"derivative": derivative, "reduction": "none", "backend": backend, "temperature": 0.9, "alpha": 0.0}
+    outcome = evaluate(problem, output_kd_weight=0.0, **options)
+    assert (outcome.terms.derivative == 1).all()
+    assert not any(gradient.any() for gradient in outcome.gradients.values())
 
 
 # That the budgets are narrow.

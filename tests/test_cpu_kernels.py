@@ -3,6 +3,7 @@ tested with every other backend's in test_backends.py and test_accuracy.py."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -17,8 +18,9 @@ import torch
 from fdd_kernels import _extension, fused_fdd_loss
 from fdd_kernels.backends import cpu
 from fdd_kernels.config import LossOptions
+from fdd_kernels.divergences import DIVERGENCES
 from fdd_kernels.plan import make_plan
-from fdd_kernels.spec import LensInputs
+from fdd_kernels.spec import NLL, LensInputs
 from fdd_kernels.testing import assert_within_budget, evaluate, random_problem
 
 if _extension.kernels is None:
@@ -37,6 +39,21 @@ def gradients(problem, **options) -> list[torch.Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, list(problem.leaves.values()))]
 
 
+@contextlib.contextmanager
+def threads_of(count: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request):
+    """Threads of the kernels; more than this machine may have cores."""
+    with threads_of(request.param):
+        yield request.param
+
+
 def python(code: str, **environment: str) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, "-c", code], env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -51,7 +68,8 @@ def test_every_instruction_set_of_this_processor_is_right(name):
         assert "this processor lacks it" in err
         pytest.skip(f"this processor lacks {name}")
     assert out.strip() == name
-    tests = ["tests/test_backends.py", "-k", "every_trajectory or every_option and padded", "-q", "-p", "no:cacheprovider"]
+    chosen = "every_trajectory or every_option and padded or at_any_temperature"
+    tests = ["tests/test_backends.py", "tests/test_accuracy.py", "-k", chosen, "-q", "-p", "no:cacheprovider"]
     environment = os.environ | {"FDD_KERNELS_ISA": name, "FDD_TEST_BACKENDS": "cpu"}
     run = subprocess.run(
         [sys.executable, "-m", "pytest", *tests], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
@@ -105,7 +123,7 @@ def test_low_precision_and_strided_inputs(dtype, contiguous):
     check(random_problem((130,), 300, 24, 40, layers=4, dtype=dtype, labels=True, contiguous=contiguous), ce_weight=0.5)
 
 
-def test_unaligned_inputs():
+def test_unaligned_inputs(threads):
     problem = random_problem((9,), 50, 7, 6)
 
     def shifted(t: torch.Tensor) -> torch.Tensor:
@@ -128,40 +146,30 @@ def test_every_half_is_read_exactly():
     assert abs(loss.double() - expected) <= 8 * torch.finfo(torch.float32).eps * expected
 
 
-def test_the_same_bits_in_every_run():
+def test_the_same_bits_in_every_run(threads):
     problem = random_problem((300,), 1000, 16, 24, layers=4, dtype=BF16)
     first = gradients(problem)
     for _ in range(3):
         assert all(torch.equal(a, b) for a, b in zip(first, gradients(problem)))
 
 
-def test_results_do_not_depend_on_who_else_computes():
+def test_results_do_not_depend_on_who_else_computes(threads):
     problems = [random_problem((150,), 700, 16, 24, layers=3, seed=seed) for seed in range(4)]
     alone = [gradients(problem) for problem in problems]
     together: list = [None] * len(problems)
 
     def work(index: int) -> None:
-        torch.set_num_threads(alone_threads)
+        torch.set_num_threads(threads)
         for _ in range(3):
             together[index] = gradients(problems[index])
 
-    alone_threads = torch.get_num_threads()
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(problems))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(len(problems))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
     for expected, found in zip(alone, together):
         assert all(torch.equal(a, b) for a, b in zip(expected, found))
-
-
-def test_one_thread_is_within_budget_too():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        check(random_problem((100,), 400, 16, 24))
-    finally:
-        torch.set_num_threads(threads)
 
 
 class _LossInWorker(torch.utils.data.Dataset):
@@ -206,7 +214,7 @@ while True:
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
 @pytest.mark.parametrize("weight_bytes", [0, 2**30])
-def test_rows_in_several_sets(monkeypatch, dtype, weight_bytes):
+def test_rows_in_several_sets(monkeypatch, threads, dtype, weight_bytes):
     problem = random_problem((90,), 200, 16, 24, layers=3, dtype=dtype, labels=True, bias="plain")
     whole = gradients(problem)
     monkeypatch.setattr(cpu, "KEPT_BYTES", 0)
@@ -217,13 +225,20 @@ def test_rows_in_several_sets(monkeypatch, dtype, weight_bytes):
         torch.testing.assert_close(a, b, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
 
 
-@pytest.fixture(params=["kept at once", "kept in blocks", "streamed"])
+KEPT = {"kept at once": 2**40, "kept in blocks": 16 * 2 * 3 * 384 * 4, "streamed": 0}
+
+
+THREADS = [("kept at once", 1), ("kept at once", 3), ("kept in blocks", 2), ("streamed", 1), ("streamed", 2), ("streamed", 3)]
+
+
+@pytest.fixture(params=THREADS, ids=lambda p: f"{p[0]}-{p[1]}")
 def way(request, monkeypatch):
-    """The three ways to the gradients; a block holds 16 rows of 3 layers and up to 384 columns."""
-    kept = {"kept at once": 2**40, "kept in blocks": 16 * 2 * 3 * 384 * 4, "streamed": 0}[request.param]
-    monkeypatch.setattr(cpu, "KEPT_BYTES", kept)
+    """The three ways to the gradients, with 1 to 3 threads; a block holds 16 rows of 3 layers and up to 384 columns."""
+    name, threads = request.param
+    monkeypatch.setattr(cpu, "KEPT_BYTES", KEPT[name])
     monkeypatch.setattr(cpu, "KEPT_PRODUCT_ROWS", 0)
-    return request.param
+    with threads_of(threads):
+        yield name
 
 
 WAYS = {
@@ -358,3 +373,25 @@ def test_tiles_stay_within_their_budgets(layers, rows, columns, width):
         assert one_tile or 4 * width * tiles.panel <= cpu.PACK_BYTES
         assert tiles.panel <= 16 or not backward or 4 * layers * rows * tiles.panel <= cpu.GRADIENT_BYTES
         assert tiles.rows == 8 or 2 * 4 * layers * tiles.rows * tiles.columns <= cpu.TILE_BYTES
+
+
+def test_every_divergence_of_the_registry_is_compiled(monkeypatch):
+    """One that is missing is said to be, and what to do; a switch that leaves one out does not compile (-Werror=switch)."""
+    assert set(_extension.kernels.divergences()) == {"", NLL, *DIVERGENCES}
+    monkeypatch.setitem(DIVERGENCES, "new", DIVERGENCES["kl"])
+    with pytest.raises(RuntimeError, match=r"no divergence \['new'\].*install the package again"):
+        fused_fdd_loss(**random_problem().arguments, trajectory="kl", backend="cpu")
+    with pytest.raises(ValueError, match="know no divergence 'new'"):
+        _extension.kernels.Problem(([], torch.empty(2, 2), None, 1.0, 0.0), ([], torch.empty(2, 2), None, 1.0, 0.0), False, 2,
+                                   torch.arange(0), None, [(0, 1.0, "new")], [], 1.0, (1, 1, 1))  # fmt: skip
+
+
+def test_every_divergence_of_the_registry_is_in_the_triton_kernels():
+    """Each is a branch of both device functions of the pair, which end in a static assertion."""
+    folder = Path(cpu.__file__).parent / "triton"
+    source = next(s for s in (p.read_text() for p in folder.rglob("*.py")) if "def divergence_slope(" in s)
+    for function in ("value", "slope"):
+        body = source.split(f"def divergence_{function}(")[1].split("\n@triton.jit")[0]
+        assert "static_assert" in body
+        for name in DIVERGENCES:
+            assert f'DIVERGENCE == "{name}"' in body, (function, name)

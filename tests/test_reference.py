@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from fdd_kernels import FDDLossTerms, FusedFDDLoss, fdd_loss_reference, fused_fdd_loss
-from fdd_kernels.divergences import DERIVATIVES, TRAJECTORIES
+from fdd_kernels.divergences import DERIVATIVES, DIVERGENCES, TRAJECTORIES
 from fdd_kernels.testing import assert_same_sums, evaluate, random_problem
 
 
@@ -283,3 +283,30 @@ def test_impossible_tokens_are_as_if_they_were_not_there():
             for name, gradient in part.gradients.items():
                 assert_same_sums(whole.gradients[name], gradient, problem.student_weight.numel(), f"{options} {name}")
             assert not whole.gradients["student_weight"][live:].any()
+
+
+@pytest.mark.parametrize("trajectory", list(DIVERGENCES))
+@pytest.mark.parametrize("teacher", [[0, 1, 2, 5], [1, 0, 2, 5], [3, 0, 2, -5], [0, 300, 2, -5]], ids=str)
+def test_first_and_second_derivatives_where_models_agree(trajectory, teacher):
+    """Wholly, in some columns, or nowhere: by finite differences."""
+    eye = torch.eye(4, dtype=torch.float64)
+    teacher = torch.tensor([teacher], dtype=torch.float64)
+
+    def loss(student):
+        return fdd_loss_reference([student] * 2, eye, [teacher] * 2, eye, trajectory=trajectory, output_kd_weight=0.0, beta=0.0)
+
+    student = torch.tensor([[0, 1, 2, 5]], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(loss, (student,))
+    assert torch.autograd.gradgradcheck(loss, (student,))
+
+
+@pytest.mark.parametrize("name", list(DIVERGENCES))
+def test_slope_is_the_derivative_of_the_value(name):
+    """As a gradient with respect to logits: slope - q sum(slope), also with columns of probability 0."""
+    z = torch.tensor([[0.0, 3, -1, 40, -800, -torch.inf]], dtype=torch.float64, requires_grad=True)
+    log_p = torch.tensor([[0.5, 3, -9, 39, -1, -torch.inf]], dtype=torch.float64).log_softmax(-1)
+    divergence = DIVERGENCES[name]
+    log_q = z.log_softmax(-1)
+    (by_autograd,) = torch.autograd.grad(divergence.value(log_q, log_p).sum(), z)
+    slope = divergence.slope(log_q.detach(), log_p)
+    assert_same_sums(slope - log_q.detach().exp() * slope.sum(), by_autograd, 6)

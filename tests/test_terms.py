@@ -223,7 +223,7 @@ class Operators(TorchDispatchMode):
 
 
 def test_operators_of_a_block(monkeypatch):
-    """What the engine does for each block of rows is at most 40 operators beside views, however many layers there are."""
+    """What the engine does for each block of rows is at most 42 operators beside views, however many layers there are."""
     counts: list[Operators] = []
 
     def stats_and_grad(inputs, spec, rows_at_a_time, upstream_of, needed, refine):
@@ -243,7 +243,7 @@ def test_operators_of_a_block(monkeypatch):
                 normaliser = normaliser_of(plan.options, inputs.rows, None, torch.tensor(7.0), inputs.device)
                 _loss_and_gradient(plan, 4, None, normaliser, [True] * (layers + 2), inputs)
             few, many = counts[-2:]
-            assert len(few.kernels) <= 40, (trajectory, derivative, options, few.kernels)
+            assert len(few.kernels) <= 42, (trajectory, derivative, options, few.kernels)
             assert few.all == many.all
 
 

@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
-from fdd_kernels import fdd_loss_reference, fused_fdd_loss, ops
+from fdd_kernels import FusedFDDLoss, api, fdd_loss_reference, fused_fdd_loss, ops
 from fdd_kernels.api import _rows_that_count
 from fdd_kernels.config import LossOptions
 from fdd_kernels.plan import make_plan
@@ -77,12 +78,37 @@ class TestCompile:
             assert_within_budget(problem, evaluate(problem, function, backend="torch", **OPTIONS), **OPTIONS)
         assert counter.frame_count == 2  # the first shape alone, then all
 
-    def test_changing_temperature_is_not_baked_in(self):
-        function = compiled()
-        problem = random_problem(layers=1)
-        for temperature in (1.5, 2.0, 3.5):
-            options = {"output_temperature": temperature}
-            assert_within_budget(problem, evaluate(problem, function, backend="torch", **options), **options)
+    def test_changing_numbers_share_one_graph(self):
+        """Twelve values of each at once: the first alone, then one graph for all."""
+        counter = CompileCounterWithBackend("aot_eager")
+        function = compiled(counter)
+        problem = random_problem(labels=True)
+        for i in range(12):
+            options = {
+                "temperature": 1.5 + i / 10, "output_temperature": 2.5 + i / 10, "student_softcap": 9.0 + i,
+                "teacher_softcap": 7.5 + i, "student_logit_scale": 0.3 + i / 30, "teacher_logit_scale": 0.35 + i / 30,
+                "alpha": 0.5 + i / 10, "num_items_in_batch": 5 + i,
+            }  # fmt: skip
+            outcome = evaluate(problem, function, backend="torch", **options)
+            if i in (0, 1, 11):
+                assert_within_budget(problem, outcome, **options)
+        assert counter.frame_count == 2
+
+    def test_the_module(self):
+        problem = random_problem(labels=True)
+        loss = torch.compile(FusedFDDLoss(backend="torch", temperature=2.0), fullgraph=True, backend="aot_eager")
+        expected = fused_fdd_loss(**problem.arguments, temperature=2.0, backend="torch")
+        torch.testing.assert_close(loss(**problem.arguments), expected)
+
+    def test_strict_export(self):
+        problem = random_problem().map(lambda t: t.detach())
+        arguments = tuple(
+            [getattr(problem, name) for name in ("student_hidden", "student_weight", "teacher_hidden", "teacher_weight")]
+        )
+        loss = FusedFDDLoss(backend="torch")
+        with torch.no_grad():
+            exported = torch.export.export(loss, arguments, strict=True)
+            torch.testing.assert_close(exported.module()(*arguments), loss(*arguments))
 
     def test_labels_out_of_range_fail_at_run_time(self):
         problem = full()
@@ -165,6 +191,15 @@ class TestAutocast:
         outside = torch.autograd.grad(loss, leaves)
         for a, b in zip(inside, outside):
             assert torch.equal(a, b)
+
+    def test_casts_no_layer_that_nothing_reads(self, backend, monkeypatch):
+        problem, seen = full(), []
+        real = api.tensors_of
+        monkeypatch.setattr(api, "tensors_of", lambda plan, inputs: seen.append(inputs) or real(plan, inputs))
+        with torch.autocast("cpu", torch.bfloat16):
+            evaluate(problem, backend=backend, output_kd_weight=0.0, beta=0.0)
+        for states in (seen[0].student_hidden, seen[0].teacher_hidden):
+            assert [h.dtype for h in states] == [torch.bfloat16, torch.bfloat16, torch.float32]
 
     @pytest.mark.usefixtures("_fresh_dynamo")
     def test_compiled(self):
@@ -274,3 +309,57 @@ def test_each_term_can_be_differentiated_on_its_own(backend):
     summed = dict(zip(problem.leaves, (sum(p) for p in zip(*parts))))
     whole = evaluate(problem, backend=backend, **OPTIONS)
     assert_within_budget(problem, whole._replace(gradients=summed), **OPTIONS)
+
+
+class TestOtherWays:
+    """What works, or says what to use instead."""
+
+    def test_teacher_under_inference_mode(self, backend):
+        problem = full()
+        expected = evaluate(problem, backend=backend, **OPTIONS)
+        with torch.inference_mode():
+            states = tuple([h.clone() for h in problem.teacher_hidden])
+            weight, bias = problem.teacher_weight.clone(), problem.teacher_bias.clone()
+        problem = replace(problem, teacher_hidden=states, teacher_weight=weight, teacher_bias=bias)
+        leaves = list(problem.leaves.values())
+        for reduction in ("mean", "none"):
+            loss = fused_fdd_loss(**problem.arguments, backend=backend, reduction=reduction, **OPTIONS)
+            gradients = torch.autograd.grad(loss.sum(), leaves)
+            if reduction == "mean":
+                for found, wanted in zip(gradients, expected.gradients.values()):
+                    assert torch.equal(found, wanted)
+
+    def test_meta_tensors(self, backend):
+        problem = random_problem().map(lambda t: t.to("meta"))
+        with pytest.raises(ValueError, match=r"student_hidden\[0\] is a .* on meta, which holds no numbers"):
+            fused_fdd_loss(**problem.arguments, backend=backend)
+
+    def test_transforms_of_functions(self, backend):
+        problem = random_problem().map(lambda t: t.detach())
+
+        def loss(hidden, backend=backend):
+            return fused_fdd_loss(
+                (hidden, *problem.student_hidden[1:]), problem.student_weight, problem.teacher_hidden, problem.teacher_weight,
+                backend=backend,
+            )  # fmt: skip
+
+        hidden = problem.student_hidden[0]
+        for transformed in (
+            lambda: torch.func.vmap(loss)(torch.stack([hidden, hidden])),
+            lambda: torch.func.jvp(loss, (hidden,), (hidden,)),
+            lambda: torch.func.grad(loss)(hidden),
+        ):
+            with pytest.raises(RuntimeError, match=r'student_hidden\[0\] is under a transform.*backend="reference"'):
+                transformed()
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="is under forward-mode AD"):
+            loss(forward_ad.make_dual(hidden, hidden))
+        torch.func.grad(lambda h: loss(h, "reference"))(hidden)  # the remedy
+
+    @pytest.mark.parametrize("reduction", ["mean", "none"])
+    def test_batches_of_upstream_gradients(self, backend, reduction):
+        problem = random_problem()
+        loss = fused_fdd_loss(**problem.arguments, backend=backend, reduction=reduction)
+        with pytest.raises(RuntimeError, match="one after another"):
+            torch.autograd.grad(
+                loss, problem.student_weight, torch.ones(2, *loss.shape), is_grads_batched=True
+            )  # fmt: skip

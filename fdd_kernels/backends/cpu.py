@@ -18,6 +18,7 @@ from torch import Tensor
 from fdd_kernels import _extension
 from fdd_kernels.backends import torch_stream
 from fdd_kernels.backends.call_shape import FLOAT, CallShape
+from fdd_kernels.divergences import DIVERGENCES
 from fdd_kernels.spec import MOMENT_STATS, NLL, READ_STATS, LensInputs, LensSpec
 
 MIB = 2**20
@@ -73,7 +74,20 @@ def unavailable(device: torch.device) -> str | None:
     """Why these kernels cannot run on `device`, and the remedy."""
     if device.type != "cpu":
         return f'its kernels run on the CPU, not on "{device}"; use backend="auto"'
-    return _extension.missing_reason()
+    return _extension.missing_reason() or missing_divergences()
+
+
+def missing_divergences() -> str | None:
+    """What to do about kernels that were built before the registry got its last divergence; None if they know them all."""
+    known = getattr(_extension.kernels, "divergences", None)
+    missing = sorted(DIVERGENCES.keys() - known()) if known else []
+    if not missing:
+        return None
+    return f"its kernels were built from other sources and know no divergence {missing}: install the package again"
+
+
+# As of `_extension.missing_reason`.
+missing_divergences._dynamo_marked_constant = True
 
 
 def _streamed(inputs: LensInputs, spec: LensSpec, rows: Tensor, *, backward: bool):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fdd_kernels.backends.call_shape import FLOAT, CallShape
-from fdd_kernels.divergences import DIVERGENCES
+from fdd_kernels.divergences import DIVERGENCES, is_near, kl_of
 from fdd_kernels.spec import (
     COUNT,
     LSE_S,
@@ -61,8 +61,8 @@ def choose_tiles(layers: int, rows: int, columns: int, student_width: int, teach
                  device_type: str) -> Tiles:  # fmt: skip
     """Tile sizes that keep every buffer within the byte budgets of this file."""
     # The student's logits twice (before and after the pivot), the teacher's and the gradient for every layer, and about
-    # eight temporaries of one layer.
-    elements = TILE_BYTES.get(device_type, ACCELERATOR_TILE_BYTES) // (itemsize * (4 * layers + 8))
+    # twelve temporaries of one layer.
+    elements = TILE_BYTES.get(device_type, ACCELERATOR_TILE_BYTES) // (itemsize * (4 * layers + 12))
     width = student_width + teacher_width
     most_columns = max(1, OPERAND_BYTES // (itemsize * width))
     most_rows = max(1, OPERAND_BYTES // (itemsize * width * layers))
@@ -126,8 +126,6 @@ class _Problem:
             inputs.teacher_hidden, inputs.teacher_weight, inputs.teacher_bias, spec.teacher_logit_scale,
             spec.teacher_softcap, self.dtype,
         )  # fmt: skip
-        # Only a bias can make a logit infinite, so only then are columns looked at one by one.
-        self.may_be_infinite = inputs.student_bias is not None or inputs.teacher_bias is not None
         self.layers = len(inputs.student_hidden)
         self.valid_rows = None if inputs.valid is None else inputs.valid.nonzero().squeeze(1)
         self.count = self.total_rows if inputs.valid is None else len(self.valid_rows)
@@ -145,6 +143,15 @@ class _Problem:
             rows = slice(first, last) if self.valid_rows is None else self.valid_rows[first:last]
             yield rows, first, last
 
+    def live_tile(self, columns: slice) -> Tensor | None:
+        """(c,) bool: the columns of a tile where no bias is -inf in front of no soft cap; None: there are no biases."""
+        live = None
+        for side in (self.student, self.teacher):
+            if side.bias is not None and side.softcap is None:
+                own = side.bias[columns] != -torch.inf
+                live = own if live is None else live & own
+        return live
+
     def column_tiles(self):
         for first in range(0, self.spec.columns, self.tiles.columns):
             yield slice(first, min(first + self.tiles.columns, self.spec.columns))
@@ -156,33 +163,78 @@ class _Problem:
         return inside, local.where(inside, 0)
 
 
-class _OnlineSoftmax:
-    """Running log-sum-exp of a row block, and the expectation of another quantity under the softmax."""
+class _Tops:
+    """The largest u of every row so far, of both models: (2, L, r). Logits are taken relative to it."""
 
-    def __init__(self, rows: int, like: Tensor):
-        self.max = like.new_full((rows,), -torch.inf)
-        self.total, self.weighted = like.new_zeros(rows), like.new_zeros(rows)
+    def __init__(self, layers: int, rows: int, like: Tensor):
+        self.top = like.new_full((2, layers, rows), -torch.inf)
+        self.shift = like.new_zeros((2, layers, rows))  # the same, and 0 while every u so far is -inf
 
-    def add(self, z_rc: Tensor, quantity_rc: Tensor | None, guard: bool) -> None:
-        new_max = torch.maximum(self.max, z_rc.amax(-1))
-        # While every logit so far is -inf the shift must stay finite.
-        shift = new_max.clamp(min=torch.finfo(z_rc.dtype).min)
-        scale, weights = (self.max - shift).exp(), (z_rc - shift[:, None]).exp()
-        self.max = new_max
-        self.total = self.total * scale + weights.sum(-1)
-        if quantity_rc is not None:
-            product = weights * quantity_rc
-            if guard:
-                product = torch.where(weights > 0, product, 0.0)
-            self.weighted = self.weighted * scale + product.sum(-1)
+    def subtract(self, u_s: Tensor, u_t: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Make a tile relative to the new tops, in place.
 
-    @property
-    def log_sum_exp(self) -> Tensor:
-        return self.max + self.total.log()
+        Returns how far the old tops lie below them (-inf without one), and how far the shifts rose: (2, L, r).
+        """
+        largest = torch.stack([u_s.amax(-1), self.top[1] if u_t is None else u_t.amax(-1)])
+        top, old = torch.maximum(self.top, largest), self.shift
+        self.shift = torch.where(top == -torch.inf, 0.0, top)
+        below, self.top = self.top - self.shift, top
+        u_s -= self.shift[0, ..., None]
+        if u_t is not None:
+            u_t -= self.shift[1, ..., None]
+        return below, self.shift - old
 
-    @property
-    def expectation(self) -> Tensor:
-        return self.weighted / self.total
+
+class _Softmax:
+    """Running sum of e^z of a row block, z relative to the tops."""
+
+    def __init__(self, like: Tensor):
+        self.total = torch.zeros_like(like)
+
+    def add(self, below: Tensor, z_rc: Tensor) -> tuple[Tensor, Tensor]:
+        """Take in a tile; the factor by which the tops' rise scales e^z, and the tile's e^z."""
+        scale, e_rc = below.exp(), z_rc.exp()
+        self.total = self.total * scale + e_rc.sum(-1)
+        return scale, e_rc
+
+
+class _Expectation:
+    """KL(p || r) of a row block in one pass: with e and e' = e e^x the two models' e^z, sums of
+
+        weighted -e x,    excess e (e^x - 1 - x),    difference e' - e
+
+    Where the models are close, log(R / P) + E_p[-x] is a small difference, while E_p[e^x - 1 - x] is a sum of positive
+    numbers; they differ by log(R / P) - (R - P) / P, which is of the second order in how far R / P is from 1.
+    """
+
+    def __init__(self, like: Tensor):
+        self.weighted, self.excess, self.difference = (torch.zeros_like(like) for _ in range(3))
+
+    def add(self, total: Tensor, scale: Tensor, other_scale: Tensor, moved: Tensor, e_rc: Tensor, other_rc: Tensor,
+            x_rc: Tensor) -> None:  # fmt: skip
+        """Restate what was summed, of the sum `total` of e, about tops that moved x by `moved`; take in a tile."""
+        first, second, gap = _orders(scale, other_scale, moved)
+        kept = scale > 0
+        self.excess = torch.where(kept, scale * self.excess, 0.0) + total * second + self.difference * gap
+        self.weighted = torch.where(kept, scale * self.weighted, 0.0) - total * first
+        self.difference = other_scale * self.difference + total * gap
+        first, second, gap = _orders(e_rc, other_rc, x_rc)
+        self.weighted -= first.sum(-1)
+        self.excess += second.sum(-1)
+        self.difference += gap.sum(-1)
+
+    def value(self, total: Tensor, other: Tensor) -> Tensor:
+        """KL from the sums of e and e'."""
+        off = self.difference / total
+        log_ratio = off.clamp(min=-0.5).log1p()
+        near = self.excess / total - kl_of(torch.ones_like(off), 1 + off, log_ratio)
+        return torch.where(off.abs() < 0.5, near, self.weighted / total + other.log() - total.log()).clamp(min=0)
+
+
+def _orders(e: Tensor, other: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """e x, e (e^x - 1 - x) and e (e^x - 1), given other = e e^x; 0 * anything = 0."""
+    first, second = torch.where(e == 0, 0.0, e * x), kl_of(e, other, x)
+    return first, second, torch.where(is_near(x), first + second, other - e)
 
 
 def _at_temperature(u: Tensor, temperature: float) -> Tensor:
@@ -190,21 +242,19 @@ def _at_temperature(u: Tensor, temperature: float) -> Tensor:
 
 
 def _vectors(u_LrC: Tensor, target: tuple[int, int], temperature: float) -> Tensor:
-    """A moment target's vector of one model: (r, c), a new tensor."""
+    """A moment target's vector of one model: (r, c), a new tensor; 0 where two layers have the same values."""
     first, second = target
-    vector = u_LrC[second] / temperature
-    return vector if first == OWN else vector.sub_(u_LrC[first], alpha=1 / temperature)
+    return u_LrC[second] / temperature if first == OWN else (u_LrC[second] - u_LrC[first]).div_(temperature)
 
 
-def _tile_moments(s: Tensor, t: Tensor, guard: bool) -> Tensor:
-    """(MOMENT_STATS, r) of one tile's vectors s and t, both (r, c); overwrites them."""
+def _tile_moments(s: Tensor, t: Tensor, live: Tensor | None) -> Tensor:
+    """(MOMENT_STATS, r) of one tile's vectors s and t, both (r, c), over the columns that are `live`; overwrites them."""
     out = s.new_empty((MOMENT_STATS, len(s)))
-    if guard:
-        live = s.isfinite() & t.isfinite()
-        count = live.sum(-1).to(s.dtype)
-        s, t = torch.where(live, s, 0.0), torch.where(live, t, 0.0)
+    if live is None:
+        count = s.new_full((), s.shape[-1])
     else:
-        live, count = None, s.new_full((len(s),), s.shape[-1])
+        count = live.sum().to(s.dtype)
+        s, t = torch.where(live, s, 0.0), torch.where(live, t, 0.0)
     out[COUNT], divisor = count, count.clamp(min=1)
     for vector, mean in ((s, MEAN_S), (t, MEAN_T)):
         # About the first column first: the sum then has no large common part to round.
@@ -220,6 +270,13 @@ def _tile_moments(s: Tensor, t: Tensor, guard: bool) -> Tensor:
     return out
 
 
+def _restate_means(moments: Tensor, spec: LensSpec, rise: Tensor) -> None:
+    """The means of the columns so far about shifts that rose by `rise` (2, L, r), in place."""
+    for moment, (first, second) in zip(moments, spec.moments):
+        of_vectors = rise[:, second] if first == OWN else rise[:, second] - rise[:, first]
+        moment[MEAN_S : MEAN_T + 1] -= torch.where(moment[COUNT] > 0, of_vectors / spec.moment_temperature, 0.0)
+
+
 def _merge_moments(a: Tensor, b: Tensor) -> Tensor:
     """Moments of the union of two sets of columns (Chan, Golub and LeVeque's update): (MOMENT_STATS, r)."""
     count = a[COUNT] + b[COUNT]
@@ -233,12 +290,6 @@ def _merge_moments(a: Tensor, b: Tensor) -> Tensor:
     out[M_ST] += cross * delta_s * delta_t
     out[M_DD] += cross * (delta_s - delta_t).square()
     return out
-
-
-def _pivot(u_LrC: Tensor) -> Tensor:
-    """The largest finite value of each row of the first tile: (L, r)."""
-    largest = u_LrC.amax(-1)
-    return largest.where(largest.isfinite(), 0.0)
 
 
 def stats(inputs: LensInputs, spec: LensSpec) -> tuple[Tensor, Tensor, Tensor]:
@@ -259,52 +310,56 @@ def _block_stats(problem: _Problem, rows) -> tuple[Tensor, Tensor, Tensor]:
     student_LrD = student.rows(rows)
     teacher_LrD = teacher.rows(rows) if spec.needs_teacher else None
     layers, count = student_LrD.shape[:2]
-    guard = problem.may_be_infinite
-    pivots = student_LrD.new_zeros((2, layers, count))
+    tops = _Tops(layers, count, student_LrD)
     moments = student_LrD.new_zeros((len(spec.moments), MOMENT_STATS, count))
     reads = student_LrD.new_zeros((len(spec.reads), READ_STATS, count))
-    softmaxes = [[_OnlineSoftmax(count, student_LrD) for _ in range(2)] for _ in spec.reads]
+    per_row = student_LrD.new_zeros(count)
+    of_student, of_teacher = ([_Softmax(per_row) for _ in spec.reads] for _ in range(2))
+    expectations = [_Expectation(per_row) for _ in spec.reads]
+    labels = torch.zeros_like(reads[:, 0])  # u at the label
 
     for columns in problem.column_tiles():
         u_s = student.values(student_LrD, student.weight_tile(columns), columns)
         u_t = teacher.values(teacher_LrD, teacher.weight_tile(columns), columns) if spec.needs_teacher else None
-        if columns.start == 0 and spec.reads:
-            pivots[0] = _pivot(u_s)
-            if u_t is not None:
-                pivots[1] = _pivot(u_t)
-        if spec.reads:
-            u_s -= pivots[0, ..., None]
-            if u_t is not None:
-                u_t -= pivots[1, ..., None]
         for index, read in enumerate(spec.reads):
-            z_s = _at_temperature(u_s[read.layer], read.temperature)
             if read.divergence == NLL:
                 inside, at = problem.label_columns(rows, columns)
-                softmaxes[index][0].add(z_s, None, guard)
-                reads[index, VALUE] -= torch.where(inside, z_s.gather(1, at[:, None])[:, 0], 0.0)
+                labels[index] = torch.where(inside, u_s[read.layer].gather(1, at[:, None])[:, 0], labels[index])
+        if spec.reads:
+            below, rise = tops.subtract(u_s, u_t)
+            _restate_means(moments, spec, rise)
+        for index, read in enumerate(spec.reads):
+            below_s, below_t = below[:, read.layer] / read.temperature
+            z_s = _at_temperature(u_s[read.layer], read.temperature)
+            total_s, total_t = of_student[index].total, of_teacher[index].total
+            scale_s, e_s = of_student[index].add(below_s, z_s)
+            if read.divergence == NLL:
                 continue
             z_t = _at_temperature(u_t[read.layer], read.temperature)
-            of = DIVERGENCES[read.divergence].expectation_of if read.divergence else None
-            softmaxes[index][0].add(z_s, z_s - z_t if of == "student" else None, guard)
-            softmaxes[index][1].add(z_t, z_t - z_s if of == "teacher" else None, guard)
+            scale_t, e_t = of_teacher[index].add(below_t, z_t)
+            of = expectation_of(read)
+            if of == "teacher":
+                expectations[index].add(total_t, scale_t, scale_s, below_s - below_t, e_t, e_s, z_s - z_t)
+            elif of == "student":
+                expectations[index].add(total_s, scale_s, scale_t, below_t - below_s, e_s, e_t, z_t - z_s)
         for index, target in enumerate(spec.moments):
             s, t = (_vectors(u, target, spec.moment_temperature) for u in (u_s, u_t))
-            moments[index] = _merge_moments(moments[index], _tile_moments(s, t, guard))
+            moments[index] = _merge_moments(moments[index], _tile_moments(s, t, problem.live_tile(columns)))
 
+    pivots = tops.shift
     for index, read in enumerate(spec.reads):
-        of_student, of_teacher = softmaxes[index]
-        reads[index, LSE_S] = of_student.log_sum_exp
+        total_s, total_t = of_student[index].total, of_teacher[index].total
+        reads[index, LSE_S] = total_s.log()
         if read.divergence == NLL:
-            reads[index, VALUE] += of_student.log_sum_exp
+            reads[index, VALUE] = total_s.log() + (pivots[0, read.layer] - labels[index]) / read.temperature
             continue
-        reads[index, LSE_T] = of_teacher.log_sum_exp
-        of = DIVERGENCES[read.divergence].expectation_of if read.divergence else None
-        excess = of_student.log_sum_exp - of_teacher.log_sum_exp
+        reads[index, LSE_T] = total_t.log()
+        of = expectation_of(read)
         if of == "teacher":
-            reads[index, VALUE] = of_teacher.expectation + excess
+            reads[index, VALUE] = expectations[index].value(total_t, total_s)
             reads[index, SLOPE] = -1.0
         elif of == "student":
-            reads[index, VALUE] = of_student.expectation - excess
+            reads[index, VALUE] = expectations[index].value(total_s, total_t)
             reads[index, SLOPE] = reads[index, VALUE] + 1.0
     _second_pass(problem, student_LrD, teacher_LrD, pivots, reads)
     return pivots, reads, moments
@@ -333,9 +388,14 @@ def add_second_pass(inputs: LensInputs, spec: LensSpec, pivots: Tensor, reads: T
         reads[..., rows] = of_block
 
 
+def expectation_of(read: Read) -> str | None:
+    """The model under whose distribution the read's divergence is an expectation, summed in one pass; None: neither."""
+    return DIVERGENCES[read.divergence].expectation_of if read.divergence in DIVERGENCES else None
+
+
 def needs_second_pass(read: Read) -> bool:
     """Whether the read's divergence is summed with both log-sum-exps known."""
-    return read.divergence in DIVERGENCES and DIVERGENCES[read.divergence].expectation_of is None
+    return read.divergence in DIVERGENCES and expectation_of(read) is None
 
 
 def _log_probabilities(read: Read, u_s: Tensor, u_t: Tensor, read_stats: Tensor) -> tuple[Tensor, Tensor]:
@@ -447,7 +507,7 @@ def _tile_gradient(problem: _Problem, per_row, rows, columns: slice, student_LrD
     for index, target in enumerate(spec.moments):
         upstream, stat = grad_moments[index], moments[index]
         s, t = (_vectors(u, target, spec.moment_temperature) for u in (u_s, u_t))
-        live = s.isfinite() & t.isfinite() if problem.may_be_infinite else None
+        live = problem.live_tile(columns)
         s -= stat[MEAN_S]
         t -= stat[MEAN_T]
         grad_vector = (2 * upstream[M_SS]) * s + upstream[M_ST] * t + upstream[MEAN_S] / stat[COUNT].clamp(min=1)
