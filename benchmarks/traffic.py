@@ -165,7 +165,8 @@ def recorded_call(call: Call, traffic: Traffic) -> tuple[Watch, int, int]:
     students, teachers = ([new(call.rows, width) for _ in range(call.layers)] for width in (call.student, call.teacher))
     heads = new(call.columns, call.student), new(call.columns, call.teacher)
     options = LossOptions(**call.pair.loss_options, backend="torch")  # a plan for "triton" asks for a GPU
-    plan, *_ = make_plan(options, students, heads[0], teachers, heads[1], None, None, None, None, None)
+    with recorded():  # tensors that hold no numbers are refused elsewhere
+        plan, *_ = make_plan(options, students, heads[0], teachers, heads[1], None, None, None, None, None)
     inputs = LensInputs(students, heads[0], None, teachers, heads[1], None, None, None)
     needed = [True] * call.layers + [call.trained, False]
     block_rows = operations.kept_rows(inputs, plan.spec, needed)

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fdd_kernels.backends import resolve_backend
+from fdd_kernels.backends.triton.launch import is_recording
 from fdd_kernels.config import LossOptions
 from fdd_kernels.divergences import DIVERGENCES, FEATURE_DISTANCES
 from fdd_kernels.spec import NLL, OWN, LensSpec, Read
@@ -257,7 +258,7 @@ def make_plan(options: LossOptions, student_hidden, student_weight, teacher_hidd
     for name, tensor in named.items():
         if tensor is not None and tensor.device != device:
             raise ValueError(f"{name} is on {tensor.device} and student_hidden[0] on {device}: move one of them")
-    if device.type == "meta" and not torch.compiler.is_compiling():
+    if device.type == "meta" and not torch.compiler.is_compiling() and not is_recording():
         raise ValueError(
             f"student_hidden[0] is a {describe(student[0])}, which holds no numbers: make the models on a device and load "
             "their values, or trace the loss under torch._subclasses.FakeTensorMode"

@@ -39,8 +39,8 @@ M_SS, M_ST, M_DD = tl.constexpr(spec.M_SS), tl.constexpr(spec.M_ST), tl.constexp
 
 @triton.jit
 def times(weight, factor):
-    """weight * factor with 0 * anything = 0."""
-    return tl.where(weight > 0, weight * factor, 0.0)
+    """weight * factor with 0 * anything = 0; a weight that is NaN shows."""
+    return tl.where(weight == 0, 0.0, weight * factor)
 
 
 @triton.jit
@@ -87,26 +87,39 @@ def tanh(x):
 
 
 @triton.jit
-def log_mean(x):
-    """log((1 + e^x) / 2)."""
-    return tl.maximum(x, 0.0) + log1p_negative(expm1_negative(-tl.abs(x)) * 0.5)
+def log_mixture(x, SHARE: tl.constexpr):
+    """log((1 - SHARE) + SHARE e^x), accurate near 0 and free of overflow."""
+    small = expm1_negative(-tl.abs(x))
+    return tl.maximum(x, 0.0) + log1p_negative(tl.where(x > 0, (1.0 - SHARE) * small, SHARE * small))
+
+
+@triton.jit
+def kl_of(p, r, x, FINITE: tl.constexpr):
+    """What a token adds to KL(p || r), given x = log r - log p: p (e^x - 1 - x), never negative.
+
+    Since sum(r - p) = 0 this is sum(-p x), without its cancellation where the two nearly agree.
+    """
+    series = 1.0 / 720 + x * (1.0 / 5040)
+    series = 1.0 / 120 + x * series
+    series = 1.0 / 24 + x * series
+    series = 1.0 / 6 + x * series
+    series = 0.5 + x * series  # the remainder is below 2^-24 of it
+    return tl.where(tl.abs(x) < 0.3, (p * x) * (x * series), (r - p) - weighted(p, x, FINITE))
 
 
 @triton.jit
 def divergence_value(log_q, log_p, DIVERGENCE: tl.constexpr):
-    x = log_q - log_p
+    p, q, x = tl.exp(log_p), tl.exp(log_q), log_q - log_p
     if DIVERGENCE == "kl":
-        value = times(tl.exp(log_p), -x)
+        value = kl_of(p, q, x, False)
     elif DIVERGENCE == "reverse_kl":
-        value = times(tl.exp(log_q), x)
+        value = kl_of(q, p, -x, False)
     elif DIVERGENCE == "jsd":
-        value = -0.5 * (times(tl.exp(log_p), log_mean(x)) + times(tl.exp(log_q), log_mean(-x)))
+        m = 0.5 * (p + q)
+        value = 0.5 * (kl_of(p, m, log_mixture(x, 0.5), False) + kl_of(q, m, log_mixture(-x, 0.5), False))
     else:
         tl.static_assert(DIVERGENCE == "skew_kl")
-        # -p log(SKEW + (1 - SKEW) e^x), written about the larger of the two terms.
-        small = expm1_negative(-tl.abs(x))
-        small = tl.where(x > 0, SKEW * small, (1.0 - SKEW) * small)
-        value = -times(tl.exp(log_p), tl.maximum(x, 0.0) + log1p_negative(small))
+        value = kl_of(p, SKEW * p + (1.0 - SKEW) * q, log_mixture(x, 1.0 - SKEW), False)
     return value
 
 
@@ -117,7 +130,7 @@ def divergence_slope(log_q, log_p, DIVERGENCE: tl.constexpr):
     elif DIVERGENCE == "reverse_kl":
         slope = times(tl.exp(log_q), log_q - log_p + 1.0)
     elif DIVERGENCE == "jsd":
-        slope = -0.5 * times(tl.exp(log_q), log_mean(log_p - log_q))
+        slope = -0.5 * times(tl.exp(log_q), log_mixture(log_p - log_q, 0.5))
     else:
         tl.static_assert(DIVERGENCE == "skew_kl")
         # -p sigmoid(x + log((1 - SKEW) / SKEW))
@@ -127,22 +140,6 @@ def divergence_slope(log_q, log_p, DIVERGENCE: tl.constexpr):
 
 # Above, the expectation of the first pass is as accurate: its error of some 1e-6 is absolute.
 REFINED_BELOW = tl.constexpr(0.25)
-
-
-@triton.jit
-def kl_value(log_q, log_p, FINITE: tl.constexpr):
-    """Elements whose sum is KL(p || q): p (e^x - 1 - x) with x = log q - log p, none of them negative.
-
-    Since sum(q - p) = 0 this is sum(-p x), without its cancellation where the models nearly agree.
-    """
-    x = log_q - log_p
-    p = tl.exp(log_p)
-    series = 1.0 / 720 + x * (1.0 / 5040)
-    series = 1.0 / 120 + x * series
-    series = 1.0 / 24 + x * series
-    series = 1.0 / 6 + x * series
-    series = 0.5 + x * series  # the remainder is below 2^-24 of it
-    return tl.where(tl.abs(x) < 0.3, (p * x) * (x * series), (tl.exp(log_q) - p) - weighted(p, x, FINITE))
 
 
 @triton.jit

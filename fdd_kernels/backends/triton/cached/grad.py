@@ -7,7 +7,7 @@ With per-row coefficients from the upstream gradients (`elementwise.py`), per sl
 
 A program walks the layers with the logits of the layer before, and its unfinished gradient, in registers: a pair's moments give
 +dL/ds to its second layer and -dL/ds to its first. Both log-sum-exps are known here, so where KL is small its value is summed
-again on the way, in the accurate form (`elementwise.kl_value`).
+again on the way, in the accurate form (`elementwise.kl_of`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fdd_kernels.backends.triton.cached.row import live_tokens, row_logits
 from fdd_kernels.backends.triton.elementwise import (
     MOMENT_FIELDS,
     REFINED_BELOW,
-    kl_value,
+    kl_of,
     moment_coefficients,
     moment_gradient,
     slot_coefficients,
@@ -147,7 +147,9 @@ def cached_grad_kernel(
                     g += tl.where(c == label, tl.load(k + 3 * field), 0.0)
                 if VALUES:
                     if tl.load(k + 6 * field) < REFINED_BELOW:
-                        tl.store(values + slot * field * tiles, tl.sum(kl_value(log_q, log_p, EVERY), 0))
+                        tl.store(
+                            values + slot * field * tiles, tl.sum(kl_of(tl.exp(log_p), tl.exp(log_q), log_q - log_p, EVERY), 0)
+                        )
         if MOMENTS:
             for part in range(
                 table_entry(table, table_width, PART_BEGIN, layer), table_entry(table, table_width, PART_BEGIN, layer + 1)
