@@ -445,10 +445,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--target", nargs="+", default=["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"], choices=HARDWARE)
     parser.add_argument("--json", type=Path, help="write the reports to this file")
+    parser.add_argument("--kernels", default="", help="only kernels whose name contains this, such as cached")
     parser.add_argument("--quick", action="store_true", help="the subset that the tests compile")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1))
     arguments = parser.parse_args()
-    todo = jobs(arguments.target, arguments.quick)
+    todo = [one for one in jobs(arguments.target, arguments.quick) if arguments.kernels in one.kernel]
     reports = []
     columns = "{:10} {:20} {:34} {:15} {:>5} {:>4} {:>5} {:>7} {:>8} {:>5} {:>4}  {}"
     names = ("target", "kernel", "case", "tile", "warps", "regs", "spill", "shared", "exp/tile", "progs", "dots", "")

@@ -32,7 +32,15 @@ def test_kernels_compile(target, tmp_path):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     reports = json.loads(path.read_text())
     assert {"lens_stats_kernel", "divergence_stats_kernel", "lens_grad_kernel"} <= {r["kernel"] for r in reports}
+    assert {"cached_stats_kernel", "cached_second_pass_kernel", "cached_grad_kernel"} <= {r["kernel"] for r in reports}
     assert all(r["tensor_core_instructions"] > 0 for r in reports if "f32" not in r["case"] and r["num_warps"] == 8)
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("target", ["cuda:89", "cuda:120", "hip:gfx950"])
+def test_row_kernels_compile_elsewhere_too(target):
+    done = python("-m", "benchmarks.aot", "--quick", "--kernels", "cached", "--target", target)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
 STARVED = """
@@ -53,3 +61,21 @@ def test_problems_are_found():
     done = python("-c", STARVED)
     assert done.returncode == 0, done.stderr
     assert re.search(r"spills \d+ bytes; \d+ bytes of shared memory of 1024; no tensor-core instruction", done.stdout)
+
+
+SCATTERED = """
+import dataclasses
+from benchmarks import aot
+
+case = next(aot.cases(quick=True))
+jobs = (aot.job("cuda:90", case, one) for one in aot.launches(case, "sm_90"))
+job = next(job for job in jobs if job.kernel == "cached_stats_kernel")
+divisible = tuple(name for name in job.divisible if not name.startswith("ld_"))
+print(*aot.compile_job(dataclasses.replace(job, divisible=divisible)).problems, sep="; ")
+"""
+
+
+def test_rows_that_are_read_number_by_number_are_found():
+    done = python("-c", SCATTERED)
+    assert done.returncode == 0, done.stderr
+    assert "0 loads of 128 bits, fewer than 16" in done.stdout, done.stdout

@@ -30,6 +30,7 @@ GRADIENT_BYTES = 128 * MIB  # dL/dlogits of a slab
 ALIGNMENT = 16  # elements: rows of scratch start where 128-bit loads and the vendor's GEMM want them
 SLAB_TOKENS = 2048  # a slab is a multiple of this: of every kernel's tile
 GEMM_TILE = 128
+ROW_STEP = 4
 MOST_CACHED_ROWS = 4480  # rows x layers of a block: a GEMM gains nothing beyond
 MOST_SLABBED_ROWS = 8192
 # Rows x layers of a block from which reading both heads once a block is cheaper than multiplying twice.
@@ -91,13 +92,17 @@ def padded(columns: int) -> int:
 
 
 def balanced_rows(rows: int, most: int, layers: int) -> int:
-    """Rows a block: blocks of nearly equal size, rows x layers just under whole GEMM tiles where there are several."""
+    """Rows a block: blocks of nearly equal size, rows x layers just under whole GEMM tiles where there are several.
+
+    Multiples of ROW_STEP: Triton compiles a kernel once more for a pointer that 16 bytes do not divide.
+    """
     if rows <= most:
         return rows
     even = -(-rows // -(-rows // most))
     tiles = -(-even * layers // GEMM_TILE)
     for fitting in (tiles, tiles - 1):
-        if 0 < (found := fitting * GEMM_TILE // layers) <= most:
+        found = fitting * GEMM_TILE // layers // ROW_STEP * ROW_STEP
+        if 0 < found <= most:
             return found
     return most
 

@@ -26,7 +26,7 @@ from fdd_kernels.backends.triton.gemm import multiply
 from fdd_kernels.backends.triton.launch import SMALL, launch
 from fdd_kernels.backends.triton.problem import Problem
 from fdd_kernels.backends.triton.scaling import gradient_scale
-from fdd_kernels.backends.triton.strategy import Slabs, balanced_rows, gradient_tokens
+from fdd_kernels.backends.triton.strategy import Slabs, balanced_rows, gradient_tokens, padded
 from fdd_kernels.spec import MOMENT_STATS, READ_STATS, LensInputs, LensSpec
 
 Statistics = tuple[Tensor, Tensor, Tensor]  # pivots (2, L, R), reads (reads, 4, R), moments (moments, 7, R)
@@ -34,14 +34,26 @@ COEFFICIENT_ROWS = 128
 
 
 class Block:
-    """A block of rows, `count` of them valid: hidden states and logits, its part of the statistics (in the order of rows)."""
+    """A block of rows, `count` of them valid: hidden states and logits, its part of the statistics (in the order of rows).
 
-    def __init__(self, problem: Problem, scratch: Tensor, first: int, rows: int, count: Tensor, statistics: Statistics):
+    `scratch` holds the logits of `tokens` tokens.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        scratch: Tensor,
+        tokens: int,
+        first: int,
+        rows: int,
+        count: Tensor,
+        statistics: Statistics,
+    ):
         self.problem, self.spec, self.table = problem, problem.spec, problem.table
         self.first, self.rows, self.layers = first, rows, problem.layers
         self.student_LrD = problem.gather(problem.student, first, rows)
         teacher_LrD = problem.gather(problem.teacher, first, rows) if self.spec.needs_teacher else None
-        self.logits = BlockLogits(problem, scratch, self.student_LrD, teacher_LrD)
+        self.logits = BlockLogits(problem, scratch, tokens, self.student_LrD, teacher_LrD)
         self.statistics = tuple([t[..., first : first + rows] for t in statistics])
         self.count = count
         self.labels = problem.labels[first : first + rows]
@@ -349,7 +361,7 @@ def stats(inputs: LensInputs, spec: LensSpec, slabs: Slabs) -> Statistics:
     if problem.rows:
         scratch = new_scratch(problem, slabs.rows, slabs.tokens)
         for first, rows, count in blocks_of(problem, problem.rows, slabs.rows):
-            block_statistics(Block(problem, scratch, first, rows, count, statistics))
+            block_statistics(Block(problem, scratch, slabs.tokens, first, rows, count, statistics))
     return at_callers_rows(problem, inputs, statistics)
 
 
@@ -362,7 +374,7 @@ def grad(inputs: LensInputs, spec: LensSpec, per_row: tuple[Tensor, ...], needed
         per_row = tuple([t.contiguous() if inputs.valid is None else t.index_select(-1, order) for t in per_row])
         scratch = new_scratch(problem, slabs.rows, slabs.tokens)
         for first, rows, count in blocks_of(problem, problem.rows, slabs.rows):
-            block = Block(problem, scratch, first, rows, count, per_row[:3])
+            block = Block(problem, scratch, slabs.tokens, first, rows, count, per_row[:3])
             gradients.add(block, tuple([t[..., first : first + block.rows] for t in per_row]), None)
     return gradients.finished(problem.rows > 0)
 
@@ -384,7 +396,7 @@ def stats_and_grad(
     gradients = Gradients(problem, inputs, needed, block_rows)
     order = problem.order.long()
     for first, rows, count in blocks_of(problem, valid_rows, max(block_rows, 1)):
-        block = Block(problem, scratch, first, rows, count, statistics)
+        block = Block(problem, scratch, padded(spec.columns), first, rows, count, statistics)
         block_statistics(block)
         per_row = upstream_of(order[first : first + rows], *block.statistics)
         gradients.add(block, per_row, block.statistics[1] if refine else None)

@@ -37,17 +37,15 @@ class Slab:
 class BlockLogits:
     """The logits of one block of rows. `student`, `teacher`: its hidden states (L, rows, D), teacher None if not needed.
 
-    With scratch for the whole vocabulary they are computed once; with less, as often as they are asked for.
+    With scratch for `tokens` >= the whole vocabulary they are computed once; with less, as often as they are asked for.
     """
 
-    def __init__(self, problem: Problem, scratch: Tensor, student_LrD: Tensor, teacher_LrD: Tensor | None):
+    def __init__(self, problem: Problem, scratch: Tensor, tokens: int, student_LrD: Tensor, teacher_LrD: Tensor | None):
         self.problem, self.scratch = problem, scratch
         self.student_LrD, self.teacher_LrD = student_LrD, teacher_LrD
         self.layers, self.rows, _ = student_LrD.shape
         self.columns = problem.spec.columns
-        models = 1 if teacher_LrD is None or problem.teacher.weight is None else 2
-        ld = scratch.numel() // (models * self.layers * self.rows)
-        self.slab_tokens = min(ld, padded(self.columns))
+        self.slab_tokens = min(tokens, padded(self.columns))
         self._all: Slab | None = None
 
     def slabs(self, most: int) -> Iterator[Slab]:
