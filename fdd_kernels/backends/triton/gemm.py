@@ -1,7 +1,7 @@
 """Matrix products with float32 results, whatever the operands are: the vendor's GEMM, or a plain one where it cannot.
 
-PyTorch multiplies 16-bit matrices into a float32 result on NVIDIA devices from 2.11 on (`aten::mm.dtype_out`). On AMD
-devices, and with an older PyTorch, `product_kernel` does. Elsewhere (Triton's interpreter) the operands are widened.
+PyTorch multiplies 16-bit matrices into a float32 result on NVIDIA devices where it has `aten::mm.dtype_out` (seen in 2.11 and
+2.13). On AMD devices, and with an older PyTorch, `product_kernel` does. Elsewhere (Triton's interpreter) operands are widened.
 """
 
 from __future__ import annotations
