@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import threading
 from pathlib import Path
 from types import ModuleType
@@ -135,13 +136,25 @@ def _at_first_use() -> tuple[ModuleType, str]:
         folder = cache_folder() / "extensions" / _key(sources)
         file = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
         if not file.exists():
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             _compile_once(folder, file)
+        _require_own(file)
     except (OSError, RuntimeError) as error:
         raise _Missing(
             f"the C++ kernels cannot be compiled into a cache ({error}): set FDD_KERNELS_CACHE to a folder of your own"
         ) from None
     return _loaded(file)
+
+
+def _require_own(file: Path) -> None:
+    """Refuse a file that somebody else could have put there: it is about to be run.
+
+    Raises:
+        OSError: it belongs to another user than this one and root, or others may write it.
+    """
+    status = file.stat()
+    if hasattr(os, "getuid") and (status.st_uid not in (0, os.getuid()) or status.st_mode & 0o002):
+        raise OSError(f"{file} belongs to another user, or others may write it")
 
 
 def _compile_once(folder: Path, file: Path) -> None:
@@ -172,12 +185,15 @@ def _compile(folder: Path, file: Path) -> None:
     failure = folder / FAILURE_FILE
     retry = os.environ.get("FDD_KERNELS_BUILD", "auto") == "1"
     if failure.exists() and not retry:
-        before = json.loads(failure.read_text())
-        if before["compiler"] == command:
-            raise _Missing(before["reason"])
-    work = folder / "work"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir()
+        try:
+            before = json.loads(failure.read_text())
+            known = before["reason"] if before["compiler"] == command else None
+        except (ValueError, KeyError, TypeError):  # cut off while it was written
+            known = None
+        if known is not None:
+            raise _Missing(known)
+    # Of its own: the compiler of a process that was killed may still be writing.
+    work = Path(tempfile.mkdtemp(prefix="work-", dir=folder))
     _say(f"compiling the C++ kernels for torch {torch.__version__}, once, with {command} (FDD_KERNELS_BUILD=0: do not)")
     with Heartbeat(lambda seconds: _say(f"compiling the C++ kernels, {seconds:.0f} s")) as running:
         done = subprocess.run(

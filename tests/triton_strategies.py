@@ -137,7 +137,7 @@ def test_every_product_is_done_once(monkeypatch):
 
 
 def test_scratch_that_does_not_fit_is_said_once(monkeypatch):
-    problem = random_problem((4,), TOKENS + 9, dtype=torch.float32)
+    problem = replace(random_problem((4,), TOKENS + 9, dtype=torch.float32), mask=torch.arange(4) != 1)
     expected = run(problem)
     monkeypatch.setattr(operations, "_warned", set())
 
@@ -175,6 +175,31 @@ def test_biases_of_minus_infinity(named):
             bias[TOKENS : 2 * TOKENS + 3] = -torch.inf  # a whole tile and more
     for derivative in ("cosine", "centered_cosine", "mse"):
         assert_within_budget(problem, run(problem, derivative=derivative), None, derivative=derivative)
+
+
+def test_invalid_rows_under_large_biases(named):
+    """Their logits are the biases alone, whose exponentials overflow at this temperature."""
+    problem = random_problem((3,), TOKENS + 9, layers=2, dtype=torch.float32, bias="plain")
+    with torch.no_grad():
+        problem.student_bias[3] = problem.teacher_bias[5] = 10.0
+    problem = replace(problem, mask=torch.arange(3) != 1)
+    for reduction in ("mean", "none"):
+        upstream = torch.ones(3) if reduction == "none" else None
+        found = run(problem, upstream, temperature=0.1, output_temperature=0.1, reduction=reduction)
+        assert all(gradient.isfinite().all() for gradient in found.gradients.values())
+
+
+def test_features_in_several_blocks(monkeypatch):
+    """No softmax is asked for: statistics of blocks are views of those of all rows, and their gradients are not."""
+    monkeypatch.setattr(strategy, "GEMM_TILE", 4)
+    monkeypatch.setattr(strategy, "ROW_STEP", 1)
+    monkeypatch.setattr(strategy, "FEWEST_CACHED_ROWS", {"trained": 1, "frozen": 1})
+    problem = random_problem((5,), 40, layers=3, dtype=torch.float32, feature_space=True)
+    problem = replace(problem, mask=torch.arange(5) != 2)
+    options = {"trajectory": "mse", "derivative": "mse", "output_kd_weight": 0.0, "output_in_dynamics": True}
+    for rows in (2, 5):
+        monkeypatch.setenv(strategy.CACHE_BYTES, str(rows * 4 * 3 * strategy.padded(40)))
+        assert_within_budget(problem, run(problem, **options), None, **options)
 
 
 def test_the_value_of_kl_for_models_that_nearly_agree(monkeypatch):

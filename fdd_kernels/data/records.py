@@ -213,8 +213,8 @@ def _value(entry: dict[str, Any], source: str) -> str | tuple[str, str] | Chat |
 
 def _tokens(ids: Any, labels: Any, source: str) -> Tokens:
     for name, values in (("input_ids", ids), ("labels", labels)):
-        if not isinstance(values, list) or not all(isinstance(value, int) for value in values):
-            raise UserError(f'{source}: "{name}" must be a list of integers')
+        if not isinstance(values, list) or not all(type(value) is int and -(2**31) <= value < 2**31 for value in values):
+            raise UserError(f'{source}: "{name}" must be a list of integers of 32 bits')
     if len(ids) != len(labels):
         raise UserError(f'{source}: {len(ids)} "input_ids", but {len(labels)} "labels": give each token one, not shifted')
     return Tokens(ids, labels)

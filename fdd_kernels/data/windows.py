@@ -144,7 +144,7 @@ def _hold_out(counts: list[int], eval_fraction: float, seed: int) -> tuple[list[
     """Indices of the training windows and of those held out, where document d has counts[d] of them."""
     starts = np.concatenate([[0], np.cumsum(counts)]).tolist()
     total = starts[-1]
-    wanted = max(1, round(eval_fraction * total)) if eval_fraction and total > 1 else 0
+    wanted = min(max(1, round(eval_fraction * total)), total - 1) if eval_fraction and total > 1 else 0
     order = list(range(len(counts)))
     random.Random(seed).shuffle(order)
     held_out: list[int] = []

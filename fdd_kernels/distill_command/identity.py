@@ -24,8 +24,8 @@ _PATTERNS = (
 def model_identity(name: str) -> str | dict[str, str]:
     """The name of a model on the hub, or size and digest of each file of a folder that makes the model or its tokenizer.
 
-    Of a safetensors file the digest is of its header, and of the beginning, middle and end of every tensor: a model of
-    another training differs there, and a large one is not read twice.
+    Of a safetensors file the digest is of its header, and of the beginning, middle and end of every tensor: training that
+    reaches every row differs there, and a large model is not read twice. Rows trained in between alone are not seen.
     """
     folder = Path(name)
     if not folder.is_dir():

@@ -57,15 +57,21 @@ def _multiply_in(out_MN: Tensor, a_MK: Tensor, b_KN: Tensor, accumulate: bool) -
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
     """Within the context float32 matrices are multiplied in float32, not in TF32 or bfloat16, whatever the process allows."""
-    before = torch.get_float32_matmul_precision() if device.type == "cuda" else "highest"
-    if before == "highest":
+    if device.type != "cuda":
         yield
         return
-    torch.set_float32_matmul_precision("highest")
+    # Newer versions of PyTorch refuse to read the older setting once the newer one was used.
+    settings = torch.backends.cuda.matmul
+    name, exact = ("fp32_precision", "ieee") if hasattr(settings, "fp32_precision") else ("allow_tf32", False)
+    before = getattr(settings, name)
+    if before == exact:
+        yield
+        return
+    setattr(settings, name, exact)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        setattr(settings, name, before)
 
 
 @triton.jit(do_not_specialize=["m", "n", "k"])

@@ -104,11 +104,21 @@ def stats_and_grad(
             scratch = new_scratch(elements, inputs.device)
         except torch.OutOfMemoryError:
             _warn_of_scratch(elements * 4)
-            statistics = stats(inputs, spec)
-            rows = torch.arange(inputs.rows, device=inputs.device)
-            per_row = upstream_of(rows, *statistics)
-            return grad(inputs, spec, per_row, needed), tuple(per_row[:3])
+            return _one_after_the_other(inputs, spec, rows_at_a_time, upstream_of, needed)
         return cached.stats_and_grad(inputs, spec, rows_at_a_time, upstream_of, needed, refine, scratch)
+
+
+def _one_after_the_other(
+    inputs: LensInputs, spec: LensSpec, rows_at_a_time: int, upstream_of: Callable, needed: list[bool]
+) -> tuple[list[Tensor], Statistics]:
+    """Both operations over all rows; `upstream_of` is asked block by block as with cached logits: others may wait for it."""
+    statistics = stats(inputs, spec)
+    per_row = (*statistics, *[torch.zeros_like(t) for t in statistics[1:]])
+    for rows in cached.valid_blocks(inputs, spec, rows_at_a_time):
+        found = upstream_of(rows, *[t.index_select(-1, rows) for t in statistics])
+        for whole, of_block in zip(per_row, found):
+            whole.index_copy_(-1, rows, of_block)
+    return grad(inputs, spec, per_row, needed), per_row[:3]
 
 
 def _warn_of_scratch(asked: int) -> None:

@@ -96,11 +96,23 @@ def _prefix(groups: list[list]) -> list[int]:
     return ends
 
 
-@functools.lru_cache(maxsize=64)
+_captured: list[Table] = []  # tables whose addresses CUDA graphs hold: never freed
+
+
 def table_for(spec: LensSpec, layers: int, device: torch.device) -> Table:
-    """Build and upload the table; the next call with the same spec finds it on the device.
+    """The table of a spec; built and uploaded once, kept for the next calls.
 
     The upload is the only host-to-device copy of the backend: capture a CUDA graph after a first, ordinary step.
+    """
+    table = _built_table(spec, layers, device)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        _captured.append(table)
+    return table
+
+
+@functools.lru_cache(maxsize=64)
+def _built_table(spec: LensSpec, layers: int, device: torch.device) -> Table:
+    """Build and upload the table.
 
     Raises:
         NotImplementedError: a spec that the public functions never build.

@@ -41,10 +41,10 @@ from fdd_kernels.backends.triton.work_table import (
 ITEM_FIELDS = tl.constexpr(7)
 
 
-@triton.jit(do_not_specialize=["rows", "slots", "table_width", "stride", "grad_stride"])
+@triton.jit(do_not_specialize=["rows", "slots", "table_width", "stride", "grad_stride", "moment_stride", "grad_moment_stride"])
 def coefficients_kernel(
     coefficients, reads, moments, grad_reads, grad_moments, grad_scale, count, table, rows, slots, table_width, stride,
-    grad_stride, moment_inverse, student_scale, BLOCK_R: tl.constexpr,
+    grad_stride, moment_stride, grad_moment_stride, moment_inverse, student_scale, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """coefficients (slots + moments, 7, rows) of dL/dx for `cached_grad_kernel`, times `grad_scale`; 0 at invalid rows."""
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -70,8 +70,8 @@ def coefficients_kernel(
     else:
         index = (item - slots) * MOMENT_FIELDS
         of_one, of_s, of_t, of_d, mean_s, mean_t = moment_coefficients(
-            moments + index * stride.to(tl.int64) + row, grad_moments + index * grad_stride.to(tl.int64) + row,
-            stride.to(tl.int64), grad_stride.to(tl.int64), counts,
+            moments + index * moment_stride.to(tl.int64) + row, grad_moments + index * grad_moment_stride.to(tl.int64) + row,
+            moment_stride.to(tl.int64), grad_moment_stride.to(tl.int64), counts,
         )  # fmt: skip
         factor = scale * moment_inverse
         tl.store(out, of_one * factor, mask=stored)
@@ -119,9 +119,13 @@ def cached_grad_kernel(
     coefficients += row
     field = rows.to(tl.int64)
     stride = stride.to(tl.int64)
+    nothing = tl.zeros((BLOCK_C,), tl.float32)
+    if row >= tl.load(count):  # the GEMMs of the gradients read it, and 0 e^z need not be 0
+        for layer in range(layers):
+            store_gradient(out + layer * out_stride, nothing, inside, FULL)
+        return
     if LABELS:
         label = tl.load(labels + row) - first_column
-    nothing = tl.zeros((BLOCK_C,), tl.float32)
     t, before_s, before_t, before_g, before_slope = nothing, nothing, nothing, nothing, nothing
     for layer in range(layers):
         s, slope = row_logits(row_s, bias_s, c, inside, scale_s, cap_s, BIAS_S, SCALE_S, CAP_S, FULL)

@@ -245,6 +245,8 @@ class Gradients:
             slots=table.slots,
             stride=reads.stride(1),
             grad_stride=grad_reads.stride(1),
+            moment_stride=moments.stride(1),
+            grad_moment_stride=grad_moments.stride(1),
             moment_inverse=1.0 / spec.moment_temperature,
             student_scale=head.scale,
             BLOCK_R=COEFFICIENT_ROWS,
@@ -404,6 +406,14 @@ def stats_and_grad(
             if returned is not own:  # those of all shards' tokens
                 own.copy_(returned)
     return gradients.finished(valid_rows > 0), at_callers_rows(problem, inputs, statistics)
+
+
+def valid_blocks(inputs: LensInputs, spec: LensSpec, rows_at_a_time: int) -> Iterator[Tensor]:
+    """The caller's rows of each block that `stats_and_grad` takes, (r,) int64."""
+    problem = Problem(inputs, spec)
+    valid_rows = count_valid(problem, inputs)
+    step = max(balanced_rows(valid_rows, rows_at_a_time, problem.layers), 1)
+    yield from problem.order[:valid_rows].long().split(step)
 
 
 def count_valid(problem: Problem, inputs: LensInputs) -> int:

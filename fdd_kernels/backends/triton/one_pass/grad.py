@@ -9,7 +9,7 @@ parks them in a ring of three layers in its scratch: dL/du of a layer, a strip a
 where KL(p || q) gives b, another divergence d, the label's cross-entropy n, and each of them and the log-sum-exp a; per
 moment target, about the means, 2 g_SS s + g_ST t + g_MEAN / count + 2 g_DD (s - t), with sign - at the first of a pair.
 
-G, scaled into float16 (`operations.py`; float32 for float32 inputs), goes to a bounded buffer, and plain matrix products
+G, in the dtype of the states and the head (float16 scaled: `scaling.py`), goes to a bounded buffer, and plain matrix products
 make dH and dW of it: accumulating dH in the kernel would send a float32 row of the hidden width through atomics for every
 column tile, several times the traffic of G itself, in an order that changes from run to run.
 
@@ -186,7 +186,7 @@ def lens_grad_kernel(
 
 
 def launch_grad(block, grad, per_row, grad_scale, first_tile: int, tiles: int) -> None:
-    """Fill `grad` for one block of rows and `tiles` column tiles; see `operations.Block`."""
+    """Fill `grad` for one block of rows and `tiles` column tiles; see `host.Block`."""
     config = block.config
     pivots, reads, moments, grad_reads, grad_moments = per_row
     launch(

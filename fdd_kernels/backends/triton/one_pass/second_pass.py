@@ -88,7 +88,7 @@ def divergence_stats_kernel(
 
 
 def launch_divergence(block, sums, reads, pivots) -> None:
-    """Fill `sums` (ranges, reads of this pass, 2, rows) for one block of rows; see `operations.Block`."""
+    """Fill `sums` (ranges, reads of this pass, 2, rows) for one block of rows; see `host.Block`."""
     config = block.config
     launch(
         divergence_stats_kernel, (block.programs(sums.shape[0]),), config.options, sums=sums,

@@ -189,7 +189,7 @@ def merge_divergence_kernel(
 
 
 def launch_merge(block, state, pivots, reads, moments) -> None:
-    """Write the statistics of one block of rows from its `state`; see `operations.Block`."""
+    """Write the statistics of one block of rows from its `state`; see `host.Block`."""
     launch(
         merge_stats_kernel, (triton.cdiv(block.rows, TILE_ROWS),), OPTIONS, state=state, pivots=pivots, reads=reads,
         moments=moments, table=block.table.values, count=block.count, order=block.order, first=block.first, rows=block.rows,

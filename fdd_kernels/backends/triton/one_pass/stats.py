@@ -295,7 +295,7 @@ def fields_of(layers: int, slots: int, moments: int) -> int:
 
 
 def launch_stats(block, state) -> None:
-    """Fill `state` (ranges, fields, rows) for one block of rows; see `operations.Block`."""
+    """Fill `state` (ranges, fields, rows) for one block of rows; see `host.Block`."""
     config = block.config
     launch(
         lens_stats_kernel, (block.programs(state.shape[0]),), config.options, state=state,
