@@ -181,7 +181,7 @@ def launches(case: Case, architecture: str) -> list[Launch]:
     inputs = LensInputs(chosen[0], weight, bias, chosen[1], teacher_weight, bias, None, labels)
     needed = [True] * (len(plan.layers) + 1) + [case.biases]
     named, precision = one_pass.architecture_of, os.environ.get(configurations.F32_PRECISION)
-    one_pass.architecture_of = lambda device, interpreting: architecture
+    one_pass.architecture_of = cached.architecture_of = lambda device, interpreting: architecture
     os.environ[configurations.F32_PRECISION] = case.precision
 
     def upstream_of(rows, pivots, reads, moments) -> tuple[torch.Tensor, ...]:
@@ -196,7 +196,7 @@ def launches(case: Case, architecture: str) -> list[Launch]:
             scratch = new(scratch_elements(shape, rows), dtype=torch.float32)
             cached.stats_and_grad(inputs, plan.spec, rows, upstream_of, needed, True, scratch)
     finally:
-        one_pass.architecture_of = named
+        one_pass.architecture_of = cached.architecture_of = named
         os.environ.pop(configurations.F32_PRECISION)
         if precision is not None:
             os.environ[configurations.F32_PRECISION] = precision

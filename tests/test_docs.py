@@ -151,6 +151,8 @@ def test_a_command_line_is_parsed(monkeypatch, command, inline):
     if target == "pytest":
         assert all((ROOT / word).exists() for word in arguments if not word.startswith("-"))
         return
+    if by_name and target.partition(".")[0] not in ("fdd_kernels", "benchmarks", "tests"):
+        return  # another project's, such as venv
     if by_name:
         spec = importlib.util.find_spec(target)
         assert spec is not None, f"there is no module {target}"
@@ -177,7 +179,7 @@ def test_a_command_line_is_parsed(monkeypatch, command, inline):
     monkeypatch.setattr(argparse.ArgumentParser, "error", error)
     monkeypatch.setattr(sys, "argv", [target, *arguments])
     run = runpy.run_module if by_name else runpy.run_path
-    with pytest.raises(_ParsedError):
+    with pytest.raises(SystemExit if {"--help", "--version"} & set(arguments) else _ParsedError):
         run(target if by_name else str(path), run_name="__main__")
 
 

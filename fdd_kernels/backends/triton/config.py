@@ -56,9 +56,11 @@ class RowLaunch:
     num_warps: int
     masked_warps: int
 
-    def options(self, masked: bool) -> dict[str, int]:
+    def options(self, masked: bool, architecture: str) -> dict[str, int]:
         """The compiler's options; `masked`: the tile is ragged or has biases, whose masks take registers."""
-        return {"num_warps": self.masked_warps if masked else self.num_warps, "num_stages": 1}
+        options = {"num_warps": self.masked_warps if masked else self.num_warps, "num_stages": 1}
+        # Without a limit NVIDIA's assembler spills to make room for more programs.
+        return options | {"maxnreg": 255} if architecture.startswith("sm_") else options
 
 
 # Chosen by what compiles without a stack on every target (benchmarks/aot.py), not by timing. One warp needs no barriers: its

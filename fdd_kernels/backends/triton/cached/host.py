@@ -16,12 +16,13 @@ import torch
 import triton
 from torch import Tensor
 
+from fdd_kernels.backends.triton import interpreting
 from fdd_kernels.backends.triton.cached.grad import ITEM_FIELDS, cached_grad_kernel, coefficients_kernel
 from fdd_kernels.backends.triton.cached.logits import BlockLogits, Slab, new_scratch
 from fdd_kernels.backends.triton.cached.merge import cached_merge_kernel, merge_values_kernel
 from fdd_kernels.backends.triton.cached.second_pass import cached_second_pass_kernel
 from fdd_kernels.backends.triton.cached.stats import cached_stats_kernel, fields_of
-from fdd_kernels.backends.triton.config import RowLaunch, row_launch
+from fdd_kernels.backends.triton.config import RowLaunch, architecture_of, row_launch
 from fdd_kernels.backends.triton.gemm import multiply
 from fdd_kernels.backends.triton.launch import SMALL, launch
 from fdd_kernels.backends.triton.problem import Problem
@@ -78,6 +79,7 @@ class Block:
             return slab.student if bias is None else bias[slab.start : slab.stop]
 
         full = tokens // shape.block
+        architecture = architecture_of(self.problem.device, interpreting())
         common = {
             **self.arguments(),
             "logits_s": slab.student,
@@ -106,7 +108,7 @@ class Block:
                 grid = (self.rows, tiles, *extra_axis)
                 is_full = first < full
                 masked = not is_full or common["BIAS_S"] or common["BIAS_T"]
-                launch(kernel, grid, shape.options(masked), first_tile=first, FULL=is_full, **common)
+                launch(kernel, grid, shape.options(masked, architecture), first_tile=first, FULL=is_full, **common)
 
 
 def _merge_block(tiles: int) -> int:
