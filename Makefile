@@ -27,7 +27,7 @@ lint: $(INSTALLED)
 
 # The kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer, built beside the tree.
 sanitize: $(INSTALLED)
-	$(BIN)/python -m tests.sanitize
+	$(BIN)/python -m tests.tools.sanitize
 
 $(INSTALLED): requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,10 +1,12 @@
-"""Build script: everything declarative is in pyproject.toml; this compiles the C++ kernels where torch can be imported.
+"""Build script: everything declarative is in pyproject.toml; this compiles the C++ kernels where
+torch can be imported.
 
-pip's build isolation hides torch from this script: then the kernels are compiled when they are first used, from the sources
-that the package brings (fdd_kernels/_extension.py). `pip install --no-build-isolation .` and the Makefile compile them here.
+pip's build isolation hides torch from this script: then the kernels are compiled when they are
+first used, from the sources that the package brings (fdd_kernels/backends/cpu/extension.py). `pip
+install --no-build-isolation .` and the Makefile compile them here.
 
-FDD_KERNELS_BUILD=auto (default) compiles them and goes on without them if that fails; 1 fails; 0 does not try.
-FDD_KERNELS_SANITIZE=1 compiles with AddressSanitizer and UndefinedBehaviorSanitizer.
+FDD_KERNELS_BUILD=auto (default) compiles them and goes on without them if that fails; 1 fails; 0
+does not try. FDD_KERNELS_SANITIZE=1 compiles with AddressSanitizer and UndefinedBehaviorSanitizer.
 """
 
 import os
@@ -34,7 +36,11 @@ def extension() -> dict:
             except Exception as error:
                 if BUILD == "1":
                     raise
-                print(f"fdd_kernels: the C++ kernels were not built ({error}); the package works without", file=sys.stderr)
+                print(
+                    f"fdd_kernels: the C++ kernels were not built ({error}); the package works "
+                    "without",
+                    file=sys.stderr,
+                )
 
     module = _build.extension(Path("csrc"), optional=BUILD == "auto")
     return {"ext_modules": [module], "cmdclass": {"build_ext": OptionalBuild}}
@@ -56,8 +62,10 @@ if BUILD != "0":
     except ImportError as error:
         if BUILD == "1":
             sys.exit(
-                f"FDD_KERNELS_BUILD=1 compiles the C++ kernels now, which needs torch here ({error}): install torch and add "
-                "--no-build-isolation, or leave FDD_KERNELS_BUILD unset and they are compiled when they are first used"
+                "FDD_KERNELS_BUILD=1 compiles the C++ kernels now, which needs torch here "
+                f"({error}): install torch and add "
+                "--no-build-isolation, or leave FDD_KERNELS_BUILD unset and they are compiled when "
+                "they are first used"
             )
         print("fdd_kernels: the C++ kernels are compiled when they are first used", file=sys.stderr)
 arguments["cmdclass"]["build_py"] = BuildWithSources

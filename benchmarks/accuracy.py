@@ -1,11 +1,12 @@
-"""How far a provider's value and gradients are from float64, row by row, and whether its figures may be shown.
+"""How far a provider's value and gradients are from float64, row by row, and whether its figures
+may be shown.
 
-The small check takes the workload's widths, layers and options on a few rows, and as many columns as its float64 heads
-have room for, and holds value, gradients of the hidden states and gradient of the head to the error budgets of
-`fdd_kernels.testing`: twice the error of the dense computation with float32 logits plus the rounding of the arithmetic;
-for a provider that rounds its logits to the inputs' dtype, the rounding of that dtype.
-The check of the timed call compares its gradients of a few rows at full size with float64, coarsely: that it computed
-what it is said to compute.
+The small check takes the workload's widths, layers and options on a few rows, and as many columns
+as its float64 heads have room for, and holds value, gradients of the hidden states and gradient of
+the head to the error budgets of `fdd_kernels.testing`: twice the error of the dense computation
+with float32 logits plus the rounding of the arithmetic; for a provider that rounds its logits to
+the inputs' dtype, the rounding of that dtype. The check of the timed call compares its gradients of
+a few rows at full size with float64, coarsely: that it computed what it is said to compute.
 """
 
 from __future__ import annotations
@@ -20,24 +21,39 @@ from benchmarks.inputs import build_problem
 from benchmarks.providers import Provider
 from benchmarks.workloads import Workload
 from fdd_kernels import fdd_loss_reference
-from fdd_kernels.testing import Outcome, Problem, evaluate, exact, gradient_floors, unit_roundoff, value_floors
+from fdd_kernels.testing import (
+    Outcome,
+    Problem,
+    evaluate,
+    exact,
+    gradient_floors,
+    unit_roundoff,
+    value_floors,
+)
 
 HEAD_ELEMENTS = 2**27  # of both heads together in the small check: 1 GiB in float64
 ROW_ELEMENTS = 2**20  # rows x columns
 MOST_ROWS = 16
-# Relative error of a row's gradient in the timed call: above rounding of outputs, below any missing term or factor.
+# Relative error of a row's gradient in the timed call: above rounding of outputs, below any missing
+# term or factor.
 COARSE, COARSE_ROUNDED = 0.02, 0.2
 
 
 def sample_shape(workload: Workload) -> tuple[int, int]:
     """Rows and columns of the small check."""
     width = workload.student_width + (0 if workload.feature_space else workload.teacher_width)
-    columns = workload.columns if workload.feature_space else min(workload.columns, HEAD_ELEMENTS // width)
+    columns = (
+        workload.columns
+        if workload.feature_space
+        else min(workload.columns, HEAD_ELEMENTS // width)
+    )
     return max(2, min(workload.rows, MOST_ROWS, ROW_ELEMENTS // columns)), columns
 
 
 class SmallCheck:
-    """The small check of one workload; what is in float64 is computed once per part of the objective."""
+    """The small check of one workload; what is in float64 is computed once per part of the
+    objective.
+    """
 
     def __init__(self, workload: Workload, device: torch.device):
         self.workload = workload
@@ -61,17 +77,25 @@ class SmallCheck:
         key = (repr(sorted(options.items())), unit)
         if key not in self._budgets:
             truth = self.truth(options)
-            dense = evaluate(self.problem, fdd_loss_reference, self._upstream(), reduction="none", **options)
+            dense = evaluate(
+                self.problem, fdd_loss_reference, self._upstream(), reduction="none", **options
+            )
             floor = value_floors(self.problem, unit, reduction="none", **options).loss
             budgets = {"value": 2 * (dense.terms.loss.double() - truth.terms.loss).abs() + floor}
-            floors = gradient_floors(self.problem, truth, self._upstream(), unit, reduction="none", **options)
+            floors = gradient_floors(
+                self.problem, truth, self._upstream(), unit, reduction="none", **options
+            )
             for name, true in truth.gradients.items():
-                budgets[name] = 2 * (dense.gradients[name].double() - true).norm(dim=-1) + floors[name]
+                budgets[name] = (
+                    2 * (dense.gradients[name].double() - true).norm(dim=-1) + floors[name]
+                )
             self._budgets[key] = budgets
         return self._budgets[key]
 
     def run(self, provider: Provider) -> dict[str, Any]:
-        """Errors of a provider and the largest as a fraction of its budget; `passed` if none exceeds it."""
+        """Errors of a provider and the largest as a fraction of its budget; `passed` if none
+        exceeds it.
+        """
         options = provider.options(self.workload)
         truth = self.truth(options)
         unit = unit_roundoff(torch.float32)
@@ -82,7 +106,9 @@ class SmallCheck:
         problem = self.problem.map(lambda t: t)
         leaves = problem.leaves
         loss = provider.loss(problem, options)
-        found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True, allow_unused=True)
+        found = torch.autograd.grad(
+            loss, list(leaves.values()), materialize_grads=True, allow_unused=True
+        )
         errors = {"value": (rows.double() - truth.terms.loss).abs()}
         norms = {"value": truth.terms.loss.abs()}
         for name, gradient in zip(leaves, found):
@@ -121,7 +147,9 @@ def _largest(fraction: Tensor, error: Tensor) -> float:
 
 
 def _relative(error: Tensor, norm: Tensor) -> float:
-    return float((error / norm.clamp(min=torch.finfo(torch.float64).tiny)).where(error > 0, 0.0).max())
+    return float(
+        (error / norm.clamp(min=torch.finfo(torch.float64).tiny)).where(error > 0, 0.0).max()
+    )
 
 
 def _frobenius(errors: dict[str, Tensor], norms: dict[str, Tensor], name: str) -> float | None:
@@ -137,14 +165,18 @@ def _rows_of(problem: Problem, rows: slice, *, frozen: bool = False) -> Problem:
     weight = problem.student_weight.detach()
     return Problem(
         student_hidden=cut(problem.student_hidden),
-        student_weight=weight if frozen else weight.requires_grad_(problem.student_weight.requires_grad),
+        student_weight=weight
+        if frozen
+        else weight.requires_grad_(problem.student_weight.requires_grad),
         teacher_hidden=cut(problem.teacher_hidden),
         teacher_weight=problem.teacher_weight,
     )
 
 
 class TimedCallCheck:
-    """Gradients of the hidden states of a few rows of the timed call against float64, at full size."""
+    """Gradients of the hidden states of a few rows of the timed call against float64, at full
+    size.
+    """
 
     def __init__(self, workload: Workload, problem: Problem):
         self.workload, self.problem = workload, problem
@@ -157,7 +189,9 @@ class TimedCallCheck:
         key = repr(sorted(options.items()))
         if key not in self._truth:
             some = _rows_of(self.problem, slice(0, self.rows), frozen=True)
-            self._truth[key] = exact(some, 1 / self.workload.rows, reduction="sum", **options).gradients
+            self._truth[key] = exact(
+                some, 1 / self.workload.rows, reduction="sum", **options
+            ).gradients
         errors = []
         for name, true in self._truth[key].items():
             error = (gradients[name][: self.rows].double() - true).norm(dim=-1)

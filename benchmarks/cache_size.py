@@ -1,9 +1,11 @@
-"""What a teacher cache costs and loses, beside logits: bytes a position and KL to the exact prediction.
+"""What a teacher cache costs and loses, beside logits: bytes a position and KL to the exact
+prediction.
 
 python -m benchmarks.cache_size
 
-On the shipped demo teacher (V = 2048, width 192) and the demo's held-out text: hidden states in each storage; the whole
-logits in bfloat16; and the largest k logits with their indices in as many bytes as the states take.
+On the shipped demo teacher (V = 2048, width 192) and the demo's held-out text: hidden states in
+each storage; the whole logits in bfloat16; and the largest k logits with their indices in as many
+bytes as the states take.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 
 from fdd_kernels.demo.corpus import standard_library_texts, token_stream
 from fdd_kernels.demo.teacher import SHIPPED_TEACHER, held_out_windows
-from fdd_kernels.layers import layer_grid
-from fdd_kernels.models.teachers import LiveTeacher
+from fdd_kernels.hf.layers import layer_grid
+from fdd_kernels.hf.teachers import LiveTeacher
 from fdd_kernels.teacher_cache.codec import CODECS
 
 WIDTH = 130  # of the tables, also where they are not printed to a terminal
@@ -63,12 +65,18 @@ def truncated(log_p_RV: Tensor, logits_RV: Tensor, k: int, *, tail: bool) -> Ten
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--windows", type=int, default=16, metavar="N", help="of 256 tokens (%(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--windows", type=int, default=16, metavar="N", help="of 256 tokens (%(default)s)"
+    )
     arguments = parser.parse_args()
     model = LlamaForCausalLM.from_pretrained(SHIPPED_TEACHER, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(SHIPPED_TEACHER)
-    ids = held_out_windows(token_stream(tokenizer, standard_library_texts(held_out=True)), arguments.windows)
+    ids = held_out_windows(
+        token_stream(tokenizer, standard_library_texts(held_out=True)), arguments.windows
+    )
     teacher = LiveTeacher(model)
     layers = layer_grid(teacher.depth, 4, "floor")
     states = teacher.states({"input_ids": ids}, layers, apply_final_norm=True)
@@ -84,17 +92,38 @@ def main() -> None:
     for name, codec in CODECS.items():
         ways[f"states, {name}"] = (
             codec.bytes_per_row(width),
-            lambda state, z, p, codec=codec: logits(codec.decode(codec.encode(state), torch.float32)).log_softmax(-1),
+            lambda state, z, p, codec=codec: logits(
+                codec.decode(codec.encode(state), torch.float32)
+            ).log_softmax(-1),
         )
-    ways["logits, bfloat16, all"] = 2 * vocabulary, lambda state, z, p: z.to(torch.bfloat16).double().log_softmax(-1)
+    ways["logits, bfloat16, all"] = (
+        2 * vocabulary,
+        lambda state, z, p: z.to(torch.bfloat16).double().log_softmax(-1),
+    )
     for name in ("bfloat16", "int8"):
         size = CODECS[name].bytes_per_row(width)
         k = size // SMALL_ENTRY
-        ways[f"top {k} logits, renormalised"] = size, lambda state, z, p, k=k: truncated(p, z, k, tail=False)
-        ways[f"top {k - 1} logits and tail mass"] = size, lambda state, z, p, k=k - 1: truncated(p, z, k, tail=True)
+        ways[f"top {k} logits, renormalised"] = (
+            size,
+            lambda state, z, p, k=k: truncated(p, z, k, tail=False),
+        )
+        ways[f"top {k - 1} logits and tail mass"] = (
+            size,
+            lambda state, z, p, k=k - 1: truncated(p, z, k, tail=True),
+        )
 
-    table = Table(title=f"{ids.numel()} positions; KL in nats, its mean over positions (exact || kept, kept || exact)")
-    for column in ("kept", "bytes a position and layer", "output", f"mean of layers {', '.join(map(str, layers))}"):
+    table = Table(
+        title=(
+            f"{ids.numel()} positions; KL in nats, its mean over positions (exact || kept, "
+            "kept || exact)"
+        )
+    )
+    for column in (
+        "kept",
+        "bytes a position and layer",
+        "output",
+        f"mean of layers {', '.join(map(str, layers))}",
+    ):
         table.add_column(column)
     for name, (size, keep) in ways.items():
         found = {}
@@ -103,8 +132,12 @@ def main() -> None:
             log_p = exact.log_softmax(-1)
             found[where] = measure(log_p, keep(state_RD, exact, log_p))
         inner = [found[where] for where in rows if where != "output"]
-        mean = Errors(sum(e.forward for e in inner) / len(inner), sum(e.backward for e in inner) / len(inner))
-        cells = [f"{errors.forward:.2g}, {errors.backward:.2g}" for errors in (found["output"], mean)]
+        mean = Errors(
+            sum(e.forward for e in inner) / len(inner), sum(e.backward for e in inner) / len(inner)
+        )
+        cells = [
+            f"{errors.forward:.2g}, {errors.backward:.2g}" for errors in (found["output"], mean)
+        ]
         table.add_row(name, str(size), *cells)
     console = Console(width=WIDTH)
     console.print(table)
@@ -119,9 +152,20 @@ def main() -> None:
         "top k in bfloat16 states",
     ):
         arithmetic.add_column(column)
-    for name, wide, tokens in (("GPT-2 XL", 1600, 50257), ("Llama 3.1 8B", 4096, 128256), ("Qwen2.5 7B", 3584, 152064)):
+    for name, wide, tokens in (
+        ("GPT-2 XL", 1600, 50257),
+        ("Llama 3.1 8B", 4096, 128256),
+        ("Qwen2.5 7B", 3584, 152064),
+    ):
         sizes = [CODECS[codec].bytes_per_row(wide) for codec in ("bfloat16", "int8")]
-        arithmetic.add_row(name, str(wide), str(tokens), *map(str, sizes), str(2 * tokens), f"k = {sizes[0] // LARGE_ENTRY}")
+        arithmetic.add_row(
+            name,
+            str(wide),
+            str(tokens),
+            *map(str, sizes),
+            str(2 * tokens),
+            f"k = {sizes[0] // LARGE_ENTRY}",
+        )
     console.print(arithmetic)
 
 

@@ -8,11 +8,12 @@ from typing import Any
 from benchmarks.measure import MEMORY_IN_USE
 from benchmarks.runner import loss_shape
 from benchmarks.workloads import Workload
-from fdd_kernels.planner.loss import loss_memory
+from fdd_kernels.memory.loss import loss_memory
 
 
 def peaks_on_record(data: dict[str, Any]) -> Iterator[tuple[str, int, int]]:
-    """(workload and provider, predicted bytes, measured bytes) where a record has the peak of memory in use.
+    """(workload and provider, predicted bytes, measured bytes) where a record has the peak of
+    memory in use.
 
     The oldest records count what an allocator had kept besides, and are left out.
     """
@@ -20,6 +21,16 @@ def peaks_on_record(data: dict[str, Any]) -> Iterator[tuple[str, int, int]]:
         workload = Workload.from_json(result["workload"])
         for name, entry in result["providers"].items():
             threads = workload.threads or data["threads"]
-            prediction = loss_memory(loss_shape(workload), name, threads=threads, device=data["device"])
-            if prediction and entry["memory"] and entry["memory"].get("measure") in MEMORY_IN_USE.values():
-                yield f"{workload.name} / {name}", prediction.total, entry["memory"]["beyond_inputs"]
+            prediction = loss_memory(
+                loss_shape(workload), name, threads=threads, device=data["device"]
+            )
+            if (
+                prediction
+                and entry["memory"]
+                and entry["memory"].get("measure") in MEMORY_IN_USE.values()
+            ):
+                yield (
+                    f"{workload.name} / {name}",
+                    prediction.total,
+                    entry["memory"]["beyond_inputs"],
+                )

@@ -1,4 +1,6 @@
-"""`pytest benchmarks`: FDD_BENCH_SUITE=tiny|quick|full|limits chooses the shapes (tiny), FDD_BENCH_THREADS the threads."""
+"""`pytest benchmarks`: FDD_BENCH_SUITE=tiny|quick|full|limits chooses the shapes (tiny),
+FDD_BENCH_THREADS the threads.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The loss in plain PyTorch as a reader of the paper would write it: dense logits in the inputs' dtype, softmax in float32."""
+"""The loss in plain PyTorch as a reader of the paper would write it: dense logits in the inputs'
+dtype, softmax in float32.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,20 @@ from fdd_kernels.testing import Problem
 CHUNK_ROWS = 128
 
 
-def row_losses(student_hidden: list[Tensor], student_weight: Tensor, teacher_hidden: list[Tensor], teacher_weight: Tensor,
-               options: dict, *, upcast: bool = False) -> Tensor:  # fmt: skip
-    """Output KD + trajectory + derivative per row, (R,); no bias, temperature 1, divergence KL, derivative cosine.
+def row_losses(
+    student_hidden: list[Tensor],
+    student_weight: Tensor,
+    teacher_hidden: list[Tensor],
+    teacher_weight: Tensor,
+    options: dict,
+    *,
+    upcast: bool = False,
+) -> Tensor:
+    """Output KD + trajectory + derivative per row, (R,); no bias, temperature 1, divergence KL,
+    derivative cosine.
 
-    `upcast`: the logits are made float32 before the softmax, as `.float()` in most training code does.
+    `upcast`: the logits are made float32 before the softmax, as `.float()` in most training code
+    does.
     """
 
     def log_probabilities(hidden: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
@@ -27,9 +38,14 @@ def row_losses(student_hidden: list[Tensor], student_weight: Tensor, teacher_hid
             logits = logits.float()
         return F.log_softmax(logits, dim=-1, dtype=torch.float32)
 
-    student = [log_probabilities(h, student_weight, options.get("student_softcap")) for h in student_hidden]
+    student = [
+        log_probabilities(h, student_weight, options.get("student_softcap")) for h in student_hidden
+    ]
     with torch.no_grad():
-        teacher = [log_probabilities(h, teacher_weight, options.get("teacher_softcap")) for h in teacher_hidden]
+        teacher = [
+            log_probabilities(h, teacher_weight, options.get("teacher_softcap"))
+            for h in teacher_hidden
+        ]
 
     def kl(q: Tensor, p: Tensor) -> Tensor:
         return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
@@ -39,12 +55,16 @@ def row_losses(student_hidden: list[Tensor], student_weight: Tensor, teacher_hid
     if layers:
         loss = loss + sum(kl(q, p) for q, p in zip(student[:-1], teacher[:-1])) / layers
     for i in range(layers - 1):
-        cosine = F.cosine_similarity(student[i + 1] - student[i], teacher[i + 1] - teacher[i], dim=-1)
+        cosine = F.cosine_similarity(
+            student[i + 1] - student[i], teacher[i + 1] - teacher[i], dim=-1
+        )
         loss = loss + (1 - cosine) / (layers - 1)
     return loss
 
 
-def feature_row_losses(student_hidden: list[Tensor], projection: Tensor, teacher_hidden: list[Tensor]) -> Tensor:
+def feature_row_losses(
+    student_hidden: list[Tensor], projection: Tensor, teacher_hidden: list[Tensor]
+) -> Tensor:
     """MSE of projected states and of their differences from layer to layer, per row, (R,)."""
     student = [F.linear(h, projection).float() for h in student_hidden]
     teacher = [h.float() for h in teacher_hidden]
@@ -57,18 +77,24 @@ def feature_row_losses(student_hidden: list[Tensor], projection: Tensor, teacher
 
 def dense_rows(problem: Problem, options: dict, rows: slice = slice(None)) -> Tensor:
     """The rows' losses of a problem, (R,)."""
-    student, teacher = ([h[rows] for h in states] for states in (problem.student_hidden, problem.teacher_hidden))
+    student, teacher = (
+        [h[rows] for h in states] for states in (problem.student_hidden, problem.teacher_hidden)
+    )
     if problem.teacher_weight is None:
         return feature_row_losses(student, problem.student_weight, teacher)
     return row_losses(student, problem.student_weight, teacher, problem.teacher_weight, options)
 
 
 def chunked_rows(problem: Problem, options: dict) -> Tensor:
-    """The same, each chunk of rows under gradient checkpointing: its logits are computed again in the backward pass."""
+    """The same, each chunk of rows under gradient checkpointing: its logits are computed again in
+    the backward pass.
+    """
     rows = problem.student_hidden[0].shape[0]
     return torch.cat(
         [
-            checkpoint(dense_rows, problem, options, slice(first, first + CHUNK_ROWS), use_reentrant=False)
+            checkpoint(
+                dense_rows, problem, options, slice(first, first + CHUNK_ROWS), use_reentrant=False
+            )
             for first in range(0, rows, CHUNK_ROWS)
         ]
     )

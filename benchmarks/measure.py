@@ -1,4 +1,6 @@
-"""The measurements themselves, in the process that they are called in; see `worker.py` for whose process that is."""
+"""The measurements themselves, in the process that they are called in; see `worker.py` for whose
+process that is.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,10 @@ from fdd_kernels.testing import Problem
 Report = Callable[[str, Any], None]
 MIB = 2**20
 # How peak memory is measured on each kind of device, as records name it.
-MEMORY_IN_USE = {"cuda": "max_memory_allocated", "cpu": "resident high-water, freed memory given back"}
+MEMORY_IN_USE = {
+    "cuda": "max_memory_allocated",
+    "cpu": "resident high-water, freed memory given back",
+}
 
 
 def _synchronize(device: torch.device) -> None:
@@ -44,8 +49,12 @@ def timed(device: torch.device) -> Callable[[Callable[[], object]], float]:
     return run
 
 
-def step(provider: Provider, problem: Problem, options: dict, device: torch.device) -> tuple[float, float, dict]:
-    """One forward and backward pass: seconds of the forward, seconds of both, and the gradients by name."""
+def step(
+    provider: Provider, problem: Problem, options: dict, device: torch.device
+) -> tuple[float, float, dict]:
+    """One forward and backward pass: seconds of the forward, seconds of both, and the gradients by
+    name.
+    """
     problem = problem.map(lambda t: t)
     leaves = problem.leaves
     _synchronize(device)
@@ -54,20 +63,35 @@ def step(provider: Provider, problem: Problem, options: dict, device: torch.devi
     _synchronize(device)
     middle = time.perf_counter()
     # In feature space the final state has no term and so no gradient.
-    found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True, allow_unused=True)
+    found = torch.autograd.grad(
+        loss, list(leaves.values()), materialize_grads=True, allow_unused=True
+    )
     _synchronize(device)
     return middle - start, time.perf_counter() - start, dict(zip(leaves, found))
 
 
 def spread(values: list[float]) -> dict[str, Any]:
     """Median, smallest, largest and all of them."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "all": values}
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+        "all": values,
+    }
 
 
-def time_workload(workload: Workload, providers: list[Provider], repeats: int, device: torch.device, report: Report) -> None:
-    """Time the providers in turn, `repeats` rounds after one warm-up round, the bare products in every round.
+def time_workload(
+    workload: Workload,
+    providers: list[Provider],
+    repeats: int,
+    device: torch.device,
+    report: Report,
+) -> None:
+    """Time the providers in turn, `repeats` rounds after one warm-up round, the bare products in
+    every round.
 
-    Calls `report(key, value)`: ("running", provider) before each warm-up, (provider, result), ("products", summary).
+    Calls `report(key, value)`: ("running", provider) before each warm-up, (provider, result),
+    ("products", summary).
     """
     problem = build_problem(workload, device)
     products = BareProducts(workload, problem)
@@ -108,7 +132,9 @@ def time_workload(workload: Workload, providers: list[Provider], repeats: int, d
         )
 
 
-def check_accuracy(workload: Workload, providers: list[Provider], device: torch.device, report: Report) -> None:
+def check_accuracy(
+    workload: Workload, providers: list[Provider], device: torch.device, report: Report
+) -> None:
     """The small check of every provider; calls `report(provider, result)`."""
     check = SmallCheck(workload, device)
     for provider in providers:
@@ -137,18 +163,25 @@ def _trim() -> None:
         trim(0)
 
 
-def measure_memory(workload: Workload, provider: Provider, device: torch.device, report: Report) -> None:
-    """Peak memory of one forward and backward pass beyond the inputs, in a process that has done nothing else.
+def measure_memory(
+    workload: Workload, provider: Provider, device: torch.device, report: Report
+) -> None:
+    """Peak memory of one forward and backward pass beyond the inputs, in a process that has done
+    nothing else.
 
-    A call of tiny shape comes first, so that libraries, their code and their threads do not count. On a CPU the peak is
-    that of resident memory, in a process whose allocator keeps nothing that is freed (`runner.RETURN_FREED_MEMORY`); the
-    gradients, which the caller keeps, are part of it and also given alone.
+    A call of tiny shape comes first, so that libraries, their code and their threads do not count.
+    On a CPU the peak is that of resident memory, in a process whose allocator keeps nothing that is
+    freed (`runner.RETURN_FREED_MEMORY`); the gradients, which the caller keeps, are part of it and
+    also given alone.
     """
     width = min(workload.teacher_width, 64)
     tiny = replace(
-        workload, rows=min(workload.rows, 64), columns=width if workload.feature_space else min(workload.columns, 256),
-        student_width=min(workload.student_width, 64), teacher_width=width,
-    )  # fmt: skip
+        workload,
+        rows=min(workload.rows, 64),
+        columns=width if workload.feature_space else min(workload.columns, 256),
+        student_width=min(workload.student_width, 64),
+        teacher_width=width,
+    )
     step(provider, build_problem(tiny, device), provider.options(tiny), device)
     if provider.rows is not None:  # another way through the code may load modules of its own
         provider.rows(build_problem(tiny, device), provider.options(tiny)).sum().backward()
@@ -173,7 +206,12 @@ def measure_memory(workload: Workload, provider: Provider, device: torch.device,
             "process_peak": peak,
             "inputs": sum(
                 t.numel() * t.element_size()
-                for t in (*problem.student_hidden, problem.student_weight, *problem.teacher_hidden, problem.teacher_weight)
+                for t in (
+                    *problem.student_hidden,
+                    problem.student_weight,
+                    *problem.teacher_hidden,
+                    problem.teacher_weight,
+                )
                 if t is not None
             ),
             "measure": MEMORY_IN_USE[device.type],

@@ -1,16 +1,19 @@
-"""Scaling over gloo processes of this machine, one thread each: a data-parallel step, and the loss with its head split.
+"""Scaling over gloo processes of this machine, one thread each: a data-parallel step, and the loss
+with its head split.
 
     python -m benchmarks.parallel [--worlds 1 2 4] [--repeats 5] [--rows 64] [--json FILE]
 
-- "DDP step": weak scaling. Every process trains the same Llama-style student (8.6 M parameters) from its teacher on a batch of
-  its own; efficiency is the time of one process over that of all.
-- "vocabulary": strong scaling. One call of the loss on the shapes of GPT-2 from GPT-2 XL, forward and backward, its columns
-  divided among the processes; efficiency is the time of one process over the number of processes times theirs.
+- "DDP step": weak scaling. Every process trains the same Llama-style student (8.6 M parameters)
+  from its teacher on a batch of its own; efficiency is the time of one process over that of all.
+- "vocabulary": strong scaling. One call of the loss on the shapes of GPT-2 from GPT-2 XL, forward
+  and backward, its columns divided among the processes; efficiency is the time of one process over
+  the number of processes times theirs.
 
 "plain" is one process outside of any group; a group of one shows what the group's own work costs.
-Processes that share a core, or the machine's memory bandwidth, cannot be twice as fast: with more processes than cores
-elapsed seconds say little. Processor seconds do not count waiting for the others, nor other users of the machine: their
-efficiency says how much work the split adds. Not part of any suite.
+Processes that share a core, or the machine's memory bandwidth, cannot be twice as fast: with more
+processes than cores elapsed seconds say little. Processor seconds do not count waiting for the
+others, nor other users of the machine: their efficiency says how much work the split adds. Not part
+of any suite.
 """
 
 from __future__ import annotations
@@ -39,7 +42,9 @@ VOCABULARY, SEQUENCE, BATCH = 8192, 64, 4
 
 
 def seconds_of(step: Callable[[], None], repeats: int) -> list[float]:
-    """Seconds and processor seconds, each of the slowest process, the processes started together; the best after a warm-up."""
+    """Seconds and processor seconds, each of the slowest process, the processes started together;
+    the best after a warm-up.
+    """
     found = []
     for _ in range(repeats + 1):
         dist.barrier()
@@ -53,9 +58,16 @@ def seconds_of(step: Callable[[], None], repeats: int) -> list[float]:
 
 def _model(width: int, depth: int) -> torch.nn.Module:
     config = AutoConfig.for_model(
-        "llama", hidden_size=width, intermediate_size=3 * width, num_hidden_layers=depth, num_attention_heads=4,
-        num_key_value_heads=4, vocab_size=VOCABULARY, max_position_embeddings=SEQUENCE, tie_word_embeddings=False,
-    )  # fmt: skip
+        "llama",
+        hidden_size=width,
+        intermediate_size=3 * width,
+        num_hidden_layers=depth,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=SEQUENCE,
+        tie_word_embeddings=False,
+    )
     torch.manual_seed(depth)
     return AutoModelForCausalLM.from_config(config)
 
@@ -65,7 +77,9 @@ def data_parallel_step(rank: int) -> Callable[[], None]:
     distiller = Distiller(student, teacher, FDDConfig())
     wrapped = DistributedDataParallel(student)
     optimizer = torch.optim.AdamW(student.parameters())
-    tokens = torch.randint(0, VOCABULARY, (BATCH, SEQUENCE), generator=torch.Generator().manual_seed(rank))
+    tokens = torch.randint(
+        0, VOCABULARY, (BATCH, SEQUENCE), generator=torch.Generator().manual_seed(rank)
+    )
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
 
     def step() -> None:
@@ -101,11 +115,15 @@ def vocabulary_step(rank: int, world: int, rows: int, *, group) -> Callable[[], 
 
 def work(rank: int, world: int, rows: int, repeats: int, folder: Path) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
+    )
     found = {"DDP step": seconds_of(data_parallel_step(rank), repeats)}
     if world == 1:
         found["vocabulary, plain"] = seconds_of(vocabulary_step(0, 1, rows, group=None), repeats)
-    found["vocabulary"] = seconds_of(vocabulary_step(rank, world, rows, group=dist.group.WORLD), repeats)
+    found["vocabulary"] = seconds_of(
+        vocabulary_step(rank, world, rows, group=dist.group.WORLD), repeats
+    )
     if rank == 0:
         (folder / "found.json").write_text(json.dumps(found))
     dist.destroy_process_group()
@@ -115,9 +133,21 @@ def measure(world: int, rows: int, repeats: int) -> dict[str, list[float]]:
     """Seconds and processor seconds by name with `world` processes."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     with tempfile.TemporaryDirectory() as folder:
-        numbers = ["--world", str(world), "--rows", str(rows), "--repeats", str(repeats), "--folder", folder]
+        numbers = [
+            "--world",
+            str(world),
+            "--rows",
+            str(rows),
+            "--repeats",
+            str(repeats),
+            "--folder",
+            folder,
+        ]
         command = [sys.executable, "-m", "benchmarks.parallel", *numbers]
-        processes = [subprocess.Popen([*command, "--rank", str(rank)], env=environment) for rank in range(world)]
+        processes = [
+            subprocess.Popen([*command, "--rank", str(rank)], env=environment)
+            for rank in range(world)
+        ]
         try:
             codes = [process.wait() for process in processes]
         finally:
@@ -132,7 +162,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--rows", type=int, default=64, help="tokens of the loss whose head is split")
+    parser.add_argument(
+        "--rows", type=int, default=64, help="tokens of the loss whose head is split"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--world", type=int, help=argparse.SUPPRESS)
@@ -141,17 +173,28 @@ def main() -> None:
     if arguments.rank is not None:
         work(arguments.rank, arguments.world, arguments.rows, arguments.repeats, arguments.folder)
         return
-    found = {world: measure(world, arguments.rows, arguments.repeats) for world in sorted({1, *arguments.worlds})}
+    found = {
+        world: measure(world, arguments.rows, arguments.repeats)
+        for world in sorted({1, *arguments.worlds})
+    }
     print(
-        f"{len(os.sched_getaffinity(0))} cores, one thread a process, best of {arguments.repeats}; vocabulary: "
+        f"{len(os.sched_getaffinity(0))} cores, one thread a process, best of {arguments.repeats}; "
+        "vocabulary: "
         f"{arguments.rows} tokens, float32, GPT-2's head and GPT-2 XL's, trainable\n"
     )
-    print("| processes | what | seconds | efficiency | processor seconds | efficiency |\n|---|---|---|---|---|---|")
+    print(
+        "| processes | what | seconds | efficiency | processor seconds | efficiency "
+        "|\n|---|---|---|---|---|---|"
+    )
     for world, of_world in found.items():
         for name, seconds in of_world.items():
-            parts = 1 if name == "DDP step" else world  # into which the work of one process is divided
+            parts = (
+                1 if name == "DDP step" else world
+            )  # into which the work of one process is divided
             efficiencies = [f"{a / b / parts:.0%}" for a, b in zip(found[1][name], seconds)]
-            columns = [f"{value:.2f} | {efficiency}" for value, efficiency in zip(seconds, efficiencies)]
+            columns = [
+                f"{value:.2f} | {efficiency}" for value, efficiency in zip(seconds, efficiencies)
+            ]
             print(f"| {world} | {name} | {' | '.join(columns)} |")
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")

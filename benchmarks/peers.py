@@ -1,4 +1,5 @@
-"""Other people's fused distillation losses. None has a derivative term, so they do less; each is called once per layer.
+"""Other people's fused distillation losses. None has a derivative term, so they do less; each is
+called once per layer.
 
 Their versions are pinned in benchmarks/requirements.txt; each import is tried where it is needed.
 """
@@ -17,7 +18,9 @@ LIGER_CHUNK = 128  # rows; its default, 1024, would be one chunk here
 
 def _labels(problem: Problem) -> Tensor:
     # Distillation looks at them only to skip ignored positions.
-    return torch.zeros(problem.student_hidden[0].shape[0], dtype=torch.long, device=problem.student_weight.device)
+    return torch.zeros(
+        problem.student_hidden[0].shape[0], dtype=torch.long, device=problem.student_weight.device
+    )
 
 
 def over_layers(divergence: Callable[[Tensor, Tensor], Tensor], problem: Problem) -> Tensor:
@@ -27,15 +30,23 @@ def over_layers(divergence: Callable[[Tensor, Tensor], Tensor], problem: Problem
     return output + sum(sampled) / len(sampled) if sampled else output
 
 
-def liger(problem: Problem, options: dict, *, compiled: bool = False, chunk_rows: int = LIGER_CHUNK) -> Tensor:
+def liger(
+    problem: Problem, options: dict, *, compiled: bool = False, chunk_rows: int = LIGER_CHUNK
+) -> Tensor:
     """Liger-Kernel's LigerFusedLinearJSDLoss at beta=0, which is KL(teacher || student)."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     function = LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=0.0, compiled=compiled, chunk_size=chunk_rows
+        weight_hard_loss=0.0,
+        weight_soft_loss=1.0,
+        beta=0.0,
+        compiled=compiled,
+        chunk_size=chunk_rows,
     )
     labels = _labels(problem)
-    return over_layers(lambda s, t: function(s, problem.student_weight, t, problem.teacher_weight, labels), problem)
+    return over_layers(
+        lambda s, t: function(s, problem.student_weight, t, problem.teacher_weight, labels), problem
+    )
 
 
 def trl(problem: Problem, options: dict) -> Tensor:
@@ -46,10 +57,15 @@ def trl(problem: Problem, options: dict) -> Tensor:
 
     def divergence(s: Tensor, t: Tensor) -> Tensor:
         return _chunked_divergence_loss(
-            s[None], t[None], problem.student_weight, problem.teacher_weight, mask, beta=0.0,
+            s[None],
+            t[None],
+            problem.student_weight,
+            problem.teacher_weight,
+            mask,
+            beta=0.0,
             student_final_logit_softcapping=options.get("student_softcap"),
             teacher_final_logit_softcapping=options.get("teacher_softcap"),
-        )[0]  # fmt: skip
+        )[0]
 
     return over_layers(divergence, problem)
 
@@ -64,8 +80,14 @@ def orda(problem: Problem, options: dict) -> Tensor:
     def divergence(s: Tensor, t: Tensor) -> Tensor:
         teacher = SeparateTeacher(t, problem.teacher_weight)
         return distillation_loss(
-            s, problem.student_weight, labels, teacher, student_ce_weight=0.0, teacher_ce_weight=0.0, kl_weight=1.0,
+            s,
+            problem.student_weight,
+            labels,
+            teacher,
+            student_ce_weight=0.0,
+            teacher_ce_weight=0.0,
+            kl_weight=1.0,
             backend=backend,
-        ).loss  # fmt: skip
+        ).loss
 
     return over_layers(divergence, problem)

@@ -1,4 +1,6 @@
-"""Plots of a record, each as PNG and SVG: bars against peers, growth of time and memory, accuracy, the planner."""
+"""Plots of a record, each as PNG and SVG: bars against peers, growth of time and memory, accuracy,
+the planner.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,16 @@ from benchmarks import summary
 MIB = 2**20
 # One colour a provider in every plot: ours warm, others cool and grey.
 COLOURS = {
-    "cpu": "#d1495b", "triton": "#8d0801", "torch": "#edae49", "dense": "#6c757d", "dense-compile": "#495057",
-    "dense-chunked": "#adb5bd", "liger": "#00798c", "trl": "#30638e", "orda": "#003d5b",
-}  # fmt: skip
+    "cpu": "#d1495b",
+    "triton": "#8d0801",
+    "torch": "#edae49",
+    "dense": "#6c757d",
+    "dense-compile": "#495057",
+    "dense-chunked": "#adb5bd",
+    "liger": "#00798c",
+    "trl": "#30638e",
+    "orda": "#003d5b",
+}
 FIELDS = {"rows": "rows R", "columns": "vocabulary V", "layers": "layers L"}
 
 
@@ -47,7 +56,9 @@ def write_plots(record: dict[str, Any], folder: Path) -> list[Path]:
 def _grid(count: int, height: float) -> tuple[Figure, list]:
     columns = min(3, count)
     rows = -(-count // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.6 * columns, height * rows), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(4.6 * columns, height * rows), squeeze=False, layout="constrained"
+    )
     flat = list(axes.flat)
     for unused in flat[count:]:
         unused.set_visible(False)
@@ -58,7 +69,10 @@ def bars(record: dict[str, Any], measure: str) -> Figure | None:
     """Time (with the bare products as a line) or memory of each provider, one panel a workload."""
     panels = []
     for result in record["results"]:
-        if result["workload"].get("sweep") or result["workload"]["group"] in ("flatness", "threads"):
+        if result["workload"].get("sweep") or result["workload"]["group"] in (
+            "flatness",
+            "threads",
+        ):
             continue
         entries = {name: e for name, e in result["providers"].items() if e[measure]}
         if entries:
@@ -72,7 +86,13 @@ def bars(record: dict[str, Any], measure: str) -> Figure | None:
             values = [entries[n]["time"]["total"]["median"] for n in names]
             low = [v - entries[n]["time"]["total"]["min"] for n, v in zip(names, values)]
             high = [entries[n]["time"]["total"]["max"] - v for n, v in zip(names, values)]
-            axis.barh(names, values, xerr=[low, high], color=[COLOURS[n] for n in names], error_kw={"lw": 1, "capsize": 2})
+            axis.barh(
+                names,
+                values,
+                xerr=[low, high],
+                color=[COLOURS[n] for n in names],
+                error_kw={"lw": 1, "capsize": 2},
+            )
             labels = [summary.seconds(v) for v in values]
             axis.set_xlabel("seconds, forward + backward")
             if result["products"]:
@@ -117,8 +137,20 @@ def scaling(record: dict[str, Any]) -> Figure | None:
                 swept |= set(x)
                 y = [v / MIB for v in y] if what == "memory" else y
                 power = curve["time_exponent" if what == "times" else "memory_exponent"]
-                axis.plot(x, y, "o-", color=COLOURS[curve["provider"]], label=f"{curve['provider']} (power {power:.2f})", ms=4)
-        axis.set(xscale="log", yscale="log", xlabel=FIELDS[field], ylabel="seconds" if what == "times" else "MiB beyond inputs")
+                axis.plot(
+                    x,
+                    y,
+                    "o-",
+                    color=COLOURS[curve["provider"]],
+                    label=f"{curve['provider']} (power {power:.2f})",
+                    ms=4,
+                )
+        axis.set(
+            xscale="log",
+            yscale="log",
+            xlabel=FIELDS[field],
+            ylabel="seconds" if what == "times" else "MiB beyond inputs",
+        )
         axis.set_xticks(sorted(swept), [str(n) for n in sorted(swept)])
         axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         axis.legend(fontsize=7)
@@ -137,7 +169,9 @@ def flatness(record: dict[str, Any]) -> Figure | None:
     figure, axis = plt.subplots(figsize=(5, 3.2), layout="constrained")
     for name, values in points.items():
         axis.plot(*zip(*sorted(values)), "o-", color=COLOURS[name], label=name)
-    axis.set(xscale="log", ylim=(0, None), xlabel="rows R", ylabel="MiB beyond inputs and gradients")
+    axis.set(
+        xscale="log", ylim=(0, None), xlabel="rows R", ylabel="MiB beyond inputs and gradients"
+    )
     axis.legend()
     axis.grid(alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
@@ -148,7 +182,11 @@ def accuracy(record: dict[str, Any]) -> Figure | None:
     """Error of the gradient of the hidden states against float64, worst row."""
     panels = []
     for result in record["results"]:
-        errors = {n: e["accuracy"]["grad_hidden_relative"] for n, e in result["providers"].items() if e["accuracy"]}
+        errors = {
+            n: e["accuracy"]["grad_hidden_relative"]
+            for n, e in result["providers"].items()
+            if e["accuracy"]
+        }
         if errors:
             panels.append((result, {n: max(v, 1e-17) for n, v in errors.items()}))
     if not panels:
@@ -159,7 +197,9 @@ def accuracy(record: dict[str, Any]) -> Figure | None:
         axis.set_xscale("log")
         axis.set_xlim(min(1e-9, *errors.values()), 1)
         axis.invert_yaxis()
-        axis.set_title(f"{result['workload']['name']} ({result['workload']['dtype']})", loc="left", fontsize=10)
+        axis.set_title(
+            f"{result['workload']['name']} ({result['workload']['dtype']})", loc="left", fontsize=10
+        )
         axis.set_xlabel("relative error of the gradient, worst row")
         axis.spines[["top", "right"]].set_visible(False)
     return figure
@@ -178,9 +218,22 @@ def planner(record: dict[str, Any]) -> Figure | None:
     figure, axis = plt.subplots(figsize=(4.6, 4.2), layout="constrained")
     ends = [0.7 * min(p[0] for p in points), 1.4 * max(p[0] for p in points)]
     axis.plot(ends, ends, color="black", lw=1)
-    axis.fill_between(ends, [0.9 * x for x in ends], [1.1 * x for x in ends], color="black", alpha=0.1, label="within 10%")
+    axis.fill_between(
+        ends,
+        [0.9 * x for x in ends],
+        [1.1 * x for x in ends],
+        color="black",
+        alpha=0.1,
+        label="within 10%",
+    )
     for name in dict.fromkeys(p[2] for p in points):
-        axis.plot(*zip(*[p[:2] for p in points if p[2] == name]), "o", color=COLOURS[name], label=name, ms=5)
+        axis.plot(
+            *zip(*[p[:2] for p in points if p[2] == name]),
+            "o",
+            color=COLOURS[name],
+            label=name,
+            ms=5,
+        )
     axis.set(xscale="log", yscale="log", xlabel="measured MiB", ylabel="planner's MiB")
     axis.legend(fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,6 @@
-"""Who computes the loss: one entry each, with what it computes, where it runs and why not if it does not."""
+"""Who computes the loss: one entry each, with what it computes, where it runs and why not if it
+does not.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,11 @@ NO_DERIVATIVE = "output KD and trajectory, one call per layer; no derivative"
 class Provider:
     """A way to compute the loss.
 
-    `loss(problem, options)` is what is timed: its scalar mean over rows. `rows(problem, options)` gives (R,) for the
-    accuracy check; without it the check calls `loss` row by row. `computes` is the part of the objective, `drops` the
-    option values that turn the workload's objective into that part. `rounds_logits`: logits are rounded to the inputs'
-    dtype on the way, and the accuracy check allows for that.
+    `loss(problem, options)` is what is timed: its scalar mean over rows. `rows(problem, options)`
+    gives (R,) for the accuracy check; without it the check calls `loss` row by row. `computes` is
+    the part of the objective, `drops` the option values that turn the workload's objective into
+    that part. `rounds_logits`: logits are rounded to the inputs' dtype on the way, and the accuracy
+    check allows for that.
     """
 
     name: str
@@ -54,7 +57,10 @@ class Provider:
                 importlib.import_module(self.module)
             except Exception as error:  # whatever a package raises on import is the reason
                 first = (str(error).strip().splitlines() or [""])[0]
-                return f"cannot be imported ({type(error).__name__}: {first}); pip install -r benchmarks/requirements.txt"
+                return (
+                    f"cannot be imported ({type(error).__name__}: {first}); pip install -r "
+                    "benchmarks/requirements.txt"
+                )
         return self.unavailable_on(device)
 
     def unsupported(self, workload: Workload) -> str | None:
@@ -106,7 +112,9 @@ def _chunked(problem: Problem, options: dict) -> Tensor:
 
 
 def _no_compiler(device: torch.device) -> str | None:
-    if device.type == "cpu" and not (shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")):
+    if device.type == "cpu" and not (
+        shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+    ):
         return "torch.compile needs a C++ compiler on the CPU"
     return None
 
@@ -123,8 +131,15 @@ def _ours(backend: str) -> Provider:
             return "Triton kernels run on a GPU; interpreting them would measure the interpreter"
         return why_unavailable(backend, device)
 
-    return Provider(backend, f"fdd_kernels, backend {backend}", WHOLE, loss, rows, package="fdd_kernels",
-                    unavailable_on=unavailable)  # fmt: skip
+    return Provider(
+        backend,
+        f"fdd_kernels, backend {backend}",
+        WHOLE,
+        loss,
+        rows,
+        package="fdd_kernels",
+        unavailable_on=unavailable,
+    )
 
 
 _PEER = {"drops": {"beta": 0.0}, "feature_space": False}
@@ -132,34 +147,71 @@ _PEER = {"drops": {"beta": 0.0}, "feature_space": False}
 PROVIDERS: dict[str, Provider] = {
     p.name: p
     for p in (
-        Provider("dense", "dense PyTorch, eager", WHOLE, _dense, dense.dense_rows, rounds_logits=True, package="torch"),
         Provider(
-            "dense-compile", "dense PyTorch, torch.compile", WHOLE, _compiled_loss, lambda p, o: _compiled()(p, o),
-            rounds_logits=True, package="torch", unavailable_on=_no_compiler,
+            "dense",
+            "dense PyTorch, eager",
+            WHOLE,
+            _dense,
+            dense.dense_rows,
+            rounds_logits=True,
+            package="torch",
         ),
         Provider(
-            "dense-chunked", f"dense PyTorch, checkpointed over {dense.CHUNK_ROWS} rows", WHOLE, _chunked, dense.chunked_rows,
-            rounds_logits=True, package="torch",
+            "dense-compile",
+            "dense PyTorch, torch.compile",
+            WHOLE,
+            _compiled_loss,
+            lambda p, o: _compiled()(p, o),
+            rounds_logits=True,
+            package="torch",
+            unavailable_on=_no_compiler,
+        ),
+        Provider(
+            "dense-chunked",
+            f"dense PyTorch, checkpointed over {dense.CHUNK_ROWS} rows",
+            WHOLE,
+            _chunked,
+            dense.chunked_rows,
+            rounds_logits=True,
+            package="torch",
         ),
         _ours("torch"),
         _ours("cpu"),
         _ours("triton"),
         Provider(
-            "liger", "Liger-Kernel, chunked JSD loss, not compiled", f"{NO_DERIVATIVE}; its forward computes the gradients",
+            "liger",
+            "Liger-Kernel, chunked JSD loss, not compiled",
+            f"{NO_DERIVATIVE}; its forward computes the gradients",
             peers.liger,
-            rounds_logits=True, package="liger-kernel", module="liger_kernel.chunked_loss", softcap=False,
-            frozen_head_note="computes the head's gradient all the same", **_PEER,
+            rounds_logits=True,
+            package="liger-kernel",
+            module="liger_kernel.chunked_loss",
+            softcap=False,
+            frozen_head_note="computes the head's gradient all the same",
+            **_PEER,
         ),
         Provider(
-            "trl", "TRL, chunked divergence", f"{NO_DERIVATIVE}, plus the student's entropy", peers.trl,
-            package="trl", module="trl.trainer.distillation_trainer", **_PEER,
+            "trl",
+            "TRL, chunked divergence",
+            f"{NO_DERIVATIVE}, plus the student's entropy",
+            peers.trl,
+            package="trl",
+            module="trl.trainer.distillation_trainer",
+            **_PEER,
         ),
         Provider(
-            "orda", "orda-kernel", f"{NO_DERIVATIVE}; on a CPU its dense fallback", peers.orda, rounds_logits=True,
-            package="orda-kernel", module="orda_kernel", softcap=False, **_PEER,
+            "orda",
+            "orda-kernel",
+            f"{NO_DERIVATIVE}; on a CPU its dense fallback",
+            peers.orda,
+            rounds_logits=True,
+            package="orda-kernel",
+            module="orda_kernel",
+            softcap=False,
+            **_PEER,
         ),
     )
-}  # fmt: skip
+}
 
 
 def choose(names: list[str] | None) -> list[Provider]:

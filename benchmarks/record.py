@@ -11,13 +11,24 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from fdd_kernels.atomic import write_text
+from fdd_kernels.common.atomic import write_text
 
 FORMAT = 1
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 PARTIAL = "unfinished.json"
-_REQUIRED = ("format", "suite", "date", "device", "threads", "machine", "versions", "git", "sources", "results")
+_REQUIRED = (
+    "format",
+    "suite",
+    "date",
+    "device",
+    "threads",
+    "machine",
+    "versions",
+    "git",
+    "sources",
+    "results",
+)
 
 
 class RecordError(Exception):
@@ -26,12 +37,21 @@ class RecordError(Exception):
 
 def machine(device: str) -> dict[str, Any]:
     """What the figures depend on besides the code."""
-    info = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "system": platform.platform()}
+    info = {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+    }
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         flags = next((set(line.split()) for line in lines if line.startswith("flags")), set())
-        info["processor"] = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), info["processor"])
-        info["instructions"] = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags]
+        info["processor"] = next(
+            (x.partition(":")[2].strip() for x in lines if x.startswith("model name")),
+            info["processor"],
+        )
+        info["instructions"] = [
+            f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags
+        ]
         memory = Path("/proc/meminfo").read_text().split()
         info["memory"] = int(memory[memory.index("MemTotal:") + 1]) * 1024
     except (OSError, ValueError):
@@ -57,18 +77,40 @@ def versions() -> dict[str, str]:
 def git_revision() -> dict[str, Any]:
     """The commit, and whether tracked files of the package differ from it."""
     try:
-        revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no", "fdd_kernels", "csrc", "benchmarks"],
-                                 cwd=ROOT, capture_output=True, text=True, check=True).stdout  # fmt: skip
+        revision = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout
+        changed = subprocess.run(
+            [
+                "git",
+                "status",
+                "--porcelain",
+                "--untracked-files=no",
+                "fdd_kernels",
+                "csrc",
+                "benchmarks",
+            ],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return {"revision": "unknown", "changed": None}
     return {"revision": revision.strip(), "changed": bool(changed.strip())}
 
 
 def source_digest() -> str:
-    """A digest of the sources that the figures come from: the whole package with its extension, csrc, and these benchmarks."""
+    """A digest of the sources that the figures come from: the whole package with its extension,
+    csrc, and these benchmarks.
+    """
     package = ROOT / "fdd_kernels"
-    files = [*package.rglob("*.py"), *package.glob("_C*"), *(ROOT / "csrc").glob("*"), *(ROOT / "benchmarks").glob("*.py")]
+    files = [
+        *package.rglob("*.py"),
+        *package.glob("_C*"),
+        *(ROOT / "csrc").glob("*"),
+        *(ROOT / "benchmarks").glob("*.py"),
+    ]
     digest = hashlib.sha256()
     for path in sorted(filter(Path.is_file, files)):
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
@@ -86,7 +128,9 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise RecordError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, UnicodeDecodeError) as error:
-        raise RecordError(f"{path}: is not JSON ({error}); it was damaged or is something else") from error
+        raise RecordError(
+            f"{path}: is not JSON ({error}); it was damaged or is something else"
+        ) from error
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -100,9 +144,15 @@ def load(path: Path) -> dict[str, Any]:
     if missing:
         raise RecordError(f"{path}: is no benchmark record: it lacks {', '.join(missing)}")
     if data["format"] != FORMAT:
-        raise RecordError(f"{path}: has format {data['format']}, this version reads {FORMAT}; run the suite again")
+        raise RecordError(
+            f"{path}: has format {data['format']}, this version reads {FORMAT}; run the suite again"
+        )
     for result in data["results"]:
-        if not isinstance(result, dict) or not {"workload", "providers"} <= result.keys() or "name" not in result["workload"]:
+        if (
+            not isinstance(result, dict)
+            or not {"workload", "providers"} <= result.keys()
+            or "name" not in result["workload"]
+        ):
             raise RecordError(f"{path}: a result lacks its workload or providers; it was damaged")
     return data
 

@@ -1,4 +1,6 @@
-"""A whole run: every workload with every provider, each measurement in its own process, finished ones kept on the way."""
+"""A whole run: every workload with every provider, each measurement in its own process, finished
+ones kept on the way.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,12 @@ import torch
 from benchmarks import record
 from benchmarks.providers import Provider
 from benchmarks.workloads import Workload
-from fdd_kernels.planner.loss import LossShape, loss_memory
+from fdd_kernels.memory.loss import LossShape, loss_memory
 
 GIB = 2**30
-# glibc puts tensors of up to 32 MiB where it keeps what is freed, more or less of it from run to run. With a fixed threshold
-# it gives them back, so that the high-water mark is that of memory in use, as max_memory_allocated is on a GPU.
+# glibc puts tensors of up to 32 MiB where it keeps what is freed, more or less of it from run to
+# run. With a fixed threshold it gives them back, so that the high-water mark is that of memory in
+# use, as max_memory_allocated is on a GPU.
 RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 DEFAULT_REPEATS = {"tiny": 2, "quick": 3, "full": 3, "limits": 3}
 
@@ -34,9 +37,25 @@ class Run:
         say: called with one line per step.
     """
 
-    def __init__(self, folder: Path, suite: str, workloads: list[Workload], providers: list[Provider], *, threads: int,
-                 repeats: int, device: str, fresh: bool = False, say=print):  # fmt: skip
-        self.folder, self.suite, self.workloads, self.providers = folder, suite, workloads, providers
+    def __init__(
+        self,
+        folder: Path,
+        suite: str,
+        workloads: list[Workload],
+        providers: list[Provider],
+        *,
+        threads: int,
+        repeats: int,
+        device: str,
+        fresh: bool = False,
+        say=print,
+    ):
+        self.folder, self.suite, self.workloads, self.providers = (
+            folder,
+            suite,
+            workloads,
+            providers,
+        )
         self.threads, self.repeats, self.device, self.say = threads, repeats, device, say
         self.missing = {p.name: p.unavailable(torch.device(device)) for p in providers}
         self.path = folder / record.PARTIAL
@@ -45,18 +64,29 @@ class Run:
     def _settings(self) -> dict[str, Any]:
         """What must be the same for an unfinished run to be continued."""
         return {
-            "format": record.FORMAT, "suite": self.suite, "device": self.device, "threads": self.threads,
-            "repeats": self.repeats, "machine": record.machine(self.device), "versions": record.versions(),
-            "sources": record.source_digest(), "workloads": [w.to_json() for w in self.workloads],
+            "format": record.FORMAT,
+            "suite": self.suite,
+            "device": self.device,
+            "threads": self.threads,
+            "repeats": self.repeats,
+            "machine": record.machine(self.device),
+            "versions": record.versions(),
+            "sources": record.source_digest(),
+            "workloads": [w.to_json() for w in self.workloads],
             "chosen": [p.name for p in self.providers],
-        }  # fmt: skip
+        }
 
     def _start(self) -> dict[str, Any]:
         return self._settings() | {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "git": record.git_revision(),
             "providers": {
-                p.name: {"title": p.title, "version": p.version(), "unavailable": self.missing[p.name]} for p in self.providers
+                p.name: {
+                    "title": p.title,
+                    "version": p.version(),
+                    "unavailable": self.missing[p.name],
+                }
+                for p in self.providers
             },
             "interruptions": 0,
             "results": [],
@@ -70,7 +100,8 @@ class Run:
         different = [key for key, value in settings.items() if found.get(key) != value]
         if different:
             raise record.RecordError(
-                f"{self.path}: is an unfinished run with other {', '.join(different)}; pass --fresh to discard it, or "
+                f"{self.path}: is an unfinished run with other {', '.join(different)}; pass "
+                "--fresh to discard it, or "
                 "another --output"
             )
         finished = sum(len(r["done"]) for r in found["results"])
@@ -97,7 +128,12 @@ class Run:
         for result in self.record["results"]:
             if result["workload"]["name"] == workload.name:
                 return result
-        result = {"workload": json.loads(json.dumps(workload.to_json())), "products": None, "providers": {}, "done": []}
+        result = {
+            "workload": json.loads(json.dumps(workload.to_json())),
+            "products": None,
+            "providers": {},
+            "done": [],
+        }
         names = workload.providers
         for provider in self.providers:
             if names is None or provider.name in names:
@@ -107,7 +143,12 @@ class Run:
 
     def _entry(self, provider: Provider, workload: Workload) -> dict[str, Any]:
         """An empty result, with its reason if there will be none."""
-        entry = {"computes": provider.part(workload), "status": "ok", "reason": None, "predicted_memory": None}
+        entry = {
+            "computes": provider.part(workload),
+            "status": "ok",
+            "reason": None,
+            "predicted_memory": None,
+        }
         entry |= {"time": None, "memory": None, "accuracy": None}
         reason, status = self.missing[provider.name], "missing"
         if reason is None:
@@ -142,12 +183,20 @@ class Run:
             self._shared(workload, result, "accuracy")
             for name, entry in result["providers"].items():
                 if entry["accuracy"] and not entry["accuracy"]["passed"]:
-                    self._refuse(entry, name, "accuracy", entry["accuracy"]["of_budget"], "times the budget")
+                    self._refuse(
+                        entry, name, "accuracy", entry["accuracy"]["of_budget"], "times the budget"
+                    )
         if "time" in workload.measures:
             self._shared(workload, result, "time")
             for name, entry in result["providers"].items():
                 if entry["time"] and not entry["time"]["check"]["passed"]:
-                    self._refuse(entry, name, "the timed call's gradient", entry["time"]["check"]["error"], "relative error")
+                    self._refuse(
+                        entry,
+                        name,
+                        "the timed call's gradient",
+                        entry["time"]["check"]["error"],
+                        "relative error",
+                    )
         if "memory" in workload.measures:
             for name in self._able(result):
                 if f"memory {name}" not in result["done"]:
@@ -169,32 +218,51 @@ class Run:
         self.save()
 
     def _shared(self, workload: Workload, result: dict[str, Any], measure: str) -> None:
-        """A measurement of all providers in one process; one that brings it down is marked and left out of the next try."""
+        """A measurement of all providers in one process; one that brings it down is marked and left
+        out of the next try.
+        """
         while measure not in result["done"]:
             names = self._able(result)
             if not names or self._job(workload, result, measure, names):
                 self._finish(result, measure)
 
-    def _job(self, workload: Workload, result: dict[str, Any], measure: str, names: list[str]) -> bool:
-        """Run one process and take in what it reports; False if a provider failed and is now marked."""
+    def _job(
+        self, workload: Workload, result: dict[str, Any], measure: str, names: list[str]
+    ) -> bool:
+        """Run one process and take in what it reports; False if a provider failed and is now
+        marked.
+        """
         threads = workload.threads or self.threads
         self.say(f"    {measure}: {', '.join(names)}")
         with tempfile.TemporaryDirectory(prefix="fdd-bench-") as folder:
-            events, job, errors = (Path(folder) / name for name in ("events.jsonl", "job.json", "errors.txt"))
+            events, job, errors = (
+                Path(folder) / name for name in ("events.jsonl", "job.json", "errors.txt")
+            )
             events.touch()
             description = {
-                "workload": workload.to_json(), "measure": measure, "providers": names, "threads": threads,
-                "repeats": workload.repeats or self.repeats, "device": self.device, "events": str(events),
-            }  # fmt: skip
+                "workload": workload.to_json(),
+                "measure": measure,
+                "providers": names,
+                "threads": threads,
+                "repeats": workload.repeats or self.repeats,
+                "device": self.device,
+                "events": str(events),
+            }
             job.write_text(json.dumps(description))
-            environment = os.environ | {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+            environment = os.environ | {
+                "OMP_NUM_THREADS": str(threads),
+                "MKL_NUM_THREADS": str(threads),
+            }
             if measure == "memory":
                 environment |= RETURN_FREED_MEMORY
             with errors.open("w") as stderr:
                 process = subprocess.Popen(
-                    [sys.executable, "-m", "benchmarks.worker", str(job)], cwd=record.ROOT, env=environment, stderr=stderr,
+                    [sys.executable, "-m", "benchmarks.worker", str(job)],
+                    cwd=record.ROOT,
+                    env=environment,
+                    stderr=stderr,
                     stdout=stderr,
-                )  # fmt: skip
+                )
                 try:
                     status = process.wait()
                 except BaseException:
@@ -229,14 +297,19 @@ def loss_shape(workload: Workload) -> LossShape:
     """The workload's loss as the planner sees it."""
     options = workload.loss_options
     return LossShape(
-        rows=workload.rows, columns=workload.columns, student_width=workload.student_width,
-        teacher_width=workload.teacher_width, layers=workload.layers, itemsize=workload.itemsize,
-        train_head=workload.train_head, feature_space=workload.feature_space,
+        rows=workload.rows,
+        columns=workload.columns,
+        student_width=workload.student_width,
+        teacher_width=workload.teacher_width,
+        layers=workload.layers,
+        itemsize=workload.itemsize,
+        train_head=workload.train_head,
+        feature_space=workload.feature_space,
         output_in_dynamics=bool(options.get("output_in_dynamics")),
         trajectory=options.get("trajectory", "kl") if options.get("alpha", 1) else None,
         derivative=options.get("derivative", "cosine") if options.get("beta", 1) else None,
         softcap="student_softcap" in options,
-    )  # fmt: skip
+    )
 
 
 def memory_limit(device: str) -> int:

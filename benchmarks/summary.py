@@ -1,4 +1,6 @@
-"""The figures of a record as rows, shared by the terminal, the README and the HTML report; nothing is computed elsewhere."""
+"""The figures of a record as rows, shared by the terminal, the README and the HTML report; nothing
+is computed elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,21 @@ import math
 from typing import Any
 
 MIB = 2**20
-COLUMNS = ("workload", "provider", "forward", "forward + backward", "spread", "tokens/s", "x products", "vs dense",
-           "memory", "predicted", "value error", "gradient error", "computes")  # fmt: skip
+COLUMNS = (
+    "workload",
+    "provider",
+    "forward",
+    "forward + backward",
+    "spread",
+    "tokens/s",
+    "x products",
+    "vs dense",
+    "memory",
+    "predicted",
+    "value error",
+    "gradient error",
+    "computes",
+)
 NOTHING = "-"
 
 
@@ -24,7 +39,9 @@ def memory(value: float) -> str:
 
 
 def ratio_to_products(result: dict[str, Any], entry: dict[str, Any]) -> float | None:
-    """Time of forward and backward over that of the bare products; None unless the whole objective was computed."""
+    """Time of forward and backward over that of the bare products; None unless the whole objective
+    was computed.
+    """
     if not entry["time"] or not result["products"] or not result["products"]["total"]:
         return None
     return entry["time"]["total"]["median"] / result["products"]["total"]
@@ -39,17 +56,26 @@ def speed_against_dense(result: dict[str, Any], name: str) -> float | None:
 
 
 def rows(record: dict[str, Any]) -> list[dict[str, str]]:
-    """One row per workload and provider, every cell a text; a provider without figures has its reason instead."""
+    """One row per workload and provider, every cell a text; a provider without figures has its
+    reason instead.
+    """
     table = []
     for result in record["results"]:
         workload = result["workload"]
         for name, entry in result["providers"].items():
             row = dict.fromkeys(COLUMNS, NOTHING) | {"workload": workload["name"], "provider": name}
-            row["computes"] = entry["computes"] if entry["status"] == "ok" else f"{entry['status']}: {entry['reason']}"
+            row["computes"] = (
+                entry["computes"]
+                if entry["status"] == "ok"
+                else f"{entry['status']}: {entry['reason']}"
+            )
             time, held, accuracy = entry["time"], entry["memory"], entry["accuracy"]
             if time:
                 total = time["total"]
-                row["forward"], row["forward + backward"] = seconds(time["forward"]["median"]), seconds(total["median"])
+                row["forward"], row["forward + backward"] = (
+                    seconds(time["forward"]["median"]),
+                    seconds(total["median"]),
+                )
                 row["spread"] = f"{seconds(total['min'])} to {seconds(total['max'])}"
                 row["tokens/s"] = f"{time['tokens_per_second']:.4g}"
                 if (ratio := ratio_to_products(result, entry)) is not None:
@@ -66,11 +92,21 @@ def rows(record: dict[str, Any]) -> list[dict[str, str]]:
             table.append(row)
         if result["products"]:
             products = result["products"]
-            row = dict.fromkeys(COLUMNS, NOTHING) | {"workload": workload["name"], "provider": "bare products"}
-            row |= {"forward": seconds(products["forward"]), "forward + backward": seconds(products["total"])}
-            row["computes"] = f"the matrix products alone, {products['operations']['total'] / 1e9:.4g} GFLOP"
+            row = dict.fromkeys(COLUMNS, NOTHING) | {
+                "workload": workload["name"],
+                "provider": "bare products",
+            }
+            row |= {
+                "forward": seconds(products["forward"]),
+                "forward + backward": seconds(products["total"]),
+            }
+            row["computes"] = (
+                f"the matrix products alone, {products['operations']['total'] / 1e9:.4g} GFLOP"
+            )
             if workload["dtype"] != "float32":
-                row["computes"] += f"; in {workload['dtype']} alone {seconds(products['input_dtype_total'])}"
+                row["computes"] += (
+                    f"; in {workload['dtype']} alone {seconds(products['input_dtype_total'])}"
+                )
             table.append(row)
     return table
 
@@ -90,7 +126,9 @@ def prediction_errors(record: dict[str, Any]) -> dict[tuple[str, str], float]:
 
 
 def growth(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """For each scaling sweep and provider: the points and the exponents of time and memory, by least squares in logarithms."""
+    """For each scaling sweep and provider: the points and the exponents of time and memory, by
+    least squares in logarithms.
+    """
     sweeps: dict[tuple[str, str], list[tuple[int, dict]]] = {}
     for result in record["results"]:
         field = result["workload"].get("sweep")
@@ -103,8 +141,16 @@ def growth(record: dict[str, Any]) -> list[dict[str, Any]]:
         points.sort(key=lambda point: point[0])
         times = [(x, e["time"]["total"]["median"]) for x, e in points if e["time"]]
         held = [(x, e["memory"]["beyond_inputs"]) for x, e in points if e["memory"]]
-        found.append({"field": field, "provider": name, "times": times, "memory": held,
-                      "time_exponent": exponent(times), "memory_exponent": exponent(held)})  # fmt: skip
+        found.append(
+            {
+                "field": field,
+                "provider": name,
+                "times": times,
+                "memory": held,
+                "time_exponent": exponent(times),
+                "memory_exponent": exponent(held),
+            }
+        )
     return found
 
 
@@ -114,11 +160,15 @@ def exponent(points: list[tuple[float, float]]) -> float | None:
     if len({x for x, _ in points}) < 2:
         return None
     mean_x, mean_y = (sum(values) / len(points) for values in zip(*points))
-    return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum((x - mean_x) ** 2 for x, _ in points)
+    return sum((x - mean_x) * (y - mean_y) for x, y in points) / sum(
+        (x - mean_x) ** 2 for x, _ in points
+    )
 
 
 def thread_speedup(record: dict[str, Any]) -> list[tuple[str, int, int, float]]:
-    """(provider, threads before, threads after, times as fast) between workloads that differ in threads alone."""
+    """(provider, threads before, threads after, times as fast) between workloads that differ in
+    threads alone.
+    """
     points: dict[str, dict[int, float]] = {}
     for result in record["results"]:
         threads = result["workload"].get("threads")
@@ -126,13 +176,22 @@ def thread_speedup(record: dict[str, Any]) -> list[tuple[str, int, int, float]]:
             for name, entry in result["providers"].items():
                 if entry["time"]:
                     points.setdefault(name, {})[threads] = entry["time"]["total"]["median"]
-    return [(name, min(p), max(p), p[min(p)] / p[max(p)]) for name, p in points.items() if len(p) > 1]
+    return [
+        (name, min(p), max(p), p[min(p)] / p[max(p)]) for name, p in points.items() if len(p) > 1
+    ]
 
 
 def flatness(record: dict[str, Any]) -> list[tuple[str, int, int, int]]:
-    """(provider, rows, bytes beyond inputs, bytes beyond inputs and gradients) of the flatness group."""
+    """(provider, rows, bytes beyond inputs, bytes beyond inputs and gradients) of the flatness
+    group.
+    """
     return [
-        (name, r["workload"]["rows"], e["memory"]["beyond_inputs"], e["memory"]["beyond_inputs"] - e["memory"]["gradients"])
+        (
+            name,
+            r["workload"]["rows"],
+            e["memory"]["beyond_inputs"],
+            e["memory"]["beyond_inputs"] - e["memory"]["gradients"],
+        )
         for r in record["results"]
         if r["workload"]["group"] == "flatness"
         for name, e in r["providers"].items()
@@ -143,11 +202,17 @@ def flatness(record: dict[str, Any]) -> list[tuple[str, int, int, int]]:
 def conditions(record: dict[str, Any]) -> str:
     """On what the record was taken, in one sentence."""
     machine, versions, git = record["machine"], record["versions"], record["git"]
-    where = machine.get("gpu") or f"{machine['processor']}, {record['threads']} of {machine['cores']} cores"
+    where = (
+        machine.get("gpu")
+        or f"{machine['processor']}, {record['threads']} of {machine['cores']} cores"
+    )
     sets = ", ".join(machine.get("instructions", [])) or "no vector extensions known"
     revision = git["revision"][:10] + (" with uncommitted changes" if git["changed"] else "")
-    interrupted = f", interrupted {record['interruptions']} time(s)" if record.get("interruptions") else ""
+    interrupted = (
+        f", interrupted {record['interruptions']} time(s)" if record.get("interruptions") else ""
+    )
     return (
-        f"Suite {record['suite']}, {record['date'][:10]}, {where} ({sets}), torch {versions['torch']}, "
+        f"Suite {record['suite']}, {record['date'][:10]}, {where} ({sets}), torch "
+        f"{versions['torch']}, "
         f"fdd_kernels {versions['fdd_kernels']} at {revision}{interrupted}."
     )

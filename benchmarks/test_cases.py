@@ -1,4 +1,6 @@
-"""The suite's cases under pytest-benchmark: forward and backward of every workload with every provider."""
+"""The suite's cases under pytest-benchmark: forward and backward of every workload with every
+provider.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("workload", "provider"), CASES, ids=[f"{w.name}-{p.name}" for w, p in CASES])
+@pytest.mark.parametrize(
+    ("workload", "provider"), CASES, ids=[f"{w.name}-{p.name}" for w, p in CASES]
+)
 def test_forward_and_backward(benchmark, workload, provider):
     reason = provider.unavailable(DEVICE) or provider.unsupported(workload)
     if reason:

@@ -1,10 +1,12 @@
-"""What the default strategy moves and launches, counted without a GPU: GEMMs, bytes an element, scratch, kernels a block.
+"""What the default strategy moves and launches, counted without a GPU: GEMMs, bytes an element,
+scratch, kernels a block.
 
     python -m benchmarks traffic [--json FILE]
 
-The launches of a whole loss with its gradients are recorded on tensors without memory ("meta"), per-row mathematics included;
-nothing runs. An element is one row, layer and token of the vocabulary; heads and hidden states, which every block reads once a
-GEMM, are not counted among its bytes.
+The launches of a whole loss with its gradients are recorded on tensors without memory ("meta"),
+per-row mathematics included; nothing runs. An element is one row, layer and token of the
+vocabulary; heads and hidden states, which every block reads once a GEMM, are not counted among its
+bytes.
 """
 
 from __future__ import annotations
@@ -25,17 +27,41 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.gpu_model import PAIRS, Call
 
 # Operators that launch nothing: views, and memory that nobody writes.
-FREE = ("alias", "as_strided", "detach", "empty", "empty_like", "empty_strided", "expand", "lift_fresh", "new_empty", "permute",
-        "promote_types", "resolve_conj", "select", "slice", "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind",
-        "unsqueeze", "view", "_reshape_alias", "_unsafe_view")  # fmt: skip
+FREE = (
+    "alias",
+    "as_strided",
+    "detach",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "expand",
+    "lift_fresh",
+    "new_empty",
+    "permute",
+    "promote_types",
+    "resolve_conj",
+    "select",
+    "slice",
+    "split",
+    "split_with_sizes",
+    "squeeze",
+    "t",
+    "transpose",
+    "unbind",
+    "unsqueeze",
+    "view",
+    "_reshape_alias",
+    "_unsafe_view",
+)
 ROWS = (4096, 16384)
 
 
 class Watch(TorchDispatchMode):
     """Counts the operators that launch a kernel, and the bytes that are in use at a time.
 
-    `launched()` is called before each operator: it lets go of the launches recorded since, and says whether there were any.
-    `within` are the operators between the first launch and the last: the others are once a call, not once a block.
+    `launched()` is called before each operator: it lets go of the launches recorded since, and says
+    whether there were any. `within` are the operators between the first launch and the last: the
+    others are once a call, not once a block.
     """
 
     def __init__(self, launched: Callable[[], bool]) -> None:
@@ -75,7 +101,9 @@ def storage_key(tensor: Tensor) -> int:
 
 @dataclass
 class Traffic:
-    """The counts of one call. `moved`: bytes of elements by who moves them; `columns`: columns that GEMMs of a kind covered."""
+    """The counts of one call. `moved`: bytes of elements by who moves them; `columns`: columns that
+    GEMMs of a kind covered.
+    """
 
     call: Call
     gemms: Counter = field(default_factory=Counter)
@@ -95,7 +123,9 @@ class Traffic:
         return any_launched
 
     def _add_gemm(self, out: Tensor, a: Tensor, b: Tensor) -> None:
-        """One (m, k) x (k, n) product: logits write a block's elements, dH and dW read their gradient."""
+        """One (m, k) x (k, n) product: logits write a block's elements, dH and dW read their
+        gradient.
+        """
         inner, n = b.shape
         kinds = {self.call.student: "student logits", self.call.teacher: "teacher logits"}
         if n == self.call.student:
@@ -107,12 +137,16 @@ class Traffic:
         self.moved[kind] += moved.numel() * moved.element_size()
 
     def _add_kernel(self, name: str, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
-        """One kernel: those over logits read both models' and write the gradient's; every kernel moves its state."""
+        """One kernel: those over logits read both models' and write the gradient's; every kernel
+        moves its state.
+        """
         self.launches[name] += 1
         if "logits_s" not in arguments:
             # A merge reads what the tiles of its block have written.
             self.moved[f"{name}, state"] += sum(
-                arguments[state].numel() * arguments[state].element_size() for state in ("state", "sums") if state in arguments
+                arguments[state].numel() * arguments[state].element_size()
+                for state in ("state", "sums")
+                if state in arguments
             )
             return
         block, first = arguments["BLOCK_C"], arguments["first_tile"]
@@ -140,33 +174,52 @@ def count(pair: str, rows: int, *, trained: bool) -> dict[str, Any]:
     heads = [traffic.gemms[f"{model} logits"] / blocks for model in ("student", "teacher")]
     covered = {kind: columns / (blocks * call.columns) for kind, columns in traffic.columns.items()}
     return {
-        "pair": pair, "rows": rows, "head": "trained" if trained else "frozen", "blocks": blocks,
-        "block_rows": block_rows, "gemms_per_head_and_block": max(heads), "covered": covered,
+        "pair": pair,
+        "rows": rows,
+        "head": "trained" if trained else "frozen",
+        "blocks": blocks,
+        "block_rows": block_rows,
+        "gemms_per_head_and_block": max(heads),
+        "covered": covered,
         "bytes_per_element": (sum(traffic.moved.values()) - state) / call.elements,
-        "state_bytes_per_element": state / call.elements, "peak_scratch_bytes": watch.peak - outputs,
-        "kernels_per_block": kernels / blocks, "gemms": dict(traffic.gemms), "launches": dict(traffic.launches),
+        "state_bytes_per_element": state / call.elements,
+        "peak_scratch_bytes": watch.peak - outputs,
+        "kernels_per_block": kernels / blocks,
+        "gemms": dict(traffic.gemms),
+        "launches": dict(traffic.launches),
         "operators": dict(watch.operators.most_common()),
-        "moved_bytes_per_element": {name: moved / call.elements for name, moved in traffic.moved.items()},
-    }  # fmt: skip
+        "moved_bytes_per_element": {
+            name: moved / call.elements for name, moved in traffic.moved.items()
+        },
+    }
 
 
 def recorded_call(call: Call, traffic: Traffic) -> tuple[Watch, int, int]:
-    """Count one loss with its gradients into `traffic`; what was watched, bytes of the gradients, and rows a block."""
+    """Count one loss with its gradients into `traffic`; what was watched, bytes of the gradients,
+    and rows a block.
+    """
     from fdd_kernels.backends.triton import operations
     from fdd_kernels.backends.triton.launch import recorded
-    from fdd_kernels.config import LossOptions
-    from fdd_kernels.plan import make_plan
-    from fdd_kernels.spec import LensInputs
-    from fdd_kernels.terms import term_weights, upstream_gradients
+    from fdd_kernels.lens.spec import LensInputs
+    from fdd_kernels.objectives.fdd.options import LossOptions
+    from fdd_kernels.objectives.fdd.plan import make_plan
+    from fdd_kernels.objectives.fdd.terms import term_weights, upstream_gradients
 
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.bfloat16, device="meta")
 
-    students, teachers = ([new(call.rows, width) for _ in range(call.layers)] for width in (call.student, call.teacher))
+    students, teachers = (
+        [new(call.rows, width) for _ in range(call.layers)]
+        for width in (call.student, call.teacher)
+    )
     heads = new(call.columns, call.student), new(call.columns, call.teacher)
-    options = LossOptions(**call.pair.loss_options, backend="torch")  # a plan for "triton" asks for a GPU
+    options = LossOptions(
+        **call.pair.loss_options, backend="torch"
+    )  # a plan for "triton" asks for a GPU
     with recorded():  # tensors that hold no numbers are refused elsewhere
-        plan, *_ = make_plan(options, students, heads[0], teachers, heads[1], None, None, None, None, None)
+        plan, *_ = make_plan(
+            options, students, heads[0], teachers, heads[1], None, None, None, None, None
+        )
     inputs = LensInputs(students, heads[0], None, teachers, heads[1], None, None, None)
     needed = [True] * call.layers + [call.trained, False]
     block_rows = operations.kept_rows(inputs, plan.spec, needed)
@@ -177,25 +230,39 @@ def recorded_call(call: Call, traffic: Traffic) -> tuple[Watch, int, int]:
 
     with recorded() as launches:
         with Watch(lambda: traffic.add(launches)) as watch:
-            found, _ = operations.stats_and_grad(inputs, plan.spec, block_rows, upstream_of, needed, True)
+            found, _ = operations.stats_and_grad(
+                inputs, plan.spec, block_rows, upstream_of, needed, True
+            )
         watch.look()
     return watch, sum(g.numel() * g.element_size() for g in found), block_rows
 
 
 def table() -> list[dict[str, Any]]:
     """Every pair, number of rows, and head trained or frozen."""
-    return [count(pair, rows, trained=trained) for pair in PAIRS for rows in ROWS for trained in (True, False)]
+    return [
+        count(pair, rows, trained=trained)
+        for pair in PAIRS
+        for rows in ROWS
+        for trained in (True, False)
+    ]
 
 
 def run(path: Path | None) -> int:
     """Print the counts, and write them to `path`."""
     found = table()
-    print(f"{'pair':8}{'rows':>7} {'head':8}{'blocks':>7}{'GEMMs a head and block':>24}{'bytes an element':>18}{'state':>7}"
-          f"{'scratch GiB':>13}{'kernels a block':>17}")  # fmt: skip
+    print(
+        f"{'pair':8}{'rows':>7} "
+        f"{'head':8}{'blocks':>7}{'GEMMs a head and block':>24}{'bytes an element':>18}{'state':>7}"
+        f"{'scratch GiB':>13}{'kernels a block':>17}"
+    )
     for e in found:
-        print(f"{e['pair']:8}{e['rows']:7} {e['head']:8}{e['blocks']:7}{e['gemms_per_head_and_block']:24g}"
-              f"{e['bytes_per_element']:18.2f}{e['state_bytes_per_element']:7.2f}{e['peak_scratch_bytes'] / 2**30:13.2f}"
-              f"{e['kernels_per_block']:17.1f}")  # fmt: skip
+        print(
+            f"{e['pair']:8}{e['rows']:7} "
+            f"{e['head']:8}{e['blocks']:7}{e['gemms_per_head_and_block']:24g}"
+            f"{e['bytes_per_element']:18.2f}{e['state_bytes_per_element']:7.2f}"
+            f"{e['peak_scratch_bytes'] / 2**30:13.2f}"
+            f"{e['kernels_per_block']:17.1f}"
+        )
     print("counted on recorded launches; nothing is measured")
     if path is not None:
         path.write_text(json.dumps(found, indent=1) + "\n")

@@ -1,6 +1,8 @@
-"""A process of its own for one measurement: `python -m benchmarks.worker JOB.json`, started by `runner.py`.
+"""A process of its own for one measurement: `python -m benchmarks.worker JOB.json`, started by
+`runner.py`.
 
-It writes one JSON line per event to the file named in the job, so that what was finished survives a crash.
+It writes one JSON line per event to the file named in the job, so that what was finished survives a
+crash.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-// One call of the operations: inputs, what is computed of them, and tiles of raw values. See fdd_kernels/spec.py.
+// One call of the operations: inputs, what is computed of them, and tiles of raw values. See fdd_kernels/lens/spec.py.
 //
 // Names carry shapes: R rows, r rows of a block, C columns, c columns of a tile, p columns of a panel, D a width.
 #pragma once

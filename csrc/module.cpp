@@ -12,7 +12,7 @@
 
 namespace {
 
-// Read from the file before it is loaded (fdd_kernels/_extension.py): with another torch, loading may crash.
+// Read from the file before it is loaded (fdd_kernels/backends/cpu/extension.py): with another torch, loading may crash.
 constexpr char kBuiltFor[] = "fdd_kernels built for torch " TORCH_VERSION ";";
 
 using fdd::Divergence;

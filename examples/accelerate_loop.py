@@ -1,4 +1,5 @@
-"""accelerate: one loop for one process, DistributedDataParallel and FSDP2, with accumulation, clipping and save_state.
+"""accelerate: one loop for one process, DistributedDataParallel and FSDP2, with accumulation,
+clipping and save_state.
 
 python examples/accelerate_loop.py
 accelerate launch --config_file examples/launch/accelerate_ddp.yaml examples/accelerate_loop.py
@@ -22,7 +23,9 @@ from fdd_kernels.integrations import require_finite
 
 
 def save(accelerator: Accelerator, target: Path) -> None:
-    """All processes write beside `target`, then one moves it there: killed in between, there is no such folder."""
+    """All processes write beside `target`, then one moves it there: killed in between, there is no
+    such folder.
+    """
     part = target.with_name(f".{target.name}.part")
     accelerator.save_state(str(part))
     accelerator.wait_for_everyone()
@@ -32,18 +35,29 @@ def save(accelerator: Accelerator, target: Path) -> None:
 
 
 @torch.no_grad()
-def evaluate(accelerator: Accelerator, distiller: Distiller, student, windows: list, size: int) -> dict[str, float]:
-    """Each term's mean over all tokens of all processes; every process computes as many batches as the others."""
+def evaluate(
+    accelerator: Accelerator, distiller: Distiller, student, windows: list, size: int
+) -> dict[str, float]:
+    """Each term's mean over all tokens of all processes; every process computes as many batches as
+    the others.
+    """
     batches = [pad_windows(windows[at : at + size]) for at in range(0, len(windows), size)]
     sums = 0.0
     student.eval()
     for first in range(0, len(batches), accelerator.num_processes):
         index = first + accelerator.process_index
-        batch = {name: value.to(accelerator.device) for name, value in batches[min(index, len(batches) - 1)].items()}
+        batch = {
+            name: value.to(accelerator.device)
+            for name, value in batches[min(index, len(batches) - 1)].items()
+        }
         with accelerator.autocast():
             terms = distiller(batch, student=student).named()
-        count = distiller.count_positions(batch) * (index < len(batches))  # a batch that stands in for none counts nothing
-        sums = sums + torch.stack([*terms.values(), torch.ones_like(terms["loss"])]).double() * count
+        count = distiller.count_positions(batch) * (
+            index < len(batches)
+        )  # a batch that stands in for none counts nothing
+        sums = (
+            sums + torch.stack([*terms.values(), torch.ones_like(terms["loss"])]).double() * count
+        )
     student.train()
     *sums, count = accelerator.reduce(sums, "sum").tolist()
     return {name: value / count for name, value in zip(terms, sums)}
@@ -61,11 +75,20 @@ def main() -> None:
     distiller = Distiller(task.student, task.teacher)  # before the student is sharded
     optimizer = torch.optim.AdamW(task.student.parameters(), lr=options.learning_rate)
     # Its own generator keeps the loader from drawing the random numbers that dropout draws from.
-    loader = DataLoader(task.train, options.batch_size, shuffle=True, collate_fn=pad_windows, drop_last=True,
-                        generator=torch.Generator().manual_seed(options.seed))  # fmt: skip
+    loader = DataLoader(
+        task.train,
+        options.batch_size,
+        shuffle=True,
+        collate_fn=pad_windows,
+        drop_last=True,
+        generator=torch.Generator().manual_seed(options.seed),
+    )
     scheduler = get_cosine_schedule_with_warmup(optimizer, options.steps // 10, options.steps)
-    # Prepared, not registered for checkpointing: what is registered is loaded by running pickled code.
-    student, optimizer, loader, scheduler = accelerator.prepare(task.student, optimizer, loader, scheduler)
+    # Prepared, not registered for checkpointing: what is registered is loaded by running pickled
+    # code.
+    student, optimizer, loader, scheduler = accelerator.prepare(
+        task.student, optimizer, loader, scheduler
+    )
     student.train()
 
     parts = options.gradient_accumulation
@@ -82,18 +105,29 @@ def main() -> None:
         batches = iter(rest)
         for _ in range(min(steps_an_epoch - done, options.steps - step)):
             micro_batches = list(itertools.islice(batches, parts))
-            items = accelerator.reduce(sum(distiller.count_positions(batch) for batch in micro_batches), "sum")
+            items = accelerator.reduce(
+                sum(distiller.count_positions(batch) for batch in micro_batches), "sum"
+            )
             shares = 0.0
             for index, batch in enumerate(micro_batches):
                 last = index == len(micro_batches) - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(student):
-                    with accelerator.autocast():  # prepare() puts it around the student's forward, which is not what runs
-                        # Gradients are averaged over processes; the mean is to be over all tokens of the step.
-                        terms = distiller(batch, student=student, num_items_in_batch=items / accelerator.num_processes)
+                    with (
+                        accelerator.autocast()
+                    ):  # prepare() puts it around the student's forward, which is not what runs
+                        # Gradients are averaged over processes; the mean is to be over all tokens
+                        # of the step.
+                        terms = distiller(
+                            batch,
+                            student=student,
+                            num_items_in_batch=items / accelerator.num_processes,
+                        )
                     accelerator.backward(terms.loss)
                 shares = shares + torch.stack(list(terms.named().values())).detach()
             values = accelerator.reduce(shares, "mean").tolist()
-            require_finite(f"step {step + 1}", dict(zip(terms.named(), values)))  # in all processes, or in none
+            require_finite(
+                f"step {step + 1}", dict(zip(terms.named(), values))
+            )  # in all processes, or in none
             accelerator.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()
             scheduler.step()
@@ -102,10 +136,15 @@ def main() -> None:
             if step % options.save_steps == 0:
                 save(accelerator, options.output / f"step-{step:06d}")
                 means = evaluate(accelerator, distiller, student, task.held_out, options.batch_size)
-                accelerator.print(f"step {step} held out", *(f"{name} {value:.4f}" for name, value in means.items()))
+                accelerator.print(
+                    f"step {step} held out",
+                    *(f"{name} {value:.4f}" for name, value in means.items()),
+                )
     accelerator.wait_for_everyone()
     accelerator.unwrap_model(student).save_pretrained(
-        options.output / "student", is_main_process=accelerator.is_main_process, state_dict=accelerator.get_state_dict(student)
+        options.output / "student",
+        is_main_process=accelerator.is_main_process,
+        state_dict=accelerator.get_state_dict(student),
     )
 
 

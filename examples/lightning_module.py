@@ -19,7 +19,9 @@ def main() -> None:
     pl.seed_everything(options.seed)
     task = common.load(options)
     module = FDDLightningModule(
-        task.student, task.teacher, optimizer=functools.partial(torch.optim.AdamW, lr=options.learning_rate)
+        task.student,
+        task.teacher,
+        optimizer=functools.partial(torch.optim.AdamW, lr=options.learning_rate),
     )
     loader = functools.partial(DataLoader, batch_size=options.batch_size, collate_fn=pad_windows)
     trainer = pl.Trainer(
@@ -31,7 +33,10 @@ def main() -> None:
         precision="bf16-mixed" if options.bf16 else "32-true",
         log_every_n_steps=1,
         default_root_dir=options.output,
-        callbacks=[ModelCheckpoint(options.output, monitor="val_loss", save_last=True), EarlyStopping("val_loss", patience=3)],
+        callbacks=[
+            ModelCheckpoint(options.output, monitor="val_loss", save_last=True),
+            EarlyStopping("val_loss", patience=3),
+        ],
     )
     last = options.output / "last.ckpt"
     trainer.fit(

@@ -1,4 +1,6 @@
-"""Plain PyTorch: a LoRA student (rank 16 on q and v, as in the FDD paper), accumulation, checkpoints to go on from."""
+"""Plain PyTorch: a LoRA student (rank 16 on q and v, as in the FDD paper), accumulation,
+checkpoints to go on from.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,18 @@ from safetensors.torch import load_file
 from transformers import get_cosine_schedule_with_warmup, set_seed
 
 from fdd_kernels import Distiller
-from fdd_kernels.atomic import atomic_directory
+from fdd_kernels.common.atomic import atomic_directory
 from fdd_kernels.integrations import require_finite
 
 
 def save(folder: Path, student, optimizer, scheduler) -> None:
     with atomic_directory(folder) as part:  # killed before its end, there is no such folder
         student.save_pretrained(part)  # the adapters alone
-        state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "random": torch.get_rng_state()}
+        state = {
+            "optimizer": optimizer.state_dict(),
+            "scheduler": scheduler.state_dict(),
+            "random": torch.get_rng_state(),
+        }
         if torch.cuda.is_available():
             state["cuda"] = torch.cuda.get_rng_state()
         torch.save(state, part / "training.pt")
@@ -38,7 +44,13 @@ def main() -> None:
     options = common.parse(__doc__)
     task = common.load(options)
     set_seed(options.seed)
-    lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=16,
+        lora_alpha=32,
+        lora_dropout=0.05,
+        target_modules=["q_proj", "v_proj"],
+        task_type="CAUSAL_LM",
+    )
     student = get_peft_model(task.student, lora).train()
     distiller = Distiller(student, task.teacher)
     trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
@@ -52,7 +64,9 @@ def main() -> None:
         restore(saved[-1], student, optimizer, scheduler)
     for step in range(start, options.steps):
         batches = common.batches_of_step(task.train, options, step)
-        items = sum(distiller.count_positions(batch) for batch in batches)  # the mean is over all tokens of the step
+        items = sum(
+            distiller.count_positions(batch) for batch in batches
+        )  # the mean is over all tokens of the step
         shares = []
         for batch in batches:
             with torch.autocast(common.DEVICE.type, torch.bfloat16, enabled=options.bf16):

@@ -17,7 +17,9 @@ from fdd_kernels.integrations import FDDSFTTrainer
 def main() -> None:
     options = common.parse(__doc__)
     task = common.load(options)
-    rows = Dataset.from_list([json.loads(line) for line in task.data.read_text("utf-8").splitlines() if line.strip()])
+    rows = Dataset.from_list(
+        [json.loads(line) for line in task.data.read_text("utf-8").splitlines() if line.strip()]
+    )
     parts = rows.train_test_split(test_size=0.1, seed=options.seed)
     trainer = FDDSFTTrainer(
         model=task.student,
@@ -40,7 +42,9 @@ def main() -> None:
         train_dataset=parts["train"],
         eval_dataset=parts["test"],
         processing_class=task.tokenizer,
-        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"),
+        peft_config=LoraConfig(
+            r=16, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+        ),
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(options.output) is not None)
     print(trainer.evaluate())

@@ -1,4 +1,6 @@
-"""transformers' Trainer: evaluation, early stopping, the best student at the end, reports, resuming, several processes."""
+"""transformers' Trainer: evaluation, early stopping, the best student at the end, reports,
+resuming, several processes.
+"""
 
 from __future__ import annotations
 
@@ -32,15 +34,19 @@ def main() -> None:
             use_cpu=not torch.cuda.is_available(),
             seed=options.seed,
             logging_steps=1,
-            report_to="tensorboard" if importlib.util.find_spec("tensorboard") else "none",  # or "wandb"
+            report_to="tensorboard"
+            if importlib.util.find_spec("tensorboard")
+            else "none",  # or "wandb"
             eval_strategy="steps",
             eval_steps=options.save_steps,
             save_steps=options.save_steps,
             save_total_limit=2,
             load_best_model_at_end=True,
-            metric_for_best_model="eval_loss",  # or eval_output_kd, eval_trajectory, eval_derivative
+            # or eval_output_kd, eval_trajectory, eval_derivative
+            metric_for_best_model="eval_loss",
             greater_is_better=False,
-            restore_callback_states_from_checkpoint=True,  # how long it has not become better is part of a checkpoint
+            # how long it has not become better is part of a checkpoint
+            restore_callback_states_from_checkpoint=True,
         ),
         train_dataset=task.train,
         eval_dataset=task.held_out,

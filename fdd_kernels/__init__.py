@@ -1,27 +1,40 @@
-"""Fused Feature Dynamics Distillation losses: the whole vocabulary, every sampled layer, bounded memory."""
+"""Fused Feature Dynamics Distillation losses: the whole vocabulary, every sampled layer, bounded
+memory.
+"""
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING
 
+from fdd_kernels import _moved
 from fdd_kernels.version import __version__
 
 if TYPE_CHECKING:
-    from fdd_kernels.api import FusedFDDLoss, fdd_loss_reference, fused_fdd_loss
-    from fdd_kernels.config import FDDConfig, FDDLossTerms
-    from fdd_kernels.distiller import Distiller
+    from fdd_kernels.hf.distiller import Distiller
+    from fdd_kernels.objectives.fdd.api import FusedFDDLoss, fdd_loss_reference, fused_fdd_loss
+    from fdd_kernels.objectives.fdd.options import FDDConfig, FDDLossTerms
 
-__all__ = ["Distiller", "FDDConfig", "FDDLossTerms", "FusedFDDLoss", "__version__", "fdd_loss_reference", "fused_fdd_loss"]
+__all__ = [
+    "Distiller",
+    "FDDConfig",
+    "FDDLossTerms",
+    "FusedFDDLoss",
+    "__version__",
+    "fdd_loss_reference",
+    "fused_fdd_loss",
+]
+
+_moved.install()
 
 # Imported when asked for, so that `fdd-kernels --help` does not wait for torch.
 _HOMES = {
-    "FusedFDDLoss": "api",
-    "fdd_loss_reference": "api",
-    "fused_fdd_loss": "api",
-    "FDDConfig": "config",
-    "FDDLossTerms": "config",
-    "Distiller": "distiller",
+    "FusedFDDLoss": "objectives.fdd.api",
+    "fdd_loss_reference": "objectives.fdd.api",
+    "fused_fdd_loss": "objectives.fdd.api",
+    "FDDConfig": "objectives.fdd.options",
+    "FDDLossTerms": "objectives.fdd.options",
+    "Distiller": "hf.distiller",
 }
 
 

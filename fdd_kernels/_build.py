@@ -1,4 +1,5 @@
-"""How the C++ kernels are compiled: by setup.py ahead of time, or by `python -m fdd_kernels._build FOLDER` at first use.
+"""How the C++ kernels are compiled: by setup.py ahead of time, or by `python -m fdd_kernels._build
+FOLDER` at first use.
 
 FDD_KERNELS_SANITIZE=1 compiles with AddressSanitizer and UndefinedBehaviorSanitizer.
 """
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent
-# Instruction sets of products and row kernels are chosen at run time: no flag depends on this machine.
-# A divergence that a switch leaves out would be computed as another: that must not compile.
+# Instruction sets of products and row kernels are chosen at run time: no flag depends on this
+# machine. A divergence that a switch leaves out would be computed as another: that must not
+# compile.
 FLAGS = (
     "-O3",
     "-std=c++20",
@@ -25,7 +27,12 @@ FLAGS = (
 )
 # torch's own thread pool, through ATen/Parallel.h; its wheels bring the OpenMP runtime of g++.
 OPENMP = () if sys.platform == "darwin" else ("-fopenmp",)
-SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer", "-g")
+SANITIZERS = (
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+    "-fno-omit-frame-pointer",
+    "-g",
+)
 
 
 def source_folder() -> Path:
@@ -69,7 +76,9 @@ def compile_into(folder: Path) -> None:
     from setuptools import Distribution
     from torch.utils.cpp_extension import BuildExtension
 
-    distribution = Distribution({"name": "fdd_kernels", "ext_modules": [extension(source_folder())]})
+    distribution = Distribution(
+        {"name": "fdd_kernels", "ext_modules": [extension(source_folder())]}
+    )
     command = BuildExtension(distribution)
     command.build_lib, command.build_temp = str(folder / "built"), str(folder / "objects")
     command.ensure_finalized()

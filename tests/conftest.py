@@ -1,7 +1,7 @@
 """Which backends the tests run, and on what.
 
-FDD_TEST_BACKENDS=torch,cpu,triton names the backends; without it every one that is available here runs, except a Triton
-that is interpreted, which is slow enough to deserve a process of its own.
+FDD_TEST_BACKENDS=torch,cpu,triton names the backends; without it every one that is available here
+runs, except a Triton that is interpreted, which is slow enough to deserve a process of its own.
 """
 
 from __future__ import annotations
@@ -18,8 +18,12 @@ from fdd_kernels.backends import BACKENDS, why_unavailable
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-hypothesis.settings.register_profile("fdd", derandomize=True, deadline=None, max_examples=60, print_blob=False)
-hypothesis.settings.register_profile("search", deadline=None, max_examples=1500)  # --hypothesis-profile=search
+hypothesis.settings.register_profile(
+    "fdd", derandomize=True, deadline=None, max_examples=60, print_blob=False
+)
+hypothesis.settings.register_profile(
+    "search", deadline=None, max_examples=1500
+)  # --hypothesis-profile=search
 hypothesis.settings.load_profile("fdd")
 
 
@@ -31,10 +35,14 @@ if INTERPRETED:
 
     @functools.cache
     def _builtins(module: object) -> list[str]:
-        return [name for name, member in inspect.getmembers(module) if language.core.is_builtin(member)]
+        return [
+            name for name, member in inspect.getmembers(module) if language.core.is_builtin(member)
+        ]
 
     def _patch_builtin(module: object, *how, patch=interpreter._patch_builtin) -> None:
-        """Triton's own, but not again at every call of a device function in a kernel, which took a third of all time."""
+        """Triton's own, but not again at every call of a device function in a kernel, which took a
+        third of all time.
+        """
         if any(language.core.is_builtin(getattr(module, name)) for name in _builtins(module)):
             patch(module, *how)
 
@@ -45,26 +53,42 @@ def chosen_backends() -> list[str]:
     """The backends under test, in the order of the registry."""
     named = os.environ.get("FDD_TEST_BACKENDS")
     if named is None:
-        return [b for b in BACKENDS if why_unavailable(b, DEVICE) is None and not (b == "triton" and INTERPRETED)]
+        return [
+            b
+            for b in BACKENDS
+            if why_unavailable(b, DEVICE) is None and not (b == "triton" and INTERPRETED)
+        ]
     for name in named.split(","):
         reason = why_unavailable(name, DEVICE)
         if reason is not None:
-            raise pytest.UsageError(f"FDD_TEST_BACKENDS={named}: {name} cannot run on {DEVICE}: {reason}")
+            raise pytest.UsageError(
+                f"FDD_TEST_BACKENDS={named}: {name} cannot run on {DEVICE}: {reason}"
+            )
     return named.split(",")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "precision" in metafunc.fixturenames:  # float64 is the torch backend's own: the others hand it over
+    if (
+        "precision" in metafunc.fixturenames
+    ):  # float64 is the torch backend's own: the others hand it over
         pairs = [
-            (b, p) for b in chosen_backends() for p in (torch.float32, torch.float64) if b == "torch" or p is torch.float32
+            (b, p)
+            for b in chosen_backends()
+            for p in (torch.float32, torch.float64)
+            if b == "torch" or p is torch.float32
         ]
-        metafunc.parametrize(("backend", "precision"), pairs, ids=[f"{b}-{str(p).removeprefix('torch.')}" for b, p in pairs])
+        metafunc.parametrize(
+            ("backend", "precision"),
+            pairs,
+            ids=[f"{b}-{str(p).removeprefix('torch.')}" for b, p in pairs],
+        )
     elif "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", chosen_backends())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Files are divided among processes one by one: the longest first, so that no process is left alone with it.
+    # Files are divided among processes one by one: the longest first, so that no process is left
+    # alone with it.
     items.sort(key=lambda item: item.path.name != "test_triton_aot.py")
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA or HIP device, and this machine has none")

@@ -25,7 +25,9 @@ class NotHere(Exception):
 
 @dataclass
 class Bench:
-    """`report(key, value)` records a result of the running step at once; `compiled` is for the workload being measured."""
+    """`report(key, value)` records a result of the running step at once; `compiled` is for the
+    workload being measured.
+    """
 
     card: Card
     report: Callable[[str, Any], None]
@@ -37,20 +39,34 @@ class Bench:
         """The modelled device that the card is, or is nearest to."""
         return next((d for name, d in DEVICES.items() if name in self.card.name), DEVICES["H100"])
 
-    def workload(self, pair: str, rows: int = 4096, *, trained: bool = True, layers: int = LAYERS) -> Workload:
-        """A pair's shapes in bfloat16; in a dry run, a few of everything, the same for all pairs of the same options."""
+    def workload(
+        self, pair: str, rows: int = 4096, *, trained: bool = True, layers: int = LAYERS
+    ) -> Workload:
+        """A pair's shapes in bfloat16; in a dry run, a few of everything, the same for all pairs of
+        the same options.
+        """
         full = replace(PAIRS[pair], rows=rows, layers=layers, train_head=trained, dtype="bfloat16")
         if not self.card.dry:
             return full
-        return replace(full, name="toy", text="", rows=2, columns=21, student_width=4, teacher_width=6,
-                       layers=min(layers, 3))  # fmt: skip
+        return replace(
+            full,
+            name="toy",
+            text="",
+            rows=2,
+            columns=21,
+            student_width=4,
+            teacher_width=6,
+            layers=min(layers, 3),
+        )
 
     def call(self, workload: Workload) -> Call:
         """The same for the model."""
         return Call(workload, workload.rows, workload.layers, workload.train_head)
 
     def problem(self, workload: Workload) -> Problem:
-        """Random tensors of a workload on the card; the last one asked for stays there until another is."""
+        """Random tensors of a workload on the card; the last one asked for stays there until
+        another is.
+        """
         key = (workload, self.card.device)
         if self._problem is None or self._problem[0] != key:
             self.forget()

@@ -1,7 +1,8 @@
-"""What the steps ask of a GPU: events, memory, streams, graphs, profiles, clocks. `HostCuda` stands in for all of it.
+"""What the steps ask of a GPU: events, memory, streams, graphs, profiles, clocks. `HostCuda` stands
+in for all of it.
 
-A dry run goes through every line of every step on a CPU, at toy size, with Triton's interpreter. Whatever a CPU does not have
-is replaced here and nowhere else: its figures mean nothing.
+A dry run goes through every line of every step on a CPU, at toy size, with Triton's interpreter.
+Whatever a CPU does not have is replaced here and nowhere else: its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +19,10 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu,memory.used"
+QUERY = (
+    "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,"
+    "temperature.gpu,memory.used"
+)
 
 
 class HostEvent:
@@ -44,7 +48,9 @@ class HostGraph:
 
 
 class HostCuda:
-    """The functions of `torch.cuda` that are used here, without a GPU. Its memory is too small for all rows of a dense loss."""
+    """The functions of `torch.cuda` that are used here, without a GPU. Its memory is too small for
+    all rows of a dense loss.
+    """
 
     Event, Stream, CUDAGraph = HostEvent, HostStream, HostGraph
 
@@ -85,7 +91,9 @@ class Card:
     def __init__(self, dry: bool) -> None:
         self.dry = dry
         if not dry and not torch.cuda.is_available():
-            raise ValueError("torch sees no GPU: try `python -m benchmarks gpu --dry-run`, which needs none")
+            raise ValueError(
+                "torch sees no GPU: try `python -m benchmarks gpu --dry-run`, which needs none"
+            )
         self.cuda: Any = HostCuda if dry else torch.cuda
         self.device = torch.device("cpu" if dry else "cuda")
         self.name: str = self.cuda.get_device_name()
@@ -96,16 +104,24 @@ class Card:
         return toy if self.dry else real
 
     def once(self, run: Callable[[], Any], *key: Any) -> Callable[[], Any]:
-        """`run`; in a dry run, for the interpreter is slow, what gives the result of its first call, or of that with `key`."""
+        """`run`; in a dry run, for the interpreter is slow, what gives the result of its first
+        call, or of that with `key`.
+        """
         if not self.dry:
             return run
         return self._results.setdefault(key, functools.cache(run)) if key else functools.cache(run)
 
     def smi(self) -> str:
         """What the driver says of clocks, power and temperature; in a dry run, of nothing."""
-        command = ["echo", "dry run"] if self.dry else ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
+        command = (
+            ["echo", "dry run"]
+            if self.dry
+            else ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
+        )
         try:
-            return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+            return subprocess.run(
+                command, capture_output=True, text=True, timeout=20, check=True
+            ).stdout.strip()
         except (OSError, subprocess.SubprocessError) as error:
             return f"{command[0]} does not answer ({error})"
 
@@ -119,8 +135,12 @@ class Card:
         gc.collect()
         self.cuda.empty_cache()
 
-    def seconds(self, run: Callable[[], object], *, repeats: int = 10, warm_up: int = 3, most: float = 3.0) -> list[float]:
-        """Seconds of each of `repeats` runs by events, after warm-up; fewer, but three, where they would take over `most`."""
+    def seconds(
+        self, run: Callable[[], object], *, repeats: int = 10, warm_up: int = 3, most: float = 3.0
+    ) -> list[float]:
+        """Seconds of each of `repeats` runs by events, after warm-up; fewer, but three, where they
+        would take over `most`.
+        """
         run = self.once(run)
         for _ in range(warm_up):
             run()
@@ -129,7 +149,10 @@ class Card:
         run()
         self.cuda.synchronize()
         repeats = min(repeats, max(3, int(most / max(time.perf_counter() - start, 1e-6))))
-        events = [(self.cuda.Event(enable_timing=True), self.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+        events = [
+            (self.cuda.Event(enable_timing=True), self.cuda.Event(enable_timing=True))
+            for _ in range(repeats)
+        ]
         for first, last in events:
             first.record()
             run()
@@ -163,17 +186,23 @@ class Card:
 
     @contextlib.contextmanager
     def on(self, stream: Any) -> Iterator[None]:
-        """Work queued within goes to `stream`, behind what is queued so far, and what follows waits for it."""
+        """Work queued within goes to `stream`, behind what is queued so far, and what follows waits
+        for it.
+        """
         outer = self.cuda.current_stream()
         stream.wait_stream(outer)
         with self.cuda.stream(stream):
             yield
         outer.wait_stream(stream)
 
-    def captured(self, run: Callable[[], list[Tensor]]) -> tuple[Callable[[], object], list[Tensor]]:
+    def captured(
+        self, run: Callable[[], list[Tensor]]
+    ) -> tuple[Callable[[], object], list[Tensor]]:
         """`run` as a CUDA graph: its replay, and the tensors that a replay writes anew."""
         again, run = run, self.once(run)
-        with self.on(self.cuda.Stream()):  # everything is compiled, and cuBLAS has its workspace, before the capture
+        with self.on(
+            self.cuda.Stream()
+        ):  # everything is compiled, and cuBLAS has its workspace, before the capture
             run()
         graph = self.cuda.CUDAGraph()
         with self.cuda.graph(graph):
@@ -183,18 +212,33 @@ class Card:
         return graph.replay, result
 
     def kernels(self, run: Callable[[], object]) -> tuple[list[dict[str, Any]], float]:
-        """Every kernel of `run` by name with its seconds and number, longest first, and the seconds from first to last."""
-        with profile(activities=[ProfilerActivity.CPU if self.dry else ProfilerActivity.CUDA]) as found:
+        """Every kernel of `run` by name with its seconds and number, longest first, and the seconds
+        from first to last.
+        """
+        with profile(
+            activities=[ProfilerActivity.CPU if self.dry else ProfilerActivity.CUDA]
+        ) as found:
             run()
             self.cuda.synchronize()
         kind = torch.autograd.DeviceType.CPU if self.dry else torch.autograd.DeviceType.CUDA
         # Ranges that code has named are no kernels.
-        events = [e for e in found.events() if e.device_type == kind and not e.name.startswith("fdd_kernels::")]
+        events = [
+            e
+            for e in found.events()
+            if e.device_type == kind and not e.name.startswith("fdd_kernels::")
+        ]
         sums: dict[str, list[float]] = {}
         for event in events:
             entry = sums.setdefault(event.name, [0.0, 0])
             entry[0] += event.time_range.elapsed_us() / 1e6
             entry[1] += 1
-        span = max(e.time_range.end for e in events) - min(e.time_range.start for e in events) if events else 0.0
-        rows = [{"name": name, "seconds": seconds, "count": count} for name, (seconds, count) in sums.items()]
+        span = (
+            max(e.time_range.end for e in events) - min(e.time_range.start for e in events)
+            if events
+            else 0.0
+        )
+        rows = [
+            {"name": name, "seconds": seconds, "count": count}
+            for name, (seconds, count) in sums.items()
+        ]
         return sorted(rows, key=lambda row: -row["seconds"]), span / 1e6

@@ -1,4 +1,6 @@
-"""Right before fast: the public loss on the card against float64, held to the budgets of `fdd_kernels.testing`."""
+"""Right before fast: the public loss on the card against float64, held to the budgets of
+`fdd_kernels.testing`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,13 @@ from benchmarks.gpu import ours
 from benchmarks.gpu.bench import Bench, NotHere, WrongNumbersError
 from fdd_kernels.testing import Problem, evaluate, exact, excesses, random_problem
 
-PLAIN = {"leading": (2, 40), "columns": 5003, "student_width": 96, "teacher_width": 160, "layers": 5}
+PLAIN = {
+    "leading": (2, 40),
+    "columns": 5003,
+    "student_width": 96,
+    "teacher_width": 160,
+    "layers": 5,
+}
 TOY = {"leading": (1, 2), "columns": 37, "student_width": 8, "teacher_width": 12, "layers": 3}
 CAPS = {"student_softcap": 30.0, "teacher_softcap": 20.0, "student_logit_scale": 0.5}
 LABELS = {"ce_weight": 0.5, "temperature": 2.0, "output_in_dynamics": True}
@@ -20,7 +28,10 @@ PROBLEMS: dict[str, tuple[dict, dict]] = {
     "frozen head": ({"frozen": True}, {}),
     "near-equal models": ({"near": 0.01}, {}),
     "mask": ({"mask": True}, {}),
-    "labels, temperatures": ({"labels": True}, LABELS | {"output_temperature": 3.0, "scale_by_t2": True}),
+    "labels, temperatures": (
+        {"labels": True},
+        LABELS | {"output_temperature": 3.0, "scale_by_t2": True},
+    ),
     "soft caps, scale": ({}, CAPS),
     "bias": ({"bias": "plain"}, {}),
     "bias of -inf, labels": ({"bias": "padded", "labels": True}, LABELS),
@@ -33,7 +44,10 @@ PROBLEMS: dict[str, tuple[dict, dict]] = {
     "few columns": ({"columns": 127}, {}),
     "one row, 1025 columns": ({"leading": (1,), "columns": 1025}, {}),
     "strided views": ({"contiguous": False}, {}),
-    "feature space": ({"feature_space": True, "columns": 160}, {"trajectory": "mse", "derivative": "mse"}),
+    "feature space": (
+        {"feature_space": True, "columns": 160},
+        {"trajectory": "mse", "derivative": "mse"},
+    ),
     "reverse_kl": ({}, {"trajectory": "reverse_kl"}),
     "jsd": ({}, {"trajectory": "jsd"}),
     "skew_kl": ({}, {"trajectory": "skew_kl"}),
@@ -76,7 +90,9 @@ def check(bench: Bench, strategy: str, name: str) -> float:
 
 
 def essential(bench: Bench) -> dict:
-    """What everything after it rests on: the default strategy, its second backward pass, and its bound on memory."""
+    """What everything after it rests on: the default strategy, its second backward pass, and its
+    bound on memory.
+    """
     for name in ESSENTIAL:
         bench.report(name, {"auto": check(bench, "auto", name)})
     bench.report("second backward", second_backward(bench))
@@ -102,20 +118,29 @@ def _require(strategy: str) -> None:
 
 
 def second_backward(bench: Bench) -> dict:
-    """Backward through one graph twice, with other upstream gradients: the second is the first times their quotient."""
+    """Backward through one graph twice, with other upstream gradients: the second is the first
+    times their quotient.
+    """
     problem, options = build(bench, "plain")
     leaves = list(problem.leaves.values())
     loss = ours.loss(problem, options)
-    first = torch.autograd.grad(loss, leaves, torch.tensor(0.5, device=loss.device), retain_graph=True)
+    first = torch.autograd.grad(
+        loss, leaves, torch.tensor(0.5, device=loss.device), retain_graph=True
+    )
     second = torch.autograd.grad(loss, leaves, torch.tensor(2.0, device=loss.device))
-    worst = max(float((b.double() - 4 * a.double()).norm() / b.double().norm()) for a, b in zip(first, second))
+    worst = max(
+        float((b.double() - 4 * a.double()).norm() / b.double().norm())
+        for a, b in zip(first, second)
+    )
     if not worst < 1e-2:  # both are rounded to bfloat16
         raise WrongNumbersError(f"a second backward pass differs from the first by {worst:.2e}")
     return {"relative_difference": worst}
 
 
 def memory_bound(bench: Bench) -> dict:
-    """Peak memory beside inputs and gradients, with a quarter of a GiB of scratch, against what the strategy may take."""
+    """Peak memory beside inputs and gradients, with a quarter of a GiB of scratch, against what the
+    strategy may take.
+    """
     workload = bench.workload("Llama", bench.card.size(8192, 512))
     problem, call = bench.problem(workload), bench.call(workload)
     budget = bench.card.size(256 * 2**20, 2**14)
@@ -128,8 +153,13 @@ def memory_bound(bench: Bench) -> dict:
             run()
             (_, found), peak = bench.card.peak(run)
         outputs = sum(g.numel() * g.element_size() for g in found)
-        # Besides the scratch: dL/dx of a slab, dH of a block and the head's gradient in float32, states of a block.
-        slack = 96 * 2**20 + 8 * call.layers * workload.rows * (call.student + call.teacher) + 4 * call.columns * call.student
+        # Besides the scratch: dL/dx of a slab, dH of a block and the head's gradient in float32,
+        # states of a block.
+        slack = (
+            96 * 2**20
+            + 8 * call.layers * workload.rows * (call.student + call.teacher)
+            + 4 * call.columns * call.student
+        )
         bound = budget + slack + 64 * 2**20
         found = {"peak_bytes": peak, "gradient_bytes": outputs, "bound_bytes": bound}
         bench.report(strategy, found)
@@ -139,7 +169,9 @@ def memory_bound(bench: Bench) -> dict:
 
 
 def near_equal(bench: Bench) -> dict:
-    """Where rounding shows: 64 rows of models 1% apart; the error of a row's gradient, for every way."""
+    """Where rounding shows: 64 rows of models 1% apart; the error of a row's gradient, for every
+    way.
+    """
     from benchmarks.gpu.end_to_end import WAYS
 
     shape = bench.card.size(PLAIN | {"leading": (64,), "columns": 32001}, TOY)
@@ -147,12 +179,17 @@ def near_equal(bench: Bench) -> dict:
     problem = random_problem(**shape, dtype=torch.bfloat16, device=bench.card.device)
     truth = exact(problem).gradients
     for name, way in WAYS.items():
-        if not way.whole or "GiB" in name or way.missing(bench):  # another loss; another budget of the same strategy
+        if (
+            not way.whole or "GiB" in name or way.missing(bench)
+        ):  # another loss; another budget of the same strategy
             continue
         _, found = way.run(bench, problem, {})
         errors = {}
         for (leaf, true), got in zip(truth.items(), found):
             norms = true.norm(dim=-1).clamp(min=1e-30)
             errors[leaf] = float(((got.double() - true).norm(dim=-1) / norms).max())
-        bench.report(name, {"worst_row": max(v for k, v in errors.items() if "hidden" in k), "leaves": errors})
+        bench.report(
+            name,
+            {"worst_row": max(v for k, v in errors.items() if "hidden" in k), "leaves": errors},
+        )
     return {}

@@ -1,4 +1,6 @@
-"""The loss and its gradients, forward and backward, by this package's strategies and by others, at the pairs' own shapes."""
+"""The loss and its gradients, forward and backward, by this package's strategies and by others, at
+the pairs' own shapes.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,8 @@ Gradients = tuple[Tensor, list[Tensor]]
 class Way:
     """A way to compute the loss: `run(bench, problem, options)` gives it with its gradients.
 
-    `predicted`: the model's function; None: there is none. `whole`: it computes the whole objective, and is compared with
-    ours. `package`: what it is of.
+    `predicted`: the model's function; None: there is none. `whole`: it computes the whole
+    objective, and is compared with ours. `package`: what it is of.
     """
 
     run: Callable[[Bench, Problem, dict], Gradients]
@@ -53,18 +55,26 @@ def _ours(strategy: str, cache_bytes: int | None = None) -> Way:
         with ours.chosen(strategy, cache_bytes):
             return ours.gradients(ours.loss, problem, options)
 
-    predicted = {"slabbed": gpu_model.slabbed, "one_pass": gpu_model.one_pass}.get(strategy, gpu_model.cached)
+    predicted = {"slabbed": gpu_model.slabbed, "one_pass": gpu_model.one_pass}.get(
+        strategy, gpu_model.cached
+    )
     if cache_bytes is not None and predicted is gpu_model.cached:
         predicted = functools.partial(gpu_model.cached, budget=cache_bytes)
     return Way(run, predicted, strategy=strategy)
 
 
 def _plain(loss_of: Callable[[Problem, dict], Tensor], predicted=None, **about: Any) -> Way:
-    return Way(lambda bench, problem, options: ours.gradients(loss_of, problem, options), predicted, **about)
+    return Way(
+        lambda bench, problem, options: ours.gradients(loss_of, problem, options),
+        predicted,
+        **about,
+    )
 
 
 def _compiled_rows(bench: Bench) -> Callable[..., Tensor]:
-    """dense.row_losses compiled for the shapes of the next call; compiled anew for each workload."""
+    """dense.row_losses compiled for the shapes of the next call; compiled anew for each
+    workload.
+    """
     if bench.compiled is None:
         bench.compiled = bench.card.compile(dense.row_losses)
     return bench.compiled
@@ -74,14 +84,21 @@ def _compiled(bench: Bench, problem: Problem, options: dict) -> Gradients:
     rows = _compiled_rows(bench)
 
     def loss(problem: Problem, options: dict) -> Tensor:
-        return rows(list(problem.student_hidden), problem.student_weight, list(problem.teacher_hidden),
-                    problem.teacher_weight, options).mean()  # fmt: skip
+        return rows(
+            list(problem.student_hidden),
+            problem.student_weight,
+            list(problem.teacher_hidden),
+            problem.teacher_weight,
+            options,
+        ).mean()
 
     return ours.gradients(loss, problem, options)
 
 
 def _chunked(bench: Bench, problem: Problem, options: dict) -> Gradients:
-    """Compiled, by chunks of rows: each chunk's gradients at once, the head's added up in its own dtype."""
+    """Compiled, by chunks of rows: each chunk's gradients at once, the head's added up in its own
+    dtype.
+    """
     rows = _compiled_rows(bench)
     count = problem.student_hidden[0].shape[0]
     weight, total = problem.student_weight, 0.0
@@ -90,7 +107,16 @@ def _chunked(bench: Bench, problem: Problem, options: dict) -> Gradients:
     for first in range(0, count, CHUNK_ROWS):
         part = slice(first, min(first + CHUNK_ROWS, count))
         hidden = [h[part].detach().requires_grad_() for h in problem.student_hidden]
-        loss = rows(hidden, weight, [h[part] for h in problem.teacher_hidden], problem.teacher_weight, options).sum() / count
+        loss = (
+            rows(
+                hidden,
+                weight,
+                [h[part] for h in problem.teacher_hidden],
+                problem.teacher_weight,
+                options,
+            ).sum()
+            / count
+        )
         wanted = hidden if grad_weight is None else [*hidden, weight]
         found = torch.autograd.grad(loss, wanted)
         for whole, chunk in zip(grad_hidden, found):
@@ -102,8 +128,14 @@ def _chunked(bench: Bench, problem: Problem, options: dict) -> Gradients:
 
 
 def _upcast(problem: Problem, options: dict) -> Tensor:
-    return dense.row_losses(problem.student_hidden, problem.student_weight, problem.teacher_hidden, problem.teacher_weight,
-                            options, upcast=True).mean()  # fmt: skip
+    return dense.row_losses(
+        problem.student_hidden,
+        problem.student_weight,
+        problem.teacher_hidden,
+        problem.teacher_weight,
+        options,
+        upcast=True,
+    ).mean()
 
 
 WAYS: dict[str, Way] = {
@@ -111,14 +143,20 @@ WAYS: dict[str, Way] = {
     "cached 0.5 GiB": _ours("cached", GIB // 2),
     "cached 1 GiB": _ours("cached", GIB),
     "cached 4 GiB": _ours("cached", 4 * GIB),
-    "dense": _plain(lambda problem, options: dense.dense_rows(problem, options).mean(), gpu_model.dense),
+    "dense": _plain(
+        lambda problem, options: dense.dense_rows(problem, options).mean(), gpu_model.dense
+    ),
     "dense .float()": _plain(_upcast, functools.partial(gpu_model.dense, how="float")),
     "torch.compile": Way(_compiled, gpu_model.compiled),
     "chunked": Way(_chunked, gpu_model.chunked),
-    "liger": _plain(functools.partial(peers.liger, compiled=True, chunk_rows=CHUNK_ROWS), whole=False,
-                    package="liger_kernel", softcap=False),
+    "liger": _plain(
+        functools.partial(peers.liger, compiled=True, chunk_rows=CHUNK_ROWS),
+        whole=False,
+        package="liger_kernel",
+        softcap=False,
+    ),
     "trl": _plain(peers.trl, whole=False, package="trl"),
-}  # fmt: skip
+}
 
 
 def step(pair: str, way: str, rows: int = 4096, *, trained: bool = True) -> Callable[[Bench], dict]:
@@ -131,10 +169,16 @@ def step(pair: str, way: str, rows: int = 4096, *, trained: bool = True) -> Call
 
 
 def measure(bench: Bench, workload: Workload, name: str) -> dict:
-    """Milliseconds, peak memory and the error beside ours; rows are halved until it fits, and ours measured there too."""
+    """Milliseconds, peak memory and the error beside ours; rows are halved until it fits, and ours
+    measured there too.
+    """
     way = WAYS[name]
     reason = way.missing(bench)
-    if reason is None and not way.softcap and any("softcap" in option for option in workload.loss_options):
+    if (
+        reason is None
+        and not way.softcap
+        and any("softcap" in option for option in workload.loss_options)
+    ):
         reason = "has no soft cap"
     if reason is not None:
         raise NotHere(f"{name}: {reason}")
@@ -173,21 +217,43 @@ def _measured(bench: Bench, workload: Workload, way: Way) -> dict:
     seconds = card.seconds(run, warm_up=1)
     predicted = None if way.predicted is None else way.predicted(bench.model, bench.call(workload))
     return {
-        "rows": workload.rows, "shapes": workload.describe(), "ms": statistics.median(seconds) * 1e3,
-        "least_ms": min(seconds) * 1e3, "all_ms": [s * 1e3 for s in seconds], "host_ms": card.host_seconds(run) * 1e3,
-        "peak_bytes": peak, "beyond_gradients": peak - outputs, **compared, "smi": card.smi(),
-        "predicted_ms": predicted and predicted.seconds * 1e3, "predicted_bytes": predicted and predicted.kept,
-    }  # fmt: skip
+        "rows": workload.rows,
+        "shapes": workload.describe(),
+        "ms": statistics.median(seconds) * 1e3,
+        "least_ms": min(seconds) * 1e3,
+        "all_ms": [s * 1e3 for s in seconds],
+        "host_ms": card.host_seconds(run) * 1e3,
+        "peak_bytes": peak,
+        "beyond_gradients": peak - outputs,
+        **compared,
+        "smi": card.smi(),
+        "predicted_ms": predicted and predicted.seconds * 1e3,
+        "predicted_bytes": predicted and predicted.kept,
+    }
 
 
-def _compared(bench: Bench, workload: Workload, way: Way, loss: Tensor, found: list[Tensor]) -> dict:
-    """How far loss and gradients are from those of this package's default, by norms: rounded logits differ by a percent."""
+def _compared(
+    bench: Bench, workload: Workload, way: Way, loss: Tensor, found: list[Tensor]
+) -> dict:
+    """How far loss and gradients are from those of this package's default, by norms: rounded logits
+    differ by a percent.
+    """
     if not way.whole or way.strategy == "auto":
         return {"loss": float(loss)}
     default, problem = WAYS["auto"], bench.problem(workload)
-    run = bench.card.once(lambda: default.run(bench, problem, workload.loss_options), workload, default)
+    run = bench.card.once(
+        lambda: default.run(bench, problem, workload.loss_options), workload, default
+    )
     reference, gradients = run()
-    errors = [float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(found, gradients)]
+    errors = [
+        float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(found, gradients)
+    ]
     if not max(errors) < MOST_DIFFERENCE:
-        raise WrongNumbersError(f"gradients of {bench.card.name} differ from those of another way by {max(errors):.2f}")
-    return {"loss": float(loss), "loss_of_ours": float(reference), "gradients_beside_ours": max(errors)}
+        raise WrongNumbersError(
+            f"gradients of {bench.card.name} differ from those of another way by {max(errors):.2f}"
+        )
+    return {
+        "loss": float(loss),
+        "loss_of_ours": float(reference),
+        "gradients_beside_ours": max(errors),
+    }

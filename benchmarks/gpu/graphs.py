@@ -1,4 +1,6 @@
-"""What the strategies may gain yet, and what they promise: a second stream, masked rows, CUDA graphs."""
+"""What the strategies may gain yet, and what they promise: a second stream, masked rows, CUDA
+graphs.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,11 @@ from fdd_kernels.testing import Problem
 
 
 def second_stream(pair: str) -> Callable[[Bench], dict]:
-    """The step that runs a block's elementwise kernels beside the products of another block, each on its own stream.
+    """The step that runs a block's elementwise kernels beside the products of another block, each
+    on its own stream.
 
-    `hidden` is the part of the shorter of the two that the longer hides; the model's `cached(hidden=...)` takes it.
+    `hidden` is the part of the shorter of the two that the longer hides; the model's
+    `cached(hidden=...)` takes it.
     """
 
     def step(bench: Bench) -> dict:
@@ -53,17 +57,30 @@ def second_stream(pair: str) -> Callable[[Bench], dict]:
             card.cuda.current_stream().wait_stream(second)
 
         found = {}
-        for name, run in (("products", products), ("kernels", kernels), ("in turn", both), ("beside each other", beside)):
+        for name, run in (
+            ("products", products),
+            ("kernels", kernels),
+            ("in turn", both),
+            ("beside each other", beside),
+        ):
             found[name] = statistics.median(card.seconds(run, most=0.5))
         shorter = min(found["products"], found["kernels"])
-        hidden_part = (found["products"] + found["kernels"] - found["beside each other"]) / max(shorter, 1e-12)
-        return {"ms": {k: v * 1e3 for k, v in found.items()}, "hidden": hidden_part, "of": [s.name for s in heavy]}
+        hidden_part = (found["products"] + found["kernels"] - found["beside each other"]) / max(
+            shorter, 1e-12
+        )
+        return {
+            "ms": {k: v * 1e3 for k, v in found.items()},
+            "hidden": hidden_part,
+            "of": [s.name for s in heavy],
+        }
 
     return step
 
 
 def masks(bench: Bench) -> dict:
-    """Half of the rows masked, as prompts are: eager calls may count the rows, a captured one cannot."""
+    """Half of the rows masked, as prompts are: eager calls may count the rows, a captured one
+    cannot.
+    """
     card, workload = bench.card, bench.workload("Llama")
     whole = bench.problem(workload)
     mask = torch.arange(workload.rows, device=card.device) % 2 == 0
@@ -78,7 +95,9 @@ def masks(bench: Bench) -> dict:
 
 
 def whole_step(bench: Bench) -> dict:
-    """Forward and backward in one CUDA graph: its replays give the same bits, and see new inputs."""
+    """Forward and backward in one CUDA graph: its replays give the same bits, and see new
+    inputs.
+    """
     card, workload = bench.card, bench.workload("GPT-2", bench.card.size(2048, 2048))
     problem = bench.problem(workload)
 
@@ -96,9 +115,14 @@ def whole_step(bench: Bench) -> dict:
         card.cuda.synchronize()
         found.append([t.clone() for t in captured])
     equal = {"replays": _same_bits(*found), "eager": _same_bits(eager, found[0])}
-    apart = max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(found[0], eager))
+    apart = max(
+        float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(found[0], eager)
+    )
     if not (equal["replays"] and apart < 1e-3):
-        raise WrongNumbersError(f"replays of a captured step: same bits {equal}, relative difference from eager {apart:.2e}")
+        raise WrongNumbersError(
+            f"replays of a captured step: same bits {equal}, relative difference from eager "
+            f"{apart:.2e}"
+        )
     seconds = [statistics.median(card.seconds(r, most=1.0)) for r in (run, replay)]
     return {
         "same_bits": equal,
@@ -114,7 +138,9 @@ def _same_bits(first: list[Tensor], second: list[Tensor]) -> bool:
 
 
 def new_states(bench: Bench, problem: Problem) -> str:
-    """A captured step sees what is written into its inputs: the gradients of other states are other gradients."""
+    """A captured step sees what is written into its inputs: the gradients of other states are other
+    gradients.
+    """
     states = problem.student_hidden[0].detach()
     replay, captured = bench.card.captured(lambda: [ours.gradients(ours.loss, problem, {})[0]])
     replay()

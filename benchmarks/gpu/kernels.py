@@ -1,4 +1,6 @@
-"""Where the time goes: every kernel of a step by the profiler, and the elementwise kernels alone at several launch shapes."""
+"""Where the time goes: every kernel of a step by the profiler, and the elementwise kernels alone at
+several launch shapes.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,14 @@ from benchmarks.gpu.end_to_end import WAYS
 from benchmarks.workloads import Workload
 
 PRODUCT_NAMES = ("gemm", "nvjet", "cutlass", "xmma", "splitk")
-SHAPES = ((1024, 1), (1024, 2), (2048, 2), (2048, 4), (4096, 4), (4096, 8))  # tokens of a tile, warps
+SHAPES = (
+    (1024, 1),
+    (1024, 2),
+    (2048, 2),
+    (2048, 4),
+    (4096, 4),
+    (4096, 8),
+)  # tokens of a tile, warps
 TOY_SHAPES = ((16, 1), (32, 1))
 PACKAGE = "fdd_kernels.backends.triton"
 
@@ -40,17 +49,28 @@ class Started:
     @property
     def numbers(self) -> dict[str, float]:
         """Its arguments but for tensors, and the compiler's options."""
-        return {name: value for name, value in self.arguments.items() if isinstance(value, (int, float))}
+        return {
+            name: value for name, value in self.arguments.items() if isinstance(value, (int, float))
+        }
 
     def again(self) -> None:
         """Start it once more."""
         self.kernel.run(grid=self.grid, warmup=False, **self.arguments)
 
     def reshaped(self, block: int, warps: int) -> Started:
-        """A kernel over cached logits with other tiles: all full ones of its slab, and state of their number."""
+        """A kernel over cached logits with other tiles: all full ones of its slab, and state of
+        their number.
+        """
         tiles = max(1, self.arguments["columns"] // block)
         full = block <= self.arguments["columns"]
-        changes = {"BLOCK_C": block, "num_warps": warps, "first_tile": 0, "state_tile": 0, "tiles": tiles, "FULL": full}
+        changes = {
+            "BLOCK_C": block,
+            "num_warps": warps,
+            "first_tile": 0,
+            "state_tile": 0,
+            "tiles": tiles,
+            "FULL": full,
+        }
         for name in ("state", "values", "sums"):  # (..., rows, tiles)
             tensor = self.arguments.get(name)
             if tensor is not None and tensor.shape[-1] == self.arguments["tiles"]:
@@ -61,7 +81,12 @@ class Started:
 def _kernels() -> list[Any]:
     """Every Triton kernel of the package that is imported."""
     modules = [module for name, module in sys.modules.items() if name.startswith(PACKAGE)]
-    found = {id(value): value for module in modules for value in vars(module).values() if hasattr(value, "arg_names")}
+    found = {
+        id(value): value
+        for module in modules
+        for value in vars(module).values()
+        if hasattr(value, "arg_names")
+    }
     return list(found.values())
 
 
@@ -73,7 +98,9 @@ def watched() -> Iterator[dict[str, Started]]:
     def watching(kernel: Any, run: Callable) -> Callable:
         def observed(*args: Any, grid: tuple, warmup: bool, **arguments: Any) -> Any:
             started = Started(kernel, tuple(grid), arguments)
-            if not args and (started.name not in largest or started.programs > largest[started.name].programs):
+            if not args and (
+                started.name not in largest or started.programs > largest[started.name].programs
+            ):
                 largest[started.name] = started
             return run(*args, grid=grid, warmup=warmup, **arguments)
 
@@ -118,21 +145,32 @@ def profiled(pair: str, strategy: str = "auto") -> Callable[[Bench], dict]:
             if row["name"].removesuffix("_0d1d").split("(")[0] in own:
                 kind = "this package's kernels"
             else:
-                kind = "products" if any(part in row["name"].lower() for part in PRODUCT_NAMES) else "other kernels"
+                kind = (
+                    "products"
+                    if any(part in row["name"].lower() for part in PRODUCT_NAMES)
+                    else "other kernels"
+                )
             sums[kind] += row["seconds"]
         predicted = WAYS[strategy].predicted(bench.model, bench.call(workload))
         busy = sum(sums.values())
         return {
-            "kernels": rows[:40], "ms": {kind: s * 1e3 for kind, s in sums.items()}, "launches": sum(r["count"] for r in rows),
-            "busy_ms": busy * 1e3, "span_ms": span * 1e3, "idle_ms": (span - busy) * 1e3, "blocks": predicted.blocks,
+            "kernels": rows[:40],
+            "ms": {kind: s * 1e3 for kind, s in sums.items()},
+            "launches": sum(r["count"] for r in rows),
+            "busy_ms": busy * 1e3,
+            "span_ms": span * 1e3,
+            "idle_ms": (span - busy) * 1e3,
+            "blocks": predicted.blocks,
             "predicted_parts_ms": {part: s * 1e3 for part, s in predicted.parts.items()},
-        }  # fmt: skip
+        }
 
     return step
 
 
 def elementwise(pair: str) -> Callable[[Bench], dict]:
-    """The step that starts a pair's elementwise kernels again, alone: as launched, then in other shapes."""
+    """The step that starts a pair's elementwise kernels again, alone: as launched, then in other
+    shapes.
+    """
 
     def step(bench: Bench) -> dict:
         if ours.missing("cached"):
@@ -143,10 +181,16 @@ def elementwise(pair: str) -> Callable[[Bench], dict]:
             if moved_bytes(started) is None:
                 continue
             found = {"as launched": _rate(bench, started)}
-            bench.report(name, {"grid": started.grid, "arguments": started.numbers, "launches": found})
+            bench.report(
+                name, {"grid": started.grid, "arguments": started.numbers, "launches": found}
+            )
             for block, warps in card.size(SHAPES, TOY_SHAPES):
-                found[f"{block} tokens, {warps} warps"] = _rate(bench, started.reshaped(block, warps))
-                bench.report(name, {"grid": started.grid, "arguments": started.numbers, "launches": found})
+                found[f"{block} tokens, {warps} warps"] = _rate(
+                    bench, started.reshaped(block, warps)
+                )
+                bench.report(
+                    name, {"grid": started.grid, "arguments": started.numbers, "launches": found}
+                )
         return {"predicted_gb_per_second": bench.model.memory * bench.model.stream / 1e9}
 
     return step

@@ -13,10 +13,22 @@ from benchmarks.gpu.bench import Bench
 
 
 def machine(bench: Bench) -> dict:
-    """Versions, clocks, strategies of this version; bytes a second of a copy, operations a second of a large product."""
+    """Versions, clocks, strategies of this version; bytes a second of a copy, operations a second
+    of a large product.
+    """
     card = bench.card
-    bench.report("card", {"name": card.name, "smi": card.smi(), "free_bytes": card.memory(), "model": bench.model.name})
-    bench.report("versions", record.versions() | {"cuda": torch.version.cuda, "hip": torch.version.hip})
+    bench.report(
+        "card",
+        {
+            "name": card.name,
+            "smi": card.smi(),
+            "free_bytes": card.memory(),
+            "model": bench.model.name,
+        },
+    )
+    bench.report(
+        "versions", record.versions() | {"cuda": torch.version.cuda, "hip": torch.version.hip}
+    )
     bench.report("host", {"system": platform.platform(), "cores": os.cpu_count()})
     bench.report("strategies", {name: ours.missing(name) or "here" for name in ours.STRATEGIES})
     numbers = card.size(2**31, 2**10)
@@ -25,9 +37,14 @@ def machine(bench: Bench) -> dict:
     a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=card.device) for _ in range(2))
     product = min(card.seconds(lambda: a @ b))
     return {
-        "copy_bytes_per_second": 2 * 2 * numbers / copy, "product_flops": 2 * side**3 / product, "smi_after": card.smi(),
-        "predicted": {"memory": bench.model.memory * bench.model.eager, "products": bench.model.products * bench.model.gemm},
-    }  # fmt: skip
+        "copy_bytes_per_second": 2 * 2 * numbers / copy,
+        "product_flops": 2 * side**3 / product,
+        "smi_after": card.smi(),
+        "predicted": {
+            "memory": bench.model.memory * bench.model.eager,
+            "products": bench.model.products * bench.model.gemm,
+        },
+    }
 
 
 def copy_seconds(bench: Bench, numbers: int) -> float:

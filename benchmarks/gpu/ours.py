@@ -1,4 +1,6 @@
-"""This package's strategies: which there are in this version, how one is chosen, and the call that is measured."""
+"""This package's strategies: which there are in this version, how one is chosen, and the call that
+is measured.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,10 @@ STRATEGIES = ("auto", "cached", "slabbed", "one_pass")
 
 def missing(strategy: str) -> str | None:
     """Why a strategy cannot be measured; None if it is in this version."""
-    if importlib.util.find_spec("fdd_kernels.backends.triton.gemm") is None and strategy in ("cached", "slabbed"):
+    if importlib.util.find_spec("fdd_kernels.backends.triton.gemm") is None and strategy in (
+        "cached",
+        "slabbed",
+    ):
         return "not in this version"
     return None
 
@@ -49,7 +54,11 @@ def loss(problem: Problem, options: dict[str, Any]) -> Tensor:
     return fused_fdd_loss(**problem.arguments, **options, backend="triton")
 
 
-def gradients(loss_of: Callable[[Problem, dict], Tensor], problem: Problem, options: dict) -> tuple[Tensor, list[Tensor]]:
+def gradients(
+    loss_of: Callable[[Problem, dict], Tensor], problem: Problem, options: dict
+) -> tuple[Tensor, list[Tensor]]:
     """One forward and backward pass: the loss and the gradients of `problem.leaves`."""
     found = loss_of(problem, options)
-    return found.detach(), list(torch.autograd.grad(found, list(problem.leaves.values()), materialize_grads=True))
+    return found.detach(), list(
+        torch.autograd.grad(found, list(problem.leaves.values()), materialize_grads=True)
+    )

@@ -9,7 +9,8 @@ from benchmarks.gpu import correctness, graphs, kernels, machine, products, trai
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.end_to_end import step as end_to_end
 
-# The pairs that the verdict is about, the ones that decide it first; the rest of the order is the plan's.
+# The pairs that the verdict is about, the ones that decide it first; the rest of the order is the
+# plan's.
 PAIRS = ("Llama", "Qwen", "GPT-2")
 
 
@@ -22,10 +23,15 @@ class Step:
     cap: float
 
 
-def measured(way: str, *pairs: str, cap: float, rows: int = 4096, trained: bool = True) -> list[Step]:
+def measured(
+    way: str, *pairs: str, cap: float, rows: int = 4096, trained: bool = True
+) -> list[Step]:
     """One way at the shapes of some pairs."""
     kind = ("" if trained else ", frozen") + ("" if rows == 4096 else f", {rows} rows")
-    return [Step(f"{pair}: {way}{kind}", end_to_end(pair, way, rows, trained=trained), cap) for pair in pairs]
+    return [
+        Step(f"{pair}: {way}{kind}", end_to_end(pair, way, rows, trained=trained), cap)
+        for pair in pairs
+    ]
 
 
 def steps() -> list[Step]:
@@ -52,7 +58,11 @@ def steps() -> list[Step]:
         *measured("auto", "Llama", "Qwen", cap=15, trained=False),
         *measured("torch.compile", "Gemma", cap=60),
         *measured("dense", "Gemma", cap=15),
-        *[s for way in ("cached 0.5 GiB", "cached 1 GiB", "slabbed") for s in measured(way, "Llama", "Qwen", cap=15)],
+        *[
+            s
+            for way in ("cached 0.5 GiB", "cached 1 GiB", "slabbed")
+            for s in measured(way, "Llama", "Qwen", cap=15)
+        ],
         *measured("one_pass", "Llama", cap=20),
         *[s for way in ("chunked", "liger", "trl") for s in measured(way, "Llama", cap=40)],
         Step("graph of a whole step", graphs.whole_step, 15),
@@ -65,7 +75,11 @@ def steps() -> list[Step]:
         *measured("torch.compile", "Llama", "Qwen", cap=60, trained=False),
         *measured("torch.compile", "Llama", cap=60, rows=16384),
         *measured("dense .float()", "Llama", "Qwen", cap=15),
-        *[s for way in ("one_pass", "cached 4 GiB") for s in measured(way, "Qwen", "GPT-2", cap=15)],
+        *[
+            s
+            for way in ("one_pass", "cached 4 GiB")
+            for s in measured(way, "Qwen", "GPT-2", cap=15)
+        ],
         *measured("chunked", "Qwen", "GPT-2", cap=40),
         *measured("slabbed", "GPT-2", "Gemma", cap=15),
         Step("correct: one_pass", correctness.every_problem("one_pass"), 120),

@@ -1,4 +1,6 @@
-"""Runs the steps that a record lacks, in this process, until the time is up: `supervisor.py` starts it."""
+"""Runs the steps that a record lacks, in this process, until the time is up: `supervisor.py` starts
+it.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,9 @@ class Runner:
         return DONE
 
     def _take(self, step: Step, cap: float, *, cut: bool) -> str:
-        """One step; its status. A step that the end of the time cuts short is taken again by the next run."""
+        """One step; its status. A step that the end of the time cuts short is taken again by the
+        next run.
+        """
         since = time.time()
         self.entry = self.record["steps"][step.name] = {"status": "killed", "results": {}}
         self.record["running"] = {"step": step.name, "since": since, "until": since + cap}
@@ -87,7 +91,10 @@ class Runner:
         except Exception as error:
             over = isinstance(error, OverTime) or time.time() - since >= cap
             status = (CUT if cut else "over time") if over else "failed"
-            found = {"reason": f"{type(error).__name__}: {error}"[:400], "traceback": traceback.format_exc(limit=-12)}
+            found = {
+                "reason": f"{type(error).__name__}: {error}"[:400],
+                "traceback": traceback.format_exc(limit=-12),
+            }
         reason = {name: found.pop(name) for name in ("reason", "traceback") if name in found}
         self.entry |= {"status": status, "seconds": round(time.time() - since, 2), **reason}
         for key, value in found.items():
@@ -128,7 +135,9 @@ class _alarm:
 
 def chosen(plan: Sequence[Step], patterns: Sequence[str]) -> list[Step]:
     """The steps whose name fits one of the patterns; all without a pattern."""
-    return [s for s in plan if not patterns or any(fnmatch.fnmatchcase(s.name, p) for p in patterns)]
+    return [
+        s for s in plan if not patterns or any(fnmatch.fnmatchcase(s.name, p) for p in patterns)
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -139,7 +148,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--step", action="append", default=[])
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1 if arguments.dry_run else torch.get_num_threads())
-    return Runner(arguments.record, arguments.until, Card(arguments.dry_run), chosen(steps(), arguments.step)).run()
+    return Runner(
+        arguments.record, arguments.until, Card(arguments.dry_run), chosen(steps(), arguments.step)
+    ).run()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""The process around the measuring one. It imports no torch: it starts the runner, kills it where a step hangs, and goes on.
+"""The process around the measuring one. It imports no torch: it starts the runner, kills it where a
+step hangs, and goes on.
 
-A kernel that hangs cannot be interrupted, and one that reads where it may not leaves the device unusable to its process. So the
-steps run in a child; the record says which step is running and until when, and a new child takes the steps after it.
+A kernel that hangs cannot be interrupted, and one that reads where it may not leaves the device
+unusable to its process. So the steps run in a child; the record says which step is running and
+until when, and a new child takes the steps after it.
 """
 
 from __future__ import annotations
@@ -35,7 +37,14 @@ def sources() -> str:
 
 def continued(path: Path, *, dry: bool, fresh: bool) -> dict[str, Any]:
     """The record to go on with; one of other code is put aside under another name."""
-    new = {"format": FORMAT, "sources": sources(), "dry_run": dry, "device": None, "running": None, "steps": {}}
+    new = {
+        "format": FORMAT,
+        "sources": sources(),
+        "dry_run": dry,
+        "device": None,
+        "running": None,
+        "steps": {},
+    }
     if not path.exists():
         return new
     try:
@@ -57,17 +66,39 @@ def set_aside(path: Path) -> None:
     print(f"{path} is of other code, another device or unwanted: it is {aside.name} now")
 
 
-def supervise(output: Path, minutes: float, *, dry: bool, fresh: bool = False, only: Sequence[str] = (),
-              starting: float = STARTING, grace: float = GRACE, command: Sequence[str] | None = None) -> int:  # fmt: skip
-    """Run the steps that the record lacks within `minutes`; 0, 1 for a step that failed, 3 for wrong numbers."""
+def supervise(
+    output: Path,
+    minutes: float,
+    *,
+    dry: bool,
+    fresh: bool = False,
+    only: Sequence[str] = (),
+    starting: float = STARTING,
+    grace: float = GRACE,
+    command: Sequence[str] | None = None,
+) -> int:
+    """Run the steps that the record lacks within `minutes`; 0, 1 for a step that failed, 3 for
+    wrong numbers.
+    """
     path, until = output / RECORD, time.time() + 60 * minutes
     save(path, continued(path, dry=dry, fresh=fresh) | {"running": None})
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    environment |= {"FDD_KERNELS_BUILD": "0"}  # no step needs the C++ kernels, which a first use would compile
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    }
+    environment |= {
+        "FDD_KERNELS_BUILD": "0"
+    }  # no step needs the C++ kernels, which a first use would compile
     if dry:  # read when triton is imported
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        environment |= {"PYTHONWARNINGS": "ignore::RuntimeWarning"}  # the interpreter's, of masked elements
-    arguments = [str(path), str(until), *(["--dry-run"] if dry else []), *[f"--step={name}" for name in only]]
+        environment |= {
+            "PYTHONWARNINGS": "ignore::RuntimeWarning"
+        }  # the interpreter's, of masked elements
+    arguments = [
+        str(path),
+        str(until),
+        *(["--dry-run"] if dry else []),
+        *[f"--step={name}" for name in only],
+    ]
     command = command or [sys.executable, "-m", "benchmarks.gpu.runner"]
     while time.time() < until:
         child = subprocess.Popen([*command, *arguments], env=environment, cwd=Path.cwd())
@@ -86,7 +117,9 @@ def supervise(output: Path, minutes: float, *, dry: bool, fresh: bool = False, o
 
 
 def _watch(child: subprocess.Popen, path: Path, until: float, grace: float) -> int:
-    """The child's exit status; it is killed when the step that its record names is over time, or none has begun by `until`."""
+    """The child's exit status; it is killed when the step that its record names is over time, or
+    none has begun by `until`.
+    """
     while True:
         try:
             return child.wait(timeout=0.25)
@@ -107,7 +140,11 @@ def _blame(path: Path, code: int) -> bool:
     if running is None:
         return code == RESTART
     entry = data["steps"].setdefault(running["step"], {"results": {}})
-    why = "it hung: its process was killed" if time.time() > running["until"] else f"its process ended with {code}"
+    why = (
+        "it hung: its process was killed"
+        if time.time() > running["until"]
+        else f"its process ended with {code}"
+    )
     entry |= {"status": "killed", "reason": why, "seconds": time.time() - running["since"]}
     print(f"{running['step']:34} killed: {why}", flush=True)
     save(path, data)

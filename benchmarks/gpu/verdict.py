@@ -1,10 +1,13 @@
-"""What a record says: measured beside predicted, and whether the default strategy is accepted. Imports no torch."""
+"""What a record says: measured beside predicted, and whether the default strategy is accepted.
+Imports no torch.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-# The most that the default may take of what another way takes, by pair: what it must do to be the default.
+# The most that the default may take of what another way takes, by pair: what it must do to be the
+# default.
 LIMITS = {
     ("Qwen", "torch.compile"): 0.95,
     ("GPT-2", "torch.compile"): 0.95,
@@ -14,7 +17,9 @@ LIMITS = {
     ("GPT-2", "dense"): 0.6,
     ("Gemma", "dense"): 0.6,
 }
-NEEDED = [limit for limit in LIMITS if limit[0] != "Gemma"]  # Gemma's dense loss fits no card of 80 GB: it counts if measured
+NEEDED = [
+    limit for limit in LIMITS if limit[0] != "Gemma"
+]  # Gemma's dense loss fits no card of 80 GB: it counts if measured
 CORRECT = ("products: probe", "correct: essentials")
 
 
@@ -24,7 +29,9 @@ def line(entry: dict[str, Any]) -> str:
     results = entry["results"]
     if "ms" in results and not isinstance(results["ms"], dict):
         predicted = results.get("predicted_ms")
-        parts.append(f"{results['ms']:9.2f} ms" + (f" (predicted {predicted:.2f})" if predicted else ""))
+        parts.append(
+            f"{results['ms']:9.2f} ms" + (f" (predicted {predicted:.2f})" if predicted else "")
+        )
         parts.append(f"{results['beyond_gradients'] / 2**20:8.0f} MiB")
     elif isinstance(results.get("ms"), dict):
         parts.append(", ".join(f"{name} {ms:.2f} ms" for name, ms in results["ms"].items()))
@@ -34,7 +41,9 @@ def line(entry: dict[str, Any]) -> str:
 
 
 def ratio(record: dict[str, Any], pair: str, way: str) -> float | None:
-    """Time of the default over that of another way at the same rows; None where either is not measured."""
+    """Time of the default over that of another way at the same rows; None where either is not
+    measured.
+    """
     ours, theirs = (_results(record, f"{pair}: {name}") for name in ("auto", way))
     if not ours or not theirs:
         return None
@@ -60,7 +69,8 @@ def verdict(record: dict[str, Any]) -> tuple[str, list[str]]:
         outcomes.append(None if found is None else found <= most if most == 1.0 else found < most)
         shown = "not measured" if found is None else f"{found:.3f}"
         lines.append(
-            f"{pair}: the default takes {shown} of {way}'s time; it must be {'at most' if most == 1 else 'below'} {most}"
+            f"{pair}: the default takes {shown} of {way}'s time; it must be "
+            f"{'at most' if most == 1 else 'below'} {most}"
         )
     if False in outcomes:
         return "refused", lines
@@ -72,28 +82,47 @@ def text(record: dict[str, Any]) -> str:
     lines = [f"\n{record['device']}, sources {record['sources']}"]
     if record["dry_run"]:
         lines.append("DRY RUN: toy sizes on a CPU; no figure means anything.")
-    lines += [f"{name:34} {line(entry)}" for name, entry in record["steps"].items() if entry["status"] != "ok"]
+    lines += [
+        f"{name:34} {line(entry)}"
+        for name, entry in record["steps"].items()
+        if entry["status"] != "ok"
+    ]
     lines += _products_and_kernels(record) + _comparison(record)
     outcome, reasons = verdict(record)
-    lines += ["", *reasons, f"verdict: {outcome}{' (of a dry run: it means nothing)' if record['dry_run'] else ''}"]
+    lines += [
+        "",
+        *reasons,
+        f"verdict: {outcome}{' (of a dry run: it means nothing)' if record['dry_run'] else ''}",
+    ]
     return "\n".join(lines)
 
 
 def _comparison(record: dict[str, Any]) -> list[str]:
     """Every way at every shape: measured, predicted, the default's time over its, memory."""
-    lines = ["", f"{'':34} {'measured ms':>12} {'predicted':>10} {'default / it':>13} {'MiB beside gradients':>21}"]
+    lines = [
+        "",
+        f"{'':34} {'measured ms':>12} {'predicted':>10} {'default / it':>13} "
+        f"{'MiB beside gradients':>21}",
+    ]
     for name, entry in record["steps"].items():
         found = entry["results"]
         if entry["status"] != "ok" or "beyond_gradients" not in found:
             continue
         pair, _, kind = name.partition(": ")
         way, _, shape = kind.partition(", ")
-        ours = record["steps"].get(f"{pair}: auto{', ' + shape if shape else ''}", {"results": {}})["results"]
+        ours = record["steps"].get(f"{pair}: auto{', ' + shape if shape else ''}", {"results": {}})[
+            "results"
+        ]
         ours = found.get("ours_at_these_rows", ours)
-        quotient = f"{ours['ms'] / found['ms']:13.3f}" if way != "auto" and "ms" in ours else f"{'':13}"
+        quotient = (
+            f"{ours['ms'] / found['ms']:13.3f}" if way != "auto" and "ms" in ours else f"{'':13}"
+        )
         predicted = f"{found['predicted_ms']:10.2f}" if found.get("predicted_ms") else f"{'':10}"
         memory = found["beyond_gradients"] / 2**20
-        lines.append(f"{name:34} {found['ms']:12.2f} {predicted} {quotient} {memory:21.0f}  {found['rows']} rows")
+        lines.append(
+            f"{name:34} {found['ms']:12.2f} {predicted} {quotient} {memory:21.0f}  {found['rows']} "
+            "rows"
+        )
     return lines
 
 
@@ -102,11 +131,18 @@ def _products_and_kernels(record: dict[str, Any]) -> list[str]:
     lines = []
     for step, entry in record["steps"].items():
         for key, value in entry["results"].items():
-            for name, found in (value.get("launches") or value).items() if isinstance(value, dict) else ():
+            for name, found in (
+                (value.get("launches") or value).items() if isinstance(value, dict) else ()
+            ):
                 about = f"{step.partition(': ')[2]}, {key}, {name}"
                 if isinstance(found, dict) and "tflops" in found:
-                    rate = f"{found['tflops']:6.0f} TF/s {found['ms']:8.3f} ms (predicted {found['predicted_ms']:.3f})"
+                    rate = (
+                        f"{found['tflops']:6.0f} TF/s {found['ms']:8.3f} ms (predicted "
+                        f"{found['predicted_ms']:.3f})"
+                    )
                     lines.append(f"{about:64} {rate}")
                 elif isinstance(found, dict) and "gb_per_second" in found:
-                    lines.append(f"{about:64} {found['gb_per_second']:6.0f} GB/s {found['ms']:8.3f} ms")
+                    lines.append(
+                        f"{about:64} {found['gb_per_second']:6.0f} GB/s {found['ms']:8.3f} ms"
+                    )
     return lines

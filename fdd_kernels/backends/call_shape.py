@@ -11,9 +11,10 @@ FLOAT = 4
 class CallShape:
     """What of a call decides how much memory a backend takes.
 
-    `layers` are those that something reads, `itemsize` is that of states and heads (2 is taken as bfloat16). `teacher_head`
-    False: the teacher's states are compared as they are. `moments` counts the pairs of vectors whose moments are taken.
-    `threads` are the CPU's, `device_memory` the GPU's bytes, None where they are not known.
+    `layers` are those that something reads, `itemsize` is that of states and heads (2 is taken as
+    bfloat16). `teacher_head` False: the teacher's states are compared as they are. `moments` counts
+    the pairs of vectors whose moments are taken. `threads` are the CPU's, `device_memory` the GPU's
+    bytes, None where they are not known.
     """
 
     layers: int

@@ -1,9 +1,12 @@
-"""The backend "torch": the two operations in plain PyTorch, streamed over rows and columns, on any device.
+"""The backend "torch": the two operations in plain PyTorch, streamed over rows and columns, on any
+device.
 
-Products, sums and statistics are float32 (float64 for float64 inputs) whatever the inputs are, and logits are never
-rounded below that. Beyond inputs, outputs and statistics it allocates tiles and accumulators of bounded size.
+Products, sums and statistics are float32 (float64 for float64 inputs) whatever the inputs are, and
+logits are never rounded below that. Beyond inputs, outputs and statistics it allocates tiles and
+accumulators of bounded size.
 
-Shape suffixes: L layers, R rows, r rows of a block, C columns, c columns of a tile, D a hidden width.
+Shape suffixes: L layers, R rows, r rows of a block, C columns, c columns of a tile, D a hidden
+width.
 """
 
 from __future__ import annotations
@@ -14,8 +17,8 @@ import torch
 from torch import Tensor
 
 from fdd_kernels.backends.call_shape import FLOAT, CallShape
-from fdd_kernels.divergences import DIVERGENCES, is_near, kl_of
-from fdd_kernels.spec import (
+from fdd_kernels.lens.divergences import DIVERGENCES, is_near, kl_of
+from fdd_kernels.lens.spec import (
     COUNT,
     LSE_S,
     LSE_T,
@@ -40,28 +43,40 @@ MIB = 2**20
 # Tiles of logits: inside the last cache level of a CPU; large enough to fill an accelerator.
 TILE_BYTES = {"cpu": 32 * MIB}
 ACCELERATOR_TILE_BYTES = 128 * MIB
-OPERAND_BYTES = 48 * MIB  # of the hidden states of a row block, and of the head's rows of a column tile
+OPERAND_BYTES = (
+    48 * MIB
+)  # of the hidden states of a row block, and of the head's rows of a column tile
 ACCUMULATOR_BYTES = 96 * MIB  # of a gradient that is accumulated in a wider dtype than its own
 RUNTIME_BYTES = 6 * MIB  # generated code, buffers of the matrix library
-# Tiles of one layer that are held while gradients are formed: for each layer (the student's values before and after the pivot,
-# the teacher's, their gradient, and that of the tile before), for a read's temporaries, for a moment's.
+# Tiles of one layer that are held while gradients are formed: for each layer (the student's values
+# before and after the pivot, the teacher's, their gradient, and that of the tile before), for a
+# read's temporaries, for a moment's.
 LAYER_TILES, READ_TILES, MOMENT_TILES = 5, 6, 4
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How the work is cut: `rows` and `columns` of a tile, `resident_rows` whose gradient is accumulated at a time."""
+    """How the work is cut: `rows` and `columns` of a tile, `resident_rows` whose gradient is
+    accumulated at a time.
+    """
 
     rows: int
     columns: int
     resident_rows: int
 
 
-def choose_tiles(layers: int, rows: int, columns: int, student_width: int, teacher_width: int, itemsize: int,
-                 device_type: str) -> Tiles:  # fmt: skip
+def choose_tiles(
+    layers: int,
+    rows: int,
+    columns: int,
+    student_width: int,
+    teacher_width: int,
+    itemsize: int,
+    device_type: str,
+) -> Tiles:
     """Tile sizes that keep every buffer within the byte budgets of this file."""
-    # The student's logits twice (before and after the pivot), the teacher's and the gradient for every layer, and about
-    # twelve temporaries of one layer.
+    # The student's logits twice (before and after the pivot), the teacher's and the gradient for
+    # every layer, and about twelve temporaries of one layer.
     elements = TILE_BYTES.get(device_type, ACCELERATOR_TILE_BYTES) // (itemsize * (4 * layers + 12))
     width = student_width + teacher_width
     most_columns = max(1, OPERAND_BYTES // (itemsize * width))
@@ -76,8 +91,15 @@ def choose_tiles(layers: int, rows: int, columns: int, student_width: int, teach
 class _Side:
     """One model: its hidden states and head, read in tiles."""
 
-    def __init__(self, hidden: list[Tensor], weight: Tensor | None, bias: Tensor | None, logit_scale: float,
-                 softcap: float | None, dtype: torch.dtype):  # fmt: skip
+    def __init__(
+        self,
+        hidden: list[Tensor],
+        weight: Tensor | None,
+        bias: Tensor | None,
+        logit_scale: float,
+        softcap: float | None,
+        dtype: torch.dtype,
+    ):
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.logit_scale, self.softcap, self.dtype = logit_scale, softcap, dtype
 
@@ -104,7 +126,9 @@ class _Side:
         return u
 
     def chain(self, grad_u: Tensor, u: Tensor) -> Tensor:
-        """dL/du -> dL/dx with x = h W^T + b, in place; u is the value before any pivot is subtracted."""
+        """dL/du -> dL/dx with x = h W^T + b, in place; u is the value before any pivot is
+        subtracted.
+        """
         if self.softcap is not None:
             grad_u *= 1 - (u / self.softcap).square()
         if self.logit_scale != 1.0:
@@ -116,27 +140,46 @@ class _Problem:
     """The inputs of one call, cut into row blocks and column tiles."""
 
     def __init__(self, inputs: LensInputs, spec: LensSpec):
-        self.dtype, self.device, self.total_rows = inputs.statistics_dtype, inputs.device, inputs.rows
+        self.dtype, self.device, self.total_rows = (
+            inputs.statistics_dtype,
+            inputs.device,
+            inputs.rows,
+        )
         self.spec, self.labels = spec, inputs.labels
         self.student = _Side(
-            inputs.student_hidden, inputs.student_weight, inputs.student_bias, spec.student_logit_scale,
-            spec.student_softcap, self.dtype,
-        )  # fmt: skip
+            inputs.student_hidden,
+            inputs.student_weight,
+            inputs.student_bias,
+            spec.student_logit_scale,
+            spec.student_softcap,
+            self.dtype,
+        )
         self.teacher = _Side(
-            inputs.teacher_hidden, inputs.teacher_weight, inputs.teacher_bias, spec.teacher_logit_scale,
-            spec.teacher_softcap, self.dtype,
-        )  # fmt: skip
+            inputs.teacher_hidden,
+            inputs.teacher_weight,
+            inputs.teacher_bias,
+            spec.teacher_logit_scale,
+            spec.teacher_softcap,
+            self.dtype,
+        )
         self.layers = len(inputs.student_hidden)
         self.valid_rows = None if inputs.valid is None else inputs.valid.nonzero().squeeze(1)
         self.count = self.total_rows if inputs.valid is None else len(self.valid_rows)
         teacher_width = inputs.teacher_hidden[0].shape[-1] if spec.needs_teacher else 0
         self.tiles = choose_tiles(
-            self.layers, max(self.count, 1), spec.columns, inputs.student_hidden[0].shape[-1], teacher_width,
-            self.dtype.itemsize, self.device.type,
-        )  # fmt: skip
+            self.layers,
+            max(self.count, 1),
+            spec.columns,
+            inputs.student_hidden[0].shape[-1],
+            teacher_width,
+            self.dtype.itemsize,
+            self.device.type,
+        )
 
     def row_blocks(self, size: int, start: int = 0, stop: int | None = None):
-        """Row selections of at most `size` valid rows; with the first and last position among the valid rows."""
+        """Row selections of at most `size` valid rows; with the first and last position among the
+        valid rows.
+        """
         stop = self.count if stop is None else stop
         for first in range(start, stop, size):
             last = min(first + size, stop)
@@ -144,7 +187,9 @@ class _Problem:
             yield rows, first, last
 
     def live_tile(self, columns: slice) -> Tensor | None:
-        """(c,) bool: the columns of a tile where no bias is -inf in front of no soft cap; None: there are no biases."""
+        """(c,) bool: the columns of a tile where no bias is -inf in front of no soft cap; None:
+        there are no biases.
+        """
         live = None
         for side in (self.student, self.teacher):
             if side.bias is not None and side.softcap is None:
@@ -157,23 +202,30 @@ class _Problem:
             yield slice(first, min(first + self.tiles.columns, self.spec.columns))
 
     def label_columns(self, rows, columns: slice) -> tuple[Tensor, Tensor]:
-        """For each row of a block: whether its label is in the column tile, and at which of its columns (else 0)."""
+        """For each row of a block: whether its label is in the column tile, and at which of its
+        columns (else 0).
+        """
         local = self.labels[rows] - columns.start
         inside = (local >= 0) & (local < columns.stop - columns.start)
         return inside, local.where(inside, 0)
 
 
 class _Tops:
-    """The largest u of every row so far, of both models: (2, L, r). Logits are taken relative to it."""
+    """The largest u of every row so far, of both models: (2, L, r). Logits are taken relative to
+    it.
+    """
 
     def __init__(self, layers: int, rows: int, like: Tensor):
         self.top = like.new_full((2, layers, rows), -torch.inf)
-        self.shift = like.new_zeros((2, layers, rows))  # the same, and 0 while every u so far is -inf
+        self.shift = like.new_zeros(
+            (2, layers, rows)
+        )  # the same, and 0 while every u so far is -inf
 
     def subtract(self, u_s: Tensor, u_t: Tensor | None) -> tuple[Tensor, Tensor]:
         """Make a tile relative to the new tops, in place.
 
-        Returns how far the old tops lie below them (-inf without one), and how far the shifts rose: (2, L, r).
+        Returns how far the old tops lie below them (-inf without one), and how far the shifts rose:
+        (2, L, r).
         """
         largest = torch.stack([u_s.amax(-1), self.top[1] if u_t is None else u_t.amax(-1)])
         top, old = torch.maximum(self.top, largest), self.shift
@@ -203,19 +255,32 @@ class _Expectation:
 
         weighted -e x,    excess e (e^x - 1 - x),    difference e' - e
 
-    Where the models are close, log(R / P) + E_p[-x] is a small difference, while E_p[e^x - 1 - x] is a sum of positive
-    numbers; they differ by log(R / P) - (R - P) / P, which is of the second order in how far R / P is from 1.
+    Where the models are close, log(R / P) + E_p[-x] is a small difference, while E_p[e^x - 1 - x]
+    is a sum of positive numbers; they differ by log(R / P) - (R - P) / P, which is of the second
+    order in how far R / P is from 1.
     """
 
     def __init__(self, like: Tensor):
         self.weighted, self.excess, self.difference = (torch.zeros_like(like) for _ in range(3))
 
-    def add(self, total: Tensor, scale: Tensor, other_scale: Tensor, moved: Tensor, e_rc: Tensor, other_rc: Tensor,
-            x_rc: Tensor) -> None:  # fmt: skip
-        """Restate what was summed, of the sum `total` of e, about tops that moved x by `moved`; take in a tile."""
+    def add(
+        self,
+        total: Tensor,
+        scale: Tensor,
+        other_scale: Tensor,
+        moved: Tensor,
+        e_rc: Tensor,
+        other_rc: Tensor,
+        x_rc: Tensor,
+    ) -> None:
+        """Restate what was summed, of the sum `total` of e, about tops that moved x by `moved`;
+        take in a tile.
+        """
         first, second, gap = _orders(scale, other_scale, moved)
         kept = scale > 0
-        self.excess = torch.where(kept, scale * self.excess, 0.0) + total * second + self.difference * gap
+        self.excess = (
+            torch.where(kept, scale * self.excess, 0.0) + total * second + self.difference * gap
+        )
         self.weighted = torch.where(kept, scale * self.weighted, 0.0) - total * first
         self.difference = other_scale * self.difference + total * gap
         first, second, gap = _orders(e_rc, other_rc, x_rc)
@@ -228,7 +293,9 @@ class _Expectation:
         off = self.difference / total
         log_ratio = off.clamp(min=-0.5).log1p()
         near = self.excess / total - kl_of(torch.ones_like(off), 1 + off, log_ratio)
-        return torch.where(off.abs() < 0.5, near, self.weighted / total + other.log() - total.log()).clamp(min=0)
+        return torch.where(
+            off.abs() < 0.5, near, self.weighted / total + other.log() - total.log()
+        ).clamp(min=0)
 
 
 def _orders(e: Tensor, other: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -242,13 +309,21 @@ def _at_temperature(u: Tensor, temperature: float) -> Tensor:
 
 
 def _vectors(u_LrC: Tensor, target: tuple[int, int], temperature: float) -> Tensor:
-    """A moment target's vector of one model: (r, c), a new tensor; 0 where two layers have the same values."""
+    """A moment target's vector of one model: (r, c), a new tensor; 0 where two layers have the same
+    values.
+    """
     first, second = target
-    return u_LrC[second] / temperature if first == OWN else (u_LrC[second] - u_LrC[first]).div_(temperature)
+    return (
+        u_LrC[second] / temperature
+        if first == OWN
+        else (u_LrC[second] - u_LrC[first]).div_(temperature)
+    )
 
 
 def _tile_moments(s: Tensor, t: Tensor, live: Tensor | None) -> Tensor:
-    """(MOMENT_STATS, r) of one tile's vectors s and t, both (r, c), over the columns that are `live`; overwrites them."""
+    """(MOMENT_STATS, r) of one tile's vectors s and t, both (r, c), over the columns that are
+    `live`; overwrites them.
+    """
     out = s.new_empty((MOMENT_STATS, len(s)))
     if live is None:
         count = s.new_full((), s.shape[-1])
@@ -274,11 +349,15 @@ def _restate_means(moments: Tensor, spec: LensSpec, rise: Tensor) -> None:
     """The means of the columns so far about shifts that rose by `rise` (2, L, r), in place."""
     for moment, (first, second) in zip(moments, spec.moments):
         of_vectors = rise[:, second] if first == OWN else rise[:, second] - rise[:, first]
-        moment[MEAN_S : MEAN_T + 1] -= torch.where(moment[COUNT] > 0, of_vectors / spec.moment_temperature, 0.0)
+        moment[MEAN_S : MEAN_T + 1] -= torch.where(
+            moment[COUNT] > 0, of_vectors / spec.moment_temperature, 0.0
+        )
 
 
 def _merge_moments(a: Tensor, b: Tensor) -> Tensor:
-    """Moments of the union of two sets of columns (Chan, Golub and LeVeque's update): (MOMENT_STATS, r)."""
+    """Moments of the union of two sets of columns (Chan, Golub and LeVeque's update):
+    (MOMENT_STATS, r).
+    """
     count = a[COUNT] + b[COUNT]
     weight_b = b[COUNT] / count.clamp(min=1)
     cross = a[COUNT] * weight_b
@@ -320,11 +399,17 @@ def _block_stats(problem: _Problem, rows) -> tuple[Tensor, Tensor, Tensor]:
 
     for columns in problem.column_tiles():
         u_s = student.values(student_LrD, student.weight_tile(columns), columns)
-        u_t = teacher.values(teacher_LrD, teacher.weight_tile(columns), columns) if spec.needs_teacher else None
+        u_t = (
+            teacher.values(teacher_LrD, teacher.weight_tile(columns), columns)
+            if spec.needs_teacher
+            else None
+        )
         for index, read in enumerate(spec.reads):
             if read.divergence == NLL:
                 inside, at = problem.label_columns(rows, columns)
-                labels[index] = torch.where(inside, u_s[read.layer].gather(1, at[:, None])[:, 0], labels[index])
+                labels[index] = torch.where(
+                    inside, u_s[read.layer].gather(1, at[:, None])[:, 0], labels[index]
+                )
         if spec.reads:
             below, rise = tops.subtract(u_s, u_t)
             _restate_means(moments, spec, rise)
@@ -339,19 +424,27 @@ def _block_stats(problem: _Problem, rows) -> tuple[Tensor, Tensor, Tensor]:
             scale_t, e_t = of_teacher[index].add(below_t, z_t)
             of = expectation_of(read)
             if of == "teacher":
-                expectations[index].add(total_t, scale_t, scale_s, below_s - below_t, e_t, e_s, z_s - z_t)
+                expectations[index].add(
+                    total_t, scale_t, scale_s, below_s - below_t, e_t, e_s, z_s - z_t
+                )
             elif of == "student":
-                expectations[index].add(total_s, scale_s, scale_t, below_t - below_s, e_s, e_t, z_t - z_s)
+                expectations[index].add(
+                    total_s, scale_s, scale_t, below_t - below_s, e_s, e_t, z_t - z_s
+                )
         for index, target in enumerate(spec.moments):
             s, t = (_vectors(u, target, spec.moment_temperature) for u in (u_s, u_t))
-            moments[index] = _merge_moments(moments[index], _tile_moments(s, t, problem.live_tile(columns)))
+            moments[index] = _merge_moments(
+                moments[index], _tile_moments(s, t, problem.live_tile(columns))
+            )
 
     pivots = tops.shift
     for index, read in enumerate(spec.reads):
         total_s, total_t = of_student[index].total, of_teacher[index].total
         reads[index, LSE_S] = total_s.log()
         if read.divergence == NLL:
-            reads[index, VALUE] = total_s.log() + (pivots[0, read.layer] - labels[index]) / read.temperature
+            reads[index, VALUE] = (
+                total_s.log() + (pivots[0, read.layer] - labels[index]) / read.temperature
+            )
             continue
         reads[index, LSE_T] = total_t.log()
         of = expectation_of(read)
@@ -365,13 +458,27 @@ def _block_stats(problem: _Problem, rows) -> tuple[Tensor, Tensor, Tensor]:
     return pivots, reads, moments
 
 
-def _second_pass(problem: _Problem, student_LrD: Tensor, teacher_LrD: Tensor | None, pivots: Tensor, reads: Tensor) -> None:
-    """Add to `reads` what takes both log-sum-exps, which stand there: of one row block, over every column."""
+def _second_pass(
+    problem: _Problem,
+    student_LrD: Tensor,
+    teacher_LrD: Tensor | None,
+    pivots: Tensor,
+    reads: Tensor,
+) -> None:
+    """Add to `reads` what takes both log-sum-exps, which stand there: of one row block, over every
+    column.
+    """
     student, teacher, spec = problem.student, problem.teacher, problem.spec
     indices = [i for i, read in enumerate(spec.reads) if needs_second_pass(read)]
     for columns in problem.column_tiles() if indices else ():
-        u_s = student.values(student_LrD, student.weight_tile(columns), columns) - pivots[0, ..., None]
-        u_t = teacher.values(teacher_LrD, teacher.weight_tile(columns), columns) - pivots[1, ..., None]
+        u_s = (
+            student.values(student_LrD, student.weight_tile(columns), columns)
+            - pivots[0, ..., None]
+        )
+        u_t = (
+            teacher.values(teacher_LrD, teacher.weight_tile(columns), columns)
+            - pivots[1, ..., None]
+        )
         for index in indices:
             log_q, log_p = _log_probabilities(spec.reads[index], u_s, u_t, reads[index])
             divergence = DIVERGENCES[spec.reads[index].divergence]
@@ -380,16 +487,26 @@ def _second_pass(problem: _Problem, student_LrD: Tensor, teacher_LrD: Tensor | N
 
 
 def add_second_pass(inputs: LensInputs, spec: LensSpec, pivots: Tensor, reads: Tensor) -> None:
-    """Add VALUE and SLOPE over the given columns to the `reads` that need both log-sum-exps, perhaps of more columns."""
+    """Add VALUE and SLOPE over the given columns to the `reads` that need both log-sum-exps,
+    perhaps of more columns.
+    """
     problem = _Problem(inputs, spec)
     for rows, _, _ in problem.row_blocks(problem.tiles.rows):
         of_block = reads[..., rows].clone()
-        _second_pass(problem, problem.student.rows(rows), problem.teacher.rows(rows), pivots[..., rows], of_block)
+        _second_pass(
+            problem,
+            problem.student.rows(rows),
+            problem.teacher.rows(rows),
+            pivots[..., rows],
+            of_block,
+        )
         reads[..., rows] = of_block
 
 
 def expectation_of(read: Read) -> str | None:
-    """The model under whose distribution the read's divergence is an expectation, summed in one pass; None: neither."""
+    """The model under whose distribution the read's divergence is an expectation, summed in one
+    pass; None: neither.
+    """
     return DIVERGENCES[read.divergence].expectation_of if read.divergence in DIVERGENCES else None
 
 
@@ -398,34 +515,49 @@ def needs_second_pass(read: Read) -> bool:
     return read.divergence in DIVERGENCES and expectation_of(read) is None
 
 
-def _log_probabilities(read: Read, u_s: Tensor, u_t: Tensor, read_stats: Tensor) -> tuple[Tensor, Tensor]:
+def _log_probabilities(
+    read: Read, u_s: Tensor, u_t: Tensor, read_stats: Tensor
+) -> tuple[Tensor, Tensor]:
     """log q and log p of one tile, (r, c) each, from u relative to the pivots."""
     log_q = _at_temperature(u_s[read.layer], read.temperature) - read_stats[LSE_S, :, None]
     log_p = _at_temperature(u_t[read.layer], read.temperature) - read_stats[LSE_T, :, None]
     return log_q, log_p
 
 
-def grad(inputs: LensInputs, spec: LensSpec, per_row: tuple[Tensor, ...], needed: list[bool]) -> list[Tensor]:
+def grad(
+    inputs: LensInputs, spec: LensSpec, per_row: tuple[Tensor, ...], needed: list[bool]
+) -> list[Tensor]:
     """Gradients of [*student_hidden, student_weight, student_bias] marked in `needed`.
 
-    `per_row` are the three statistics and the upstream gradients of the last two. A gradient of a low-precision head is
-    accumulated in float32; where neither that of the whole head nor that of all hidden states fits the accumulator
-    budget, the columns are walked twice, once for each.
+    `per_row` are the three statistics and the upstream gradients of the last two. A gradient of a
+    low-precision head is accumulated in float32; where neither that of the whole head nor that of
+    all hidden states fits the accumulator budget, the columns are walked twice, once for each.
     """
     problem = _Problem(inputs, spec)
-    student_hidden, student_weight, student_bias = inputs.student_hidden, inputs.student_weight, inputs.student_bias
+    student_hidden, student_weight, student_bias = (
+        inputs.student_hidden,
+        inputs.student_weight,
+        inputs.student_bias,
+    )
     *needs_hidden, needs_weight, needs_bias = needed
     grad_hidden = [
         torch.zeros_like(h, memory_format=torch.contiguous_format) if need else None
         for h, need in zip(student_hidden, needs_hidden)
     ]
-    grad_weight = torch.zeros_like(student_weight, memory_format=torch.contiguous_format) if needs_weight else None
+    grad_weight = (
+        torch.zeros_like(student_weight, memory_format=torch.contiguous_format)
+        if needs_weight
+        else None
+    )
     grad_bias = torch.zeros_like(student_bias, dtype=problem.dtype) if needs_bias else None
 
     all_rows = max(problem.count, 1)
     resident = problem.tiles.resident_rows if any(needs_hidden) else all_rows
-    # Written once per set of resident rows: with one set, or in a dtype wide enough, no accumulator is needed.
-    summed_in_place = not needs_weight or problem.count <= resident or student_weight.dtype == problem.dtype
+    # Written once per set of resident rows: with one set, or in a dtype wide enough, no accumulator
+    # is needed.
+    summed_in_place = (
+        not needs_weight or problem.count <= resident or student_weight.dtype == problem.dtype
+    )
     if summed_in_place:
         _accumulate(problem, per_row, grad_hidden, grad_weight, grad_bias, resident)
     elif student_weight.numel() * problem.dtype.itemsize <= ACCUMULATOR_BYTES:
@@ -440,11 +572,14 @@ def grad(inputs: LensInputs, spec: LensSpec, per_row: tuple[Tensor, ...], needed
     return [g for g in (*grad_hidden, grad_weight, grad_bias) if g is not None]
 
 
-def _accumulate(problem: _Problem, per_row, grad_hidden, grad_weight, grad_bias, resident_rows: int) -> None:
-    """Add the gradients into the tensors given, one per layer, or none, for the hidden states; None is not computed.
+def _accumulate(
+    problem: _Problem, per_row, grad_hidden, grad_weight, grad_bias, resident_rows: int
+) -> None:
+    """Add the gradients into the tensors given, one per layer, or none, for the hidden states; None
+    is not computed.
 
-    For each set of resident rows the columns are outermost, so a tile of the head's gradient is summed over these rows
-    in the working dtype and written once.
+    For each set of resident rows the columns are outermost, so a tile of the head's gradient is
+    summed over these rows in the working dtype and written once.
     """
     student, teacher = problem.student, problem.teacher
     width = student.hidden[0].shape[-1]
@@ -453,7 +588,9 @@ def _accumulate(problem: _Problem, per_row, grad_hidden, grad_weight, grad_bias,
         stop = min(start + resident_rows, problem.count)
         summed = None
         if want_hidden:
-            summed = student.hidden[0].new_zeros((problem.layers, stop - start, width), dtype=problem.dtype)
+            summed = student.hidden[0].new_zeros(
+                (problem.layers, stop - start, width), dtype=problem.dtype
+            )
         for columns in problem.column_tiles():
             weight_cD = student.weight_tile(columns)
             teacher_cD = teacher.weight_tile(columns) if problem.spec.needs_teacher else None
@@ -461,12 +598,16 @@ def _accumulate(problem: _Problem, per_row, grad_hidden, grad_weight, grad_bias,
             for rows, first, last in problem.row_blocks(problem.tiles.rows, start, stop):
                 student_LrD = student.rows(rows)
                 teacher_LrD = teacher.rows(rows) if problem.spec.needs_teacher else None
-                grad_x = _tile_gradient(problem, per_row, rows, columns, student_LrD, weight_cD, teacher_LrD, teacher_cD)
+                grad_x = _tile_gradient(
+                    problem, per_row, rows, columns, student_LrD, weight_cD, teacher_LrD, teacher_cD
+                )
                 if grad_bias is not None:
                     grad_bias[columns] += grad_x.sum((0, 1))
                 flat = grad_x.reshape(-1, grad_x.shape[-1])
                 if summed is not None:
-                    summed[:, first - start : last - start] += (flat @ weight_cD).view(problem.layers, -1, width)
+                    summed[:, first - start : last - start] += (flat @ weight_cD).view(
+                        problem.layers, -1, width
+                    )
                 if summed_cD is not None:
                     summed_cD.addmm_(flat.T, student_LrD.reshape(-1, width))
             if grad_weight is not None:
@@ -478,7 +619,16 @@ def _accumulate(problem: _Problem, per_row, grad_hidden, grad_weight, grad_bias,
                     out[rows] = summed[layer].to(out.dtype)
 
 
-def _tile_gradient(problem: _Problem, per_row, rows, columns: slice, student_LrD, weight_cD, teacher_LrD, teacher_cD):
+def _tile_gradient(
+    problem: _Problem,
+    per_row,
+    rows,
+    columns: slice,
+    student_LrD,
+    weight_cD,
+    teacher_LrD,
+    teacher_cD,
+):
     """dL/dx of one tile, x = h W^T + b of the student: (L, r, c)."""
     spec, student, teacher = problem.spec, problem.student, problem.teacher
     pivots, reads, moments, grad_reads, grad_moments = (stat[..., rows, None] for stat in per_row)
@@ -501,7 +651,12 @@ def _tile_gradient(problem: _Problem, per_row, rows, columns: slice, student_LrD
             grad_z.scatter_add_(1, at[:, None], torch.where(inside[:, None], -upstream[VALUE], 0.0))
         else:
             log_p = _at_temperature(u_t[read.layer], read.temperature) - stat[LSE_T]
-            grad_z = DIVERGENCES[read.divergence].slope(log_q, log_p).sub_(q * stat[SLOPE]).mul_(upstream[VALUE])
+            grad_z = (
+                DIVERGENCES[read.divergence]
+                .slope(log_q, log_p)
+                .sub_(q * stat[SLOPE])
+                .mul_(upstream[VALUE])
+            )
             grad_z += q * upstream[LSE_S]
         grad_u[read.layer].add_(grad_z, alpha=1 / read.temperature)
     for index, target in enumerate(spec.moments):
@@ -510,7 +665,11 @@ def _tile_gradient(problem: _Problem, per_row, rows, columns: slice, student_LrD
         live = problem.live_tile(columns)
         s -= stat[MEAN_S]
         t -= stat[MEAN_T]
-        grad_vector = (2 * upstream[M_SS]) * s + upstream[M_ST] * t + upstream[MEAN_S] / stat[COUNT].clamp(min=1)
+        grad_vector = (
+            (2 * upstream[M_SS]) * s
+            + upstream[M_ST] * t
+            + upstream[MEAN_S] / stat[COUNT].clamp(min=1)
+        )
         grad_vector += (2 * upstream[M_DD]) * s.sub_(t)
         if live is not None:
             grad_vector = torch.where(live, grad_vector, 0.0)
@@ -524,7 +683,9 @@ def _tile_gradient(problem: _Problem, per_row, rows, columns: slice, student_LrD
 def memory(shape: CallShape) -> dict[str, int]:
     """Bytes that are in use at the peak of a call by part, beside gradients and statistics."""
     layers, rows, width = shape.layers, shape.rows, shape.student_width
-    tiles = choose_tiles(layers, rows, shape.columns, width, shape.teacher_width, FLOAT, shape.device)
+    tiles = choose_tiles(
+        layers, rows, shape.columns, width, shape.teacher_width, FLOAT, shape.device
+    )
     block, resident = min(tiles.rows, rows), min(rows, tiles.resident_rows)
     converted = width + (shape.teacher_width if shape.teacher_head else 0) if shape.narrow else 0
     head_sum = FLOAT * shape.columns * width

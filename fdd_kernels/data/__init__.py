@@ -1,6 +1,8 @@
-"""Text to distil on: plain text, prompts with completions, and chats, from files or data sets to token windows with labels.
+"""Text to distil on: plain text, prompts with completions, and chats, from files or data sets to
+token windows with labels.
 
-Reading needs nothing beyond the `hf` extra, and collating (`pad_windows`) nothing beyond torch; `progress` alone needs rich.
+Reading needs nothing beyond the `hf` extra, and collating (`pad_windows`) nothing beyond torch;
+`progress` alone needs rich.
 """
 
 from fdd_kernels.data.chats import chat_pieces

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from fdd_kernels.common.errors import UserError
 from fdd_kernels.data.records import Chat, Message
-from fdd_kernels.user_error import UserError
 
 # (text, whether its tokens are learned)
 Piece = tuple[str, bool]
@@ -19,18 +19,21 @@ _PROBE = "probe of a part"
 
 
 def chat_pieces(chat: Chat, tokenizer, source: str) -> list[Piece]:
-    """A chat as the tokenizer's template writes it, cut where assistant turns begin and end; only those are learned.
+    """A chat as the tokenizer's template writes it, cut where assistant turns begin and end; only
+    those are learned.
 
-    A turn that the template writes differently once others follow (Qwen3 drops earlier reasoning) is not learned; the
-    last one always is. Text parts are joined for a template that knows texts only; tool calls must be in what it writes.
+    A turn that the template writes differently once others follow (Qwen3 drops earlier reasoning)
+    is not learned; the last one always is. Text parts are joined for a template that knows texts
+    only; tool calls must be in what it writes.
 
     Raises:
-        UserError: the template refuses the chat, writes the last turn's prompt differently with and without it, or leaves
-            tool calls out.
+        UserError: the template refuses the chat, writes the last turn's prompt differently with and
+            without it, or leaves tool calls out.
     """
     if tokenizer.chat_template is None:
         raise UserError(
-            f"{source}: a chat, but the tokenizer has no chat template: take one that has, or write the chat as "
+            f"{source}: a chat, but the tokenizer has no chat template: take one that has, or "
+            "write the chat as "
             '"prompt" and "completion"'
         )
     failure = None
@@ -51,7 +54,9 @@ def _as_the_template_reads(message: Message, tokenizer) -> Message:
     content = message["content"]
     if content is None:
         return message
-    texts, parts = (_writes(kind, tokenizer, str(tokenizer.chat_template)) for kind in ("text", "parts"))
+    texts, parts = (
+        _writes(kind, tokenizer, str(tokenizer.chat_template)) for kind in ("text", "parts")
+    )
     if isinstance(content, list) and not parts:
         return message | {"content": "".join(part["text"] for part in content)}
     if isinstance(content, str) and parts and not texts:
@@ -61,11 +66,14 @@ def _as_the_template_reads(message: Message, tokenizer) -> Message:
 
 @functools.lru_cache(maxsize=16)
 def _writes(kind: str, tokenizer, template: str) -> bool:
-    """Whether a template writes content that is a text, or parts: not nothing, and not the list as Python or JSON has it."""
+    """Whether a template writes content that is a text, or parts: not nothing, and not the list as
+    Python or JSON has it.
+    """
     content = _PROBE if kind == "text" else [{"type": "text", "text": _PROBE}]
     try:
         written = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}, {"role": "assistant", "content": content}], tokenize=False
+            [{"role": "user", "content": content}, {"role": "assistant", "content": content}],
+            tokenize=False,
         )
     except Exception:  # Jinja's errors, and whatever the template raises
         return False
@@ -73,25 +81,35 @@ def _writes(kind: str, tokenizer, template: str) -> bool:
 
 
 def _writings(messages: list[Message]) -> Iterator[list[Message]]:
-    """The ways to write the same messages. There is one, but for tool calls: some templates want their arguments as an object
-    and others as JSON text, and their content empty, or none (which transformers 5 takes away, and its predecessors write).
+    """The ways to write the same messages. There is one, but for tool calls: some templates want
+    their arguments as an object and others as JSON text, and their content empty, or none (which
+    transformers 5 takes away, and its predecessors write).
     """
     calling = any(message.get("tool_calls") for message in messages)
-    for as_object, without in itertools.product((True, False), (None, "")) if calling else ((True, None),):
-        yield [_with_calls(m, as_object) | ({"content": without} if m["content"] is None else {}) for m in messages]
+    for as_object, without in (
+        itertools.product((True, False), (None, "")) if calling else ((True, None),)
+    ):
+        yield [
+            _with_calls(m, as_object) | ({"content": without} if m["content"] is None else {})
+            for m in messages
+        ]
 
 
 def _with_calls(message: Message, as_object: bool) -> Message:
     if not message.get("tool_calls"):
         return message
-    return message | {"tool_calls": [_with_arguments(call, as_object) for call in message["tool_calls"]]}
+    return message | {
+        "tool_calls": [_with_arguments(call, as_object) for call in message["tool_calls"]]
+    }
 
 
 def _with_arguments(call: dict[str, Any], as_object: bool) -> dict[str, Any]:
     function = call["function"]
     arguments = function.get("arguments", {})
     if as_object and isinstance(arguments, str):
-        with contextlib.suppress(json.JSONDecodeError):  # else it is a text for the template to write as it is
+        with contextlib.suppress(
+            json.JSONDecodeError
+        ):  # else it is a text for the template to write as it is
             arguments = json.loads(arguments)
     elif not as_object and not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)
@@ -103,19 +121,27 @@ def _cut(messages: list[Message], chat: Chat, tokenizer, source: str) -> list[Pi
         try:
             return tokenizer.apply_chat_template(turns, tools=chat.tools, tokenize=False, **options)
         except Exception as error:  # Jinja's errors, and whatever the template raises
-            raise _NotWritten(f"{source}: the tokenizer's chat template refuses this chat: {error}") from None
+            raise _NotWritten(
+                f"{source}: the tokenizer's chat template refuses this chat: {error}"
+            ) from None
 
     def where_the_turn_begins(index: int) -> int | None:
-        """Where the prompt of an assistant turn ends in `whole`; None where `whole` does not begin with it."""
+        """Where the prompt of an assistant turn ends in `whole`; None where `whole` does not begin
+        with it.
+        """
         if index == 0:
             return 0
         before = messages[:index]
         prompt = render(before, add_generation_prompt=True)
         if whole.startswith(prompt):
             return len(prompt)
-        # A prompt may already begin the reasoning (DeepSeek, Nemotron), which finished turns are written without: it then ends
-        # where the two part, and not behind what comes before any answer.
-        answers = [_as_the_template_reads({"role": "assistant", "content": text}, tokenizer) for text in ("A", "B")]
+        # A prompt may already begin the reasoning (DeepSeek, Nemotron), which finished turns are
+        # written without: it then ends where the two part, and not behind what comes before any
+        # answer.
+        answers = [
+            _as_the_template_reads({"role": "assistant", "content": text}, tokenizer)
+            for text in ("A", "B")
+        ]
         common = _common([whole, prompt, *(render([*before, answer]) for answer in answers)])
         asked = render(before)
         return common if whole.startswith(asked) and common > len(asked) else None
@@ -123,8 +149,12 @@ def _cut(messages: list[Message], chat: Chat, tokenizer, source: str) -> list[Pi
     whole = render(messages)
     for index, message in enumerate(messages):
         _require_calls(message, whole, f"{source}: message {index + 1}")
-    if any(m["content"] is None for m in messages) and whole.count("None") > str(_texts(messages)).count("None"):
-        raise _NotWritten(f"{source}: the tokenizer's chat template writes a content of null as None")
+    if any(m["content"] is None for m in messages) and whole.count("None") > str(
+        _texts(messages)
+    ).count("None"):
+        raise _NotWritten(
+            f"{source}: the tokenizer's chat template writes a content of null as None"
+        )
     last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
     pieces: list[Piece] = []
     at = 0
@@ -140,8 +170,10 @@ def _cut(messages: list[Message], chat: Chat, tokenizer, source: str) -> list[Pi
             _require_calls(message, pieces[-1][0], f"{source}: message {index + 1}")
         elif index == last:
             raise UserError(
-                f"{source}: the tokenizer's chat template does not begin the chat with the prompt of its last assistant turn, "
-                'so it is not known which tokens to learn; write the line as "prompt" and "completion"'
+                f"{source}: the tokenizer's chat template does not begin the chat with the prompt "
+                "of its last assistant turn, "
+                'so it is not known which tokens to learn; write the line as "prompt" and '
+                '"completion"'
             )
     return [*pieces, (whole[at:], False)]
 
@@ -160,6 +192,7 @@ def _require_calls(message: Message, written: str, where: str) -> None:
     for call in message.get("tool_calls") or ():
         if call["function"]["name"] not in written:
             raise _NotWritten(
-                f"{where} calls {call['function']['name']}, which the tokenizer's chat template leaves out: take a tokenizer "
+                f"{where} calls {call['function']['name']}, which the tokenizer's chat template "
+                "leaves out: take a tokenizer "
                 'whose template writes tool calls, or write the chat as "prompt" and "completion"'
             )

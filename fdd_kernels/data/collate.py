@@ -13,29 +13,44 @@ IGNORED = -100
 _FILL = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
 
 
-def pad_windows(windows: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]]) -> dict[str, torch.Tensor]:
-    """A batch (rows, longest window), padded on the right; padding is neither attended nor learned. A window without
-    `attention_mask` is attended throughout.
+def pad_windows(
+    windows: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]],
+) -> dict[str, torch.Tensor]:
+    """A batch (rows, longest window), padded on the right; padding is neither attended nor learned.
+    A window without `attention_mask` is attended throughout.
 
-    Numbers beside the windows, such as a teacher cache's `teacher_index`, become a tensor (rows,). Windows hold lists or
-    tensors. They come one by one, or as columns, which is what a slice of a `datasets.Dataset` gives. Without labels the batch
-    has none either: then every attended position counts.
+    Numbers beside the windows, such as a teacher cache's `teacher_index`, become a tensor (rows,).
+    Windows hold lists or tensors. They come one by one, or as columns, which is what a slice of a
+    `datasets.Dataset` gives. Without labels the batch has none either: then every attended position
+    counts.
 
     Raises:
         ValueError: some windows have labels and some have none.
     """
     if isinstance(windows, Mapping):
         windows = [dict(zip(windows, values)) for values in zip(*windows.values())]
-    windows = [{"attention_mask": [1] * len(window["input_ids"])} | dict(window) for window in windows]
+    windows = [
+        {"attention_mask": [1] * len(window["input_ids"])} | dict(window) for window in windows
+    ]
     labelled = sum("labels" in window for window in windows)
     if labelled not in (0, len(windows)):
-        raise ValueError(f"{labelled} of {len(windows)} windows have labels: give them to all or to none")
+        raise ValueError(
+            f"{labelled} of {len(windows)} windows have labels: give them to all or to none"
+        )
     batch = {
-        name: pad_sequence([torch.as_tensor(w[name]).long() for w in windows], batch_first=True, padding_value=value)
+        name: pad_sequence(
+            [torch.as_tensor(w[name]).long() for w in windows],
+            batch_first=True,
+            padding_value=value,
+        )
         for name, value in _FILL.items()
         if name in windows[0]
     }
-    numbers = [name for name, value in windows[0].items() if isinstance(value, Integral) or _is_scalar(value)]
+    numbers = [
+        name
+        for name, value in windows[0].items()
+        if isinstance(value, Integral) or _is_scalar(value)
+    ]
     return batch | {name: torch.tensor([int(w[name]) for w in windows]) for name in numbers}
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from fdd_kernels.common.progress import Activity
+from fdd_kernels.common.sizes import show
 from fdd_kernels.data.sources import Source, open_source
 from fdd_kernels.data.windows import Windows, load_windows
-from fdd_kernels.progress import Activity
-from fdd_kernels.sizes import show
 
 
 def read_windows(
@@ -22,9 +22,13 @@ def read_windows(
     seed: int,
     unshared: frozenset[int] = frozenset(),
 ) -> Windows:
-    """`load_windows` with a progress bar, and lines that say what was read and what was left out."""
+    """`load_windows` with a progress bar, and lines that say what was read and what was left
+    out.
+    """
     source = open_source(data)
-    with Activity(console, "reading text", source.size, count=show if source.files else str) as activity:
+    with Activity(
+        console, "reading text", source.size, count=show if source.files else str
+    ) as activity:
         windows = load_windows(
             source,
             tokenizer,
@@ -35,17 +39,20 @@ def read_windows(
             advance=lambda read: activity.update(activity.done + read),
         )
     console.print(
-        f"{windows.documents} documents: {len(windows.train)} training windows of at most {max_length} tokens "
+        f"{windows.documents} documents: {len(windows.train)} training windows of at most "
+        f"{max_length} tokens "
         f"({windows.train_tokens} tokens), {len(windows.held_out)} held out"
     )
     if windows.without_labels:
         console.print(
-            f"{len(windows.without_labels)} documents have nothing to learn within {max_length} tokens and are left out, "
+            f"{len(windows.without_labels)} documents have nothing to learn within {max_length} "
+            "tokens and are left out, "
             f"for example {windows.without_labels[0]}"
         )
     if windows.not_shared:
         console.print(
-            f"{len(windows.not_shared)} documents hold tokens that not both models have, and their windows with them are left "
+            f"{len(windows.not_shared)} documents hold tokens that not both models have, and their "
+            "windows with them are left "
             f"out, for example {windows.not_shared[0]}"
         )
     return windows

@@ -1,4 +1,6 @@
-"""Documents as files hold them, in any of the usual shapes: a text, a prompt with its completion, or a chat."""
+"""Documents as files hold them, in any of the usual shapes: a text, a prompt with its completion,
+or a chat.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +11,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fdd_kernels.user_error import UserError
+from fdd_kernels.common.errors import UserError
 
 Message = dict[str, Any]
 # ShareGPT's names of who speaks, as chat templates know them.
 _ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant", "model": "assistant",
-    "system": "system", "tool": "tool", "observation": "tool", "function_response": "tool", "function_call": "assistant",
-}  # fmt: skip
-_SHAPES = '"text", "prompt" and "completion", "messages", "conversations", "instruction" and "output", or "input_ids"'
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "model": "assistant",
+    "system": "system",
+    "tool": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "function_call": "assistant",
+}
+_SHAPES = (
+    '"text", "prompt" and "completion", "messages", "conversations", "instruction" and "output", '
+    'or "input_ids"'
+)
 
 
 @dataclass(frozen=True)
@@ -25,8 +39,8 @@ class Chat:
     """A conversation.
 
     Args:
-        messages: with "role" and "content": a text, a list of text parts, or None beside "tool_calls". Whatever else they
-            have is for the chat template.
+        messages: with "role" and "content": a text, a list of text parts, or None beside
+            "tool_calls". Whatever else they have is for the chat template.
         first: assistant turns before this message belong to the prompt and are not learned.
         tools: the functions that may be called, for the template.
     """
@@ -46,8 +60,8 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Record:
-    """One document as it was read: `value` is a text, a (prompt, completion) pair, a chat, or tokens. `source` says where
-    from.
+    """One document as it was read: `value` is a text, a (prompt, completion) pair, a chat, or
+    tokens. `source` says where from.
     """
 
     source: str
@@ -57,18 +71,23 @@ class Record:
 def read_records(path: Path) -> Iterator[Record]:
     """The documents of one file.
 
-    A .txt file is one. A .jsonl file has one on each line that is not empty, a .json file is a list of them (or also has one on
-    each line), .csv and .parquet files have one in each row. A document is an object with one of, in this order:
+    A .txt file is one. A .jsonl file has one on each line that is not empty, a .json file is a list
+    of them (or also has one on each line), .csv and .parquet files have one in each row. A document
+    is an object with one of, in this order:
 
-    - "messages": a chat, a list of {"role", "content"}, perhaps with "tool_calls"; "tools" beside it names the functions;
+    - "messages": a chat, a list of {"role", "content"}, perhaps with "tool_calls"; "tools" beside
+      it names the functions;
     - "prompt" and "completion": two texts, or two parts of a chat, of which the second is learned;
     - "text";
-    - "conversations": a chat of {"from", "value"} (ShareGPT), perhaps with "system" and "tools" beside it;
-    - "instruction" and "output", perhaps with "input" and "system" (Alpaca): a chat of one question and its answer;
+    - "conversations": a chat of {"from", "value"} (ShareGPT), perhaps with "system" and "tools"
+      beside it;
+    - "instruction" and "output", perhaps with "input" and "system" (Alpaca): a chat of one question
+      and its answer;
     - "input_ids", perhaps with "labels": a document that the models' tokenizer has read before.
 
     Raises:
-        UserError: naming the file and the line (or row) that is not UTF-8, not valid, or none of these.
+        UserError: naming the file and the line (or row) that is not UTF-8, not valid, or none of
+            these.
     """
     yield from _READERS[path.suffix](path)
 
@@ -85,7 +104,9 @@ def record_of(entry: Any, source: str) -> Record:
 
 
 def record_of_row(row: dict[str, Any], source: str) -> Record:
-    """One document from a row of a table, where None stands for what other rows have and this one has not."""
+    """One document from a row of a table, where None stands for what other rows have and this one
+    has not.
+    """
     return record_of(_without_nones(row), source)
 
 
@@ -96,7 +117,8 @@ def _decoded_lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
                 raise UserError(
-                    f"{path}:{number}: not UTF-8 text: {error.reason} at byte {error.start + 1} of the line"
+                    f"{path}:{number}: not UTF-8 text: {error.reason} at byte {error.start + 1} of "
+                    "the line"
                 ) from None
 
 
@@ -131,7 +153,9 @@ def _read_json(path: Path) -> Iterator[Record]:
     if isinstance(entries, dict):
         entries = [entries]
     if not isinstance(entries, list):
-        raise UserError(f"{path}: expected a list of objects, or one on each line, got {type(entries).__name__}")
+        raise UserError(
+            f"{path}: expected a list of objects, or one on each line, got {type(entries).__name__}"
+        )
     for number, entry in enumerate(entries, start=1):
         yield record_of(entry, f"{path}, record {number}")
 
@@ -143,7 +167,10 @@ def _read_csv(path: Path) -> Iterator[Record]:
         for row in reader:
             source = f"{path}:{reader.line_num}"
             if None in row:
-                raise UserError(f"{source}: more fields than the first line has names: quote fields that hold a comma")
+                raise UserError(
+                    f"{source}: more fields than the first line has names: quote fields that hold "
+                    "a comma"
+                )
             yield record_of_row(row, source)
     except csv.Error as error:
         raise UserError(f"{path}:{reader.reader.line_num}: not valid CSV: {error}") from None
@@ -165,11 +192,19 @@ def _read_parquet(path: Path) -> Iterator[Record]:
         raise UserError(f"{path}: not a readable Parquet file: {error}") from None
 
 
-_READERS = {".txt": _read_text, ".jsonl": _read_lines, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+_READERS = {
+    ".txt": _read_text,
+    ".jsonl": _read_lines,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+}
 
 
 def _without_nones(value: Any) -> Any:
-    """Tables give every object the fields of all others, as None; a message without content is the exception."""
+    """Tables give every object the fields of all others, as None; a message without content is the
+    exception.
+    """
     if isinstance(value, list):
         return [_without_nones(item) for item in value]
     if isinstance(value, dict):
@@ -184,7 +219,9 @@ def _without_nones(value: Any) -> Any:
 def _value(entry: dict[str, Any], source: str) -> str | tuple[str, str] | Chat | Tokens:
     def text(name: str) -> str:
         if not isinstance(entry[name], str):
-            raise UserError(f'{source}: "{name}" must be a string, got {type(entry[name]).__name__}')
+            raise UserError(
+                f'{source}: "{name}" must be a string, got {type(entry[name]).__name__}'
+            )
         return entry[name]
 
     if "messages" in entry:
@@ -198,7 +235,9 @@ def _value(entry: dict[str, Any], source: str) -> str | tuple[str, str] | Chat |
     if "text" in entry:
         return text("text")
     if "conversations" in entry:
-        return _chat(_from_share_gpt(entry["conversations"], source), source, "conversations", entry)
+        return _chat(
+            _from_share_gpt(entry["conversations"], source), source, "conversations", entry
+        )
     if "instruction" in entry and "output" in entry:
         question = [text("instruction"), text("input") if entry.get("input") else ""]
         messages = [
@@ -213,10 +252,15 @@ def _value(entry: dict[str, Any], source: str) -> str | tuple[str, str] | Chat |
 
 def _tokens(ids: Any, labels: Any, source: str) -> Tokens:
     for name, values in (("input_ids", ids), ("labels", labels)):
-        if not isinstance(values, list) or not all(type(value) is int and -(2**31) <= value < 2**31 for value in values):
+        if not isinstance(values, list) or not all(
+            type(value) is int and -(2**31) <= value < 2**31 for value in values
+        ):
             raise UserError(f'{source}: "{name}" must be a list of integers of 32 bits')
     if len(ids) != len(labels):
-        raise UserError(f'{source}: {len(ids)} "input_ids", but {len(labels)} "labels": give each token one, not shifted')
+        raise UserError(
+            f'{source}: {len(ids)} "input_ids", but {len(labels)} "labels": give each token one, '
+            "not shifted"
+        )
     return Tokens(ids, labels)
 
 
@@ -230,7 +274,10 @@ def _from_share_gpt(turns: Any, source: str) -> Any:
             messages.append(turn)
             continue
         if turn["from"] not in _ROLES:
-            raise UserError(f'{source}: message {number} is "from" {turn["from"]!r}: expected one of {", ".join(_ROLES)}')
+            raise UserError(
+                f'{source}: message {number} is "from" {turn["from"]!r}: expected one of '
+                f"{', '.join(_ROLES)}"
+            )
         message = {"role": _ROLES[turn["from"]], "content": turn.get("value")}
         if turn["from"] == "function_call":
             call = _json(turn.get("value"), f"{source}: the function call in message {number}")
@@ -253,18 +300,29 @@ def _chat(messages: Any, source: str, name: str, entry: dict[str, Any], first: i
     messages = _messages(messages, source, name)
     tools = _json(entry.get("tools") or None, f'{source}: "tools"') or None
     if not isinstance(tools, list | None):
-        raise UserError(f'{source}: "tools" must be a list of functions, got {type(tools).__name__}')
-    if name in ("conversations", "instruction") and isinstance(entry.get("system"), str) and entry["system"]:
+        raise UserError(
+            f'{source}: "tools" must be a list of functions, got {type(tools).__name__}'
+        )
+    if (
+        name in ("conversations", "instruction")
+        and isinstance(entry.get("system"), str)
+        and entry["system"]
+    ):
         messages, first = [{"role": "system", "content": entry["system"]}, *messages], first + 1
     if not any(message["role"] == "assistant" for message in messages[first:]):
-        raise UserError(f"{source}: no message has the role assistant, so there is nothing to learn")
+        raise UserError(
+            f"{source}: no message has the role assistant, so there is nothing to learn"
+        )
     return Chat(messages, first, tools)
 
 
 def _messages(messages: Any, source: str, name: str) -> list[Message]:
     if not isinstance(messages, list) or not messages:
         raise UserError(f'{source}: "{name}" must be a list of messages')
-    return [_message(message, f"{source}: message {number}") for number, message in enumerate(messages, start=1)]
+    return [
+        _message(message, f"{source}: message {number}")
+        for number, message in enumerate(messages, start=1)
+    ]
 
 
 def _message(message: Any, where: str) -> Message:
@@ -276,10 +334,13 @@ def _message(message: Any, where: str) -> Message:
         message.setdefault("content", None)
     content = message.get("content")
     if isinstance(content, list):
-        message["content"] = [_part(part, number, where) for number, part in enumerate(content, start=1)]
+        message["content"] = [
+            _part(part, number, where) for number, part in enumerate(content, start=1)
+        ]
     elif not isinstance(content, str) and not (content is None and message.get("tool_calls")):
         raise UserError(
-            f'{where} must be an object with the strings "role" and "content", or a list of text parts as its content, or '
+            f'{where} must be an object with the strings "role" and "content", or a list of text '
+            "parts as its content, or "
             f'"tool_calls" and content null; got the content {type(content).__name__}'
         )
     return message
@@ -288,15 +349,25 @@ def _message(message: Any, where: str) -> Message:
 def _part(part: Any, number: int, where: str) -> dict[str, str]:
     if isinstance(part, str):
         return {"type": "text", "text": part}
-    if isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
+    if (
+        isinstance(part, dict)
+        and part.get("type", "text") == "text"
+        and isinstance(part.get("text"), str)
+    ):
         return {"type": "text", "text": part["text"]}
     kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-    raise UserError(f"{where}: part {number} of its content is {kind!r}, but only text is learned from")
+    raise UserError(
+        f"{where}: part {number} of its content is {kind!r}, but only text is learned from"
+    )
 
 
 def _tool_call(call: Any, where: str) -> dict[str, Any]:
-    """A call as chat templates expect it: {"type": "function", "function": {"name", "arguments"}}."""
+    """A call as chat templates expect it: {"type": "function", "function": {"name",
+    "arguments"}}.
+    """
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise UserError(f'{where}: "tool_calls" must be a list of {{"function": {{"name", "arguments"}}}}')
+        raise UserError(
+            f'{where}: "tool_calls" must be a list of {{"function": {{"name", "arguments"}}}}'
+        )
     return {"type": "function", **(call if function is not call else {"function": function})}

@@ -1,4 +1,6 @@
-"""Where documents come from: files, or a data set of Hugging Face `datasets` by its name, its folder, or as it is."""
+"""Where documents come from: files, or a data set of Hugging Face `datasets` by its name, its
+folder, or as it is.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fdd_kernels.common.errors import UserError
 from fdd_kernels.data.files import SUFFIXES, data_files, file_digest
 from fdd_kernels.data.records import Record, read_records, record_of_row
-from fdd_kernels.user_error import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -55,7 +57,9 @@ class Source:
             advance(1)
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 of the content, by name: of each file, as the folder that was named sees it, or of all rows."""
+        """SHA-256 of the content, by name: of each file, as the folder that was named sees it, or
+        of all rows.
+        """
         if self.dataset is None:
             root = Path(self.name) if Path(self.name).is_dir() else Path(self.name).parent
             return {str(file.relative_to(root)): file_digest(file) for file in self.files}
@@ -66,11 +70,15 @@ class Source:
 
     def names(self) -> list[str]:
         """What a model card calls the data: the last part of paths, the whole name on the hub."""
-        return [file.name for file in self.files] or [Path(self.name).name if Path(self.name).exists() else self.name]
+        return [file.name for file in self.files] or [
+            Path(self.name).name if Path(self.name).exists() else self.name
+        ]
 
 
 def _text_of(value: Any) -> str:
-    """An object of a row as text; only its type where the text has an address, as that of a decoded image does."""
+    """An object of a row as text; only its type where the text has an address, as that of a decoded
+    image does.
+    """
     text = str(value)
     return type(value).__name__ if " at 0x" in text else text
 
@@ -79,9 +87,10 @@ def open_source(data: str | Path | Dataset | IterableDataset | Source) -> Source
     """The documents that `data` names.
 
     Args:
-        data: a file or a directory of files (see `data_files`); a directory that `save_to_disk` wrote; NAME[,CONFIG][:SPLIT]
-            of a data set on the hub or in a directory of its layout, as `datasets.load_dataset` takes them; or a data set. Of
-            several splits "train" is read, unless one is named. Code that comes with a data set is never run.
+        data: a file or a directory of files (see `data_files`); a directory that `save_to_disk`
+            wrote; NAME[,CONFIG][:SPLIT] of a data set on the hub or in a directory of its layout,
+            as `datasets.load_dataset` takes them; or a data set. Of several splits "train" is read,
+            unless one is named. Code that comes with a data set is never run.
 
     Raises:
         UserError: there is no such thing, or it cannot be read; says why in one line.
@@ -99,7 +108,11 @@ def open_source(data: str | Path | Dataset | IterableDataset | Source) -> Source
     name, _, config = name.partition(",")
     if Path(name).is_dir() and any((Path(name) / saved).exists() for saved in _SAVED):
         return _saved(Path(name), split or None)
-    named_as_path = str(data).startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in SUFFIXES
+    named_as_path = (
+        str(data).startswith((".", "/", "~"))
+        or name.count("/") > 1
+        or Path(name).suffix in SUFFIXES
+    )
     if named_as_path and not Path(name).is_dir():
         data_files(path)  # says that there is no such file
     return _loaded(str(data), name, config or None, split or None)
@@ -129,7 +142,9 @@ def _loaded(shown: str, name: str, config: str | None, split: str | None) -> Sou
     try:
         return _of_dataset(import_datasets(shown).load_dataset(name, config, split=split), shown)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise UserError(f"{shown}: no such file, and no data set that can be loaded: {_first_line(error)}") from None
+        raise UserError(
+            f"{shown}: no such file, and no data set that can be loaded: {_first_line(error)}"
+        ) from None
 
 
 def _of_dataset(dataset: Any, name: str, split: str | None = None) -> Source:
@@ -137,10 +152,16 @@ def _of_dataset(dataset: Any, name: str, split: str | None = None) -> Source:
     if isinstance(dataset, dict):
         split = split or ("train" if len(dataset) > 1 else next(iter(dataset), ""))
         if split not in dataset:
-            raise UserError(f"{name}: has no split {split!r}: name one of {', '.join(dataset)}, as in NAME:SPLIT")
+            raise UserError(
+                f"{name}: has no split {split!r}: name one of {', '.join(dataset)}, as in "
+                "NAME:SPLIT"
+            )
         dataset = dataset[split]
     elif split is not None:
         raise UserError(f"{name}: has no splits, but {split!r} was asked for")
     if not isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         raise UserError(f"{name}: expected a path, a name, or a data set of Hugging Face datasets")
-    return Source(name, dataset=dataset.with_format(None) if isinstance(dataset, datasets.Dataset) else dataset)
+    return Source(
+        name,
+        dataset=dataset.with_format(None) if isinstance(dataset, datasets.Dataset) else dataset,
+    )

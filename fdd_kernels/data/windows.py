@@ -1,4 +1,6 @@
-"""From documents to token windows with labels, kept in Arrow: 9 bytes a token, where Python lists took 47."""
+"""From documents to token windows with labels, kept in Arrow: 9 bytes a token, where Python lists
+took 47.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fdd_kernels.common.errors import UserError
 from fdd_kernels.data.chats import chat_pieces
 from fdd_kernels.data.collate import IGNORED
 from fdd_kernels.data.records import Chat, Record, Tokens
 from fdd_kernels.data.sources import Source, import_datasets, open_source
-from fdd_kernels.user_error import UserError
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -28,11 +30,12 @@ _PIECE = 1 << 20
 
 @dataclass
 class Windows:
-    """Token windows (input_ids, attention_mask, labels; at most max_length each) and what did not get in.
+    """Token windows (input_ids, attention_mask, labels; at most max_length each) and what did not
+    get in.
 
-    `train` and `held_out` are what `load_windows` made, or any sequence of such windows: lists, a `datasets.Dataset`.
-    `train_tokens` counts the tokens in the training windows, prompts included. `not_shared` names what was left out since it
-    holds tokens that not both models have.
+    `train` and `held_out` are what `load_windows` made, or any sequence of such windows: lists, a
+    `datasets.Dataset`. `train_tokens` counts the tokens in the training windows, prompts included.
+    `not_shared` names what was left out since it holds tokens that not both models have.
     """
 
     train: Sequence[Window] | Dataset = field(default_factory=list)
@@ -90,9 +93,9 @@ def load_windows(
 ) -> Windows:
     """Read, tokenize, cut into windows and hold a part out.
 
-    Plain texts are cut into windows of `max_length` tokens; prompts with completions and chats are cut off there. Held
-    out are whole documents, chosen by `seed`, until `eval_fraction` of the windows is reached, and of a single document
-    its last windows.
+    Plain texts are cut into windows of `max_length` tokens; prompts with completions and chats are
+    cut off there. Held out are whole documents, chosen by `seed`, until `eval_fraction` of the
+    windows is reached, and of a single document its last windows.
 
     Args:
         data: see `open_source`. A data set that is streamed is read once, to its end.
@@ -108,7 +111,9 @@ def load_windows(
         result.documents += 1
         ids, labels = tokenize(record, tokenizer)
         added, foreign = 0, None
-        for start in range(0, len(ids), max_length) if isinstance(record.value, str | Tokens) else (0,):
+        for start in (
+            range(0, len(ids), max_length) if isinstance(record.value, str | Tokens) else (0,)
+        ):
             part = slice(start, start + max_length)
             if not unshared.isdisjoint(ids[part]):
                 foreign = next(token for token in ids[part] if token in unshared)
@@ -116,7 +121,9 @@ def load_windows(
                 table.add(ids[part], labels[part])
                 added += 1
         if foreign is not None:
-            result.not_shared.append(f"{record.source} ({foreign}, {tokenizer.convert_ids_to_tokens(foreign)!r})")
+            result.not_shared.append(
+                f"{record.source} ({foreign}, {tokenizer.convert_ids_to_tokens(foreign)!r})"
+            )
         if added:
             counts.append(added)
         elif foreign is None:
@@ -132,19 +139,27 @@ def load_windows(
 
 def _nothing_to_learn(name: str, result: Windows, max_length: int) -> str:
     if result.not_shared and not result.without_labels:
-        return f"{name}: every document holds a token that not both models have, as {result.not_shared[0]} does"
+        return (
+            f"{name}: every document holds a token that not both models have, as "
+            f"{result.not_shared[0]} does"
+        )
     example = f" (for example {result.without_labels[0]})" if result.without_labels else ""
     return (
-        f"{name}: nothing to learn: {result.documents} documents, none with a token to predict within "
+        f"{name}: nothing to learn: {result.documents} documents, none with a token to predict "
+        "within "
         f"max_length={max_length}{example}"
     )
 
 
 def _hold_out(counts: list[int], eval_fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of the training windows and of those held out, where document d has counts[d] of them."""
+    """Indices of the training windows and of those held out, where document d has counts[d] of
+    them.
+    """
     starts = np.concatenate([[0], np.cumsum(counts)]).tolist()
     total = starts[-1]
-    wanted = min(max(1, round(eval_fraction * total)), total - 1) if eval_fraction and total > 1 else 0
+    wanted = (
+        min(max(1, round(eval_fraction * total)), total - 1) if eval_fraction and total > 1 else 0
+    )
     order = list(range(len(counts)))
     random.Random(seed).shuffle(order)
     held_out: list[int] = []
@@ -153,7 +168,9 @@ def _hold_out(counts: list[int], eval_fraction: float, seed: int) -> tuple[list[
         if len(held_out) + counts[index] <= wanted:
             held_out += range(starts[index], starts[index + 1])
             held.add(index)
-    train = [w for d in range(len(counts)) if d not in held for w in range(starts[d], starts[d + 1])]
+    train = [
+        w for d in range(len(counts)) if d not in held for w in range(starts[d], starts[d + 1])
+    ]
     if wanted and not held_out:
         train, held_out = train[:-wanted], train[-wanted:]
     return train, held_out
@@ -182,10 +199,14 @@ class _WindowTable:
 
         if len(self.lengths) == self._first:
             return
-        offsets = pa.array(np.concatenate([[0], np.cumsum(self.lengths[self._first :])]), pa.int32())
+        offsets = pa.array(
+            np.concatenate([[0], np.cumsum(self.lengths[self._first :])]), pa.int32()
+        )
         ids, labels = (np.frombuffer(values, np.int32) for values in (self._ids, self._labels))
         columns = {"input_ids": ids, "attention_mask": np.ones(len(ids), np.int8), "labels": labels}
-        arrays = [pa.ListArray.from_arrays(offsets, pa.array(values)) for values in columns.values()]
+        arrays = [
+            pa.ListArray.from_arrays(offsets, pa.array(values)) for values in columns.values()
+        ]
         self._batches.append(pa.RecordBatch.from_arrays(arrays, names=list(columns)))
         self._start()
 

@@ -1,7 +1,8 @@
-"""The demo's text: the source of the Python standard library on this machine, so nothing is downloaded.
+"""The demo's text: the source of the Python standard library on this machine, so nothing is
+downloaded.
 
-Files are assigned to the training or the held-out part by a hash of their path, so a file that a shipped teacher was
-trained on is never held out on another machine, whatever its Python version.
+Files are assigned to the training or the held-out part by a hash of their path, so a file that a
+shipped teacher was trained on is never held out on another machine, whatever its Python version.
 """
 
 from __future__ import annotations
@@ -15,8 +16,18 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
-# Tables, generated text and vendored copies: long, and nothing that a language model would be asked to write.
-SKIPPED_FOLDERS = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "lib2to3", "__pycache__"}
+# Tables, generated text and vendored copies: long, and nothing that a language model would be asked
+# to write.
+SKIPPED_FOLDERS = {
+    "site-packages",
+    "test",
+    "tests",
+    "idle_test",
+    "encodings",
+    "pydoc_data",
+    "lib2to3",
+    "__pycache__",
+}
 HELD_OUT_EVERY = 25
 
 
@@ -30,7 +41,11 @@ def standard_library_texts(*, held_out: bool) -> list[str]:
     """The source files of one part, in a fixed order that mixes packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
     relative = [path.relative_to(root) for path in root.rglob("*.py")]
-    chosen = [p for p in relative if not SKIPPED_FOLDERS.intersection(p.parts) and is_held_out(p) == held_out]
+    chosen = [
+        p
+        for p in relative
+        if not SKIPPED_FOLDERS.intersection(p.parts) and is_held_out(p) == held_out
+    ]
     chosen.sort(key=lambda p: hashlib.sha256(p.as_posix().encode()).digest())
     texts = [(root / p).read_text("utf-8", errors="ignore") for p in chosen]
     return [text for text in texts if text.strip()]
@@ -49,18 +64,25 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        bos_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
     )
 
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
-    """All texts as one int64 tensor of token ids (tokens,), each text closed by the end-of-text token."""
+    """All texts as one int64 tensor of token ids (tokens,), each text closed by the end-of-text
+    token.
+    """
     end = tokenizer.eos_token_id
     encoded = tokenizer.backend_tokenizer.encode_batch(texts)
     return torch.tensor([token for encoding in encoded for token in (*encoding.ids, end)])
 
 
-def random_windows(stream: torch.Tensor, count: int, length: int, generator: torch.Generator) -> torch.Tensor:
+def random_windows(
+    stream: torch.Tensor, count: int, length: int, generator: torch.Generator
+) -> torch.Tensor:
     """`count` windows of `length` tokens drawn uniformly from the stream: (count, length)."""
     starts = torch.randint(0, len(stream) - length + 1, (count,), generator=generator)
     return stream[starts[:, None] + torch.arange(length)]

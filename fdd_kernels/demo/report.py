@@ -1,4 +1,6 @@
-"""The demo's result: a table in the terminal, metrics.json, and one self-contained HTML page with curves."""
+"""The demo's result: a table in the terminal, metrics.json, and one self-contained HTML page with
+curves.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ import matplotlib
 from rich.console import Console
 from rich.table import Table
 
-from fdd_kernels.atomic import write_text
+from fdd_kernels.common.atomic import write_text
 from fdd_kernels.demo.students import Budget, Run
 
 matplotlib.use("Agg")
@@ -53,7 +55,8 @@ class Result:
                     "loss_spread": max(loss) - min(loss),
                     "held_out_kl": statistics.fmean(kl),
                     "kl_spread": max(kl) - min(kl),
-                    "seconds_per_step": statistics.fmean(r.seconds for r in runs) / self.budget.steps,
+                    "seconds_per_step": statistics.fmean(r.seconds for r in runs)
+                    / self.budget.steps,
                 }
             )
         return rows
@@ -62,7 +65,9 @@ class Result:
         """How far the comparison can be trusted, in words."""
         rows = self.rows()
         if len(self.seeds) < 2:
-            return "One seed: the differences below cannot be told from chance. Run with more seeds."
+            return (
+                "One seed: the differences below cannot be told from chance. Run with more seeds."
+            )
         spread = max(row["kl_spread"] for row in rows)
         ordered = sorted(rows, key=lambda row: row["held_out_kl"])
         gaps = [
@@ -70,7 +75,10 @@ class Result:
             for better, worse in zip(ordered, ordered[1:])
         ]
         unclear = [f"{a} and {b}" for gap, a, b in gaps if gap <= spread]
-        text = f"{len(self.seeds)} seeds; the same objective differs by up to {spread:.3f} nats of KL between seeds. "
+        text = (
+            f"{len(self.seeds)} seeds; the same objective differs by up to {spread:.3f} nats "
+            "of KL between seeds. "
+        )
         if unclear:
             return text + f"Not separated by more than that: {'; '.join(unclear)}."
         return text + "Neighbouring objectives differ by more than that."
@@ -85,9 +93,21 @@ def print_table(result: Result, console: Console) -> None:
     best = min(row["held_out_kl"] for row in result.rows())
     for row in result.rows():
         style = "bold green" if row["held_out_kl"] == best else None
-        numbers = (row["held_out_loss"], row["loss_spread"] / 2, row["held_out_kl"], row["kl_spread"] / 2)
-        table.add_row(row["objective"], *(f"{x:.3f}" for x in numbers), f"{row['seconds_per_step']:.3f}", style=style)
-    table.add_row("teacher", f"{result.teacher_held_out_loss:.3f}", "", "0.000", "", "", style="dim")
+        numbers = (
+            row["held_out_loss"],
+            row["loss_spread"] / 2,
+            row["held_out_kl"],
+            row["kl_spread"] / 2,
+        )
+        table.add_row(
+            row["objective"],
+            *(f"{x:.3f}" for x in numbers),
+            f"{row['seconds_per_step']:.3f}",
+            style=style,
+        )
+    table.add_row(
+        "teacher", f"{result.teacher_held_out_loss:.3f}", "", "0.000", "", "", style="dim"
+    )
     console.print(table)
 
 
@@ -102,12 +122,16 @@ def _curves(result: Result) -> str:
             runs = result.of(row["objective"])
             values = [getattr(run, name) for run in runs]
             mean = [statistics.fmean(at) for at in zip(*values)]
-            axis.plot(runs[0].steps, mean, color=colour, label=row["objective"], marker="o", markersize=3)
+            axis.plot(
+                runs[0].steps, mean, color=colour, label=row["objective"], marker="o", markersize=3
+            )
             low, high = [min(at) for at in zip(*values)], [max(at) for at in zip(*values)]
             axis.fill_between(runs[0].steps, low, high, color=colour, alpha=0.15)
         axis.set(title=title, xlabel="step", ylabel="nats per token")
         axis.grid(alpha=0.3)
-    axes[1].axhline(result.teacher_held_out_loss, color="black", linestyle="--", linewidth=1, label="teacher")
+    axes[1].axhline(
+        result.teacher_held_out_loss, color="black", linestyle="--", linewidth=1, label="teacher"
+    )
     axes[1].legend(fontsize=8)
     text = io.StringIO()
     figure.savefig(text, format="svg")
@@ -116,21 +140,28 @@ def _curves(result: Result) -> str:
 
 
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Feature Dynamics Distillation: demo</title>
 <style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }}
-table {{ border-collapse: collapse }} th, td {{ padding: .35rem .9rem; border-bottom: 1px solid #ddd; text-align: right }}
-th:first-child, td:first-child {{ text-align: left }} tr.best {{ background: #e8f6e8; font-weight: 600 }}
-pre {{ background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 13px }} svg {{ max-width: 100%; height: auto }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 72rem;
+  margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }}
+table {{ border-collapse: collapse }}
+th, td {{ padding: .35rem .9rem; border-bottom: 1px solid #ddd; text-align: right }}
+th:first-child, td:first-child {{ text-align: left }}
+tr.best {{ background: #e8f6e8; font-weight: 600 }}
+pre {{ background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 13px }}
+svg {{ max-width: 100%; height: auto }}
 .note {{ color: #555 }}
 </style></head><body>
 <h1>One teacher, five ways to learn from it</h1>
 <p>{summary}</p>
 {curves}
 <h2>After {steps} steps</h2>
-<table><tr><th>objective</th><th>loss</th><th>±</th><th>KL to teacher</th><th>±</th><th>s per step</th></tr>{rows}</table>
-<p class="note">Nats per held-out token, mean over seeds {seeds}; ± is half the distance between the best and the worst seed,
+<table><tr><th>objective</th><th>loss</th><th>±</th><th>KL to teacher</th>
+<th>±</th><th>s per step</th></tr>{rows}</table>
+<p class="note">Nats per held-out token, mean over seeds {seeds}; ± is half the
+distance between the best and the worst seed,
 the bands in the plots span all seeds. {noise}</p>
 <h2>What they write</h2>
 <p class="note">Greedy continuations of the same held-out beginning, first seed.</p>
@@ -152,25 +183,42 @@ def write_report(result: Result, output: Path) -> None:
         "machine": result.machine,
         "seconds": round(result.seconds, 1),
     }
-    metrics = setting | {"rows": result.rows(), "noise": result.noise(), "runs": [asdict(run) for run in result.runs]}
+    metrics = setting | {
+        "rows": result.rows(),
+        "noise": result.noise(),
+        "runs": [asdict(run) for run in result.runs],
+    }
     write_text(output / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     best = min(row["held_out_kl"] for row in result.rows())
     rows = "".join(
         f"<tr{' class=best' if row['held_out_kl'] == best else ''}><td>{row['objective']}</td>"
-        f"<td>{row['held_out_loss']:.3f}</td><td>{row['loss_spread'] / 2:.3f}</td><td>{row['held_out_kl']:.3f}</td>"
+        f"<td>{row['held_out_loss']:.3f}</td><td>{row['loss_spread'] / 2:.3f}</td>"
+        f"<td>{row['held_out_kl']:.3f}</td>"
         f"<td>{row['kl_spread'] / 2:.3f}</td><td>{row['seconds_per_step']:.3f}</td></tr>"
         for row in result.rows()
     )
     tokens = result.budget.steps * result.budget.batch_size
     summary = (
-        f"A {result.teacher['parameters'] / 1e6:.1f} M parameter teacher of Python source (held-out loss "
-        f"{result.teacher_held_out_loss:.3f}) and students of {result.budget.num_layers} layers and width "
-        f"{result.budget.hidden_size}, each trained on the same {tokens} windows of the standard library from the same "
+        f"A {result.teacher['parameters'] / 1e6:.1f} M parameter teacher of Python source "
+        "(held-out loss "
+        f"{result.teacher_held_out_loss:.3f}) and students of {result.budget.num_layers} layers "
+        "and width "
+        f"{result.budget.hidden_size}, each trained on the same {tokens} windows of the standard "
+        "library from the same "
         "random weights; only the objective differs."
     )
-    samples = "".join(f"<h3>{html.escape(name)}</h3><pre>{html.escape(text)}</pre>" for name, text in result.samples.items())
+    samples = "".join(
+        f"<h3>{html.escape(name)}</h3><pre>{html.escape(text)}</pre>"
+        for name, text in result.samples.items()
+    )
     page = _PAGE.format(
-        summary=summary, curves=_curves(result), steps=result.budget.steps, rows=rows, seeds=result.seeds,
-        noise=html.escape(result.noise()), samples=samples, setting=html.escape(json.dumps(setting, indent=1)),
-    )  # fmt: skip
+        summary=summary,
+        curves=_curves(result),
+        steps=result.budget.steps,
+        rows=rows,
+        seeds=result.seeds,
+        noise=html.escape(result.noise()),
+        samples=samples,
+        setting=html.escape(json.dumps(setting, indent=1)),
+    )
     write_text(output / "report.html", page)

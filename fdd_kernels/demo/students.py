@@ -1,4 +1,6 @@
-"""Students of one size and budget under five objectives, trained side by side on the same batches."""
+"""Students of one size and budget under five objectives, trained side by side on the same
+batches.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaForCausalLM, get_cosine_with_min_lr_schedule_with_warmup
 
-from fdd_kernels.config import FDDConfig
+from fdd_kernels.common.progress import Activity
 from fdd_kernels.demo.corpus import random_windows
 from fdd_kernels.demo.teacher import CONTEXT, llama
-from fdd_kernels.distiller import Distiller
-from fdd_kernels.progress import Activity
+from fdd_kernels.hf.distiller import Distiller
+from fdd_kernels.objectives.fdd.options import FDDConfig
 
 OBJECTIVES: dict[str, FDDConfig] = {
     "labels only": FDDConfig(output_kd_weight=0.0, alpha=0.0, beta=0.0, ce_weight=1.0),
@@ -41,7 +43,9 @@ class Budget:
 
 @dataclass
 class Run:
-    """One student's record: held-out loss and KL to the teacher, both in nats per token, at each evaluation."""
+    """One student's record: held-out loss and KL to the teacher, both in nats per token, at each
+    evaluation.
+    """
 
     objective: str
     seed: int
@@ -60,33 +64,51 @@ class Evaluation:
 
     @torch.no_grad()
     def _predict(self, model: LlamaForCausalLM) -> tuple[Tensor, float]:
-        """Log-probabilities (windows, CONTEXT - 1, V) and the cross-entropy, by the model's own forward."""
-        logits = torch.cat([model(input_ids=part).logits[:, :-1].float() for part in self.windows.split(8)])
+        """Log-probabilities (windows, CONTEXT - 1, V) and the cross-entropy, by the model's own
+        forward.
+        """
+        logits = torch.cat(
+            [model(input_ids=part).logits[:, :-1].float() for part in self.windows.split(8)]
+        )
         log_p = logits.log_softmax(-1)
         loss = F.nll_loss(log_p.flatten(0, 1), self.windows[:, 1:].flatten())
         return log_p, loss.item()
 
     def __call__(self, student: LlamaForCausalLM) -> tuple[float, float]:
-        """Held-out cross-entropy and KL(teacher || student) per token, with dense logits, independent of our kernels."""
+        """Held-out cross-entropy and KL(teacher || student) per token, with dense logits,
+        independent of our kernels.
+        """
         student.eval()
         log_q, loss = self._predict(student)
         student.train()
-        kl = F.kl_div(log_q, self.teacher_log_p, log_target=True, reduction="sum") / log_q[..., 0].numel()
+        kl = (
+            F.kl_div(log_q, self.teacher_log_p, log_target=True, reduction="sum")
+            / log_q[..., 0].numel()
+        )
         return loss, kl.item()
 
 
 class _Student:
     """A student, its objective and its optimiser."""
 
-    def __init__(self, objective: str, seed: int, teacher: LlamaForCausalLM, budget: Budget) -> None:
+    def __init__(
+        self, objective: str, seed: int, teacher: LlamaForCausalLM, budget: Budget
+    ) -> None:
         torch.manual_seed(seed)
         self.model = llama(budget.hidden_size, budget.num_layers, budget.num_heads).train()
         self.distiller = Distiller(self.model, teacher, OBJECTIVES[objective])
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=budget.learning_rate, betas=(0.9, 0.95), weight_decay=0.05, fused=True
+            self.model.parameters(),
+            lr=budget.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=0.05,
+            fused=True,
         )
         self.scheduler = get_cosine_with_min_lr_schedule_with_warmup(
-            self.optimizer, num_warmup_steps=budget.steps // 10, num_training_steps=budget.steps, min_lr_rate=0.05
+            self.optimizer,
+            num_warmup_steps=budget.steps // 10,
+            num_training_steps=budget.steps,
+            min_lr_rate=0.05,
         )
         self.run = Run(objective, seed)
 
@@ -109,7 +131,12 @@ class _Student:
 
 
 def train_students(
-    teacher: LlamaForCausalLM, stream: Tensor, evaluation: Evaluation, budget: Budget, seed: int, activity: Activity
+    teacher: LlamaForCausalLM,
+    stream: Tensor,
+    evaluation: Evaluation,
+    budget: Budget,
+    seed: int,
+    activity: Activity,
 ) -> tuple[list[Run], dict[str, LlamaForCausalLM]]:
     """Train one student per objective from the same initial weights on the same batches.
 
@@ -120,13 +147,20 @@ def train_students(
     every = max(1, budget.steps // budget.evaluations)
     for step in range(1, budget.steps + 1):
         windows = random_windows(stream, budget.batch_size, CONTEXT, generator)
-        batch = {"input_ids": windows, "attention_mask": torch.ones_like(windows), "labels": windows}
+        batch = {
+            "input_ids": windows,
+            "attention_mask": torch.ones_like(windows),
+            "labels": windows,
+        }
         states = students[-1].distiller.teacher_states(batch)
         losses = [student.step(batch, states) for student in students]
         if step % every == 0 or step == budget.steps:
             for student in students:
                 student.evaluate(step, evaluation)
         kl = students[-1].run.held_out_kl
-        terms = [f"full FDD loss {losses[-1]:.3f}", *(f"held-out KL {value:.3f}" for value in kl[-1:])]
+        terms = [
+            f"full FDD loss {losses[-1]:.3f}",
+            *(f"held-out KL {value:.3f}" for value in kl[-1:]),
+        ]
         activity.update(step, terms=terms)
     return [student.run for student in students], {s.run.objective: s.model for s in students}

@@ -1,4 +1,5 @@
-"""The demo's teacher: a small Llama-style model of Python source, shipped with the package and made by this file.
+"""The demo's teacher: a small Llama-style model of Python source, shipped with the package and made
+by this file.
 
 python -m fdd_kernels.demo.teacher --output DIR --steps 6000
 """
@@ -22,8 +23,13 @@ from transformers import (
     get_cosine_with_min_lr_schedule_with_warmup,
 )
 
-from fdd_kernels.demo.corpus import random_windows, standard_library_texts, token_stream, train_tokenizer
-from fdd_kernels.progress import Activity
+from fdd_kernels.common.progress import Activity
+from fdd_kernels.demo.corpus import (
+    random_windows,
+    standard_library_texts,
+    token_stream,
+    train_tokenizer,
+)
 
 SHIPPED_TEACHER = Path(__file__).parent / "assets" / "teacher"
 VOCAB_SIZE = 2048
@@ -31,7 +37,9 @@ CONTEXT = 256
 RECORD_FILE = "record.json"
 
 
-def llama(hidden_size: int, num_layers: int, num_heads: int, vocab_size: int = VOCAB_SIZE) -> LlamaForCausalLM:
+def llama(
+    hidden_size: int, num_layers: int, num_heads: int, vocab_size: int = VOCAB_SIZE
+) -> LlamaForCausalLM:
     """A randomly initialised Llama-style model with tied embeddings, sized for a CPU."""
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -54,7 +62,10 @@ def held_out_loss(model: LlamaForCausalLM, windows: torch.Tensor, batch_size: in
     """Mean next-token cross-entropy in nats over windows (count, length), all of one length."""
     was_training = model.training
     model.eval()
-    losses = [model(input_ids=batch, labels=batch).loss.item() * len(batch) for batch in windows.split(batch_size)]
+    losses = [
+        model(input_ids=batch, labels=batch).loss.item() * len(batch)
+        for batch in windows.split(batch_size)
+    ]
     model.train(was_training)
     return sum(losses) / len(windows)
 
@@ -74,19 +85,29 @@ def train_teacher(
 ) -> dict:
     """Train tokenizer and teacher on the training part and write both, with a record, to `output`.
 
-    `start_from` goes on from a teacher written earlier (weights and tokenizer; the optimiser starts anew).
-    Returns the record: sizes, steps, tokens seen, held-out loss in nats per token, seconds, versions.
+    `start_from` goes on from a teacher written earlier (weights and tokenizer; the optimiser starts
+    anew). Returns the record: sizes, steps, tokens seen, held-out loss in nats per token, seconds,
+    versions.
     """
     torch.manual_seed(seed)
-    train_texts, held_out_texts = standard_library_texts(held_out=False), standard_library_texts(held_out=True)
+    train_texts, held_out_texts = (
+        standard_library_texts(held_out=False),
+        standard_library_texts(held_out=True),
+    )
     if start_from is None:
         earlier = None
-        tokenizer, model = train_tokenizer(train_texts, VOCAB_SIZE), llama(hidden_size=192, num_layers=10, num_heads=3)
+        tokenizer, model = (
+            train_tokenizer(train_texts, VOCAB_SIZE),
+            llama(hidden_size=192, num_layers=10, num_heads=3),
+        )
     else:
         earlier = json.loads((start_from / RECORD_FILE).read_text())
         tokenizer = AutoTokenizer.from_pretrained(start_from)
         model = LlamaForCausalLM.from_pretrained(start_from, dtype=torch.float32).train()
-    train_stream, held_out_stream = token_stream(tokenizer, train_texts), token_stream(tokenizer, held_out_texts)
+    train_stream, held_out_stream = (
+        token_stream(tokenizer, train_texts),
+        token_stream(tokenizer, held_out_texts),
+    )
     evaluation = held_out_windows(held_out_stream, 128)
 
     forward = torch.compile(model) if shutil.which("c++") or shutil.which("g++") else model
@@ -99,7 +120,10 @@ def train_teacher(
         fused=True,
     )
     scheduler = get_cosine_with_min_lr_schedule_with_warmup(
-        optimizer, num_warmup_steps=min(200, steps // 10), num_training_steps=steps, min_lr_rate=0.02
+        optimizer,
+        num_warmup_steps=min(200, steps // 10),
+        num_training_steps=steps,
+        min_lr_rate=0.02,
     )
     generator = torch.Generator().manual_seed(seed + 1)
     curve, started = [], time.monotonic()
@@ -115,12 +139,18 @@ def train_teacher(
             if step % 250 == 0 or step == steps:
                 curve.append({"step": step, "held_out_loss": held_out_loss(model, evaluation)})
                 save_teacher(output, model, tokenizer)
-                print(json.dumps(curve[-1] | {"seconds": round(time.monotonic() - started)}), flush=True)
-            activity.update(step, terms=[f"loss {loss.item():.3f}"] if step % 10 == 0 or step == steps else None)
+                print(
+                    json.dumps(curve[-1] | {"seconds": round(time.monotonic() - started)}),
+                    flush=True,
+                )
+            activity.update(
+                step, terms=[f"loss {loss.item():.3f}"] if step % 10 == 0 or step == steps else None
+            )
     record = {} if earlier is None else {"before": earlier}
     record |= {
         "command": f"python -m fdd_kernels.demo.teacher --steps {steps} --batch-size {batch_size} "
-        f"--learning-rate {learning_rate} --seed {seed} --output DIR" + (" --start-from BEFORE" if earlier else ""),
+        f"--learning-rate {learning_rate} --seed {seed} --output DIR"
+        + (" --start-from BEFORE" if earlier else ""),
         "text": f"source of the Python {platform.python_version()} standard library",
         "train_tokens": len(train_stream),
         "held_out_tokens": len(held_out_stream),
@@ -136,7 +166,9 @@ def train_teacher(
 
 
 def save_teacher(output: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Write a bfloat16 copy of the weights and the tokenizer in Hugging Face's layout (safetensors, no pickle)."""
+    """Write a bfloat16 copy of the weights and the tokenizer in Hugging Face's layout (safetensors,
+    no pickle).
+    """
     copy = LlamaForCausalLM(model.config).to(torch.bfloat16)
     copy.load_state_dict(model.state_dict())
     copy.save_pretrained(output)
@@ -144,7 +176,9 @@ def save_teacher(output: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTok
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--batch-size", type=int, default=8)

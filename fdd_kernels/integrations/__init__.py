@@ -1,4 +1,6 @@
-"""Drop-ins for existing trainers; each is imported, with the library that it builds on, when it is asked for."""
+"""Drop-ins for existing trainers; each is imported, with the library that it builds on, when it is
+asked for.
+"""
 
 import importlib
 

@@ -1,7 +1,9 @@
-"""Checkpoints of a transformers Trainer that are there completely or not at all, also after a kill or a full disk.
+"""Checkpoints of a transformers Trainer that are there completely or not at all, also after a kill
+or a full disk.
 
-Trainer writes a checkpoint file by file under its final name, removes old ones file by file, and resumes from the highest
-number: killed in the middle it may later go on without optimizer state, from other random numbers, or not at all.
+Trainer writes a checkpoint file by file under its final name, removes old ones file by file, and
+resumes from the highest number: killed in the middle it may later go on without optimizer state,
+from other random numbers, or not at all.
 """
 
 from __future__ import annotations
@@ -14,11 +16,17 @@ from pathlib import Path
 from safetensors import SafetensorError
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
-from fdd_kernels.atomic import UNFINISHED, atomic_directory, clear_unfinished, remove_directory
+from fdd_kernels.common.atomic import (
+    UNFINISHED,
+    atomic_directory,
+    clear_unfinished,
+    remove_directory,
+)
 from fdd_kernels.integrations.finite import as_json
 
 PREFIX = "checkpoint-"
-# What is added to the name of a checkpoint whose weights give a loss that is no number: nothing resumes from it.
+# What is added to the name of a checkpoint whose weights give a loss that is no number: nothing
+# resumes from it.
 NOT_FINITE = "-not-finite"
 
 
@@ -27,12 +35,19 @@ class CheckpointError(RuntimeError):
 
     def __init__(self, problem: str) -> None:
         self.problem = problem
-        super().__init__(f"{problem}. Make room, then train(resume_from_checkpoint=True) goes on from the last complete one")
+        super().__init__(
+            f"{problem}. Make room, then train(resume_from_checkpoint=True) goes on from the last "
+            "complete one"
+        )
 
 
 def checkpoints(run: Path) -> list[Path]:
     """The folders checkpoint-N of a run, by step."""
-    folders = [path for path in run.glob(f"{PREFIX}*") if path.name.removeprefix(PREFIX).isdigit() and path.is_dir()]
+    folders = [
+        path
+        for path in run.glob(f"{PREFIX}*")
+        if path.name.removeprefix(PREFIX).isdigit() and path.is_dir()
+    ]
     return sorted(folders, key=lambda path: int(path.name.removeprefix(PREFIX)))
 
 
@@ -41,7 +56,9 @@ def last_checkpoint(run: Path) -> Path | None:
 
 
 class AtomicCheckpoints:
-    """Mixed into a `transformers.Trainer` it writes and removes checkpoints at once and resumes from complete ones only."""
+    """Mixed into a `transformers.Trainer` it writes and removes checkpoints at once and resumes
+    from complete ones only.
+    """
 
     # Where Trainer finds the run's folder while a checkpoint is being written.
     _writing: Path | None = None
@@ -50,7 +67,8 @@ class AtomicCheckpoints:
         return super()._get_output_dir(trial) if self._writing is None else str(self._writing)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Write checkpoint-N beside its place and move it there; then remove those that save_total_limit leaves out.
+        """Write checkpoint-N beside its place and move it there; then remove those that
+        save_total_limit leaves out.
 
         Raises:
             CheckpointError: it could not be written; those before it are intact.
@@ -59,7 +77,8 @@ class AtomicCheckpoints:
         target = run / f"{PREFIX}{self.state.global_step}"
         folder = run / UNFINISHED / target.name
         try:
-            # One process makes the folder and moves it (with save_on_each_node one on each node); all write into it.
+            # One process makes the folder and moves it (with save_on_each_node one on each node);
+            # all write into it.
             with atomic_directory(target) if self.args.should_save else contextlib.nullcontext():
                 self.accelerator.wait_for_everyone()
                 self._writing = folder.parent
@@ -82,7 +101,9 @@ class AtomicCheckpoints:
             self._push_from_checkpoint(str(target))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._writing is None:  # uploads go on in the background: not from a folder that will move
+        if (
+            self._writing is None
+        ):  # uploads go on in the background: not from a folder that will move
             super()._push_from_checkpoint(checkpoint_folder)
 
     def save_state(self) -> None:
@@ -92,12 +113,14 @@ class AtomicCheckpoints:
 
     def _save_state(self, file: Path) -> None:
         """The trainer's state as JSON, which knows no infinity and no NaN: null stands for them."""
-        numbers = {name: as_json(getattr(self.state, name)) for name in ("log_history", "best_metric")}
+        numbers = {
+            name: as_json(getattr(self.state, name)) for name in ("log_history", "best_metric")
+        }
         dataclasses.replace(self.state, **numbers).save_to_json(str(file))
 
     def _name_best_checkpoint(self, target: Path) -> None:
-        """In every process the best checkpoint under the name that it will have, where Trainer, in the unfinished folder,
-        found another or none.
+        """In every process the best checkpoint under the name that it will have, where Trainer, in
+        the unfinished folder, found another or none.
         """
         if self.state.best_global_step:
             best = target.with_name(f"{PREFIX}{self.state.best_global_step}")
@@ -105,11 +128,15 @@ class AtomicCheckpoints:
                 self.state.best_model_checkpoint = str(best)
 
     def _rotate(self, run: Path) -> None:
-        """Remove the oldest checkpoints beyond save_total_limit, as Trainer does: never the newest or the best."""
+        """Remove the oldest checkpoints beyond save_total_limit, as Trainer does: never the newest
+        or the best.
+        """
         limit = self.args.save_total_limit
         if limit is None or limit <= 0:
             return
-        saved = sorted(checkpoints(run), key=lambda path: path.stat().st_mtime_ns)  # a resumed run may count lower
+        saved = sorted(
+            checkpoints(run), key=lambda path: path.stat().st_mtime_ns
+        )  # a resumed run may count lower
         kept = {saved[-1], Path(self.state.best_model_checkpoint or saved[-1])}
         excess = len(saved) - max(limit, len(kept))
         for old in [path for path in saved if path not in kept][: max(excess, 0)]:
@@ -119,7 +146,8 @@ class AtomicCheckpoints:
         """As `transformers.Trainer.train`, but only a complete checkpoint is gone on from.
 
         Raises:
-            ValueError: the checkpoint that was named lacks files; or, with True, there is no complete one.
+            ValueError: the checkpoint that was named lacks files; or, with True, there is no
+                complete one.
         """
         run = Path(self.args.output_dir)
         if self.args.should_save:
@@ -129,13 +157,17 @@ class AtomicCheckpoints:
             resume_from_checkpoint = self._last_complete(run)
         elif resume_from_checkpoint and (missing := self._missing(Path(resume_from_checkpoint))):
             raise ValueError(
-                f"resume_from_checkpoint={str(resume_from_checkpoint)!r} lacks {', '.join(missing)}: it was not written "
-                "completely, or with save_only_model. Give another checkpoint, or True for the last complete one"
+                f"resume_from_checkpoint={str(resume_from_checkpoint)!r} lacks "
+                f"{', '.join(missing)}: it was not written "
+                "completely, or with save_only_model. Give another checkpoint, or True for the "
+                "last complete one"
             )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_batch_samples(self, *args, **kwargs):
-        """The micro-batches of the next step; none for a run that was resumed at its end, where Trainer would take one more."""
+        """The micro-batches of the next step; none for a run that was resumed at its end, where
+        Trainer would take one more.
+        """
         if self._is_at_its_end:
             self.control.should_training_stop = True
             return [], None
@@ -152,17 +184,27 @@ class AtomicCheckpoints:
             missing = self._missing(folder)
             if not missing:
                 return str(folder)
-            warnings.warn(f"{folder} lacks {', '.join(missing)}: it is not complete and is left out", stacklevel=4)
+            warnings.warn(
+                f"{folder} lacks {', '.join(missing)}: it is not complete and is left out",
+                stacklevel=4,
+            )
         raise ValueError(
-            f"resume_from_checkpoint=True, but output_dir={str(run)!r} holds no complete checkpoint (of {len(saved)})"
+            f"resume_from_checkpoint=True, but output_dir={str(run)!r} holds no complete "
+            f"checkpoint (of {len(saved)})"
         )
 
     def _missing(self, folder: Path) -> list[str]:
-        """What a checkpoint lacks of what training goes on from; without it Trainer would silently start that part anew."""
+        """What a checkpoint lacks of what training goes on from; without it Trainer would silently
+        start that part anew.
+        """
         missing = [] if any(folder.glob("rng_state*.pth")) else ["rng_state.pth"]
         names = [TRAINER_STATE_NAME]
-        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # those have formats of their own
+        if not (
+            self.is_fsdp_enabled or self.is_deepspeed_enabled
+        ):  # those have formats of their own
             names += [OPTIMIZER_NAME, SCHEDULER_NAME]
-            if not (any(folder.glob("**/*model*.safetensors")) or any(folder.glob("**/*model*.bin"))):
+            if not (
+                any(folder.glob("**/*model*.safetensors")) or any(folder.glob("**/*model*.bin"))
+            ):
                 missing.append("weights")
         return missing + [name for name in names if not (folder / name).is_file()]

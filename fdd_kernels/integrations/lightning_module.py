@@ -21,14 +21,15 @@ except ModuleNotFoundError as error:
         from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            'FDDLightningModule needs Lightning: pip install "fdd_kernels[lightning]"', name="lightning"
+            'FDDLightningModule needs Lightning: pip install "fdd_kernels[lightning]"',
+            name="lightning",
         ) from error
 
-from fdd_kernels.config import FDDConfig
-from fdd_kernels.distiller import Distiller, DistillerTerms
+from fdd_kernels.hf.distiller import Distiller, DistillerTerms
+from fdd_kernels.hf.positions import counting_rows
+from fdd_kernels.hf.teachers import Teacher, place_teacher
 from fdd_kernels.integrations.finite import require_finite, warn_of_nothing
-from fdd_kernels.models.positions import counting_rows
-from fdd_kernels.models.teachers import Teacher, place_teacher
+from fdd_kernels.objectives.fdd.options import FDDConfig
 
 _ADAMW = functools.partial(torch.optim.AdamW, lr=1e-4)
 
@@ -37,26 +38,29 @@ class FDDLightningModule(pl.LightningModule):
     """Distils `teacher` into `student` under a Lightning `Trainer`, with automatic optimisation.
 
     Args:
-        student: a transformers causal LM. Only it is a submodule: the teacher is in no parameter list, state dict or
-            checkpoint, and is never trained.
-        teacher: as for `FDDTrainer`: a transformers causal LM, which `fit`, `validate` or `test` move to their device unless
-            it has a place of its own; or a teacher cache, whose windows `fdd_kernels.data.pad_windows` makes batches of.
+        student: a transformers causal LM. Only it is a submodule: the teacher is in no parameter
+            list, state dict or checkpoint, and is never trained.
+        teacher: as for `FDDTrainer`: a transformers causal LM, which `fit`, `validate` or `test`
+            move to their device unless it has a place of its own; or a teacher cache, whose windows
+            `fdd_kernels.data.pad_windows` makes batches of.
         fdd_config: layers and loss options.
-        optimizer: makes, from the student's trainable parameters, what `configure_optimizers` may return; default AdamW with
-            a learning rate of 1e-4.
+        optimizer: makes, from the student's trainable parameters, what `configure_optimizers` may
+            return; default AdamW with a learning rate of 1e-4.
 
-    Batches are mappings as `Distiller` takes them. Every term is logged as `train_loss`, `train_output_kd`, ... each step and
-    as `val_...`, `test_...`, means over all tokens that count, in evaluation.
+    Batches are mappings as `Distiller` takes them. Every term is logged as `train_loss`,
+    `train_output_kd`, ... each step and as `val_...`, `test_...`, means over all tokens that count,
+    in evaluation.
 
-    An optimizer step follows the mean over all tokens that count in its micro-batches, on all processes: Lightning's division
-    by `accumulate_grad_batches` and its averaging over processes, both of which weigh tokens of short batches more, are taken
-    back before gradients are clipped. Rows that a DistributedSampler repeats do not count in evaluation.
+    An optimizer step follows the mean over all tokens that count in its micro-batches, on all
+    processes: Lightning's division by `accumulate_grad_batches` and its averaging over processes,
+    both of which weigh tokens of short batches more, are taken back before gradients are clipped.
+    Rows that a DistributedSampler repeats do not count in evaluation.
     `module.student.save_pretrained(...)` writes the student.
 
     Raises:
         ModuleNotFoundError: neither `lightning` nor `pytorch_lightning` is installed.
-        ValueError: at `fit`, a strategy other than one device or DDP; DDP without `find_unused_parameters` for a loss that
-            does not reach every parameter that trains.
+        ValueError: at `fit`, a strategy other than one device or DDP; DDP without
+            `find_unused_parameters` for a loss that does not reach every parameter that trains.
         NonFiniteLossError: while training, the loss is infinite or no number.
         TypeError, ValueError: see `Distiller`.
     """
@@ -71,14 +75,16 @@ class FDDLightningModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.student = student
-        # Neither a Distiller nor a tuple is a module: so the teacher stays out of parameters() and state_dict().
+        # Neither a Distiller nor a tuple is a module: so the teacher stays out of parameters() and
+        # state_dict().
         self._teacher = (teacher,)
         self.distiller = Distiller(student, teacher, fdd_config)
         self._optimizer = optimizer
         self._begin_step()
 
     def _begin_step(self) -> None:
-        # Of an optimizer step, on all processes: tokens that count, each micro-batch's at least 1, in all and in the first.
+        # Of an optimizer step, on all processes: tokens that count, each micro-batch's at least 1,
+        # in all and in the first.
         self._tokens: Tensor | None = None
         self._first_tokens: Tensor | None = None
         # Tokens as they are counted, and the terms that go into the gradient, in this process.
@@ -89,16 +95,19 @@ class FDDLightningModule(pl.LightningModule):
         strategy = self.trainer.strategy
         if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
             raise ValueError(
-                f"strategy={type(strategy).__name__}: FDDLightningModule runs on one device or with DDPStrategy. For "
+                f"strategy={type(strategy).__name__}: FDDLightningModule runs on one device or "
+                "with DDPStrategy. For "
                 "models that are sharded use FDDTrainer or an accelerate loop with FSDP2"
             )
         names = self.distiller.parameters_without_gradient() if stage == "fit" else []
         kwargs = getattr(strategy, "_ddp_kwargs", {})
         if isinstance(strategy, DDPStrategy) and names and not kwargs.get("find_unused_parameters"):
             raise ValueError(
-                f"{len(names)} parameters that train, {names[0]} for one, get no gradient from this loss (train_head=False, or "
+                f"{len(names)} parameters that train, {names[0]} for one, get no gradient from "
+                "this loss (train_head=False, or "
                 "no term of the final state), and DDP would wait for it: give Trainer("
-                'strategy="ddp_find_unused_parameters_true"), or freeze them with requires_grad_(False)'
+                'strategy="ddp_find_unused_parameters_true"), or freeze them with '
+                "requires_grad_(False)"
             )
         place_teacher(*self._teacher, strategy.root_device)
 
@@ -106,10 +115,13 @@ class FDDLightningModule(pl.LightningModule):
         return self._optimizer([p for p in self.student.parameters() if p.requires_grad])
 
     def on_fit_start(self) -> None:
-        self.student.train()  # from_pretrained gives models in evaluation mode, and Lightning would leave them there
+        # from_pretrained gives models in evaluation mode, and Lightning would leave them there
+        self.student.train()
         self._begin_step()
 
-    def forward(self, batch: Mapping[str, Tensor], num_items_in_batch: Tensor | float | None = None) -> DistillerTerms:
+    def forward(
+        self, batch: Mapping[str, Tensor], num_items_in_batch: Tensor | float | None = None
+    ) -> DistillerTerms:
         """The loss of one batch: see `Distiller`."""
         return self.distiller(batch, num_items_in_batch=num_items_in_batch)
 
@@ -117,14 +129,17 @@ class FDDLightningModule(pl.LightningModule):
         count, processes = self.distiller.count_positions(batch), self.trainer.world_size
         counted = self.trainer.strategy.reduce(count.to(self.device), reduce_op="sum")
         tokens = counted.clamp(min=1)
-        terms = self(batch, tokens / processes)  # its mean over processes is the mean over their tokens
+        terms = self(
+            batch, tokens / processes
+        )  # its mean over processes is the mean over their tokens
         self._log("train", terms, len(next(iter(batch.values()))), sync_dist=processes > 1)
         if self._tokens is None:
             self._tokens, self._first_tokens = tokens, tokens
         else:
             self._tokens = self._tokens + tokens
         self._counted = self._counted + counted
-        # Sums over tokens may be added up over micro-batches. Their common divisor keeps them of the size of a mean.
+        # Sums over tokens may be added up over micro-batches. Their common divisor keeps them of
+        # the size of a mean.
         share = (tokens / self._first_tokens).to(terms.loss.dtype)
         for name, term in terms.named().items():
             self._sums[name] = self._sums.get(name, 0.0) + term.detach() * share
@@ -137,12 +152,16 @@ class FDDLightningModule(pl.LightningModule):
             NonFiniteLossError: the loss is infinite or no number, on any process; no step is taken.
         """
         mean = self._first_tokens / self._tokens
-        sums = torch.stack([value.double() for value in self._sums.values()]) * mean.to(torch.float64)
+        sums = torch.stack([value.double() for value in self._sums.values()]) * mean.to(
+            torch.float64
+        )
         means = dict(zip(self._sums, self.trainer.strategy.reduce(sums, reduce_op="mean").tolist()))
         if not self._counted:
             warn_of_nothing(self.trainer.global_step + 1)
         self._begin_step()
-        if getattr(self.trainer.precision_plugin, "scaler", None) is None:  # float16's scaler skips such a step
+        if (
+            getattr(self.trainer.precision_plugin, "scaler", None) is None
+        ):  # float16's scaler skips such a step
             require_finite(f"step {self.trainer.global_step + 1}", means)
         scale = self.trainer.accumulate_grad_batches * mean
         with torch.no_grad():
@@ -154,23 +173,33 @@ class FDDLightningModule(pl.LightningModule):
         values = {f"{stage}_{name}": value.detach() for name, value in terms.named().items()}
         self.log_dict(values, batch_size=weight, prog_bar=True, **options)
 
-    def _evaluate(self, stage: str, batch: Mapping[str, Tensor], batch_idx: int, loaders: Any, which: int) -> None:
+    def _evaluate(
+        self, stage: str, batch: Mapping[str, Tensor], batch_idx: int, loaders: Any, which: int
+    ) -> None:
         loader = loaders[which] if isinstance(loaders, (list, tuple)) else loaders
         batch = _without_repeats(batch, batch_idx, loader, self.distiller.config.ignore_index)
         tokens = int(self.distiller.count_positions(batch))
         self._log(stage, self(batch), tokens, on_step=False, on_epoch=True, sync_dist=True)
 
-    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(
+        self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         self._evaluate("val", batch, batch_idx, self.trainer.val_dataloaders, dataloader_idx)
 
-    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+    def test_step(
+        self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         self._evaluate("test", batch, batch_idx, self.trainer.test_dataloaders, dataloader_idx)
 
 
-def _without_repeats(batch: Mapping[str, Tensor], index: int, loader: Any, ignore_index: int) -> Mapping[str, Tensor]:
-    """The batch with nothing that counts in rows that a DistributedSampler repeats, so that all processes have as many.
+def _without_repeats(
+    batch: Mapping[str, Tensor], index: int, loader: Any, ignore_index: int
+) -> Mapping[str, Tensor]:
+    """The batch with nothing that counts in rows that a DistributedSampler repeats, so that all
+    processes have as many.
 
-    It deals rows out in turn and fills up with the first ones: row i of process r is the data set's i * processes + r.
+    It deals rows out in turn and fills up with the first ones: row i of process r is the data set's
+    i * processes + r.
     """
     sampler, size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
     if not isinstance(sampler, DistributedSampler) or size is None:

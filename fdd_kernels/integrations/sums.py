@@ -1,4 +1,6 @@
-"""Means of loss terms: over tokens, for logs and evaluations, and over the micro-batches and processes of an optimizer step."""
+"""Means of loss terms: over tokens, for logs and evaluations, and over the micro-batches and
+processes of an optimizer step.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +23,26 @@ class WeightedSums:
     def add(self, terms: Mapping[str, Tensor], weight: Tensor) -> None:
         """Add this process's weight * terms."""
         for name, term in terms.items():
-            self._sums[name] = self._sums.get(name, 0.0) + term.detach().double() * weight.to(term.device)
+            self._sums[name] = self._sums.get(name, 0.0) + term.detach().double() * weight.to(
+                term.device
+            )
         self._weight = self._weight + weight.to(term.device, torch.float64)
 
     def means(self, reduce: Reduce) -> tuple[dict[str, float], float]:
-        """The mean of each term over all processes, 0 where nothing has weight, and the weight in all."""
+        """The mean of each term over all processes, 0 where nothing has weight, and the weight in
+        all.
+        """
         if not self._sums:
             return {}, 0.0
         *sums, weight = reduce(torch.stack([*self._sums.values(), self._weight]), "sum").tolist()
-        return {name: value / weight if weight else 0.0 for name, value in zip(self._sums, sums)}, weight
+        return {
+            name: value / weight if weight else 0.0 for name, value in zip(self._sums, sums)
+        }, weight
 
 
 class StepSums:
-    """The micro-batches of one optimizer step in this process, whose terms are shares that add up to the step's mean.
+    """The micro-batches of one optimizer step in this process, whose terms are shares that add up
+    to the step's mean.
 
     Attributes:
         returned: the losses of micro-batches that the trainer has been given.
@@ -65,11 +74,14 @@ class StepSums:
         """The step over all processes.
 
         Returns:
-            The means of the terms over the positions that were used; what a gradient is to be multiplied by to be the mean's:
+            The means of the terms over the positions that were used; what a gradient is to be
+                multiplied by to be the mean's:
             1 unless `items` are not those positions; and whether the loss is finite.
         """
         *sums, positions = reduce(torch.stack([*self._sums.values(), self._positions]), "sum")
         means = dict(zip(self._sums, sums))
-        items, used, loss = torch.stack([torch.as_tensor(self._items).to(positions), positions, means["loss"]]).tolist()
+        items, used, loss = torch.stack(
+            [torch.as_tensor(self._items).to(positions), positions, means["loss"]]
+        ).tolist()
         scale = items / used if used else 1.0
         return {name: scale * value for name, value in means.items()}, scale, math.isfinite(loss)

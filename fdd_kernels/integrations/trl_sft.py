@@ -1,45 +1,59 @@
-"""TRL's SFTTrainer with the FDD loss: its data preparation, packing and completion-only labels, our loss."""
+"""TRL's SFTTrainer with the FDD loss: its data preparation, packing and completion-only labels, our
+loss.
+"""
 
 from __future__ import annotations
 
 from torch import nn
 from trl import SFTTrainer
 
+from fdd_kernels.hf.teachers import Teacher
 from fdd_kernels.integrations.hf_trainer import FDDTrainerMixin
-from fdd_kernels.models.teachers import Teacher
 
 
 class FDDSFTTrainer(FDDTrainerMixin, SFTTrainer):
-    """A `trl.SFTTrainer` whose loss is Feature Dynamics Distillation from `teacher`; for the rest see `FDDTrainer`.
+    """A `trl.SFTTrainer` whose loss is Feature Dynamics Distillation from `teacher`; for the rest
+    see `FDDTrainer`.
 
     Args:
-        *args, **kwargs: as for `trl.SFTTrainer`; `model` is the student, `peft_config` makes it a LoRA student.
-        teacher: as for `FDDTrainer`. A teacher cache holds windows that TRL must leave as they are: give
-            `args=SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, ...)`, `data_collator=fdd_kernels.data.pad_windows`
-            and `train_dataset=datasets.Dataset.from_list(cache.dataset("train"))`.
+        *args, **kwargs: as for `trl.SFTTrainer`; `model` is the student, `peft_config` makes it a
+            LoRA student.
+        teacher: as for `FDDTrainer`. A teacher cache holds windows that TRL must leave as they are:
+            give `args=SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, ...)`,
+            `data_collator=fdd_kernels.data.pad_windows` and
+            `train_dataset=datasets.Dataset.from_list(cache.dataset("train"))`.
         fdd_config: layers and loss options.
 
-    Positions whose label is -100 do not count: prompts with completion-only or assistant-only loss, padding, and the first
-    token of each packed sequence. The router loss of a student with experts is weighted by SFTConfig's
-    `router_aux_loss_coef`, or by the model's own coefficient if that is None. TRL's own metrics (entropy, token accuracy) are
-    not computed, since they need logits.
+    Positions whose label is -100 do not count: prompts with completion-only or assistant-only loss,
+    padding, and the first token of each packed sequence. The router loss of a student with experts
+    is weighted by SFTConfig's `router_aux_loss_coef`, or by the model's own coefficient if that is
+    None. TRL's own metrics (entropy, token accuracy) are not computed, since they need logits.
 
     Raises:
-        ValueError: an option of SFTConfig that changes the loss (`loss_type`); a teacher cache without `skip_prepare_dataset`
-            or without a collator.
+        ValueError: an option of SFTConfig that changes the loss (`loss_type`); a teacher cache
+            without `skip_prepare_dataset` or without a collator.
         TypeError, ValueError: see `FDDTrainer`.
     """
 
-    def __init__(self, model, args=None, data_collator=None, *rest, teacher: nn.Module | Teacher, **kwargs) -> None:
+    def __init__(
+        self, model, args=None, data_collator=None, *rest, teacher: nn.Module | Teacher, **kwargs
+    ) -> None:
         prepared = getattr(args, "dataset_kwargs", None) or {}
-        if isinstance(teacher, Teacher) and not (prepared.get("skip_prepare_dataset") and data_collator):
+        if isinstance(teacher, Teacher) and not (
+            prepared.get("skip_prepare_dataset") and data_collator
+        ):
             raise ValueError(
-                f"dataset_kwargs={prepared}, data_collator={data_collator}: TRL would prepare and collate data of its own, "
+                f"dataset_kwargs={prepared}, data_collator={data_collator}: TRL would prepare and "
+                "collate data of its own, "
                 f"which a {type(teacher).__name__} does not hold. Give "
-                "SFTConfig(dataset_kwargs={'skip_prepare_dataset': True}), data_collator=fdd_kernels.data.pad_windows and "
+                "SFTConfig(dataset_kwargs={'skip_prepare_dataset': True}), "
+                "data_collator=fdd_kernels.data.pad_windows and "
                 "train_dataset=Dataset.from_list(cache.dataset('train'))"
             )
         super().__init__(model, args, data_collator, *rest, teacher=teacher, **kwargs)
         loss_type = getattr(self.args, "loss_type", "nll")
         if loss_type not in ("nll", "chunked_nll"):
-            raise ValueError(f"FDDSFTTrainer's loss is the FDD loss: leave loss_type at its default, not {loss_type!r}")
+            raise ValueError(
+                "FDDSFTTrainer's loss is the FDD loss: leave loss_type at its default, not "
+                f"{loss_type!r}"
+            )

@@ -1,4 +1,6 @@
-"""What a teacher gives, computed once and kept on disk, so that training needs no teacher in memory."""
+"""What a teacher gives, computed once and kept on disk, so that training needs no teacher in
+memory.
+"""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ class Codec:
 
     Args:
         dtype: of the stored numbers.
-        largest: for codecs with a scale per row: the stored number that the largest of a row becomes.
+        largest: for codecs with a scale per row: the stored number that the largest of a row
+            becomes.
     """
 
     dtype: torch.dtype

@@ -1,10 +1,12 @@
-"""The index of a cache: what it holds, which files it consists of, and whether they are as they were written.
+"""The index of a cache: what it holds, which files it consists of, and whether they are as they
+were written.
 
-    index.json             what the cache holds (`contents`), size and SHA-256 of every file, `complete`
-    shard-00000.safetensors, ...   for each array its rows, of whole windows, in their stored form
-    NAME.safetensors, tokenizer/   what is stored once
+    index.json             what the cache holds (`contents`), size and SHA-256 of every file,
+    `complete` shard-00000.safetensors, ...   for each array its rows, of whole windows, in their
+    stored form NAME.safetensors, tokenizer/   what is stored once
 
-Each file is on disk before the index names it, so a killed writer leaves an index that is true; the next goes on from it.
+Each file is on disk before the index names it, so a killed writer leaves an index that is true; the
+next goes on from it.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ INDEX_FILE, TOKENIZER_FOLDER = "index.json", "tokenizer"
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """One array: `width` numbers for each position that counts, stored by the codec of that name."""
+    """One array: `width` numbers for each position that counts, stored by the codec of that
+    name.
+    """
 
     width: int
     codec: str
@@ -36,7 +40,9 @@ class ArraySpec:
         return CODECS[self.codec].bytes_per_row(self.width)
 
 
-def stored_tensors(arrays: dict[str, ArraySpec], rows: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+def stored_tensors(
+    arrays: dict[str, ArraySpec], rows: int
+) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
     """The tensors of a shard: name -> (dtype, shape)."""
     return {
         name + part: (dtype, (rows, *shape))
@@ -45,8 +51,12 @@ def stored_tensors(arrays: dict[str, ArraySpec], rows: int) -> dict[str, tuple[t
     }
 
 
-def plan_shards(counts: Sequence[int], arrays: dict[str, ArraySpec], shard_size: int) -> list[tuple[int, int]]:
-    """Cut windows with so many rows each into runs [start, stop) of at most `shard_size` bytes, or of one window."""
+def plan_shards(
+    counts: Sequence[int], arrays: dict[str, ArraySpec], shard_size: int
+) -> list[tuple[int, int]]:
+    """Cut windows with so many rows each into runs [start, stop) of at most `shard_size` bytes, or
+    of one window.
+    """
     most = shard_size // sum(spec.bytes_per_row for spec in arrays.values())
     runs, start, rows = [], 0, 0
     for window, count in enumerate(counts):
@@ -74,13 +84,18 @@ def read_index(folder: Path) -> dict[str, Any] | None:
         raise ValueError(f"{path} is not the index of a teacher cache")
     if index.get("version") != VERSION:
         raise ValueError(
-            f"{path} has version {index.get('version')}, this fdd_kernels reads version {VERSION}: cache into another directory"
+            f"{path} has version {index.get('version')}, this fdd_kernels reads version {VERSION}: "
+            "cache into another directory"
         )
     return index
 
 
-def damaged_files(folder: Path, files: dict[str, dict[str, Any]], *, checksums: bool) -> dict[str, str]:
-    """Files that are not as the index says: name -> what is wrong. Sizes are always compared, content with `checksums`."""
+def damaged_files(
+    folder: Path, files: dict[str, dict[str, Any]], *, checksums: bool
+) -> dict[str, str]:
+    """Files that are not as the index says: name -> what is wrong. Sizes are always compared,
+    content with `checksums`.
+    """
     damaged = {}
     for name, recorded in files.items():
         path = folder / name

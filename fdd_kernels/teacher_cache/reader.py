@@ -1,4 +1,6 @@
-"""Reading a cache where it lies: files are memory-mapped, and only the rows asked for are touched."""
+"""Reading a cache where it lies: files are memory-mapped, and only the rows asked for are
+touched.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,13 @@ from torch import Tensor
 
 from fdd_kernels.data import file_digest
 from fdd_kernels.teacher_cache.codec import CODECS
-from fdd_kernels.teacher_cache.index import INDEX_FILE, ArraySpec, damaged_files, read_index, stored_tensors
+from fdd_kernels.teacher_cache.index import (
+    INDEX_FILE,
+    ArraySpec,
+    damaged_files,
+    read_index,
+    stored_tensors,
+)
 
 
 class CacheReader:
@@ -33,13 +41,18 @@ class CacheReader:
         self.folder = Path(folder)
         index = read_index(self.folder)
         if index is None:
-            raise FileNotFoundError(f"{self.folder} holds no teacher cache (there is no {INDEX_FILE})")
+            raise FileNotFoundError(
+                f"{self.folder} holds no teacher cache (there is no {INDEX_FILE})"
+            )
         self.index, self.contents = index, index["contents"]
         if self.contents["kind"] != kind:
-            raise ValueError(f"{self.folder} is a cache of {self.contents['kind']}, but one of {kind} is needed")
+            raise ValueError(
+                f"{self.folder} is a cache of {self.contents['kind']}, but one of {kind} is needed"
+            )
         if not index["complete"]:
             raise ValueError(
-                f"{self.folder} is not complete ({len(index['shards'])} shards are written): run the same "
+                f"{self.folder} is not complete ({len(index['shards'])} shards are written): run "
+                "the same "
                 "fdd-kernels cache-teacher again, which goes on from there"
             )
         self._refuse(damaged_files(self.folder, self._files, checksums=False))
@@ -62,8 +75,11 @@ class CacheReader:
         if damaged:
             what = "; ".join(f"{name} {problem}" for name, problem in damaged.items())
             shards = all(name in self.index["shards"] for name in damaged)
-            remedy = ("remove these shards and run the same fdd-kernels cache-teacher again" if shards
-                      else "run the same fdd-kernels cache-teacher with --no-resume")  # fmt: skip
+            remedy = (
+                "remove these shards and run the same fdd-kernels cache-teacher again"
+                if shards
+                else "run the same fdd-kernels cache-teacher with --no-resume"
+            )
             raise ValueError(f"{self.folder} is damaged ({what}): {remedy}")
 
     def verify(self) -> None:
@@ -83,16 +99,33 @@ class CacheReader:
             name, record = self._shards[number]
             try:
                 file = safe_open(self.folder / name, framework="pt")
-                shapes = {tensor: tuple(file.get_slice(tensor).get_shape()) for tensor in file.keys()}  # noqa: SIM118
+                shapes = {
+                    tensor: tuple(file.get_slice(tensor).get_shape())
+                    for tensor in list(file.keys())
+                }
             except SafetensorError as error:
                 raise ValueError(f"{self.folder / name} cannot be read: {error}") from error
-            expected = {tensor: shape for tensor, (_, shape) in stored_tensors(self.arrays, record["rows"]).items()}
+            expected = {
+                tensor: shape
+                for tensor, (_, shape) in stored_tensors(self.arrays, record["rows"]).items()
+            }
             if shapes != expected:
-                raise ValueError(f"{self.folder / name} holds tensors of shapes {shapes}, the index says {expected}")
+                raise ValueError(
+                    f"{self.folder / name} holds tensors of shapes {shapes}, the index says "
+                    f"{expected}"
+                )
             self._opened[number] = file
         return self._opened[number]
 
-    def rows(self, name: str, windows: Sequence[int], offsets: Tensor, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    def rows(
+        self,
+        name: str,
+        windows: Sequence[int],
+        offsets: Tensor,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Tensor:
         """The rows (rows, width) of one array for some windows, one after the other.
 
         Args:
@@ -106,4 +139,6 @@ class CacheReader:
             start, stop = int(offsets[window]) - first, int(offsets[window + 1]) - first
             for part, found in parts.items():
                 found.append(shard.get_slice(name + part)[start:stop])
-        return codec.decode({part: torch.cat(found).to(device) for part, found in parts.items()}, dtype)
+        return codec.decode(
+            {part: torch.cat(found).to(device) for part, found in parts.items()}, dtype
+        )

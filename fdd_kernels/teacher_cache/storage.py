@@ -13,7 +13,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fdd_kernels.atomic import atomic_directory, atomic_file, clear_unfinished, remove_directory, write_text
+from fdd_kernels.common.atomic import (
+    atomic_directory,
+    atomic_file,
+    clear_unfinished,
+    remove_directory,
+    write_text,
+)
 from fdd_kernels.data import file_digest
 from fdd_kernels.teacher_cache.codec import CODECS
 from fdd_kernels.teacher_cache.index import (
@@ -27,7 +33,7 @@ from fdd_kernels.teacher_cache.index import (
     plan_shards,
     read_index,
     stored_tensors,
-)  # fmt: skip
+)
 from fdd_kernels.version import __version__
 
 _SHARD = "shard-{:05d}.safetensors"
@@ -60,18 +66,28 @@ class ShardBuffer:
             parts = codec.encode(exact)
             stored = codec.decode(parts, self.dtype)
             if not (exact.isfinite().all() and stored.isfinite().all()):
-                raise ValueError(f"{name} has values that are not finite, or too large for {spec.codec}")
+                raise ValueError(
+                    f"{name} has values that are not finite, or too large for {spec.codec}"
+                )
             for part, tensor in parts.items():
                 self.tensors[name + part][self.filled : self.filled + count] = tensor
-            squares, errors = exact.to(wide).square().sum(-1), (exact.to(wide) - stored.to(wide)).square().sum(-1)
+            squares, errors = (
+                exact.to(wide).square().sum(-1),
+                (exact.to(wide) - stored.to(wide)).square().sum(-1),
+            )
             worst = (errors / squares.clamp(min=torch.finfo(wide).tiny)).max().sqrt()
             total = self.errors[name]
-            self.errors[name] = [total[0] + float(errors.sum()), total[1] + float(squares.sum()), max(total[2], float(worst))]
+            self.errors[name] = [
+                total[0] + float(errors.sum()),
+                total[1] + float(squares.sum()),
+                max(total[2], float(worst)),
+            ]
         self.filled += count
 
 
 class CacheWriter:
-    """Writes a cache, or goes on with the unfinished or damaged one of the same contents in the same directory.
+    """Writes a cache, or goes on with the unfinished or damaged one of the same contents in the
+    same directory.
 
     Args:
         folder: an existing directory, empty or with a cache.
@@ -85,23 +101,44 @@ class CacheWriter:
         ValueError: the directory holds a cache of other contents, or other files and no cache.
     """
 
-    def __init__(self, folder: Path, contents: dict[str, Any], arrays: dict[str, ArraySpec], counts: Sequence[int],
-                 *, shard_size: int, resume: bool = True) -> None:  # fmt: skip
+    def __init__(
+        self,
+        folder: Path,
+        contents: dict[str, Any],
+        arrays: dict[str, ArraySpec],
+        counts: Sequence[int],
+        *,
+        shard_size: int,
+        resume: bool = True,
+    ) -> None:
         self.folder, self.arrays = folder, arrays
         self.plan = plan_shards(counts, arrays, shard_size)
-        contents = contents | {"arrays": {name: asdict(spec) for name, spec in arrays.items()}, "shard_size": shard_size}
+        contents = contents | {
+            "arrays": {name: asdict(spec) for name, spec in arrays.items()},
+            "shard_size": shard_size,
+        }
         contents = json.loads(json.dumps(contents))
         before = read_index(folder)
         others = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
         if before is None and others:
-            raise ValueError(f"{folder} holds {others[0]} and no cache: use an empty directory, or one that does not exist")
+            raise ValueError(
+                f"{folder} holds {others[0]} and no cache: use an empty directory, or one that "
+                "does not exist"
+            )
         if before is not None and resume:
             self._require_same(before, contents)
         clear_unfinished(folder)
         if before is None or not resume:
             versions = {"fdd_kernels": __version__, "torch": torch.__version__}
-            self.index = {"format": FORMAT, "version": VERSION, "complete": False, "files": {}, "shards": {},
-                          "contents": contents, "versions": versions}  # fmt: skip
+            self.index = {
+                "format": FORMAT,
+                "version": VERSION,
+                "complete": False,
+                "files": {},
+                "shards": {},
+                "contents": contents,
+                "versions": versions,
+            }
             self._write_index()
             for shard in folder.glob(_SHARD.replace("{:05d}", "*")):
                 shard.unlink()
@@ -109,14 +146,17 @@ class CacheWriter:
                 remove_directory(folder / TOKENIZER_FOLDER)
         else:
             damaged = damaged_files(folder, before["shards"], checksums=False)
-            shards = {name: shard for name, shard in before["shards"].items() if name not in damaged}
+            shards = {
+                name: shard for name, shard in before["shards"].items() if name not in damaged
+            }
             self.index = before | {"shards": shards, "complete": before["complete"] and not damaged}
 
     def _require_same(self, before: dict[str, Any], contents: dict[str, Any]) -> None:
         different = differences(before["contents"], contents)
         if different:
             raise ValueError(
-                f"{self.folder} holds another cache ({'; '.join(different[:3])}): give the same options to go on with it, "
+                f"{self.folder} holds another cache ({'; '.join(different[:3])}): give the same "
+                "options to go on with it, "
                 "another directory, or --no-resume to remove it and start again"
             )
         damaged = damaged_files(self.folder, before["files"], checksums=False)
@@ -132,27 +172,41 @@ class CacheWriter:
     @property
     def missing(self) -> list[tuple[int, tuple[int, int]]]:
         """The shards to write: number and windows [start, stop)."""
-        return [(n, windows) for n, windows in enumerate(self.plan) if _SHARD.format(n) not in self.index["shards"]]
+        return [
+            (n, windows)
+            for n, windows in enumerate(self.plan)
+            if _SHARD.format(n) not in self.index["shards"]
+        ]
 
     def _save(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
         with atomic_file(self.folder / name) as part:
             save_file(tensors, part)
-            part.chmod((self.folder / INDEX_FILE).stat().st_mode)  # safetensors lets nobody else read it
+            part.chmod(
+                (self.folder / INDEX_FILE).stat().st_mode
+            )  # safetensors lets nobody else read it
             return _record(part)
 
     def _write_index(self) -> None:
         write_text(self.folder / INDEX_FILE, json.dumps(self.index, indent=1) + "\n")
 
     def write_once(self, files: dict[str, dict[str, Tensor]], tokenizer=None) -> None:
-        """Write what is stored once, unless an earlier writer did: tensors by name of their file, and the tokenizer."""
+        """Write what is stored once, unless an earlier writer did: tensors by name of their file,
+        and the tokenizer.
+        """
         if self.index["files"]:
             return
-        written = {f"{name}.safetensors": self._save(f"{name}.safetensors", tensors) for name, tensors in files.items()}
+        written = {
+            f"{name}.safetensors": self._save(f"{name}.safetensors", tensors)
+            for name, tensors in files.items()
+        }
         if tokenizer is not None:
             with atomic_directory(self.folder / TOKENIZER_FOLDER) as folder:
                 tokenizer.save_pretrained(folder)
                 paths = sorted(path for path in folder.rglob("*") if path.is_file())
-                written |= {f"{TOKENIZER_FOLDER}/{path.relative_to(folder).as_posix()}": _record(path) for path in paths}
+                written |= {
+                    f"{TOKENIZER_FOLDER}/{path.relative_to(folder).as_posix()}": _record(path)
+                    for path in paths
+                }
         self.index["files"] = written
         self._write_index()
 
@@ -160,12 +214,16 @@ class CacheWriter:
         """Write one shard and make it known.
 
         Raises:
-            OSError, safetensors.SafetensorError: it could not be written; everything before it is kept.
+            OSError, safetensors.SafetensorError: it could not be written; everything before it is
+                kept.
         """
         name = _SHARD.format(number)
         record = self._save(name, shard.tensors)
         record |= {"windows": list(self.plan[number]), "rows": shard.filled, "errors": shard.errors}
-        self.index = self.index | {"shards": dict(sorted((self.index["shards"] | {name: record}).items())), "complete": False}
+        self.index = self.index | {
+            "shards": dict(sorted((self.index["shards"] | {name: record}).items())),
+            "complete": False,
+        }
         self._write_index()
 
     def finish(self) -> None:

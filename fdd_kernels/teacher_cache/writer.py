@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fdd_kernels.atomic import only_process
+from fdd_kernels.cli.cache_options import SHARD_SIZE
+from fdd_kernels.common.atomic import only_process
 from fdd_kernels.data import Windows, pad_windows
-from fdd_kernels.layers import require_layers
-from fdd_kernels.models.teachers import LiveTeacher
+from fdd_kernels.hf.layers import require_layers
+from fdd_kernels.hf.teachers import LiveTeacher
 from fdd_kernels.teacher_cache.cache import FINAL, KIND, TeacherCache, layer_name
 from fdd_kernels.teacher_cache.codec import CODECS
 from fdd_kernels.teacher_cache.index import ArraySpec
-from fdd_kernels.teacher_cache.options import SHARD_SIZE
 from fdd_kernels.teacher_cache.storage import CacheWriter, ShardBuffer
 from fdd_kernels.teacher_cache.windows import CachedWindows, WindowTable, pack_windows
 
@@ -43,7 +43,9 @@ class CachedQuantity(ABC):
 
     @abstractmethod
     def rows(self, batch: Mapping[str, Tensor], places: Tensor) -> dict[str, Tensor]:
-        """Rows (n, width) of every array at `places`, indices into the flattened (batch, sequence)."""
+        """Rows (n, width) of every array at `places`, indices into the flattened (batch,
+        sequence).
+        """
 
 
 class OfLayers(CachedQuantity):
@@ -84,12 +86,17 @@ class TeacherStates(OfLayers):
 
     kind = KIND
 
-    def __init__(self, teacher: LiveTeacher, layers: Sequence[int], *, apply_final_norm: bool, codec: str) -> None:
+    def __init__(
+        self, teacher: LiveTeacher, layers: Sequence[int], *, apply_final_norm: bool, codec: str
+    ) -> None:
         super().__init__(teacher, layers, apply_final_norm)
         if codec not in CODECS:
             raise ValueError(f"codec={codec!r} is not one of {', '.join(map(repr, CODECS))}")
         weight, bias = teacher.head()
-        self.arrays = {name: ArraySpec(weight.shape[1], codec) for name in (*map(layer_name, self.layers), FINAL)}
+        self.arrays = {
+            name: ArraySpec(weight.shape[1], codec)
+            for name in (*map(layer_name, self.layers), FINAL)
+        }
         self.dtype = weight.dtype
         self.contents = self.about_the_teacher() | {"dtype": str(self.dtype).removeprefix("torch.")}
         head = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
@@ -97,13 +104,17 @@ class TeacherStates(OfLayers):
 
     def rows(self, batch: Mapping[str, Tensor], places: Tensor) -> dict[str, Tensor]:
         states = self.teacher.states(batch, self.layers, apply_final_norm=self.apply_final_norm)
-        return {name: state.flatten(0, 1)[places.to(state.device)] for name, state in zip(self.arrays, states)}
+        return {
+            name: state.flatten(0, 1)[places.to(state.device)]
+            for name, state in zip(self.arrays, states)
+        }
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
     """What tells a model from another: its class, its config, and a SHA-256 of its weights.
 
-    Weights that are not plain tensors in memory (offloaded, quantised) count with their names and shapes only.
+    Weights that are not plain tensors in memory (offloaded, quantised) count with their names and
+    shapes only.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.named_parameters()):
@@ -114,7 +125,11 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     return {
         "class": type(model).__name__,
         # Not where it lay, what wrote it, and how attention is computed here.
-        "config": {key: value for key, value in config.items() if key[0] != "_" and key != "transformers_version"},
+        "config": {
+            key: value
+            for key, value in config.items()
+            if key[0] != "_" and key != "transformers_version"
+        },
         "sha256": digest.hexdigest(),
     }
 
@@ -134,22 +149,26 @@ def write_teacher_cache(
     codec: str = "bfloat16",
     **storage,
 ) -> TeacherCache:
-    """Run a teacher over windows and store its states; goes on with a cache of the same contents that was interrupted.
+    """Run a teacher over windows and store its states; goes on with a cache of the same contents
+    that was interrupted.
 
     Args:
         folder: made if it does not exist; nothing else may be in it.
         teacher: a transformers causal LM, where it is to run.
-        windows: unpadded, with labels that are -100 where there is nothing to learn; only positions before a label are
-            stored.
+        windows: unpadded, with labels that are -100 where there is nothing to learn; only positions
+            before a label are stored.
         layers, apply_final_norm, codec: see `TeacherStates`.
         **storage: batch_size, shard_size, tokenizer, data, resume, advance; see `write_cache`.
 
     Raises:
         ValueError: see `TeacherStates`, `pack_windows`, `CacheWriter`; states that are not finite.
-        fdd_kernels.user_error.UserError: another process writes there.
-        OSError, safetensors.SafetensorError: it could not be written; whole shards are kept for the next call.
+        fdd_kernels.common.errors.UserError: another process writes there.
+        OSError, safetensors.SafetensorError: it could not be written; whole shards are kept for the
+            next call.
     """
-    quantity = TeacherStates(LiveTeacher(teacher), layers, apply_final_norm=apply_final_norm, codec=codec)
+    quantity = TeacherStates(
+        LiveTeacher(teacher), layers, apply_final_norm=apply_final_norm, codec=codec
+    )
     write_cache(Path(folder), quantity, windows, **storage)
     return TeacherCache(folder)
 
@@ -191,7 +210,9 @@ def write_cache(
     folder.mkdir(parents=True, exist_ok=True)
     with only_process(folder):
         counts = table.rows.diff().tolist()
-        writer = CacheWriter(folder, contents, quantity.arrays, counts, shard_size=shard_size, resume=resume)
+        writer = CacheWriter(
+            folder, contents, quantity.arrays, counts, shard_size=shard_size, resume=resume
+        )
         if writer.complete:
             advance(len(table), len(table))
             return
@@ -200,7 +221,9 @@ def write_cache(
         done = len(table) - sum(stop - start for _, (start, stop) in missing)
         every = CachedWindows(table, range(len(table)))
         for number, (start, stop) in missing:
-            shard = ShardBuffer(quantity.arrays, int(table.rows[stop] - table.rows[start]), quantity.dtype)
+            shard = ShardBuffer(
+                quantity.arrays, int(table.rows[stop] - table.rows[start]), quantity.dtype
+            )
             for first in range(start, stop, batch_size):
                 last = min(first + batch_size, stop)
                 advance(done, len(table))

@@ -1,16 +1,18 @@
 """The backend "triton": the operations on GPUs, by one of three strategies.
 
-Importing this package needs no triton: the kernels are imported when an operation runs. The files, in order of use:
+Importing this package needs no triton: the kernels are imported when an operation runs. The files,
+in order of use:
 
     operations.py   the operations: which strategy a call takes, and its fallback
-    strategy.py     the rule, a plain function of shape, device and memory; memory.py: what a call allocates by each
-    problem.py      a call as every strategy sees it; gather_rows.py: valid rows side by side, gradients put back
-    work_table.py   a LensSpec as a small integer table that the kernels walk
-    elementwise.py  the mathematics of elements and rows, shared by all kernels
+    strategy.py     the rule, a plain function of shape, device and memory; memory.py: what a call
+    allocates by each problem.py      a call as every strategy sees it; gather_rows.py: valid rows
+    side by side, gradients put back work_table.py   a LensSpec as a small integer table that the
+    kernels walk elementwise.py  the mathematics of elements and rows, shared by all kernels
     gemm.py         products with float32 results; scaling.py: dL/dlogits through float16
-    config.py       launch configurations; autotune.py: opt-in search; launch.py: the one place that launches or records
-    cached/         logits by GEMM into bounded scratch, row kernels over them ("cached" and "slabbed")
-    one_pass/       the GEMM inside the kernels, no scratch of the vocabulary's size ("one_pass")
+    config.py       launch configurations; autotune.py: opt-in search; launch.py: the one place that
+    launches or records cached/         logits by GEMM into bounded scratch, row kernels over them
+    ("cached" and "slabbed") one_pass/       the GEMM inside the kernels, no scratch of the
+    vocabulary's size ("one_pass")
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ import os
 import torch
 from torch import Tensor
 
-from fdd_kernels.spec import LensInputs, LensSpec
+from fdd_kernels.lens.spec import LensInputs, LensSpec
 
 
 def interpreting() -> bool:
@@ -37,7 +39,8 @@ def unavailable(device: torch.device) -> str | None:
         return None
     if device.type != "cuda":
         return (
-            "the Triton kernels need an NVIDIA or AMD GPU: move the tensors to one, or use another backend; to try the "
+            "the Triton kernels need an NVIDIA or AMD GPU: move the tensors to one, or use another "
+            "backend; to try the "
             "kernels slowly on a CPU, set TRITON_INTERPRET=1 before Python starts"
         )
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
@@ -52,7 +55,9 @@ def stats(inputs: LensInputs, spec: LensSpec) -> tuple[Tensor, Tensor, Tensor]:
     return operations.stats(inputs, spec)
 
 
-def grad(inputs: LensInputs, spec: LensSpec, per_row: tuple[Tensor, ...], needed: list[bool]) -> list[Tensor]:
+def grad(
+    inputs: LensInputs, spec: LensSpec, per_row: tuple[Tensor, ...], needed: list[bool]
+) -> list[Tensor]:
     """Gradients of [*student_hidden, student_weight, student_bias] marked in `needed`."""
     from fdd_kernels.backends.triton import operations
 
@@ -66,7 +71,14 @@ def kept_rows(inputs: LensInputs, spec: LensSpec, needed: list[bool]) -> int:
     return operations.kept_rows(inputs, spec, needed)
 
 
-def stats_and_grad(inputs: LensInputs, spec: LensSpec, rows_at_a_time: int, upstream_of, needed: list[bool], refine: bool):
+def stats_and_grad(
+    inputs: LensInputs,
+    spec: LensSpec,
+    rows_at_a_time: int,
+    upstream_of,
+    needed: list[bool],
+    refine: bool,
+):
     """Gradients and statistics with cached logits; see `backends.Backend`."""
     from fdd_kernels.backends.triton import operations
 

@@ -1,8 +1,9 @@
 """Opt-in search over launch configurations, kept on disk.
 
-FDD_KERNELS_TRITON_AUTOTUNE=1 times every candidate the first time that a device meets a shape (rows rounded up to a power of
-two) with these layers, divergences and moments, and stores the best under FDD_KERNELS_CACHE (default ~/.cache/fdd_kernels).
-Without it the plain function of `config.py` decides, nothing is timed and nothing is read.
+FDD_KERNELS_TRITON_AUTOTUNE=1 times every candidate the first time that a device meets a shape (rows
+rounded up to a power of two) with these layers, divergences and moments, and stores the best under
+FDD_KERNELS_CACHE (default ~/.cache/fdd_kernels). Without it the plain function of `config.py`
+decides, nothing is timed and nothing is read.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import filelock
 import torch
 import triton
 
-from fdd_kernels.atomic import write_text
 from fdd_kernels.backends.triton import launch
 from fdd_kernels.backends.triton.config import LaunchConfig, candidates, choose
-from fdd_kernels.environment import cache_folder
+from fdd_kernels.common.atomic import write_text
+from fdd_kernels.common.environment import cache_folder
 
 SWITCH = "FDD_KERNELS_TRITON_AUTOTUNE"
 
@@ -36,8 +37,8 @@ def _read() -> dict[str, dict]:
 
 
 def _write(key: str, config: LaunchConfig) -> None:
-    """Add an entry. The file is replaced as a whole, so that a reader never sees half of it, by one process at a time, so that
-    none undoes what another has added."""
+    """Add an entry. The file is replaced as a whole, so that a reader never sees half of it, by one
+    process at a time, so that none undoes what another has added."""
     path = cache_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(path.with_suffix(".lock")):
@@ -45,7 +46,9 @@ def _write(key: str, config: LaunchConfig) -> None:
 
 
 def seconds(run: Callable[[LaunchConfig], object], config: LaunchConfig) -> float:
-    """The median of timed runs, each with an empty L2; infinity for a configuration that the device has no room for."""
+    """The median of timed runs, each with an empty L2; infinity for a configuration that the device
+    has no room for.
+    """
     try:
         return triton.testing.do_bench(lambda: run(config), return_mode="median") / 1000
     except (triton.runtime.errors.OutOfResources, triton.compiler.errors.CompilationError):
@@ -62,7 +65,8 @@ def tuned(
     mixed: bool = False,
     work: str = "",
 ) -> LaunchConfig:
-    """The configuration for `shape` = (rows, columns, widths): the default, or the fastest found by timing `run`.
+    """The configuration for `shape` = (rows, columns, widths): the default, or the fastest found by
+    timing `run`.
 
     `work` tells calls of the same shape apart: what is computed of how many layers.
     """
@@ -72,7 +76,17 @@ def tuned(
     rounded = (triton.next_power_of_2(rows), *shape[1:])
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else architecture
     kind = str(dtype) + "+" * mixed
-    key = "/".join([operation, architecture, device, kind, "x".join(map(str, rounded)), work, triton.__version__])
+    key = "/".join(
+        [
+            operation,
+            architecture,
+            device,
+            kind,
+            "x".join(map(str, rounded)),
+            work,
+            triton.__version__,
+        ]
+    )
     known = _read().get(key)
     if known is not None:
         return LaunchConfig(**known)

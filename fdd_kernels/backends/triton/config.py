@@ -1,12 +1,13 @@
 """Launch configurations: a plain function of operation, shape, dtype and architecture.
 
-How the numbers were argued (benchmarks/gpu_model.py prints the model, benchmarks/aot.py the resources; neither is a timing:
-no GPU has run these kernels yet). Products of this kind are bound by what the multiprocessors fetch from the second cache
-level: 2 / block_rows + 2 / block_columns bytes per 16-bit product and model. So the tile is the largest that compiles
-without a spill on every target: 128 x 128 with 8 warps, one program a multiprocessor. Tiles wait for their neighbours in
-scratch, not in registers, so the tile does not depend on what is computed of it; strips of 16 columns keep the elementwise
-part within the registers that the product leaves. Float32 products at "ieee" precision run on the ordinary cores, from
-registers, and want small tiles.
+How the numbers were argued (benchmarks/gpu_model.py prints the model, benchmarks/aot.py the
+resources; neither is a timing: no GPU has run these kernels yet). Products of this kind are bound
+by what the multiprocessors fetch from the second cache level: 2 / block_rows + 2 / block_columns
+bytes per 16-bit product and model. So the tile is the largest that compiles without a spill on
+every target: 128 x 128 with 8 warps, one program a multiprocessor. Tiles wait for their neighbours
+in scratch, not in registers, so the tile does not depend on what is computed of it; strips of 16
+columns keep the elementwise part within the registers that the product leaves. Float32 products at
+"ieee" precision run on the ordinary cores, from registers, and want small tiles.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx95
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Tile (block_rows x block_columns), step along the hidden width, columns of a strip in the elementwise part."""
+    """Tile (block_rows x block_columns), step along the hidden width, columns of a strip in the
+    elementwise part.
+    """
 
     block_rows: int
     block_columns: int
@@ -34,7 +37,9 @@ class LaunchConfig:
     block_strip: int
     num_warps: int
     num_stages: int
-    max_registers: int | None = None  # a thread; without a limit NVIDIA's assembler spills to make room for more programs
+    max_registers: int | None = (
+        None  # a thread; without a limit NVIDIA's assembler spills to make room for more programs
+    )
 
     @property
     def options(self) -> dict[str, int]:
@@ -44,38 +49,53 @@ class LaunchConfig:
 
     @property
     def programs(self) -> int:
-        """Programs that are to be at work on a multiprocessor: as many as have the registers for it."""
+        """Programs that are to be at work on a multiprocessor: as many as have the registers for
+        it.
+        """
         return max(1, 8 // self.num_warps)
 
 
 @dataclass(frozen=True)
 class RowLaunch:
-    """Launch of a kernel whose program owns one row: tokens of a tile, warps, and warps where tokens are masked."""
+    """Launch of a kernel whose program owns one row: tokens of a tile, warps, and warps where
+    tokens are masked.
+    """
 
     block: int
     num_warps: int
     masked_warps: int
 
     def options(self, masked: bool, architecture: str) -> dict[str, int]:
-        """The compiler's options; `masked`: the tile is ragged or has biases, whose masks take registers."""
+        """The compiler's options; `masked`: the tile is ragged or has biases, whose masks take
+        registers.
+        """
         options = {"num_warps": self.masked_warps if masked else self.num_warps, "num_stages": 1}
         # Without a limit NVIDIA's assembler spills to make room for more programs.
         return options | {"maxnreg": 255} if architecture.startswith("sm_") else options
 
 
-# Chosen by what compiles without a stack on every target (benchmarks/aot.py), not by timing. One warp needs no barriers: its
-# reductions are shuffles; masks and the gradient have too many values in flight for that.
-ROW_LAUNCHES = {"stats": RowLaunch(1024, 1, 2), "second_pass": RowLaunch(1024, 2, 2), "grad": RowLaunch(2048, 4, 4)}
+# Chosen by what compiles without a stack on every target (benchmarks/aot.py), not by timing. One
+# warp needs no barriers: its reductions are shuffles; masks and the gradient have too many values
+# in flight for that.
+ROW_LAUNCHES = {
+    "stats": RowLaunch(1024, 1, 2),
+    "second_pass": RowLaunch(1024, 2, 2),
+    "grad": RowLaunch(2048, 4, 4),
+}
 INTERPRETED_ROW_LAUNCH = RowLaunch(128, 1, 1)
 
 
 def row_launch(operation: str) -> RowLaunch:
-    """The launch of a row kernel; small tiles in the interpreter, so that few tokens make several."""
+    """The launch of a row kernel; small tiles in the interpreter, so that few tokens make
+    several.
+    """
     return INTERPRETED_ROW_LAUNCH if interpreting() else ROW_LAUNCHES[operation]
 
 
 def architecture_of(device: torch.device, interpreting: bool) -> str:
-    """The name of a device's architecture, as in ARCHITECTURES; those unknown are treated as their nearest relative."""
+    """The name of a device's architecture, as in ARCHITECTURES; those unknown are treated as their
+    nearest relative.
+    """
     if interpreting or device.type != "cuda":
         return INTERPRETER
     if torch.version.hip is not None:
@@ -85,7 +105,9 @@ def architecture_of(device: torch.device, interpreting: bool) -> str:
 
 
 def multiprocessors(device: torch.device, interpreting: bool) -> int:
-    """How many programs' worth of hardware a device has; two in the interpreter, so that work is always split."""
+    """How many programs' worth of hardware a device has; two in the interpreter, so that work is
+    always split.
+    """
     if interpreting or device.type != "cuda":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -99,23 +121,29 @@ def f32_precisions(architecture: str) -> tuple[str, ...]:
 
 
 def f32_precision(architecture: str) -> str:
-    """How float32 inputs are multiplied: "ieee" (exact, no tensor cores), or by FDD_KERNELS_TRITON_F32 "tf32x3", "tf32".
+    """How float32 inputs are multiplied: "ieee" (exact, no tensor cores), or by
+    FDD_KERNELS_TRITON_F32 "tf32x3", "tf32".
 
     Raises:
-        ValueError: the environment variable holds something else, or what the architecture does not have.
+        ValueError: the environment variable holds something else, or what the architecture does not
+            have.
     """
     precision = os.environ.get(F32_PRECISION, "ieee")
     if precision not in f32_precisions(architecture):
         known = ", ".join(f32_precisions(architecture))
-        raise ValueError(f"{F32_PRECISION}={precision!r} is not one of {known}, which {architecture} has")
+        raise ValueError(
+            f"{F32_PRECISION}={precision!r} is not one of {known}, which {architecture} has"
+        )
     return precision
 
 
-def choose(shape: tuple[int, ...], dtype: torch.dtype, architecture: str, mixed: bool = False) -> LaunchConfig:
+def choose(
+    shape: tuple[int, ...], dtype: torch.dtype, architecture: str, mixed: bool = False
+) -> LaunchConfig:
     """The configuration of the three heavy kernels.
 
-    `shape` is (rows, columns, student's width, teacher's width or 0 without one), `dtype` the wider of the two models'
-    products, `mixed` whether they differ.
+    `shape` is (rows, columns, student's width, teacher's width or 0 without one), `dtype` the wider
+    of the two models' products, `mixed` whether they differ.
     """
     rows, _, *widths = shape
     if architecture == INTERPRETER:
@@ -123,30 +151,63 @@ def choose(shape: tuple[int, ...], dtype: torch.dtype, architecture: str, mixed:
     amd, datacenter_blackwell = architecture.startswith("gfx"), architecture.startswith("sm_10")
     few = rows <= 64  # half a tile of rows would be computed for nothing
     wide = dtype == torch.float32
-    # Where accumulators have a memory of their own (sm_100), kernels of two heads and full tiles take some 200 registers if
-    # left alone, and spill some 50 bytes if told that they may take 255.
+    # Where accumulators have a memory of their own (sm_100), kernels of two heads and full tiles
+    # take some 200 registers if left alone, and spill some 50 bytes if told that they may take 255.
     unlimited = amd or (datacenter_blackwell and not wide and not few and widths[1] > 0)
     registers = None if unlimited else 255
-    ragged = any(width % 16 for width in widths)  # rows that start anywhere are loaded number by number, through registers
+    ragged = any(
+        width % 16 for width in widths
+    )  # rows that start anywhere are loaded number by number, through registers
     if wide:
-        # Nothing is prefetched where registers are short: with ragged rows, and with two dtypes, whose products share them.
-        return LaunchConfig(64, 64, 16, 8, num_warps=8, num_stages=1 if mixed or ragged else 2, max_registers=registers)
+        # Nothing is prefetched where registers are short: with ragged rows, and with two dtypes,
+        # whose products share them.
+        return LaunchConfig(
+            64,
+            64,
+            16,
+            8,
+            num_warps=8,
+            num_stages=1 if mixed or ragged else 2,
+            max_registers=registers,
+        )
     if ragged:
         return LaunchConfig(64, 64, 64, 16, num_warps=8, num_stages=2, max_registers=registers)
     if amd:
-        return LaunchConfig(64 if few else 128, 128, 64, 16, num_warps=4 if few else 8, num_stages=2)
-    # Shared memory a multiprocessor: 227 KiB on sm_90 and sm_100, 163 on sm_80, 99 on sm_89 and sm_120.
-    # On sm_100 a depth of 64 leaves the second pass short of registers.
-    depth, stages = (32, 4) if datacenter_blackwell else (64, 3 if architecture in ("sm_80", "sm_90") else 2)
+        return LaunchConfig(
+            64 if few else 128, 128, 64, 16, num_warps=4 if few else 8, num_stages=2
+        )
+    # Shared memory a multiprocessor: 227 KiB on sm_90 and sm_100, 163 on sm_80, 99 on sm_89 and
+    # sm_120. On sm_100 a depth of 64 leaves the second pass short of registers.
+    depth, stages = (
+        (32, 4) if datacenter_blackwell else (64, 3 if architecture in ("sm_80", "sm_90") else 2)
+    )
     return LaunchConfig(64 if few else 128, 128, depth, 16, 4 if few else 8, stages, registers)
 
 
-def candidates(shape: tuple[int, ...], dtype: torch.dtype, architecture: str, mixed: bool = False) -> list[LaunchConfig]:
+def candidates(
+    shape: tuple[int, ...], dtype: torch.dtype, architecture: str, mixed: bool = False
+) -> list[LaunchConfig]:
     """What autotuning tries: the default and its neighbours in tile and depth of the pipeline."""
     default = choose(shape, dtype, architecture, mixed)
     found, limit = [default], default.max_registers
-    for block_rows, block_columns, num_warps in ((128, 128, 8), (64, 128, 4), (128, 64, 4), (128, 256, 8), (64, 256, 8)):
+    for block_rows, block_columns, num_warps in (
+        (128, 128, 8),
+        (64, 128, 4),
+        (128, 64, 4),
+        (128, 256, 8),
+        (64, 256, 8),
+    ):
         for block_depth, num_stages in ((64, 2), (64, 3), (64, 4), (32, 4)):
             for block_strip in (16, 32):
-                found.append(LaunchConfig(block_rows, block_columns, block_depth, block_strip, num_warps, num_stages, limit))
+                found.append(
+                    LaunchConfig(
+                        block_rows,
+                        block_columns,
+                        block_depth,
+                        block_strip,
+                        num_warps,
+                        num_stages,
+                        limit,
+                    )
+                )
     return list(dict.fromkeys(found)) if dtype != torch.float32 else [default]

@@ -1,15 +1,18 @@
-"""Per-element and per-row mathematics that the kernels of every strategy share, as device functions.
+"""Per-element and per-row mathematics that the kernels of every strategy share, as device
+functions.
 
-p is the teacher's distribution, q the student's. The registry of the divergences is `fdd_kernels/divergences.py`; its
-formulas are spelled out again here: value(log_q, log_p) summed over the vocabulary, slope its derivative with respect to log_q.
+p is the teacher's distribution, q the student's. The registry of the divergences is
+`fdd_kernels/lens/divergences.py`; its formulas are spelled out again here: value(log_q, log_p)
+summed over the vocabulary, slope its derivative with respect to log_q.
 
-Elements come as tensors of any shape; what belongs to a row comes in a shape that broadcasts against them: (r, 1) for a tile
-of rows, a scalar for a program that owns one row. AXIS is the axis of the vocabulary in both cases. Functions that load per-row
-numbers take a pointer to the rows and a row stride.
+Elements come as tensors of any shape; what belongs to a row comes in a shape that broadcasts
+against them: (r, 1) for a tile of rows, a scalar for a program that owns one row. AXIS is the axis
+of the vocabulary in both cases. Functions that load per-row numbers take a pointer to the rows and
+a row stride.
 
-A token of probability zero contributes its limit, never NaN. Functions of the mathematical library that Triton's
-interpreter does not know (expm1, log1p, tanh) are written out with full relative accuracy near 0: models that nearly agree
-live there.
+A token of probability zero contributes its limit, never NaN. Functions of the mathematical library
+that Triton's interpreter does not know (expm1, log1p, tanh) are written out with full relative
+accuracy near 0: models that nearly agree live there.
 """
 
 from __future__ import annotations
@@ -17,7 +20,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fdd_kernels import divergences, spec
 from fdd_kernels.backends.triton.work_table import (
     KIND_KL,
     KIND_LSE,
@@ -27,13 +29,18 @@ from fdd_kernels.backends.triton.work_table import (
     READ_KIND,
     table_entry,
 )
+from fdd_kernels.lens import divergences, spec
 
 SKEW = tl.constexpr(divergences.SKEW)
 READ_FIELDS = tl.constexpr(spec.READ_STATS)
 MOMENT_FIELDS = tl.constexpr(spec.MOMENT_STATS)
 LSE_S, LSE_T = tl.constexpr(spec.LSE_S), tl.constexpr(spec.LSE_T)
 VALUE, SLOPE = tl.constexpr(spec.VALUE), tl.constexpr(spec.SLOPE)
-COUNT, MEAN_S, MEAN_T = tl.constexpr(spec.COUNT), tl.constexpr(spec.MEAN_S), tl.constexpr(spec.MEAN_T)
+COUNT, MEAN_S, MEAN_T = (
+    tl.constexpr(spec.COUNT),
+    tl.constexpr(spec.MEAN_S),
+    tl.constexpr(spec.MEAN_T),
+)
 M_SS, M_ST, M_DD = tl.constexpr(spec.M_SS), tl.constexpr(spec.M_ST), tl.constexpr(spec.M_DD)
 
 
@@ -68,7 +75,9 @@ def expm1_negative(y):
 
 @triton.jit
 def log1p_negative(w):
-    """log(1 + w) for -1 < w <= 0: 2 atanh(w / (2 + w)) above -1/2, where its argument is above -1/3."""
+    """log(1 + w) for -1 < w <= 0: 2 atanh(w / (2 + w)) above -1/2, where its argument is above
+    -1/3.
+    """
     s = w / (2.0 + w)
     t = s * s
     series = 1.0 / 11.0 + t * (1.0 / 13.0)
@@ -90,7 +99,9 @@ def tanh(x):
 def log_mixture(x, SHARE: tl.constexpr):
     """log((1 - SHARE) + SHARE e^x), accurate near 0 and free of overflow."""
     small = expm1_negative(-tl.abs(x))
-    return tl.maximum(x, 0.0) + log1p_negative(tl.where(x > 0, (1.0 - SHARE) * small, SHARE * small))
+    return tl.maximum(x, 0.0) + log1p_negative(
+        tl.where(x > 0, (1.0 - SHARE) * small, SHARE * small)
+    )
 
 
 @triton.jit
@@ -116,7 +127,9 @@ def divergence_value(log_q, log_p, DIVERGENCE: tl.constexpr):
         value = kl_of(q, p, -x, False)
     elif DIVERGENCE == "jsd":
         m = 0.5 * (p + q)
-        value = 0.5 * (kl_of(p, m, log_mixture(x, 0.5), False) + kl_of(q, m, log_mixture(-x, 0.5), False))
+        value = 0.5 * (
+            kl_of(p, m, log_mixture(x, 0.5), False) + kl_of(q, m, log_mixture(-x, 0.5), False)
+        )
     else:
         tl.static_assert(DIVERGENCE == "skew_kl")
         value = kl_of(p, SKEW * p + (1.0 - SKEW) * q, log_mixture(x, 1.0 - SKEW), False)
@@ -143,8 +156,11 @@ REFINED_BELOW = tl.constexpr(0.25)
 
 
 @triton.jit
-def exponential_sums(z, difference, AXIS: tl.constexpr, WITH_EXPECTATION: tl.constexpr, FINITE: tl.constexpr):
-    """Sums over the vocabulary of e^z and, if wanted, of e^z * difference; z are shifted so that none overflows.
+def exponential_sums(
+    z, difference, AXIS: tl.constexpr, WITH_EXPECTATION: tl.constexpr, FINITE: tl.constexpr
+):
+    """Sums over the vocabulary of e^z and, if wanted, of e^z * difference; z are shifted so that
+    none overflows.
 
     FINITE promises that no z is -inf.
     """
@@ -164,17 +180,22 @@ def second_moments(s, t, AXIS: tl.constexpr):
 
 
 @triton.jit
-def slot_coefficients(reads, grad_reads, stride, grad_stride, counts, table, table_width, slot, BLOCK_R: tl.constexpr):
-    """What a slot's reads want of dL/dz, per row: the coefficients of q, p, the divergence's slope and the label's token.
+def slot_coefficients(
+    reads, grad_reads, stride, grad_stride, counts, table, table_width, slot, BLOCK_R: tl.constexpr
+):
+    """What a slot's reads want of dL/dz, per row: the coefficients of q, p, the divergence's slope
+    and the label's token.
 
-    Returns them with both log-sum-exps and the value of KL, (BLOCK_R,) each; that is infinite without a read of KL. `reads` and
-    `grad_reads` point at the rows; rows that do not count get coefficients of 0.
+    Returns them with both log-sum-exps and the value of KL, (BLOCK_R,) each; that is infinite
+    without a read of KL. `reads` and `grad_reads` point at the rows; rows that do not count get
+    coefficients of 0.
     """
     q_r = tl.zeros((BLOCK_R,), dtype=tl.float32)
     kl = q_r + float("inf")
     p_r, slope_r, label_r, lse_s, lse_t = q_r, q_r, q_r, q_r, q_r
     for entry in range(
-        table_entry(table, table_width, READ_BEGIN, slot), table_entry(table, table_width, READ_BEGIN, slot + 1)
+        table_entry(table, table_width, READ_BEGIN, slot),
+        table_entry(table, table_width, READ_BEGIN, slot + 1),
     ):
         kind = table_entry(table, table_width, READ_KIND, entry)
         index = table_entry(table, table_width, READ_INDEX, entry) * READ_FIELDS
@@ -201,7 +222,8 @@ def slot_coefficients(reads, grad_reads, stride, grad_stride, counts, table, tab
 
 @triton.jit
 def moment_coefficients(moments, grad_moments, stride, grad_stride, counts):
-    """The coefficients of dL/ds of a moment target per row: of 1, s - mean_s, t - mean_t, their difference; and the means.
+    """The coefficients of dL/ds of a moment target per row: of 1, s - mean_s, t - mean_t, their
+    difference; and the means.
 
     `moments` and `grad_moments` point at the rows of one target; rows that do not count get 0.
     """

@@ -1,4 +1,5 @@
-"""Rows that count, gathered into contiguous blocks, and gradients put back; how many they are stays on the device.
+"""Rows that count, gathered into contiguous blocks, and gradients put back; how many they are stays
+on the device.
 
 Shape suffixes: L layers, R rows of the caller, r rows of a block, D a hidden width.
 """
@@ -39,12 +40,34 @@ def layer_pointer(layer, h0, h1, h2, h3, h4, h5, h6, h7):
     return pointer
 
 
-@triton.jit(do_not_specialize=["first", "rows", "width", "hidden_row_stride", "hidden_column_stride"])
+@triton.jit(
+    do_not_specialize=["first", "rows", "width", "hidden_row_stride", "hidden_column_stride"]
+)
 def move_rows_kernel(
-    h0, h1, h2, h3, h4, h5, h6, h7, block_LrD, order_R, count, scale, first, rows, width, hidden_row_stride,
-    hidden_column_stride, INTO_BLOCK: tl.constexpr, SCALED: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Row i of a layer (axis 2) of the block is row order[first + i] of its states; beyond `count` rows the block is 0 and
+    h0,
+    h1,
+    h2,
+    h3,
+    h4,
+    h5,
+    h6,
+    h7,
+    block_LrD,
+    order_R,
+    count,
+    scale,
+    first,
+    rows,
+    width,
+    hidden_row_stride,
+    hidden_column_stride,
+    INTO_BLOCK: tl.constexpr,
+    SCALED: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    TILE_WIDTH: tl.constexpr,
+):
+    """Row i of a layer (axis 2) of the block is row order[first + i] of its states; beyond `count`
+    rows the block is 0 and
 
     nothing is put back. Out of the block, values are divided by `scale` where SCALED.
     """
@@ -55,7 +78,11 @@ def move_rows_kernel(
     d = tl.program_id(1) * TILE_WIDTH + tl.arange(0, TILE_WIDTH)
     counts = (r < rows) & (first + r < tl.load(count))
     row = tl.load(order_R + first + r, mask=counts, other=0).to(tl.int64)
-    hidden = hidden_RD + row[:, None] * hidden_row_stride + d[None, :].to(tl.int64) * hidden_column_stride
+    hidden = (
+        hidden_RD
+        + row[:, None] * hidden_row_stride
+        + d[None, :].to(tl.int64) * hidden_column_stride
+    )
     block = block_rD + r[:, None].to(tl.int64) * width + d[None, :]
     inside = d[None, :] < width
     if INTO_BLOCK:
@@ -69,34 +96,65 @@ def move_rows_kernel(
 
 
 def order_of_rows(valid: Tensor | None, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The rows that count first, each part in its order (R,), and how many they are (1,): int32, on the device."""
+    """The rows that count first, each part in its order (R,), and how many they are (1,): int32, on
+    the device.
+    """
     if valid is None:
-        return torch.arange(rows, dtype=torch.int32, device=device), torch.full((1,), rows, dtype=torch.int32, device=device)
+        return torch.arange(rows, dtype=torch.int32, device=device), torch.full(
+            (1,), rows, dtype=torch.int32, device=device
+        )
     order = torch.argsort(valid.logical_not().to(torch.uint8), stable=True).to(torch.int32)
     return order, valid.sum(dtype=torch.int32).reshape(1)
 
 
-def move_rows(states: Sequence[Tensor | None], block_LrD: Tensor, order_R: Tensor, count: Tensor, first: int, *,
-              into_block: bool, scale: Tensor | None = None) -> None:  # fmt: skip
-    """Copy rows of `states` (R, D) into the layers of a block, or out of it divided by `scale`, converting between dtypes.
+def move_rows(
+    states: Sequence[Tensor | None],
+    block_LrD: Tensor,
+    order_R: Tensor,
+    count: Tensor,
+    first: int,
+    *,
+    into_block: bool,
+    scale: Tensor | None = None,
+) -> None:
+    """Copy rows of `states` (R, D) into the layers of a block, or out of it divided by `scale`,
+    converting between dtypes.
 
-    None stands for a layer that is left alone. Neighbours that are alike are moved by one launch, LAYERS_A_LAUNCH of them.
+    None stands for a layer that is left alone. Neighbours that are alike are moved by one launch,
+    LAYERS_A_LAUNCH of them.
     """
     _, rows, width = block_LrD.shape
     begin = 0
     while begin < len(states):
         one, stop = states[begin], begin + 1
-        while one is not None and stop < min(len(states), begin + LAYERS_A_LAUNCH) and _alike(one, states[stop]):
+        while (
+            one is not None
+            and stop < min(len(states), begin + LAYERS_A_LAUNCH)
+            and _alike(one, states[stop])
+        ):
             stop += 1
         if one is not None:
             pointers = [states[min(begin + i, stop - 1)] for i in range(LAYERS_A_LAUNCH)]
             grid = (triton.cdiv(rows, TILE_ROWS), triton.cdiv(width, TILE_WIDTH), stop - begin)
             launch(
-                move_rows_kernel, grid, SMALL, **{f"h{i}": pointer for i, pointer in enumerate(pointers)},
-                block_LrD=block_LrD[begin:stop], order_R=order_R, count=count, scale=count if scale is None else scale,
-                first=first, rows=rows, width=width, hidden_row_stride=one.stride(0), hidden_column_stride=one.stride(1),
-                INTO_BLOCK=into_block, SCALED=scale is not None, TILE_ROWS=TILE_ROWS, TILE_WIDTH=TILE_WIDTH,
-            )  # fmt: skip
+                move_rows_kernel,
+                grid,
+                SMALL,
+                **{f"h{i}": pointer for i, pointer in enumerate(pointers)},
+                block_LrD=block_LrD[begin:stop],
+                order_R=order_R,
+                count=count,
+                scale=count if scale is None else scale,
+                first=first,
+                rows=rows,
+                width=width,
+                hidden_row_stride=one.stride(0),
+                hidden_column_stride=one.stride(1),
+                INTO_BLOCK=into_block,
+                SCALED=scale is not None,
+                TILE_ROWS=TILE_ROWS,
+                TILE_WIDTH=TILE_WIDTH,
+            )
         begin = stop
 
 

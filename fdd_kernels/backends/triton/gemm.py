@@ -1,7 +1,9 @@
-"""Matrix products with float32 results, whatever the operands are: the vendor's GEMM, or a plain one where it cannot.
+"""Matrix products with float32 results, whatever the operands are: the vendor's GEMM, or a plain
+one where it cannot.
 
-PyTorch multiplies 16-bit matrices into a float32 result on NVIDIA devices where it has `aten::mm.dtype_out` (seen in 2.11 and
-2.13). On AMD devices, and with an older PyTorch, `product_kernel` does. Elsewhere (Triton's interpreter) operands are widened.
+PyTorch multiplies 16-bit matrices into a float32 result on NVIDIA devices where it has
+`aten::mm.dtype_out` (seen in 2.11 and 2.13). On AMD devices, and with an older PyTorch,
+`product_kernel` does. Elsewhere (Triton's interpreter) operands are widened.
 """
 
 from __future__ import annotations
@@ -23,12 +25,17 @@ def vendor_writes_float32(device: torch.device) -> bool:
     """Whether PyTorch multiplies 16-bit matrices into a float32 result on `device`."""
     ops = torch.ops.aten
     return (
-        device.type == "cuda" and torch.version.hip is None and hasattr(ops.mm, "dtype_out") and hasattr(ops.addmm, "dtype_out")
+        device.type == "cuda"
+        and torch.version.hip is None
+        and hasattr(ops.mm, "dtype_out")
+        and hasattr(ops.addmm, "dtype_out")
     )
 
 
 def multiply(out_MN: Tensor, a_MK: Tensor, b_KN: Tensor, *, accumulate: bool = False) -> None:
-    """out = a b, or out += a b; `out` is float32 and may have padded rows. Operands of two dtypes are widened to float32."""
+    """out = a b, or out += a b; `out` is float32 and may have padded rows. Operands of two dtypes
+    are widened to float32.
+    """
     if record(multiply, out=out_MN, a=a_MK, b=b_KN, accumulate=accumulate):
         return
     if a_MK.dtype != b_KN.dtype:
@@ -56,13 +63,17 @@ def _multiply_in(out_MN: Tensor, a_MK: Tensor, b_KN: Tensor, accumulate: bool) -
 
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
-    """Within the context float32 matrices are multiplied in float32, not in TF32 or bfloat16, whatever the process allows."""
+    """Within the context float32 matrices are multiplied in float32, not in TF32 or bfloat16,
+    whatever the process allows.
+    """
     if device.type != "cuda":
         yield
         return
     # Newer versions of PyTorch refuse to read the older setting once the newer one was used.
     settings = torch.backends.cuda.matmul
-    name, exact = ("fp32_precision", "ieee") if hasattr(settings, "fp32_precision") else ("allow_tf32", False)
+    name, exact = (
+        ("fp32_precision", "ieee") if hasattr(settings, "fp32_precision") else ("allow_tf32", False)
+    )
     before = getattr(settings, name)
     if before == exact:
         yield
@@ -76,9 +87,22 @@ def full_float32(device: torch.device) -> Iterator[None]:
 
 @triton.jit(do_not_specialize=["m", "n", "k"])
 def product_kernel(
-    out, a, b, m, n, k, out_stride, a_row_stride, a_column_stride, b_row_stride, b_column_stride,
-    ACCUMULATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    out,
+    a,
+    b,
+    m,
+    n,
+    k,
+    out_stride,
+    a_row_stride,
+    a_column_stride,
+    b_row_stride,
+    b_column_stride,
+    ACCUMULATE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """One tile of out (m, n) = a (m, k) b (k, n), or out += a b, summed in float32."""
     rows_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)

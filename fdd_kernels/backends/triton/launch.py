@@ -1,4 +1,6 @@
-"""The one place that launches a kernel, or records the launch so that it can be compiled ahead of time."""
+"""The one place that launches a kernel, or records the launch so that it can be compiled ahead of
+time.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ SMALL = {"num_warps": 4, "num_stages": 1}  # options of a kernel that only moves
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with everything that decides how it is compiled; or a GEMM, whose kernel is `gemm.multiply`."""
+    """A kernel with everything that decides how it is compiled; or a GEMM, whose kernel is
+    `gemm.multiply`.
+    """
 
     kernel: Any
     arguments: dict[str, Any]
@@ -29,7 +33,9 @@ def is_recording() -> bool:
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Within the context nothing is launched; the launches are collected. For tensors on the device "meta"."""
+    """Within the context nothing is launched; the launches are collected. For tensors on the device
+    "meta".
+    """
     global _recording
     before, _recording = _recording, []
     try:
@@ -38,7 +44,9 @@ def recorded() -> Iterator[list[Launch]]:
         _recording = before
 
 
-def record(kernel: Any, grid: tuple[int, ...] = (), options: dict[str, int] | None = None, **arguments: Any) -> bool:
+def record(
+    kernel: Any, grid: tuple[int, ...] = (), options: dict[str, int] | None = None, **arguments: Any
+) -> bool:
     """Whether launches are being recorded; if so, this one is now among them."""
     if _recording is None:
         return False
@@ -47,6 +55,8 @@ def record(kernel: Any, grid: tuple[int, ...] = (), options: dict[str, int] | No
 
 
 def launch(kernel: Any, grid: tuple[int, ...], options: dict[str, int], **arguments: Any) -> None:
-    """Launch `kernel` on the current device and stream; `options` are the compiler's, as `LaunchConfig.options`."""
+    """Launch `kernel` on the current device and stream; `options` are the compiler's, as
+    `LaunchConfig.options`.
+    """
     if not record(kernel, grid, options, **arguments):
         kernel[grid](**arguments, **options)

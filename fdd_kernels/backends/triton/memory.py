@@ -1,7 +1,8 @@
-"""What a call allocates by each strategy, and the byte budgets of the one-pass kernels. Needs no triton.
+"""What a call allocates by each strategy, and the byte budgets of the one-pass kernels. Needs no
+triton.
 
-`one_pass/host.py` cuts its work by the functions of this file, the other strategies by those of `strategy.py`; the planner adds
-up `memory`.
+`one_pass/host.py` cuts its work by the functions of this file, the other strategies by those of
+`strategy.py`; the planner adds up `memory`.
 """
 
 from __future__ import annotations
@@ -29,33 +30,52 @@ RING = 3  # layers whose tiles a program of the gradient parks
 PLANNED_ARCHITECTURE, PLANNED_MULTIPROCESSORS = "sm_90", 132
 
 
-def rows_of_a_block(rows: int, layers: int, student: tuple[int, int], teacher: tuple[int, int] | None, tile_rows: int) -> int:
-    """Rows of a block within BLOCK_BYTES, whole tiles, in blocks of nearly equal size; `student` and `teacher` are (width,
-    itemsize)."""
+def rows_of_a_block(
+    rows: int,
+    layers: int,
+    student: tuple[int, int],
+    teacher: tuple[int, int] | None,
+    tile_rows: int,
+) -> int:
+    """Rows of a block within BLOCK_BYTES, whole tiles, in blocks of nearly equal size; `student`
+    and `teacher` are (width, itemsize)."""
     bytes_a_row = student[0] * (student[1] + FLOAT) + (teacher[0] * teacher[1] if teacher else 0)
     most = max(1, BLOCK_BYTES // (layers * bytes_a_row * tile_rows))
     tiles = -(-rows // tile_rows)
     return -(-tiles // -(-tiles // most)) * tile_rows if tiles else 0
 
 
-def tiles_of_a_chunk(block_rows: int, layers: int, columns: int, width: int, itemsize: int, tile_columns: int) -> int:
-    """Tiles of columns that go through the vendor's products at once, within GRAD_BYTES and HEAD_BYTES."""
+def tiles_of_a_chunk(
+    block_rows: int, layers: int, columns: int, width: int, itemsize: int, tile_columns: int
+) -> int:
+    """Tiles of columns that go through the vendor's products at once, within GRAD_BYTES and
+    HEAD_BYTES.
+    """
     gradient, head = layers * block_rows * tile_columns * itemsize, width * tile_columns * FLOAT
     return min(max(1, min(GRAD_BYTES // gradient, HEAD_BYTES // head)), -(-columns // tile_columns))
 
 
 def memory(shape: CallShape) -> dict[str, int]:
-    """Bytes of forward and backward by part, by the strategy that training takes; gradients and statistics are the caller's."""
+    """Bytes of forward and backward by part, by the strategy that training takes; gradients and
+    statistics are the caller's.
+    """
     asked, budget = chosen_strategy(), cache_budget(shape.device_memory)
     call = Shape(
-        layers=shape.layers, rows=shape.rows, columns=shape.columns, student_width=shape.student_width,
-        teacher_width=shape.teacher_width if shape.teacher_head else 0, trained_head=shape.train_head, narrow=shape.narrow,
-    )  # fmt: skip
+        layers=shape.layers,
+        rows=shape.rows,
+        columns=shape.columns,
+        student_width=shape.student_width,
+        teacher_width=shape.teacher_width if shape.teacher_head else 0,
+        trained_head=shape.train_head,
+        narrow=shape.narrow,
+    )
     rows = cached_rows(call, budget) if asked in ("auto", "cached") else 0
     if rows:
         return _with_logits(shape, call, rows, padded(shape.columns))
     slabs = slabs_of(call, budget) if asked != "one_pass" else None
-    return _one_pass(shape) if slabs is None else _with_logits(shape, call, slabs.rows, slabs.tokens)
+    return (
+        _one_pass(shape) if slabs is None else _with_logits(shape, call, slabs.rows, slabs.tokens)
+    )
 
 
 def _with_logits(shape: CallShape, call: Shape, rows: int, tokens: int) -> dict[str, int]:
@@ -65,23 +85,31 @@ def _with_logits(shape: CallShape, call: Shape, rows: int, tokens: int) -> dict[
     trained = shape.narrow and shape.train_head
     return {
         "logits": FLOAT * call.models * layers * rows * padded(tokens),
-        "hidden states of a block": layers * rows * ((width + shape.teacher_width) * item + width * FLOAT),
+        "hidden states of a block": layers
+        * rows
+        * ((width + shape.teacher_width) * item + width * FLOAT),
         "gradient of a block's logits": layers * rows * slab * item,
         "columns of the head": FLOAT * slab * width if trained and rows >= shape.rows else 0,
-        "sum of the head's gradient": FLOAT * shape.columns * width if trained and rows < shape.rows else 0,
+        "sum of the head's gradient": FLOAT * shape.columns * width
+        if trained and rows < shape.rows
+        else 0,
     }
 
 
 def _one_pass(shape: CallShape) -> dict[str, int]:
     tile = planned_tile(shape)
     layers, width, item = shape.layers, shape.student_width, shape.itemsize
-    rows = rows_of_a_block(shape.rows, layers, (width, item), (shape.teacher_width, item), tile.block_rows)
+    rows = rows_of_a_block(
+        shape.rows, layers, (width, item), (shape.teacher_width, item), tile.block_rows
+    )
     tiles = tiles_of_a_chunk(rows, layers, shape.columns, width, item, tile.block_columns)
     chunk = tiles * tile.block_columns
     programs = min(rows // tile.block_rows * tiles, tile.programs * PLANNED_MULTIPROCESSORS)
     summed = shape.narrow and shape.train_head and rows < shape.rows
     return {
-        "hidden states of a block": rows * layers * ((width + shape.teacher_width) * item + width * FLOAT),
+        "hidden states of a block": rows
+        * layers
+        * ((width + shape.teacher_width) * item + width * FLOAT),
         "gradient of a block's logits": rows * layers * chunk * item,
         "columns of the head": FLOAT * chunk * width if shape.train_head else 0,
         "sum of the head's gradient": FLOAT * shape.columns * width if summed else 0,

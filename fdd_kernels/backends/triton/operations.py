@@ -1,4 +1,6 @@
-"""The operations of the backend "triton", each by the strategy that fits the call; float64 inputs go to "torch"."""
+"""The operations of the backend "triton", each by the strategy that fits the call; float64 inputs
+go to "torch".
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ from fdd_kernels.backends.triton.strategy import (
     scratch_elements,
     slabs_of,
 )
-from fdd_kernels.spec import LensInputs, LensSpec
+from fdd_kernels.lens.spec import LensInputs, LensSpec
 
 Statistics = tuple[Tensor, Tensor, Tensor]
 _warned: set[str] = set()
@@ -62,7 +64,9 @@ def stats(inputs: LensInputs, spec: LensSpec) -> Statistics:
         return one_pass.stats(inputs, spec) if slabs is None else cached.stats(inputs, spec, slabs)
 
 
-def grad(inputs: LensInputs, spec: LensSpec, per_row: tuple[Tensor, ...], needed: list[bool]) -> list[Tensor]:
+def grad(
+    inputs: LensInputs, spec: LensSpec, per_row: tuple[Tensor, ...], needed: list[bool]
+) -> list[Tensor]:
     """Gradients of [*student_hidden, student_weight, student_bias] marked in `needed`.
 
     `per_row` are the three statistics and the upstream gradients of the last two.
@@ -81,12 +85,23 @@ def new_scratch(elements: int, device: torch.device) -> Tensor:
 
 
 def kept_rows(inputs: LensInputs, spec: LensSpec, needed: list[bool]) -> int:
-    """Rows a block whose logits are cached between statistics and gradients; 0: the two operations are the way.
+    """Rows a block whose logits are cached between statistics and gradients; 0: the two operations
+    are the way.
 
     So they are for float16 gradients, which would underflow before a loss scaler has scaled them.
     """
-    wanted = [t for t, n in zip((*inputs.student_hidden, inputs.student_weight, inputs.student_bias), needed) if n]
-    if not wanted or inputs.statistics_dtype == torch.float64 or any(t.dtype == torch.float16 for t in wanted):
+    wanted = [
+        t
+        for t, n in zip(
+            (*inputs.student_hidden, inputs.student_weight, inputs.student_bias), needed
+        )
+        if n
+    ]
+    if (
+        not wanted
+        or inputs.statistics_dtype == torch.float64
+        or any(t.dtype == torch.float16 for t in wanted)
+    ):
         return 0
     if chosen_strategy() not in ("auto", "cached"):
         return 0
@@ -94,9 +109,16 @@ def kept_rows(inputs: LensInputs, spec: LensSpec, needed: list[bool]) -> int:
 
 
 def stats_and_grad(
-    inputs: LensInputs, spec: LensSpec, rows_at_a_time: int, upstream_of: Callable, needed: list[bool], refine: bool
+    inputs: LensInputs,
+    spec: LensSpec,
+    rows_at_a_time: int,
+    upstream_of: Callable,
+    needed: list[bool],
+    refine: bool,
 ) -> tuple[list[Tensor], Statistics]:
-    """Both operations with cached logits; where the scratch does not fit, one after the other, with one warning."""
+    """Both operations with cached logits; where the scratch does not fit, one after the other, with
+    one warning.
+    """
     with _on(inputs.device):
         shape = shape_of(inputs, spec, trains_head=needed[-2])
         elements = scratch_elements(shape, rows_at_a_time)
@@ -105,13 +127,21 @@ def stats_and_grad(
         except torch.OutOfMemoryError:
             _warn_of_scratch(elements * 4)
             return _one_after_the_other(inputs, spec, rows_at_a_time, upstream_of, needed)
-        return cached.stats_and_grad(inputs, spec, rows_at_a_time, upstream_of, needed, refine, scratch)
+        return cached.stats_and_grad(
+            inputs, spec, rows_at_a_time, upstream_of, needed, refine, scratch
+        )
 
 
 def _one_after_the_other(
-    inputs: LensInputs, spec: LensSpec, rows_at_a_time: int, upstream_of: Callable, needed: list[bool]
+    inputs: LensInputs,
+    spec: LensSpec,
+    rows_at_a_time: int,
+    upstream_of: Callable,
+    needed: list[bool],
 ) -> tuple[list[Tensor], Statistics]:
-    """Both operations over all rows; `upstream_of` is asked block by block as with cached logits: others may wait for it."""
+    """Both operations over all rows; `upstream_of` is asked block by block as with cached logits:
+    others may wait for it.
+    """
     statistics = stats(inputs, spec)
     per_row = (*statistics, *[torch.zeros_like(t) for t in statistics[1:]])
     for rows in cached.valid_blocks(inputs, spec, rows_at_a_time):
@@ -125,7 +155,9 @@ def _warn_of_scratch(asked: int) -> None:
     if "scratch" not in _warned:
         _warned.add("scratch")
         warnings.warn(
-            f"fdd_kernels: {asked / MIB:.0f} MiB of scratch for cached logits do not fit the device; they are computed twice "
-            f"instead, slab by slab. Set {CACHE_BYTES} to a smaller number of bytes, or free memory",
+            f"fdd_kernels: {asked / MIB:.0f} MiB of scratch for cached logits do not fit the "
+            "device; they are computed twice "
+            f"instead, slab by slab. Set {CACHE_BYTES} to a smaller number of bytes, or free "
+            "memory",
             stacklevel=2,
         )

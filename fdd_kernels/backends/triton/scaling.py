@@ -1,29 +1,45 @@
-"""The power of two that takes dL/dlogits through float16, for float16 models; bfloat16 and float32 need none."""
+"""The power of two that takes dL/dlogits through float16, for float16 models; bfloat16 and float32
+need none.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from fdd_kernels.spec import LSE_S, M_DD, M_SS, M_ST, M_TT, MEAN_S, SLOPE, VALUE, LensSpec
+from fdd_kernels.lens.spec import LSE_S, M_DD, M_SS, M_ST, M_TT, MEAN_S, SLOPE, VALUE, LensSpec
 
 LARGEST_GRADIENT = 2.0**8  # what the scaled bound comes to: far from overflow, and from underflow
 
 
 def gradient_scale(
-    dtype: torch.dtype, spec: LensSpec, reads: Tensor, moments: Tensor, grad_reads: Tensor, grad_moments: Tensor
+    dtype: torch.dtype,
+    spec: LensSpec,
+    reads: Tensor,
+    moments: Tensor,
+    grad_reads: Tensor,
+    grad_moments: Tensor,
 ) -> Tensor:
     """(1,) on the device: what dL/dlogits of `dtype` is multiplied by; 1 but for float16.
 
-    float16 has no room for gradients of 1e-8, so a bound on |dL/dx| from the per-row statistics (|s - mean| is at most
-    sqrt(M_SS)) is brought to LARGEST_GRADIENT.
+    float16 has no room for gradients of 1e-8, so a bound on |dL/dx| from the per-row statistics (|s
+    - mean| is at most sqrt(M_SS)) is brought to LARGEST_GRADIENT.
     """
     if dtype != torch.float16:
         return torch.ones(1, dtype=torch.float32, device=reads.device)
     root = moments.clamp(min=0).sqrt()
-    bound_R = (2 * grad_moments[:, M_SS].abs() * root[:, M_SS] + grad_moments[:, M_ST].abs() * root[:, M_TT]).sum(0)
-    bound_R += (2 * grad_moments[:, M_DD].abs() * root[:, M_DD] + grad_moments[:, MEAN_S].abs()).sum(0)
-    bound_R += (grad_reads[:, VALUE].abs() * (1 + reads[:, SLOPE].abs()) + grad_reads[:, LSE_S].abs()).sum(0)
-    steepest = spec.student_logit_scale * max(1 / t for t in (spec.moment_temperature, *(r.temperature for r in spec.reads)))
+    bound_R = (
+        2 * grad_moments[:, M_SS].abs() * root[:, M_SS]
+        + grad_moments[:, M_ST].abs() * root[:, M_TT]
+    ).sum(0)
+    bound_R += (
+        2 * grad_moments[:, M_DD].abs() * root[:, M_DD] + grad_moments[:, MEAN_S].abs()
+    ).sum(0)
+    bound_R += (
+        grad_reads[:, VALUE].abs() * (1 + reads[:, SLOPE].abs()) + grad_reads[:, LSE_S].abs()
+    ).sum(0)
+    steepest = spec.student_logit_scale * max(
+        1 / t for t in (spec.moment_temperature, *(r.temperature for r in spec.reads))
+    )
     bound = (bound_R.amax() * steepest).nan_to_num(1.0, 1.0).clamp(min=2.0**-100)
     return torch.exp2(torch.log2(LARGEST_GRADIENT / bound).floor()).reshape(1)

@@ -1,12 +1,13 @@
 """Which way a call goes: a plain rule over shape, device and memory.
 
-    cached    training: the logits of a block of rows, all layers and the whole vocabulary, stay in scratch between statistics
-              and gradients, so that every GEMM runs once
-    slabbed   the two operations apart: the logits of a slab of the vocabulary at a time, computed again for the gradients
-    one_pass  the GEMM inside the kernels: no scratch of the vocabulary's size at all
+    cached    training: the logits of a block of rows, all layers and the whole vocabulary, stay in
+              scratch between statistics and gradients, so that every GEMM runs once
+    slabbed   the two operations apart: the logits of a slab of the vocabulary at a time, computed
+    again for the gradients one_pass  the GEMM inside the kernels: no scratch of the vocabulary's
+    size at all
 
-FDD_KERNELS_TRITON_STRATEGY chooses ("auto" is the rule), FDD_KERNELS_CACHE_BYTES bounds the scratch for logits. The thresholds
-are predictions of benchmarks/gpu_model.py: no GPU has run this yet.
+FDD_KERNELS_TRITON_STRATEGY chooses ("auto" is the rule), FDD_KERNELS_CACHE_BYTES bounds the scratch
+for logits. The thresholds are predictions of benchmarks/gpu_model.py: no GPU has run this yet.
 """
 
 from __future__ import annotations
@@ -27,19 +28,24 @@ CACHE_SHARE = 32  # of the device's memory
 SLAB_BYTES = 256 * MIB
 STATE_BYTES = 64 * MIB
 GRADIENT_BYTES = 128 * MIB  # dL/dlogits of a slab
-ALIGNMENT = 16  # elements: rows of scratch start where 128-bit loads and the vendor's GEMM want them
+ALIGNMENT = (
+    16  # elements: rows of scratch start where 128-bit loads and the vendor's GEMM want them
+)
 SLAB_TOKENS = 2048  # a slab is a multiple of this: of every kernel's tile
 GEMM_TILE = 128
 ROW_STEP = 4
 MOST_CACHED_ROWS = 4480  # rows x layers of a block: a GEMM gains nothing beyond
 MOST_SLABBED_ROWS = 8192
-# Rows x layers of a block from which reading both heads once a block is cheaper than multiplying twice.
+# Rows x layers of a block from which reading both heads once a block is cheaper than multiplying
+# twice.
 FEWEST_CACHED_ROWS = {"trained": 512, "frozen": 256}
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides: L, R, C, both widths, scratch bytes per logit pair, and whether the head is trained and 16-bit."""
+    """What decides: L, R, C, both widths, scratch bytes per logit pair, and whether the head is
+    trained and 16-bit.
+    """
 
     layers: int
     rows: int
@@ -69,11 +75,14 @@ def chosen_strategy() -> str:
 
 def cache_bytes(device: torch.device) -> int:
     """Bytes of scratch for logits on a device; see `cache_budget`."""
-    return cache_budget(torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None)
+    return cache_budget(
+        torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    )
 
 
 def cache_budget(device_memory: int | None) -> int:
-    """Bytes of scratch for logits: FDD_KERNELS_CACHE_BYTES, or 2 GiB and at most a 32nd of the device's memory (None: unknown).
+    """Bytes of scratch for logits: FDD_KERNELS_CACHE_BYTES, or 2 GiB and at most a 32nd of the
+    device's memory (None: unknown).
 
     Raises:
         ValueError: the environment holds something that is no number of bytes.
@@ -81,9 +90,15 @@ def cache_budget(device_memory: int | None) -> int:
     asked = os.environ.get(CACHE_BYTES)
     if asked:
         if not asked.isdigit():
-            raise ValueError(f"{CACHE_BYTES}={asked!r} is not a number of bytes, such as {MOST_CACHE_BYTES}")
+            raise ValueError(
+                f"{CACHE_BYTES}={asked!r} is not a number of bytes, such as {MOST_CACHE_BYTES}"
+            )
         return int(asked)
-    return MOST_CACHE_BYTES if device_memory is None else min(MOST_CACHE_BYTES, device_memory // CACHE_SHARE)
+    return (
+        MOST_CACHE_BYTES
+        if device_memory is None
+        else min(MOST_CACHE_BYTES, device_memory // CACHE_SHARE)
+    )
 
 
 def padded(columns: int) -> int:
@@ -92,9 +107,11 @@ def padded(columns: int) -> int:
 
 
 def balanced_rows(rows: int, most: int, layers: int) -> int:
-    """Rows a block: blocks of nearly equal size, rows x layers just under whole GEMM tiles where there are several.
+    """Rows a block: blocks of nearly equal size, rows x layers just under whole GEMM tiles where
+    there are several.
 
-    Multiples of ROW_STEP: Triton compiles a kernel once more for a pointer that 16 bytes do not divide.
+    Multiples of ROW_STEP: Triton compiles a kernel once more for a pointer that 16 bytes do not
+    divide.
     """
     if rows <= most:
         return rows
@@ -113,10 +130,14 @@ def scratch_elements(shape: Shape, rows: int) -> int:
 
 
 def cached_rows(shape: Shape, budget: int) -> int:
-    """Rows a block whose logits fit `budget` bytes and pay; 0: not even enough to pay, go slabbed."""
+    """Rows a block whose logits fit `budget` bytes and pay; 0: not even enough to pay, go
+    slabbed.
+    """
     if not shape.rows:
         return 0
-    most = min(budget // (FLOAT * scratch_elements(shape, 1)), max(1, MOST_CACHED_ROWS // shape.layers))
+    most = min(
+        budget // (FLOAT * scratch_elements(shape, 1)), max(1, MOST_CACHED_ROWS // shape.layers)
+    )
     fewest = FEWEST_CACHED_ROWS["trained" if shape.trained_head else "frozen"]
     if most == 0 or (shape.rows > most and most * shape.layers < fewest):
         return 0
@@ -132,7 +153,9 @@ class Slabs:
 
 
 def slabs_of(shape: Shape, budget: int) -> Slabs | None:
-    """Slabs within `budget` bytes of logits; None where not even one slab of the fewest tokens fits beside one tile of rows."""
+    """Slabs within `budget` bytes of logits; None where not even one slab of the fewest tokens fits
+    beside one tile of rows.
+    """
     most = max(1, MOST_SLABBED_ROWS // shape.layers)
     smallest = min(SLAB_TOKENS, padded(shape.columns))
     per_row = FLOAT * shape.models * shape.layers * smallest
@@ -140,7 +163,12 @@ def slabs_of(shape: Shape, budget: int) -> Slabs | None:
     if most < min(shape.rows, max(1, GEMM_TILE // shape.layers)):
         return None
     rows = balanced_rows(shape.rows, most, shape.layers)
-    tokens = min(budget, SLAB_BYTES) // (FLOAT * shape.models * shape.layers * max(rows, 1)) // SLAB_TOKENS * SLAB_TOKENS
+    tokens = (
+        min(budget, SLAB_BYTES)
+        // (FLOAT * shape.models * shape.layers * max(rows, 1))
+        // SLAB_TOKENS
+        * SLAB_TOKENS
+    )
     return Slabs(rows, max(smallest, min(tokens, padded(shape.columns))))
 
 

@@ -1,15 +1,17 @@
-"""A `LensSpec` as a table of integers, so that one compiled kernel serves any number of layers, reads and moments.
+"""A `LensSpec` as a table of integers, so that one compiled kernel serves any number of layers,
+reads and moments.
 
-A slot is a layer at a temperature: reads of the same layer and temperature share its exponentials. The rows of the
-table, padded to one width:
+A slot is a layer at a temperature: reads of the same layer and temperature share its exponentials.
+The rows of the table, padded to one width:
 
     SLOT_BEGIN   (L + 1)  slots of layer l are SLOT_BEGIN[l] .. SLOT_BEGIN[l + 1]
-    SLOT_FLAGS   (slots)  WANTS_STUDENT, WANTS_TEACHER: whose expectation of the difference of logits is summed;
-                          WANTS_LABEL: the student's z at the label
+    SLOT_FLAGS   (slots)  WANTS_STUDENT, WANTS_TEACHER: whose expectation of the difference of
+                          logits is summed; WANTS_LABEL: the student's z at the label
     SLOT_INVERSE (slots)  1 / temperature, the bits of a float32
     READ_BEGIN   (slots + 1), READ_INDEX, READ_KIND: the reads of a slot
-    PART_BEGIN   (L + 1), PART_INDEX, PART_ROLE: the moment targets that a layer is part of: OWN_LAYER alone, SECOND of
-                          a pair (the walk over layers is complete for the pair there), or FIRST
+    PART_BEGIN   (L + 1), PART_INDEX, PART_ROLE: the moment targets that a layer is part of:
+                          OWN_LAYER alone, SECOND of a pair (the walk over layers is complete for
+                          the pair there), or FIRST
     SECOND_READ, SECOND_LAYER, SECOND_INVERSE: the reads that take a second pass
     TEACHER_LAYER (L)     the teacher's layer that layer l of the student is compared with
 """
@@ -25,8 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fdd_kernels.divergences import DIVERGENCES
-from fdd_kernels.spec import NLL, OWN, LensSpec
+from fdd_kernels.lens.divergences import DIVERGENCES
+from fdd_kernels.lens.spec import NLL, OWN, LensSpec
 
 SLOT_BEGIN = tl.constexpr(0)
 SLOT_FLAGS = tl.constexpr(1)
@@ -47,7 +49,8 @@ WANTS_STUDENT = tl.constexpr(1)
 WANTS_TEACHER = tl.constexpr(2)
 WANTS_LABEL = tl.constexpr(4)
 
-# Kinds of reads: log-sum-exps alone, a label's cross-entropy, KL(p || q), or the divergence DIVERGENCE of the kernel.
+# Kinds of reads: log-sum-exps alone, a label's cross-entropy, KL(p || q), or the divergence
+# DIVERGENCE of the kernel.
 KIND_LSE = tl.constexpr(0)
 KIND_NLL = tl.constexpr(1)
 KIND_KL = tl.constexpr(2)
@@ -72,8 +75,8 @@ def table_float(table, table_width, ROW: tl.constexpr, index):
 class Table:
     """The table on a device and what the launcher needs to know of it.
 
-    `divergence` is the one besides KL, else "kl"; `has_kl`, `has_labels`: whether there are reads of KL, of
-    the label's cross-entropy.
+    `divergence` is the one besides KL, else "kl"; `has_kl`, `has_labels`: whether there are reads
+    of KL, of the label's cross-entropy.
     """
 
     values: Tensor
@@ -102,7 +105,8 @@ _captured: list[Table] = []  # tables whose addresses CUDA graphs hold: never fr
 def table_for(spec: LensSpec, layers: int, device: torch.device) -> Table:
     """The table of a spec; built and uploaded once, kept for the next calls.
 
-    The upload is the only host-to-device copy of the backend: capture a CUDA graph after a first, ordinary step.
+    The upload is the only host-to-device copy of the backend: capture a CUDA graph after a first,
+    ordinary step.
     """
     table = _built_table(spec, layers, device)
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -124,7 +128,9 @@ def _built_table(spec: LensSpec, layers: int, device: torch.device) -> Table:
         raise NotImplementedError(f"moments of consecutive layers alone, got {spec.moments}")
 
     slots = sorted({(read.layer, read.temperature) for read in spec.reads})
-    reads_of = [[i for i, r in enumerate(spec.reads) if (r.layer, r.temperature) == slot] for slot in slots]
+    reads_of = [
+        [i for i, r in enumerate(spec.reads) if (r.layer, r.temperature) == slot] for slot in slots
+    ]
     kinds = {None: KIND_LSE.value, NLL: KIND_NLL.value, "kl": KIND_KL.value}
     flags = {NLL: WANTS_LABEL.value, "kl": WANTS_TEACHER.value, "reverse_kl": WANTS_STUDENT.value}
     parts: list[list[tuple[int, int]]] = [[] for _ in range(layers)]
@@ -139,14 +145,19 @@ def _built_table(spec: LensSpec, layers: int, device: torch.device) -> Table:
     ]
 
     rows: list[list[int]] = [[] for _ in range(TABLE_ROWS)]
-    rows[SLOT_BEGIN.value] = _prefix([[s for s in slots if s[0] == layer] for layer in range(layers)])
+    rows[SLOT_BEGIN.value] = _prefix(
+        [[s for s in slots if s[0] == layer] for layer in range(layers)]
+    )
     rows[SLOT_FLAGS.value] = [
-        functools.reduce(int.__or__, (flags.get(spec.reads[i].divergence, 0) for i in reads), 0) for reads in reads_of
+        functools.reduce(int.__or__, (flags.get(spec.reads[i].divergence, 0) for i in reads), 0)
+        for reads in reads_of
     ]
     rows[SLOT_INVERSE.value] = [_bits(1.0 / temperature) for _, temperature in slots]
     rows[READ_BEGIN.value] = _prefix(reads_of)
     rows[READ_INDEX.value] = [i for reads in reads_of for i in reads]
-    rows[READ_KIND.value] = [kinds.get(spec.reads[i].divergence, KIND_OTHER.value) for reads in reads_of for i in reads]
+    rows[READ_KIND.value] = [
+        kinds.get(spec.reads[i].divergence, KIND_OTHER.value) for reads in reads_of for i in reads
+    ]
     rows[PART_BEGIN.value] = _prefix(parts)
     rows[PART_INDEX.value] = [index for part in parts for index, _ in part]
     rows[PART_ROLE.value] = [role for part in parts for _, role in part]
@@ -155,6 +166,16 @@ def _built_table(spec: LensSpec, layers: int, device: torch.device) -> Table:
     rows[SECOND_INVERSE.value] = [_bits(1.0 / read.temperature) for _, read in second_pass]
     rows[TEACHER_LAYER.value] = list(range(layers))  # paired by rank
     width = max(len(row) for row in rows)
-    values = torch.tensor([row + [0] * (width - len(row)) for row in rows], dtype=torch.int32, device=device)
+    values = torch.tensor(
+        [row + [0] * (width - len(row)) for row in rows], dtype=torch.int32, device=device
+    )
     kinds_read = {read.divergence for read in spec.reads}
-    return Table(values, width, len(slots), len(second_pass), next(iter(others), "kl"), "kl" in kinds_read, NLL in kinds_read)
+    return Table(
+        values,
+        width,
+        len(slots),
+        len(second_pass),
+        next(iter(others), "kl"),
+        "kl" in kinds_read,
+        NLL in kinds_read,
+    )

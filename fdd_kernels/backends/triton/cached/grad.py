@@ -1,13 +1,16 @@
-"""dL/dlogits of one row and one tile of a slab of the vocabulary, all layers, and the accurate value of KL.
+"""dL/dlogits of one row and one tile of a slab of the vocabulary, all layers, and the accurate
+value of KL.
 
-With per-row coefficients from the upstream gradients (`elementwise.py`), per slot and per moment target,
+With per-row coefficients from the upstream gradients (`elementwise.py`), per slot and per moment
+target,
 
     dL/dz = a q + b p + d slope(log_q, log_p) + n [token = label]
     dL/ds = k_1 + k_s (s - mean_s) + k_t (t - mean_t) + k_d ((s - mean_s) - (t - mean_t))
 
-A program walks the layers with the logits of the layer before, and its unfinished gradient, in registers: a pair's moments give
-+dL/ds to its second layer and -dL/ds to its first. Both log-sum-exps are known here, so where KL is small its value is summed
-again on the way, in the accurate form (`elementwise.kl_of`).
+A program walks the layers with the logits of the layer before, and its unfinished gradient, in
+registers: a pair's moments give +dL/ds to its second layer and -dL/ds to its first. Both
+log-sum-exps are known here, so where KL is small its value is summed again on the way, in the
+accurate form (`elementwise.kl_of`).
 """
 
 from __future__ import annotations
@@ -41,12 +44,40 @@ from fdd_kernels.backends.triton.work_table import (
 ITEM_FIELDS = tl.constexpr(7)
 
 
-@triton.jit(do_not_specialize=["rows", "slots", "table_width", "stride", "grad_stride", "moment_stride", "grad_moment_stride"])
+@triton.jit(
+    do_not_specialize=[
+        "rows",
+        "slots",
+        "table_width",
+        "stride",
+        "grad_stride",
+        "moment_stride",
+        "grad_moment_stride",
+    ]
+)
 def coefficients_kernel(
-    coefficients, reads, moments, grad_reads, grad_moments, grad_scale, count, table, rows, slots, table_width, stride,
-    grad_stride, moment_stride, grad_moment_stride, moment_inverse, student_scale, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """coefficients (slots + moments, 7, rows) of dL/dx for `cached_grad_kernel`, times `grad_scale`; 0 at invalid rows."""
+    coefficients,
+    reads,
+    moments,
+    grad_reads,
+    grad_moments,
+    grad_scale,
+    count,
+    table,
+    rows,
+    slots,
+    table_width,
+    stride,
+    grad_stride,
+    moment_stride,
+    grad_moment_stride,
+    moment_inverse,
+    student_scale,
+    BLOCK_R: tl.constexpr,
+):
+    """coefficients (slots + moments, 7, rows) of dL/dx for `cached_grad_kernel`, times
+    `grad_scale`; 0 at invalid rows.
+    """
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     item = tl.program_id(1)
     counts = (row < rows) & (row < tl.load(count))
@@ -56,9 +87,16 @@ def coefficients_kernel(
     scale = student_scale * tl.load(grad_scale)
     if item < slots:
         q, p, slope, label, lse_s, lse_t, kl = slot_coefficients(
-            reads + row, grad_reads + row, stride.to(tl.int64), grad_stride.to(tl.int64), counts, table, table_width, item,
+            reads + row,
+            grad_reads + row,
+            stride.to(tl.int64),
+            grad_stride.to(tl.int64),
+            counts,
+            table,
+            table_width,
+            item,
             BLOCK_R,
-        )  # fmt: skip
+        )
         factor = scale * table_float(table, table_width, SLOT_INVERSE, item)
         tl.store(out, q * factor, mask=stored)
         tl.store(out + field, p * factor, mask=stored)
@@ -70,9 +108,12 @@ def coefficients_kernel(
     else:
         index = (item - slots) * MOMENT_FIELDS
         of_one, of_s, of_t, of_d, mean_s, mean_t = moment_coefficients(
-            moments + index * moment_stride.to(tl.int64) + row, grad_moments + index * grad_moment_stride.to(tl.int64) + row,
-            moment_stride.to(tl.int64), grad_moment_stride.to(tl.int64), counts,
-        )  # fmt: skip
+            moments + index * moment_stride.to(tl.int64) + row,
+            grad_moments + index * grad_moment_stride.to(tl.int64) + row,
+            moment_stride.to(tl.int64),
+            grad_moment_stride.to(tl.int64),
+            counts,
+        )
         factor = scale * moment_inverse
         tl.store(out, of_one * factor, mask=stored)
         tl.store(out + field, of_s * factor, mask=stored)
@@ -92,17 +133,66 @@ def store_gradient(at, gradient, inside, FULL: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=[
-        "rows", "columns", "layers", "slots", "tiles", "first_tile", "state_tile", "first_column", "table_width", "stride"
+        "rows",
+        "columns",
+        "layers",
+        "slots",
+        "tiles",
+        "first_tile",
+        "state_tile",
+        "first_column",
+        "table_width",
+        "stride",
     ]
-)  # fmt: skip
+)
 def cached_grad_kernel(
-    grad, values, logits_s, logits_t, bias_s, bias_t, pivots, coefficients, labels, count, table, rows, columns, ld_s, ld_t,
-    grad_ld, layers, slots, tiles, first_tile, state_tile, first_column, table_width, stride, scale_s, scale_t, cap_s, cap_t,
-    moment_inverse, TEACHER: tl.constexpr, SOFTMAX: tl.constexpr, MOMENTS: tl.constexpr, VALUES: tl.constexpr,
-    LABELS: tl.constexpr, BIAS_S: tl.constexpr, BIAS_T: tl.constexpr, SCALE_S: tl.constexpr, SCALE_T: tl.constexpr,
-    CAP_S: tl.constexpr, CAP_T: tl.constexpr, FULL: tl.constexpr, DIVERGENCE: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """grad (L, rows, grad_ld) = dL/dx of a row (axis 0) and a tile (axis 1) of the slab; values (slots, rows, tiles)."""
+    grad,
+    values,
+    logits_s,
+    logits_t,
+    bias_s,
+    bias_t,
+    pivots,
+    coefficients,
+    labels,
+    count,
+    table,
+    rows,
+    columns,
+    ld_s,
+    ld_t,
+    grad_ld,
+    layers,
+    slots,
+    tiles,
+    first_tile,
+    state_tile,
+    first_column,
+    table_width,
+    stride,
+    scale_s,
+    scale_t,
+    cap_s,
+    cap_t,
+    moment_inverse,
+    TEACHER: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    VALUES: tl.constexpr,
+    LABELS: tl.constexpr,
+    BIAS_S: tl.constexpr,
+    BIAS_T: tl.constexpr,
+    SCALE_S: tl.constexpr,
+    SCALE_T: tl.constexpr,
+    CAP_S: tl.constexpr,
+    CAP_T: tl.constexpr,
+    FULL: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """grad (L, rows, grad_ld) = dL/dx of a row (axis 0) and a tile (axis 1) of the slab; values
+    (slots, rows, tiles).
+    """
     EVERY: tl.constexpr = FULL and not (BIAS_S or BIAS_T)  # without a bias no logit is -inf
     row = tl.program_id(0)
     tile = first_tile + tl.program_id(1)
@@ -128,17 +218,22 @@ def cached_grad_kernel(
         label = tl.load(labels + row) - first_column
     t, before_s, before_t, before_g, before_slope = nothing, nothing, nothing, nothing, nothing
     for layer in range(layers):
-        s, slope = row_logits(row_s, bias_s, c, inside, scale_s, cap_s, BIAS_S, SCALE_S, CAP_S, FULL)
+        s, slope = row_logits(
+            row_s, bias_s, c, inside, scale_s, cap_s, BIAS_S, SCALE_S, CAP_S, FULL
+        )
         s -= tl.load(pivots + layer * stride)
         row_s += stride_s
         if TEACHER:
             at_t = row_t + table_entry(table, table_width, TEACHER_LAYER, layer) * stride_t
-            t, _slope_t = row_logits(at_t, bias_t, c, inside, scale_t, cap_t, BIAS_T, SCALE_T, CAP_T, FULL)
+            t, _slope_t = row_logits(
+                at_t, bias_t, c, inside, scale_t, cap_t, BIAS_T, SCALE_T, CAP_T, FULL
+            )
             t -= tl.load(pivots + (layers + layer) * stride)
         g = nothing
         if SOFTMAX:
             for slot in range(
-                table_entry(table, table_width, SLOT_BEGIN, layer), table_entry(table, table_width, SLOT_BEGIN, layer + 1)
+                table_entry(table, table_width, SLOT_BEGIN, layer),
+                table_entry(table, table_width, SLOT_BEGIN, layer + 1),
             ):
                 inverse = table_float(table, table_width, SLOT_INVERSE, slot)
                 k = coefficients + slot * ITEM_FIELDS * field
@@ -146,17 +241,27 @@ def cached_grad_kernel(
                 log_p = log_q
                 if TEACHER:
                     log_p = t * inverse - tl.load(k + 5 * field)
-                g += softmax_gradient(log_q, log_p, tl.load(k), tl.load(k + field), tl.load(k + 2 * field), TEACHER, DIVERGENCE)
+                g += softmax_gradient(
+                    log_q,
+                    log_p,
+                    tl.load(k),
+                    tl.load(k + field),
+                    tl.load(k + 2 * field),
+                    TEACHER,
+                    DIVERGENCE,
+                )
                 if LABELS:
                     g += tl.where(c == label, tl.load(k + 3 * field), 0.0)
                 if VALUES:
                     if tl.load(k + 6 * field) < REFINED_BELOW:
                         tl.store(
-                            values + slot * field * tiles, tl.sum(kl_of(tl.exp(log_p), tl.exp(log_q), log_q - log_p, EVERY), 0)
+                            values + slot * field * tiles,
+                            tl.sum(kl_of(tl.exp(log_p), tl.exp(log_q), log_q - log_p, EVERY), 0),
                         )
         if MOMENTS:
             for part in range(
-                table_entry(table, table_width, PART_BEGIN, layer), table_entry(table, table_width, PART_BEGIN, layer + 1)
+                table_entry(table, table_width, PART_BEGIN, layer),
+                table_entry(table, table_width, PART_BEGIN, layer + 1),
             ):
                 role = table_entry(table, table_width, PART_ROLE, part)
                 if role != FIRST:
@@ -168,11 +273,20 @@ def cached_grad_kernel(
                         of_t = t - before_t
                         if not EVERY:
                             live = live & live_tokens(before_s, before_t)
-                    k = coefficients + (slots + table_entry(table, table_width, PART_INDEX, part)) * ITEM_FIELDS * field
+                    k = (
+                        coefficients
+                        + (slots + table_entry(table, table_width, PART_INDEX, part))
+                        * ITEM_FIELDS
+                        * field
+                    )
                     v = moment_gradient(
-                        of_s * moment_inverse - tl.load(k + 4 * field), of_t * moment_inverse - tl.load(k + 5 * field),
-                        tl.load(k), tl.load(k + field), tl.load(k + 2 * field), tl.load(k + 3 * field),
-                    )  # fmt: skip
+                        of_s * moment_inverse - tl.load(k + 4 * field),
+                        of_t * moment_inverse - tl.load(k + 5 * field),
+                        tl.load(k),
+                        tl.load(k + field),
+                        tl.load(k + 2 * field),
+                        tl.load(k + 3 * field),
+                    )
                     if not EVERY:
                         v = tl.where(live, v, 0.0)
                     g += v

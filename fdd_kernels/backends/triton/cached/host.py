@@ -1,11 +1,13 @@
 """Blocks of rows on the host: GEMMs into scratch, the row kernels, GEMMs of the gradients.
 
-One implementation serves both strategies: a block asks `BlockLogits` for slabs of the vocabulary, which are parts of cached
-logits or computed anew. Beyond inputs, outputs and statistics a call allocates the scratch for logits, dL/dlogits of a slab
-(GRADIENT_BYTES), the block's hidden states with their float32 gradient, the tiles' state, and, where a 16-bit head is trained
-over several blocks, a float32 gradient of it. No atomics: results are the same from run to run.
+One implementation serves both strategies: a block asks `BlockLogits` for slabs of the vocabulary,
+which are parts of cached logits or computed anew. Beyond inputs, outputs and statistics a call
+allocates the scratch for logits, dL/dlogits of a slab (GRADIENT_BYTES), the block's hidden states
+with their float32 gradient, the tiles' state, and, where a 16-bit head is trained over several
+blocks, a float32 gradient of it. No atomics: results are the same from run to run.
 
-Shape suffixes: L layers, R rows, r rows of a block, m = L r, C the vocabulary, c tokens of a slab, D a hidden width.
+Shape suffixes: L layers, R rows, r rows of a block, m = L r, C the vocabulary, c tokens of a slab,
+D a hidden width.
 """
 
 from __future__ import annotations
@@ -17,7 +19,11 @@ import triton
 from torch import Tensor
 
 from fdd_kernels.backends.triton import interpreting
-from fdd_kernels.backends.triton.cached.grad import ITEM_FIELDS, cached_grad_kernel, coefficients_kernel
+from fdd_kernels.backends.triton.cached.grad import (
+    ITEM_FIELDS,
+    cached_grad_kernel,
+    coefficients_kernel,
+)
 from fdd_kernels.backends.triton.cached.logits import BlockLogits, Slab, new_scratch
 from fdd_kernels.backends.triton.cached.merge import cached_merge_kernel, merge_values_kernel
 from fdd_kernels.backends.triton.cached.second_pass import cached_second_pass_kernel
@@ -28,14 +34,17 @@ from fdd_kernels.backends.triton.launch import SMALL, launch
 from fdd_kernels.backends.triton.problem import Problem
 from fdd_kernels.backends.triton.scaling import gradient_scale
 from fdd_kernels.backends.triton.strategy import Slabs, balanced_rows, gradient_tokens, padded
-from fdd_kernels.spec import MOMENT_STATS, READ_STATS, LensInputs, LensSpec
+from fdd_kernels.lens.spec import MOMENT_STATS, READ_STATS, LensInputs, LensSpec
 
-Statistics = tuple[Tensor, Tensor, Tensor]  # pivots (2, L, R), reads (reads, 4, R), moments (moments, 7, R)
+Statistics = tuple[
+    Tensor, Tensor, Tensor
+]  # pivots (2, L, R), reads (reads, 4, R), moments (moments, 7, R)
 COEFFICIENT_ROWS = 128
 
 
 class Block:
-    """A block of rows, `count` of them valid: hidden states and logits, its part of the statistics (in the order of rows).
+    """A block of rows, `count` of them valid: hidden states and logits, its part of the statistics
+    (in the order of rows).
 
     `scratch` holds the logits of `tokens` tokens.
     """
@@ -53,7 +62,9 @@ class Block:
         self.problem, self.spec, self.table = problem, problem.spec, problem.table
         self.first, self.rows, self.layers = first, rows, problem.layers
         self.student_LrD = problem.gather(problem.student, first, rows)
-        teacher_LrD = problem.gather(problem.teacher, first, rows) if self.spec.needs_teacher else None
+        teacher_LrD = (
+            problem.gather(problem.teacher, first, rows) if self.spec.needs_teacher else None
+        )
         self.logits = BlockLogits(problem, scratch, tokens, self.student_LrD, teacher_LrD)
         self.statistics = tuple([t[..., first : first + rows] for t in statistics])
         self.count = count
@@ -69,8 +80,12 @@ class Block:
             "layers": self.layers,
         }
 
-    def launch_tiles(self, kernel, shape: RowLaunch, slab: Slab, *, extra_axis: tuple[int, ...] = (), **arguments) -> None:
-        """Launch a kernel over the rows and tiles of a slab: the full tiles without a mask, then the ragged last one."""
+    def launch_tiles(
+        self, kernel, shape: RowLaunch, slab: Slab, *, extra_axis: tuple[int, ...] = (), **arguments
+    ) -> None:
+        """Launch a kernel over the rows and tiles of a slab: the full tiles without a mask, then
+        the ragged last one.
+        """
         student, teacher = self.problem.student, self.problem.teacher
         tokens = slab.stop - slab.start
         logits_t = slab.student if slab.teacher is None else slab.teacher
@@ -108,7 +123,14 @@ class Block:
                 grid = (self.rows, tiles, *extra_axis)
                 is_full = first < full
                 masked = not is_full or common["BIAS_S"] or common["BIAS_T"]
-                launch(kernel, grid, shape.options(masked, architecture), first_tile=first, FULL=is_full, **common)
+                launch(
+                    kernel,
+                    grid,
+                    shape.options(masked, architecture),
+                    first_tile=first,
+                    FULL=is_full,
+                    **common,
+                )
 
 
 def _merge_block(tiles: int) -> int:
@@ -160,7 +182,9 @@ def block_statistics(block: Block) -> None:
     if table.second_pass:
         shape = row_launch("second_pass")
         tiles = triton.cdiv(spec.columns, shape.block)
-        sums = torch.empty((table.second_pass, 2, block.rows, tiles), dtype=torch.float32, device=pivots.device)
+        sums = torch.empty(
+            (table.second_pass, 2, block.rows, tiles), dtype=torch.float32, device=pivots.device
+        )
         for slab in block.logits.slabs(spec.columns):
             block.launch_tiles(
                 cached_second_pass_kernel,
@@ -200,7 +224,10 @@ class Gradients:
 
     def __init__(self, problem: Problem, inputs: LensInputs, needed: list[bool], block_rows: int):
         outputs = (*inputs.student_hidden, inputs.student_weight, inputs.student_bias)
-        found = [torch.zeros_like(t, memory_format=torch.contiguous_format) if n else None for t, n in zip(outputs, needed)]
+        found = [
+            torch.zeros_like(t, memory_format=torch.contiguous_format) if n else None
+            for t, n in zip(outputs, needed)
+        ]
         self.problem, self.found = problem, found
         self.hidden, (self.weight, self.bias) = found[:-2], found[-2:]
         columns, head = problem.spec.columns, problem.student
@@ -212,12 +239,15 @@ class Gradients:
             if self.weight.dtype == torch.float32:
                 self.weight_CD = self.weight[:columns]
             elif self.several:  # over one block each slab is complete at once and is rounded there
-                self.weight_CD = torch.empty((columns, head.width), dtype=torch.float32, device=problem.device)
+                self.weight_CD = torch.empty(
+                    (columns, head.width), dtype=torch.float32, device=problem.device
+                )
         if self.bias is not None:
             self.bias_C = torch.zeros(columns, dtype=torch.float32, device=problem.device)
 
     def add(self, block: Block, per_row: tuple[Tensor, ...], refined_reads: Tensor | None) -> None:
-        """Add a block's gradients; `per_row`: pivots, reads, moments of the block and upstream gradients of the last two.
+        """Add a block's gradients; `per_row`: pivots, reads, moments of the block and upstream
+        gradients of the last two.
 
         Writes the accurate value of KL into `refined_reads` if given.
         """
@@ -228,7 +258,9 @@ class Gradients:
         if self.dtype == torch.float16:
             scale = gradient_scale(self.dtype, spec, reads, moments, grad_reads, grad_moments)
         coefficients = torch.empty(
-            (table.slots + len(spec.moments), ITEM_FIELDS.value, rows), dtype=torch.float32, device=problem.device
+            (table.slots + len(spec.moments), ITEM_FIELDS.value, rows),
+            dtype=torch.float32,
+            device=problem.device,
         )
         launch(
             coefficients_kernel,
@@ -260,11 +292,15 @@ class Gradients:
         want_values = refined_reads is not None and table.has_kl
         values = coefficients
         if want_values:
-            values = torch.empty((table.slots, rows, tiles), dtype=torch.float32, device=problem.device)
+            values = torch.empty(
+                (table.slots, rows, tiles), dtype=torch.float32, device=problem.device
+            )
         grad_Lrc = torch.empty((layers, rows, tokens), dtype=self.dtype, device=problem.device)
         sum_mD = None
         if any(g is not None for g in self.hidden):
-            sum_mD = torch.empty((layers * rows, head.width), dtype=torch.float32, device=problem.device)
+            sum_mD = torch.empty(
+                (layers * rows, head.width), dtype=torch.float32, device=problem.device
+            )
         for slab in block.logits.slabs(tokens):
             block.launch_tiles(
                 cached_grad_kernel,
@@ -299,13 +335,19 @@ class Gradients:
             _merge_values(block, values, refined_reads, seconds=False)
 
     def _add_head(self, block: Block, slab: Slab, grad_mc: Tensor, scale: Tensor) -> None:
-        """The head's and the bias's gradient of a slab. A scale differs between blocks: it is taken out at once."""
+        """The head's and the bias's gradient of a slab. A scale differs between blocks: it is taken
+        out at once.
+        """
         hidden_mD = block.student_LrD.flatten(0, 1)
         scaled = self.dtype == torch.float16
         if self.weight is not None:
             out = None if self.weight_CD is None else self.weight_CD[slab.start : slab.stop]
             if out is None or scaled:
-                part = torch.empty((slab.stop - slab.start, hidden_mD.shape[1]), dtype=torch.float32, device=grad_mc.device)
+                part = torch.empty(
+                    (slab.stop - slab.start, hidden_mD.shape[1]),
+                    dtype=torch.float32,
+                    device=grad_mc.device,
+                )
                 multiply(part, grad_mc.t(), hidden_mD)
                 if scaled:
                     part /= scale
@@ -338,7 +380,11 @@ def new_statistics(problem: Problem) -> Statistics:
         return torch.zeros((*shape, problem.rows), dtype=torch.float32, device=problem.device)
 
     spec = problem.spec
-    return zeros(2, problem.layers), zeros(len(spec.reads), READ_STATS), zeros(len(spec.moments), MOMENT_STATS)
+    return (
+        zeros(2, problem.layers),
+        zeros(len(spec.reads), READ_STATS),
+        zeros(len(spec.moments), MOMENT_STATS),
+    )
 
 
 def at_callers_rows(problem: Problem, inputs: LensInputs, statistics: Statistics) -> Statistics:
@@ -350,7 +396,9 @@ def at_callers_rows(problem: Problem, inputs: LensInputs, statistics: Statistics
 
 
 def blocks_of(problem: Problem, rows: int, step: int) -> Iterator[tuple[int, int, Tensor]]:
-    """Of each block of `step` rows: the first, how many they are, and how many of them are valid, (1,) on the device."""
+    """Of each block of `step` rows: the first, how many they are, and how many of them are valid,
+    (1,) on the device.
+    """
     starts = torch.arange(0, rows, step, dtype=torch.int32, device=problem.device)
     # Four of each: Triton compiles a kernel once more for a pointer that 16 does not divide.
     counts = (problem.count - starts).clamp(max=step).unsqueeze(1).repeat(1, 4)
@@ -369,13 +417,23 @@ def stats(inputs: LensInputs, spec: LensSpec, slabs: Slabs) -> Statistics:
     return at_callers_rows(problem, inputs, statistics)
 
 
-def grad(inputs: LensInputs, spec: LensSpec, per_row: tuple[Tensor, ...], needed: list[bool], slabs: Slabs) -> list[Tensor]:
-    """The gradients marked in `needed`, slab by slab. `per_row`: the statistics, upstream gradients of the last two."""
+def grad(
+    inputs: LensInputs,
+    spec: LensSpec,
+    per_row: tuple[Tensor, ...],
+    needed: list[bool],
+    slabs: Slabs,
+) -> list[Tensor]:
+    """The gradients marked in `needed`, slab by slab. `per_row`: the statistics, upstream gradients
+    of the last two.
+    """
     problem = Problem(inputs, spec)
     gradients = Gradients(problem, inputs, needed, slabs.rows)
     if problem.rows and any(needed):
         order = problem.order.long()
-        per_row = tuple([t.contiguous() if inputs.valid is None else t.index_select(-1, order) for t in per_row])
+        per_row = tuple(
+            [t.contiguous() if inputs.valid is None else t.index_select(-1, order) for t in per_row]
+        )
         scratch = new_scratch(problem, slabs.rows, slabs.tokens)
         for first, rows, count in blocks_of(problem, problem.rows, slabs.rows):
             block = Block(problem, scratch, slabs.tokens, first, rows, count, per_row[:3])
@@ -392,7 +450,9 @@ def stats_and_grad(
     refine: bool,
     scratch: Tensor,
 ) -> tuple[list[Tensor], Statistics]:
-    """Statistics and gradients, block by block, with every logit computed once; see `backends.Backend.stats_and_grad`."""
+    """Statistics and gradients, block by block, with every logit computed once; see
+    `backends.Backend.stats_and_grad`.
+    """
     problem = Problem(inputs, spec)
     statistics = new_statistics(problem)
     valid_rows = count_valid(problem, inputs)
@@ -419,7 +479,11 @@ def valid_blocks(inputs: LensInputs, spec: LensSpec, rows_at_a_time: int) -> Ite
 
 
 def count_valid(problem: Problem, inputs: LensInputs) -> int:
-    """Valid rows, so that no others are multiplied: the one wait for the device. While a CUDA graph is captured, all rows."""
-    if inputs.valid is None or (problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    """Valid rows, so that no others are multiplied: the one wait for the device. While a CUDA graph
+    is captured, all rows.
+    """
+    if inputs.valid is None or (
+        problem.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    ):
         return problem.rows
     return int(problem.count)

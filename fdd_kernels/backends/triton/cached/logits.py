@@ -1,6 +1,8 @@
-"""Where the logits of a block of rows come from: scratch that holds all of them, or a slab at a time.
+"""Where the logits of a block of rows come from: scratch that holds all of them, or a slab at a
+time.
 
-Both models' raw logits h W^T in float32, (L, rows, ld) each. In feature space the teacher's "logits" are its hidden states.
+Both models' raw logits h W^T in float32, (L, rows, ld) each. In feature space the teacher's
+"logits" are its hidden states.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ WIDENED_BYTES = 64 * 2**20  # of a head whose dtype is not that of the products,
 
 @dataclass(frozen=True)
 class Slab:
-    """Logits of the tokens start .. stop of a block: student (L, rows, ld), teacher likewise, None without one."""
+    """Logits of the tokens start .. stop of a block: student (L, rows, ld), teacher likewise, None
+    without one.
+    """
 
     start: int
     stop: int
@@ -35,12 +39,21 @@ class Slab:
 
 
 class BlockLogits:
-    """The logits of one block of rows. `student`, `teacher`: its hidden states (L, rows, D), teacher None if not needed.
+    """The logits of one block of rows. `student`, `teacher`: its hidden states (L, rows, D),
+    teacher None if not needed.
 
-    With scratch for `tokens` >= the whole vocabulary they are computed once; with less, as often as they are asked for.
+    With scratch for `tokens` >= the whole vocabulary they are computed once; with less, as often as
+    they are asked for.
     """
 
-    def __init__(self, problem: Problem, scratch: Tensor, tokens: int, student_LrD: Tensor, teacher_LrD: Tensor | None):
+    def __init__(
+        self,
+        problem: Problem,
+        scratch: Tensor,
+        tokens: int,
+        student_LrD: Tensor,
+        teacher_LrD: Tensor | None,
+    ):
         self.problem, self.scratch = problem, scratch
         self.student_LrD, self.teacher_LrD = student_LrD, teacher_LrD
         self.layers, self.rows, _ = student_LrD.shape
@@ -73,11 +86,18 @@ class BlockLogits:
             return Slab(start, stop, student, None)
         if self.problem.teacher.weight is None:
             return Slab(start, stop, student, self.teacher_LrD[..., start:stop])
-        return Slab(start, stop, student, logits(self.problem.teacher, self.teacher_LrD, self.scratch[elements:]))
+        return Slab(
+            start,
+            stop,
+            student,
+            logits(self.problem.teacher, self.teacher_LrD, self.scratch[elements:]),
+        )
 
 
 def fill_logits(out_MC: Tensor, hidden_MD: Tensor, head: Head, start: int, stop: int) -> None:
-    """out = h W^T for the rows start .. stop of the head; one GEMM, unless the head has to be converted part by part."""
+    """out = h W^T for the rows start .. stop of the head; one GEMM, unless the head has to be
+    converted part by part.
+    """
     if head.weight.dtype == hidden_MD.dtype:
         multiply(out_MC, hidden_MD, head.weight[start:stop].t())
         return
@@ -91,4 +111,6 @@ def fill_logits(out_MC: Tensor, hidden_MD: Tensor, head: Head, start: int, stop:
 def new_scratch(problem: Problem, rows: int, tokens: int) -> Tensor:
     """Float32 scratch for the logits of `rows` rows and `tokens` tokens."""
     models = 2 if problem.spec.needs_teacher and problem.teacher.weight is not None else 1
-    return torch.empty(models * problem.layers * rows * padded(tokens), dtype=torch.float32, device=problem.device)
+    return torch.empty(
+        models * problem.layers * rows * padded(tokens), dtype=torch.float32, device=problem.device
+    )

@@ -1,7 +1,8 @@
-"""Tiles merged into the statistics of `spec.py`: one program a row and layer, all tiles in one vector.
+"""Tiles merged into the statistics of `spec.py`: one program a row and layer, all tiles in one
+vector.
 
-What a tile found is restated about the row's largest logit. Sums over a vector of tiles take a tree, so their error does not
-grow with the number of tiles.
+What a tile found is restated about the row's largest logit. Sums over a vector of tiles take a
+tree, so their error does not grow with the number of tiles.
 """
 
 from __future__ import annotations
@@ -10,7 +11,15 @@ import triton
 import triton.language as tl
 
 from fdd_kernels.backends.triton.cached.stats import SLOT_FIELDS
-from fdd_kernels.backends.triton.elementwise import LSE_S, LSE_T, MOMENT_FIELDS, READ_FIELDS, REFINED_BELOW, SLOPE, VALUE
+from fdd_kernels.backends.triton.elementwise import (
+    LSE_S,
+    LSE_T,
+    MOMENT_FIELDS,
+    READ_FIELDS,
+    REFINED_BELOW,
+    SLOPE,
+    VALUE,
+)
 from fdd_kernels.backends.triton.work_table import (
     FIRST,
     KIND_KL,
@@ -33,7 +42,8 @@ from fdd_kernels.backends.triton.work_table import (
 
 @triton.jit
 def row_shift(state, shift, total, tile, tiles, has_slot):
-    """The largest of a row's tile shifts, 0 if none is finite; tiles of tokens that cannot occur have none.
+    """The largest of a row's tile shifts, 0 if none is finite; tiles of tokens that cannot occur
+    have none.
 
     Returns it with each tile's shift about it.
     """
@@ -49,22 +59,42 @@ def row_shift(state, shift, total, tile, tiles, has_slot):
 
 @triton.jit
 def merged_sums(state, at, field, tile, tiles, own_shift, other_shift):
-    """The log-sum-exp of z about the row's shift, and the expectation of z - (the other model's z)."""
+    """The log-sum-exp of z about the row's shift, and the expectation of z - (the other model's
+    z).
+    """
     inside = tile < tiles
     total = tl.load(state + at + tile, mask=inside, other=0.0)
     expectation = tl.load(state + at + field + tile, mask=inside, other=0.0)
     weight = tl.where(total != 0.0, tl.exp(own_shift), 0.0)
-    expectation = tl.where(total != 0.0, weight * (expectation + total * (own_shift - other_shift)), 0.0)
+    expectation = tl.where(
+        total != 0.0, weight * (expectation + total * (own_shift - other_shift)), 0.0
+    )
     total = tl.sum(weight * total, 0)
     return tl.log(total), tl.sum(expectation, 0) / total
 
 
 @triton.jit(do_not_specialize=["rows", "stride", "layers", "slots", "tiles", "table_width"])
 def cached_merge_kernel(
-    state, pivots, reads, moments, count, table, rows, stride, layers, slots, tiles, table_width, moment_inverse,
-    TEACHER: tl.constexpr, DIVERGENCE: tl.constexpr, BLOCK_T: tl.constexpr,
-):  # fmt: skip
-    """Finish every statistic of a row (axis 0) and a layer (axis 1) that takes a single pass; invalid rows are left alone."""
+    state,
+    pivots,
+    reads,
+    moments,
+    count,
+    table,
+    rows,
+    stride,
+    layers,
+    slots,
+    tiles,
+    table_width,
+    moment_inverse,
+    TEACHER: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Finish every statistic of a row (axis 0) and a layer (axis 1) that takes a single pass;
+    invalid rows are left alone.
+    """
     row = tl.program_id(0)
     layer = tl.program_id(1)
     if row >= tl.load(count):
@@ -85,31 +115,43 @@ def cached_merge_kernel(
     pivot_t = pivot_s * 0.0
     about_t = about_s * 0.0
     if TEACHER:
-        pivot_t, about_t = row_shift(state, shift + field, first_total + 2 * field, tile, tiles, first_slot < last_slot)
+        pivot_t, about_t = row_shift(
+            state, shift + field, first_total + 2 * field, tile, tiles, first_slot < last_slot
+        )
     tl.store(pivots + layer * stride, pivot_s)
     tl.store(pivots + (layers + layer) * stride, pivot_t)
     for slot in range(first_slot, last_slot):
         inverse = table_float(table, table_width, SLOT_INVERSE, slot)
         at = (2 * layers + SLOT_FIELDS * slot) * field
-        lse_s, expectation_s = merged_sums(state, at, field, tile, tiles, about_s * inverse, about_t * inverse)
+        lse_s, expectation_s = merged_sums(
+            state, at, field, tile, tiles, about_s * inverse, about_t * inverse
+        )
         lse_t = lse_s
         expectation_t = lse_s
         if TEACHER:
-            lse_t, expectation_t = merged_sums(state, at + 2 * field, field, tile, tiles, about_t * inverse, about_s * inverse)
+            lse_t, expectation_t = merged_sums(
+                state, at + 2 * field, field, tile, tiles, about_t * inverse, about_s * inverse
+            )
         for entry in range(
-            table_entry(table, table_width, READ_BEGIN, slot), table_entry(table, table_width, READ_BEGIN, slot + 1)
+            table_entry(table, table_width, READ_BEGIN, slot),
+            table_entry(table, table_width, READ_BEGIN, slot + 1),
         ):
             kind = table_entry(table, table_width, READ_KIND, entry)
             read = reads + table_entry(table, table_width, READ_INDEX, entry) * READ_FIELDS * stride
             tl.store(read + LSE_S * stride, lse_s)
             if kind == KIND_NLL:
-                label_z = tl.load(state + at + 4 * field + tile, mask=inside, other=float("-inf")) + about_s * inverse
+                label_z = (
+                    tl.load(state + at + 4 * field + tile, mask=inside, other=float("-inf"))
+                    + about_s * inverse
+                )
                 tl.store(read + VALUE * stride, lse_s - tl.max(label_z, 0))
             else:
                 tl.store(read + LSE_T * stride, lse_t)
                 if kind == KIND_KL:
                     value = expectation_t + (lse_s - lse_t)
-                    tl.store(read + VALUE * stride, tl.where(value < 0, 0.0, value))  # rounding, of near-equal models
+                    tl.store(
+                        read + VALUE * stride, tl.where(value < 0, 0.0, value)
+                    )  # rounding, of near-equal models
                     tl.store(read + SLOPE * stride, -1.0)
                 if DIVERGENCE == "reverse_kl" and kind == KIND_OTHER:
                     value = expectation_s + (lse_t - lse_s)
@@ -117,7 +159,8 @@ def cached_merge_kernel(
                     tl.store(read + VALUE * stride, value)
                     tl.store(read + SLOPE * stride, value + 1.0)
     for entry in range(
-        table_entry(table, table_width, PART_BEGIN, layer), table_entry(table, table_width, PART_BEGIN, layer + 1)
+        table_entry(table, table_width, PART_BEGIN, layer),
+        table_entry(table, table_width, PART_BEGIN, layer + 1),
     ):
         role = table_entry(table, table_width, PART_ROLE, entry)
         if role != FIRST:
@@ -125,9 +168,13 @@ def cached_merge_kernel(
             if role == SECOND:
                 before = table_entry(table, table_width, SLOT_BEGIN, layer - 1)
                 before_total = (2 * layers + SLOT_FIELDS * before) * field
-                _largest, about = row_shift(state, shift - 2 * field, before_total, tile, tiles, before < first_slot)
+                _largest, about = row_shift(
+                    state, shift - 2 * field, before_total, tile, tiles, before < first_slot
+                )
                 off_s -= about
-                _largest, about = row_shift(state, shift - field, before_total + 2 * field, tile, tiles, before < first_slot)
+                _largest, about = row_shift(
+                    state, shift - field, before_total + 2 * field, tile, tiles, before < first_slot
+                )
                 off_t -= about
             index = table_entry(table, table_width, PART_INDEX, entry) * MOMENT_FIELDS
             at = state + (2 * layers + SLOT_FIELDS * slots + index) * field + tile
@@ -136,7 +183,10 @@ def cached_merge_kernel(
             mean_t = tl.load(at + 2 * field, mask=inside, other=0.0) + off_t * moment_inverse
             total = tl.sum(n, 0)
             divisor = tl.maximum(total, 1.0)
-            row_mean_s, row_mean_t = tl.sum(n * mean_s, 0) / divisor, tl.sum(n * mean_t, 0) / divisor
+            row_mean_s, row_mean_t = (
+                tl.sum(n * mean_s, 0) / divisor,
+                tl.sum(n * mean_t, 0) / divisor,
+            )
             between_s, between_t = mean_s - row_mean_s, mean_t - row_mean_t
             between_d = between_s - between_t
             m_ss = tl.load(at + 3 * field, mask=inside, other=0.0) + n * between_s * between_s
@@ -155,12 +205,22 @@ def cached_merge_kernel(
 
 @triton.jit(do_not_specialize=["rows", "stride", "tiles", "table_width"])
 def merge_values_kernel(
-    sums, reads, count, table, rows, stride, tiles, table_width, SECONDS: tl.constexpr, BLOCK_T: tl.constexpr
+    sums,
+    reads,
+    count,
+    table,
+    rows,
+    stride,
+    tiles,
+    table_width,
+    SECONDS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):
     """Sums over tiles written as VALUE, one program a row and item.
 
-    With SECONDS the items are the reads of the second pass and sums (items, 2, rows, tiles) have their SLOPE too; without,
-    they are slots, sums (items, rows, tiles), and the value is that of the slot's read of KL, where it is small.
+    With SECONDS the items are the reads of the second pass and sums (items, 2, rows, tiles) have
+    their SLOPE too; without, they are slots, sums (items, rows, tiles), and the value is that of
+    the slot's read of KL, where it is small.
     """
     row = tl.program_id(0)
     item = tl.program_id(1)
@@ -180,8 +240,13 @@ def merge_values_kernel(
     else:
         value = tl.sum(tl.load(sums + item * field, mask=tile < tiles, other=0.0), 0)
         for entry in range(
-            table_entry(table, table_width, READ_BEGIN, item), table_entry(table, table_width, READ_BEGIN, item + 1)
+            table_entry(table, table_width, READ_BEGIN, item),
+            table_entry(table, table_width, READ_BEGIN, item + 1),
         ):
             if table_entry(table, table_width, READ_KIND, entry) == KIND_KL:
-                read = reads + table_entry(table, table_width, READ_INDEX, entry) * READ_FIELDS * stride + VALUE * stride
+                read = (
+                    reads
+                    + table_entry(table, table_width, READ_INDEX, entry) * READ_FIELDS * stride
+                    + VALUE * stride
+                )
                 tl.store(read, value, mask=tl.load(read) < REFINED_BELOW)

@@ -10,11 +10,22 @@ from fdd_kernels.backends.triton.elementwise import tanh
 
 @triton.jit
 def row_logits(
-    row, bias, c, inside, scale, cap, BIAS: tl.constexpr, SCALE: tl.constexpr, CAP: tl.constexpr, FULL: tl.constexpr
+    row,
+    bias,
+    c,
+    inside,
+    scale,
+    cap,
+    BIAS: tl.constexpr,
+    SCALE: tl.constexpr,
+    CAP: tl.constexpr,
+    FULL: tl.constexpr,
 ):
-    """u = softcap(scale * (x + bias)) of the tokens c, and du/dx but for the scale; -inf beyond the last token.
+    """u = softcap(scale * (x + bias)) of the tokens c, and du/dx but for the scale; -inf beyond the
+    last token.
 
-    FULL promises that there is none beyond: a mask would keep the compiler from loading 128 bits at a time.
+    FULL promises that there is none beyond: a mask would keep the compiler from loading 128 bits at
+    a time.
     """
     if FULL:
         u = tl.load(row + c).to(tl.float32)

@@ -1,4 +1,6 @@
-"""Value and slope of the divergences that need both log-sum-exps, summed per tile of logits that are there already."""
+"""Value and slope of the divergences that need both log-sum-exps, summed per tile of logits that
+are there already.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,13 @@ import triton
 import triton.language as tl
 
 from fdd_kernels.backends.triton.cached.row import row_logits
-from fdd_kernels.backends.triton.elementwise import LSE_S, LSE_T, READ_FIELDS, divergence_slope, divergence_value
+from fdd_kernels.backends.triton.elementwise import (
+    LSE_S,
+    LSE_T,
+    READ_FIELDS,
+    divergence_slope,
+    divergence_value,
+)
 from fdd_kernels.backends.triton.work_table import (
     SECOND_INVERSE,
     SECOND_LAYER,
@@ -17,14 +25,55 @@ from fdd_kernels.backends.triton.work_table import (
 )
 
 
-@triton.jit(do_not_specialize=["rows", "columns", "layers", "tiles", "first_tile", "state_tile", "table_width", "stride"])
+@triton.jit(
+    do_not_specialize=[
+        "rows",
+        "columns",
+        "layers",
+        "tiles",
+        "first_tile",
+        "state_tile",
+        "table_width",
+        "stride",
+    ]
+)
 def cached_second_pass_kernel(
-    sums, logits_s, logits_t, bias_s, bias_t, pivots, reads, count, table, rows, columns, ld_s, ld_t, layers, tiles,
-    first_tile, state_tile, table_width, stride, scale_s, scale_t, cap_s, cap_t,
-    BIAS_S: tl.constexpr, BIAS_T: tl.constexpr, SCALE_S: tl.constexpr, SCALE_T: tl.constexpr, CAP_S: tl.constexpr,
-    CAP_T: tl.constexpr, FULL: tl.constexpr, DIVERGENCE: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """sums (reads of this pass, 2, rows, tiles) of a row (axis 0), a tile (axis 1) and a read (axis 2)."""
+    sums,
+    logits_s,
+    logits_t,
+    bias_s,
+    bias_t,
+    pivots,
+    reads,
+    count,
+    table,
+    rows,
+    columns,
+    ld_s,
+    ld_t,
+    layers,
+    tiles,
+    first_tile,
+    state_tile,
+    table_width,
+    stride,
+    scale_s,
+    scale_t,
+    cap_s,
+    cap_t,
+    BIAS_S: tl.constexpr,
+    BIAS_T: tl.constexpr,
+    SCALE_S: tl.constexpr,
+    SCALE_T: tl.constexpr,
+    CAP_S: tl.constexpr,
+    CAP_T: tl.constexpr,
+    FULL: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """sums (reads of this pass, 2, rows, tiles) of a row (axis 0), a tile (axis 1) and a read (axis
+    2).
+    """
     row = tl.program_id(0)
     tile = first_tile + tl.program_id(1)
     second = tl.program_id(2)
@@ -42,7 +91,9 @@ def cached_second_pass_kernel(
     s, _slope_s = row_logits(row_s, bias_s, c, inside, scale_s, cap_s, BIAS_S, SCALE_S, CAP_S, FULL)
     t, _slope_t = row_logits(row_t, bias_t, c, inside, scale_t, cap_t, BIAS_T, SCALE_T, CAP_T, FULL)
     log_q = (s - tl.load(pivots + layer * stride + row)) * inverse - tl.load(read + LSE_S * stride)
-    log_p = (t - tl.load(pivots + (layers + layer) * stride + row)) * inverse - tl.load(read + LSE_T * stride)
+    log_p = (t - tl.load(pivots + (layers + layer) * stride + row)) * inverse - tl.load(
+        read + LSE_T * stride
+    )
     field = rows.to(tl.int64) * tiles
     sums += 2 * second * field + row.to(tl.int64) * tiles + state_tile + tile
     tl.store(sums, tl.sum(divergence_value(log_q, log_p, DIVERGENCE), 0))

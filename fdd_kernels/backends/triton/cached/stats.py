@@ -1,13 +1,16 @@
-"""Statistics of one row and one tile of the vocabulary, all layers: a program loads every logit once.
+"""Statistics of one row and one tile of the vocabulary, all layers: a program loads every logit
+once.
 
-The program walks the layers with the logits of the layer before in registers, so the layer deltas cost no memory traffic. It
-sees its tile as a whole: row shifts are the tile's own maxima, means are taken before squares, nothing is updated online.
+The program walks the layers with the logits of the layer before in registers, so the layer deltas
+cost no memory traffic. It sees its tile as a whole: row shifts are the tile's own maxima, means are
+taken before squares, nothing is updated online.
 
 State (fields, r, tiles), float32, tiles adjacent; per row and tile:
 
-    2 layer, 2 layer + 1             the tile's largest u: student, teacher; 0 where the call takes no softmax
-    2 L + 5 slot + 0..4              about those: sum of e^z, expectation of z_s - z_t under it; the same of the teacher, of
-                                     z_t - z_s; z_s at the label, -inf where the label is in another tile
+    2 layer, 2 layer + 1             the tile's largest u: student, teacher; 0 where the call takes
+    no softmax 2 L + 5 slot + 0..4              about those: sum of e^z, expectation of z_s - z_t
+                                     under it; the same of the teacher, of z_t - z_s; z_s at the
+                                     label, -inf where the label is in another tile
     2 L + 5 slots + 7 moment + 0..6  the moments of `spec.py`
 """
 
@@ -46,7 +49,9 @@ def tile_shift(u):
 
 @triton.jit
 def tile_moments(s, t, live, EVERY: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Count, means and second moments of s and t over the live tokens of a tile; EVERY: all of them are."""
+    """Count, means and second moments of s and t over the live tokens of a tile; EVERY: all of them
+    are.
+    """
     if EVERY:
         n = tl.full((), BLOCK_C, tl.float32)
         mean_s, mean_t = tl.sum(s, 0) / n, tl.sum(t, 0) / n
@@ -55,7 +60,10 @@ def tile_moments(s, t, live, EVERY: tl.constexpr, BLOCK_C: tl.constexpr):
     else:
         n = tl.sum(live.to(tl.float32), 0)
         divisor = tl.maximum(n, 1.0)
-        mean_s, mean_t = tl.sum(tl.where(live, s, 0.0), 0) / divisor, tl.sum(tl.where(live, t, 0.0), 0) / divisor
+        mean_s, mean_t = (
+            tl.sum(tl.where(live, s, 0.0), 0) / divisor,
+            tl.sum(tl.where(live, t, 0.0), 0) / divisor,
+        )
         s = tl.where(live, s - mean_s, 0.0)
         t = tl.where(live, t - mean_t, 0.0)
     m_ss, m_tt, m_st, m_dd = second_moments(s, t, 0)
@@ -63,16 +71,60 @@ def tile_moments(s, t, live, EVERY: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=["rows", "columns", "layers", "slots", "tiles", "first_tile", "first_column", "table_width", "state_tile"]
+    do_not_specialize=[
+        "rows",
+        "columns",
+        "layers",
+        "slots",
+        "tiles",
+        "first_tile",
+        "first_column",
+        "table_width",
+        "state_tile",
+    ]
 )
 def cached_stats_kernel(
-    state, logits_s, logits_t, bias_s, bias_t, labels, count, table, rows, columns, ld_s, ld_t, layers, slots, tiles,
-    first_tile, state_tile, first_column, table_width, scale_s, scale_t, cap_s, cap_t, moment_inverse,
-    TEACHER: tl.constexpr, SOFTMAX: tl.constexpr, MOMENTS: tl.constexpr, LABELS: tl.constexpr, DIVERGENCE: tl.constexpr,
-    BIAS_S: tl.constexpr, BIAS_T: tl.constexpr, SCALE_S: tl.constexpr, SCALE_T: tl.constexpr, CAP_S: tl.constexpr,
-    CAP_T: tl.constexpr, FULL: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """State of a row (axis 0) and a tile (axis 1) of logits (L, rows, ld), whose first token is `first_column`."""
+    state,
+    logits_s,
+    logits_t,
+    bias_s,
+    bias_t,
+    labels,
+    count,
+    table,
+    rows,
+    columns,
+    ld_s,
+    ld_t,
+    layers,
+    slots,
+    tiles,
+    first_tile,
+    state_tile,
+    first_column,
+    table_width,
+    scale_s,
+    scale_t,
+    cap_s,
+    cap_t,
+    moment_inverse,
+    TEACHER: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    LABELS: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    BIAS_S: tl.constexpr,
+    BIAS_T: tl.constexpr,
+    SCALE_S: tl.constexpr,
+    SCALE_T: tl.constexpr,
+    CAP_S: tl.constexpr,
+    CAP_T: tl.constexpr,
+    FULL: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """State of a row (axis 0) and a tile (axis 1) of logits (L, rows, ld), whose first token is
+    `first_column`.
+    """
     EVERY: tl.constexpr = FULL and not (BIAS_S or BIAS_T)  # without a bias no logit is -inf
     row = tl.program_id(0)
     tile = first_tile + tl.program_id(1)
@@ -92,11 +144,15 @@ def cached_stats_kernel(
     before_t = before_s
     t = before_s
     for layer in range(layers):
-        s, _slope_s = row_logits(row_s, bias_s, c, inside, scale_s, cap_s, BIAS_S, SCALE_S, CAP_S, FULL)
+        s, _slope_s = row_logits(
+            row_s, bias_s, c, inside, scale_s, cap_s, BIAS_S, SCALE_S, CAP_S, FULL
+        )
         row_s += stride_s
         if TEACHER:
             at_t = row_t + table_entry(table, table_width, TEACHER_LAYER, layer) * stride_t
-            t, _slope_t = row_logits(at_t, bias_t, c, inside, scale_t, cap_t, BIAS_T, SCALE_T, CAP_T, FULL)
+            t, _slope_t = row_logits(
+                at_t, bias_t, c, inside, scale_t, cap_t, BIAS_T, SCALE_T, CAP_T, FULL
+            )
         shift_s = tl.full((), 0.0, tl.float32)
         shift_t = shift_s
         if SOFTMAX:
@@ -109,7 +165,8 @@ def cached_stats_kernel(
         tl.store(state + (2 * layer + 1) * field, shift_t)
         if SOFTMAX:
             for slot in range(
-                table_entry(table, table_width, SLOT_BEGIN, layer), table_entry(table, table_width, SLOT_BEGIN, layer + 1)
+                table_entry(table, table_width, SLOT_BEGIN, layer),
+                table_entry(table, table_width, SLOT_BEGIN, layer + 1),
             ):
                 inverse = table_float(table, table_width, SLOT_INVERSE, slot)
                 flags = table_entry(table, table_width, SLOT_FLAGS, slot)
@@ -128,10 +185,13 @@ def cached_stats_kernel(
                     tl.store(at + 3 * field, expectation)
                 if LABELS:
                     if flags & WANTS_LABEL:
-                        tl.store(at + 4 * field, tl.max(tl.where(c == label, z_s, float("-inf")), 0))
+                        tl.store(
+                            at + 4 * field, tl.max(tl.where(c == label, z_s, float("-inf")), 0)
+                        )
         if MOMENTS:
             for part in range(
-                table_entry(table, table_width, PART_BEGIN, layer), table_entry(table, table_width, PART_BEGIN, layer + 1)
+                table_entry(table, table_width, PART_BEGIN, layer),
+                table_entry(table, table_width, PART_BEGIN, layer + 1),
             ):
                 role = table_entry(table, table_width, PART_ROLE, part)
                 if role != FIRST:
@@ -143,7 +203,9 @@ def cached_stats_kernel(
                         of_t = t - before_t
                         if not EVERY:
                             live = live & live_tokens(before_s, before_t)
-                    n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd = tile_moments(of_s, of_t, live, EVERY, BLOCK_C)
+                    n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd = tile_moments(
+                        of_s, of_t, live, EVERY, BLOCK_C
+                    )
                     square = moment_inverse * moment_inverse
                     at = state + (2 * layers + SLOT_FIELDS * slots) * field
                     at += table_entry(table, table_width, PART_INDEX, part) * MOMENT_FIELDS * field

@@ -1,17 +1,21 @@
-"""The gradient with respect to the student's values x = h W^T + b, one block of rows x columns at a time.
+"""The gradient with respect to the student's values x = h W^T + b, one block of rows x columns at a
+time.
 
-A program owns tiles of rows x columns and walks all layers. It computes the tiles of u - pivot of both models again and
-parks them in a ring of three layers in its scratch: dL/du of a layer, a strip at a time, needs the layers beside it
-(moments of pairs make the gradient tridiagonal). Per slot, with per-row coefficients from the upstream gradients,
+A program owns tiles of rows x columns and walks all layers. It computes the tiles of u - pivot of
+both models again and parks them in a ring of three layers in its scratch: dL/du of a layer, a strip
+at a time, needs the layers beside it (moments of pairs make the gradient tridiagonal). Per slot,
+with per-row coefficients from the upstream gradients,
 
     dL/dz = a q + b p + d slope(log_q, log_p) + n [column = label]
 
-where KL(p || q) gives b, another divergence d, the label's cross-entropy n, and each of them and the log-sum-exp a; per
-moment target, about the means, 2 g_SS s + g_ST t + g_MEAN / count + 2 g_DD (s - t), with sign - at the first of a pair.
+where KL(p || q) gives b, another divergence d, the label's cross-entropy n, and each of them and
+the log-sum-exp a; per moment target, about the means, 2 g_SS s + g_ST t + g_MEAN / count + 2 g_DD
+(s - t), with sign - at the first of a pair.
 
-G, in the dtype of the states and the head (float16 scaled: `scaling.py`), goes to a bounded buffer, and plain matrix products
-make dH and dW of it: accumulating dH in the kernel would send a float32 row of the hidden width through atomics for every
-column tile, several times the traffic of G itself, in an order that changes from run to run.
+G, in the dtype of the states and the head (float16 scaled: `scaling.py`), goes to a bounded buffer,
+and plain matrix products make dH and dW of it: accumulating dH in the kernel would send a float32
+row of the hidden width through atomics for every column tile, several times the traffic of G
+itself, in an order that changes from run to run.
 
 Shape suffixes: r rows of a tile, c columns of a tile, e columns of a strip.
 """
@@ -47,9 +51,22 @@ from fdd_kernels.backends.triton.work_table import (
 
 @triton.jit
 def slot_gradient(
-    reads, grad_reads, stride, counts, label_r, columns_e, u_s, tile_t, strip_re, table, table_width, slot,
-    TEACHER: tl.constexpr, DIVERGENCE: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
+    reads,
+    grad_reads,
+    stride,
+    counts,
+    label_r,
+    columns_e,
+    u_s,
+    tile_t,
+    strip_re,
+    table,
+    table_width,
+    slot,
+    TEACHER: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
     """dL/du of one strip from the reads of one slot."""
     q_r, p_r, slope_r, label_value_r, lse_s, lse_t, _kl_r = slot_coefficients(
         reads, grad_reads, stride, stride, counts, table, table_width, slot, BLOCK_R
@@ -59,21 +76,37 @@ def slot_gradient(
     log_p = log_q
     if TEACHER:
         log_p = tl.load(tile_t + strip_re) * inverse - lse_t[:, None]
-    grad = softmax_gradient(log_q, log_p, q_r[:, None], p_r[:, None], slope_r[:, None], TEACHER, DIVERGENCE)
+    grad = softmax_gradient(
+        log_q, log_p, q_r[:, None], p_r[:, None], slope_r[:, None], TEACHER, DIVERGENCE
+    )
     grad += tl.where(columns_e[None, :] == label_r[:, None], label_value_r[:, None], 0.0)
     return grad * inverse
 
 
 @triton.jit
 def part_gradient(
-    moments, grad_moments, stride, counts, tile_s, tile_t, before_s, before_t, after_s, after_t, strip_re, role, inverse,
-):  # fmt: skip
+    moments,
+    grad_moments,
+    stride,
+    counts,
+    tile_s,
+    tile_t,
+    before_s,
+    before_t,
+    after_s,
+    after_t,
+    strip_re,
+    role,
+    inverse,
+):
     """dL/du of one strip from one moment target that the layer is part of."""
     if role == FIRST:
         s, t, live = vectors(after_s, after_t, tile_s, tile_t, strip_re, True, inverse)
     else:
         s, t, live = vectors(tile_s, tile_t, before_s, before_t, strip_re, role == SECOND, inverse)
-    of_one, of_s, of_t, of_d, mean_s, mean_t = moment_coefficients(moments, grad_moments, stride, stride, counts)
+    of_one, of_s, of_t, of_d, mean_s, mean_t = moment_coefficients(
+        moments, grad_moments, stride, stride, counts
+    )
     s -= mean_s[:, None]
     t -= mean_t[:, None]
     grad = moment_gradient(s, t, of_one[:, None], of_s[:, None], of_t[:, None], of_d[:, None])
@@ -83,19 +116,71 @@ def part_gradient(
 
 @triton.jit(
     do_not_specialize=[
-        "first", "rows", "total_rows", "columns", "layers", "table_width", "student_has_bias", "teacher_has_bias",
-        "first_tile", "tiles", "grad_width",
+        "first",
+        "rows",
+        "total_rows",
+        "columns",
+        "layers",
+        "table_width",
+        "student_has_bias",
+        "teacher_has_bias",
+        "first_tile",
+        "tiles",
+        "grad_width",
     ]
-)  # fmt: skip
+)
 def lens_grad_kernel(
-    grad, reads, moments, grad_reads, grad_moments, pivots, grad_scale, scratch, table, count, order, labels,
-    student_hidden, student_weight, student_bias, teacher_hidden, teacher_weight, teacher_bias, first, rows, total_rows,
-    columns, layers, student_width, student_stride, student_scale, student_cap, student_has_bias, teacher_width,
-    teacher_stride, teacher_scale, teacher_cap, teacher_has_bias, table_width, moment_inverse, first_tile, tiles,
-    grad_width, TEACHER: tl.constexpr, IDENTITY: tl.constexpr, MOMENTS: tl.constexpr, DIVERGENCE: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    """grad (L, rows, grad_width) = grad_scale * dL/dx for the `tiles` column tiles from `first_tile` on."""
+    grad,
+    reads,
+    moments,
+    grad_reads,
+    grad_moments,
+    pivots,
+    grad_scale,
+    scratch,
+    table,
+    count,
+    order,
+    labels,
+    student_hidden,
+    student_weight,
+    student_bias,
+    teacher_hidden,
+    teacher_weight,
+    teacher_bias,
+    first,
+    rows,
+    total_rows,
+    columns,
+    layers,
+    student_width,
+    student_stride,
+    student_scale,
+    student_cap,
+    student_has_bias,
+    teacher_width,
+    teacher_stride,
+    teacher_scale,
+    teacher_cap,
+    teacher_has_bias,
+    table_width,
+    moment_inverse,
+    first_tile,
+    tiles,
+    grad_width,
+    TEACHER: tl.constexpr,
+    IDENTITY: tl.constexpr,
+    MOMENTS: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """grad (L, rows, grad_width) = grad_scale * dL/dx for the `tiles` column tiles from
+    `first_tile` on.
+    """
     TILE: tl.constexpr = BLOCK_R * BLOCK_C
     RING: tl.constexpr = 3 if MOMENTS else 1
     LAG: tl.constexpr = 1 if MOMENTS else 0  # a layer is finished once the layer after it is there
@@ -122,28 +207,79 @@ def lens_grad_kernel(
                 tile_s = ring + (step % RING) * (2 * TILE)
                 tl.debug_barrier()  # the layer that stood here has been read
                 x = tile_values(
-                    student_hidden + step * row_stride * student_width, student_weight, student_bias, rows_r,
-                    columns_c, columns, student_width, student_stride, student_scale, student_has_bias,
-                    PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
-                )  # fmt: skip
+                    student_hidden + step * row_stride * student_width,
+                    student_weight,
+                    student_bias,
+                    rows_r,
+                    columns_c,
+                    columns,
+                    student_width,
+                    student_stride,
+                    student_scale,
+                    student_has_bias,
+                    PRECISION,
+                    BLOCK_R,
+                    BLOCK_C,
+                    BLOCK_D,
+                )
                 pivot_r = tl.load(pivots + step * stride + row_r, mask=counts, other=0.0)
-                park_tile(tile_s, x, pivot_r, student_cap, first_column + e, columns, BLOCK_R, BLOCK_C, BLOCK_E)
+                park_tile(
+                    tile_s,
+                    x,
+                    pivot_r,
+                    student_cap,
+                    first_column + e,
+                    columns,
+                    BLOCK_R,
+                    BLOCK_C,
+                    BLOCK_E,
+                )
                 if TEACHER:
                     teacher_layer = teacher_hidden + step * row_stride * teacher_width
                     if IDENTITY:
                         park_features(
-                            tile_s + TILE, teacher_layer, rows_r, first_column + e, columns, teacher_width, BLOCK_R, BLOCK_C,
+                            tile_s + TILE,
+                            teacher_layer,
+                            rows_r,
+                            first_column + e,
+                            columns,
+                            teacher_width,
+                            BLOCK_R,
+                            BLOCK_C,
                             BLOCK_E,
-                        )  # fmt: skip
+                        )
                     else:
                         x = tile_values(
-                            teacher_layer, teacher_weight, teacher_bias, rows_r,
-                            columns_c, columns, teacher_width, teacher_stride, teacher_scale, teacher_has_bias,
-                            PRECISION, BLOCK_R, BLOCK_C, BLOCK_D,
-                        )  # fmt: skip
-                        pivot_r = tl.load(pivots + (layers + step) * stride + row_r, mask=counts, other=0.0)
+                            teacher_layer,
+                            teacher_weight,
+                            teacher_bias,
+                            rows_r,
+                            columns_c,
+                            columns,
+                            teacher_width,
+                            teacher_stride,
+                            teacher_scale,
+                            teacher_has_bias,
+                            PRECISION,
+                            BLOCK_R,
+                            BLOCK_C,
+                            BLOCK_D,
+                        )
+                        pivot_r = tl.load(
+                            pivots + (layers + step) * stride + row_r, mask=counts, other=0.0
+                        )
                         tile_t = tile_s + TILE
-                        park_tile(tile_t, x, pivot_r, teacher_cap, first_column + e, columns, BLOCK_R, BLOCK_C, BLOCK_E)
+                        park_tile(
+                            tile_t,
+                            x,
+                            pivot_r,
+                            teacher_cap,
+                            first_column + e,
+                            columns,
+                            BLOCK_R,
+                            BLOCK_C,
+                            BLOCK_E,
+                        )
                 tl.debug_barrier()  # every thread's part of the tiles can be read
             layer = step - LAG
             if layer >= 0:
@@ -161,21 +297,47 @@ def lens_grad_kernel(
                         table_entry(table, table_width, SLOT_BEGIN, layer + 1),
                     ):
                         g += slot_gradient(
-                            reads + row_r, grad_reads + row_r, stride, counts, label_r, columns_e, u_s, tile_s + TILE + start,
-                            strip_re, table, table_width, slot, TEACHER, DIVERGENCE, BLOCK_R,
-                        )  # fmt: skip
+                            reads + row_r,
+                            grad_reads + row_r,
+                            stride,
+                            counts,
+                            label_r,
+                            columns_e,
+                            u_s,
+                            tile_s + TILE + start,
+                            strip_re,
+                            table,
+                            table_width,
+                            slot,
+                            TEACHER,
+                            DIVERGENCE,
+                            BLOCK_R,
+                        )
                     if MOMENTS:
                         for part in range(
                             table_entry(table, table_width, PART_BEGIN, layer),
                             table_entry(table, table_width, PART_BEGIN, layer + 1),
                         ):
-                            at = table_entry(table, table_width, PART_INDEX, part) * MOMENT_FIELDS * stride
+                            at = (
+                                table_entry(table, table_width, PART_INDEX, part)
+                                * MOMENT_FIELDS
+                                * stride
+                            )
                             g += part_gradient(
-                                moments + at + row_r, grad_moments + at + row_r, stride, counts, tile_s + start,
-                                tile_s + TILE + start, before_s + start, before_s + TILE + start, after_s + start,
-                                after_s + TILE + start, strip_re, table_entry(table, table_width, PART_ROLE, part),
+                                moments + at + row_r,
+                                grad_moments + at + row_r,
+                                stride,
+                                counts,
+                                tile_s + start,
+                                tile_s + TILE + start,
+                                before_s + start,
+                                before_s + TILE + start,
+                                after_s + start,
+                                after_s + TILE + start,
+                                strip_re,
+                                table_entry(table, table_width, PART_ROLE, part),
                                 moment_inverse,
-                            )  # fmt: skip
+                            )
                     if student_cap > 0:  # du/dx of the soft cap, from its value
                         capped = (u_s + pivot_r[:, None]) / student_cap
                         g *= 1.0 - capped * capped
@@ -190,10 +352,26 @@ def launch_grad(block, grad, per_row, grad_scale, first_tile: int, tiles: int) -
     config = block.config
     pivots, reads, moments, grad_reads, grad_moments = per_row
     launch(
-        lens_grad_kernel, (block.programs(tiles),), config.options, grad=grad, reads=reads,
-        moments=moments, grad_reads=grad_reads, grad_moments=grad_moments, pivots=pivots, grad_scale=grad_scale,
-        scratch=block.scratch(tiles, ring=RING), order=block.order, labels=block.labels, total_rows=pivots.shape[-1],
-        moment_inverse=1.0 / block.spec.moment_temperature, first_tile=first_tile, tiles=tiles, grad_width=grad.shape[-1],
-        MOMENTS=bool(block.spec.moments), DIVERGENCE=block.table.divergence, BLOCK_E=config.block_strip,
+        lens_grad_kernel,
+        (block.programs(tiles),),
+        config.options,
+        grad=grad,
+        reads=reads,
+        moments=moments,
+        grad_reads=grad_reads,
+        grad_moments=grad_moments,
+        pivots=pivots,
+        grad_scale=grad_scale,
+        scratch=block.scratch(tiles, ring=RING),
+        order=block.order,
+        labels=block.labels,
+        total_rows=pivots.shape[-1],
+        moment_inverse=1.0 / block.spec.moment_temperature,
+        first_tile=first_tile,
+        tiles=tiles,
+        grad_width=grad.shape[-1],
+        MOMENTS=bool(block.spec.moments),
+        DIVERGENCE=block.table.divergence,
+        BLOCK_E=config.block_strip,
         **block.arguments(),
-    )  # fmt: skip
+    )

@@ -1,0 +1,113 @@
+"""Old module paths, kept for one release: importing one gives the new module's names and a
+DeprecationWarning.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import types
+import warnings
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from typing import ClassVar
+
+MOVED = {
+    "atomic": "common.atomic",
+    "progress": "common.progress",
+    "heartbeat": "common.heartbeat",
+    "sizes": "common.sizes",
+    "environment": "common.environment",
+    "user_error": "common.errors",
+    "spec": "lens.spec",
+    "divergences": "lens.divergences",
+    "distances": "lens.distances",
+    "_extension": "backends.cpu.extension",
+    "ops": "engine.ops",
+    "functions": "engine.autograd",
+    "merge": "engine.shards",
+    "vocab_parallel": "engine.vocab_parallel",
+    "api": "objectives.fdd.api",
+    "config": "objectives.fdd.options",
+    "plan": "objectives.fdd.plan",
+    "terms": "objectives.fdd.terms",
+    "reference": "objectives.fdd.reference",
+    "teacher_statistics": "objectives.fdd.summary",
+    "models.batches": "hf.batches",
+    "models.capture": "hf.capture",
+    "models.compiled": "hf.compiled",
+    "models.heads": "hf.heads",
+    "models.offload": "hf.offload",
+    "models.positions": "hf.positions",
+    "models.routers": "hf.routers",
+    "models.sharing": "hf.sharing",
+    "models.tail": "hf.tail",
+    "models.teachers": "hf.teachers",
+    "models.lens": "hf.model_reader",
+    "models.parallel": "hf.wrappers",
+    "models": "hf",
+    "distiller": "hf.distiller",
+    "layers": "hf.layers",
+    "planner.loss": "memory.loss",
+    "planner.models": "memory.models",
+    "planner.step": "memory.step",
+    "planner.command": "cli.plan",
+    "planner": "memory",
+    "doctor": "cli.doctor",
+    "loading": "cli.loading",
+    "vocabulary": "cli.vocabulary",
+    "teacher_options": "cli.teacher_options",
+    "parsing": "cli.parsing",
+    "distill_command.run": "cli.distill.run",
+    "distill_command.run_folder": "cli.distill.run_folder",
+    "distill_command.options": "cli.distill.options",
+    "distill_command.processes": "cli.distill.processes",
+    "distill_command.identity": "cli.distill.identity",
+    "distill_command.model_card": "cli.distill.model_card",
+    "distill_command": "cli.distill",
+    "teacher_cache.command": "cli.cache_teacher",
+    "teacher_cache.options": "cli.cache_options",
+}
+
+
+class _MovedModule(types.ModuleType):
+    """A module whose names are those of the module at the new path."""
+
+    # Makes it a package: modules that lay in it are looked up in MOVED as well.
+    __path__: ClassVar[list[str]] = []
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(importlib.import_module(_new_path(self.__name__)), name)
+
+    def __dir__(self) -> list[str]:
+        return dir(importlib.import_module(_new_path(self.__name__)))
+
+
+def _new_path(old: str) -> str:
+    return f"fdd_kernels.{MOVED[old.removeprefix('fdd_kernels.')]}"
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Finds the modules of `MOVED`."""
+
+    def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
+        is_moved = name.startswith("fdd_kernels.") and name.removeprefix("fdd_kernels.") in MOVED
+        return ModuleSpec(name, self) if is_moved else None
+
+    def create_module(self, spec: ModuleSpec) -> types.ModuleType:
+        warnings.warn(
+            f"{spec.name} is now {_new_path(spec.name)}; the old path works until the next release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return _MovedModule(spec.name)
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        """Do nothing: names are looked up when they are asked for."""
+
+
+def install() -> None:
+    """Make the old paths importable. Costs nothing until one is imported."""
+    sys.meta_path.append(_Finder())

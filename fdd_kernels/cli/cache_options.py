@@ -1,0 +1,125 @@
+"""What `fdd-kernels cache-teacher` is told. No torch to import."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from fdd_kernels.cli.teacher_options import DTYPES, TeacherOptions
+from fdd_kernels.common.errors import UserError
+from fdd_kernels.objectives.fdd.options import LAYER_GRIDS
+
+KINDS = ("states", "statistics")
+STORED = ("float32", "bfloat16", "int8", "float8")  # the names of `codec.CODECS`
+SHARD_SIZE = 512 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions(TeacherOptions):
+    """What to cache and how.
+
+    Args:
+        data: files, a directory of them, or a data set by its name or folder; see
+            `fdd_kernels.data.open_source`.
+        output: the cache's directory.
+        kind: states (any student, any objective), or statistics: for the frozen head of student, by
+            KL.
+        student: for statistics, whose head.
+        temperature: for statistics, divides the logits of trajectory and derivative.
+        output_temperature: for statistics, divides the logits of the output KD.
+        output_in_dynamics: for statistics, count the output among the layers of trajectory and
+            derivative.
+        vocab_size: for statistics, compare only the first tokens (found out where heads are padded
+            unequally).
+        num_layers: how many layers.
+        layer_grid: which ones: floor (the paper's) or linspace.
+        teacher_layers: these layers instead, as in 4,8,12.
+        apply_final_norm: read them through the final norm.
+        dtype: how states are stored: float32, bfloat16 (unless given), int8 or float8 (both with a
+            scale per position). Statistics are float32.
+        teacher_dtype: what the teacher computes in: auto, float32 or bfloat16; auto is bfloat16 on
+            a GPU that has it.
+        max_length: tokens in a window; 512 unless given, or less if the teacher has fewer
+            positions.
+        batch_size: windows that the teacher reads at a time.
+        eval_fraction: part of the windows held out.
+        seed: of which are held out.
+        shard_size: bytes of a file, as in 512MiB.
+        resume: go on with the same cache in output, which is the default; without it that is
+            removed, and started again.
+        verify: compare checksums at the end; with output alone, of the cache that is there.
+    """
+
+    data: Path
+    output: Path
+    kind: str = "states"
+    student: str | None = None
+    temperature: float = 1.0
+    output_temperature: float = 1.0
+    output_in_dynamics: bool = False
+    vocab_size: int | None = None
+    num_layers: int = 4
+    layer_grid: str = "floor"
+    teacher_layers: tuple[int, ...] | None = None
+    apply_final_norm: bool = True
+    dtype: str | None = None
+    teacher_dtype: str = "auto"
+    max_length: int | None = None
+    batch_size: int = 8
+    eval_fraction: float = 0.05
+    seed: int = 0
+    shard_size: int = SHARD_SIZE
+    resume: bool = True
+    verify: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (
+            ("num_layers", 0),
+            ("max_length", 2),
+            ("batch_size", 1),
+            ("seed", 0),
+            ("shard_size", 1),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name}={value} must be at least {least}")
+        if not 0 <= self.eval_fraction < 1:
+            raise UserError(f"eval_fraction={self.eval_fraction} must be at least 0 and below 1")
+        named = {
+            "kind": KINDS,
+            "dtype": (None, *STORED),
+            "teacher_dtype": DTYPES,
+            "layer_grid": LAYER_GRIDS,
+        }
+        for name, choices in named.items():
+            if getattr(self, name) not in choices:
+                raise UserError(
+                    f"{name}={getattr(self, name)!r} is not one of "
+                    f"{', '.join(c for c in choices if c)}"
+                )
+        if self.kind == "statistics":
+            if self.student is None:
+                raise UserError(
+                    "kind='statistics' needs student: statistics are made for the head of one "
+                    "student"
+                )
+            if self.dtype not in (None, "float32"):
+                raise UserError(
+                    f"dtype={self.dtype!r}: statistics are stored in float32, since small "
+                    "differences are taken of them"
+                )
+            return
+        defaults = {f.name: f.default for f in fields(self)}
+        for name in (
+            "student",
+            "temperature",
+            "output_temperature",
+            "output_in_dynamics",
+            "vocab_size",
+        ):
+            if getattr(self, name) != defaults[name]:
+                raise UserError(
+                    f"{name}={getattr(self, name)!r} is for kind='statistics'; states serve any "
+                    "student and loss"
+                )

@@ -1,0 +1,196 @@
+"""What `fdd-kernels distill` is told. No torch to import."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fdd_kernels.cli.teacher_options import DTYPES, TeacherOptions
+from fdd_kernels.common.errors import UserError
+from fdd_kernels.objectives.fdd.options import FDDConfig
+
+# Those of transformers that need nothing but the number of steps.
+SCHEDULERS = (
+    "cosine",
+    "linear",
+    "constant",
+    "constant_with_warmup",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillOptions(TeacherOptions):
+    """What to distil and how.
+
+    Args:
+        student: a directory or name of a transformers causal LM; a directory with a config.json and
+            no weights is initialised at random.
+        data: files, a directory of them, or a data set by its name or folder; see
+            `fdd_kernels.data.open_source`.
+        eval_data: likewise, to evaluate on; then nothing of data is held out.
+        teacher_cache: what cache-teacher wrote, in place of teacher and data: windows, their length
+            and the part held out are its own.
+        output: where checkpoints, student/, metrics.json and run.json go.
+        config: layers and loss.
+        epochs: passes over the data.
+        max_steps: optimizer steps; wins over epochs.
+        learning_rate: its peak.
+        warmup: steps until the peak, or a part of all steps if below 1; a thirtieth unless given.
+        scheduler: how the rate goes on: cosine, linear, constant, constant_with_warmup,
+            cosine_with_restarts, polynomial or inverse_sqrt.
+        weight_decay: of AdamW.
+        batch_size: windows in a batch of one process.
+        gradient_accumulation: batches in a step.
+        max_length: tokens in a window; 512 unless given, or less if a model has fewer positions.
+        dtype: of the computation: auto, float32 or bfloat16; the student's own weights stay float32
+            (under LoRA, its adapters). auto is bfloat16 on a GPU that has it.
+        teacher_dtype: of the teacher alone: auto, float32 or bfloat16; as dtype unless given.
+        seed: of everything random.
+        eval_fraction: part of the windows held out; 0.05 unless given.
+        lora_rank: train LoRA adapters of this rank; 0 trains all weights.
+        lora_alpha: their scale times rank; twice the rank unless given.
+        lora_targets: which modules, as in q_proj,v_proj; all-linear is every linear one but the
+            head.
+        gradient_checkpointing: less memory, more time.
+        save_steps: steps between checkpoints, and evaluations.
+        log_steps: steps between reports of the loss.
+        report_to: also report to tensorboard, wandb or others that transformers knows.
+        resume: go on with the same run in output, which is the default; without it that is removed,
+            and started again.
+    """
+
+    student: str
+    output: Path
+    data: Path | None = None
+    eval_data: Path | None = None
+    teacher_cache: Path | None = None
+    config: FDDConfig = field(default_factory=FDDConfig)
+    epochs: float = 1.0
+    max_steps: int | None = None
+    learning_rate: float = 1e-4
+    warmup: float | None = None
+    scheduler: str = "cosine"
+    weight_decay: float = 0.0
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    max_length: int | None = None
+    dtype: str = "auto"
+    teacher_dtype: str | None = None
+    seed: int = 0
+    eval_fraction: float | None = None
+    lora_rank: int = 0
+    lora_alpha: float | None = None
+    lora_targets: tuple[str, ...] = ("all-linear",)
+    gradient_checkpointing: bool = False
+    save_steps: int = 100
+    log_steps: int = 10
+    report_to: tuple[str, ...] = ()
+    resume: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, least in (
+            ("batch_size", 1),
+            ("gradient_accumulation", 1),
+            ("max_length", 2),
+            ("max_steps", 1),
+            ("save_steps", 1),
+            ("log_steps", 1),
+            ("lora_rank", 0),
+            ("seed", 0),
+        ):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name}={value} must be at least {least}")
+        for name in ("epochs", "learning_rate", "lora_alpha"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise UserError(f"{name}={value} must be greater than 0")
+        for name in ("weight_decay", "warmup"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(f"{name}={value} must be at least 0")
+        if self.scheduler not in SCHEDULERS:
+            raise UserError(f"scheduler={self.scheduler!r} is not one of {', '.join(SCHEDULERS)}")
+        self._check_source()
+        self._check_loss()
+        if self.eval_fraction is not None and not 0 <= self.eval_fraction < 1:
+            raise UserError(f"eval_fraction={self.eval_fraction} must be at least 0 and below 1")
+        for name in ("dtype", "teacher_dtype"):
+            value = getattr(self, name)
+            if value == "float16":
+                raise UserError(
+                    f"{name}=float16 has not been tried with this command: use bfloat16 (--bf16) "
+                    "or float32"
+                )
+            if value not in (*DTYPES, None if name == "teacher_dtype" else "auto"):
+                raise UserError(f"{name}={value!r} is not one of {', '.join(DTYPES)}")
+        if not self.lora_rank:
+            for name in ("lora_alpha", "lora_targets"):
+                value = getattr(self, name)
+                if value not in (None, ("all-linear",)):
+                    raise UserError(f"{name}={value} is for LoRA: give lora_rank too")
+        if self.lora_rank and importlib.util.find_spec("peft") is None:
+            raise UserError(f"lora_rank={self.lora_rank} needs peft: pip install peft")
+
+    def _check_source(self) -> None:
+        """Teacher and data, or a cache of both."""
+        if self.teacher_cache is None:
+            for name in ("teacher", "data"):
+                if getattr(self, name) is None:
+                    raise UserError(
+                        f"--{name} is missing: give --teacher and --data, or --teacher-cache"
+                    )
+            if self.eval_data is not None and self.eval_fraction:
+                raise UserError(
+                    f"eval_fraction={self.eval_fraction} was given beside eval_data: leave one of "
+                    "them out"
+                )
+            if self.eval_fraction is None:
+                object.__setattr__(
+                    self, "eval_fraction", 0.0 if self.eval_data is not None else 0.05
+                )
+            return
+        for name in (
+            "teacher",
+            "data",
+            "eval_data",
+            "max_length",
+            "eval_fraction",
+            "teacher_dtype",
+            "teacher_quantization",
+            "teacher_device_map",
+        ):
+            if getattr(self, name) is not None:
+                raise UserError(
+                    f"{name}={getattr(self, name)} was given beside teacher_cache, which holds "
+                    "windows of its own: leave "
+                    "it out, or make another cache"
+                )
+
+    def _check_loss(self) -> None:
+        """Something to learn: a weight that is not 0, with layers for it."""
+        config = self.config
+        layers = config.num_layers if config.student_layers is None else len(config.student_layers)
+        layers += config.output_in_dynamics
+        terms = {
+            "output_kd_weight": True,
+            "ce_weight": True,
+            "alpha": layers >= 1,
+            "beta": layers >= 2 and config.derivative is not None,
+        }
+        if any(getattr(config, name) and possible for name, possible in terms.items()):
+            return
+        if not config.beta or config.derivative is None:
+            given = ", ".join(f"{name}={getattr(config, name):g}" for name in terms)
+            raise UserError(f"{given}: there is nothing to learn; give one of them a weight")
+        raise UserError(
+            f"beta={config.beta:g} alone needs two layers to compare a change between, and there "
+            f"are {layers}: give "
+            "num_layers=2 or more"
+        )

@@ -1,0 +1,169 @@
+"""The directory of a distillation: whose it is, and what is complete in it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from fdd_kernels.cli.distill.identity import model_identity, same_model
+from fdd_kernels.cli.distill.options import DistillOptions
+from fdd_kernels.cli.loading import open_cache
+from fdd_kernels.common.atomic import remove_directory, write_text
+from fdd_kernels.common.errors import UserError
+from fdd_kernels.data.sources import open_source
+from fdd_kernels.integrations.checkpoints import NOT_FINITE, PREFIX, checkpoints
+from fdd_kernels.objectives.fdd.options import FDDConfig
+
+RUN_FILE, METRICS_FILE, STUDENT_FOLDER, ADAPTER_FOLDER = (
+    "run.json",
+    "metrics.json",
+    "student",
+    "adapter",
+)
+# What may differ between a run and its continuation.
+_FREE_OPTIONS = (
+    "output",
+    "resume",
+    "save_steps",
+    "log_steps",
+    "report_to",
+    "teacher_device_map",
+    "teacher_offload_folder",
+)
+_LENGTH = ("epochs", "max_steps")
+
+
+def steps_of(options: DistillOptions, train_windows: int, processes: int = 1) -> int:
+    """Optimizer steps of a run."""
+    an_epoch = math.ceil(
+        train_windows / (options.batch_size * options.gradient_accumulation * processes)
+    )
+    return options.max_steps or math.ceil(options.epochs * an_epoch)
+
+
+def settle_run(options: DistillOptions, processes: int = 1) -> dict[str, Any] | None:
+    """Make `output` this run's directory; the metrics if it is finished.
+
+    Raises:
+        UserError: it belongs to another run, or to this one with more steps.
+    """
+    output, run = options.output, run_record(options, processes)
+    record, saved = output / RUN_FILE, checkpoints(output)
+    if not options.resume:
+        for name in (METRICS_FILE, RUN_FILE):
+            (output / name).unlink(missing_ok=True)
+        for folder in (
+            *saved,
+            *output.glob(f"{PREFIX}*{NOT_FINITE}"),
+            output / STUDENT_FOLDER,
+            output / ADAPTER_FOLDER,
+        ):
+            if folder.is_dir():
+                remove_directory(folder)
+    elif record.exists():
+        try:
+            before = json.loads(record.read_text("utf-8"))
+        except ValueError as error:
+            raise UserError(
+                f"{record}: not readable ({error}); start again with --no-resume or another "
+                "--output"
+            ) from None
+        different = _differences(before, run, options)
+        if different and (saved or (output / METRICS_FILE).exists()):
+            raise UserError(
+                f"{output} holds another run ({'; '.join(different)}): give the same options to go "
+                "on with it, "
+                "another --output, or --no-resume to remove them and start again"
+            )
+        if not different and (output / METRICS_FILE).exists():
+            metrics = json.loads((output / METRICS_FILE).read_text("utf-8"))
+            wanted = steps_of(options, metrics["train_windows"], processes)
+            if wanted == metrics["steps"]:
+                return metrics
+            require_more(output, metrics["steps"], wanted)
+    elif saved:
+        raise UserError(
+            f"{output} holds {saved[-1].name} but no {RUN_FILE}: it is not of this command; use "
+            "another --output"
+        )
+    try:
+        write_text(record, json.dumps(run, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"{record}: cannot be written: {error.strerror}") from None
+    return None
+
+
+def require_more(output: Path, done: int, wanted: int) -> None:
+    """Refuse a continuation that would end before the run has come.
+
+    Raises:
+        UserError: it would.
+    """
+    if wanted < done:
+        raise UserError(
+            f"{output} holds this run after {done} steps, and {wanted} are wanted: give more "
+            "--steps or --epochs to go on with "
+            "it, another --output, or --no-resume to remove it and start again"
+        )
+
+
+def run_record(options: DistillOptions, processes: int = 1) -> dict[str, Any]:
+    """What a run is: its options, and the content of its data and models, as JSON."""
+    run = dataclasses.asdict(options)
+    for name in _FREE_OPTIONS:
+        del run[name]
+    run |= {f"config.{name}": value for name, value in run.pop("config").items()}
+    if options.teacher_cache is not None:  # its index holds the checksums of everything in it
+        run["teacher_cache"] = open_cache(options.teacher_cache).digest
+    for name in ("data", "eval_data"):
+        if run[name] is not None:
+            run[name] = open_source(getattr(options, name)).digests()
+    for role in ("teacher", "student"):
+        if run[role] is not None:
+            run[role] = model_identity(run[role])
+    if processes > 1:
+        run["processes"] = processes
+    return json.loads(json.dumps(run))
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any], options: DistillOptions) -> list[str]:
+    """In words, what of a run is another than before; an option that a record does not know had its
+    default then.
+    """
+    defaults = {f.name: f.default for f in dataclasses.fields(options)} | {"processes": 1}
+    defaults |= {f"config.{f.name}": f.default for f in dataclasses.fields(FDDConfig)}
+    defaults = json.loads(
+        json.dumps(
+            {
+                n: d
+                for n, d in defaults.items()
+                if d is None or isinstance(d, str | int | float | tuple)
+            }
+        )
+    )
+    found = []
+    for key in {**before, **now}:
+        was, is_now = (record.get(key, defaults.get(key)) for record in (before, now))
+        if key in _LENGTH or was == is_now:
+            continue
+        if key in ("teacher", "student") and same_model(was, is_now, getattr(options, key)):
+            continue
+        found.append(_in_words(key, was, is_now))
+    return found
+
+
+def _in_words(key: str, was: Any, is_now: Any) -> str:
+    if isinstance(was, dict) and isinstance(is_now, dict):
+        files = [
+            f"{file} "
+            f"{'is new' if file not in was else 'is gone' if file not in is_now else 'differs'}"
+            for file in {**was, **is_now}
+            if was.get(file) != is_now.get(file)
+        ]
+        return f"{key} was another: {', '.join(files[:4])}{', ...' if len(files) > 4 else ''}"
+    if key == "teacher_cache" or isinstance(was, dict) or isinstance(is_now, dict):
+        return f"{key} was another"
+    return f"{key} was {was!r}, is {is_now!r}"

@@ -1,0 +1,256 @@
+"""The command `fdd-kernels`: parsers without torch; each subcommand imports what it needs when it
+runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from fdd_kernels.cli.cache_options import CacheOptions
+from fdd_kernels.cli.distill.options import DistillOptions
+from fdd_kernels.cli.parsing import (
+    Parser,
+    add_options,
+    did_you_mean,
+    in_flags,
+    option_fields,
+    size,
+    with_hyphens,
+)
+from fdd_kernels.cli.plan import add_plan
+from fdd_kernels.common.errors import SaidElsewhere, UserError
+from fdd_kernels.objectives.fdd.options import FDDConfig
+from fdd_kernels.version import __version__
+
+# The Trainer's affair, not a user's.
+NOT_OPTIONS = ("ignore_index", "shift", "reduction")
+MODEL = {"teacher": (str, "DIR_OR_NAME"), "student": (str, "DIR_OR_NAME")}
+FOLDERS = {
+    "output": (Path, "DIR"),
+    "teacher_cache": (Path, "DIR"),
+    "teacher_offload_folder": (Path, "DIR"),
+}
+TEACHER = ("teacher_dtype", "teacher_quantization", "teacher_device_map", "teacher_offload_folder")
+WHAT = ("student", "data", "eval_data", "output")
+SPELLINGS = {
+    "learning_rate": ("--lr",),
+    "max_steps": ("--steps",),
+    "gradient_accumulation": ("--gradient-accumulation-steps",),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command; each subcommand sets `run` to its function."""
+    parser = Parser(
+        prog="fdd-kernels", description="Feature Dynamics Distillation of language models."
+    )
+    parser.add_argument("--version", action="version", version=f"fdd_kernels {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_demo(commands)
+    _add_distill(commands)
+    _add_cache_teacher(commands)
+    _add_doctor(commands)
+    add_plan(commands)
+    parser.commands = commands.choices
+    return parser
+
+
+def _add_demo(commands) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="distil a small teacher on the Python standard library's source and report",
+        description=run_demo.__doc__,
+    )
+    demo.add_argument(
+        "--output",
+        type=Path,
+        default=Path("runs/demo"),
+        metavar="DIR",
+        help="where to write (%(default)s)",
+    )
+    demo.add_argument("--quick", action="store_true", help="fewer steps, one seed")
+    demo.add_argument(
+        "--retrain-teacher",
+        action="store_true",
+        help="train the teacher again instead of the shipped one",
+    )
+    demo.add_argument("--seeds", type=int, default=None, metavar="N", help="how many seeds")
+    demo.set_defaults(run=run_demo)
+
+
+def _add_distill(commands) -> None:
+    distill = commands.add_parser(
+        "distill",
+        help="distil your own teacher into your own student on your own text",
+        description=run_distill.__doc__,
+        usage="%(prog)s (--teacher DIR_OR_NAME --data PATH | --teacher-cache DIR) --student "
+        "DIR_OR_NAME --output DIR [options]",
+    )
+    needed = distill.add_argument_group("what")
+    source = needed.add_mutually_exclusive_group(required=True)
+    add_options(source, DistillOptions, ("teacher", "teacher_cache"), kinds=MODEL | FOLDERS)
+    add_options(needed, DistillOptions, WHAT, kinds=MODEL | FOLDERS, required=("student", "output"))
+    training = distill.add_argument_group("training")
+    length = training.add_mutually_exclusive_group()
+    add_options(length, DistillOptions, ("epochs", "max_steps"), aliases=SPELLINGS)
+    rest = ("teacher", "teacher_cache", "epochs", "max_steps", *WHAT, *TEACHER)
+    add_options(training, DistillOptions, skip=rest, aliases=SPELLINGS)
+    for name, dtype in (("--bf16", "bfloat16"), ("--fp16", "float16")):
+        text = f"--dtype {dtype}" if dtype == "bfloat16" else argparse.SUPPRESS
+        training.add_argument(
+            name,
+            dest="dtype",
+            action="store_const",
+            const=dtype,
+            default=argparse.SUPPRESS,
+            help=text,
+        )
+    add_options(distill.add_argument_group("the teacher"), DistillOptions, TEACHER, kinds=FOLDERS)
+    add_options(
+        distill.add_argument_group("loss and layers (defaults: the paper's)"),
+        FDDConfig,
+        skip=NOT_OPTIONS,
+    )
+    distill.set_defaults(run=run_distill, options=(DistillOptions, FDDConfig))
+
+
+def _add_cache_teacher(commands) -> None:
+    cache = commands.add_parser(
+        "cache-teacher",
+        help="run a teacher over your text once, to distil without it",
+        description=run_cache_teacher.__doc__,
+        usage="%(prog)s --teacher DIR_OR_NAME --data PATH --output DIR [options]",
+    )
+    add_options(
+        cache,
+        CacheOptions,
+        kinds=MODEL | FOLDERS | {"shard_size": (size, "SIZE")},
+        required=("output",),
+    )
+    cache.set_defaults(run=run_cache_teacher, options=(CacheOptions,))
+
+
+def _add_doctor(commands) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="what is installed and which backends work here",
+        description=run_doctor.__doc__,
+    )
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(run=run_doctor)
+
+
+def run_demo(arguments: argparse.Namespace) -> None:
+    """Train students of one size and budget under five objectives and compare them."""
+    with _needs("transformers", "tokenizers", "rich"):
+        from fdd_kernels.demo.run import run_demo as run
+    try:
+        run(arguments.output, arguments.quick, arguments.retrain_teacher, arguments.seeds)
+    except (ValueError, OSError) as error:
+        raise UserError(str(error)) from error
+
+
+def run_distill(arguments: argparse.Namespace) -> None:
+    """Distil a teacher into a student with the FDD loss. A run that was interrupted goes on where
+    it was last saved.
+    """
+    with _needs("transformers", "accelerate", "safetensors", "rich"):
+        try:
+            config = FDDConfig(**_given(arguments, FDDConfig))
+        except (TypeError, ValueError) as error:
+            raise UserError(str(error)) from error
+        options = DistillOptions(config=config, **_given(arguments, DistillOptions))
+        from fdd_kernels.cli.distill.run import distill
+    distill(options)
+
+
+def run_cache_teacher(arguments: argparse.Namespace) -> None:
+    """Store the hidden states of a teacher's sampled layers over a text, and its head: what
+    distilling from it needs.
+    """
+    given = _given(arguments, CacheOptions)
+    alone = given.keys() == {"output", "verify"}
+    for name in ("teacher", "data"):
+        if name not in given and not alone:
+            raise UserError(
+                f"--{name} is missing; only --verify does without it, with --output alone"
+            )
+    options = None if alone else CacheOptions(**given)
+    with _needs("transformers", "safetensors", "rich"):
+        from fdd_kernels.cli.cache_teacher import cache_teacher, verify_cache
+    if alone:
+        verify_cache(arguments.output)
+    else:
+        cache_teacher(options)
+
+
+def _given(arguments: argparse.Namespace, cls: type) -> dict:
+    """The fields of a dataclass that were given as options."""
+    return {
+        field.name: getattr(arguments, field.name)
+        for field, _ in option_fields(cls)
+        if hasattr(arguments, field.name)
+    }
+
+
+def run_doctor(arguments: argparse.Namespace) -> int:
+    """Print versions, processor, GPU, and for each backend whether it works here; exit code 1 if
+    one that should does not.
+    """
+    with _needs("torch", "numpy"):
+        from fdd_kernels.cli.doctor import examine, print_findings
+
+    return print_findings(examine(), as_json=arguments.json)
+
+
+@contextlib.contextmanager
+def _needs(*packages: str) -> Iterator[None]:
+    """Turn a missing package, torch or one of the Hugging Face extra, into one line."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        name = (error.name or "").split(".")[0]
+        if name not in (*packages, "torch"):
+            raise
+        remedy = (
+            "pip install torch" if name in ("torch", "numpy") else 'pip install "fdd_kernels[hf]"'
+        )
+        raise UserError(f"this command needs {error.name}: {remedy}") from error
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; exit code 2 and what may have been meant for those that there are not."""
+    parser = build_parser()
+    argv = with_hyphens(sys.argv[1:] if argv is None else argv)
+    if argv and not argv[0].startswith("-") and argv[0] not in parser.commands:
+        parser.error(f"there is no command {argv[0]}{did_you_mean(argv[0], parser.commands)}")
+    if argv and argv[0] in parser.commands:
+        parser.commands[argv[0]].check(argv[1:])
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; the exit code: 0, 2 for what the user can put right (one line on
+    stderr), 1 for a run whose loss is no number (one line too), 130 interrupted.
+    """
+    arguments = _parse(argv)
+    command: Callable[[argparse.Namespace], int | None] = arguments.run
+    try:
+        return command(arguments) or 0
+    except SaidElsewhere as error:
+        return error.exit_status
+    except UserError as error:
+        message = in_flags(str(error), *getattr(arguments, "options", ()))
+        print(f"fdd-kernels {arguments.command}: {message}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        print(f"fdd-kernels {arguments.command}: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1

@@ -1,0 +1,3 @@
+"""Helpers that know nothing of models or losses: files, progress, sizes, errors of the command
+line.
+"""

@@ -1,0 +1,52 @@
+"""A sign of life while something takes long: a line every ten seconds. Needs the standard library
+only.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+EVERY = 10.0
+
+
+class Heartbeat:
+    """Call `beat(seconds since the start)` every ten seconds, from a thread of its own, while the
+    block runs.
+
+    Args:
+        wait: waits that many seconds and says whether the block has ended; for tests without
+            sleeping.
+        clock: seconds, likewise.
+    """
+
+    def __init__(
+        self,
+        beat: Callable[[float], None],
+        *,
+        wait: Callable[[float], bool] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._beat, self._clock, self._ended = beat, clock, threading.Event()
+        self._wait = wait or self._ended.wait
+        self._thread: threading.Thread | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Since the start."""
+        return self._clock() - self._started
+
+    def __enter__(self) -> Heartbeat:
+        self._started = self._clock()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._wait(EVERY):
+            self._beat(self.seconds)

@@ -1,0 +1,147 @@
+"""What a command is doing: a bar on a terminal, elsewhere a line every ten seconds, so that nothing
+is silent for longer.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+
+from fdd_kernels.common.heartbeat import Heartbeat
+
+BAR_WIDTH = 16
+TIME_WIDTH = 8
+
+
+class Activity:
+    """Show how far something is, while the block runs.
+
+    Args:
+        what: in the words of a user, as in "distilling".
+        total: steps, or None where only the time is known.
+        count: how to show a number of steps.
+        wait, clock: see `Heartbeat`; for tests.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        what: str,
+        total: int | None = None,
+        *,
+        count: Callable[[int], str] = str,
+        wait: Callable[[float], bool] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.console, self.what, self.total, self.count = console, what, total, count
+        self.done, self._first_done, self.terms = 0, 0, ()
+        self._heartbeat = Heartbeat(
+            lambda seconds: console.print(self.line(seconds), soft_wrap=True),
+            wait=wait,
+            clock=clock,
+        )
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> Activity:
+        if self.console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=BAR_WIDTH),
+                _Count(self),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(
+                *columns, _Terms(self), console=self.console, transient=self.total is None
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self.what, total=self.total, completed=self.done)
+        elif not self.console.quiet:
+            self._heartbeat.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif not self.console.quiet:
+            self._heartbeat.__exit__()
+
+    def start_at(self, done: int, total: int) -> None:
+        """Begin in the middle, as a resumed run does: what was done before says nothing of the time
+        that is left.
+        """
+        self._first_done = done
+        self.update(done, total=total)
+
+    def update(
+        self,
+        done: int | None = None,
+        *,
+        total: int | None = None,
+        terms: Sequence[str] | None = None,
+    ) -> None:
+        """How many steps are done, of how many, and what to show beside them, the most important
+        first.
+        """
+        self.done = self.done if done is None else done
+        self.total = self.total if total is None else total
+        self.terms = self.terms if terms is None else tuple(terms)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, total=self.total)
+
+    def counted(self) -> str:
+        return f"{self.count(self.done)}/{self.count(self.total)}" if self.total is not None else ""
+
+    def line(self, seconds: float) -> str:
+        """Where it stands `seconds` after the start, in one line."""
+        elapsed = timedelta(seconds=round(seconds))
+        parts = [f"{self.what}:", self.counted() or f"{elapsed} so far"]
+        made = self.done - self._first_done
+        if self.total and made > 0:
+            parts.append(
+                f"{timedelta(seconds=round(seconds / made * (self.total - self.done)))} left"
+            )
+        elif self.total is not None:
+            parts.append(f"{elapsed} so far")
+        return " ".join(parts) + "".join(f"  {term}" for term in self.terms)
+
+
+class _Count(ProgressColumn):
+    """Steps done and in all."""
+
+    def __init__(self, activity: Activity) -> None:
+        super().__init__()
+        self.activity = activity
+
+    def render(self, task: Task) -> Text:
+        return Text(self.activity.counted(), no_wrap=True)
+
+
+class _Terms(ProgressColumn):
+    """As many terms as there is room for beside the rest."""
+
+    def __init__(self, activity: Activity) -> None:
+        super().__init__()
+        self.activity = activity
+
+    def render(self, task: Task) -> Text:
+        activity = self.activity
+        room = (
+            activity.console.width
+            - len(activity.what)
+            - BAR_WIDTH
+            - len(activity.counted())
+            - TIME_WIDTH
+            - 5
+        )
+        shown = ""
+        for term in activity.terms:
+            longer = f"{shown}  {term}" if shown else term
+            if len(longer) > room:
+                break
+            shown = longer
+        return Text(shown, no_wrap=True)

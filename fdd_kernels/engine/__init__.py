@@ -1,0 +1,1 @@
+"""Autograd over the backends' operations. Knows requests and statistics, and no objective."""

@@ -1,0 +1,140 @@
+"""Statistics of all columns from those of disjoint parts of them: the mathematics of vocabulary
+parallelism.
+
+With P_k and Q_k the teacher's and the student's probability of the columns of part k:
+
+    KL(p || q) = sum_k P_k KL_k + KL(P || Q)         the chain rule; no difference of large numbers
+    -log q[label] = -log q_k[label] - log Q_k        of the part k that has the label's column
+    moments: sums about the common mean from those about the parts' own (Chan, Golub and LeVeque)
+
+Everything is merged in float64, whatever the parts' dtype is. Shape suffixes: N parts, L layers, n
+reads, m moment targets, k numbers of one of them, R rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fdd_kernels.lens.divergences import DIVERGENCES
+from fdd_kernels.lens.spec import (
+    COUNT,
+    LSE_S,
+    LSE_T,
+    M_DD,
+    M_SS,
+    M_ST,
+    M_TT,
+    MEAN_S,
+    MEAN_T,
+    MOMENT_STATS,
+    NLL,
+    OWN,
+    READ_STATS,
+    SLOPE,
+    VALUE,
+    LensSpec,
+    Read,
+)
+
+Statistics = tuple[Tensor, Tensor, Tensor]  # pivots, reads, moments
+
+
+def merge_statistics(spec: LensSpec, pivots: Tensor, reads: Tensor, moments: Tensor) -> Statistics:
+    """The statistics of all columns from `part_statistics` of disjoint parts of them, stacked along
+    a first dimension N.
+
+    Those of the second pass are left at 0. A part whose columns are all -inf takes no part.
+    """
+    dtype = pivots.dtype
+    pivots_N2LR, reads_NnkR, moments_NmkR = (t.double() for t in (pivots, reads, moments))
+    common, shift = _common_pivots(spec, pivots_N2LR, reads_NnkR, moments_NmkR)
+    rows = pivots.shape[-1]
+    merged_reads = common.new_zeros((len(spec.reads), READ_STATS, rows))
+    merged_moments = common.new_zeros((len(spec.moments), MOMENT_STATS, rows))
+    for index, read in enumerate(spec.reads):
+        _merge_read(
+            read,
+            reads_NnkR[:, index],
+            shift[:, :, read.layer] / read.temperature,
+            merged_reads[index],
+        )
+    for index, (first, second) in enumerate(spec.moments):
+        of_vector = (
+            shift[:, :, second] if first == OWN else shift[:, :, second] - shift[:, :, first]
+        )
+        _merge_moments(
+            moments_NmkR[:, index], of_vector / spec.moment_temperature, merged_moments[index]
+        )
+    return common.to(dtype), merged_reads.to(dtype), merged_moments.to(dtype)
+
+
+def _common_pivots(
+    spec: LensSpec, pivots: Tensor, reads: Tensor, moments: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The largest pivot of the parts with a finite column (2, L, R), and how far each part's lies
+    above it (N, 2, L, R).
+    """
+    live = torch.zeros_like(pivots, dtype=torch.bool)
+    for index, read in enumerate(spec.reads):
+        live[:, 0, read.layer] |= reads[:, index, LSE_S] > -torch.inf
+        if read.divergence != NLL:
+            live[:, 1, read.layer] |= reads[:, index, LSE_T] > -torch.inf
+    for index, target in enumerate(spec.moments):
+        for layer in target:
+            if layer != OWN:
+                live[:, :, layer] |= (moments[:, index, COUNT] > 0)[:, None]
+    common = pivots.where(live, -torch.inf).amax(0).where(live.any(0), 0.0)
+    return common, (pivots - common).where(live, 0.0)
+
+
+def _merge_read(read: Read, parts_NkR: Tensor, shift_N2R: Tensor, out_kR: Tensor) -> None:
+    """One reading: log-sum-exps, and what follows from those of the parts for its divergence."""
+    parts_s = parts_NkR[:, LSE_S] + shift_N2R[:, 0]
+    out_kR[LSE_S] = parts_s.logsumexp(0)
+    log_q, value = parts_s - out_kR[LSE_S], parts_NkR[:, VALUE]
+    if read.divergence == NLL:
+        of_owner = torch.where(log_q == -torch.inf, torch.inf, value - log_q)
+        out_kR[VALUE] = torch.where(value == -torch.inf, -torch.inf, of_owner).amax(0)
+        return
+    parts_t = parts_NkR[:, LSE_T] + shift_N2R[:, 1]
+    out_kR[LSE_T] = parts_t.logsumexp(0)
+    log_p = parts_t - out_kR[LSE_T]
+    expectation_of = DIVERGENCES[read.divergence].expectation_of if read.divergence else None
+    if expectation_of == "teacher":
+        out_kR[VALUE], out_kR[SLOPE] = _chain_rule(log_p, log_q, value), -1.0
+    elif expectation_of == "student":
+        out_kR[VALUE] = _chain_rule(log_q, log_p, value)
+        out_kR[SLOPE] = out_kR[VALUE] + 1.0
+
+
+def _chain_rule(log_p_NR: Tensor, log_q_NR: Tensor, within_NR: Tensor) -> Tensor:
+    """KL(p || q) over all columns, (R,), from the parts' probabilities and the divergences within
+    them.
+    """
+    p = log_p_NR.exp()
+    within = torch.where((p > 0) & (log_q_NR > -torch.inf), p * within_NR, 0.0)
+    between = torch.where(p > 0, p * (log_p_NR - log_q_NR), 0.0)
+    return (within + between).sum(0)
+
+
+def _merge_moments(parts_NkR: Tensor, shift_N2R: Tensor, out_kR: Tensor) -> None:
+    """Moments of the union of the parts' columns, their vectors restated about the common
+    pivots.
+    """
+    count = parts_NkR[:, COUNT]
+    out_kR[COUNT] = count.sum(0)
+    share = count / out_kR[COUNT].clamp(min=1)
+    off = []
+    for mean, shift in ((MEAN_S, shift_N2R[:, 0]), (MEAN_T, shift_N2R[:, 1])):
+        of_parts = parts_NkR[:, mean] + shift
+        out_kR[mean] = (share * of_parts).sum(0)
+        off.append(of_parts - out_kR[mean])
+    off_s, off_t = off
+    for field, between in (
+        (M_SS, off_s * off_s),
+        (M_TT, off_t * off_t),
+        (M_ST, off_s * off_t),
+        (M_DD, (off_s - off_t).square()),
+    ):
+        out_kR[field] = (parts_NkR[:, field] + count * between).sum(0)

@@ -1,0 +1,112 @@
+"""Refuse what no model can run, before any work: batches of another shape, and tokens that a model
+does not have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fdd_kernels.hf.positions import SHIFT_LABELS, token_shape
+
+
+def check_batch(batch: Mapping[str, Any]) -> None:
+    """Raise unless a batch is what a causal LM takes.
+
+    Raises:
+        TypeError: not a mapping, or its tokens or labels are no tensors.
+        ValueError: no tokens, tokens that are not (batch, sequence), or labels or a 2-D mask of
+            another shape.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            "batch must be a mapping with input_ids, attention_mask and labels, got "
+            f"{type(batch).__name__}"
+        )
+    tokens = next(
+        (name for name in ("input_ids", "inputs_embeds") if batch.get(name) is not None), None
+    )
+    if tokens is None:
+        raise ValueError(
+            "the batch has neither input_ids nor inputs_embeds; it has "
+            f"{', '.join(map(str, batch)) or 'nothing'}"
+        )
+    for name in (tokens, "labels", SHIFT_LABELS):
+        if batch.get(name) is not None and not isinstance(batch[name], Tensor):
+            raise TypeError(
+                f"{name} is a {type(batch[name]).__name__}, but a tensor (batch, sequence) is "
+                "needed: collate windows with "
+                'fdd_kernels.data.pad_windows, or tokenize with return_tensors="pt"'
+            )
+    wanted = {"input_ids": 2, "inputs_embeds": 3}[tokens]
+    if batch[tokens].ndim != wanted:
+        shape = "(batch, sequence)" if wanted == 2 else "(batch, sequence, width)"
+        raise ValueError(f"{tokens} has shape {tuple(batch[tokens].shape)}, but {shape} is needed")
+    rows = token_shape(batch)
+    mask = batch.get("attention_mask")
+    for name, remedy in (
+        ("labels", "a label of its own, not shifted"),
+        (SHIFT_LABELS, "the label of the next token"),
+    ):
+        if batch.get(name) is not None and batch[name].shape != rows:
+            raise ValueError(
+                f"{name} has shape {tuple(batch[name].shape)}, but {tokens} is of {tuple(rows)} "
+                "(batch, sequence): give every "
+                f"token {remedy}, and -100 where there is nothing to learn"
+            )
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape != rows:
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}, but {tokens} is of {tuple(rows)} "
+            "(batch, sequence): give every "
+            "token a 1, and padding a 0"
+        )
+
+
+def check_tokens(name: str, model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """Refuse tokens that a model has no embedding for: at once on a CPU, without a host sync
+    elsewhere.
+
+    A model that reads more than text may take other ids, which stand for images or sound; it checks
+    them itself.
+
+    Raises:
+        ValueError: on a CPU; on other devices an assertion fails at run time.
+    """
+    ids, find = batch.get("input_ids"), getattr(model, "get_input_embeddings", None)
+    rows = getattr(find() if find is not None else None, "num_embeddings", None)
+    if (
+        not isinstance(ids, Tensor)
+        or rows is None
+        or model.config.get_text_config() is not model.config
+    ):
+        return
+    legal = (ids >= 0) & (ids < rows)
+    if ids.device.type != "cpu":
+        torch._assert_async(
+            legal.all(), f"input_ids outside [0, {rows}), for which the {name} has no embedding"
+        )
+    elif not legal.all():
+        raise ValueError(
+            f"input_ids contains {int(ids[~legal][0])}, but the {name} has embeddings for the "
+            f"tokens [0, {rows}) only: "
+            "tokenize for a vocabulary that student and teacher share, and pad with a token that "
+            "both have"
+        )
+
+
+def check_positions(name: str, model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """Raise ValueError if a batch is longer than a model's positions: asked after an IndexError, as
+    some have no limit.
+    """
+    positions, length = (
+        getattr(model.config.get_text_config(), "max_position_embeddings", None),
+        token_shape(batch)[1],
+    )
+    if isinstance(positions, int) and length > positions:
+        raise ValueError(
+            f"the batch has {length} tokens a row, but the {name} has only {positions} positions "
+            f"(config.max_position_embeddings): cut windows at {positions} tokens"
+        )

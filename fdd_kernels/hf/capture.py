@@ -1,0 +1,111 @@
+"""Running a backbone once for the states of chosen blocks, no further than asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator
+
+from torch import Tensor, nn
+
+from fdd_kernels.hf.offload import end_forward
+from fdd_kernels.hf.tail import final_state, first_tensor
+from fdd_kernels.hf.wrappers import FSDPModule
+
+
+class _Enough(Exception):
+    """Raised in the place of the first module that is not needed, and caught where the backbone was
+    called.
+    """
+
+
+def capture_states(
+    backbone: nn.Module,
+    blocks: nn.ModuleList,
+    inputs: dict[str, Tensor],
+    layers: tuple[int, ...],
+    *,
+    final: bool = True,
+    read: Callable[[Tensor], Tensor] | None = None,
+    head: nn.Module | None = None,
+) -> tuple[dict[int, Tensor], Tensor | None]:
+    """The states (batch, sequence, width) after the given numbers of blocks (0: the embeddings),
+    and the final state.
+
+    Args:
+        inputs: what the backbone is called with; what it does not take is left out, and so is
+            `use_cache`: no cache is made.
+        final: whether the final state is asked for. If not, it is None, and blocks after the last
+            of `layers` do not run (unless FSDP shards the backbone, whose bookkeeping needs whole
+            forwards).
+        read: applied to each state as it is captured, so that the raw ones are freed one by one.
+        head: of a `backbone` that is the whole model. Its input is the final state, and the forward
+            ends there.
+    """
+    if not layers and not final:
+        return {}, None
+    parameters = inspect.signature(backbone.forward).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    accepted = {
+        k: v for k, v in (inputs | {"use_cache": False}).items() if takes_any or k in parameters
+    }
+    sharded = any(isinstance(module, FSDPModule) for module in backbone.modules())
+    unneeded = (
+        [] if final or sharded else list(blocks[max(layers) :])
+    )  # not the next one alone: it may be left out
+    state = last = None
+
+    def stop(module, args) -> None:
+        nonlocal state, last
+        state, last = args[0] if args else None, module
+        if not sharded:
+            raise _Enough
+
+    with _hooks(blocks, layers, read) as captured, contextlib.ExitStack() as end:
+        for module in unneeded:
+            end.enter_context(module.register_forward_pre_hook(stop))
+        if head is not None:  # before what else changes its input there
+            end.enter_context(head.register_forward_pre_hook(stop, prepend=True))
+        try:
+            # A whole model may be called from its own forward (see `inside_forward`), whose hooks
+            # run already.
+            output = (backbone if head is None else backbone.forward)(**accepted)
+            if head is None:
+                state = final_state(output)
+        except _Enough:
+            end_forward(backbone, last)
+    return captured, state if final else None
+
+
+@contextlib.contextmanager
+def _hooks(
+    blocks: nn.ModuleList, layers: tuple[int, ...], read: Callable[[Tensor], Tensor] | None
+) -> Iterator[dict[int, Tensor]]:
+    """Collects states by layer while the backbone runs."""
+    captured: dict[int, Tensor] = {}
+
+    def keep(layer: int, value) -> None:
+        # Recomputation under gradient checkpointing runs the hooks again: the first state is the
+        # one in the graph.
+        if layer not in captured:
+            state = first_tensor(value)
+            captured[layer] = state if read is None else read(state)
+
+    with contextlib.ExitStack() as hooks:
+        for layer in layers:
+            if layer > 0:
+                after = blocks[layer - 1].register_forward_hook(
+                    lambda _m, _a, out, layer=layer: keep(layer, out)
+                )
+                hooks.enter_context(after)
+            if (
+                layer < len(blocks)
+                # the embeddings; or a block was left out, as those for images are where there is
+                # only text
+            ):
+                before = blocks[layer].register_forward_pre_hook(
+                    lambda _m, args, kwargs, layer=layer: keep(layer, [*args, *kwargs.values()]),
+                    with_kwargs=True,
+                )
+                hooks.enter_context(before)
+        yield captured

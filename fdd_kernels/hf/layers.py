@@ -1,0 +1,66 @@
+"""Which layers are compared: each model has its own grid, and layers are paired by rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fdd_kernels.objectives.fdd.options import FDDConfig
+
+
+def layer_grid(depth: int, num_layers: int, grid: str) -> tuple[int, ...]:
+    """`num_layers` 1-based layers of a model with `depth` blocks; layer k is the state after k
+    blocks.
+
+    "floor" is the paper's rule: Q, 2Q, ..., with Q = depth // (num_layers + 1). "linspace" rounds
+    the inner points of num_layers + 2 evenly spaced ones over 0..depth.
+
+    Raises:
+        ValueError: the model is too shallow for so many distinct layers.
+    """
+    if grid == "floor":
+        step = depth // (num_layers + 1)
+        layers = tuple(step * rank for rank in range(1, num_layers + 1))
+    else:
+        layers = tuple(round(depth * rank / (num_layers + 1)) for rank in range(1, num_layers + 1))
+    if len({0, *layers}) != num_layers + 1:
+        raise ValueError(
+            f"num_layers={num_layers} with layer_grid={grid!r} needs a deeper model: one of depth "
+            f"{depth} gives layers "
+            f"{list(layers)}; lower num_layers or name student_layers and teacher_layers"
+        )
+    return layers
+
+
+def require_layers(name: str, layers: Sequence[int], depth: int) -> None:
+    """Refuse explicit layers that a model with `depth` blocks does not have.
+
+    Raises:
+        ValueError: a layer does not exist or is out of order.
+    """
+    if list(layers) != sorted(set(layers)) or (layers and (layers[0] < 0 or layers[-1] > depth)):
+        raise ValueError(
+            f"{name}={list(layers)} must be increasing layers between 0 (embeddings) and {depth} "
+            "(the model's depth)"
+        )
+
+
+def paired_layers(
+    config: FDDConfig, student_depth: int, teacher_depth: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The sampled layers of student and teacher, in depth order and paired by rank.
+
+    Raises:
+        ValueError: a model is too shallow for the grid, or an explicit layer does not exist or is
+            out of order.
+    """
+    if config.student_layers is None:
+        return (
+            layer_grid(student_depth, config.num_layers, config.layer_grid),
+            layer_grid(teacher_depth, config.num_layers, config.layer_grid),
+        )
+    for name, layers, depth in (
+        ("student_layers", config.student_layers, student_depth),
+        ("teacher_layers", config.teacher_layers, teacher_depth),
+    ):
+        require_layers(name, layers, depth)
+    return config.student_layers, config.teacher_layers

@@ -1,0 +1,154 @@
+"""Models that are spread over processes: where the loss runs, and which part of a head is here.
+
+DistributedDataParallel prepares the exchange of gradients in its own forward, and FSDP2 gathers the
+parameters there; a loss computed from parts of the model beside it would train every process on its
+own, or meet parameters that are not there. So the loss runs inside that forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+if torch.distributed.is_available():
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor, Shard
+else:
+    FSDPModule = FullyShardedDataParallel = DTensor = ()
+
+
+def refuse_flattened(model: nn.Module) -> None:
+    """Refuse a model whose parameters FullyShardedDataParallel has flattened.
+
+    Raises:
+        TypeError: naming what to use instead.
+    """
+    if isinstance(model, FullyShardedDataParallel):
+        raise TypeError(
+            "FullyShardedDataParallel (FSDP1) flattens parameters, and the loss cannot find the "
+            "head among them: use FSDP2 "
+            "(torch.distributed.fsdp.fully_shard; in accelerate fsdp_version=2) or "
+            "DistributedDataParallel"
+        )
+
+
+def data_parallel(model: nn.Module) -> nn.Module | None:
+    """The DistributedDataParallel or FSDP2 module that `model` is, also under torch.compile; None
+    for any other.
+    """
+    model = getattr(model, "_orig_mod", model)
+    refuse_flattened(model)
+    return model if isinstance(model, (nn.parallel.DistributedDataParallel, FSDPModule)) else None
+
+
+@contextmanager
+def inside_forward(model: nn.Module, function: Callable) -> Iterator[Callable]:
+    """`function`, to be called as often as wanted; if `model` is data-parallel, from inside its
+    forward.
+    """
+    wrapper = data_parallel(model)
+    if wrapper is None:
+        yield function
+        return
+    inner = wrapper.module if isinstance(wrapper, nn.parallel.DistributedDataParallel) else wrapper
+    own = inner.forward
+
+    def inside(*args, **kwargs):
+        with forward_replaced(inner, own):  # the function may run the whole model
+            return function(*args, **kwargs)
+
+    with forward_replaced(inner, inside):
+        yield wrapper
+
+
+@contextmanager
+def forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """A module that runs `forward` in the place of its own; its hooks run as ever."""
+    own = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def require_gathered(name: str, parameter) -> None:
+    """Refuse a head whose rows are spread over processes.
+
+    Raises:
+        RuntimeError: says how to keep it in one piece.
+    """
+    if isinstance(parameter, DTensor):
+        raise RuntimeError(
+            f"{name} is a DTensor with placements {parameter.placements}: the loss needs it whole. "
+            "Under FSDP2, make the "
+            "Distiller before fully_shard, do not fully_shard the LM head by itself (the call on "
+            "the whole model gathers it "
+            "during forward), and pass the sharded model as `distiller(batch, student=model)`. If "
+            "tensor parallelism has "
+            "split its rows, so that all processes of the group see the same batch, pass "
+            "Distiller(..., vocab_group=group)"
+        )
+    refuse_partitioned(name, parameter)
+
+
+def refuse_partitioned(name: str, parameter) -> None:
+    """Refuse a head that DeepSpeed ZeRO-3 has taken apart and not gathered (its marks: `ds_id`, and
+    no elements).
+
+    Raises:
+        RuntimeError: says how to gather it.
+    """
+    if hasattr(parameter, "ds_id") and parameter.numel() == 0:
+        raise RuntimeError(
+            f"{name} is partitioned by DeepSpeed ZeRO-3, and none of it is here: make the "
+            "Distiller before "
+            "deepspeed.initialize, and keep the partitioned heads gathered for both passes: `with "
+            "deepspeed.zero.GatheredParameters([head.weight]): terms = distiller(...); "
+            "engine.backward(terms.loss)`"
+        )
+
+
+def own_rows(name: str, head: Tensor | None, group, vocabulary: int) -> Tensor | None:
+    """This process's rows of a head's weight or bias that tensor parallelism splits over `group`.
+
+    A DTensor that is split over its rows gives its local part; of a tensor that is whole on every
+    process, the rows are taken where the same split of `vocabulary` rows puts them, so that they
+    fit the other model's.
+
+    Raises:
+        RuntimeError: a DTensor on other processes, or in another layout; a whole head that needs a
+            gradient.
+    """
+    if head is None:
+        return None
+    if isinstance(head, DTensor):
+        mesh = head.device_mesh
+        ranks = torch.distributed.get_process_group_ranks(group)
+        if mesh.ndim != 1 or mesh.mesh.tolist() != ranks or tuple(head.placements) != (Shard(0),):
+            raise RuntimeError(
+                f"{name} is a DTensor on {mesh} with placements {head.placements}, but vocab_group "
+                f"has the ranks {ranks}: its "
+                "rows must be split over that group alone (Shard(0) on a mesh of one dimension)"
+            )
+        return head.to_local()
+    if torch.is_grad_enabled() and head.requires_grad:
+        raise RuntimeError(
+            f"{name} is whole on every process of vocab_group and requires grad, but each would "
+            "get the gradient of its own "
+            "rows alone: split it (parallelize_module with ColwiseParallel), freeze it, or set "
+            "FDDConfig(train_head=False)"
+        )
+    rows = -(-vocabulary // group.size())
+    return head[group.rank() * rows : (group.rank() + 1) * rows]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A DTensor gathered from all processes; any other tensor as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

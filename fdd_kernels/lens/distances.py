@@ -1,0 +1,114 @@
+"""The distances of two vectors that need sums over their columns alone, each beside its derivative.
+
+An entry of `DISTANCES` has the value for any number of pairs of vectors s (the student's) and t,
+and the derivative with respect to those sums that depend on s. Derivatives of t's own sums are not
+taken: the teacher is a constant.
+
+Shape suffixes: P pairs of vectors, R rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Sums(NamedTuple):
+    """Sums over the columns of each pair of vectors: (P, R), `squares` (P, 2, R)."""
+
+    count: Tensor  # how many columns there are
+    squares: Tensor  # s.s and t.t
+    product: Tensor  # s.t
+    difference: Tensor  # |s - t|^2, which s.s + t.t - 2 s.t would lose where s and t nearly agree
+
+    def at(self, pairs: slice) -> Sums:
+        """The sums of some of the pairs."""
+        return (
+            self
+            if pairs == slice(0, len(self.count))
+            else Sums(*[of_all[pairs] for of_all in self])
+        )
+
+
+@dataclass(frozen=True)
+class Distance:
+    """An entry of the registry.
+
+    `value(sums)` is the distance, (P, R), in operations that autograd can differentiate.
+    `write_slope(sums, of_ss, of_st, of_dd)` writes its derivatives with respect to s.s, s.t and |s
+    - t|^2 into tensors of zeros (P, R). `centred`: the vectors are taken about their means over the
+      columns.
+    """
+
+    value: Callable[[Sums], Tensor]
+    write_slope: Callable[[Sums, Tensor, Tensor, Tensor], None]
+    centred: bool = False
+
+
+def _inverse_lengths(sums: Sums) -> tuple[Tensor, Tensor]:
+    """1 / |s| and 1 / |t|; 0, with derivative 0, for a vector of length 0 (or whose square was
+    rounded below it).
+    """
+    return sums.squares.masked_fill(sums.squares <= 0, torch.inf).rsqrt().unbind(1)
+
+
+def _cosine_value(sums: Sums) -> Tensor:
+    """1 - cos of s and t; 1 where either has length 0.
+
+    For vectors that nearly agree 1 - s.t / (|s||t|) would lose every digit, while
+    (|s - t|^2 - (|s| - |t|)^2) / (2 |s||t|), the same number, keeps them. NaN is nowhere near, and
+    passes.
+    """
+    per_s, per_t = _inverse_lengths(sums)
+    ss, tt = sums.squares.unbind(1)
+    per_product = per_s * per_t
+    defined = per_product > 0
+    near = defined & (sums.difference < 2 * sums.product)
+    of_lengths = (ss - tt) / torch.where(defined, ss * per_s + tt * per_t, 1.0)
+    return torch.where(
+        near,
+        (sums.difference - of_lengths.square()) * per_product / 2,
+        1 - sums.product * per_product,
+    )
+
+
+def _write_cosine_slope(sums: Sums, of_ss: Tensor, of_st: Tensor, of_dd: Tensor) -> None:
+    """The derivatives of either form of `_cosine_value`, of each where it is used; 0 where a vector
+    has length 0.
+
+    far:  s.t / (2 |s|^3 |t|)                            -1 / (|s||t|)    0
+    near: (t.t - s.s - |s - t|^2) / (4 |s|^3 |t|)        0                1 / (2 |s||t|)
+
+    Where the vectors nearly agree, the first of the near form is small and the gradient is a
+    multiple of s - t; the far form would leave that to the difference of a multiple of s and one of
+    t.
+    """
+    per_s, per_t = _inverse_lengths(sums)
+    ss, tt = sums.squares.unbind(1)
+    per_product, twice_st = per_s * per_t, 2 * sums.product
+    near = sums.difference < twice_st
+    along_s = torch.where(near, tt - ss - sums.difference, twice_st) * per_product * per_s
+    near_part = per_product * near
+    torch.mul(along_s * per_s, 0.25, out=of_ss)
+    torch.sub(near_part, per_product, out=of_st)
+    torch.mul(near_part, 0.5, out=of_dd)
+
+
+def _mse_value(sums: Sums) -> Tensor:
+    """|s - t|^2 / columns."""
+    return sums.difference / sums.count.clamp(min=1)
+
+
+def _write_mse_slope(sums: Sums, of_ss: Tensor, of_st: Tensor, of_dd: Tensor) -> None:
+    torch.reciprocal(sums.count.clamp(min=1), out=of_dd)
+
+
+DISTANCES: dict[str, Distance] = {
+    "cosine": Distance(_cosine_value, _write_cosine_slope),
+    "centered_cosine": Distance(_cosine_value, _write_cosine_slope, centred=True),
+    "mse": Distance(_mse_value, _write_mse_slope),
+}

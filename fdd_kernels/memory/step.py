@@ -1,0 +1,172 @@
+"""The memory of a training step by part, and what to change if there is less."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fdd_kernels.memory.loss import LossShape, loss_memory
+from fdd_kernels.memory.models import ModelShape
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Of a quantised model: the blocks' weights; embedding and head stay as they are.
+QUANTISED_BYTES = {"int8": 1.0, "int4": 0.5}
+# Bytes an optimiser keeps for each trained weight.
+OPTIMIZERS = {"adamw": 8, "adamw8bit": 2, "lion": 4, "sgd-momentum": 4, "sgd": 0}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A training step to plan for.
+
+    `backend` "auto": the one that is taken on the device. `lora_rank` None: all weights are
+    trained. `teacher_dtype` None: that of the student. `teacher_elsewhere`: its states come from a
+    cache or another device. `device_memory`: of a GPU, in bytes.
+    """
+
+    student: ModelShape
+    teacher: ModelShape
+    tokens: int
+    optimizer: str = "adamw"
+    dtype: str = "bfloat16"
+    layers: int = 4
+    backend: str = "auto"
+    device: str = "cuda"
+    train_head: bool = True
+    checkpointing: bool = False
+    teacher_elsewhere: bool = False
+    lora_rank: int | None = None
+    teacher_dtype: str | None = None
+    device_memory: int | None = None
+
+    @property
+    def chosen_backend(self) -> str:
+        """The backend whose memory counts."""
+        from fdd_kernels.backends import PREFERENCE
+
+        return PREFERENCE[self.device][0] if self.backend == "auto" else self.backend
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPE_BYTES[self.dtype]
+
+    @property
+    def trained(self) -> int:
+        """Weights that receive gradient."""
+        return (
+            self.student.parameters
+            if self.lora_rank is None
+            else self.student.adapters(self.lora_rank)
+        )
+
+    @property
+    def teacher_bytes(self) -> int:
+        """The teacher's weights."""
+        kind = self.teacher_dtype or self.dtype
+        of_blocks = QUANTISED_BYTES.get(kind) or DTYPE_BYTES[kind]
+        return (
+            round(self.teacher.blocks * of_blocks) + self.teacher.embeddings * self.teacher_itemsize
+        )
+
+    @property
+    def teacher_itemsize(self) -> int:
+        """Bytes of a number of the teacher's head and states."""
+        return DTYPE_BYTES.get(self.teacher_dtype or self.dtype, self.itemsize)
+
+    @property
+    def loss(self) -> LossShape:
+        return LossShape(
+            rows=self.tokens,
+            columns=min(self.student.vocabulary, self.teacher.vocabulary),
+            layers=self.layers + 1,
+            student_width=self.student.width,
+            teacher_width=self.teacher.width,
+            itemsize=self.itemsize,
+            train_head=self.train_head and self.lora_rank is None,
+            softcap=self.student.softcap,
+        )
+
+
+def step_memory(setup: Setup, *, dense: bool = False) -> dict[str, int]:
+    """Bytes of a training step by part, with the dense loss or with ours; they are taken to exist
+    at the same time.
+    """
+    adapters = 0 if setup.lora_rank is None else setup.trained
+    teacher_head = setup.teacher.vocabulary * setup.teacher.width * setup.teacher_itemsize
+    loss = loss_memory(
+        setup.loss,
+        "dense" if dense else setup.chosen_backend,
+        device=setup.device,
+        device_memory=setup.device_memory,
+    )
+    # The head's gradient is among the gradients already.
+    in_loss = loss.total - loss.parts["gradient of the head"]
+    return {
+        "student weights": (setup.student.parameters + adapters) * setup.itemsize,
+        "gradients": setup.trained * setup.itemsize,
+        "optimizer": setup.trained * OPTIMIZERS[setup.optimizer],
+        "activations": setup.student.activations(
+            setup.tokens, setup.itemsize, checkpointing=setup.checkpointing
+        ),
+        "teacher weights": 0 if setup.teacher_elsewhere else setup.teacher_bytes,
+        "teacher head": teacher_head if setup.teacher_elsewhere else 0,
+        "teacher states": (setup.layers + 1)
+        * setup.tokens
+        * setup.teacher.width
+        * setup.teacher_itemsize,
+        "loss": in_loss,
+    }
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A change and what the step takes with it."""
+
+    change: str
+    total: int
+    fits: bool
+
+
+def advise(setup: Setup, limit: int) -> list[Advice]:
+    """What to change so that the step with the fused loss fits, least intrusive first, each on top
+    of those before.
+    """
+    found: list[Advice] = []
+
+    def add(change: str, changed: Setup) -> Setup:
+        total = sum(step_memory(changed).values())
+        found.append(Advice(change, total, total <= limit))
+        return changed
+
+    if not setup.checkpointing:
+        setup = add("gradient checkpointing in the student", replace(setup, checkpointing=True))
+    if not setup.teacher_elsewhere:
+        setup = add(
+            "teacher states computed beforehand or on another device (its head stays)",
+            replace(setup, teacher_elsewhere=True),
+        )
+    if OPTIMIZERS[setup.optimizer] > OPTIMIZERS["adamw8bit"]:
+        setup = add("an 8-bit AdamW", replace(setup, optimizer="adamw8bit"))
+    most = most_tokens(setup, limit)
+    if most and most < setup.tokens:
+        add(f"micro-batches of {most} tokens, gradients accumulated", replace(setup, tokens=most))
+    first = next((i for i, a in enumerate(found) if a.fits), None)
+    return found if first is None else found[: first + 1]
+
+
+def most_tokens(setup: Setup, limit: int) -> int:
+    """The most tokens, a multiple of 64, whose step fits; 0 if none does.
+
+    Scratch comes in whole blocks of rows, so that a little more can take a little less: what is
+    found fits, and in rare cases a few more tokens would.
+    """
+
+    def fits(blocks: int) -> bool:
+        return sum(step_memory(replace(setup, tokens=64 * blocks)).values()) <= limit
+
+    low, high = 0, max(1, setup.tokens // 64)
+    if fits(high):
+        return 64 * high
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return 64 * low

@@ -1,0 +1,1 @@
+"""Feature Dynamics Distillation: output KD, trajectory and derivative of the logit lens."""

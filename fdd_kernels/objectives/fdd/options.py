@@ -1,0 +1,188 @@
+"""The options of the loss, written once, and the terms that it returns."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:  # without torch the command line can show its options
+    from torch import Tensor
+
+BACKENDS = ("auto", "reference", "torch", "cpu", "triton")
+REDUCTIONS = ("mean", "sum", "none")
+LAYER_GRIDS = ("floor", "linspace")
+
+
+class FDDLossTerms(NamedTuple):
+    """The loss and its parts, each unweighted and reduced like the loss (scalars, or (...) with
+    reduction="none").
+
+    `loss = output_kd_weight * output_kd + alpha * trajectory + beta * derivative + ce_weight * ce`;
+    a term whose weight is 0 is not computed and stands as 0.
+    """
+
+    loss: Tensor
+    output_kd: Tensor
+    trajectory: Tensor
+    derivative: Tensor
+    ce: Tensor
+
+
+def _require_choice(name: str, value: Any, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+
+
+def _require_number(
+    name: str, value: Any, *, positive: bool = False, optional: bool = False
+) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}: pass a Python float")
+    if not (0 <= value < math.inf) or (positive and value == 0):
+        raise ValueError(
+            f"{name}={value} must be finite and {'greater than 0' if positive else 'at least 0'}"
+        )
+
+
+def _require_int(name: str, value: Any, *, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name}={value} must be at least {minimum}")
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The options of `fused_fdd_loss`, under the same names and with the same meaning; see there.
+
+    Args:
+        alpha: weight of the trajectory.
+        beta: weight of the derivative.
+        output_kd_weight: weight of KL(teacher || student) at the output.
+        ce_weight: weight of cross-entropy on the text itself.
+        trajectory: kl, reverse_kl, jsd, skew_kl, mse or cosine.
+        derivative: cosine, centered_cosine, mse or none.
+        temperature: divides the logits of trajectory and derivative.
+        output_temperature: divides the logits of the output KD.
+        scale_by_t2: multiply the output KD by its temperature squared.
+        student_softcap, teacher_softcap: soft cap of the model's logits, if not its own.
+        student_logit_scale, teacher_logit_scale: scale of the model's logits, if not its own.
+        output_in_dynamics: count the output among the layers of trajectory and derivative.
+        vocab_size: compare only the first tokens (found out where heads are padded unequally).
+        backend: auto, torch, cpu, triton or reference.
+    """
+
+    ignore_index: int = -100
+    shift: bool = False
+    alpha: float = 1.0
+    beta: float = 1.0
+    output_kd_weight: float = 1.0
+    ce_weight: float = 0.0
+    trajectory: str = "kl"
+    derivative: str | None = "cosine"
+    temperature: float = 1.0
+    output_temperature: float = 1.0
+    scale_by_t2: bool = False
+    student_softcap: float | None = None
+    teacher_softcap: float | None = None
+    student_logit_scale: float = 1.0
+    teacher_logit_scale: float = 1.0
+    output_in_dynamics: bool = False
+    reduction: str = "mean"
+    vocab_size: int | None = None
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta", "output_kd_weight", "ce_weight"):
+            _require_number(name, getattr(self, name))
+        for name in ("temperature", "output_temperature"):
+            _require_number(name, getattr(self, name), positive=True)
+        for name in (
+            "student_softcap",
+            "teacher_softcap",
+            "student_logit_scale",
+            "teacher_logit_scale",
+        ):
+            _require_number(name, getattr(self, name), positive=True, optional="softcap" in name)
+        from fdd_kernels.lens.divergences import DERIVATIVES, TRAJECTORIES
+
+        _require_int("ignore_index", self.ignore_index, minimum=-(2**63))
+        if self.vocab_size is not None:
+            _require_int("vocab_size", self.vocab_size, minimum=1)
+        _require_choice("trajectory", self.trajectory, TRAJECTORIES)
+        _require_choice("derivative", self.derivative, (*DERIVATIVES, None))
+        _require_choice("reduction", self.reduction, REDUCTIONS)
+        _require_choice("backend", self.backend, BACKENDS)
+
+    @property
+    def compares_dynamics(self) -> bool:
+        """Whether the loss looks at the sampled layers."""
+        return bool(self.alpha or self.beta)
+
+    @property
+    def compares_output(self) -> bool:
+        """Whether the loss looks at the teacher's final state."""
+        return bool(self.output_kd_weight or (self.output_in_dynamics and self.compares_dynamics))
+
+
+@dataclass(frozen=True)
+class FDDConfig(LossOptions):
+    """What to distil: the layers and the loss, for `Distiller` and `FDDTrainer`.
+
+    Besides every option of `fused_fdd_loss` (soft caps, logit scales and vocab_size left at None
+    are read from the models):
+
+    Args:
+        num_layers: how many layers to sample in each model; 4 is the paper's L_D.
+        layer_grid: "floor" samples Q, 2Q, ..., num_layers * Q with Q = depth // (num_layers + 1),
+            the paper's rule; "linspace" spreads num_layers evenly over 1..depth - 1.
+        student_layers, teacher_layers: explicit 1-based layers (the state after that many blocks);
+            they win over the grid, must come together and are paired by rank.
+        apply_final_norm: read the sampled layers through the model's final norm and head, as the
+            output is.
+        train_head: whether the student's head receives gradient from the loss.
+    """
+
+    student_logit_scale: float | None = None
+    teacher_logit_scale: float | None = None
+    num_layers: int = 4
+    layer_grid: str = "floor"
+    student_layers: tuple[int, ...] | None = None
+    teacher_layers: tuple[int, ...] | None = None
+    apply_final_norm: bool = True
+    train_head: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("student_logit_scale", "teacher_logit_scale"):
+            _require_number(name, getattr(self, name), positive=True, optional=True)
+        LossOptions(
+            **{
+                f.name: getattr(self, f.name)
+                for f in fields(LossOptions)
+                if "logit_scale" not in f.name
+            }
+        )
+        _require_int("num_layers", self.num_layers, minimum=0)
+        _require_choice("layer_grid", self.layer_grid, LAYER_GRIDS)
+        for name in ("student_layers", "teacher_layers"):
+            layers = getattr(self, name)
+            if layers is not None:
+                object.__setattr__(self, name, tuple(layers))
+                for layer in getattr(self, name):
+                    _require_int(f"{name} entry", layer, minimum=0)
+        if (self.student_layers is None) != (self.teacher_layers is None):
+            raise ValueError(
+                "student_layers and teacher_layers must be given together: they are paired by rank"
+            )
+        if self.student_layers is not None and len(self.student_layers) != len(self.teacher_layers):
+            raise ValueError(
+                f"student_layers has {len(self.student_layers)} entries and teacher_layers "
+                f"{len(self.teacher_layers)}: they are paired by rank, give as many of each"
+            )
+        if self.reduction == "none":
+            raise ValueError(
+                'reduction="none" has no meaning for a training step: use "mean" or "sum"'
+            )

@@ -1,1 +1,0 @@
-"""How much memory a distillation takes: of the loss (`loss.py`), of a step with two models (`models.py`, `step.py`)."""

@@ -1,0 +1,118 @@
+"""The demo: its text, the shipped teacher, and a run of a few steps with everything it writes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("rich")
+
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from fdd_kernels.demo import run as demo
+from fdd_kernels.demo.corpus import (
+    is_held_out,
+    random_windows,
+    standard_library_texts,
+    token_stream,
+    train_tokenizer,
+)
+from fdd_kernels.demo.students import OBJECTIVES, Budget
+from fdd_kernels.demo.teacher import (
+    RECORD_FILE,
+    SHIPPED_TEACHER,
+    held_out_loss,
+    held_out_windows,
+    train_teacher,
+)
+
+
+@pytest.fixture(scope="module")
+def held_out() -> torch.Tensor:
+    return token_stream(
+        AutoTokenizer.from_pretrained(SHIPPED_TEACHER), standard_library_texts(held_out=True)
+    )
+
+
+def test_files_are_split_by_path_alone():
+    assert is_held_out(Path("json/decoder.py")) == is_held_out(Path("json/decoder.py"))
+    parts = [is_held_out(Path(f"package/module_{i}.py")) for i in range(2000)]
+    assert 40 < sum(parts) < 130  # one in 25, binomial: 80 +- 9
+    training, held = standard_library_texts(held_out=False), standard_library_texts(held_out=True)
+    assert len(training) > 5 * len(held) > 0
+    assert not set(training) & set(held)
+
+
+def test_windows_are_slices_of_the_stream():
+    stream = torch.arange(100)
+    windows = random_windows(stream, 50, 10, torch.Generator().manual_seed(0))
+    assert windows.shape == (50, 10)
+    assert torch.equal(windows - windows[:, :1], torch.arange(10).expand(50, 10))
+    assert windows.min() >= 0
+    assert windows.max() <= 99
+
+
+def test_a_tokenizer_gives_the_text_back():
+    texts = ["def f(x):\n    return x + 1\n", "for i in range(10):\n\tprint('ü', i)\n"]
+    tokenizer = train_tokenizer(texts, 300)
+    stream = token_stream(tokenizer, texts)
+    assert tokenizer.decode(stream).split(tokenizer.eos_token)[:2] == texts
+
+
+def test_the_shipped_teacher_is_small_and_good(held_out):
+    size = sum(path.stat().st_size for path in SHIPPED_TEACHER.rglob("*") if path.is_file())
+    assert size <= 12e6
+    assert (SHIPPED_TEACHER / "model.safetensors").is_file()
+    record = json.loads((SHIPPED_TEACHER / RECORD_FILE).read_text())
+    teacher = LlamaForCausalLM.from_pretrained(SHIPPED_TEACHER, dtype=torch.float32)
+    loss = held_out_loss(teacher, held_out_windows(held_out, 16))
+    # 16 windows of other text than the record's 128, on another Python version perhaps; a uniform
+    # guess is 7.6 nats.
+    assert abs(loss - record["held_out_loss"]) < 0.5
+
+
+def test_a_teacher_can_be_trained_and_gone_on_from(tmp_path, monkeypatch):
+    texts = standard_library_texts(held_out=True)[:3]
+    monkeypatch.setattr("fdd_kernels.demo.teacher.standard_library_texts", lambda held_out: texts)
+    monkeypatch.setattr(
+        "fdd_kernels.demo.teacher.shutil.which", lambda name: None
+    )  # no compiler: eager
+    first = train_teacher(tmp_path / "first", steps=2, batch_size=1)
+    second = train_teacher(
+        tmp_path / "second", steps=1, batch_size=1, start_from=tmp_path / "first"
+    )
+    assert second["before"]["tokens_seen"] == first["tokens_seen"] == 2 * 256
+    assert second["tokens_seen"] == 3 * 256
+    assert LlamaForCausalLM.from_pretrained(tmp_path / "second").config.num_hidden_layers == 10
+
+
+def test_a_short_run_writes_numbers_and_a_page(tmp_path, monkeypatch, capsys):
+    budget = Budget(steps=2, batch_size=1, evaluations=2, evaluation_windows=2)
+    monkeypatch.setattr(demo, "QUICK", budget)
+    result = demo.run_demo(tmp_path / "out", quick=True, seeds=2)
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert [row["objective"] for row in metrics["rows"]] == list(OBJECTIVES)
+    assert len(metrics["runs"]) == 2 * len(OBJECTIVES)
+    assert all(len(run["held_out_kl"]) == 2 for run in metrics["runs"])
+    # Same initial weights and batches within a seed: only the objective makes students differ.
+    assert len({run["held_out_kl"][-1] for run in metrics["runs"] if run["seed"] == 0}) == len(
+        OBJECTIVES
+    )
+    assert {row["objective"]: row["held_out_kl"] for row in result.rows()} == {
+        row["objective"]: row["held_out_kl"] for row in metrics["rows"]
+    }
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "<svg" in page
+    assert all(objective in page for objective in OBJECTIVES)
+    assert not re.search(r'(src|href)="(?!#)', page)  # self-contained
+    assert "full FDD" in capsys.readouterr().out
+
+
+def test_seeds_must_be_positive(tmp_path):
+    with pytest.raises(ValueError, match="seeds=0"):
+        demo.run_demo(tmp_path, seeds=0)

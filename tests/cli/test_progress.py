@@ -1,0 +1,108 @@
+"""What commands show while they work: on terminals of any width, and where there is none. No test
+sleeps.
+"""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from fdd_kernels.common.heartbeat import EVERY
+from fdd_kernels.common.progress import Activity
+
+TERMS = ["loss 12.3456", "output_kd 4.5678", "trajectory 3.4567", "derivative 1.2345", "ce 10.1234"]
+
+
+def terminal(width):
+    return Console(
+        file=io.StringIO(),
+        force_terminal=True,
+        width=width,
+        color_system=None,
+        legacy_windows=False,
+    )
+
+
+class Time:
+    """A clock that goes on by what is waited for; `during` says what happens in the meantime, one
+    entry a wait.
+    """
+
+    def __init__(self, *during):
+        self.now, self.during = 0.0, list(during)
+
+    def clock(self):
+        return self.now
+
+    def wait(self, seconds):
+        assert seconds == EVERY == 10.0
+        if not self.during:
+            return True
+        self.now += seconds
+        self.during.pop(0)()
+        return False
+
+
+def shown(activity, width):
+    """What a terminal of this width shows of it now."""
+    console = terminal(width)
+    console.print(activity._bar.get_renderable())
+    return console.file.getvalue().rstrip("\n")
+
+
+@pytest.mark.parametrize(("width", "terms"), [(60, 0), (80, 2), (100, 3), (160, 5)])
+def test_terms_are_dropped_before_bar_steps_and_time(width, terms):
+    console = terminal(width)
+    with Activity(console, "distilling") as activity:
+        activity.start_at(0, 20000)
+        activity.update(12345, terms=TERMS)
+        line = shown(activity, width)
+    assert "\n" not in line
+    assert len(line) <= width
+    for part in ("distilling", "━" * 8, "12345/20000", ":"):
+        assert part in line, line
+    assert [term in line for term in TERMS] == [True] * terms + [False] * (5 - terms), line
+
+
+def test_without_a_terminal_a_line_every_ten_seconds():
+    console, time = Console(file=io.StringIO(), width=80), Time()
+    activity = Activity(console, "distilling", wait=time.wait, clock=time.clock)
+    time.during = [
+        lambda: None,
+        lambda: activity.update(30, terms=["loss 2.5", "output_kd 1.5"]),
+        lambda: activity.update(50),
+    ]
+    activity.start_at(10, 100)
+    with activity:
+        activity._heartbeat._thread.join()
+    assert console.file.getvalue().splitlines() == [
+        "distilling: 10/100 0:00:10 so far",
+        "distilling: 30/100 0:01:10 left  loss 2.5  output_kd 1.5",
+        "distilling: 50/100 0:00:38 left  loss 2.5  output_kd 1.5",
+    ]
+
+
+def test_what_has_no_steps_tells_its_time():
+    console, time = Console(file=io.StringIO(), width=80), Time(*[lambda: None] * 7)
+    with Activity(console, "loading the teacher", wait=time.wait, clock=time.clock) as activity:
+        activity._heartbeat._thread.join()
+    assert console.file.getvalue().splitlines()[-1] == "loading the teacher: 0:01:10 so far"
+    assert len(console.file.getvalue().splitlines()) == 7
+
+
+def test_amounts_are_shown_as_they_are_counted():
+    activity = Activity(
+        Console(file=io.StringIO()),
+        "reading text",
+        3 * 2**20,
+        count=lambda n: f"{n / 2**20:.1f} MiB",
+    )
+    activity.update(2**20)
+    assert activity.line(10.0) == "reading text: 1.0 MiB/3.0 MiB 0:00:20 left"
+
+
+def test_a_quiet_console_says_nothing():
+    console = Console(file=io.StringIO(), quiet=True)
+    with Activity(console, "loading", wait=lambda seconds: pytest.fail("waited")) as activity:
+        activity.update(3)
+    assert console.file.getvalue() == ""

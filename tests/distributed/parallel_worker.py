@@ -1,0 +1,146 @@
+"""What each process of test_parallel.py runs: python -m tests.distributed.parallel_worker KIND RANK
+WORLD FOLDER
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from fdd_kernels import Distiller, FDDConfig
+from tests.support.hf_models import tiny_batch, tiny_model
+from tests.support.processes import leave, show_stack_when_asked
+
+CONFIG = FDDConfig(num_layers=2, ce_weight=0.5)
+
+
+def models(kind: str):
+    """Student and teacher; of a kind that ends with "self" one peft model, adapters on and off."""
+    student = tiny_model(
+        "llama_tied" if kind.endswith("tied") else "llama", depth=3, seed=1
+    ).train()
+    if not kind.endswith("self"):
+        return student, tiny_model("gpt2", depth=3, seed=2)
+    lora = peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    student = peft.get_peft_model(student, lora)
+    return student, student
+
+
+def batches(world: int) -> list[dict]:
+    """One batch a process: of unequal length, and without a single label for the last."""
+    found = [
+        tiny_batch(rows=2 + rank, length=7 + 3 * rank, seed=10 + rank) for rank in range(world)
+    ]
+    found[-1]["labels"] = torch.full_like(found[-1]["labels"], -100)
+    return found
+
+
+def zero_step(
+    stage: int,
+    rank: int,
+    world: int,
+    student,
+    distiller: Distiller,
+    batch: dict,
+    items: torch.Tensor,
+) -> dict:
+    """The loss and the gradients of a step with DeepSpeed, told from what plain descent at a rate
+    of 1 changes.
+    """
+    os.environ |= {
+        "DS_ACCELERATOR": "cpu",
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+    }
+    import deepspeed
+
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    deepspeed.init_distributed("gloo")
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+        "optimizer": {"type": "SGD", "params": {"lr": 1.0}},
+    }
+    engine, *_ = deepspeed.initialize(
+        model=student, model_parameters=student.parameters(), config=config
+    )
+    if stage == 3:
+        with pytest.raises(RuntimeError, match="ZeRO-3"):
+            distiller(batch, student=engine)
+    with deepspeed.zero.GatheredParameters([student.lm_head.weight], enabled=stage == 3):
+        loss = distiller(batch, num_items_in_batch=items / world, student=engine).loss
+        engine.backward(loss)
+    engine.step()
+    loss = loss.detach() / world
+    torch.distributed.all_reduce(loss)
+    with deepspeed.zero.GatheredParameters(list(student.parameters()), enabled=stage == 3):
+        return {
+            "loss": loss,
+            "gradients": {
+                name: before[name] - p.detach() for name, p in student.named_parameters()
+            },
+        }
+
+
+def main(kind: str, rank: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
+    )
+    student, teacher = models(kind)
+    distiller = Distiller(student, teacher, CONFIG)
+    if kind.startswith("zero"):
+        batch = batches(world)[rank]
+        items = distiller.count_positions(batch)
+        torch.distributed.all_reduce(items)
+        found = zero_step(
+            int(kind.removeprefix("zero")), rank, world, student, distiller, batch, items
+        )
+        if rank == 0:
+            torch.save(found, folder / "found.pt")
+        return
+    if kind.startswith("fsdp"):
+        mesh = init_device_mesh("cpu", (world,))
+        for block in distiller.student.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(student, mesh=mesh)
+        wrapped = student
+    else:
+        wrapped = DistributedDataParallel(student)
+    if kind == "sharded-head":
+        fully_shard(teacher.lm_head, mesh=init_device_mesh("cpu", (world,)))
+    batch = batches(world)[rank]
+    items = distiller.count_positions(batch)
+    torch.distributed.all_reduce(items)
+    for step in range(2):  # twice, since the first step of FSDP2 is special
+        student.zero_grad()
+        if kind == "killed" and step and rank == world - 1:
+            os._exit(9)
+        terms = distiller(batch, num_items_in_batch=items / world, student=wrapped)
+        terms.loss.backward()
+    loss = terms.loss.detach() / world
+    torch.distributed.all_reduce(loss)
+    gradients = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
+    gradients = {
+        n: gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+        for n, gradient in gradients.items()
+    }
+    assert "forward" not in vars(student)
+    if rank == 0:
+        torch.save({"loss": loss, "gradients": gradients}, folder / "found.pt")
+
+
+if __name__ == "__main__":
+    show_stack_when_asked()
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    leave()

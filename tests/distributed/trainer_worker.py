@@ -1,0 +1,105 @@
+"""What each process of test_trainer_processes.py runs: python -m tests.distributed.trainer_worker
+KIND RANK WORLD FOLDER
+"""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from fdd_kernels import Distiller, FDDConfig
+from tests.hf.test_checkpoints import Ruin
+from tests.hf.test_trainer import examples, trainer
+from tests.support.hf_models import tiny_model
+from tests.support.processes import leave, show_stack_when_asked
+
+HELD_OUT = [9, 4, 17, 6, 12]
+# Its first evaluation is the best: afterwards every step makes the student worse.
+BEST_FIRST = {
+    "max_steps": 4,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_trajectory",
+    "greater_is_better": False,
+    "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 2,
+}
+# No gradient for the head, nor for the last block: with and without gradient checkpointing, where
+# Trainer does not look for parameters without one by itself.
+PARTIAL = FDDConfig(
+    student_layers=(1, 2), teacher_layers=(1, 2), output_kd_weight=0.0, train_head=False
+)
+
+
+# accelerate takes streams whose batches have one length only.
+STREAMED = [9] * 5
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(examples(STREAMED, seed=3))
+
+
+def best_first(folder: Path) -> dict:
+    run = trainer(
+        folder / "run",
+        train=examples([9] * 28),
+        held_out=examples(HELD_OUT),
+        callbacks=[Ruin()],
+        **BEST_FIRST,
+    )
+    run.train()
+    metrics = run.evaluate()
+    return {
+        "best": run.state.best_model_checkpoint,
+        "weights": {name: p.detach().clone() for name, p in run.model.named_parameters()},
+        "metrics": {name: value for name, value in metrics.items() if isinstance(value, float)},
+        "stream": run.evaluate(Stream()),
+    }
+
+
+def partial(folder: Path) -> dict:
+    steps = {}
+    for checkpointing in (False, True):
+        run = trainer(
+            folder / f"run-{checkpointing}",
+            train=examples([9] * 16),
+            config=PARTIAL,
+            max_steps=3,
+            per_device_train_batch_size=2,
+            gradient_checkpointing=checkpointing,
+        )
+        run.train()
+        steps[checkpointing] = run.state.global_step
+    student = tiny_model("llama", depth=3, seed=1)
+    distiller = Distiller(student, tiny_model("gpt2", depth=3, seed=2), PARTIAL)
+    try:
+        distiller(
+            {"input_ids": torch.ones(1, 4, dtype=torch.int64)},
+            student=DistributedDataParallel(student),
+        )
+    except ValueError as error:
+        return {"steps": steps, "refused": str(error)}
+    return {"steps": steps}
+
+
+def main(kind: str, rank: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), **address}
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
+    )
+    found = {"best-first": best_first, "partial": partial}[kind](folder)
+    torch.save(found, folder / f"found-{rank}.pt")
+
+
+if __name__ == "__main__":
+    show_stack_when_asked()
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    leave()

@@ -1,0 +1,152 @@
+"""Students in 16 bits: float16 with a gradient scaler, bfloat16, with LoRA, checkpointing and
+accumulation; torch.compile.
+"""
+
+import pytest
+import torch
+
+from fdd_kernels import Distiller, FDDConfig
+from tests.hf.test_trainer import examples, same_parameters, trainer
+from tests.robustness.crash_many import lora_student
+from tests.support.hf_models import one_thread, tiny_batch, tiny_model  # noqa: F401
+
+
+def distiller(student, backend="auto"):
+    return Distiller(
+        student, tiny_model("gpt2", depth=3, seed=2), FDDConfig(num_layers=2, backend=backend)
+    )
+
+
+def gradients(backend, scale=None):
+    """Gradients of one batch, of the float32 weights; in float16 and unscaled again, if there is a
+    scale.
+    """
+    student = tiny_model("llama", depth=3, seed=1).train()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0)
+    states = []
+    student.model.norm.register_forward_hook(lambda _m, _a, output: states.append(output.dtype))
+    with torch.autocast("cpu", torch.float16, enabled=scale is not None):
+        loss = distiller(student, backend)(tiny_batch()).loss
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    return loss.detach(), {n: p.grad for n, p in student.named_parameters()}
+
+
+def test_float16_gradients_do_not_depend_on_the_scale(backend):
+    """Scales are powers of two: what neither overflows nor falls below float16's normal range is
+    exactly the same.
+    """
+    exact_loss, exact = gradients(backend)
+    runs = {scale: gradients(backend, scale) for scale in (2.0**10, 2.0**12)}
+    (loss, found), (other_loss, others) = runs.values()
+    assert torch.equal(loss, other_loss)
+    for name, expected in exact.items():
+        largest = float(expected.abs().max())
+        # Rounding of the activations' gradients to float16's 11 bits, through a few layers.
+        assert float((found[name] - expected).norm()) < 2e-2 * float(expected.norm()) + 1e-12, name
+        # Only products that fall below 2**-14 at the smaller scale may differ, each by one rounding
+        # of 2**-24 / scale.
+        torch.testing.assert_close(
+            found[name],
+            others[name],
+            rtol=2e-3,
+            atol=1e-5 * largest,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+    torch.testing.assert_close(loss.float(), exact_loss, rtol=5e-3, atol=0)
+
+
+def test_a_step_that_overflows_is_skipped_and_the_scale_halved():
+    student = tiny_model("llama", depth=3, seed=1).train()
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    distil = distiller(student)
+    for factor, moved in ((0.5, False), (0.5 * 2.0**-50, True)):
+        before = student.lm_head.weight.detach().clone()
+        with torch.autocast("cpu", torch.float16):
+            loss = distil(tiny_batch()).loss
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update(None if not moved else 2.0**60 * factor)
+        optimizer.zero_grad()
+        assert torch.equal(before, student.lm_head.weight) == (not moved)
+        if not moved:
+            assert scaler.get_scale() == 2.0**59
+            scaler.update(2.0**10)
+
+
+@pytest.mark.parametrize("dtype", [{}, {"bf16": True}], ids=["float32", "bfloat16"])
+def test_lora_accumulation_checkpointing_and_evaluation_together(tmp_path, dtype):
+    rows, held_out = examples([12, 7, 9, 5] * 16), examples([12] * 8, seed=5)
+    run = trainer(
+        tmp_path,
+        train=rows,
+        held_out=held_out,
+        student=lora_student(),
+        config=FDDConfig(num_layers=2),
+        max_steps=12,
+        learning_rate=4e-2,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=2,
+        gradient_checkpointing=True,
+        **dtype,
+    )
+    frozen = {n: p.detach().clone() for n, p in run.model.named_parameters() if not p.requires_grad}
+    before = run.evaluate()["eval_loss"]
+    run.train()
+    assert run.evaluate()["eval_loss"] < 0.95 * before
+    assert all(torch.equal(p, frozen[n]) for n, p in run.model.named_parameters() if n in frozen)
+
+
+class Counter:
+    """A compiler that counts the graphs it is given and runs them as they are."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph, _inputs):
+        self.graphs += 1
+        return graph.forward
+
+
+@pytest.mark.parametrize("where", ["student", "call", "teacher too"])
+def test_a_compiled_student_computes_the_same(where):
+    expected = tiny_model("llama", depth=3, seed=1).train()
+    distiller(expected)(tiny_batch()).loss.backward()
+    torch._dynamo.reset()
+    student, teacher, counter = (
+        tiny_model("llama", depth=3, seed=1).train(),
+        tiny_model("gpt2", depth=3, seed=2),
+        Counter(),
+    )
+    compiled = torch.compile(student, backend=counter)
+    config = FDDConfig(num_layers=2)
+    if where == "call":  # as a Trainer passes it
+        terms = Distiller(student, teacher, config)(tiny_batch(), student=compiled)
+    else:
+        teacher = torch.compile(teacher, backend=counter) if where == "teacher too" else teacher
+        terms = Distiller(compiled, teacher, config)(tiny_batch())
+    assert counter.graphs >= (2 if where == "teacher too" else 1)
+    terms.loss.backward()
+    for (name, p), (_, q) in zip(student.named_parameters(), expected.named_parameters()):
+        torch.testing.assert_close(
+            p.grad, q.grad, rtol=1e-5, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_trainer_compiles(tmp_path):
+    rows = examples([9] * 8)
+    plain = trainer(tmp_path, train=rows, max_steps=2)
+    plain.train()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = trainer(
+        tmp_path, train=rows, max_steps=2, torch_compile=True, torch_compile_backend="aot_eager"
+    )
+    compiled.train()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
+    same_parameters(compiled.model, plain.model, rtol=1e-4, atol=1e-6)
+    compiled.save_model(str(tmp_path / "student"))
+    reloaded = type(plain.model).from_pretrained(tmp_path / "student")
+    same_parameters(reloaded, compiled.model, rtol=0, atol=0)

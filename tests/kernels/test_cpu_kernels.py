@@ -1,0 +1,496 @@
+"""What is particular to the C++ kernels: instruction sets, tiles, threads, processes, odd memory.
+The loss itself is tested with every other backend's in test_backends.py and test_accuracy.py."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fdd_kernels import fused_fdd_loss
+from fdd_kernels.backends.cpu import extension
+from fdd_kernels.backends.cpu import operations as cpu
+from fdd_kernels.lens.divergences import DIVERGENCES
+from fdd_kernels.lens.spec import NLL, LensInputs
+from fdd_kernels.objectives.fdd.options import LossOptions
+from fdd_kernels.objectives.fdd.plan import make_plan
+from fdd_kernels.testing import assert_within_budget, evaluate, random_problem
+
+if extension.kernels is None:
+    pytest.skip(f"no C++ kernels: {extension.why_missing}", allow_module_level=True)
+
+ROOT = Path(__file__).parents[2]
+BF16, F16 = torch.bfloat16, torch.float16
+
+
+def check(problem, **options) -> None:
+    assert_within_budget(
+        problem, evaluate(problem, fused_fdd_loss, None, backend="cpu", **options), None, **options
+    )
+
+
+def gradients(problem, **options) -> list[torch.Tensor]:
+    loss = fused_fdd_loss(**problem.arguments, backend="cpu", **options)
+    return [loss.detach(), *torch.autograd.grad(loss, list(problem.leaves.values()))]
+
+
+@contextlib.contextmanager
+def threads_of(count: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request):
+    """Threads of the kernels; more than this machine may have cores."""
+    with threads_of(request.param):
+        yield request.param
+
+
+def python(code: str, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("name", ["avx512", "avx2", "generic"])
+def test_every_instruction_set_of_this_processor_is_right(name):
+    probe = python(
+        "from fdd_kernels.backends.cpu.extension import kernels; print(kernels.instruction_set())",
+        FDD_KERNELS_ISA=name,
+    )
+    out, err = probe.communicate(timeout=120)
+    if probe.returncode:
+        assert "this processor lacks it" in err
+        pytest.skip(f"this processor lacks {name}")
+    assert out.strip() == name
+    chosen = "every_trajectory or every_option and padded or at_any_temperature"
+    tests = [
+        "tests/numerics/test_backends.py",
+        "tests/numerics/test_accuracy.py",
+        "-k",
+        chosen,
+        "-q",
+        "-p",
+        "no:cacheprovider",
+    ]
+    environment = os.environ | {"FDD_KERNELS_ISA": name, "FDD_TEST_BACKENDS": "cpu"}
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", *tests],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert " passed" in run.stdout
+
+
+def test_an_unknown_instruction_set_is_refused():
+    process = python(
+        "from fdd_kernels.backends.cpu.extension import kernels; kernels.instruction_set()",
+        FDD_KERNELS_ISA="mmx",
+    )
+    _, err = process.communicate(timeout=120)
+    assert process.returncode
+    assert "FDD_KERNELS_ISA=mmx" in err
+
+
+def test_products_of_bfloat16_as_they_are():
+    """What processors with AMX or AVX512_BF16 run; here without such instructions, if it has
+    none.
+    """
+    code = (
+        "import torch; from fdd_kernels import fused_fdd_loss; from "
+        "fdd_kernels.backends.cpu.extension import kernels\n"
+        "from fdd_kernels.testing import evaluate, random_problem\n"
+        "found = evaluate(random_problem((40,), 500, 32, 24, dtype=torch.bfloat16), "
+        "fused_fdd_loss, backend='cpu')\n"
+        "print(kernels.narrow_products(), [float(g.double().sum()) for g in "
+        "found.gradients.values()])"
+    )
+    processes = [python(code, FDD_KERNELS_BF16_PRODUCTS=switch) for switch in "01"]
+    (wide, err_0), (narrow, err_1) = [process.communicate(timeout=120) for process in processes]
+    assert wide.startswith("False"), err_0
+    assert narrow.startswith("True"), err_1
+    assert (
+        narrow.split(" ", 1)[1] != wide.split(" ", 1)[1]
+    )  # gradients are rounded: it is another path
+    chosen = "bfloat16 and (ragged or low_precision or several_sets or every_way)"
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", __file__, "-k", chosen, "-q", "-p", "no:cacheprovider"],
+        cwd=ROOT,
+        timeout=600,
+        env=os.environ | {"FDD_KERNELS_BF16_PRODUCTS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert " passed" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("columns", "dtype"),
+    [(c, d) for c in (1, 15, 16, 127, 129) for d in (torch.float32, BF16)]
+    + [(32001, torch.float32)],
+    ids=str,
+)
+@pytest.mark.parametrize("rows", [1, 77])
+def test_ragged_shapes(rows, columns, dtype):
+    check(
+        random_problem(
+            (rows,), columns, 6 if dtype == BF16 else 5, 3, layers=3, bias="plain", dtype=dtype
+        ),
+        ce_weight=0.0,
+    )
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_low_precision_and_strided_inputs(dtype, contiguous):
+    check(
+        random_problem(
+            (130,), 300, 24, 40, layers=4, dtype=dtype, labels=True, contiguous=contiguous
+        ),
+        ce_weight=0.5,
+    )
+
+
+def test_unaligned_inputs(threads):
+    problem = random_problem((9,), 50, 7, 6)
+
+    def shifted(t: torch.Tensor) -> torch.Tensor:
+        storage = torch.empty(t.numel() + 1, dtype=t.dtype)
+        view = storage[1:].view(t.shape)
+        return view.copy_(t)
+
+    check(problem.map(shifted))
+
+
+def test_every_half_is_read_exactly():
+    # All 63488 finite halves, subnormal ones too, as one feature vector against zeros: the mean of
+    # their squares.
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    halves = bits.view(F16)
+    halves = halves[halves.isfinite() & (halves.abs() < 250)][None]
+    zeros = torch.zeros_like(halves, dtype=torch.float32)
+    weight = torch.zeros(halves.shape[1], 1)
+    loss = fused_fdd_loss(
+        torch.zeros(1, 1),
+        weight,
+        halves,
+        None,
+        trajectory="mse",
+        output_in_dynamics=True,
+        backend="cpu",
+    )
+    expected = (halves.double() - zeros.double()).square().mean()
+    assert abs(loss.double() - expected) <= 8 * torch.finfo(torch.float32).eps * expected
+
+
+def test_the_same_bits_in_every_run(threads):
+    problem = random_problem((300,), 1000, 16, 24, layers=4, dtype=BF16)
+    first = gradients(problem)
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, gradients(problem)))
+
+
+def test_results_do_not_depend_on_who_else_computes(threads):
+    problems = [random_problem((150,), 700, 16, 24, layers=3, seed=seed) for seed in range(4)]
+    alone = [gradients(problem) for problem in problems]
+    together: list = [None] * len(problems)
+
+    def work(index: int) -> None:
+        torch.set_num_threads(threads)
+        for _ in range(3):
+            together[index] = gradients(problems[index])
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(len(problems))]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    for expected, found in zip(alone, together):
+        assert all(torch.equal(a, b) for a, b in zip(expected, found))
+
+
+class _LossInWorker(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.stack(
+            [g.double().norm() for g in gradients(random_problem((40,), 200, 8, 8, seed=index))]
+        )
+
+
+def test_in_forked_data_loader_workers_after_use_in_the_parent():
+    expected = [_LossInWorker()[i] for i in range(4)]
+    loader = torch.utils.data.DataLoader(
+        _LossInWorker(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=120
+    )
+    for mine, theirs in zip(expected, loader):
+        # A worker has one thread, so its tiles and the order of its sums differ.
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=0)
+
+
+def test_can_be_interrupted():
+    # A shell starts its background jobs with SIGINT ignored, and children inherit that.
+    code = """
+import signal, torch
+from fdd_kernels import fused_fdd_loss
+signal.signal(signal.SIGINT, signal.default_int_handler)
+hidden, weight = [torch.randn(4096, 256) for _ in range(5)], torch.randn(60000, 256)
+print("ready", flush=True)
+while True:
+    fused_fdd_loss(hidden, weight, hidden, weight, backend="cpu")
+"""
+    process = python(code)
+    try:
+        assert process.stdout.readline().strip() == "ready"
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert "KeyboardInterrupt" in err
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+@pytest.mark.parametrize("weight_bytes", [0, 2**30])
+def test_rows_in_several_sets(monkeypatch, threads, dtype, weight_bytes):
+    problem = random_problem((90,), 200, 16, 24, layers=3, dtype=dtype, labels=True, bias="plain")
+    whole = gradients(problem)
+    monkeypatch.setattr(cpu, "KEPT_BYTES", 0)
+    monkeypatch.setattr(cpu, "HIDDEN_BYTES", 20 * 4 * 3 * 16)  # 20 rows a set
+    monkeypatch.setattr(cpu, "WEIGHT_BYTES", weight_bytes)
+    check(problem)
+    for a, b in zip(whole, gradients(problem)):
+        torch.testing.assert_close(a, b, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+KEPT = {"kept at once": 2**40, "kept in blocks": 16 * 2 * 3 * 384 * 4, "streamed": 0}
+
+
+THREADS = [
+    ("kept at once", 1),
+    ("kept at once", 3),
+    ("kept in blocks", 2),
+    ("streamed", 1),
+    ("streamed", 2),
+    ("streamed", 3),
+]
+
+
+@pytest.fixture(params=THREADS, ids=lambda p: f"{p[0]}-{p[1]}")
+def way(request, monkeypatch):
+    """The three ways to the gradients, with 1 to 3 threads; a block holds 16 rows of 3 layers and
+    up to 384 columns.
+    """
+    name, threads = request.param
+    monkeypatch.setattr(cpu, "KEPT_BYTES", KEPT[name])
+    monkeypatch.setattr(cpu, "KEPT_PRODUCT_ROWS", 0)
+    with threads_of(threads):
+        yield name
+
+
+WAYS = {
+    "plain": {},
+    "every term": {"ce_weight": 0.5, "temperature": 2.0, "output_in_dynamics": True},
+    "soft caps": {"student_softcap": 5.0, "teacher_softcap": 7.0, "student_logit_scale": 0.5},
+    "second pass": {"trajectory": "jsd", "derivative": "mse"},
+    "sum": {"reduction": "sum", "derivative": "centered_cosine"},
+    "items": {"num_items_in_batch": 17},
+}
+
+
+@pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
+@pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
+def test_every_way_to_the_gradients(way, dtype, options):
+    check(
+        random_problem(
+            (40,), 300, 24, 33, layers=3, dtype=dtype, labels=True, bias="plain", contiguous=False
+        ),
+        **options,
+    )
+
+
+def test_every_way_in_feature_space(way):
+    problem = random_problem((40,), 300, 24, layers=3, feature_space=True)
+    check(problem, trajectory="mse", derivative="mse", output_in_dynamics=True)
+
+
+def test_every_way_with_a_padded_vocabulary(way):
+    check(random_problem((40,), 300, 24, 33, layers=3, bias="padded"), vocab_size=290)
+
+
+LITTLE = [("student_weight",), ("student_hidden[1]",), ("student_bias", "student_hidden[0]")]
+
+
+@pytest.mark.parametrize("trained", LITTLE, ids=str)
+def test_every_way_with_little_to_train(way, trained):
+    problem = random_problem((40,), 300, 24, 33, layers=3, bias="plain")
+    everything = dict(zip(problem.leaves, gradients(problem)[1:]))
+    for name, leaf in problem.leaves.items():
+        leaf.requires_grad_(name in trained)
+    assert set(problem.leaves) == set(trained)
+    for name, found in zip(problem.leaves, gradients(problem)[1:]):
+        # Other tiles may add in another order, of numbers as large as the largest.
+        atol = 1e-6 * float(everything[name].abs().max())
+        torch.testing.assert_close(
+            found, everything[name], rtol=1e-5, atol=atol, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+def test_every_way_under_defaults_that_are_not_ours(way):
+    problem = random_problem((40,), 300, 24, 33, layers=3)
+    expected = gradients(problem)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            found = gradients(problem)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(a, b) for a, b in zip(expected, found))
+
+
+def test_terms_that_are_not_computed_need_no_gradient(way):
+    problem = random_problem((40,), 300, 24, 33, layers=1)
+    terms = fused_fdd_loss(**problem.arguments, backend="cpu", return_terms=True)
+    assert [term.requires_grad for term in terms] == [True, True, False, False, False]
+    leaf = torch.ones((), requires_grad=True)
+    (leaf * 2 + terms.trajectory).backward()
+    assert leaf.grad == 2
+
+
+def test_checkpointing_does_not_recompute_in_forward(way):
+    problem = random_problem((40,), 300, 24, 33, layers=3)
+    calls = []
+
+    def loss():
+        calls.append(1)
+        return fused_fdd_loss(**problem.arguments, backend="cpu")
+
+    value = torch.utils.checkpoint.checkpoint(loss, use_reentrant=False)
+    assert len(calls) == 1
+    value.backward()
+    assert len(calls) == 2
+
+
+def test_gradients_of_single_terms_after_gradients_were_formed_for_the_loss(way):
+    problem = random_problem((40,), 300, 24, 33, layers=3)
+    leaves = list(problem.leaves.values())
+    options = {"output_in_dynamics": True, "backend": "cpu"}
+    terms = fused_fdd_loss(**problem.arguments, **options, return_terms=True)
+    of_loss = torch.autograd.grad(terms.loss, leaves, retain_graph=True)
+    weighted = torch.autograd.grad(
+        terms.trajectory + 2 * terms.derivative, leaves, retain_graph=True
+    )
+    expected = fused_fdd_loss(**problem.arguments, **options, output_kd_weight=0.0, beta=2.0)
+    for found, wanted in zip(weighted, torch.autograd.grad(expected, leaves)):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    for again, before in zip(torch.autograd.grad(2 * terms.loss, leaves), of_loss):
+        torch.testing.assert_close(again, 2 * before, rtol=0, atol=0)
+
+
+def test_values_are_kept_where_that_pays():
+    def rows(dtype=torch.float32, count=512, columns=50257, train_head=True) -> int:
+        states = [torch.empty(count, 8, dtype=dtype) for _ in range(5)]
+        weight = torch.empty(columns, 8, dtype=dtype)
+        plan = make_plan(
+            LossOptions(), states, weight, states, weight, None, None, None, None, None
+        )[0]
+        inputs = LensInputs(states, weight, None, states, weight, None, None, None)
+        return cpu.kept_rows(inputs, plan.spec, [True] * 5 + [train_head, False])
+
+    assert rows() * 10 * 50304 * 4 <= cpu.KEPT_BYTES
+    assert rows() >= 40
+    assert rows(count=3) == 3
+    few = {"models": 2, "head_sum_bytes": 0, "threads": 4}
+    assert cpu.block_rows(5, 100, 4 * cpu.TILE_COLUMNS, 8, **few) > 0
+    assert (
+        cpu.block_rows(5, 100, 3 * cpu.TILE_COLUMNS, 8, **few) == 0
+    )  # a thread would have nothing to do
+    assert rows(torch.float16) == 0  # sums before the loss scale would underflow
+    assert rows(torch.float64) == 0
+    assert rows(columns=2**20) == 0  # too few rows at a time
+    assert 0 < rows(count=100) <= 50  # in equal blocks
+
+
+def test_the_head_gradient_in_half_precision_needs_no_float32_copy(monkeypatch):
+    monkeypatch.setattr(cpu, "WEIGHT_BYTES", 0)
+    problem = random_problem((40,), 300, 24, 33, layers=3, dtype=BF16)
+    check(problem)
+    monkeypatch.setattr(cpu, "KEPT_BYTES", 16 * 2 * 3 * 384 * 4)
+    check(problem)
+
+
+@pytest.mark.parametrize("layers", [1, 5, 49])
+@pytest.mark.parametrize("rows", [1, 1000, 300_000])
+@pytest.mark.parametrize("columns", [1, 50257, 262144])
+@pytest.mark.parametrize("width", [8, 4480, 32768])
+def test_tiles_stay_within_their_budgets(layers, rows, columns, width):
+    for backward in (False, True):
+        tiles = cpu.choose_tiles(layers, rows, columns, width, threads=2, backward=backward)
+        assert tiles.rows >= 1
+        assert tiles.columns <= tiles.panel
+        assert tiles.panel % tiles.columns == 0
+        one_tile = tiles.panel == tiles.columns
+        assert one_tile or 4 * width * tiles.panel <= cpu.PACK_BYTES
+        assert (
+            tiles.panel <= 16
+            or not backward
+            or 4 * layers * rows * tiles.panel <= cpu.GRADIENT_BYTES
+        )
+        assert tiles.rows == 8 or 2 * 4 * layers * tiles.rows * tiles.columns <= cpu.TILE_BYTES
+
+
+def test_every_divergence_of_the_registry_is_compiled(monkeypatch):
+    """One that is missing is said to be, and what to do; a switch that leaves one out does not
+    compile (-Werror=switch).
+    """
+    assert set(extension.kernels.divergences()) == {"", NLL, *DIVERGENCES}
+    monkeypatch.setitem(DIVERGENCES, "new", DIVERGENCES["kl"])
+    with pytest.raises(RuntimeError, match=r"no divergence \['new'\].*install the package again"):
+        fused_fdd_loss(**random_problem().arguments, trajectory="kl", backend="cpu")
+    with pytest.raises(ValueError, match="know no divergence 'new'"):
+        extension.kernels.Problem(
+            ([], torch.empty(2, 2), None, 1.0, 0.0),
+            ([], torch.empty(2, 2), None, 1.0, 0.0),
+            False,
+            2,
+            torch.arange(0),
+            None,
+            [(0, 1.0, "new")],
+            [],
+            1.0,
+            (1, 1, 1),
+        )
+
+
+def test_every_divergence_of_the_registry_is_in_the_triton_kernels():
+    """Each is a branch of both device functions of the pair, which end in a static assertion."""
+    folder = Path(cpu.__file__).parents[1] / "triton"
+    source = next(
+        s for s in (p.read_text() for p in folder.rglob("*.py")) if "def divergence_slope(" in s
+    )
+    for function in ("value", "slope"):
+        body = source.split(f"def divergence_{function}(")[1].split("\n@triton.jit")[0]
+        assert "static_assert" in body
+        for name in DIVERGENCES:
+            assert f'DIVERGENCE == "{name}"' in body, (function, name)

@@ -1,0 +1,45 @@
+"""The Triton kernels in Triton's interpreter, through the public functions, on CPU tensors.
+
+The interpreter is chosen by an environment variable that Triton reads when it is imported, so
+everything here happens in processes of its own: the tests of every backend
+(tests/numerics/test_backends.py) once more for "triton", and the checks of
+tests/kernels/triton_interpreted.py and tests/kernels/triton_strategies.py that only these kernels
+need.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed: there is nothing to interpret")
+
+HERE = Path(__file__).parent
+
+
+def interpreted_tests(*arguments: str) -> None:
+    """Run pytest with the interpreter on, and fail with its report if it fails."""
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "FDD_TEST_BACKENDS": "triton",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("name", ["triton_interpreted", "triton_strategies"])
+def test_kernels_alone(name):
+    interpreted_tests(str(HERE / f"{name}.py"))
+
+
+@pytest.mark.timeout(1800)
+def test_as_a_backend():
+    interpreted_tests(
+        str(HERE / "test_backends.py"), "-k", "triton"
+    )  # the others run where that file does

@@ -1,0 +1,302 @@
+"""What only the Triton kernels need checked; run by tests/kernels/test_triton_interpreter.py with
+TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+from dataclasses import replace
+
+import filelock
+import pytest
+import torch
+import triton
+import triton.language as tl
+from triton.runtime import interpreter
+
+from fdd_kernels import fused_fdd_loss
+from fdd_kernels.backends import BACKENDS
+from fdd_kernels.backends.call_shape import CallShape
+from fdd_kernels.backends.triton import autotune, config, elementwise, memory, strategy
+from fdd_kernels.backends.triton.gather_rows import move_rows
+from fdd_kernels.backends.triton.launch import recorded
+from fdd_kernels.lens.divergences import DIVERGENCES
+from fdd_kernels.testing import assert_within_budget, evaluate, exact, random_problem
+from tests.support.allocations import Allocations, allocated_peak
+
+OPTIONS = {"trajectory": "jsd", "ce_weight": 0.5, "temperature": 2.0}
+
+
+@pytest.fixture
+def shuffled(monkeypatch):
+    """Programs of every launch run in a random order, and memory that nobody wrote holds NaN."""
+    builder = interpreter.interpreter_builder
+    in_order, orders = builder.set_grid_idx, {}
+
+    def set_grid_idx(x, y, z):
+        grid = builder.grid_dim
+        if (x, y, z) == (0, 0, 0) or grid not in orders:
+            places = [
+                (i, j, k) for i in range(grid[0]) for j in range(grid[1]) for k in range(grid[2])
+            ]
+            orders[grid] = random.Random(len(orders)).sample(places, len(places))
+        in_order(*orders[grid][(x * grid[1] + y) * grid[2] + z])
+
+    monkeypatch.setattr(builder, "set_grid_idx", set_grid_idx)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
+    yield orders
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(params=strategy.STRATEGIES[1:])
+def each_strategy(request, monkeypatch):
+    monkeypatch.setenv(strategy.STRATEGY, request.param)
+    return request.param
+
+
+def run(problem, upstream=None, **options):
+    return evaluate(problem, fused_fdd_loss, upstream, backend="triton", **options)
+
+
+def tensors(outcome):
+    return [*outcome.terms, *outcome.gradients.values()]
+
+
+def test_order_of_programs_does_not_matter(each_strategy, shuffled, monkeypatch):
+    problem = random_problem(dtype=torch.float32, columns=70, labels=True)
+    found = run(problem, **OPTIONS)
+    assert any(len(order) > 1 for order in shuffled.values())
+    monkeypatch.undo()
+    monkeypatch.setenv(strategy.STRATEGY, each_strategy)
+    expected = run(problem, **OPTIONS)
+    for a, b in zip(tensors(found), tensors(expected), strict=True):
+        assert torch.equal(a, b)
+    assert_within_budget(problem, found, None, **OPTIONS)
+
+
+def test_several_blocks_of_rows_and_chunks_of_columns(monkeypatch):
+    """The budgets shrunk until every loop on the host turns more than once, and each dtype of a
+    head is summed.
+    """
+    monkeypatch.setenv(strategy.STRATEGY, "one_pass")
+    monkeypatch.setattr(memory, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(memory, "GRAD_BYTES", 1)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        problem = random_problem((2, 20), 70, dtype=dtype)
+        assert_within_budget(problem, run(problem), None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_nothing_of_the_heads_size_is_allocated_but_its_gradient(monkeypatch, dtype):
+    """Budgets of 64 columns; wide heads beside few rows, so that a head is by far the largest
+    tensor.
+    """
+    columns, width, backend = 300, 64, BACKENDS["triton"]
+    monkeypatch.setenv(strategy.STRATEGY, "one_pass")
+    monkeypatch.setattr(memory, "GRAD_BYTES", 1)
+    monkeypatch.setattr(memory, "HEAD_BYTES", 64 * width * 4)
+    problem = random_problem((17,), columns, width, width, layers=1, dtype=dtype)
+    for block_bytes, trained, expected in (
+        (memory.BLOCK_BYTES, True, 1),
+        (1, True, 1 + (dtype != torch.float32)),
+        (memory.BLOCK_BYTES, False, 0),
+    ):
+        monkeypatch.setattr(memory, "BLOCK_BYTES", block_bytes)
+        seen = Allocations()
+        watched = replace(
+            backend, stats=seen.watching(backend.stats), grad=seen.watching(backend.grad)
+        )
+        monkeypatch.setitem(BACKENDS, "triton", watched)
+        run(problem if trained else problem.frozen("student_weight"))
+        large = [size for size in seen.sizes if size > columns * width // 2]
+        assert len(large) == expected, large
+
+
+def test_memory_is_what_a_call_allocates(monkeypatch, each_strategy):
+    """By the interpreter's tiles, and budgets under which no part is small beside the others."""
+    monkeypatch.setattr(memory, "PLANNED_ARCHITECTURE", config.INTERPRETER)
+    monkeypatch.setattr(
+        memory, "PLANNED_MULTIPROCESSORS", config.multiprocessors(torch.device("cpu"), True)
+    )
+    monkeypatch.setattr(memory, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(memory, "GRAD_BYTES", 2**13)
+    backend, peaks = BACKENDS["triton"], []
+
+    def measured(operation):
+        def run(*arguments):
+            found = []
+            peaks.append(allocated_peak(lambda: found.append(operation(*arguments))))
+            return found[0]
+
+        return run
+
+    watched = replace(
+        backend, grad=measured(backend.grad), stats_and_grad=measured(backend.stats_and_grad)
+    )
+    monkeypatch.setitem(BACKENDS, "triton", watched)
+    rows, columns, widths = 32, 160, (96, 80)
+    problem = random_problem((rows,), columns, *widths, layers=2, dtype=torch.float32)
+    outcome = run(problem, output_in_dynamics=True)
+    gradients = sum(gradient.nbytes for gradient in outcome.gradients.values())
+    predicted = (
+        sum(memory.memory(CallShape(2, rows, columns, *widths, itemsize=4)).values()) + gradients
+    )
+    assert peaks == [pytest.approx(predicted, rel=0.15)]
+
+
+def test_float16_gradients_below_its_smallest_number(each_strategy):
+    """Elements of dL/dx near 1e-7, where float16 has no digits left, still add up to gradients that
+    it can hold.
+    """
+    problem = random_problem(dtype=torch.float16)
+    found, expected = (
+        run(problem, upstream=3e-6, reduction="sum"),
+        exact(problem, 3e-6, reduction="sum"),
+    )
+    for name, gradient in found.gradients.items():
+        error = (gradient - expected.gradients[name]).abs().max()
+        assert error < 2.0**-24 + 2e-3 * expected.gradients[name].abs().max()
+
+
+@triton.jit
+def elementwise_kernel(log_q, log_p, value, slope, DIVERGENCE: tl.constexpr, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    q, p = tl.load(log_q + i), tl.load(log_p + i)
+    tl.store(value + i, elementwise.divergence_value(q, p, DIVERGENCE))
+    tl.store(slope + i, elementwise.divergence_slope(q, p, DIVERGENCE))
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_elementwise_pairs_are_the_registry(name):
+    log_p = -torch.rand(256, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 12
+    x = torch.cat(
+        [
+            torch.logspace(-6, 1, 64, dtype=torch.float64),
+            -torch.logspace(-6, 1, 64, dtype=torch.float64),
+        ]
+    ).repeat(2)
+    log_p, log_q = log_p.float(), (log_p + x).float()
+    log_p[:3] = log_q[:3] = -torch.inf
+    value, slope = torch.empty(256), torch.empty(256)
+    elementwise_kernel[(1,)](log_q, log_p, value, slope, DIVERGENCE=name, SIZE=256)
+    exact = DIVERGENCES[name]
+    for found, formula in ((value, exact.value), (slope, exact.slope)):
+        expected = formula(log_q.double(), log_p.double())
+        scale = expected.abs() + (log_q - log_p).abs().nan_to_num(0.0, 0.0) * (
+            log_q.exp() + log_p.exp()
+        )
+        assert ((found - expected).abs() <= 2e-6 * scale + 1e-30).all()
+
+
+@triton.jit
+def tanh_kernel(x, out, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    tl.store(out + i, elementwise.tanh(tl.load(x + i)))
+
+
+def test_tanh_is_accurate_near_zero_and_far_away():
+    x = torch.cat([torch.logspace(-9, 2.5, 128), -torch.logspace(-9, 2.5, 128)])
+    out = torch.empty(256)
+    tanh_kernel[(1,)](x, out, SIZE=256)
+    torch.testing.assert_close(out.double(), x.double().tanh(), rtol=1e-6, atol=0)
+
+
+def test_every_architecture_has_a_configuration():
+    for architecture in config.ARCHITECTURES:
+        for dtype in (torch.bfloat16, torch.float32):
+            for rows in (1, 64, 100_000):
+                for widths in ((64, 100), (64, 0)):
+                    assert (
+                        config.choose((rows, 1000, *widths), dtype, architecture).block_rows >= 16
+                    )
+
+
+def test_precision_of_float32_is_one_that_the_architecture_has(monkeypatch):
+    monkeypatch.setenv(config.F32_PRECISION, "tf32x3")
+    assert config.f32_precision("sm_90") == "tf32x3"
+    with pytest.raises(ValueError, match="not one of ieee, tf32, which gfx942 has"):
+        config.f32_precision("gfx942")
+
+
+def test_autotuning_is_kept_on_disk(monkeypatch, tmp_path):
+    monkeypatch.setenv(autotune.SWITCH, "1")
+    monkeypatch.setenv("FDD_KERNELS_CACHE", str(tmp_path))
+    timed = []
+
+    def timer(run, candidate):
+        timed.append(candidate)
+        return -candidate.block_columns
+
+    arguments = ("stats", (300, 1000, 64, 64), torch.bfloat16, "sm_90", None)
+    best = autotune.tuned(*arguments, timer=timer)
+    assert best.block_columns == max(c.block_columns for c in timed)
+    timed.clear()
+    assert autotune.tuned(*arguments, timer=timer) == best
+    assert not timed
+    for work in ("5:0,kl|", "5:0,jsd|", "2:0,kl|0,1"):  # another work, another search
+        autotune.tuned(*arguments, timer=timer, work=work)
+        assert timed
+        timed.clear()
+    assert len(json.loads(autotune.cache_file().read_text())) == 4
+    monkeypatch.delenv(autotune.SWITCH)
+    assert autotune.tuned(*arguments, timer=timer) == config.choose(
+        (300, 1000, 64, 64), torch.bfloat16, "sm_90"
+    )
+
+
+def test_what_another_process_adds_meanwhile_is_kept(monkeypatch, tmp_path):
+    monkeypatch.setenv("FDD_KERNELS_CACHE", str(tmp_path))
+    configuration = config.choose((300, 1000, 64, 64), torch.bfloat16, "sm_90")
+    with filelock.FileLock(
+        autotune.cache_file().with_suffix(".lock")
+    ):  # as a process that is adding "theirs" holds it
+        ours = threading.Thread(target=autotune._write, args=("ours", configuration))
+        ours.start()
+        ours.join(0.5)
+        autotune.cache_file().write_text(json.dumps({"theirs": vars(configuration)}))
+    ours.join()
+    assert set(json.loads(autotune.cache_file().read_text())) == {"ours", "theirs"}
+
+
+def test_the_device_decides_by_the_median_of_runs_with_an_empty_cache(monkeypatch):
+    monkeypatch.setattr(
+        triton.testing,
+        "do_bench",
+        lambda run, return_mode: run() or 3.0 if return_mode == "median" else None,
+    )
+    ran = []
+    assert autotune.seconds(ran.append, "a configuration") == pytest.approx(0.003)
+    assert ran == ["a configuration"]
+
+    def too_large(_config):
+        raise triton.runtime.errors.OutOfResources(2, 1, "shared memory")
+
+    assert autotune.seconds(too_large, "another") == float("inf")
+
+
+def test_rows_of_many_layers_are_moved_by_few_launches():
+    """Ten layers, one of them strided: gathered and put back, but for the one that wants no
+    gradient.
+    """
+    states = [torch.randn(7, 5, generator=torch.Generator().manual_seed(i)) for i in range(10)]
+    states[4] = torch.stack([states[4], states[4]], -1)[..., 0]
+    order = torch.tensor([6, 2, 0, 5, 1, 3, 4], dtype=torch.int32)
+    count = torch.tensor([4], dtype=torch.int32)
+    block = torch.full((10, 5, 5), torch.nan)
+    with recorded() as launches:
+        move_rows(states, block, order, count, 1, into_block=True)
+    assert [one.grid[2] for one in launches] == [4, 1, 5]
+    move_rows(states, block, order, count, 1, into_block=True)
+    for state, moved in zip(states, block):
+        assert torch.equal(moved[:3], state[order[1:4].long()])
+        assert not moved[3:].any()
+    found = [None if i == 7 else torch.zeros(7, 5) for i in range(10)]
+    move_rows(found, block, order, count, 1, into_block=False, scale=torch.tensor([0.5]))
+    for i, gradient in enumerate(found):
+        if gradient is not None:
+            expected = torch.zeros(7, 5)
+            expected[order[1:4].long()] = 2 * block[i, :3]
+            assert torch.equal(gradient, expected)

@@ -1,0 +1,215 @@
+"""Every backend of the registry that runs here against the float64 reference: every term and
+gradient, every option.
+
+Problems are tiny, so that an interpreted kernel can take part; tests/numerics/test_accuracy.py has
+the larger ones.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fdd_kernels import fused_fdd_loss
+from fdd_kernels.backends import torch_stream
+from fdd_kernels.lens.divergences import DERIVATIVES, TRAJECTORIES
+from fdd_kernels.testing import Problem, assert_within_budget, evaluate, random_problem
+
+F32, F64 = torch.float32, torch.float64
+
+
+def check(problem: Problem, backend: str, upstream=None, **options) -> None:
+    """The backend is within its error budget, row by row."""
+    if options.get("reduction") == "none" and upstream is None:
+        upstream = torch.linspace(-1, 2, math.prod(problem.leading_shape)).reshape(
+            problem.leading_shape
+        )
+        upstream = upstream.to(problem.student_weight.device)
+    outcome = evaluate(problem, fused_fdd_loss, upstream, backend=backend, **options)
+    assert_within_budget(problem, outcome, upstream, **options)
+
+
+@pytest.mark.parametrize("derivative", [*DERIVATIVES, None])
+@pytest.mark.parametrize("trajectory", TRAJECTORIES)
+def test_every_trajectory_and_derivative(backend, device, precision, trajectory, derivative):
+    problem = random_problem(dtype=precision, device=device, layers=4)
+    check(problem, backend, trajectory=trajectory, derivative=derivative, reduction="none")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"alpha": 0.3, "beta": 0.7, "output_kd_weight": 1.9, "ce_weight": 0.4},
+        {"alpha": 0.0},
+        {"beta": 0.0},
+        {"output_kd_weight": 0.0},
+        {"alpha": 0.0, "beta": 0.0, "output_kd_weight": 0.0, "ce_weight": 1.0},
+        {"temperature": 2.5},
+        {"temperature": 2.0, "derivative": "centered_cosine"},
+        {"temperature": 2.0, "trajectory": "mse", "derivative": "mse"},
+        {"temperature": 2.0, "trajectory": "cosine"},
+        {"temperature": 2.0, "output_temperature": 2.0, "output_in_dynamics": True},
+        {"output_temperature": 0.6},
+        {"output_temperature": 3.0, "scale_by_t2": True},
+        {"student_softcap": 3.0},
+        {"teacher_softcap": 2.0, "temperature": 0.5},
+        {"student_softcap": 3.0, "teacher_softcap": 2.0, "trajectory": "jsd"},
+        {"student_logit_scale": 0.25, "teacher_logit_scale": 4.0},
+        {"student_logit_scale": 0.5, "student_softcap": 1.5, "ce_weight": 1.0},
+        {"output_in_dynamics": True, "trajectory": "reverse_kl"},
+        {"vocab_size": 20},
+        {"shift": True, "ce_weight": 1.0},
+        {"ignore_index": 7, "ce_weight": 1.0},
+        {"reduction": "sum"},
+        {"reduction": "none"},
+        {"num_items_in_batch": 3.5},
+    ],
+    ids=lambda options: ",".join(options) or "defaults",
+)
+@pytest.mark.parametrize("bias", [None, "padded"])
+def test_every_option(backend, device, precision, options, bias):
+    problem = random_problem(dtype=precision, device=device, bias=bias, labels=True, mask=True)
+    if "ignore_index" in options:
+        problem = replace(
+            problem, labels=problem.labels.where(problem.labels >= 0, options["ignore_index"])
+        )
+    check(problem, backend, **options)
+
+
+@pytest.mark.parametrize(
+    "names", [("student_bias",), ("teacher_bias",)], ids=lambda n: f"without_{n[0]}"
+)
+def test_one_bias_alone(backend, device, precision, names):
+    problem = random_problem(dtype=precision, device=device, bias="plain")
+    check(replace(problem, **dict.fromkeys(names)), backend)
+
+
+@pytest.mark.parametrize("output_in_dynamics", [False, True])
+@pytest.mark.parametrize("derivative", [*DERIVATIVES, None])
+@pytest.mark.parametrize("trajectory", ["mse", "cosine"])
+def test_feature_space(backend, device, precision, trajectory, derivative, output_in_dynamics):
+    problem = random_problem(
+        dtype=precision, device=device, columns=12, layers=4, feature_space=True, mask=True
+    )
+    check(
+        problem,
+        backend,
+        trajectory=trajectory,
+        derivative=derivative,
+        output_in_dynamics=output_in_dynamics,
+    )
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 6])
+@pytest.mark.parametrize("output_in_dynamics", [False, True])
+def test_numbers_of_layers(backend, device, precision, layers, output_in_dynamics):
+    check(
+        random_problem(dtype=precision, device=device, layers=layers),
+        backend,
+        output_in_dynamics=output_in_dynamics,
+    )
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (7,), (2, 2, 3)], ids=str)
+def test_leading_shapes(backend, device, precision, leading):
+    check(random_problem(leading, dtype=precision, device=device), backend, reduction="none")
+
+
+@pytest.mark.parametrize("widths", [(1, 1), (3, 70), (70, 3), (33, 33)], ids=str)
+def test_widths(backend, device, precision, widths):
+    check(random_problem((3,), 19, *widths, dtype=precision, device=device), backend)
+
+
+@pytest.mark.parametrize(
+    ("trained", "frozen"),
+    [
+        ("hidden", ("student_weight", "student_bias")),
+        ("weight", ("student_hidden", "student_bias")),
+        ("bias", ("student_hidden", "student_weight")),
+        ("hidden_and_bias", ("student_weight",)),
+    ],
+)
+def test_only_the_gradients_that_are_needed(backend, device, precision, trained, frozen):
+    problem = random_problem(dtype=precision, device=device, bias="plain").frozen(*frozen)
+    assert problem.leaves
+    check(problem, backend)
+
+
+def test_one_layer_of_the_student_requires_grad(backend, device):
+    problem = random_problem(device=device, layers=4)
+    first, *others = problem.student_hidden
+    others[0] = others[0].detach()
+    check(replace(problem, student_hidden=(first, *others)), backend)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_any_upstream_gradient(backend, device, seed):
+    problem = random_problem(device=device, labels=True, bias="plain")
+    upstream = torch.randn(problem.leading_shape, generator=torch.Generator().manual_seed(seed)).to(
+        device
+    )
+    upstream[0, seed] = 0.0
+    check(problem, backend, upstream, reduction="none", ce_weight=0.5, output_in_dynamics=True)
+
+
+def test_float64_inputs_are_computed_in_float64(device):
+    problem = random_problem(dtype=F64, device=device)
+    outcome = evaluate(problem, backend="auto")
+    assert outcome.terms.loss.dtype == F64
+    assert_within_budget(problem, outcome)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"derivative": "cosine", "ce_weight": 0.5},
+        {"trajectory": "jsd", "derivative": "centered_cosine", "temperature": 2.0},
+        {"trajectory": "reverse_kl", "derivative": "mse", "student_softcap": 2.0},
+        {"trajectory": "skew_kl", "derivative": None, "student_logit_scale": 0.5},
+        {"trajectory": "mse", "output_in_dynamics": True},
+        {"trajectory": "cosine", "output_temperature": 3.0},
+    ],
+    ids=lambda o: f"{o.get('trajectory', 'kl')}-{o.get('derivative', 'cosine')}",
+)
+def test_gradcheck(device, options):
+    problem = random_problem(
+        (3,), 7, 3, 4, layers=4, dtype=F64, device=device, bias="plain", labels=True
+    )
+    count = len(problem.student_hidden)
+
+    def loss(*leaves):
+        hidden, (weight, bias) = leaves[:count], leaves[count:]
+        call = replace(problem, student_hidden=hidden, student_weight=weight, student_bias=bias)
+        return fused_fdd_loss(**call.arguments, **options, backend="torch")
+
+    assert torch.autograd.gradcheck(loss, list(problem.leaves.values()))
+
+
+def test_gradcheck_feature_space(device):
+    problem = random_problem((3,), 5, 3, layers=4, dtype=F64, device=device, feature_space=True)
+
+    def loss(*leaves):
+        call = replace(problem, student_hidden=leaves[:-1], student_weight=leaves[-1])
+        return fused_fdd_loss(
+            **call.arguments, trajectory="mse", derivative="cosine", backend="torch"
+        )
+
+    assert torch.autograd.gradcheck(loss, list(problem.leaves.values()))
+
+
+@pytest.mark.parametrize("resident", [2, 4, 1000])
+@pytest.mark.parametrize("accumulator_bytes", [0, 2**20])
+@pytest.mark.parametrize("low", [F32, torch.bfloat16], ids=str)
+def test_torch_tiles_of_every_kind(device, monkeypatch, resident, accumulator_bytes, low):
+    """Tiles that divide neither rows nor columns, several sets of resident rows, both ways to sum a
+    head's gradient.
+    """
+    monkeypatch.setattr(torch_stream, "choose_tiles", lambda *_: torch_stream.Tiles(2, 5, resident))
+    monkeypatch.setattr(torch_stream, "ACCUMULATOR_BYTES", accumulator_bytes)
+    problem = random_problem((11,), dtype=low, device=device, labels=True, bias="padded", layers=4)
+    check(problem, "torch", ce_weight=0.5, trajectory="jsd", reduction="none")
+    check(problem, "torch", ce_weight=0.5, vocab_size=33, derivative="mse", reduction="none")

@@ -1,0 +1,160 @@
+"""Statistics of all columns from those of parts of them, and gradients from these: against float64,
+part by part.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fdd_kernels.engine.shards import merge_statistics
+from fdd_kernels.lens.divergences import DERIVATIVES, DIVERGENCES, TRAJECTORIES
+from fdd_kernels.lens.spec import COUNT, LSE_S, LSE_T, MEAN_S, OWN, VALUE, LensSpec, Read
+from fdd_kernels.testing import (
+    Problem,
+    assert_same_sums,
+    assert_within_budget,
+    evaluate,
+    random_problem,
+)
+from tests.numerics.test_properties import calls
+from tests.support.columns_in_parts import in_parts
+
+RAGGED = (0, 1, 17, 18, 37)
+
+
+def check(problem: Problem, bounds=RAGGED, **options) -> None:
+    outcome, _ = in_parts(problem, bounds, **options)
+    assert_within_budget(problem, outcome, **options)
+
+
+@pytest.mark.parametrize("derivative", [*DERIVATIVES, None])
+@pytest.mark.parametrize("trajectory", TRAJECTORIES)
+def test_float64_sums_agree(trajectory, derivative):
+    """The same sums in another order: no digit is lost by taking them in parts."""
+    problem = random_problem(dtype=torch.float64, labels=True, mask=True, bias="padded", layers=4)
+    options = {
+        "trajectory": trajectory,
+        "derivative": derivative,
+        "ce_weight": 0.5,
+        "temperature": 2.0,
+        "backend": "torch",
+    }
+    whole = evaluate(problem, **options)
+    outcome, _ = in_parts(problem, RAGGED, **options)
+    terms = problem.student_weight.numel() * 10
+    for name, a, b in zip(whole.terms._fields, outcome.terms, whole.terms):
+        assert_same_sums(a, b, terms, name)
+    for name, gradient in whole.gradients.items():
+        assert_same_sums(outcome.gradients[name], gradient, terms, name)
+
+
+@pytest.mark.parametrize("trajectory", TRAJECTORIES)
+def test_float32_is_within_the_budget_of_one_process(backend, trajectory):
+    problem = random_problem(labels=True, bias="padded", layers=4)
+    check(problem, backend=backend, trajectory=trajectory, ce_weight=0.5)
+
+
+@pytest.mark.parametrize("trajectory", ["kl", "reverse_kl", "jsd"])
+def test_models_that_nearly_agree(backend, trajectory):
+    check(random_problem(near=1e-3), backend=backend, trajectory=trajectory)
+
+
+@pytest.mark.parametrize(
+    "offsets", [(0.0, 1e4, -1e4, 30.0), (-1e4, -1e4, 0.0, -1e4), (50.0, 0.0, 0.0, 0.0)]
+)
+def test_parts_far_apart(backend, offsets):
+    """Pivots that differ by 1e4: by then most parts have no probability left, and the deltas still
+    count all of them.
+    """
+    problem = random_problem(bias="plain", labels=True)
+    far = torch.cat([torch.full((b - a,), o) for a, b, o in zip(RAGGED, RAGGED[1:], offsets)])
+    problem = replace(
+        problem,
+        student_bias=(problem.student_bias.detach() + far).requires_grad_(),
+        teacher_bias=problem.teacher_bias + far,
+    )
+    check(problem, backend=backend, ce_weight=0.5)
+    check(problem, backend=backend, trajectory="reverse_kl", derivative="mse")
+
+
+@pytest.mark.parametrize("trajectory", list(DIVERGENCES))
+def test_a_part_without_a_finite_column(backend, trajectory):
+    problem = random_problem(bias="plain", labels=True, seed=3)
+    dead = slice(17, 37)
+    biases = [
+        b.detach().index_fill(0, torch.arange(37)[dead], -torch.inf)
+        for b in (problem.student_bias, problem.teacher_bias)
+    ]
+    alive = problem.labels.where(problem.labels < 17, 5)
+    problem = replace(
+        problem, student_bias=biases[0].requires_grad_(), teacher_bias=biases[1], labels=alive
+    )
+    check(problem, backend=backend, trajectory=trajectory, ce_weight=0.5)
+
+
+def test_a_part_that_is_possible_for_the_teacher_alone():
+    """KL is infinite, as for one process; the other way round it is not."""
+    problem = random_problem(bias="plain", dtype=torch.float64, layers=1)
+    problem = replace(
+        problem,
+        student_bias=problem.student_bias.detach().index_fill(0, torch.arange(17, 37), -torch.inf),
+    )
+    outcome, _ = in_parts(problem, RAGGED, backend="torch")
+    assert outcome.terms.output_kd == torch.inf
+    options = {
+        "trajectory": "reverse_kl",
+        "output_kd_weight": 0.0,
+        "output_in_dynamics": True,
+        "backend": "torch",
+    }
+    whole, (parts, _) = evaluate(problem, **options), in_parts(problem, RAGGED, **options)
+    assert_same_sums(parts.terms.loss, whole.terms.loss, 400)
+    for name, gradient in whole.gradients.items():
+        assert_same_sums(parts.gradients[name], gradient, 400, name)
+
+
+def test_a_part_without_a_finite_column_does_not_move_the_pivot():
+    """Its pivot is 0 because there is none: taken for real, it would cost numbers around -1e4 their
+    digits.
+    """
+    spec = LensSpec(8, (Read(0, 1.0, "kl"),), ((OWN, 0),), 1.0, 1.0, None, 1.0, None)
+    pivots = torch.tensor([[-1e4, -2e4], [0.0, 0.0]]).view(2, 2, 1, 1)
+    reads, moments = torch.zeros(2, 1, 3, 1), torch.zeros(2, 1, 7, 1)
+    reads[0, 0, :, 0] = torch.tensor([0.5, 0.25, 0.125])
+    reads[1, 0, :, 0] = torch.tensor([-torch.inf, -torch.inf, torch.nan])
+    moments[0, 0, [COUNT, MEAN_S], 0] = torch.tensor([4.0, -0.75])
+    common, read, moment = merge_statistics(spec, pivots, reads, moments)
+    assert common.flatten().tolist() == [-1e4, -2e4]
+    assert read[0, [LSE_S, LSE_T, VALUE], 0].tolist() == [0.5, 0.25, 0.125]
+    assert moment[0, [COUNT, MEAN_S], 0].tolist() == [4.0, -0.75]
+
+
+@st.composite
+def calls_in_parts(draw):
+    problem, options, upstream = draw(calls())
+    problem = problem.to(
+        torch.float32
+    )  # in 16 bits each share is rounded: see test_vocab_parallel.py
+    if options["reduction"] == "none":
+        options, upstream = options | {"reduction": "mean"}, torch.tensor(1.5)
+    columns = min(options.get("vocab_size", math.inf), len(problem.student_weight))
+    if columns == 1 and options["trajectory"] in ("jsd", "skew_kl"):
+        # Of one column every divergence is exactly 0, and its budget too; their second pass has
+        # products of its own.
+        options["trajectory"] = "kl"
+    cuts = draw(st.sets(st.integers(1, columns - 1), max_size=4)) if columns > 1 else ()
+    return problem, options, upstream, (0, *sorted(cuts), columns)
+
+
+@settings(max_examples=25)
+@given(call=calls_in_parts())
+def test_any_call(backend, call):
+    problem, options, upstream, bounds = call
+    outcome, _ = in_parts(problem, bounds, float(upstream), backend=backend, **options)
+    assert_within_budget(problem, outcome, upstream, **options)

@@ -1,0 +1,232 @@
+"""The loss from a teacher's sufficient statistics against the loss from the teacher itself."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fdd_kernels import fused_fdd_loss
+from fdd_kernels.backends import torch_stream
+from fdd_kernels.objectives.fdd.options import FDDLossTerms, LossOptions
+from fdd_kernels.objectives.fdd.summary import StatisticsLoss, StatisticsMaker, statistics_widths
+from fdd_kernels.testing import Outcome, assert_same_sums, assert_within_budget, random_problem
+
+OPTIONS = [
+    {},
+    {"ce_weight": 0.5, "labels": True},
+    {"temperature": 2.0, "output_temperature": 3.0, "scale_by_t2": True, "alpha": 0.5, "beta": 2.0},
+    {"derivative": "centered_cosine"},
+    {"derivative": "mse", "output_in_dynamics": True},
+    {"derivative": None},
+    {"alpha": 0.0},
+    {"beta": 0.0, "output_kd_weight": 0.0},
+    {"student_logit_scale": 0.5, "teacher_logit_scale": 2.0, "teacher_softcap": 3.0},
+    {"bias": "plain"},
+    {"bias": "padded", "ce_weight": 1.0, "labels": True},
+    {"vocab_size": 29},
+]
+
+
+def _split(options: dict) -> tuple[dict, dict]:
+    """What is for `random_problem`, and what is for the loss."""
+    mine = ("bias", "labels")
+    return {k: v for k, v in options.items() if k in mine}, {
+        k: v for k, v in options.items() if k not in mine
+    }
+
+
+def _rows(problem):
+    """The problem with only the rows that count, as (R, D)."""
+    keep = (
+        torch.ones(problem.leading_shape, dtype=torch.bool)
+        if problem.labels is None
+        else problem.labels != -100
+    )
+    pick = lambda hidden: tuple(h.detach()[keep].requires_grad_(h.requires_grad) for h in hidden)  # noqa: E731
+    labels = None if problem.labels is None else problem.labels[keep]
+    return replace(
+        problem,
+        student_hidden=pick(problem.student_hidden),
+        teacher_hidden=pick(problem.teacher_hidden),
+        labels=labels,
+    ).frozen("student_weight", "student_bias")
+
+
+def _problem(options: dict, **changes):
+    made, _ = _split(options)
+    return _rows(random_problem((3, 5), **({"layers": 4, "columns": 37} | made | changes)))
+
+
+def _from_statistics(problem, **options) -> Outcome:
+    options = LossOptions(**options)
+    hidden = [h.detach().requires_grad_() for h in problem.student_hidden]
+    make = StatisticsMaker(options, problem.student_weight, problem.student_bias)
+    statistics = make(problem.teacher_hidden, problem.teacher_weight, problem.teacher_bias)
+    loss = StatisticsLoss(options, len(hidden), problem.student_weight, problem.student_bias)
+    terms = loss(hidden, statistics, problem.labels)
+    gradients = torch.autograd.grad(terms.loss, hidden, materialize_grads=True)
+    names = [f"student_hidden[{i}]" for i in range(len(hidden))]
+    return Outcome(FDDLossTerms(*(t.detach() for t in terms)), dict(zip(names, gradients)))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_in_float64_it_is_the_same_loss(options):
+    problem, (_, loss) = _problem(options, dtype=torch.float64), _split(options)
+    got = _from_statistics(problem, **loss)
+    hidden = [h.detach().requires_grad_() for h in problem.student_hidden]
+    arguments = problem.arguments | {"student_hidden": hidden}
+    expected = fused_fdd_loss(**arguments, **loss, backend="reference", return_terms=True)
+    gradients = torch.autograd.grad(expected.loss, hidden, materialize_grads=True)
+    for name, mine, theirs in zip(FDDLossTerms._fields, got.terms, expected):
+        assert_same_sums(mine, theirs.detach(), 10 * 37, name)
+    for mine, theirs in zip(got.gradients.values(), gradients):
+        assert_same_sums(mine, theirs, 10 * 37, "gradient")
+
+
+@pytest.mark.parametrize("way", ["torch", "cpu", "reference"])
+@pytest.mark.parametrize("columns", [1, 37, 513])
+@pytest.mark.parametrize(
+    "options", [{}, {"bias": "plain", "ce_weight": 1.0, "labels": True}], ids=str
+)
+def test_errors_are_those_of_float32(way, columns, options):
+    problem, (_, loss) = _problem(options, columns=columns), _split(options)
+    assert_within_budget(problem, _from_statistics(problem, **loss, backend=way), **loss)
+
+
+def test_many_columns_are_read_in_tiles(monkeypatch):
+    problem = _problem({}, columns=701)
+    monkeypatch.setattr("fdd_kernels.backends.torch_stream.TILE_BYTES", {"cpu": 2**15})
+    monkeypatch.setattr("fdd_kernels.backends.torch_stream.OPERAND_BYTES", 2**12)
+    monkeypatch.setattr("fdd_kernels.objectives.fdd.summary._HEAD_BYTES", 2**12)
+    assert torch_stream.choose_tiles(4, 1, 701, 8, 8, 4, "cpu").columns < 701, (
+        "this test sees one tile"
+    )
+    assert_within_budget(problem, _from_statistics(problem))
+
+
+def test_half_precision_states_are_compared_in_float32():
+    problem = _problem({}, dtype=torch.bfloat16)
+    assert_within_budget(problem, _from_statistics(problem))
+
+
+def test_a_common_shift_of_the_teachers_logits_changes_nothing():
+    problem = _problem({"bias": "plain"})
+    shifted = replace(
+        problem, teacher_bias=problem.teacher_bias + 4096.0
+    )  # exact for most, and the rest is in the truth
+    assert_within_budget(shifted, _from_statistics(shifted))
+
+
+def test_widths_are_those_of_the_arrays():
+    options, problem = LossOptions(output_temperature=2.0), _problem({})
+    make = StatisticsMaker(options, problem.student_weight)
+    found = make(problem.teacher_hidden, problem.teacher_weight)
+    assert {name: array.shape[1] for name, array in found.items()} == statistics_widths(
+        options, 4, 8
+    )
+    assert len(found) == 4 + 2 + 1  # 3 sampled layers and the output, 2 pairs, scalars
+    empty = make([h[:0] for h in problem.teacher_hidden], problem.teacher_weight)
+    assert {name: array.shape for name, array in empty.items()} == {
+        n: (0, w.shape[1]) for n, w in found.items()
+    }
+
+
+def test_a_maker_serves_one_teacher_after_another():
+    """What is kept of the student's head depends on the columns that the teacher's bias leaves
+    out.
+    """
+    plain, padded = _problem({}), _problem({"bias": "padded"})
+    make = StatisticsMaker(LossOptions(), plain.student_weight)
+    for problem in (plain, padded, plain):
+        teacher = (problem.teacher_hidden, problem.teacher_weight, problem.teacher_bias)
+        found, expected = (
+            make(*teacher),
+            StatisticsMaker(LossOptions(), plain.student_weight)(*teacher),
+        )
+        assert all(torch.equal(found[name], array) for name, array in expected.items())
+
+
+def test_no_rows_and_evaluation():
+    problem = _problem({})
+    loss = StatisticsLoss(LossOptions(), 4, problem.student_weight)
+    make = StatisticsMaker(LossOptions(), problem.student_weight)
+    statistics = make([h[:0] for h in problem.teacher_hidden], problem.teacher_weight)
+    hidden = [h.detach()[:0].requires_grad_() for h in problem.student_hidden]
+    terms = loss(hidden, statistics)
+    terms.loss.backward()
+    assert terms.loss == 0
+    assert hidden[0].grad.shape == hidden[0].shape
+    with torch.no_grad():
+        assert not loss(hidden, statistics).loss.requires_grad
+
+
+def test_second_derivatives_are_refused():
+    problem = _problem({})
+    statistics = StatisticsMaker(LossOptions(), problem.student_weight)(
+        problem.teacher_hidden, problem.teacher_weight
+    )
+    hidden = [h.detach().requires_grad_() for h in problem.student_hidden]
+    terms = StatisticsLoss(LossOptions(backend="torch"), 4, problem.student_weight)(
+        hidden, statistics
+    )
+    (gradient,) = torch.autograd.grad(terms.loss, hidden[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated once"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"trajectory": "jsd"}, "trajectory='jsd'"),
+        ({"student_softcap": 30.0}, "student_softcap=30.0"),
+    ],
+)
+def test_objectives_that_cannot_be_served_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        StatisticsLoss(LossOptions(**options), 3, torch.zeros(5, 2))
+    with pytest.raises(ValueError, match=message):
+        StatisticsMaker(LossOptions(**options), torch.zeros(5, 2))
+
+
+def test_other_heads_are_refused():
+    problem = _problem({})
+    with pytest.raises(ValueError, match="student_weight requires grad"):
+        StatisticsLoss(LossOptions(), 4, problem.student_weight.clone().requires_grad_())
+    statistics = StatisticsMaker(LossOptions(), problem.student_weight)(
+        problem.teacher_hidden, problem.teacher_weight
+    )
+    weight = problem.student_weight.clone()
+    loss = StatisticsLoss(LossOptions(), 4, weight)
+    weight.mul_(2)
+    with pytest.raises(ValueError, match="has changed"):
+        loss(problem.student_hidden, statistics)
+    with pytest.raises(ValueError, match="needs labels"):
+        StatisticsLoss(LossOptions(ce_weight=1.0), 4, weight)(problem.student_hidden, statistics)
+
+
+def test_columns_that_the_teachers_bias_alone_leaves_out_are_refused():
+    """At whichever call they come, also after one of no rows and one that is right."""
+    plain, padded = _problem({}), _problem({"bias": "padded"})
+    make = StatisticsMaker(LossOptions(), plain.student_weight)
+    right, wrong = (
+        make(p.teacher_hidden, p.teacher_weight, p.teacher_bias) for p in (plain, padded)
+    )
+    loss = StatisticsLoss(LossOptions(), 4, plain.student_weight)
+    loss([h[:0] for h in plain.student_hidden], {name: array[:0] for name, array in wrong.items()})
+    for _ in range(2):
+        with pytest.raises(ValueError, match="leave out other columns"):
+            loss(plain.student_hidden, wrong)
+        loss(plain.student_hidden, right)
+
+
+def test_no_items_are_refused_or_a_loss_of_zero():
+    problem = _problem({})
+    make = StatisticsMaker(LossOptions(), problem.student_weight)
+    loss = StatisticsLoss(LossOptions(), len(problem.student_hidden), problem.student_weight)
+    arguments = problem.student_hidden, make(problem.teacher_hidden, problem.teacher_weight)
+    with pytest.raises(ValueError, match="num_items_in_batch=0 must be greater than 0"):
+        loss(*arguments, num_items_in_batch=0)
+    of_none = loss(*arguments, num_items_in_batch=torch.zeros((), dtype=torch.float64)).loss
+    assert of_none == 0
+    assert of_none.dtype == torch.float32
+    assert not any(g.any() for g in torch.autograd.grad(of_none, problem.student_hidden))

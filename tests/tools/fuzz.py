@@ -1,0 +1,140 @@
+"""Random configurations of the loss on every backend, each term and gradient within its error
+budget against float64.
+
+    python -m tests.tools.fuzz --count 10000 [--first SEED] [--backends cpu,torch]
+
+tests/numerics/test_fuzz.py runs the first hundred. A configuration follows from its seed alone;
+what fails is printed with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import random
+import sys
+import time
+
+import torch
+
+from fdd_kernels import fused_fdd_loss
+from fdd_kernels.backends import BACKENDS, why_unavailable
+from fdd_kernels.lens.divergences import DERIVATIVES, FEATURE_DISTANCES, TRAJECTORIES
+from fdd_kernels.testing import Problem, evaluate, excesses, random_problem
+
+# The floor of a gradient is the largest of three random movements, which some of thousands of rows
+# exceed; and it is linear in them, which rows of probabilities next to nothing are not: these count
+# relative to the largest row.
+SLACK, NOTHING = 2.0, 2.0**-48
+
+
+def configuration(seed: int) -> tuple[Problem, dict, str]:
+    """A problem, the options of the loss, and a line that says what is unusual about them."""
+    draw = random.Random(seed)
+
+    def some(*choices):
+        return draw.choice(choices)
+
+    def between(low: float, high: float) -> float:
+        return math.exp(draw.uniform(math.log(low), math.log(high)))
+
+    feature_space, near = draw.random() < 0.15, some(None, None, 1.0, 1e-1, 1e-2, 1e-3)
+    dtype = some(torch.float32, torch.float32, torch.bfloat16, torch.float16)
+    # Gradients of more confident models leave the range of float16.
+    spread = some(0.0, between(0.1, 10), between(0.1, 10 if dtype == torch.float16 else 1000))
+    labels, bias = (
+        draw.random() < 0.5,
+        None if feature_space else some(None, None, "plain", "padded"),
+    )
+    # The angle of vectors of a few columns, some of them excluded, may have no digits.
+    width = draw.randint(8, 40)
+    sizes = {
+        "leading": (draw.randint(1, 12),),
+        "columns": width if feature_space else some(draw.randint(8, 40), draw.randint(100, 400)),
+        "student_width": width,
+        "teacher_width": width if near is not None else draw.randint(2, 40),
+        "layers": draw.randint(2 if feature_space else 1, 4),
+    }
+    problem = random_problem(
+        **sizes,
+        dtype=dtype,
+        seed=seed,
+        spread=spread,
+        bias=bias,
+        labels=labels,
+        mask=draw.random() < 0.3,
+        near=None if feature_space else near,
+        feature_space=feature_space,
+        contiguous=draw.random() < 0.8,
+    )
+    options = {
+        "trajectory": some(*FEATURE_DISTANCES) if feature_space else some(*TRAJECTORIES),
+        "derivative": some(*DERIVATIVES, None),
+        "alpha": some(1.0, 0.3),
+        "beta": some(1.0, 0.3, 0.0),
+        "output_in_dynamics": feature_space or draw.random() < 0.4,
+        "reduction": some("mean", "sum", "none"),
+    }
+    if not feature_space:
+        options |= {
+            "temperature": some(1.0, between(0.1, 10)),
+            "output_temperature": some(1.0, between(0.1, 10)),
+            "scale_by_t2": draw.random() < 0.3,
+            "ce_weight": 0.5 if labels and draw.random() < 0.5 else 0.0,
+        }
+        for side in ("student", "teacher"):
+            options[f"{side}_logit_scale"] = some(1.0, 1.0, between(0.1, 2))
+            if bias != "padded":  # a soft cap in front of -inf
+                options[f"{side}_softcap"] = some(None, None, between(1, 50))
+    what = (
+        f"{sizes} {dtype} spread={spread:.3g} near={near} bias={bias} feature_space={feature_space}"
+    )
+    return problem, options, what
+
+
+def failures(seed: int, backends: list[str]) -> list[str]:
+    """One line for each backend's term or gradient of the seed's configuration that is not within
+    its budget.
+    """
+    problem, options, what = configuration(seed)
+    found = []
+    for backend in backends:
+        outcome = evaluate(problem, fused_fdd_loss, backend=backend, **options)
+        of_backend = excesses(problem, outcome, **options)
+        largest = {name: float(tensor.abs().max()) for name, tensor in outcome.gradients.items()}
+        found += [
+            f"seed {seed} {backend} {name}: {e.error:.2e} is {e.fraction:.2f} x {e.budget:.2e} at "
+            f"{e.at}; {what}; {options}"
+            for name, e in of_backend.items()
+            if not (e.fraction <= SLACK or e.error <= NOTHING * largest.get(name, 0.0))
+        ]
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument(
+        "--backends", default=None, help="comma-separated; default: all that run here"
+    )
+    arguments = parser.parse_args()
+    here = [name for name in BACKENDS if why_unavailable(name, torch.device("cpu")) is None]
+    backends = arguments.backends.split(",") if arguments.backends else here
+    failed, started = 0, time.monotonic()
+    for done, seed in enumerate(range(arguments.first, arguments.first + arguments.count), 1):
+        lines = failures(seed, backends)
+        failed += bool(lines)
+        print(*lines, sep="\n", end="\n" if lines else "", flush=True)
+        if done % 100 == 0:
+            print(
+                f"{done} configurations, {failed} failed, {time.monotonic() - started:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+    print(f"{arguments.count} configurations on {', '.join(backends)}: {failed} failed")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
