@@ -54,7 +54,7 @@ from fdd_kernels.backends.triton.cached import stats as cached_stats
 from fdd_kernels.backends.triton.launch import Launch, recorded
 from fdd_kernels.backends.triton.one_pass import grad, second_pass, splits, stats
 from fdd_kernels.backends.triton.one_pass import host as one_pass
-from fdd_kernels.backends.triton.strategy import MOST_CACHE_BYTES, cached_rows, scratch_elements
+from fdd_kernels.backends.triton.strategy import MOST_CACHE_BYTES, rows_of_cache, scratch_elements
 from fdd_kernels.lens.spec import LensInputs
 from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.fdd.plan import make_plan
@@ -219,8 +219,8 @@ def launches(case: Case, architecture: str) -> list[Launch]:
     one_pass.architecture_of = cached.architecture_of = lambda device, interpreting: architecture
     os.environ[configurations.F32_PRECISION] = case.precision
 
-    def upstream_of(rows, pivots, reads, moments) -> tuple[torch.Tensor, ...]:
-        return pivots, reads, moments, torch.empty_like(reads), torch.empty_like(moments)
+    def upstream_of(rows, shifts, requests, moments) -> tuple[torch.Tensor, ...]:
+        return shifts, requests, moments, torch.empty_like(requests), torch.empty_like(moments)
 
     try:
         with recorded() as found:
@@ -229,7 +229,7 @@ def launches(case: Case, architecture: str) -> list[Launch]:
                     inputs, plan.spec, upstream_of(None, *one_pass.stats(inputs, plan.spec)), needed
                 )
             shape = operations.shape_of(inputs, plan.spec, trains_head=True)
-            rows = cached_rows(shape, MOST_CACHE_BYTES)
+            rows = rows_of_cache(shape, MOST_CACHE_BYTES)
             scratch = new(scratch_elements(shape, rows), dtype=torch.float32)
             cached.stats_and_grad(inputs, plan.spec, rows, upstream_of, needed, True, scratch)
     finally:
@@ -375,7 +375,7 @@ class Report:
 
 
 def compile_job(one: Job) -> Report:
-    """Compile for the target and read the machine code's resources."""
+    """Compile for the target and request the machine code's resources."""
     backend, arch = one.target.split(":")
     target = GPUTarget(
         backend, int(arch) if backend == "cuda" else arch, 32 if backend == "cuda" else 64

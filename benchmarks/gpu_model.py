@@ -19,7 +19,7 @@ figure beside each.
   dispatches and from the code that torch.compile generates: DENSE_BYTES, COMPILED_BYTES. The latter
   is the least certain: 40 to 56.
 - "cached" writes 8 bytes an element (both models' logits in float32), reads 8 for the statistics
-  and 8 for the gradient, writes the gradient's 2 and reads it twice in its products. "slabbed"
+  and 8 for the gradient, writes the gradient's 2 and requests it twice in its products. "slabbed"
   forms a slab of columns twice. "one_pass" multiplies twice in tl.dot and keeps tiles in the second
   cache level.
 """

@@ -188,9 +188,8 @@ def main() -> None:
     )
     for world, of_world in found.items():
         for name, seconds in of_world.items():
-            parts = (
-                1 if name == "DDP step" else world
-            )  # into which the work of one process is divided
+            # into which the work of one process is divided
+            parts = 1 if name == "DDP step" else world
             efficiencies = [f"{a / b / parts:.0%}" for a, b in zip(found[1][name], seconds)]
             columns = [
                 f"{value:.2f} | {efficiency}" for value, efficiency in zip(seconds, efficiencies)

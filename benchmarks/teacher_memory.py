@@ -86,9 +86,8 @@ def _load(measure: str, folder: Path):
             teacher.get_input_embeddings().weight,
             *(p for p in teacher.parameters() if p.ndim == 1),
         ):
-            parameter.data = (
-                parameter.data.clone()
-            )  # or they keep the whole float32 checkpoint mapped
+            # or they keep the whole float32 checkpoint mapped
+            parameter.data = parameter.data.clone()
     return teacher
 
 

@@ -213,16 +213,15 @@ def recorded_call(call: Call, traffic: Traffic) -> tuple[Watch, int, int]:
         for width in (call.student, call.teacher)
     )
     heads = new(call.columns, call.student), new(call.columns, call.teacher)
-    options = LossOptions(
-        **call.pair.loss_options, backend="torch"
-    )  # a plan for "triton" asks for a GPU
+    # a plan for "triton" asks for a GPU
+    options = LossOptions(**call.pair.loss_options, backend="torch")
     with recorded():  # tensors that hold no numbers are refused elsewhere
         plan, *_ = make_plan(
             options, students, heads[0], teachers, heads[1], None, None, None, None, None
         )
     inputs = LensInputs(students, heads[0], None, teachers, heads[1], None, None, None)
     needed = [True] * call.layers + [call.trained, False]
-    block_rows = operations.kept_rows(inputs, plan.spec, needed)
+    block_rows = operations.cached_rows(inputs, plan.spec, needed)
     weights = term_weights(plan, call.rows, (1.0, None, None, None, None), torch.float32)
 
     def upstream_of(_rows: Tensor, *statistics: Tensor) -> tuple[Tensor, ...]:

@@ -52,9 +52,8 @@ def evaluate(
         }
         with accelerator.autocast():
             terms = distiller(batch, student=student).named()
-        count = distiller.count_positions(batch) * (
-            index < len(batches)
-        )  # a batch that stands in for none counts nothing
+        # a batch that stands in for none counts nothing
+        count = distiller.count_positions(batch) * (index < len(batches))
         sums = (
             sums + torch.stack([*terms.values(), torch.ones_like(terms["loss"])]).double() * count
         )
@@ -112,9 +111,8 @@ def main() -> None:
             for index, batch in enumerate(micro_batches):
                 last = index == len(micro_batches) - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(student):
-                    with (
-                        accelerator.autocast()
-                    ):  # prepare() puts it around the student's forward, which is not what runs
+                    # prepare() puts it around the student's forward, which is not what runs
+                    with accelerator.autocast():
                         # Gradients are averaged over processes; the mean is to be over all tokens
                         # of the step.
                         terms = distiller(
@@ -125,9 +123,8 @@ def main() -> None:
                     accelerator.backward(terms.loss)
                 shares = shares + torch.stack(list(terms.named().values())).detach()
             values = accelerator.reduce(shares, "mean").tolist()
-            require_finite(
-                f"step {step + 1}", dict(zip(terms.named(), values))
-            )  # in all processes, or in none
+            # in all processes, or in none
+            require_finite(f"step {step + 1}", dict(zip(terms.named(), values)))
             accelerator.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()
             scheduler.step()

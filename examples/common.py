@@ -86,9 +86,8 @@ def load(options: argparse.Namespace) -> Task:
     if options.teacher is None:
         vocabulary = shared_vocabulary(tiny_tokenizer(), tiny_tokenizer())
         student, teacher = tiny_model(1, width=32), tiny_model(2, width=64)
-        data = tiny_data(
-            options.output / f"tiny-{os.environ.get('RANK', 0)}.jsonl"
-        )  # one for each process
+        # one for each process
+        data = tiny_data(options.output / f"tiny-{os.environ.get('RANK', 0)}.jsonl")
     else:
         vocabulary, data = load_vocabulary(options.teacher, options.student), options.data
         student, teacher = load_student(options.student)[0], load_model(options.teacher, "teacher")

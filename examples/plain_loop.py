@@ -64,9 +64,8 @@ def main() -> None:
         restore(saved[-1], student, optimizer, scheduler)
     for step in range(start, options.steps):
         batches = common.batches_of_step(task.train, options, step)
-        items = sum(
-            distiller.count_positions(batch) for batch in batches
-        )  # the mean is over all tokens of the step
+        # the mean is over all tokens of the step
+        items = sum(distiller.count_positions(batch) for batch in batches)
         shares = []
         for batch in batches:
             with torch.autocast(common.DEVICE.type, torch.bfloat16, enabled=options.bf16):

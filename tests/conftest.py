@@ -21,9 +21,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 hypothesis.settings.register_profile(
     "fdd", derandomize=True, deadline=None, max_examples=60, print_blob=False
 )
-hypothesis.settings.register_profile(
-    "search", deadline=None, max_examples=1500
-)  # --hypothesis-profile=search
+# --hypothesis-profile=search
+hypothesis.settings.register_profile("search", deadline=None, max_examples=1500)
 hypothesis.settings.load_profile("fdd")
 
 
@@ -68,9 +67,8 @@ def chosen_backends() -> list[str]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if (
-        "precision" in metafunc.fixturenames
-    ):  # float64 is the torch backend's own: the others hand it over
+    # float64 is the torch backend's own: the others hand it over
+    if "precision" in metafunc.fixturenames:
         pairs = [
             (b, p)
             for b in chosen_backends()

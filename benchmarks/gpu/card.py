@@ -200,9 +200,8 @@ class Card:
     ) -> tuple[Callable[[], object], list[Tensor]]:
         """`run` as a CUDA graph: its replay, and the tensors that a replay writes anew."""
         again, run = run, self.once(run)
-        with self.on(
-            self.cuda.Stream()
-        ):  # everything is compiled, and cuBLAS has its workspace, before the capture
+        # everything is compiled, and cuBLAS has its workspace, before the capture
+        with self.on(self.cuda.Stream()):
             run()
         graph = self.cuda.CUDAGraph()
         with self.cuda.graph(graph):

@@ -179,9 +179,8 @@ def near_equal(bench: Bench) -> dict:
     problem = random_problem(**shape, dtype=torch.bfloat16, device=bench.card.device)
     truth = exact(problem).gradients
     for name, way in WAYS.items():
-        if (
-            not way.whole or "GiB" in name or way.missing(bench)
-        ):  # another loss; another budget of the same strategy
+        # another loss; another budget of the same strategy
+        if not way.whole or "GiB" in name or way.missing(bench):
             continue
         _, found = way.run(bench, problem, {})
         errors = {}

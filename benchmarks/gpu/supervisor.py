@@ -85,14 +85,12 @@ def supervise(
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     }
-    environment |= {
-        "FDD_KERNELS_BUILD": "0"
-    }  # no step needs the C++ kernels, which a first use would compile
+    # no step needs the C++ kernels, which a first use would compile
+    environment |= {"FDD_KERNELS_BUILD": "0"}
     if dry:  # read when triton is imported
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        environment |= {
-            "PYTHONWARNINGS": "ignore::RuntimeWarning"
-        }  # the interpreter's, of masked elements
+        # the interpreter's, of masked elements
+        environment |= {"PYTHONWARNINGS": "ignore::RuntimeWarning"}
     arguments = [
         str(path),
         str(until),

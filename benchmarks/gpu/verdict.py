@@ -17,9 +17,8 @@ LIMITS = {
     ("GPT-2", "dense"): 0.6,
     ("Gemma", "dense"): 0.6,
 }
-NEEDED = [
-    limit for limit in LIMITS if limit[0] != "Gemma"
-]  # Gemma's dense loss fits no card of 80 GB: it counts if measured
+# Gemma's dense loss fits no card of 80 GB: it counts if measured
+NEEDED = [limit for limit in LIMITS if limit[0] != "Gemma"]
 CORRECT = ("products: probe", "correct: essentials")
 
 

@@ -24,14 +24,14 @@ class Backend:
 
         kept_rows(inputs, spec, needed) -> rows a block; 0 where that does not pay
         stats_and_grad(inputs, spec, rows_at_a_time, upstream_of, needed, refine) -> gradients,
-        (pivots, reads, moments)
+        (shifts, reads, moments)
 
-    For each block `upstream_of(rows, pivots, reads, moments)` is given its rows, int64 positions
+    For each block `upstream_of(rows, shifts, reads, moments)` is given its rows, int64 positions
     among the caller's on their device, and their statistics (..., r). It returns what `grad` takes
     as `per_row` for these rows: the statistics to form the gradients with, which are those of all
-    columns where `inputs` has some of them, and the upstream gradients of reads and moments. Rows
-    that are not valid may be among a block's, with statistics of 0; what is returned for them is to
-    be ignored.
+    columns where `inputs` has some of them, and the upstream gradients of requests and moments.
+    Rows that are not valid may be among a block's, with statistics of 0; what is returned for them
+    is to be ignored.
 
     The gradients are those of `grad`; a backend whose sums are in a wider dtype may return these,
     which are then rounded once, after the upstream gradient is known. The statistics are those that
@@ -47,14 +47,14 @@ class Backend:
     stats: Callable
     grad: Callable
     unavailable: Callable[[torch.device], str | None]
-    kept_rows: Callable | None = None
+    cached_rows: Callable | None = None
     stats_and_grad: Callable | None = None
     memory: Callable[[CallShape], dict[str, int]] | None = None
 
 
 BACKENDS: dict[str, Backend] = {
     "cpu": Backend(
-        cpu.stats, cpu.grad, cpu.unavailable, cpu.kept_rows, cpu.stats_and_grad, cpu.memory
+        cpu.stats, cpu.grad, cpu.unavailable, cpu.cached_rows, cpu.stats_and_grad, cpu.memory
     ),
     "torch": Backend(
         torch_stream.stats,
@@ -66,7 +66,7 @@ BACKENDS: dict[str, Backend] = {
         triton.stats,
         triton.grad,
         triton.unavailable,
-        triton.kept_rows,
+        triton.cached_rows,
         triton.stats_and_grad,
         triton_memory,
     ),

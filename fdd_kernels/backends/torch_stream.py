@@ -20,6 +20,7 @@ from fdd_kernels.backends.call_shape import FLOAT, CallShape
 from fdd_kernels.lens.divergences import DIVERGENCES, is_near, kl_of
 from fdd_kernels.lens.spec import (
     COUNT,
+    GRAD_SUM,
     LSE_S,
     LSE_T,
     M_DD,
@@ -31,25 +32,23 @@ from fdd_kernels.lens.spec import (
     MOMENT_STATS,
     NLL,
     OWN,
-    READ_STATS,
-    SLOPE,
+    REQUEST_STATS,
     VALUE,
     LensInputs,
     LensSpec,
-    Read,
+    Request,
 )
 
 MIB = 2**20
 # Tiles of logits: inside the last cache level of a CPU; large enough to fill an accelerator.
 TILE_BYTES = {"cpu": 32 * MIB}
 ACCELERATOR_TILE_BYTES = 128 * MIB
-OPERAND_BYTES = (
-    48 * MIB
-)  # of the hidden states of a row block, and of the head's rows of a column tile
+# of the hidden states of a row block, and of the head's rows of a column tile
+OPERAND_BYTES = 48 * MIB
 ACCUMULATOR_BYTES = 96 * MIB  # of a gradient that is accumulated in a wider dtype than its own
 RUNTIME_BYTES = 6 * MIB  # generated code, buffers of the matrix library
 # Tiles of one layer that are held while gradients are formed: for each layer (the student's values
-# before and after the pivot, the teacher's, their gradient, and that of the tile before), for a
+# before and after the shift, the teacher's, their gradient, and that of the tile before), for a
 # read's temporaries, for a moment's.
 LAYER_TILES, READ_TILES, MOMENT_TILES = 5, 6, 4
 
@@ -75,7 +74,7 @@ def choose_tiles(
     device_type: str,
 ) -> Tiles:
     """Tile sizes that keep every buffer within the byte budgets of this file."""
-    # The student's logits twice (before and after the pivot), the teacher's and the gradient for
+    # The student's logits twice (before and after the shift), the teacher's and the gradient for
     # every layer, and about twelve temporaries of one layer.
     elements = TILE_BYTES.get(device_type, ACCELERATOR_TILE_BYTES) // (itemsize * (4 * layers + 12))
     width = student_width + teacher_width
@@ -126,7 +125,7 @@ class _Side:
         return u
 
     def chain(self, grad_u: Tensor, u: Tensor) -> Tensor:
-        """dL/du -> dL/dx with x = h W^T + b, in place; u is the value before any pivot is
+        """dL/du -> dL/dx with x = h W^T + b, in place; u is the value before any shift is
         subtracted.
         """
         if self.softcap is not None:
@@ -217,9 +216,8 @@ class _Tops:
 
     def __init__(self, layers: int, rows: int, like: Tensor):
         self.top = like.new_full((2, layers, rows), -torch.inf)
-        self.shift = like.new_zeros(
-            (2, layers, rows)
-        )  # the same, and 0 while every u so far is -inf
+        # the same, and 0 while every u so far is -inf
+        self.shift = like.new_zeros((2, layers, rows))
 
     def subtract(self, u_s: Tensor, u_t: Tensor | None) -> tuple[Tensor, Tensor]:
         """Make a tile relative to the new tops, in place.
@@ -372,15 +370,17 @@ def _merge_moments(a: Tensor, b: Tensor) -> Tensor:
 
 
 def stats(inputs: LensInputs, spec: LensSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics: pivots (2, L, R), reads (reads, 4, R), moments (moments, 7, R); see `spec.py`."""
+    """Statistics: shifts (2, L, R), requests (requests, 4, R), moments (moments, 7, R); see
+    `spec.py`.
+    """
     problem = _Problem(inputs, spec)
     new = inputs.student_weight.new_zeros
-    pivots = new((2, problem.layers, problem.total_rows), dtype=problem.dtype)
-    reads = new((len(spec.reads), READ_STATS, problem.total_rows), dtype=problem.dtype)
+    shifts = new((2, problem.layers, problem.total_rows), dtype=problem.dtype)
+    requests = new((len(spec.requests), REQUEST_STATS, problem.total_rows), dtype=problem.dtype)
     moments = new((len(spec.moments), MOMENT_STATS, problem.total_rows), dtype=problem.dtype)
     for rows, _, _ in problem.row_blocks(problem.tiles.rows):
-        pivots[..., rows], reads[..., rows], moments[..., rows] = _block_stats(problem, rows)
-    return pivots, reads, moments
+        shifts[..., rows], requests[..., rows], moments[..., rows] = _block_stats(problem, rows)
+    return shifts, requests, moments
 
 
 def _block_stats(problem: _Problem, rows) -> tuple[Tensor, Tensor, Tensor]:
@@ -391,11 +391,11 @@ def _block_stats(problem: _Problem, rows) -> tuple[Tensor, Tensor, Tensor]:
     layers, count = student_LrD.shape[:2]
     tops = _Tops(layers, count, student_LrD)
     moments = student_LrD.new_zeros((len(spec.moments), MOMENT_STATS, count))
-    reads = student_LrD.new_zeros((len(spec.reads), READ_STATS, count))
+    requests = student_LrD.new_zeros((len(spec.requests), REQUEST_STATS, count))
     per_row = student_LrD.new_zeros(count)
-    of_student, of_teacher = ([_Softmax(per_row) for _ in spec.reads] for _ in range(2))
-    expectations = [_Expectation(per_row) for _ in spec.reads]
-    labels = torch.zeros_like(reads[:, 0])  # u at the label
+    of_student, of_teacher = ([_Softmax(per_row) for _ in spec.requests] for _ in range(2))
+    expectations = [_Expectation(per_row) for _ in spec.requests]
+    labels = torch.zeros_like(requests[:, 0])  # u at the label
 
     for columns in problem.column_tiles():
         u_s = student.values(student_LrD, student.weight_tile(columns), columns)
@@ -404,25 +404,25 @@ def _block_stats(problem: _Problem, rows) -> tuple[Tensor, Tensor, Tensor]:
             if spec.needs_teacher
             else None
         )
-        for index, read in enumerate(spec.reads):
-            if read.divergence == NLL:
+        for index, request in enumerate(spec.requests):
+            if request.divergence == NLL:
                 inside, at = problem.label_columns(rows, columns)
                 labels[index] = torch.where(
-                    inside, u_s[read.layer].gather(1, at[:, None])[:, 0], labels[index]
+                    inside, u_s[request.layer].gather(1, at[:, None])[:, 0], labels[index]
                 )
-        if spec.reads:
+        if spec.requests:
             below, rise = tops.subtract(u_s, u_t)
             _restate_means(moments, spec, rise)
-        for index, read in enumerate(spec.reads):
-            below_s, below_t = below[:, read.layer] / read.temperature
-            z_s = _at_temperature(u_s[read.layer], read.temperature)
+        for index, request in enumerate(spec.requests):
+            below_s, below_t = below[:, request.layer] / request.temperature
+            z_s = _at_temperature(u_s[request.layer], request.temperature)
             total_s, total_t = of_student[index].total, of_teacher[index].total
             scale_s, e_s = of_student[index].add(below_s, z_s)
-            if read.divergence == NLL:
+            if request.divergence == NLL:
                 continue
-            z_t = _at_temperature(u_t[read.layer], read.temperature)
+            z_t = _at_temperature(u_t[request.layer], request.temperature)
             scale_t, e_t = of_teacher[index].add(below_t, z_t)
-            of = expectation_of(read)
+            of = expectation_of(request)
             if of == "teacher":
                 expectations[index].add(
                     total_t, scale_t, scale_s, below_s - below_t, e_t, e_s, z_s - z_t
@@ -437,90 +437,94 @@ def _block_stats(problem: _Problem, rows) -> tuple[Tensor, Tensor, Tensor]:
                 moments[index], _tile_moments(s, t, problem.live_tile(columns))
             )
 
-    pivots = tops.shift
-    for index, read in enumerate(spec.reads):
+    shifts = tops.shift
+    for index, request in enumerate(spec.requests):
         total_s, total_t = of_student[index].total, of_teacher[index].total
-        reads[index, LSE_S] = total_s.log()
-        if read.divergence == NLL:
-            reads[index, VALUE] = (
-                total_s.log() + (pivots[0, read.layer] - labels[index]) / read.temperature
+        requests[index, LSE_S] = total_s.log()
+        if request.divergence == NLL:
+            requests[index, VALUE] = (
+                total_s.log() + (shifts[0, request.layer] - labels[index]) / request.temperature
             )
             continue
-        reads[index, LSE_T] = total_t.log()
-        of = expectation_of(read)
+        requests[index, LSE_T] = total_t.log()
+        of = expectation_of(request)
         if of == "teacher":
-            reads[index, VALUE] = expectations[index].value(total_t, total_s)
-            reads[index, SLOPE] = -1.0
+            requests[index, VALUE] = expectations[index].value(total_t, total_s)
+            requests[index, GRAD_SUM] = -1.0
         elif of == "student":
-            reads[index, VALUE] = expectations[index].value(total_s, total_t)
-            reads[index, SLOPE] = reads[index, VALUE] + 1.0
-    _second_pass(problem, student_LrD, teacher_LrD, pivots, reads)
-    return pivots, reads, moments
+            requests[index, VALUE] = expectations[index].value(total_s, total_t)
+            requests[index, GRAD_SUM] = requests[index, VALUE] + 1.0
+    _second_pass(problem, student_LrD, teacher_LrD, shifts, requests)
+    return shifts, requests, moments
 
 
 def _second_pass(
     problem: _Problem,
     student_LrD: Tensor,
     teacher_LrD: Tensor | None,
-    pivots: Tensor,
-    reads: Tensor,
+    shifts: Tensor,
+    requests: Tensor,
 ) -> None:
-    """Add to `reads` what takes both log-sum-exps, which stand there: of one row block, over every
-    column.
+    """Add to `requests` what takes both log-sum-exps, which stand there: of one row block, over
+    every column.
     """
     student, teacher, spec = problem.student, problem.teacher, problem.spec
-    indices = [i for i, read in enumerate(spec.reads) if needs_second_pass(read)]
+    indices = [i for i, request in enumerate(spec.requests) if needs_second_pass(request)]
     for columns in problem.column_tiles() if indices else ():
         u_s = (
             student.values(student_LrD, student.weight_tile(columns), columns)
-            - pivots[0, ..., None]
+            - shifts[0, ..., None]
         )
         u_t = (
             teacher.values(teacher_LrD, teacher.weight_tile(columns), columns)
-            - pivots[1, ..., None]
+            - shifts[1, ..., None]
         )
         for index in indices:
-            log_q, log_p = _log_probabilities(spec.reads[index], u_s, u_t, reads[index])
-            divergence = DIVERGENCES[spec.reads[index].divergence]
-            reads[index, VALUE] += divergence.value(log_q, log_p).sum(-1)
-            reads[index, SLOPE] += divergence.slope(log_q, log_p).sum(-1)
+            log_q, log_p = _log_probabilities(spec.requests[index], u_s, u_t, requests[index])
+            divergence = DIVERGENCES[spec.requests[index].divergence]
+            requests[index, VALUE] += divergence.value(log_q, log_p).sum(-1)
+            requests[index, GRAD_SUM] += divergence.grad(log_q, log_p).sum(-1)
 
 
-def add_second_pass(inputs: LensInputs, spec: LensSpec, pivots: Tensor, reads: Tensor) -> None:
-    """Add VALUE and SLOPE over the given columns to the `reads` that need both log-sum-exps,
+def add_second_pass(inputs: LensInputs, spec: LensSpec, shifts: Tensor, requests: Tensor) -> None:
+    """Add VALUE and GRAD_SUM over the given columns to the `requests` that need both log-sum-exps,
     perhaps of more columns.
     """
     problem = _Problem(inputs, spec)
     for rows, _, _ in problem.row_blocks(problem.tiles.rows):
-        of_block = reads[..., rows].clone()
+        of_block = requests[..., rows].clone()
         _second_pass(
             problem,
             problem.student.rows(rows),
             problem.teacher.rows(rows),
-            pivots[..., rows],
+            shifts[..., rows],
             of_block,
         )
-        reads[..., rows] = of_block
+        requests[..., rows] = of_block
 
 
-def expectation_of(read: Read) -> str | None:
-    """The model under whose distribution the read's divergence is an expectation, summed in one
+def expectation_of(request: Request) -> str | None:
+    """The model under whose distribution the request's divergence is an expectation, summed in one
     pass; None: neither.
     """
-    return DIVERGENCES[read.divergence].expectation_of if read.divergence in DIVERGENCES else None
+    return (
+        DIVERGENCES[request.divergence].expectation_of
+        if request.divergence in DIVERGENCES
+        else None
+    )
 
 
-def needs_second_pass(read: Read) -> bool:
-    """Whether the read's divergence is summed with both log-sum-exps known."""
-    return read.divergence in DIVERGENCES and expectation_of(read) is None
+def needs_second_pass(request: Request) -> bool:
+    """Whether the request's divergence is summed with both log-sum-exps known."""
+    return request.divergence in DIVERGENCES and expectation_of(request) is None
 
 
 def _log_probabilities(
-    read: Read, u_s: Tensor, u_t: Tensor, read_stats: Tensor
+    request: Request, u_s: Tensor, u_t: Tensor, request_stats: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """log q and log p of one tile, (r, c) each, from u relative to the pivots."""
-    log_q = _at_temperature(u_s[read.layer], read.temperature) - read_stats[LSE_S, :, None]
-    log_p = _at_temperature(u_t[read.layer], read.temperature) - read_stats[LSE_T, :, None]
+    """log q and log p of one tile, (r, c) each, from u relative to the shifts."""
+    log_q = _at_temperature(u_s[request.layer], request.temperature) - request_stats[LSE_S, :, None]
+    log_p = _at_temperature(u_t[request.layer], request.temperature) - request_stats[LSE_T, :, None]
     return log_q, log_p
 
 
@@ -631,34 +635,36 @@ def _tile_gradient(
 ):
     """dL/dx of one tile, x = h W^T + b of the student: (L, r, c)."""
     spec, student, teacher = problem.spec, problem.student, problem.teacher
-    pivots, reads, moments, grad_reads, grad_moments = (stat[..., rows, None] for stat in per_row)
+    shifts, requests, moments, grad_requests, grad_moments = (
+        stat[..., rows, None] for stat in per_row
+    )
     raw_s = student.values(student_LrD, weight_cD, columns)
-    u_s = raw_s - pivots[0]
+    u_s = raw_s - shifts[0]
     u_t = None
     if spec.needs_teacher:
         u_t = teacher.values(teacher_LrD, teacher_cD, columns)
-        u_t -= pivots[1]
+        u_t -= shifts[1]
     grad_u = torch.zeros_like(u_s)
-    for index, read in enumerate(spec.reads):
-        upstream, stat = grad_reads[index], reads[index]
-        log_q = _at_temperature(u_s[read.layer], read.temperature) - stat[LSE_S]
+    for index, request in enumerate(spec.requests):
+        upstream, stat = grad_requests[index], requests[index]
+        log_q = _at_temperature(u_s[request.layer], request.temperature) - stat[LSE_S]
         q = log_q.exp()
-        if read.divergence is None:
+        if request.divergence is None:
             grad_z = q * upstream[LSE_S]
-        elif read.divergence == NLL:
+        elif request.divergence == NLL:
             inside, at = problem.label_columns(rows, columns)
             grad_z = q * (upstream[LSE_S] + upstream[VALUE])
             grad_z.scatter_add_(1, at[:, None], torch.where(inside[:, None], -upstream[VALUE], 0.0))
         else:
-            log_p = _at_temperature(u_t[read.layer], read.temperature) - stat[LSE_T]
+            log_p = _at_temperature(u_t[request.layer], request.temperature) - stat[LSE_T]
             grad_z = (
-                DIVERGENCES[read.divergence]
-                .slope(log_q, log_p)
-                .sub_(q * stat[SLOPE])
+                DIVERGENCES[request.divergence]
+                .grad(log_q, log_p)
+                .sub_(q * stat[GRAD_SUM])
                 .mul_(upstream[VALUE])
             )
             grad_z += q * upstream[LSE_S]
-        grad_u[read.layer].add_(grad_z, alpha=1 / read.temperature)
+        grad_u[request.layer].add_(grad_z, alpha=1 / request.temperature)
     for index, target in enumerate(spec.moments):
         upstream, stat = grad_moments[index], moments[index]
         s, t = (_vectors(u, target, spec.moment_temperature) for u in (u_s, u_t))

@@ -107,9 +107,8 @@ def _with_arguments(call: dict[str, Any], as_object: bool) -> dict[str, Any]:
     function = call["function"]
     arguments = function.get("arguments", {})
     if as_object and isinstance(arguments, str):
-        with contextlib.suppress(
-            json.JSONDecodeError
-        ):  # else it is a text for the template to write as it is
+        # else it is a text for the template to write as it is
+        with contextlib.suppress(json.JSONDecodeError):
             arguments = json.loads(arguments)
     elif not as_object and not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False)

@@ -99,9 +99,8 @@ def run_demo(
         backend=resolve_backend("auto", torch.device("cpu")),
         machine=(
             f"{_processor()}, {torch.get_num_threads()} threads, Python "
-            f"{platform.python_version()}, torch "
-        )
-        f"{torch.__version__}",
+            f"{platform.python_version()}, torch {torch.__version__}"
+        ),
         seconds=time.monotonic() - started,
         samples=samples,
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fdd_kernels.backends import BACKENDS
 from fdd_kernels.engine import ops
-from fdd_kernels.lens.spec import LSE_S, NLL, LensInputs, LensSpec, Read
+from fdd_kernels.lens.spec import LSE_S, NLL, LensInputs, LensSpec, Request
 from fdd_kernels.objectives.fdd.options import FDDLossTerms
 from fdd_kernels.objectives.fdd.plan import Plan
 from fdd_kernels.objectives.fdd.reference import dense_logits
@@ -127,21 +127,21 @@ class LensStatistics(torch.autograd.Function):
         return statistics
 
     @staticmethod
-    def backward(ctx, _grad_pivots, grad_reads, grad_moments):
-        _refuse_batches(grad_reads, grad_moments)
-        numbers, *saved, pivots, reads, moments = _saved(ctx)
-        inputs, upstream = _inputs(*saved), (grad_reads, grad_moments)
+    def backward(ctx, _grad_shifts, grad_requests, grad_moments):
+        _refuse_batches(grad_requests, grad_moments)
+        numbers, *saved, shifts, requests, moments = _saved(ctx)
+        inputs, upstream = _inputs(*saved), (grad_requests, grad_moments)
         spec = (ctx.structure, numbers, ctx.columns)
         with torch.no_grad():
             found = ops.lens_grad(
-                *inputs, *spec, ctx.backend, pivots, reads, moments, *upstream, ctx.needed
+                *inputs, *spec, ctx.backend, shifts, requests, moments, *upstream, ctx.needed
             )
             found = _complete(ctx.shard, found, ctx.needed)
         return _returned(ctx, found, inputs, upstream)
 
 
 class LossAndGradient(torch.autograd.Function):
-    """The terms of the loss, with the gradients of `loss` formed in forward, `rows_at_a_time` rows
+    """The terms of the loss, with the gradients of `loss` formed in forward, `block_rows` rows
     after another.
 
     For backends that keep a block's values between the two operations, which spares the backward
@@ -158,7 +158,7 @@ class LossAndGradient(torch.autograd.Function):
     def forward(
         ctx,
         plan: Plan,
-        rows_at_a_time: int,
+        block_rows: int,
         shard,
         normaliser,
         valid,
@@ -172,15 +172,14 @@ class LossAndGradient(torch.autograd.Function):
         tensors = (valid, labels, teacher_weight, teacher_bias, weight, bias, *hidden)
         ctx.needed = _needed(ctx, len(hidden))
         ctx.compute = functools.partial(
-            _loss_and_gradient, plan, rows_at_a_time, shard, normaliser, ctx.needed
+            _loss_and_gradient, plan, block_rows, shard, normaliser, ctx.needed
         )
         ctx.plan, ctx.shard, ctx.normaliser = plan, shard, normaliser
         _save(ctx, *tensors)
         ctx.set_materialize_grads(False)
         terms, ctx.gradients = ctx.compute(_inputs(*tensors))
-        in_common = (
-            ctx.gradients if shard is None else ctx.gradients[: sum(ctx.needed[:-2])]
-        )  # of all its processes
+        # of all its processes
+        in_common = ctx.gradients if shard is None else ctx.gradients[: sum(ctx.needed[:-2])]
         ctx.of_16_bits = any(gradient.dtype.itemsize == 2 for gradient in in_common)
         computed = (
             True,
@@ -273,12 +272,12 @@ def _kept_rows(backend: str, inputs: LensInputs, spec: LensSpec, needed: list[bo
     tensors = (*inputs.student_hidden, *inputs.teacher_hidden, *inputs[1:3], *inputs[4:])
     if any(t is not None and type(t) not in (Tensor, torch.nn.Parameter) for t in tensors):
         return 0
-    return BACKENDS[backend].kept_rows(inputs, spec, needed)
+    return BACKENDS[backend].cached_rows(inputs, spec, needed)
 
 
 def _loss_and_gradient(
     plan: Plan,
-    rows_at_a_time: int,
+    block_rows: int,
     shard,
     normaliser,
     needed: list[bool],
@@ -304,7 +303,7 @@ def _loss_and_gradient(
         torch.profiler.record_function("fdd_kernels::stats_and_grad"),
     ):
         found, statistics = BACKENDS[plan.backend].stats_and_grad(
-            inputs, plan.spec, rows_at_a_time, upstream_of, needed, shard is None
+            inputs, plan.spec, block_rows, upstream_of, needed, shard is None
         )
     terms = combine(
         row_terms_from_statistics(plan, *statistics, static),
@@ -350,24 +349,22 @@ class LogSumExps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, spec: LensSpec, backend: str, rows_at_a_time: int, weight, bias, *hidden: Tensor
-    ):
+    def forward(ctx, spec: LensSpec, backend: str, block_rows: int, weight, bias, *hidden: Tensor):
         labels = torch.zeros(len(hidden[0]), dtype=torch.int64, device=weight.device)
         inputs = LensInputs(list(hidden), weight, bias, list(hidden), None, None, None, labels)
         needed = [*ctx.needs_input_grad[-len(hidden) :], False, False]
 
         def upstream_of(
-            _rows, pivots: Tensor, reads: Tensor, moments: Tensor
+            _rows, shifts: Tensor, requests: Tensor, moments: Tensor
         ) -> tuple[Tensor, ...]:
-            of_reads = torch.zeros_like(reads)
-            of_reads[:, LSE_S] = 1.0
-            return pivots, reads, moments, of_reads, torch.zeros_like(moments)
+            of_requests = torch.zeros_like(requests)
+            of_requests[:, LSE_S] = 1.0
+            return shifts, requests, moments, of_requests, torch.zeros_like(moments)
 
-        if rows_at_a_time:
+        if block_rows:
             with torch.autocast(inputs.device.type, enabled=False):
                 slopes, statistics = BACKENDS[backend].stats_and_grad(
-                    inputs, spec, rows_at_a_time, upstream_of, needed, False
+                    inputs, spec, block_rows, upstream_of, needed, False
                 )
         else:
             arguments = (*inputs, *spec.encode(), backend)
@@ -377,11 +374,11 @@ class LogSumExps(torch.autograd.Function):
                 if any(needed)
                 else []
             )
-        pivots, reads, _ = statistics
+        shifts, requests, _ = statistics
         found = torch.stack(
             [
-                pivots[0, read.layer] / read.temperature + of_read[LSE_S]
-                for read, of_read in zip(spec.reads, reads)
+                shifts[0, request.layer] / request.temperature + of_request[LSE_S]
+                for request, of_request in zip(spec.requests, requests)
             ]
         )
         ctx.needed = needed
@@ -400,12 +397,15 @@ class LogSumExps(torch.autograd.Function):
 
 
 def log_sum_exps(plan: Plan, hidden: list[Tensor], weight: Tensor, bias: Tensor | None) -> Tensor:
-    """For each read of the plan the log-sum-exp of the student's logits / temperature: (reads, R).
+    """For each request of the plan the log-sum-exp of the student's logits / temperature: (reads,
+    R).
 
     `hidden` are the states (R, Ds) of the plan's layers; the head is a constant without soft cap.
     Float32 or wider.
     """
-    pairs = list(dict.fromkeys((read.layer, read.temperature) for read in plan.spec.reads))
+    pairs = list(
+        dict.fromkeys((request.layer, request.temperature) for request in plan.spec.requests)
+    )
     wide = torch.promote_types(torch.promote_types(hidden[0].dtype, weight.dtype), torch.float32)
     if not pairs:
         return hidden[0].new_zeros((0, len(hidden[0])), dtype=wide)
@@ -417,15 +417,15 @@ def log_sum_exps(plan: Plan, hidden: list[Tensor], weight: Tensor, bias: Tensor 
             [(u / temperature).logsumexp(-1) for u, (_, temperature) in zip(logits, pairs)]
         )
     else:
-        reads = tuple(Read(i, temperature, NLL) for i, (_, temperature) in enumerate(pairs))
-        spec = LensSpec(plan.spec.columns, reads, (), 1.0, scale, None, 1.0, None)
+        requests = tuple(Request(i, temperature, NLL) for i, (_, temperature) in enumerate(pairs))
+        spec = LensSpec(plan.spec.columns, requests, (), 1.0, scale, None, 1.0, None)
         inputs = LensInputs(states, weight, bias, states, None, None, None, None)
         rows = _kept_rows(
             plan.backend, inputs, spec, [*(h.requires_grad for h in states), False, False]
         )
         found = LogSumExps.apply(spec, plan.backend, rows, weight, bias, *states)
     return torch.stack(
-        [found[pairs.index((read.layer, read.temperature))] for read in plan.spec.reads]
+        [found[pairs.index((request.layer, request.temperature))] for request in plan.spec.requests]
     )
 
 
@@ -433,9 +433,8 @@ def _refusing_second_derivatives(found: list[Tensor], *sources: Tensor | None) -
     """The gradients `found`, such that differentiating them again with respect to what they come
     from raises.
     """
-    if (
-        not torch.is_grad_enabled() or torch.compiler.is_compiling()
-    ):  # compiled code refuses by itself
+    # compiled code refuses by itself
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return found
     return _Once.apply(len(found), *found, *[t for t in sources if t is not None])
 

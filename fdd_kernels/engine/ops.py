@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fdd_kernels.backends import BACKENDS
-from fdd_kernels.lens.spec import MOMENT_STATS, READ_STATS, LensInputs, LensSpec, count_parts
+from fdd_kernels.lens.spec import MOMENT_STATS, REQUEST_STATS, LensInputs, LensSpec, count_parts
 
 # LensInputs, an encoded LensSpec, a key of BACKENDS.
 _ARGUMENTS = (
@@ -21,7 +21,7 @@ _ARGUMENTS = (
     "labels, "
     "str structure, Tensor numbers, SymInt columns, str backend"
 )
-_STATISTICS = "Tensor pivots, Tensor reads, Tensor moments"
+_STATISTICS = "Tensor shifts, Tensor requests, Tensor moments"
 
 
 def _unpack(arguments: tuple) -> tuple[LensInputs, LensSpec, str, tuple]:
@@ -40,7 +40,7 @@ def _unpack(arguments: tuple) -> tuple[LensInputs, LensSpec, str, tuple]:
     "fdd_kernels::lens_stats", mutates_args=(), schema=f"({_ARGUMENTS}) -> ({_STATISTICS})"
 )
 def lens_stats(*arguments):
-    """Statistics: pivots (2, L, R), reads (reads, 4, R), moments (moments, 7, R)."""
+    """Statistics: shifts (2, L, R), requests (requests, 4, R), moments (moments, 7, R)."""
     inputs, spec, backend, _ = _unpack(arguments)
     # The operations choose the precision of their products themselves.
     with torch.autocast(inputs.device.type, enabled=False):
@@ -53,18 +53,22 @@ def _(*arguments):
         LensInputs(*arguments[: len(LensInputs._fields)]),
         arguments[len(LensInputs._fields)],
     )
-    reads, moments = count_parts(structure)
+    requests, moments = count_parts(structure)
 
     def new(*shape: int) -> Tensor:
         return inputs.student_weight.new_empty((*shape, inputs.rows), dtype=inputs.statistics_dtype)
 
-    return new(2, len(inputs.student_hidden)), new(reads, READ_STATS), new(moments, MOMENT_STATS)
+    return (
+        new(2, len(inputs.student_hidden)),
+        new(requests, REQUEST_STATS),
+        new(moments, MOMENT_STATS),
+    )
 
 
 @torch.library.custom_op(
     "fdd_kernels::lens_grad",
     mutates_args=(),
-    schema=f"({_ARGUMENTS}, {_STATISTICS}, Tensor grad_reads, Tensor grad_moments, bool[] "
+    schema=f"({_ARGUMENTS}, {_STATISTICS}, Tensor grad_requests, Tensor grad_moments, bool[] "
     "needed) -> Tensor[]",
 )
 def lens_grad(*arguments):

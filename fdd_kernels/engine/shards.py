@@ -19,6 +19,7 @@ from torch import Tensor
 from fdd_kernels.lens.divergences import DIVERGENCES
 from fdd_kernels.lens.spec import (
     COUNT,
+    GRAD_SUM,
     LSE_S,
     LSE_T,
     M_DD,
@@ -30,82 +31,83 @@ from fdd_kernels.lens.spec import (
     MOMENT_STATS,
     NLL,
     OWN,
-    READ_STATS,
-    SLOPE,
+    REQUEST_STATS,
     VALUE,
     LensSpec,
-    Read,
+    Request,
 )
 
-Statistics = tuple[Tensor, Tensor, Tensor]  # pivots, reads, moments
+Statistics = tuple[Tensor, Tensor, Tensor]  # shifts, reads, moments
 
 
-def merge_statistics(spec: LensSpec, pivots: Tensor, reads: Tensor, moments: Tensor) -> Statistics:
+def merge_statistics(
+    spec: LensSpec, shifts: Tensor, requests: Tensor, moments: Tensor
+) -> Statistics:
     """The statistics of all columns from `part_statistics` of disjoint parts of them, stacked along
     a first dimension N.
 
     Those of the second pass are left at 0. A part whose columns are all -inf takes no part.
     """
-    dtype = pivots.dtype
-    pivots_N2LR, reads_NnkR, moments_NmkR = (t.double() for t in (pivots, reads, moments))
-    common, shift = _common_pivots(spec, pivots_N2LR, reads_NnkR, moments_NmkR)
-    rows = pivots.shape[-1]
-    merged_reads = common.new_zeros((len(spec.reads), READ_STATS, rows))
+    dtype = shifts.dtype
+    shifts_N2LR, requests_NnkR, moments_NmkR = (t.double() for t in (shifts, requests, moments))
+    common, offset = _common_shifts(spec, shifts_N2LR, requests_NnkR, moments_NmkR)
+    rows = shifts.shape[-1]
+    merged_requests = common.new_zeros((len(spec.requests), REQUEST_STATS, rows))
     merged_moments = common.new_zeros((len(spec.moments), MOMENT_STATS, rows))
-    for index, read in enumerate(spec.reads):
-        _merge_read(
-            read,
-            reads_NnkR[:, index],
-            shift[:, :, read.layer] / read.temperature,
-            merged_reads[index],
+    for index, request in enumerate(spec.requests):
+        _merge_request(
+            request,
+            requests_NnkR[:, index],
+            offset[:, :, request.layer] / request.temperature,
+            merged_requests[index],
         )
     for index, (first, second) in enumerate(spec.moments):
         of_vector = (
-            shift[:, :, second] if first == OWN else shift[:, :, second] - shift[:, :, first]
+            offset[:, :, second] if first == OWN else offset[:, :, second] - offset[:, :, first]
         )
         _merge_moments(
             moments_NmkR[:, index], of_vector / spec.moment_temperature, merged_moments[index]
         )
-    return common.to(dtype), merged_reads.to(dtype), merged_moments.to(dtype)
+    return common.to(dtype), merged_requests.to(dtype), merged_moments.to(dtype)
 
 
-def _common_pivots(
-    spec: LensSpec, pivots: Tensor, reads: Tensor, moments: Tensor
+def _common_shifts(
+    spec: LensSpec, shifts: Tensor, requests: Tensor, moments: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The largest pivot of the parts with a finite column (2, L, R), and how far each part's lies
+    """The largest shift of the parts with a finite column (2, L, R), and how far each part's lies
     above it (N, 2, L, R).
     """
-    live = torch.zeros_like(pivots, dtype=torch.bool)
-    for index, read in enumerate(spec.reads):
-        live[:, 0, read.layer] |= reads[:, index, LSE_S] > -torch.inf
-        if read.divergence != NLL:
-            live[:, 1, read.layer] |= reads[:, index, LSE_T] > -torch.inf
+    live = torch.zeros_like(shifts, dtype=torch.bool)
+    for index, request in enumerate(spec.requests):
+        live[:, 0, request.layer] |= requests[:, index, LSE_S] > -torch.inf
+        if request.divergence != NLL:
+            live[:, 1, request.layer] |= requests[:, index, LSE_T] > -torch.inf
     for index, target in enumerate(spec.moments):
         for layer in target:
             if layer != OWN:
                 live[:, :, layer] |= (moments[:, index, COUNT] > 0)[:, None]
-    common = pivots.where(live, -torch.inf).amax(0).where(live.any(0), 0.0)
-    return common, (pivots - common).where(live, 0.0)
+    common = shifts.where(live, -torch.inf).amax(0).where(live.any(0), 0.0)
+    return common, (shifts - common).where(live, 0.0)
 
 
-def _merge_read(read: Read, parts_NkR: Tensor, shift_N2R: Tensor, out_kR: Tensor) -> None:
+def _merge_request(request: Request, parts_NkR: Tensor, offset_N2R: Tensor, out_kR: Tensor) -> None:
     """One reading: log-sum-exps, and what follows from those of the parts for its divergence."""
-    parts_s = parts_NkR[:, LSE_S] + shift_N2R[:, 0]
+    parts_s = parts_NkR[:, LSE_S] + offset_N2R[:, 0]
     out_kR[LSE_S] = parts_s.logsumexp(0)
     log_q, value = parts_s - out_kR[LSE_S], parts_NkR[:, VALUE]
-    if read.divergence == NLL:
+    if request.divergence == NLL:
         of_owner = torch.where(log_q == -torch.inf, torch.inf, value - log_q)
         out_kR[VALUE] = torch.where(value == -torch.inf, -torch.inf, of_owner).amax(0)
         return
-    parts_t = parts_NkR[:, LSE_T] + shift_N2R[:, 1]
+    parts_t = parts_NkR[:, LSE_T] + offset_N2R[:, 1]
     out_kR[LSE_T] = parts_t.logsumexp(0)
     log_p = parts_t - out_kR[LSE_T]
-    expectation_of = DIVERGENCES[read.divergence].expectation_of if read.divergence else None
+    expectation_of = DIVERGENCES[request.divergence].expectation_of if request.divergence else None
     if expectation_of == "teacher":
-        out_kR[VALUE], out_kR[SLOPE] = _chain_rule(log_p, log_q, value), -1.0
+        out_kR[VALUE], out_kR[GRAD_SUM] = _chain_rule(log_p, log_q, value), -1.0
     elif expectation_of == "student":
         out_kR[VALUE] = _chain_rule(log_q, log_p, value)
-        out_kR[SLOPE] = out_kR[VALUE] + 1.0
+        out_kR[GRAD_SUM] = out_kR[VALUE] + 1.0
 
 
 def _chain_rule(log_p_NR: Tensor, log_q_NR: Tensor, within_NR: Tensor) -> Tensor:
@@ -118,16 +120,16 @@ def _chain_rule(log_p_NR: Tensor, log_q_NR: Tensor, within_NR: Tensor) -> Tensor
     return (within + between).sum(0)
 
 
-def _merge_moments(parts_NkR: Tensor, shift_N2R: Tensor, out_kR: Tensor) -> None:
+def _merge_moments(parts_NkR: Tensor, offset_N2R: Tensor, out_kR: Tensor) -> None:
     """Moments of the union of the parts' columns, their vectors restated about the common
-    pivots.
+    shifts.
     """
     count = parts_NkR[:, COUNT]
     out_kR[COUNT] = count.sum(0)
     share = count / out_kR[COUNT].clamp(min=1)
     off = []
-    for mean, shift in ((MEAN_S, shift_N2R[:, 0]), (MEAN_T, shift_N2R[:, 1])):
-        of_parts = parts_NkR[:, mean] + shift
+    for mean, offset in ((MEAN_S, offset_N2R[:, 0]), (MEAN_T, offset_N2R[:, 1])):
+        of_parts = parts_NkR[:, mean] + offset
         out_kR[mean] = (share * of_parts).sum(0)
         off.append(of_parts - out_kR[mean])
     off_s, off_t = off

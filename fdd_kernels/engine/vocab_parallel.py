@@ -27,11 +27,11 @@ from torch import Tensor
 from fdd_kernels.backends import torch_stream
 from fdd_kernels.engine import ops
 from fdd_kernels.engine.shards import Statistics, merge_statistics
-from fdd_kernels.lens.spec import NLL, SLOPE, VALUE, LensInputs, LensSpec
+from fdd_kernels.lens.spec import GRAD_SUM, NLL, VALUE, LensInputs, LensSpec
 from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.fdd.plan import Plan
 
-SENT_READ_STATS = 3  # LSE_S, LSE_T and VALUE; the SLOPE of all columns follows from the VALUE
+SENT_REQUEST_STATS = 3  # LSE_S, LSE_T and VALUE; the GRAD_SUM of all columns follows from the VALUE
 
 
 @dataclass(frozen=True)
@@ -71,19 +71,19 @@ class VocabShard:
         if packed.numel():
             dist.all_gather(list(parts.unbind()), packed, group=self.group)
         split = parts.split([len(t.flatten(0, 1)) for t in own], dim=1)
-        pivots, reads, moments = merge_statistics(
+        shifts, requests, moments = merge_statistics(
             spec, *[p.unflatten(1, t.shape[:2]) for p, t in zip(split, own)]
         )
-        if later := second_pass_reads(spec):
-            sums = second_pass_sums(inputs, spec, pivots, reads)
+        if later := second_pass_requests(spec):
+            sums = second_pass_sums(inputs, spec, shifts, requests)
             if sums.numel():
                 dist.all_reduce(sums, group=self.group)
-            reads[later, VALUE], reads[later, SLOPE] = sums.unbind(1)
+            requests[later, VALUE], requests[later, GRAD_SUM] = sums.unbind(1)
         if inputs.valid is not None:
-            pivots, reads, moments = (
-                torch.where(inputs.valid, t, 0.0) for t in (pivots, reads, moments)
+            shifts, requests, moments = (
+                torch.where(inputs.valid, t, 0.0) for t in (shifts, requests, moments)
             )
-        return pivots, reads, moments
+        return shifts, requests, moments
 
     def sum_gradients(self, gradients: list[Tensor]) -> None:
         """Sum over the group, in place and at least in float32: the shares of the hidden states'
@@ -104,7 +104,7 @@ class _Answer(NamedTuple):
     student_rows: int = 0
     teacher_rows: int = 0
     positions: int = 0
-    kept_rows: int = 0
+    cached_rows: int = 0
     fingerprint: int = 0
 
 
@@ -139,10 +139,10 @@ def plan_shard(
         )
     failure, own = None, _Answer()
     try:
-        plan, inputs, normaliser, kept_rows = _prepare_rows(prepare, options, *arguments)
+        plan, inputs, normaliser, cached_rows = _prepare_rows(prepare, options, *arguments)
         rows = len(inputs.student_weight), len(inputs.teacher_weight)
         own = _Answer(
-            1, *rows, _count_positions(inputs), kept_rows, _fingerprint(options, plan, inputs)
+            1, *rows, _count_positions(inputs), cached_rows, _fingerprint(options, plan, inputs)
         )
     except Exception as error:  # the others wait for this process's answer, whatever went wrong
         failure = error
@@ -153,7 +153,7 @@ def plan_shard(
     shard = VocabShard(group, group.rank(), bounds, vocabulary)
     columns = bounds[shard.rank + 1] - bounds[shard.rank]
     plan = replace(plan, options=options, spec=replace(plan.spec, columns=columns))
-    return shard, plan, inputs, normaliser, min(answer.kept_rows for answer in answers)
+    return shard, plan, inputs, normaliser, min(answer.cached_rows for answer in answers)
 
 
 def _prepare_rows(
@@ -291,43 +291,49 @@ def _bounds(rows: tuple[int, ...], columns: int) -> tuple[int, ...]:
     return tuple([min(sum(rows[:rank]), columns) for rank in range(len(rows) + 1)])
 
 
-def second_pass_reads(spec: LensSpec) -> list[int]:
-    """The reads whose VALUE and SLOPE need the log-sum-exps of all columns."""
-    return [index for index, read in enumerate(spec.reads) if torch_stream.needs_second_pass(read)]
+def second_pass_requests(spec: LensSpec) -> list[int]:
+    """The requests whose VALUE and GRAD_SUM need the log-sum-exps of all columns."""
+    return [
+        index
+        for index, request in enumerate(spec.requests)
+        if torch_stream.needs_second_pass(request)
+    ]
 
 
 def first_pass(spec: LensSpec) -> LensSpec:
     """The spec without the second pass, which would be over a process's own columns."""
-    later = second_pass_reads(spec)
-    reads = [
-        read._replace(divergence=None) if index in later else read
-        for index, read in enumerate(spec.reads)
+    later = second_pass_requests(spec)
+    requests = [
+        request._replace(divergence=None) if index in later else request
+        for index, request in enumerate(spec.requests)
     ]
-    return replace(spec, reads=tuple(reads))
+    return replace(spec, requests=tuple(requests))
 
 
 def part_statistics(inputs: LensInputs, spec: LensSpec, own: Statistics) -> Statistics:
-    """What a process has to say of its `own` statistics: of reads the first three.
+    """What a process has to say of its `own` statistics: of requests the first three.
 
-    The VALUE of a cross-entropy is -inf where the label is another's; that of a read of the second
-    pass says nothing.
+    The VALUE of a cross-entropy is -inf where the label is another's; that of a request of the
+    second pass says nothing.
     """
-    pivots, reads, moments = own
-    reads = reads[:, :SENT_READ_STATS].clone()
-    for index, read in enumerate(spec.reads):
-        if read.divergence == NLL:
-            reads[index, VALUE].masked_fill_(inputs.labels < 0, -torch.inf)
-    return pivots, reads, moments
+    shifts, requests, moments = own
+    requests = requests[:, :SENT_REQUEST_STATS].clone()
+    for index, request in enumerate(spec.requests):
+        if request.divergence == NLL:
+            requests[index, VALUE].masked_fill_(inputs.labels < 0, -torch.inf)
+    return shifts, requests, moments
 
 
-def second_pass_sums(inputs: LensInputs, spec: LensSpec, pivots: Tensor, reads: Tensor) -> Tensor:
-    """VALUE and SLOPE of the reads of the second pass over this process's columns: (reads of the
-    pass, 2, R).
+def second_pass_sums(
+    inputs: LensInputs, spec: LensSpec, shifts: Tensor, requests: Tensor
+) -> Tensor:
+    """VALUE and GRAD_SUM of the requests of the second pass over this process's columns: (requests
+    of the pass, 2, R).
 
     In plain PyTorch, tile by tile, whatever the backend is: kernels that know both log-sum-exps
     only from their own columns have no such operation.
     """
-    reads = reads.clone()
+    requests = requests.clone()
     with torch.autocast(inputs.device.type, enabled=False):
-        torch_stream.add_second_pass(inputs, spec, pivots, reads)
-    return reads[second_pass_reads(spec)][:, [VALUE, SLOPE]]
+        torch_stream.add_second_pass(inputs, spec, shifts, requests)
+    return requests[second_pass_requests(spec)][:, [VALUE, GRAD_SUM]]

@@ -50,9 +50,8 @@ def capture_states(
         k: v for k, v in (inputs | {"use_cache": False}).items() if takes_any or k in parameters
     }
     sharded = any(isinstance(module, FSDPModule) for module in backbone.modules())
-    unneeded = (
-        [] if final or sharded else list(blocks[max(layers) :])
-    )  # not the next one alone: it may be left out
+    # not the next one alone: it may be left out
+    unneeded = [] if final or sharded else list(blocks[max(layers) :])
     state = last = None
 
     def stop(module, args) -> None:

@@ -16,9 +16,8 @@ def compile_blocks(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
     The compiled whole never runs, since it computes logits; and hooks, which capture states, must
     stay outside of what is compiled, so it is each forward and not the module's call.
     """
-    compiler = getattr(
-        model, "dynamo_ctx", None
-    )  # of the OptimizedModule: applies torch.compile's options to a function
+    # of the OptimizedModule: applies torch.compile's options to a function
+    compiler = getattr(model, "dynamo_ctx", None)
     if compiler is None:
         return
     for block in blocks:

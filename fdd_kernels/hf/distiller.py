@@ -299,9 +299,8 @@ class Distiller:
             states = model_states(
                 self.student, batch, layers, apply_final_norm=norm, final=self._runs_to_the_end
             )
-        head = (
-            self.student.read_head()
-        )  # of this step: it may have been resized, replaced or adapted since the last
+        # of this step: it may have been resized, replaced or adapted since the last
+        head = self.student.read_head()
         self._require_trainable(head)
         weight, bias, vocabulary = head.weight, head.bias, len(head.weight)
         if not self.config.train_head:

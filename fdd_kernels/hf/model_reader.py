@@ -86,9 +86,8 @@ def configured_transform(config) -> LogitTransform:
             None,
         )
 
-    scale = (number("logit_scale") or 1.0) * (
-        number("lm_head_multiplier") or 1.0
-    )  # Cohere, Falcon-H1
+    # Cohere, Falcon-H1
+    scale = (number("logit_scale") or 1.0) * (number("lm_head_multiplier") or 1.0)
     scale /= number("logits_scaling") or 1.0  # Granite
     return LogitTransform(
         scale, number("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")

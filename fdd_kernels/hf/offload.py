@@ -81,6 +81,5 @@ def end_forward(root: nn.Module, interrupted: nn.Module) -> None:
 def _hooks(module: nn.Module) -> tuple:
     """accelerate's hooks on a module itself."""
     hook = getattr(module, "_hf_hook", None)
-    return (
-        () if hook is None else tuple(getattr(hook, "hooks", (hook,)))
-    )  # a SequentialHook has several
+    # a SequentialHook has several
+    return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))

@@ -101,9 +101,8 @@ class AtomicCheckpoints:
             self._push_from_checkpoint(str(target))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if (
-            self._writing is None
-        ):  # uploads go on in the background: not from a folder that will move
+        # uploads go on in the background: not from a folder that will move
+        if self._writing is None:
             super()._push_from_checkpoint(checkpoint_folder)
 
     def save_state(self) -> None:
@@ -134,9 +133,8 @@ class AtomicCheckpoints:
         limit = self.args.save_total_limit
         if limit is None or limit <= 0:
             return
-        saved = sorted(
-            checkpoints(run), key=lambda path: path.stat().st_mtime_ns
-        )  # a resumed run may count lower
+        # a resumed run may count lower
+        saved = sorted(checkpoints(run), key=lambda path: path.stat().st_mtime_ns)
         kept = {saved[-1], Path(self.state.best_model_checkpoint or saved[-1])}
         excess = len(saved) - max(limit, len(kept))
         for old in [path for path in saved if path not in kept][: max(excess, 0)]:
@@ -199,9 +197,8 @@ class AtomicCheckpoints:
         """
         missing = [] if any(folder.glob("rng_state*.pth")) else ["rng_state.pth"]
         names = [TRAINER_STATE_NAME]
-        if not (
-            self.is_fsdp_enabled or self.is_deepspeed_enabled
-        ):  # those have formats of their own
+        # those have formats of their own
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             names += [OPTIMIZER_NAME, SCHEDULER_NAME]
             if not (
                 any(folder.glob("**/*model*.safetensors")) or any(folder.glob("**/*model*.bin"))

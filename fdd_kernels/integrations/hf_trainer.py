@@ -148,9 +148,8 @@ class FDDTrainerMixin(AtomicCheckpoints):
             self._step.add(
                 terms.named(), self.distiller.count_positions(inputs), num_items_in_batch
             )
-            loss = (
-                loss * self.accelerator.num_processes
-            )  # gradients are averaged over processes, but the shares must add up
+            # gradients are averaged over processes, but the shares must add up
+            loss = loss * self.accelerator.num_processes
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def training_step(self, model, inputs, num_items_in_batch=None, *args, **kwargs):
@@ -184,9 +183,8 @@ class FDDTrainerMixin(AtomicCheckpoints):
                 self._stop(f"step {self.state.global_step + 1}", means)
         if scale != 1:
             self._scale_gradients(scale)
-            loss = scale * loss + (scale - 1) * sum(
-                step.returned[:-1]
-            )  # so that the trainer's sum of them is right too
+            # so that the trainer's sum of them is right too
+            loss = scale * loss + (scale - 1) * sum(step.returned[:-1])
         return loss
 
     def _scale_gradients(self, scale: float) -> None:

@@ -129,9 +129,8 @@ class FDDLightningModule(pl.LightningModule):
         count, processes = self.distiller.count_positions(batch), self.trainer.world_size
         counted = self.trainer.strategy.reduce(count.to(self.device), reduce_op="sum")
         tokens = counted.clamp(min=1)
-        terms = self(
-            batch, tokens / processes
-        )  # its mean over processes is the mean over their tokens
+        # its mean over processes is the mean over their tokens
+        terms = self(batch, tokens / processes)
         self._log("train", terms, len(next(iter(batch.values()))), sync_dist=processes > 1)
         if self._tokens is None:
             self._tokens, self._first_tokens = tokens, tokens
@@ -159,9 +158,8 @@ class FDDLightningModule(pl.LightningModule):
         if not self._counted:
             warn_of_nothing(self.trainer.global_step + 1)
         self._begin_step()
-        if (
-            getattr(self.trainer.precision_plugin, "scaler", None) is None
-        ):  # float16's scaler skips such a step
+        # float16's scaler skips such a step
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
             require_finite(f"step {self.trainer.global_step + 1}", means)
         scale = self.trainer.accumulate_grad_batches * mean
         with torch.no_grad():

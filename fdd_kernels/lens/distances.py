@@ -39,13 +39,13 @@ class Distance:
     """An entry of the registry.
 
     `value(sums)` is the distance, (P, R), in operations that autograd can differentiate.
-    `write_slope(sums, of_ss, of_st, of_dd)` writes its derivatives with respect to s.s, s.t and |s
+    `write_grad(sums, of_ss, of_st, of_dd)` writes its derivatives with respect to s.s, s.t and |s
     - t|^2 into tensors of zeros (P, R). `centred`: the vectors are taken about their means over the
       columns.
     """
 
     value: Callable[[Sums], Tensor]
-    write_slope: Callable[[Sums, Tensor, Tensor, Tensor], None]
+    write_grad: Callable[[Sums, Tensor, Tensor, Tensor], None]
     centred: bool = False
 
 
@@ -76,7 +76,7 @@ def _cosine_value(sums: Sums) -> Tensor:
     )
 
 
-def _write_cosine_slope(sums: Sums, of_ss: Tensor, of_st: Tensor, of_dd: Tensor) -> None:
+def _write_cosine_grad(sums: Sums, of_ss: Tensor, of_st: Tensor, of_dd: Tensor) -> None:
     """The derivatives of either form of `_cosine_value`, of each where it is used; 0 where a vector
     has length 0.
 
@@ -103,12 +103,12 @@ def _mse_value(sums: Sums) -> Tensor:
     return sums.difference / sums.count.clamp(min=1)
 
 
-def _write_mse_slope(sums: Sums, of_ss: Tensor, of_st: Tensor, of_dd: Tensor) -> None:
+def _write_mse_grad(sums: Sums, of_ss: Tensor, of_st: Tensor, of_dd: Tensor) -> None:
     torch.reciprocal(sums.count.clamp(min=1), out=of_dd)
 
 
 DISTANCES: dict[str, Distance] = {
-    "cosine": Distance(_cosine_value, _write_cosine_slope),
-    "centered_cosine": Distance(_cosine_value, _write_cosine_slope, centred=True),
-    "mse": Distance(_mse_value, _write_mse_slope),
+    "cosine": Distance(_cosine_value, _write_cosine_grad),
+    "centered_cosine": Distance(_cosine_value, _write_cosine_grad, centred=True),
+    "mse": Distance(_mse_value, _write_mse_grad),
 }

@@ -4,9 +4,9 @@ every backend.
 With p the teacher's and q the student's distribution, a divergence is a sum over columns of an
 elementwise `value(log_q, log_p)`. Each is made of KL(p || r) as the sum of p (e^x - 1 - x), x = log
 r - log p: the columns' sum of r - p is 0, so it may be added, and what is left has no negative
-summand and no large ones that cancel where the models nearly agree. `slope(log_q, log_p)` is the
+summand and no large ones that cancel where the models nearly agree. `grad(log_q, log_p)` is the
 derivative of the plain sum, without what was added, with respect to log_q. Since log_q = z -
-logsumexp(z), the gradient with respect to the student's logits is `slope - q * sum(slope)`, for
+logsumexp(z), the gradient with respect to the student's logits is `grad - q * sum(grad)`, for
 either. A column of probability zero (a logit of -inf) contributes its limit, never NaN.
 """
 
@@ -28,11 +28,11 @@ class Divergence:
 
     `expectation_of` names the model under whose distribution the divergence is a plain expectation
     of the difference of logits plus log-sum-exps; one pass over the columns is then enough. Without
-    it a second pass, with both log-sum-exps known, sums `value` and `slope`.
+    it a second pass, with both log-sum-exps known, sums `value` and `grad`.
     """
 
     value: Callable[[Tensor, Tensor], Tensor]
-    slope: Callable[[Tensor, Tensor], Tensor]
+    grad: Callable[[Tensor, Tensor], Tensor]
     expectation_of: str | None = None
 
 
@@ -88,7 +88,7 @@ def _kl_value(log_q: Tensor, log_p: Tensor) -> Tensor:
     return kl_of(log_p.exp(), log_q.exp(), log_q - log_p)
 
 
-def _kl_slope(log_q: Tensor, log_p: Tensor) -> Tensor:
+def _kl_grad(log_q: Tensor, log_p: Tensor) -> Tensor:
     return -log_p.exp()
 
 
@@ -96,7 +96,7 @@ def _reverse_kl_value(log_q: Tensor, log_p: Tensor) -> Tensor:
     return kl_of(log_q.exp(), log_p.exp(), log_p - log_q)
 
 
-def _reverse_kl_slope(log_q: Tensor, log_p: Tensor) -> Tensor:
+def _reverse_kl_grad(log_q: Tensor, log_p: Tensor) -> Tensor:
     q = log_q.exp()
     return q * (_where_weighted(q, log_q - log_p) + 1)
 
@@ -107,7 +107,7 @@ def _jsd_value(log_q: Tensor, log_p: Tensor) -> Tensor:
     return (kl_of(p, m, _log_mixture(of_p, 0.5)) + kl_of(q, m, _log_mixture(of_q, 0.5))) / 2
 
 
-def _jsd_slope(log_q: Tensor, log_p: Tensor) -> Tensor:
+def _jsd_grad(log_q: Tensor, log_p: Tensor) -> Tensor:
     q = log_q.exp()
     return -0.5 * q * _log_mixture(_where_weighted(q, log_p - log_q), 0.5)
 
@@ -118,16 +118,16 @@ def _skew_kl_value(log_q: Tensor, log_p: Tensor) -> Tensor:
     return kl_of(p, SKEW * p + (1 - SKEW) * q, _log_mixture(x, 1 - SKEW))
 
 
-def _skew_kl_slope(log_q: Tensor, log_p: Tensor) -> Tensor:
+def _skew_kl_grad(log_q: Tensor, log_p: Tensor) -> Tensor:
     p = log_p.exp()
     return -p * torch.sigmoid(_where_weighted(p, log_q - log_p) + math.log((1 - SKEW) / SKEW))
 
 
 DIVERGENCES: dict[str, Divergence] = {
-    "kl": Divergence(_kl_value, _kl_slope, expectation_of="teacher"),
-    "reverse_kl": Divergence(_reverse_kl_value, _reverse_kl_slope, expectation_of="student"),
-    "jsd": Divergence(_jsd_value, _jsd_slope),
-    "skew_kl": Divergence(_skew_kl_value, _skew_kl_slope),
+    "kl": Divergence(_kl_value, _kl_grad, expectation_of="teacher"),
+    "reverse_kl": Divergence(_reverse_kl_value, _reverse_kl_grad, expectation_of="student"),
+    "jsd": Divergence(_jsd_value, _jsd_grad),
+    "skew_kl": Divergence(_skew_kl_value, _skew_kl_grad),
 }
 
 FEATURE_DISTANCES = ("mse", "cosine")

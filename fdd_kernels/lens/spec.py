@@ -3,14 +3,14 @@ moments are taken.
 
 Both operations (see `ops.py`) see, for each layer l of L, raw values x = h^l W^T + b of shape (R,
 C) and u = f(x) = softcap(logit_scale * x), never all of it at a time. All they return is relative
-to a per-row `pivot`, so that a common shift of the logits costs no precision: a layer that is read
+to a per-row `shift`, so that a common shift of the logits costs no precision: a layer that is read
 has the row's largest u, so that a probability that matters is e to a small number, at any
 temperature; others have any value near their logits.
 
-A `Read` of a layer at temperature T looks at z = (u - pivot) / T and yields four numbers per row:
-    LSE_S, LSE_T   log-sum-exp of the student's and the teacher's z
+A `Request` of a layer at temperature T looks at z = (u - shift) / T and yields four numbers per
+    row: LSE_S, LSE_T   log-sum-exp of the student's and the teacher's z
     VALUE          the divergence; for NLL the student's cross-entropy at the label
-    SLOPE          sum over columns of the divergence's slope (a constant of its gradient)
+    GRAD_SUM       sum over columns of the divergence's grad (a constant of its gradient)
 
 A moment target (a, b) is the pair of vectors s = z_s^b - z_s^a and t = z_t^b - z_t^a (a = OWN: z^b
 itself) at `moment_temperature`. With d = s - t it yields seven numbers per row, over the columns
@@ -31,8 +31,8 @@ from torch import Tensor
 NLL = "nll"
 OWN = -1
 
-LSE_S, LSE_T, VALUE, SLOPE = range(4)
-READ_STATS = 4
+LSE_S, LSE_T, VALUE, GRAD_SUM = range(4)
+REQUEST_STATS = 4
 COUNT, MEAN_S, MEAN_T, M_SS, M_TT, M_ST, M_DD = range(7)
 MOMENT_STATS = 7
 
@@ -90,7 +90,7 @@ class LensInputs(NamedTuple):
         )
 
 
-class Read(NamedTuple):
+class Request(NamedTuple):
     """One softmax reading of one layer; `divergence` None wants the log-sum-exps alone."""
 
     layer: int
@@ -100,16 +100,16 @@ class Read(NamedTuple):
 
 def _parts(structure: str) -> tuple[list[list[str]], list[list[str]]]:
     """The reads and the moments of an encoded spec's structure."""
-    reads, moments = (
+    requests, moments = (
         [part.split(",") for part in half.split(";") if part] for half in structure.split("|")
     )
-    return reads, moments
+    return requests, moments
 
 
 def count_parts(structure: str) -> tuple[int, int]:
     """How many reads and how many moments an encoded spec has."""
-    reads, moments = _parts(structure)
-    return len(reads), len(moments)
+    requests, moments = _parts(structure)
+    return len(requests), len(moments)
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class LensSpec:
     """
 
     columns: int
-    reads: tuple[Read, ...]
+    requests: tuple[Request, ...]
     moments: tuple[tuple[int, int], ...]
     moment_temperature: float
     student_logit_scale: float
@@ -130,7 +130,7 @@ class LensSpec:
     @property
     def needs_teacher(self) -> bool:
         """False when only the student's cross-entropy is asked for."""
-        return bool(self.moments) or any(read.divergence != NLL for read in self.reads)
+        return bool(self.moments) or any(request.divergence != NLL for request in self.requests)
 
     def encode(self) -> tuple[str, Tensor, int]:
         """The spec as operator arguments: its structure, its numbers, its columns.
@@ -138,32 +138,36 @@ class LensSpec:
         The numbers are a float64 tensor on the host: as Python numbers each of their values would
         compile the code anew.
         """
-        reads = ";".join([f"{r.layer},{r.divergence or ''}" for r in self.reads])
+        requests = ";".join([f"{r.layer},{r.divergence or ''}" for r in self.requests])
         moments = ";".join([f"{a},{b}" for a, b in self.moments])
         caps = [0.0 if cap is None else cap for cap in (self.student_softcap, self.teacher_softcap)]
         scales = [self.student_logit_scale, self.teacher_logit_scale]
-        numbers = [self.moment_temperature, *scales, *caps, *[r.temperature for r in self.reads]]
-        if (
-            torch.compiler.is_compiling()
-        ):  # they may be symbols, which stay so in arithmetic with tensors alone
+        numbers = [self.moment_temperature, *scales, *caps, *[r.temperature for r in self.requests]]
+        # they may be symbols, which stay so in arithmetic with tensors alone
+        if torch.compiler.is_compiling():
             one = torch.ones((), dtype=torch.float64, device="cpu")
             encoded = torch.stack([one * number for number in numbers])
         else:
             encoded = torch.tensor(numbers, dtype=torch.float64, device="cpu")
-        return f"{reads}|{moments}", encoded, self.columns
+        return f"{requests}|{moments}", encoded, self.columns
 
     @staticmethod
     def decode(structure: str, numbers: Tensor, columns: int) -> LensSpec:
         """The inverse of `encode`."""
-        reads, moments = _parts(structure)
-        temperature, student_scale, teacher_scale, student_cap, teacher_cap, *read_temperatures = (
-            numbers.tolist()
-        )
+        requests, moments = _parts(structure)
+        (
+            temperature,
+            student_scale,
+            teacher_scale,
+            student_cap,
+            teacher_cap,
+            *request_temperatures,
+        ) = numbers.tolist()
         return LensSpec(
             columns=columns,
-            reads=tuple(
-                Read(int(layer), t, name or None)
-                for (layer, name), t in zip(reads, read_temperatures)
+            requests=tuple(
+                Request(int(layer), t, name or None)
+                for (layer, name), t in zip(requests, request_temperatures)
             ),
             moments=tuple((int(a), int(b)) for a, b in moments),
             moment_temperature=temperature,

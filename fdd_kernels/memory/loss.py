@@ -22,9 +22,8 @@ if TYPE_CHECKING:  # without torch the command line can show its options
 
 FLOAT = 4
 DENSE_RUNTIME_BYTES = 4 * MIB  # buffers of the matrix library
-HEAD_PRODUCT_BYTES = (
-    16 * MIB
-)  # MKL's own buffers in the product that is the head's gradient, of 10 to 31 MiB that were seen
+# MKL's own buffers in the product that is the head's gradient, of 10 to 31 MiB that were seen
+HEAD_PRODUCT_BYTES = 16 * MIB
 
 
 @dataclass(frozen=True)

@@ -151,9 +151,8 @@ class TeacherCache(WindowCache, TeacherWithHead):
     def _head_on(
         self, device: torch.device, vocab_group, vocabulary: int
     ) -> tuple[Tensor, Tensor | None]:
-        self._head = {
-            name: tensor.to(device) for name, tensor in self._head.items()
-        }  # once: it stays there
+        # once: it stays there
+        self._head = {name: tensor.to(device) for name, tensor in self._head.items()}
         return super()._head_on(device, vocab_group, vocabulary)
 
     def states(

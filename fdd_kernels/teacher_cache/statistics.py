@@ -228,18 +228,16 @@ class StatisticsCache(WindowCache):
         count = len(self.layers) + 1
         loss = self._loss_for(student, options, count)
         final = student.states[-1]
-        sampled = student.states[:-1] or [final] * (
-            count - 1
-        )  # without trajectory and derivative none is looked at
+        # without trajectory and derivative none is looked at
+        sampled = student.states[:-1] or [final] * (count - 1)
         final = sampled[-1] if final is None else final
         hidden = [
             state.flatten(0, 1)[states.places].to(student.weight.device)
             for state in (*sampled, final)
         ]
         labels = next_labels(batch, options.ignore_index).flatten()[states.places]
-        counts = counted_positions(batch, options.ignore_index).flatten()[
-            states.places
-        ]  # a run may leave out some
+        # a run may leave out some
+        counts = counted_positions(batch, options.ignore_index).flatten()[states.places]
         statistics = states.statistics
         if not bool(counts.all()):
             hidden, labels = [h[counts] for h in hidden], labels[counts]

@@ -181,9 +181,8 @@ class CacheWriter:
     def _save(self, name: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
         with atomic_file(self.folder / name) as part:
             save_file(tensors, part)
-            part.chmod(
-                (self.folder / INDEX_FILE).stat().st_mode
-            )  # safetensors lets nobody else read it
+            # safetensors lets nobody else read it
+            part.chmod((self.folder / INDEX_FILE).stat().st_mode)
             return _record(part)
 
     def _write_index(self) -> None:

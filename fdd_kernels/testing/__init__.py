@@ -376,7 +376,7 @@ def value_floors(problem: Problem, unit: float | None = None, **options) -> FDDL
     summation = _summation_rounding(columns, call.unit)
     live = (models[0][0][0].isfinite() & models[1][0][0].isfinite()).all(0)
 
-    def read(layer: int, temperature: float, softmax: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def request(layer: int, temperature: float, softmax: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Both models' values (R, live C) at a layer and how far they may be off, (R,)."""
         values, off = [], 0.0
         for u, d in (models[0][layer], models[1][layer]):
@@ -386,11 +386,11 @@ def value_floors(problem: Problem, unit: float | None = None, **options) -> FDDL
         return *values, off
 
     def divergence(name: str, layer: int, temperature: float) -> Tensor:
-        s, t, off = read(layer, temperature, softmax=True)
+        s, t, off = request(layer, temperature, softmax=True)
         value = lambda a, b: DIVERGENCES[name].value(a, b).sum(-1)  # noqa: E731
         # A backend may leave out the terms whose sum over the columns is 0, as `slope` does: they
         # then cancel in the sum alone.
-        plain = DIVERGENCES[name].slope(s, t)
+        plain = DIVERGENCES[name].grad(s, t)
         plain = 3 * off * plain.norm(dim=-1) + summation * plain.abs().sum(-1)
         return _movement(value, (s, t), off, summation) + plain + summation * value(s, t).abs()
 
@@ -411,14 +411,14 @@ def value_floors(problem: Problem, unit: float | None = None, **options) -> FDDL
         ).mean(0)
     elif plan.trajectory:
         per_layer = [
-            distance(o.trajectory, *read(i, o.temperature, softmax=False), 0.0) for i in dynamics
+            distance(o.trajectory, *request(i, o.temperature, softmax=False), 0.0) for i in dynamics
         ]
         trajectory = torch.stack(per_layer).mean(0)
     if plan.derivative:
         per_pair = []
         for first, second in zip(dynamics, dynamics[1:]):
             (s1, t1, off1), (s2, t2, off2) = (
-                read(i, o.temperature, not plan.feature_space) for i in (first, second)
+                request(i, o.temperature, not plan.feature_space) for i in (first, second)
             )
             common = 0.0 if plan.feature_space else 2 * summation
             per_pair.append(distance(o.derivative, s2 - s1, t2 - t1, off1 + off2, common))
@@ -426,7 +426,7 @@ def value_floors(problem: Problem, unit: float | None = None, **options) -> FDDL
     if plan.output_kd is not None:
         output_kd = divergence("kl", final, o.output_temperature)
     if plan.ce is not None:
-        ce = 3 * read(final, 1.0, softmax=True)[2] + summation
+        ce = 3 * request(final, 1.0, softmax=True)[2] + summation
     return call.combine(RowTerms(output_kd, trajectory, derivative, ce))
 
 
@@ -501,9 +501,8 @@ def gradient_floors(
         for i, (name, true) in enumerate(truth.gradients.items()):
             width = true.shape[-1]
             move = _row_norms(moved.gradients[name][..., :width] - true)
-            if (
-                true.ndim == 1 and move.numel()
-            ):  # single numbers: one that happens not to move says little
+            # single numbers: one that happens not to move says little
+            if true.ndim == 1 and move.numel():
                 move = move.clamp(min=float(move.mean()))
             moves[i] = torch.maximum(torch.as_tensor(moves[i]), move)
     if not floors:
@@ -576,7 +575,7 @@ def _normaliser_floors(
         if name in DIVERGENCES:
             size = (
                 DIVERGENCES[name]
-                .slope(*[z.detach().log_softmax(-1) for z in (z_s, z_t)])
+                .grad(*[z.detach().log_softmax(-1) for z in (z_s, z_t)])
                 .abs()
                 .sum(-1)
             )

@@ -200,9 +200,8 @@ def setup(**changes):
 
 def test_adapters_leave_the_weights_and_the_head_untrained():
     whole, lora = step_memory(setup()), step_memory(setup(lora_rank=16))
-    adapters = (
-        12 * 16 * (768 + 3 * 768 + 2 * 768 + 2 * 5 * 768)
-    )  # A and B on the four matrices of every block
+    # A and B on the four matrices of every block
+    adapters = 12 * 16 * (768 + 3 * 768 + 2 * 768 + 2 * 5 * 768)
     assert setup(lora_rank=16).trained == adapters
     assert lora["student weights"] - whole["student weights"] == lora["gradients"] == 2 * adapters
     assert lora["optimizer"] == 8 * adapters

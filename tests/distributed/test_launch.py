@@ -16,9 +16,8 @@ LAUNCH = Path(__file__).parents[2] / "examples" / "launch"
     ("name", "kind"), [("ddp", DistributedType.MULTI_GPU), ("fsdp2", DistributedType.FSDP)]
 )
 def test_accelerate_reads_its_configurations(name, kind):
-    config = load_config_from_file(
-        str(LAUNCH / f"accelerate_{name}.yaml")
-    )  # refuses keys that it does not know
+    # refuses keys that it does not know
+    config = load_config_from_file(str(LAUNCH / f"accelerate_{name}.yaml"))
     assert isinstance(config, ClusterConfig)
     assert config.distributed_type == kind
     assert (config.num_machines, config.num_processes, config.mixed_precision) == (2, 16, "bf16")

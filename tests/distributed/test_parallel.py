@@ -70,9 +70,8 @@ def test_a_head_that_is_spread_over_processes_is_refused(tmp_path):
 
 def test_fsdp1_is_refused():
     model = tiny_model("llama", depth=3)
-    flattened = FullyShardedDataParallel.__new__(
-        FullyShardedDataParallel
-    )  # its constructor wants an accelerator
+    # its constructor wants an accelerator
+    flattened = FullyShardedDataParallel.__new__(FullyShardedDataParallel)
     nn.Module.__init__(flattened)
     flattened._fsdp_wrapped_module = model
     with pytest.raises(TypeError, match=r"FSDP1.*fully_shard"):

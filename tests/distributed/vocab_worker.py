@@ -117,14 +117,14 @@ def keeping(rows: int | None) -> Iterator[list[int]]:
     """
     backend, block_rows, blocks = BACKENDS["cpu"], cpu.block_rows, []
 
-    def stats_and_grad(inputs, spec, rows_at_a_time, upstream_of, needed, refine):
+    def stats_and_grad(inputs, spec, block_rows, upstream_of, needed, refine):
         assert not refine  # what a process knows of its own columns alone is no more accurate
 
         def seen(rows, *statistics):
             blocks.append(len(rows))
             return upstream_of(rows, *statistics)
 
-        return backend.stats_and_grad(inputs, spec, rows_at_a_time, seen, needed, refine)
+        return backend.stats_and_grad(inputs, spec, block_rows, seen, needed, refine)
 
     BACKENDS["cpu"] = replace(backend, stats_and_grad=stats_and_grad)
     if rows is not None:
@@ -187,9 +187,8 @@ def run_backwards(rank: int, world: int, group) -> dict:
 def sequence_problem() -> Problem:
     """Labels unshifted, as a causal LM takes them."""
     problem = random_problem((2, 13), labels=True)
-    return replace(
-        problem, labels=problem.labels.where(torch.arange(13) != 6, 3)
-    )  # a label that counts at the borders
+    # a label that counts at the borders
+    return replace(problem, labels=problem.labels.where(torch.arange(13) != 6, 3))
 
 
 def positions_of(problem: Problem, part: slice) -> Problem:

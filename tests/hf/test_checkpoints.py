@@ -84,9 +84,8 @@ def test_a_checkpoint_that_was_not_finished_is_not_seen(tmp_path, monkeypatch, w
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(
-            atomic.shutil, "rmtree", lambda *args, **kwargs: None
-        )  # what a dead process does not do
+        # what a dead process does not do
+        patch.setattr(atomic.shutil, "rmtree", lambda *args, **kwargs: None)
         if moment == "moving":
             patch.setattr(atomic, "_sync_tree", die)
         else:
@@ -125,9 +124,8 @@ def test_incomplete_checkpoints_are_refused_or_left_out(tmp_path, whole, lost, n
     with pytest.warns(UserWarning, match=f"checkpoint-6 lacks {named}"):
         run.train(resume_from_checkpoint=True)
     same_parameters(run.model, whole[1], rtol=0, atol=0)
-    assert (
-        tmp_path / "checkpoint-6" / lost
-    ).exists()  # written again, in the place of the incomplete one
+    # written again, in the place of the incomplete one
+    assert (tmp_path / "checkpoint-6" / lost).exists()
 
 
 @pytest.mark.parametrize("named", [False, True])

@@ -231,9 +231,8 @@ def test_padding_on_the_left_equals_the_right_and_none(pair, dtype, labels):
         for row, length in enumerate(lengths)
     ]
     count = distiller.count_positions(right)
-    assert int(count) == sum(lengths) - (
-        3 + 2 if labels else 0
-    )  # the last tokens, and two more of the prompt
+    # the last tokens, and two more of the prompt
+    assert int(count) == sum(lengths) - (3 + 2 if labels else 0)
     assert distiller.count_positions(left) == count
     assert sum(distiller.count_positions(batch) for batch in alone) == count
 

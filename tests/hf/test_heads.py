@@ -126,9 +126,8 @@ def test_gradients_of_an_adapted_head_equal_the_dense_loss(kind):
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     assert found.keys() == gradients(student).keys()
     assert any("lm_head" in name or "token" in name for name in found)
-    for name, gradient in gradients(
-        student
-    ).items():  # Llama's norms are float32 inside float64 models
+    # Llama's norms are float32 inside float64 models
+    for name, gradient in gradients(student).items():
         torch.testing.assert_close(
             found[name], gradient, rtol=1e-6, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}"
         )

@@ -25,9 +25,8 @@ from tests.hf.test_trainer import examples, pad  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TERMS = ("loss", "output_kd", "trajectory", "derivative", "ce")
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::UserWarning"
-)  # of Lightning, about workers and loggers
+# of Lightning, about workers and loggers
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 def expected(parts: int, clip: float | None = None) -> dict[str, torch.Tensor]:
@@ -105,9 +104,8 @@ def test_two_processes_equal_one(tmp_path):
 
 def test_logs_checkpoints_and_stops_early(tmp_path):
     model = module()
-    model._optimizer = lambda p: torch.optim.SGD(
-        p, lr=200.0
-    )  # ruins the student: it only gets worse
+    # ruins the student: it only gets worse
+    model._optimizer = lambda p: torch.optim.SGD(p, lr=200.0)
     best = ModelCheckpoint(tmp_path / "saved", monitor="val_loss")
     trainer = fit(
         model,

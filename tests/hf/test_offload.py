@@ -113,9 +113,8 @@ class TestEarlyStop:
             tiny_batch(), distiller.student_layers, read=distiller.student.read
         )
         assert len(states) == 3
-        whole = Distiller(
-            student, teacher, FDDConfig(num_layers=3, output_kd_weight=1e-30)
-        )  # too little to count
+        # too little to count
+        whole = Distiller(student, teacher, FDDConfig(num_layers=3, output_kd_weight=1e-30))
         whole(tiny_batch()).loss.backward()
         expected = gradients(student)
         student.zero_grad()

@@ -128,9 +128,8 @@ def test_products_of_bfloat16_as_they_are():
     (wide, err_0), (narrow, err_1) = [process.communicate(timeout=120) for process in processes]
     assert wide.startswith("False"), err_0
     assert narrow.startswith("True"), err_1
-    assert (
-        narrow.split(" ", 1)[1] != wide.split(" ", 1)[1]
-    )  # gradients are rounded: it is another path
+    # gradients are rounded: it is another path
+    assert narrow.split(" ", 1)[1] != wide.split(" ", 1)[1]
     chosen = "bfloat16 and (ragged or low_precision or several_sets or every_way)"
     run = subprocess.run(
         [sys.executable, "-m", "pytest", __file__, "-k", chosen, "-q", "-p", "no:cacheprovider"],
@@ -416,16 +415,15 @@ def test_values_are_kept_where_that_pays():
             LossOptions(), states, weight, states, weight, None, None, None, None, None
         )[0]
         inputs = LensInputs(states, weight, None, states, weight, None, None, None)
-        return cpu.kept_rows(inputs, plan.spec, [True] * 5 + [train_head, False])
+        return cpu.cached_rows(inputs, plan.spec, [True] * 5 + [train_head, False])
 
     assert rows() * 10 * 50304 * 4 <= cpu.KEPT_BYTES
     assert rows() >= 40
     assert rows(count=3) == 3
     few = {"models": 2, "head_sum_bytes": 0, "threads": 4}
     assert cpu.block_rows(5, 100, 4 * cpu.TILE_COLUMNS, 8, **few) > 0
-    assert (
-        cpu.block_rows(5, 100, 3 * cpu.TILE_COLUMNS, 8, **few) == 0
-    )  # a thread would have nothing to do
+    # a thread would have nothing to do
+    assert cpu.block_rows(5, 100, 3 * cpu.TILE_COLUMNS, 8, **few) == 0
     assert rows(torch.float16) == 0  # sums before the loss scale would underflow
     assert rows(torch.float64) == 0
     assert rows(columns=2**20) == 0  # too few rows at a time
@@ -487,9 +485,9 @@ def test_every_divergence_of_the_registry_is_in_the_triton_kernels():
     """Each is a branch of both device functions of the pair, which end in a static assertion."""
     folder = Path(cpu.__file__).parents[1] / "triton"
     source = next(
-        s for s in (p.read_text() for p in folder.rglob("*.py")) if "def divergence_slope(" in s
+        s for s in (p.read_text() for p in folder.rglob("*.py")) if "def divergence_grad(" in s
     )
-    for function in ("value", "slope"):
+    for function in ("value", "grad"):
         body = source.split(f"def divergence_{function}(")[1].split("\n@triton.jit")[0]
         assert "static_assert" in body
         for name in DIVERGENCES:

@@ -1,4 +1,4 @@
-"""What the engine asks of a backend that forms gradients in the forward pass: `kept_rows` and
+"""What the engine asks of a backend that forms gradients in the forward pass: `cached_rows` and
 `stats_and_grad`.
 """
 
@@ -33,13 +33,13 @@ class Keeping:
     def __init__(self, wide: bool = False, refined=lambda value: value):
         self.wide, self.refined, self.blocks = wide, refined, []
 
-    def stats_and_grad(self, inputs, spec, rows_at_a_time, upstream_of, needed, refine):
+    def stats_and_grad(self, inputs, spec, block_rows, upstream_of, needed, refine):
         whole = [torch.zeros_like(s) for s in torch_stream.stats(inputs, spec)]
         sources = (*inputs.student_hidden, inputs.student_weight, inputs.student_bias)
         found = [
             torch.zeros_like(t, dtype=torch.float32) for t, need in zip(sources, needed) if need
         ]
-        for rows in torch.arange(inputs.rows).split(rows_at_a_time):
+        for rows in torch.arange(inputs.rows).split(block_rows):
             of_block = inputs.at(rows)._replace(
                 valid=None if inputs.valid is None else inputs.valid[rows]
             )
@@ -78,7 +78,7 @@ def keep(monkeypatch):
     def install(**options) -> Keeping:
         keeping = Keeping(**options)
         backend = replace(
-            BACKENDS["torch"], kept_rows=lambda *_: ROWS, stats_and_grad=keeping.stats_and_grad
+            BACKENDS["torch"], cached_rows=lambda *_: ROWS, stats_and_grad=keeping.stats_and_grad
         )
         monkeypatch.setitem(BACKENDS, "torch", backend)
         return keeping
@@ -138,11 +138,11 @@ def test_a_step_on_a_device_reads_nothing_back(monkeypatch):
     "meta" have none to read.
     """
 
-    def stats_and_grad(inputs, spec, rows_at_a_time, upstream_of, needed, refine):
+    def stats_and_grad(inputs, spec, block_rows, upstream_of, needed, refine):
         rows, new = torch.arange(inputs.rows, device=inputs.device), inputs.student_weight.new_zeros
-        shapes = (2, len(inputs.student_hidden)), (len(spec.reads), 4), (len(spec.moments), 7)
+        shapes = (2, len(inputs.student_hidden)), (len(spec.requests), 4), (len(spec.moments), 7)
         statistics = [new((*shape, inputs.rows), dtype=torch.float32) for shape in shapes]
-        for block in rows.split(rows_at_a_time):
+        for block in rows.split(block_rows):
             upstream_of(block, *[s[..., block] for s in statistics])
         sources = (*inputs.student_hidden, inputs.student_weight, inputs.student_bias)
         return [torch.zeros_like(t) for t, need in zip(sources, needed) if need], tuple(statistics)
@@ -150,9 +150,8 @@ def test_a_step_on_a_device_reads_nothing_back(monkeypatch):
     monkeypatch.setitem(
         BACKENDS, "torch", replace(BACKENDS["torch"], stats_and_grad=stats_and_grad)
     )
-    monkeypatch.setattr(
-        torch, "autocast", lambda *_, **__: contextlib.nullcontext()
-    )  # knows no "meta"
+    # knows no "meta"
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     p = random_problem(labels=True, mask=True, bias="plain", dtype=torch.bfloat16)
     options = LossOptions(**TERMS, backend="torch", shift=True)
     plan, *_ = make_plan(

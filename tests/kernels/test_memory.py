@@ -98,13 +98,12 @@ def check_tiles(layers, rows, columns, widths, itemsize, device_type):
     assert 1 <= tiles.rows <= rows
     assert 1 <= tiles.columns <= columns
     assert tiles.resident_rows >= tiles.rows
-    # As _tile_gradient holds them: u before and after the pivot, the teacher's, the gradient, and
+    # As _tile_gradient holds them: u before and after the shift, the teacher's, the gradient, and
     # temporaries.
     logits = (4 * layers + 8) * tiles.rows * tiles.columns * itemsize
     operands = sum(widths) * (tiles.columns + layers * tiles.rows) * itemsize
-    head_tile = (
-        widths[0] * tiles.columns * itemsize
-    )  # its gradient, once more where it is written in its own dtype
+    # its gradient, once more where it is written in its own dtype
+    head_tile = widths[0] * tiles.columns * itemsize
     resident = layers * min(tiles.resident_rows, rows) * widths[0] * itemsize
     assert logits <= torch_stream.TILE_BYTES.get(device_type, torch_stream.ACCELERATOR_TILE_BYTES)
     # One layer's product of a row block, and the accumulator of a low-precision head where there is

@@ -40,6 +40,5 @@ def test_kernels_alone(name):
 
 @pytest.mark.timeout(1800)
 def test_as_a_backend():
-    interpreted_tests(
-        str(HERE / "test_backends.py"), "-k", "triton"
-    )  # the others run where that file does
+    # the others run where that file does
+    interpreted_tests(str(HERE / "test_backends.py"), "-k", "triton")

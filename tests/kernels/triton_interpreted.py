@@ -166,7 +166,7 @@ def elementwise_kernel(log_q, log_p, value, slope, DIVERGENCE: tl.constexpr, SIZ
     i = tl.arange(0, SIZE)
     q, p = tl.load(log_q + i), tl.load(log_p + i)
     tl.store(value + i, elementwise.divergence_value(q, p, DIVERGENCE))
-    tl.store(slope + i, elementwise.divergence_slope(q, p, DIVERGENCE))
+    tl.store(slope + i, elementwise.divergence_grad(q, p, DIVERGENCE))
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -183,7 +183,7 @@ def test_elementwise_pairs_are_the_registry(name):
     value, slope = torch.empty(256), torch.empty(256)
     elementwise_kernel[(1,)](log_q, log_p, value, slope, DIVERGENCE=name, SIZE=256)
     exact = DIVERGENCES[name]
-    for found, formula in ((value, exact.value), (slope, exact.slope)):
+    for found, formula in ((value, exact.value), (slope, exact.grad)):
         expected = formula(log_q.double(), log_p.double())
         scale = expected.abs() + (log_q - log_p).abs().nan_to_num(0.0, 0.0) * (
             log_q.exp() + log_p.exp()
@@ -250,9 +250,8 @@ def test_autotuning_is_kept_on_disk(monkeypatch, tmp_path):
 def test_what_another_process_adds_meanwhile_is_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("FDD_KERNELS_CACHE", str(tmp_path))
     configuration = config.choose((300, 1000, 64, 64), torch.bfloat16, "sm_90")
-    with filelock.FileLock(
-        autotune.cache_file().with_suffix(".lock")
-    ):  # as a process that is adding "theirs" holds it
+    # as a process that is adding "theirs" holds it
+    with filelock.FileLock(autotune.cache_file().with_suffix(".lock")):
         ours = threading.Thread(target=autotune._write, args=("ours", configuration))
         ours.start()
         ours.join(0.5)

@@ -111,12 +111,12 @@ def recorded_gemms(rows: int, columns: int, **options) -> list:
         inputs, spec = _inputs(
             student, problem.student_weight, teacher, problem.teacher_weight, **options
         )
-        rows_at_a_time = operations.kept_rows(
+        block_rows = operations.cached_rows(
             inputs, spec, [True] * (len(inputs.student_hidden) + 1) + [False]
         )
-        assert rows_at_a_time > 0
+        assert block_rows > 0
         needed = [True] * (len(inputs.student_hidden) + 1) + [False]
-        operations.stats_and_grad(inputs, spec, rows_at_a_time, _upstream, needed, True)
+        operations.stats_and_grad(inputs, spec, block_rows, _upstream, needed, True)
     return [launch.arguments for launch in found if launch.kernel is gemm.multiply]
 
 
@@ -140,8 +140,8 @@ def _inputs(student, student_weight, teacher, teacher_weight, **options):
     ), plan.spec
 
 
-def _upstream(rows, pivots, reads, moments):
-    return pivots, reads, moments, torch.empty_like(reads), torch.empty_like(moments)
+def _upstream(rows, shifts, requests, moments):
+    return shifts, requests, moments, torch.empty_like(requests), torch.empty_like(moments)
 
 
 def test_every_product_is_done_once(monkeypatch):
@@ -283,17 +283,16 @@ def test_rule():
     """Blocks that fit the budget, are nearly even, and are not too few rows to pay."""
     budget = strategy.MOST_CACHE_BYTES
     for columns in (32000, 50257, 151936, 262144):
-        rows = strategy.cached_rows(shape(columns=columns), budget)
+        rows = strategy.rows_of_cache(shape(columns=columns), budget)
         assert 0 < rows * 5 <= strategy.MOST_CACHED_ROWS
         assert rows * 5 >= strategy.FEWEST_CACHED_ROWS["trained"]
         assert 8 * 5 * rows * strategy.padded(columns) <= budget
         assert rows % strategy.ROW_STEP == 0
         assert -(rows * 5) % strategy.GEMM_TILE <= strategy.ROW_STEP * 5
-    assert strategy.cached_rows(shape(columns=262144), 256 * strategy.MIB) == 0
-    assert (
-        strategy.cached_rows(shape(columns=262144, rows=20), 256 * strategy.MIB) == 20
-    )  # all of them fit
-    assert strategy.cached_rows(shape(rows=0), budget) == 0
+    assert strategy.rows_of_cache(shape(columns=262144), 256 * strategy.MIB) == 0
+    # all of them fit
+    assert strategy.rows_of_cache(shape(columns=262144, rows=20), 256 * strategy.MIB) == 20
+    assert strategy.rows_of_cache(shape(rows=0), budget) == 0
     slabs = strategy.slabs_of(shape(columns=262144), 256 * strategy.MIB)
     assert 8 * 5 * slabs.rows * slabs.tokens <= 256 * strategy.MIB
     assert strategy.slabs_of(shape(), 1000) is None

@@ -260,7 +260,7 @@ def test_identical_models(backend, device, dtype, trajectory, derivative):
         problem, backend=backend, trajectory=trajectory, derivative=derivative, reduction="none"
     )
     unit = unit_roundoff(torch.float32)
-    # KL: log-sum-exps of size log C + the pivot; 1 - cos of vectors equal up to rounding: the
+    # KL: log-sum-exps of size log C + the shift; 1 - cos of vectors equal up to rounding: the
     # square of that, plus u.
     for name, term in outcome.terms._asdict().items():
         assert term.abs().max() <= unit * (math.sqrt(1111) + math.log(1111) + 4) * 4, name

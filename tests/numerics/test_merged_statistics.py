@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fdd_kernels.engine.shards import merge_statistics
 from fdd_kernels.lens.divergences import DERIVATIVES, DIVERGENCES, TRAJECTORIES
-from fdd_kernels.lens.spec import COUNT, LSE_S, LSE_T, MEAN_S, OWN, VALUE, LensSpec, Read
+from fdd_kernels.lens.spec import COUNT, LSE_S, LSE_T, MEAN_S, OWN, VALUE, LensSpec, Request
 from fdd_kernels.testing import (
     Problem,
     assert_same_sums,
@@ -120,27 +120,26 @@ def test_a_part_that_is_possible_for_the_teacher_alone():
 
 
 def test_a_part_without_a_finite_column_does_not_move_the_pivot():
-    """Its pivot is 0 because there is none: taken for real, it would cost numbers around -1e4 their
+    """Its shift is 0 because there is none: taken for real, it would cost numbers around -1e4 their
     digits.
     """
-    spec = LensSpec(8, (Read(0, 1.0, "kl"),), ((OWN, 0),), 1.0, 1.0, None, 1.0, None)
-    pivots = torch.tensor([[-1e4, -2e4], [0.0, 0.0]]).view(2, 2, 1, 1)
-    reads, moments = torch.zeros(2, 1, 3, 1), torch.zeros(2, 1, 7, 1)
-    reads[0, 0, :, 0] = torch.tensor([0.5, 0.25, 0.125])
-    reads[1, 0, :, 0] = torch.tensor([-torch.inf, -torch.inf, torch.nan])
+    spec = LensSpec(8, (Request(0, 1.0, "kl"),), ((OWN, 0),), 1.0, 1.0, None, 1.0, None)
+    shifts = torch.tensor([[-1e4, -2e4], [0.0, 0.0]]).view(2, 2, 1, 1)
+    requests, moments = torch.zeros(2, 1, 3, 1), torch.zeros(2, 1, 7, 1)
+    requests[0, 0, :, 0] = torch.tensor([0.5, 0.25, 0.125])
+    requests[1, 0, :, 0] = torch.tensor([-torch.inf, -torch.inf, torch.nan])
     moments[0, 0, [COUNT, MEAN_S], 0] = torch.tensor([4.0, -0.75])
-    common, read, moment = merge_statistics(spec, pivots, reads, moments)
+    common, request, moment = merge_statistics(spec, shifts, requests, moments)
     assert common.flatten().tolist() == [-1e4, -2e4]
-    assert read[0, [LSE_S, LSE_T, VALUE], 0].tolist() == [0.5, 0.25, 0.125]
+    assert request[0, [LSE_S, LSE_T, VALUE], 0].tolist() == [0.5, 0.25, 0.125]
     assert moment[0, [COUNT, MEAN_S], 0].tolist() == [4.0, -0.75]
 
 
 @st.composite
 def calls_in_parts(draw):
     problem, options, upstream = draw(calls())
-    problem = problem.to(
-        torch.float32
-    )  # in 16 bits each share is rounded: see test_vocab_parallel.py
+    # in 16 bits each share is rounded: see test_vocab_parallel.py
+    problem = problem.to(torch.float32)
     if options["reduction"] == "none":
         options, upstream = options | {"reduction": "mean"}, torch.tensor(1.5)
     columns = min(options.get("vocab_size", math.inf), len(problem.student_weight))

@@ -78,9 +78,8 @@ def calls(draw):
         "output_in_dynamics": draw(st.booleans()),
         "alpha": draw(WEIGHTS),
         "beta": draw(WEIGHTS),
-        "output_kd_weight": draw(
-            st.sampled_from([0.5, 1.0])
-        ),  # not 0: there may be nothing else to compute
+        # not 0: there may be nothing else to compute
+        "output_kd_weight": draw(st.sampled_from([0.5, 1.0])),
     }
     if problem.student_bias is not None and problem.student_bias.isinf().any():
         # A cap makes -inf finite, for one model alone perhaps: an infinite loss, which has no

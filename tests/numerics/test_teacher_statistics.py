@@ -111,9 +111,8 @@ def test_half_precision_states_are_compared_in_float32():
 
 def test_a_common_shift_of_the_teachers_logits_changes_nothing():
     problem = _problem({"bias": "plain"})
-    shifted = replace(
-        problem, teacher_bias=problem.teacher_bias + 4096.0
-    )  # exact for most, and the rest is in the truth
+    # exact for most, and the rest is in the truth
+    shifted = replace(problem, teacher_bias=problem.teacher_bias + 4096.0)
     assert_within_budget(shifted, _from_statistics(shifted))
 
 

@@ -254,10 +254,8 @@ def test_final_norm_applied_twice_or_never(backend):
 @pytest.mark.parametrize("columns", [1, 2, 127, 128, 129, 32001, 151936])
 def test_vocabularies_of_every_size(backend, columns):
     problem = random_problem((3,), columns, 4, 6, layers=2, labels=True)
-    options = {
-        "output_in_dynamics": columns > 2,
-        "ce_weight": 1.0,
-    }  # the angle of deltas of 1 or 2 columns is degenerate
+    # the angle of deltas of 1 or 2 columns is degenerate
+    options = {"output_in_dynamics": columns > 2, "ce_weight": 1.0}
     check(problem, backend, **options)
 
 

@@ -108,9 +108,8 @@ class TestKilled:
 
         assert moments(at) > 8
         assert (seen[0], seen[-1]) == (old, NEW)
-        assert seen == sorted(
-            seen, key=lambda found: found == NEW
-        )  # first the old one, then the new one
+        # first the old one, then the new one
+        assert seen == sorted(seen, key=lambda found: found == NEW)
 
     def test_while_the_next_start_puts_it_right(self, tmp_path):
         def at(moment):

@@ -390,7 +390,7 @@ def test_first_and_second_derivatives_where_models_agree(trajectory, teacher):
 
 
 @pytest.mark.parametrize("name", list(DIVERGENCES))
-def test_slope_is_the_derivative_of_the_value(name):
+def test_grad_is_the_derivative_of_the_value(name):
     """As a gradient with respect to logits: slope - q sum(slope), also with columns of probability
     0.
     """
@@ -399,5 +399,5 @@ def test_slope_is_the_derivative_of_the_value(name):
     divergence = DIVERGENCES[name]
     log_q = z.log_softmax(-1)
     (by_autograd,) = torch.autograd.grad(divergence.value(log_q, log_p).sum(), z)
-    slope = divergence.slope(log_q.detach(), log_p)
+    slope = divergence.grad(log_q.detach(), log_p)
     assert_same_sums(slope - log_q.detach().exp() * slope.sum(), by_autograd, 6)

@@ -31,7 +31,7 @@ from fdd_kernels.objectives.fdd.terms import (
 from fdd_kernels.testing import Problem, random_problem
 
 F64 = torch.float64
-OF_STUDENT_READS, OF_STUDENT_MOMENTS = [LSE_S, VALUE], [MEAN_S, M_SS, M_ST, M_DD]
+OF_STUDENT_REQUESTS, OF_STUDENT_MOMENTS = [LSE_S, VALUE], [MEAN_S, M_SS, M_ST, M_DD]
 
 
 def inputs_of(problem: Problem, **options) -> tuple[LensInputs, Plan, Tensor | None]:
@@ -95,18 +95,18 @@ SCALES = [
 
 
 def by_autograd(plan: Plan, statistics, valid, normaliser, upstream) -> tuple[Tensor, Tensor]:
-    pivots, reads, moments = [s.detach().requires_grad_() for s in statistics]
+    shifts, requests, moments = [s.detach().requires_grad_() for s in statistics]
     terms = combine(
-        row_terms_from_statistics(plan, pivots, reads, moments),
+        row_terms_from_statistics(plan, shifts, requests, moments),
         plan.options,
         valid,
         plan.leading_shape,
         normaliser,
     )
     total = sum(
-        ((g * term).sum() for g, term in zip(upstream, terms) if g is not None), 0 * reads.sum()
+        ((g * term).sum() for g, term in zip(upstream, terms) if g is not None), 0 * requests.sum()
     )
-    return torch.autograd.grad(total, (reads, moments), materialize_grads=True)
+    return torch.autograd.grad(total, (requests, moments), materialize_grads=True)
 
 
 @pytest.mark.parametrize("options", SCALES, ids=lambda o: ",".join(o) or "defaults")
@@ -131,7 +131,7 @@ def test_closed_form_is_what_autograd_finds(name, options):
             found = upstream_gradients(
                 plan, *statistics, valid, term_weights(plan, normaliser, upstream, F64)
             )
-            for of_student, a, b in zip((OF_STUDENT_READS, OF_STUDENT_MOMENTS), found, expected):
+            for of_student, a, b in zip((OF_STUDENT_REQUESTS, OF_STUDENT_MOMENTS), found, expected):
                 assert not a[:, [i for i in range(a.shape[1]) if i not in of_student]].any()
                 a, b = a[:, of_student], b[:, of_student]
                 if b.numel():
@@ -155,7 +155,9 @@ def test_closed_form_of_a_gradient_per_row():
         found = upstream_gradients(
             plan, *statistics, valid, term_weights(plan, None, upstream, F64)
         )
-        torch.testing.assert_close(found[0][:, OF_STUDENT_READS], expected[0][:, OF_STUDENT_READS])
+        torch.testing.assert_close(
+            found[0][:, OF_STUDENT_REQUESTS], expected[0][:, OF_STUDENT_REQUESTS]
+        )
         torch.testing.assert_close(
             found[1][:, OF_STUDENT_MOMENTS], expected[1][:, OF_STUDENT_MOMENTS]
         )
@@ -173,7 +175,7 @@ def sums_of(s: Tensor, t: Tensor) -> Sums:
 
 def slopes_of(distance, sums: Sums) -> list[Tensor]:
     found = [torch.zeros_like(sums.product) for _ in range(3)]
-    distance.write_slope(sums, *found)
+    distance.write_grad(sums, *found)
     return found
 
 
@@ -219,9 +221,8 @@ def test_distances_of_vectors_of_no_length():
     for slope in slopes_of(DISTANCES["cosine"], sums):
         assert not slope[0, :3].any()
         assert slope.isfinite().all()
-    rounded = sums._replace(
-        squares=-sums.squares.abs()
-    )  # as a sum of products may come out for no length at all
+    # as a sum of products may come out for no length at all
+    rounded = sums._replace(squares=-sums.squares.abs())
     assert (DISTANCES["cosine"].value(rounded) == 1).all()
     assert not any(slope.any() for slope in slopes_of(DISTANCES["cosine"], rounded))
 
@@ -290,7 +291,7 @@ def test_operators_of_a_block(monkeypatch):
     """
     counts: list[Operators] = []
 
-    def stats_and_grad(inputs, spec, rows_at_a_time, upstream_of, needed, refine):
+    def stats_and_grad(inputs, spec, block_rows, upstream_of, needed, refine):
         rows, statistics = torch.arange(inputs.rows), torch_stream.stats(inputs, spec)
         with Operators() as counted:
             upstream_of(rows, *statistics)

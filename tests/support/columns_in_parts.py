@@ -16,10 +16,10 @@ from fdd_kernels.engine.vocab_parallel import (
     VocabShard,
     first_pass,
     part_statistics,
-    second_pass_reads,
+    second_pass_requests,
     second_pass_sums,
 )
-from fdd_kernels.lens.spec import SLOPE, VALUE, LensInputs
+from fdd_kernels.lens.spec import GRAD_SUM, VALUE, LensInputs
 from fdd_kernels.objectives.fdd.api import _rows_that_count
 from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.fdd.plan import make_plan
@@ -83,18 +83,18 @@ def in_parts(
         part_statistics(i, spec, ops.lens_stats(*i, *first_pass(spec).encode(), plan.backend))
         for i, spec in parts
     ]
-    pivots, reads, moments = merge_statistics(plan.spec, *[torch.stack(s) for s in zip(*found)])
-    if later := second_pass_reads(plan.spec):
-        sums = sum(second_pass_sums(*part, pivots, reads) for part in parts)
-        reads[later, VALUE], reads[later, SLOPE] = sums.unbind(1)
+    shifts, requests, moments = merge_statistics(plan.spec, *[torch.stack(s) for s in zip(*found)])
+    if later := second_pass_requests(plan.spec):
+        sums = sum(second_pass_sums(*part, shifts, requests) for part in parts)
+        requests[later, VALUE], requests[later, GRAD_SUM] = sums.unbind(1)
     statistics = [
-        s if valid is None else torch.where(valid, s, 0.0) for s in (pivots, reads, moments)
+        s if valid is None else torch.where(valid, s, 0.0) for s in (shifts, requests, moments)
     ]
     normaliser = normaliser_of(
         chosen, parts[0][0].rows, valid, num_items_in_batch, p.student_weight.device
     )
     terms = combine(row_terms_from_statistics(plan, *statistics), chosen, valid, (), normaliser)
-    weights = term_weights(plan, normaliser, (upstream, None, None, None, None), reads.dtype)
+    weights = term_weights(plan, normaliser, (upstream, None, None, None, None), requests.dtype)
     of_statistics = upstream_gradients(plan, *statistics, valid, weights)
     needed = [True] * (len(plan.layers) + 1) + [p.student_bias is not None]
     of_parts = [

@@ -20,9 +20,8 @@ def start(worker: str, kind: str, world: int, folder: Path) -> list[subprocess.P
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     processes = []
     for rank in range(world):
-        messages = (
-            folder / f"{kind}-{rank}-messages.txt"
-        )  # a pipe that nobody reads would stop a talkative process
+        # a pipe that nobody reads would stop a talkative process
+        messages = folder / f"{kind}-{rank}-messages.txt"
         command = [sys.executable, "-m", worker, kind, str(rank), str(world), str(folder)]
         with messages.open("w") as file:
             process = subprocess.Popen(

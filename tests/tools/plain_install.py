@@ -78,9 +78,8 @@ def main() -> None:
         Path(packages, "torch_of_the_other_environment.pth").write_text(
             f"{Path(torch.__file__).parent.parent}\n"
         )
-        shutil.copytree(
-            ROOT, folder / "sources", ignore=shutil.ignore_patterns(*NOT_COPIED)
-        )  # pip builds among them
+        # pip builds among them
+        shutil.copytree(ROOT, folder / "sources", ignore=shutil.ignore_patterns(*NOT_COPIED))
         run(
             [
                 python,

@@ -490,9 +490,8 @@ def test_records_are_checked_against_planner_and_tables(tmp_path, capsys):
     measured = int(1.05 * loss_memory(loss_shape(GPT2), "cpu", threads=2).total)
     right = entry(memory=measured)
     right["memory"]["measure"] = MEMORY_IN_USE["cpu"]
-    write(
-        results / "a.json", synthetic(cpu=right, dense=entry())
-    )  # the other has another measure, and says nothing
+    # the other has another measure, and says nothing
+    write(results / "a.json", synthetic(cpu=right, dense=entry()))
     assert main(["check-records", *arguments]) == 1
     assert capsys.readouterr().err.count("is stale") == 2
     assert main(["table", *arguments]) == 0

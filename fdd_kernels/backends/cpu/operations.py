@@ -21,30 +21,28 @@ from fdd_kernels.backends import torch_stream
 from fdd_kernels.backends.call_shape import FLOAT, CallShape
 from fdd_kernels.backends.cpu import extension
 from fdd_kernels.lens.divergences import DIVERGENCES
-from fdd_kernels.lens.spec import MOMENT_STATS, NLL, READ_STATS, LensInputs, LensSpec
+from fdd_kernels.lens.spec import MOMENT_STATS, NLL, REQUEST_STATS, LensInputs, LensSpec
 
 MIB = 2**20
 TILE_COLUMNS = 128
-TILE_BYTES = (
-    MIB // 2
-)  # both models' values of all layers: well inside the second cache level of a core
+# both models' values of all layers: well inside the second cache level of a core
+TILE_BYTES = MIB // 2
 PACK_BYTES = 8 * MIB  # both heads' rows of a panel
 GRADIENT_BYTES = 24 * MIB  # dL/dlogits of a panel for all rows and layers
-KEPT_BYTES = (
-    96 * MIB
-)  # values of all layers and columns of a block of rows, kept from the statistics to the gradients
+# values of all layers and columns of a block of rows, kept from the statistics to the gradients
+KEPT_BYTES = 96 * MIB
 KEPT_ROWS = 8  # a block's rows are padded to a multiple of this (csrc/lens.h: kRowPadding)
 MOST_PRODUCT_ROWS = 512  # rows x layers of a block: more would leave the second cache level
 # rows x layers of a block: the fewest at which it was measured to be faster (45, at V = 262144)
 KEPT_PRODUCT_ROWS = 32
-HIDDEN_BYTES = (
-    48 * MIB
-)  # float32 sums of the hidden states' gradients where their dtype is narrower
+# float32 sums of the hidden states' gradients where their dtype is narrower
+HIDDEN_BYTES = 48 * MIB
 WEIGHT_BYTES = 32 * MIB  # float32 sums of the head's gradient where its dtype is narrower
 RUNTIME_BYTES = 2 * MIB  # generated code, buffers of the matrix library
 
 F32 = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
-# (rows, pivots, reads, moments) -> pivots, reads, moments, upstream gradients of reads and moments
+# (rows, shifts, reads, moments) -> shifts, reads, moments, upstream gradients of requests and
+# moments
 UpstreamOf = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
 
@@ -139,8 +137,11 @@ def _problem(inputs: LensInputs, spec: LensSpec, rows: Tensor, tiles: Tiles):
         spec.needs_teacher,
         spec.columns,
         rows,
-        inputs.labels if any(read.divergence == NLL for read in spec.reads) else None,
-        [(read.layer, read.temperature, read.divergence or "") for read in spec.reads],
+        inputs.labels if any(request.divergence == NLL for request in spec.requests) else None,
+        [
+            (request.layer, request.temperature, request.divergence or "")
+            for request in spec.requests
+        ],
         list(spec.moments),
         spec.moment_temperature,
         (tiles.rows, tiles.columns, tiles.panel),
@@ -156,10 +157,10 @@ def _valid_rows(inputs: LensInputs) -> Tensor:
 
 
 def _no_statistics(inputs: LensInputs, spec: LensSpec) -> tuple[Tensor, Tensor, Tensor]:
-    pivots = torch.zeros(2, len(inputs.student_hidden), inputs.rows, **F32)
-    reads = torch.zeros(len(spec.reads), READ_STATS, inputs.rows, **F32)
+    shifts = torch.zeros(2, len(inputs.student_hidden), inputs.rows, **F32)
+    requests = torch.zeros(len(spec.requests), REQUEST_STATS, inputs.rows, **F32)
     moments = torch.zeros(len(spec.moments), MOMENT_STATS, inputs.rows, **F32)
-    return pivots, reads, moments
+    return shifts, requests, moments
 
 
 def _no_gradients(
@@ -184,14 +185,16 @@ def _no_gradients(
 
 
 def stats(inputs: LensInputs, spec: LensSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics: pivots (2, L, R), reads (reads, 4, R), moments (moments, 7, R); see `spec.py`."""
+    """Statistics: shifts (2, L, R), requests (requests, 4, R), moments (moments, 7, R); see
+    `spec.py`.
+    """
     if inputs.statistics_dtype == torch.float64:
         return torch_stream.stats(inputs, spec)
-    pivots, reads, moments = _no_statistics(inputs, spec)
+    shifts, requests, moments = _no_statistics(inputs, spec)
     extension.kernels.stats(
-        _streamed(inputs, spec, _valid_rows(inputs), backward=False), pivots, reads, moments
+        _streamed(inputs, spec, _valid_rows(inputs), backward=False), shifts, requests, moments
     )
-    return pivots, reads, moments
+    return shifts, requests, moments
 
 
 def grad(
@@ -289,12 +292,11 @@ def block_rows(
         rows > most and (most * layers < KEPT_PRODUCT_ROWS or head_sum_bytes > WEIGHT_BYTES)
     ):
         return 0
-    return min(
-        rows, _round_up(-(-rows // -(-rows // most)), KEPT_ROWS)
-    )  # blocks of nearly equal size
+    # blocks of nearly equal size
+    return min(rows, _round_up(-(-rows // -(-rows // most)), KEPT_ROWS))
 
 
-def kept_rows(inputs: LensInputs, spec: LensSpec, needed: list[bool]) -> int:
+def cached_rows(inputs: LensInputs, spec: LensSpec, needed: list[bool]) -> int:
     """`block_rows` of a call; 0 also for float16, whose gradients would underflow before a loss
     scaler has scaled them.
     """
@@ -324,7 +326,7 @@ def kept_rows(inputs: LensInputs, spec: LensSpec, needed: list[bool]) -> int:
 def stats_and_grad(
     inputs: LensInputs,
     spec: LensSpec,
-    rows_at_a_time: int,
+    block_rows: int,
     upstream_of: UpstreamOf,
     needed: list[bool],
     refine: bool,
@@ -341,13 +343,13 @@ def stats_and_grad(
     )
     grad_hidden, grad_weight, grad_bias = _no_gradients(inputs, needed)
     weight = grad_weight
-    if weight is not None and weight.dtype != torch.float32 and rows_at_a_time < len(rows):
+    if weight is not None and weight.dtype != torch.float32 and block_rows < len(rows):
         weight = torch.zeros(weight.shape, **F32)
-    tiles = Tiles(rows_at_a_time, min(TILE_COLUMNS, _round_up(spec.columns, 16)), spec.columns)
+    tiles = Tiles(block_rows, min(TILE_COLUMNS, _round_up(spec.columns, 16)), spec.columns)
     memory = None
     statistics = _no_statistics(inputs, spec)
     per_row = *statistics, *(torch.zeros_like(t) for t in statistics[1:])
-    for block in rows.split(rows_at_a_time):
+    for block in rows.split(block_rows):
         problem = _problem(inputs, spec, block, tiles)
         if memory is None:  # the first block is the largest
             memory = torch.empty(extension.kernels.kept_size(problem), **F32)

@@ -49,7 +49,9 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def stats(inputs: LensInputs, spec: LensSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics: pivots (2, L, R), reads (reads, 4, R), moments (moments, 7, R); see `spec.py`."""
+    """Statistics: shifts (2, L, R), requests (requests, 4, R), moments (moments, 7, R); see
+    `spec.py`.
+    """
     from fdd_kernels.backends.triton import operations
 
     return operations.stats(inputs, spec)
@@ -64,17 +66,17 @@ def grad(
     return operations.grad(inputs, spec, per_row, needed)
 
 
-def kept_rows(inputs: LensInputs, spec: LensSpec, needed: list[bool]) -> int:
+def cached_rows(inputs: LensInputs, spec: LensSpec, needed: list[bool]) -> int:
     """Rows a block whose logits are cached between statistics and gradients; 0: not at all."""
     from fdd_kernels.backends.triton import operations
 
-    return operations.kept_rows(inputs, spec, needed)
+    return operations.cached_rows(inputs, spec, needed)
 
 
 def stats_and_grad(
     inputs: LensInputs,
     spec: LensSpec,
-    rows_at_a_time: int,
+    block_rows: int,
     upstream_of,
     needed: list[bool],
     refine: bool,
@@ -82,4 +84,4 @@ def stats_and_grad(
     """Gradients and statistics with cached logits; see `backends.Backend`."""
     from fdd_kernels.backends.triton import operations
 
-    return operations.stats_and_grad(inputs, spec, rows_at_a_time, upstream_of, needed, refine)
+    return operations.stats_and_grad(inputs, spec, block_rows, upstream_of, needed, refine)

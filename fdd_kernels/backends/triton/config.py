@@ -155,9 +155,8 @@ def choose(
     # take some 200 registers if left alone, and spill some 50 bytes if told that they may take 255.
     unlimited = amd or (datacenter_blackwell and not wide and not few and widths[1] > 0)
     registers = None if unlimited else 255
-    ragged = any(
-        width % 16 for width in widths
-    )  # rows that start anywhere are loaded number by number, through registers
+    # rows that start anywhere are loaded number by number, through registers
+    ragged = any(width % 16 for width in widths)
     if wide:
         # Nothing is prefetched where registers are short: with ragged rows, and with two dtypes,
         # whose products share them.

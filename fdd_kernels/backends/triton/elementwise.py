@@ -24,18 +24,18 @@ from fdd_kernels.backends.triton.work_table import (
     KIND_KL,
     KIND_LSE,
     KIND_NLL,
-    READ_BEGIN,
-    READ_INDEX,
-    READ_KIND,
+    REQUEST_BEGIN,
+    REQUEST_INDEX,
+    REQUEST_KIND,
     table_entry,
 )
 from fdd_kernels.lens import divergences, spec
 
 SKEW = tl.constexpr(divergences.SKEW)
-READ_FIELDS = tl.constexpr(spec.READ_STATS)
+REQUEST_FIELDS = tl.constexpr(spec.REQUEST_STATS)
 MOMENT_FIELDS = tl.constexpr(spec.MOMENT_STATS)
 LSE_S, LSE_T = tl.constexpr(spec.LSE_S), tl.constexpr(spec.LSE_T)
-VALUE, SLOPE = tl.constexpr(spec.VALUE), tl.constexpr(spec.SLOPE)
+VALUE, GRAD_SUM = tl.constexpr(spec.VALUE), tl.constexpr(spec.GRAD_SUM)
 COUNT, MEAN_S, MEAN_T = (
     tl.constexpr(spec.COUNT),
     tl.constexpr(spec.MEAN_S),
@@ -137,7 +137,7 @@ def divergence_value(log_q, log_p, DIVERGENCE: tl.constexpr):
 
 
 @triton.jit
-def divergence_slope(log_q, log_p, DIVERGENCE: tl.constexpr):
+def divergence_grad(log_q, log_p, DIVERGENCE: tl.constexpr):
     if DIVERGENCE == "kl":
         slope = -tl.exp(log_p)
     elif DIVERGENCE == "reverse_kl":
@@ -181,42 +181,50 @@ def second_moments(s, t, AXIS: tl.constexpr):
 
 @triton.jit
 def slot_coefficients(
-    reads, grad_reads, stride, grad_stride, counts, table, table_width, slot, BLOCK_R: tl.constexpr
+    requests,
+    grad_requests,
+    stride,
+    grad_stride,
+    counts,
+    table,
+    table_width,
+    slot,
+    BLOCK_R: tl.constexpr,
 ):
-    """What a slot's reads want of dL/dz, per row: the coefficients of q, p, the divergence's slope
-    and the label's token.
+    """What a slot's requests want of dL/dz, per row: the coefficients of q, p, the divergence's
+    slope and the label's token.
 
     Returns them with both log-sum-exps and the value of KL, (BLOCK_R,) each; that is infinite
-    without a read of KL. `reads` and `grad_reads` point at the rows; rows that do not count get
-    coefficients of 0.
+    without a request of KL. `requests` and `grad_reads` point at the rows; rows that do not count
+    get coefficients of 0.
     """
     q_r = tl.zeros((BLOCK_R,), dtype=tl.float32)
     kl = q_r + float("inf")
     p_r, slope_r, label_r, lse_s, lse_t = q_r, q_r, q_r, q_r, q_r
     for entry in range(
-        table_entry(table, table_width, READ_BEGIN, slot),
-        table_entry(table, table_width, READ_BEGIN, slot + 1),
+        table_entry(table, table_width, REQUEST_BEGIN, slot),
+        table_entry(table, table_width, REQUEST_BEGIN, slot + 1),
     ):
-        kind = table_entry(table, table_width, READ_KIND, entry)
-        index = table_entry(table, table_width, READ_INDEX, entry) * READ_FIELDS
-        read = reads + index * stride
-        grad_read = grad_reads + index * grad_stride
-        lse_s = tl.load(read + LSE_S * stride, mask=counts, other=0.0)
-        q_r += tl.load(grad_read + LSE_S * grad_stride, mask=counts, other=0.0)
+        kind = table_entry(table, table_width, REQUEST_KIND, entry)
+        index = table_entry(table, table_width, REQUEST_INDEX, entry) * REQUEST_FIELDS
+        request = requests + index * stride
+        grad_request = grad_requests + index * grad_stride
+        lse_s = tl.load(request + LSE_S * stride, mask=counts, other=0.0)
+        q_r += tl.load(grad_request + LSE_S * grad_stride, mask=counts, other=0.0)
         if kind != KIND_LSE:
-            upstream = tl.load(grad_read + VALUE * grad_stride, mask=counts, other=0.0)
+            upstream = tl.load(grad_request + VALUE * grad_stride, mask=counts, other=0.0)
             if kind == KIND_NLL:
                 q_r += upstream
                 label_r -= upstream
             else:
-                q_r -= upstream * tl.load(read + SLOPE * stride, mask=counts, other=0.0)
+                q_r -= upstream * tl.load(request + GRAD_SUM * stride, mask=counts, other=0.0)
                 if kind == KIND_KL:
                     p_r -= upstream
-                    kl = tl.load(read + VALUE * stride, mask=counts, other=float("inf"))
+                    kl = tl.load(request + VALUE * stride, mask=counts, other=float("inf"))
                 else:
                     slope_r += upstream
         if kind != KIND_NLL:
-            lse_t = tl.load(read + LSE_T * stride, mask=counts, other=0.0)
+            lse_t = tl.load(request + LSE_T * stride, mask=counts, other=0.0)
     return q_r, p_r, slope_r, label_r, lse_s, lse_t, kl
 
 
@@ -244,7 +252,7 @@ def softmax_gradient(log_q, log_p, q, p, slope, TEACHER: tl.constexpr, DIVERGENC
     if TEACHER:
         grad += p * tl.exp(log_p)
         if DIVERGENCE != "kl":
-            grad += slope * divergence_slope(log_q, log_p, DIVERGENCE)
+            grad += slope * divergence_grad(log_q, log_p, DIVERGENCE)
     return grad
 
 

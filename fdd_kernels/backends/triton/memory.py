@@ -15,10 +15,10 @@ from fdd_kernels.backends.triton.strategy import (
     MIB,
     Shape,
     cache_budget,
-    cached_rows,
     chosen_strategy,
     gradient_tokens,
     padded,
+    rows_of_cache,
     slabs_of,
 )
 
@@ -69,7 +69,7 @@ def memory(shape: CallShape) -> dict[str, int]:
         trained_head=shape.train_head,
         narrow=shape.narrow,
     )
-    rows = cached_rows(call, budget) if asked in ("auto", "cached") else 0
+    rows = rows_of_cache(call, budget) if asked in ("auto", "cached") else 0
     if rows:
         return _with_logits(shape, call, rows, padded(shape.columns))
     slabs = slabs_of(call, budget) if asked != "one_pass" else None

@@ -20,8 +20,8 @@ from fdd_kernels.backends.triton.strategy import (
     Shape,
     Slabs,
     cache_bytes,
-    cached_rows,
     chosen_strategy,
+    rows_of_cache,
     scratch_elements,
     slabs_of,
 )
@@ -56,7 +56,7 @@ def _slabs(inputs: LensInputs, spec: LensSpec, *, trains_head: bool) -> Slabs | 
 
 
 def stats(inputs: LensInputs, spec: LensSpec) -> Statistics:
-    """Statistics: pivots (2, L, R), reads (reads, 4, R), moments (moments, 7, R)."""
+    """Statistics: shifts (2, L, R), requests (requests, 4, R), moments (moments, 7, R)."""
     if inputs.statistics_dtype == torch.float64:
         return torch_stream.stats(inputs, spec)
     slabs = _slabs(inputs, spec, trains_head=False)
@@ -84,7 +84,7 @@ def new_scratch(elements: int, device: torch.device) -> Tensor:
     return torch.empty(elements, dtype=torch.float32, device=device)
 
 
-def kept_rows(inputs: LensInputs, spec: LensSpec, needed: list[bool]) -> int:
+def cached_rows(inputs: LensInputs, spec: LensSpec, needed: list[bool]) -> int:
     """Rows a block whose logits are cached between statistics and gradients; 0: the two operations
     are the way.
 
@@ -105,13 +105,13 @@ def kept_rows(inputs: LensInputs, spec: LensSpec, needed: list[bool]) -> int:
         return 0
     if chosen_strategy() not in ("auto", "cached"):
         return 0
-    return cached_rows(shape_of(inputs, spec, trains_head=needed[-2]), cache_bytes(inputs.device))
+    return rows_of_cache(shape_of(inputs, spec, trains_head=needed[-2]), cache_bytes(inputs.device))
 
 
 def stats_and_grad(
     inputs: LensInputs,
     spec: LensSpec,
-    rows_at_a_time: int,
+    block_rows: int,
     upstream_of: Callable,
     needed: list[bool],
     refine: bool,
@@ -121,21 +121,19 @@ def stats_and_grad(
     """
     with _on(inputs.device):
         shape = shape_of(inputs, spec, trains_head=needed[-2])
-        elements = scratch_elements(shape, rows_at_a_time)
+        elements = scratch_elements(shape, block_rows)
         try:
             scratch = new_scratch(elements, inputs.device)
         except torch.OutOfMemoryError:
             _warn_of_scratch(elements * 4)
-            return _one_after_the_other(inputs, spec, rows_at_a_time, upstream_of, needed)
-        return cached.stats_and_grad(
-            inputs, spec, rows_at_a_time, upstream_of, needed, refine, scratch
-        )
+            return _one_after_the_other(inputs, spec, block_rows, upstream_of, needed)
+        return cached.stats_and_grad(inputs, spec, block_rows, upstream_of, needed, refine, scratch)
 
 
 def _one_after_the_other(
     inputs: LensInputs,
     spec: LensSpec,
-    rows_at_a_time: int,
+    block_rows: int,
     upstream_of: Callable,
     needed: list[bool],
 ) -> tuple[list[Tensor], Statistics]:
@@ -144,7 +142,7 @@ def _one_after_the_other(
     """
     statistics = stats(inputs, spec)
     per_row = (*statistics, *[torch.zeros_like(t) for t in statistics[1:]])
-    for rows in cached.valid_blocks(inputs, spec, rows_at_a_time):
+    for rows in cached.valid_blocks(inputs, spec, block_rows):
         found = upstream_of(rows, *[t.index_select(-1, rows) for t in statistics])
         for whole, of_block in zip(per_row, found):
             whole.index_copy_(-1, rows, of_block)

@@ -65,7 +65,7 @@ class Problem:
         )
         self.table: Table = table_for(spec, self.layers, self.device)
         self.order, self.count = order_of_rows(inputs.valid, self.rows, self.device)
-        # Without labels any integers do: no read looks at them.
+        # Without labels any integers do: no request looks at them.
         self.labels = (
             self.order if inputs.labels is None else inputs.labels.to(torch.int32)[self.order]
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fdd_kernels.lens.spec import LSE_S, M_DD, M_SS, M_ST, M_TT, MEAN_S, SLOPE, VALUE, LensSpec
+from fdd_kernels.lens.spec import GRAD_SUM, LSE_S, M_DD, M_SS, M_ST, M_TT, MEAN_S, VALUE, LensSpec
 
 LARGEST_GRADIENT = 2.0**8  # what the scaled bound comes to: far from overflow, and from underflow
 
@@ -15,9 +15,9 @@ LARGEST_GRADIENT = 2.0**8  # what the scaled bound comes to: far from overflow, 
 def gradient_scale(
     dtype: torch.dtype,
     spec: LensSpec,
-    reads: Tensor,
+    requests: Tensor,
     moments: Tensor,
-    grad_reads: Tensor,
+    grad_requests: Tensor,
     grad_moments: Tensor,
 ) -> Tensor:
     """(1,) on the device: what dL/dlogits of `dtype` is multiplied by; 1 but for float16.
@@ -26,7 +26,7 @@ def gradient_scale(
     - mean| is at most sqrt(M_SS)) is brought to LARGEST_GRADIENT.
     """
     if dtype != torch.float16:
-        return torch.ones(1, dtype=torch.float32, device=reads.device)
+        return torch.ones(1, dtype=torch.float32, device=requests.device)
     root = moments.clamp(min=0).sqrt()
     bound_R = (
         2 * grad_moments[:, M_SS].abs() * root[:, M_SS]
@@ -36,10 +36,11 @@ def gradient_scale(
         2 * grad_moments[:, M_DD].abs() * root[:, M_DD] + grad_moments[:, MEAN_S].abs()
     ).sum(0)
     bound_R += (
-        grad_reads[:, VALUE].abs() * (1 + reads[:, SLOPE].abs()) + grad_reads[:, LSE_S].abs()
+        grad_requests[:, VALUE].abs() * (1 + requests[:, GRAD_SUM].abs())
+        + grad_requests[:, LSE_S].abs()
     ).sum(0)
     steepest = spec.student_logit_scale * max(
-        1 / t for t in (spec.moment_temperature, *(r.temperature for r in spec.reads))
+        1 / t for t in (spec.moment_temperature, *(r.temperature for r in spec.requests))
     )
     bound = (bound_R.amax() * steepest).nan_to_num(1.0, 1.0).clamp(min=2.0**-100)
     return torch.exp2(torch.log2(LARGEST_GRADIENT / bound).floor()).reshape(1)

@@ -129,7 +129,7 @@ def scratch_elements(shape: Shape, rows: int) -> int:
     return shape.models * shape.layers * rows * padded(shape.columns)
 
 
-def cached_rows(shape: Shape, budget: int) -> int:
+def rows_of_cache(shape: Shape, budget: int) -> int:
     """Rows a block whose logits fit `budget` bytes and pay; 0: not even enough to pay, go
     slabbed.
     """

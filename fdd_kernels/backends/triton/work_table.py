@@ -8,11 +8,11 @@ The rows of the table, padded to one width:
     SLOT_FLAGS   (slots)  WANTS_STUDENT, WANTS_TEACHER: whose expectation of the difference of
                           logits is summed; WANTS_LABEL: the student's z at the label
     SLOT_INVERSE (slots)  1 / temperature, the bits of a float32
-    READ_BEGIN   (slots + 1), READ_INDEX, READ_KIND: the reads of a slot
+    READ_BEGIN   (slots + 1), READ_INDEX, READ_KIND: the requests of a slot
     PART_BEGIN   (L + 1), PART_INDEX, PART_ROLE: the moment targets that a layer is part of:
                           OWN_LAYER alone, SECOND of a pair (the walk over layers is complete for
                           the pair there), or FIRST
-    SECOND_READ, SECOND_LAYER, SECOND_INVERSE: the reads that take a second pass
+    SECOND_READ, SECOND_LAYER, SECOND_INVERSE: the requests that take a second pass
     TEACHER_LAYER (L)     the teacher's layer that layer l of the student is compared with
 """
 
@@ -33,13 +33,13 @@ from fdd_kernels.lens.spec import NLL, OWN, LensSpec
 SLOT_BEGIN = tl.constexpr(0)
 SLOT_FLAGS = tl.constexpr(1)
 SLOT_INVERSE = tl.constexpr(2)
-READ_BEGIN = tl.constexpr(3)
-READ_INDEX = tl.constexpr(4)
-READ_KIND = tl.constexpr(5)
+REQUEST_BEGIN = tl.constexpr(3)
+REQUEST_INDEX = tl.constexpr(4)
+REQUEST_KIND = tl.constexpr(5)
 PART_BEGIN = tl.constexpr(6)
 PART_INDEX = tl.constexpr(7)
 PART_ROLE = tl.constexpr(8)
-SECOND_READ = tl.constexpr(9)
+SECOND_REQUEST = tl.constexpr(9)
 SECOND_LAYER = tl.constexpr(10)
 SECOND_INVERSE = tl.constexpr(11)
 TEACHER_LAYER = tl.constexpr(12)
@@ -49,7 +49,7 @@ WANTS_STUDENT = tl.constexpr(1)
 WANTS_TEACHER = tl.constexpr(2)
 WANTS_LABEL = tl.constexpr(4)
 
-# Kinds of reads: log-sum-exps alone, a label's cross-entropy, KL(p || q), or the divergence
+# Kinds of requests: log-sum-exps alone, a label's cross-entropy, KL(p || q), or the divergence
 # DIVERGENCE of the kernel.
 KIND_LSE = tl.constexpr(0)
 KIND_NLL = tl.constexpr(1)
@@ -121,15 +121,16 @@ def _built_table(spec: LensSpec, layers: int, device: torch.device) -> Table:
     Raises:
         NotImplementedError: a spec that the public functions never build.
     """
-    others = {read.divergence for read in spec.reads} - {NLL, None, "kl"}
+    others = {request.divergence for request in spec.requests} - {NLL, None, "kl"}
     if len(others) > 1:
         raise NotImplementedError(f"one divergence besides kl a call, got {sorted(others)}")
     if any(first not in (OWN, second - 1) for first, second in spec.moments):
         raise NotImplementedError(f"moments of consecutive layers alone, got {spec.moments}")
 
-    slots = sorted({(read.layer, read.temperature) for read in spec.reads})
-    reads_of = [
-        [i for i, r in enumerate(spec.reads) if (r.layer, r.temperature) == slot] for slot in slots
+    slots = sorted({(request.layer, request.temperature) for request in spec.requests})
+    requests_of = [
+        [i for i, r in enumerate(spec.requests) if (r.layer, r.temperature) == slot]
+        for slot in slots
     ]
     kinds = {None: KIND_LSE.value, NLL: KIND_NLL.value, "kl": KIND_KL.value}
     flags = {NLL: WANTS_LABEL.value, "kl": WANTS_TEACHER.value, "reverse_kl": WANTS_STUDENT.value}
@@ -139,9 +140,10 @@ def _built_table(spec: LensSpec, layers: int, device: torch.device) -> Table:
         if first != OWN:
             parts[first].append((index, FIRST.value))
     second_pass = [
-        (index, read)
-        for index, read in enumerate(spec.reads)
-        if read.divergence in DIVERGENCES and DIVERGENCES[read.divergence].expectation_of is None
+        (index, request)
+        for index, request in enumerate(spec.requests)
+        if request.divergence in DIVERGENCES
+        and DIVERGENCES[request.divergence].expectation_of is None
     ]
 
     rows: list[list[int]] = [[] for _ in range(TABLE_ROWS)]
@@ -149,33 +151,37 @@ def _built_table(spec: LensSpec, layers: int, device: torch.device) -> Table:
         [[s for s in slots if s[0] == layer] for layer in range(layers)]
     )
     rows[SLOT_FLAGS.value] = [
-        functools.reduce(int.__or__, (flags.get(spec.reads[i].divergence, 0) for i in reads), 0)
-        for reads in reads_of
+        functools.reduce(
+            int.__or__, (flags.get(spec.requests[i].divergence, 0) for i in requests), 0
+        )
+        for requests in requests_of
     ]
     rows[SLOT_INVERSE.value] = [_bits(1.0 / temperature) for _, temperature in slots]
-    rows[READ_BEGIN.value] = _prefix(reads_of)
-    rows[READ_INDEX.value] = [i for reads in reads_of for i in reads]
-    rows[READ_KIND.value] = [
-        kinds.get(spec.reads[i].divergence, KIND_OTHER.value) for reads in reads_of for i in reads
+    rows[REQUEST_BEGIN.value] = _prefix(requests_of)
+    rows[REQUEST_INDEX.value] = [i for requests in requests_of for i in requests]
+    rows[REQUEST_KIND.value] = [
+        kinds.get(spec.requests[i].divergence, KIND_OTHER.value)
+        for requests in requests_of
+        for i in requests
     ]
     rows[PART_BEGIN.value] = _prefix(parts)
     rows[PART_INDEX.value] = [index for part in parts for index, _ in part]
     rows[PART_ROLE.value] = [role for part in parts for _, role in part]
-    rows[SECOND_READ.value] = [index for index, _ in second_pass]
-    rows[SECOND_LAYER.value] = [read.layer for _, read in second_pass]
-    rows[SECOND_INVERSE.value] = [_bits(1.0 / read.temperature) for _, read in second_pass]
+    rows[SECOND_REQUEST.value] = [index for index, _ in second_pass]
+    rows[SECOND_LAYER.value] = [request.layer for _, request in second_pass]
+    rows[SECOND_INVERSE.value] = [_bits(1.0 / request.temperature) for _, request in second_pass]
     rows[TEACHER_LAYER.value] = list(range(layers))  # paired by rank
     width = max(len(row) for row in rows)
     values = torch.tensor(
         [row + [0] * (width - len(row)) for row in rows], dtype=torch.int32, device=device
     )
-    kinds_read = {read.divergence for read in spec.reads}
+    kinds_request = {request.divergence for request in spec.requests}
     return Table(
         values,
         width,
         len(slots),
         len(second_pass),
         next(iter(others), "kl"),
-        "kl" in kinds_read,
-        NLL in kinds_read,
+        "kl" in kinds_request,
+        NLL in kinds_request,
     )

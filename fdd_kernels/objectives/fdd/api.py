@@ -173,9 +173,9 @@ def fused_fdd_loss(
     )
     shard = None
     if vocab_group is None:
-        plan, inputs, normaliser, kept_rows = _prepare(*arguments)
+        plan, inputs, normaliser, cached_rows = _prepare(*arguments)
     else:
-        shard, plan, inputs, normaliser, kept_rows = plan_shard(vocab_group, _prepare, *arguments)
+        shard, plan, inputs, normaliser, cached_rows = plan_shard(vocab_group, _prepare, *arguments)
     if inputs.labels is not None and not plan.feature_space:
         compared, vocabulary = plan.spec.columns, student_weight.shape[0]
         if shard is not None:
@@ -184,9 +184,9 @@ def fused_fdd_loss(
         if shard is not None:
             inputs = inputs._replace(labels=shard.own_labels(inputs.labels))
 
-    if kept_rows:
+    if cached_rows:
         terms = FDDLossTerms(
-            *LossAndGradient.apply(plan, kept_rows, shard, normaliser, *tensors_of(plan, inputs))
+            *LossAndGradient.apply(plan, cached_rows, shard, normaliser, *tensors_of(plan, inputs))
         )
         return terms if return_terms else terms.loss
     if plan.backend == "reference":
@@ -195,11 +195,11 @@ def fused_fdd_loss(
         statistics = LensStatistics.apply(
             *plan.spec.encode(), plan.backend, shard, *tensors_of(plan, inputs)
         )
-        read = (
+        request = (
             [states[layer] for layer in plan.layers]
             for states in (inputs.student_hidden, inputs.teacher_hidden)
         )
-        rows = row_terms_from_statistics(plan, *statistics, static_deltas(plan, *read))
+        rows = row_terms_from_statistics(plan, *statistics, static_deltas(plan, *request))
     terms = combine(rows, options, inputs.valid, plan.leading_shape, normaliser)
     return terms if return_terms else terms.loss
 
@@ -211,8 +211,7 @@ def fdd_loss_reference(*args, **kwargs):
 
 fdd_loss_reference.__name__ = fdd_loss_reference.__qualname__ = "fdd_loss_reference"
 fdd_loss_reference.__signature__ = inspect.signature(fused_fdd_loss)
-fdd_loss_reference.__doc__ = """The same loss, dense and plain PyTorch in any dtype up to float64: the
-specification.
+fdd_loss_reference.__doc__ = """The same loss, dense, in any dtype up to float64: the specification.
 
     Takes the arguments of `fused_fdd_loss` (`backend` is ignored), returns the same and raises the
     same. It keeps several (tokens, vocabulary) tensors a layer and can be traced, compiled and

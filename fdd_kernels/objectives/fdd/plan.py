@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from fdd_kernels.backends import resolve_backend
 from fdd_kernels.backends.triton.launch import is_recording
 from fdd_kernels.lens.divergences import DIVERGENCES, FEATURE_DISTANCES
-from fdd_kernels.lens.spec import NLL, OWN, LensSpec, Read
+from fdd_kernels.lens.spec import NLL, OWN, LensSpec, Request
 from fdd_kernels.objectives.fdd.options import LossOptions
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -40,9 +40,9 @@ class Plan:
     ce: int | None
     trajectory: tuple[int, ...]
     derivative: tuple[int, ...]
-    # For each pair, the reads with the log-sum-exps of its layers; empty where the deltas need
+    # For each pair, the requests with the log-sum-exps of its layers; empty where the deltas need
     # none.
-    derivative_reads: tuple[tuple[int, int], ...]
+    derivative_requests: tuple[tuple[int, int], ...]
 
 
 def describe(tensor: Tensor) -> str:
@@ -259,24 +259,23 @@ class _SpecBuilder:
     """Collects reads and moment targets, each stated once."""
 
     def __init__(self) -> None:
-        self.reads: list[Read] = []
+        self.requests: list[Request] = []
         self.moments: list[tuple[int, int]] = []
 
-    def read(self, layer: int, temperature: float, divergence: str | None) -> int:
-        read = Read(layer, temperature, divergence)
-        if (
-            divergence is None
-        ):  # any reading of this layer at this temperature of both models has its log-sum-exps
-            for index, other in enumerate(self.reads):
+    def request(self, layer: int, temperature: float, divergence: str | None) -> int:
+        request = Request(layer, temperature, divergence)
+        # any reading of this layer at this temperature of both models has its log-sum-exps
+        if divergence is None:
+            for index, other in enumerate(self.requests):
                 if (
                     other.layer == layer
                     and other.temperature == temperature
                     and other.divergence != NLL
                 ):
                     return index
-        if read not in self.reads:
-            self.reads.append(read)
-        return self.reads.index(read)
+        if request not in self.requests:
+            self.requests.append(request)
+        return self.requests.index(request)
 
     def moment(self, first: int, second: int) -> int:
         if (first, second) not in self.moments:
@@ -457,26 +456,26 @@ def lay_out(
     if options.alpha:
         for layer in dynamics:
             if options.trajectory in DIVERGENCES:
-                trajectory.append(builder.read(layer, temperature, options.trajectory))
+                trajectory.append(builder.request(layer, temperature, options.trajectory))
             else:
                 trajectory.append(builder.moment(OWN, layer))
     derivative: list[int] = []
-    derivative_reads: list[tuple[int, int]] = []
+    derivative_requests: list[tuple[int, int]] = []
     if options.beta and options.derivative is not None:
         for first, second in zip(dynamics, dynamics[1:]):
             derivative.append(builder.moment(first, second))
             if not feature_space and options.derivative != "centered_cosine":
-                reads = (
-                    builder.read(first, temperature, None),
-                    builder.read(second, temperature, None),
+                requests = (
+                    builder.request(first, temperature, None),
+                    builder.request(second, temperature, None),
                 )
-                derivative_reads.append(reads)
+                derivative_requests.append(requests)
     output_kd = ce = None
     if options.output_kd_weight and not feature_space:
-        output_kd = builder.read(final, options.output_temperature, "kl")
+        output_kd = builder.request(final, options.output_temperature, "kl")
     if options.ce_weight:
-        ce = builder.read(final, 1.0, NLL)
-    if not (builder.reads or builder.moments):
+        ce = builder.request(final, 1.0, NLL)
+    if not (builder.requests or builder.moments):
         raise ValueError(
             f"nothing to compute: {count} hidden state(s) with "
             f"output_in_dynamics={options.output_in_dynamics}, "
@@ -485,13 +484,15 @@ def lay_out(
             "term a weight, or more layers"
         )
     used = sorted(
-        {read.layer for read in builder.reads}
+        {request.layer for request in builder.requests}
         | {layer for pair in builder.moments for layer in pair} - {OWN}
     )
     at = {layer: index for index, layer in enumerate(used)} | {OWN: OWN}
     spec = LensSpec(
         columns=columns,
-        reads=tuple([Read(at[r.layer], r.temperature, r.divergence) for r in builder.reads]),
+        requests=tuple(
+            [Request(at[r.layer], r.temperature, r.divergence) for r in builder.requests]
+        ),
         moments=tuple([(at[a], at[b]) for a, b in builder.moments]),
         moment_temperature=temperature,
         student_logit_scale=options.student_logit_scale,
@@ -510,5 +511,5 @@ def lay_out(
         ce=ce,
         trajectory=tuple(trajectory),
         derivative=tuple(derivative),
-        derivative_reads=tuple(derivative_reads),
+        derivative_requests=tuple(derivative_requests),
     )

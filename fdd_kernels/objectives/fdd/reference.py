@@ -3,7 +3,7 @@ to float64.
 
 It shares validation (`plan.py`) and reduction (`terms.py`) with the fused backends and no other
 arithmetic: what it computes follows the formulas of the paper term by term, without streaming,
-pivots or moments.
+shifts or moments.
 """
 
 from __future__ import annotations

@@ -48,16 +48,16 @@ from fdd_kernels.lens.spec import (
     MEAN_T,
     MOMENT_STATS,
     NLL,
-    READ_STATS,
+    REQUEST_STATS,
     VALUE,
     LensSpec,
-    Read,
+    Request,
 )
 from fdd_kernels.objectives.fdd.options import FDDLossTerms, LossOptions
 from fdd_kernels.objectives.fdd.plan import Plan, check_normaliser, lay_out
 from fdd_kernels.objectives.fdd.terms import combine, normaliser_of, row_terms_from_statistics
 
-# Columns of the array "scalars": three for each read, then three for each pair.
+# Columns of the array "scalars": three for each request, then three for each pair.
 _NEGATIVE_ENTROPY, _EXPECTED_BIAS, _LSE = range(3)
 _COUNT, _MEAN, _SQUARES = range(3)
 _HEAD_BYTES = 32 * MIB  # of the head's rows that are converted at a time
@@ -84,7 +84,7 @@ def check_options(options: LossOptions) -> None:
 
 
 def _everything(options: LossOptions, columns: int, layers: int, rows: int) -> Plan:
-    """The plan of all that the statistics can serve: every read and every pair of layers."""
+    """The plan of all that the statistics can serve: every request and every pair of layers."""
     check_options(options)
     options = replace(
         options,
@@ -101,9 +101,9 @@ def _everything(options: LossOptions, columns: int, layers: int, rows: int) -> P
 def statistics_widths(options: LossOptions, layers: int, student_width: int) -> dict[str, int]:
     """Name and width of each array of `StatisticsMaker`; `layers` counts the final state."""
     spec = _everything(options, 1, layers, 0).spec
-    widths = {f"expectation_{i}": student_width for i in range(len(spec.reads))}
+    widths = {f"expectation_{i}": student_width for i in range(len(spec.requests))}
     widths |= {f"correlation_{i}": student_width for i in range(len(spec.moments))}
-    return widths | {"scalars": 3 * (len(spec.reads) + len(spec.moments))}
+    return widths | {"scalars": 3 * (len(spec.requests) + len(spec.moments))}
 
 
 class _Head:
@@ -186,8 +186,8 @@ class StatisticsMaker:
             teacher_weight, teacher_bias: the teacher's head (V, Dt), (V,).
 
         Returns:
-            "expectation_i" (R, Ds) for each read of a layer, "correlation_i" (R, Ds) for each pair
-                of layers, and "scalars";
+            "expectation_i" (R, Ds) for each request of a layer, "correlation_i" (R, Ds) for each
+                pair of layers, and "scalars";
             float32, or float64 for float64 inputs. See `statistics_widths`.
         """
         options, head = self.options, self.head
@@ -240,12 +240,12 @@ class _Block:
     ) -> None:
         self.spec, self.head, self.head_mean, self.live = spec, head, mean, live
         rows, width, new = hidden_LrD.shape[1], head.weight.shape[1], hidden_LrD.new_zeros
-        self.pivots: Tensor | None = None  # (L, r, 1)
-        self.largest = new(len(spec.reads), rows, 1).fill_(-torch.inf)
+        self.shifts: Tensor | None = None  # (L, r, 1)
+        self.largest = new(len(spec.requests), rows, 1).fill_(-torch.inf)
         # Sums over columns of exp(z - largest) times 1, z, the student's bias, and its head's rows.
         self.sums, self.expectations = (
-            new(len(spec.reads), 3, rows),
-            new(len(spec.reads), rows, width),
+            new(len(spec.requests), 3, rows),
+            new(len(spec.requests), rows, width),
         )
         self.bases = new(len(spec.moments), rows, 1)
         self.counts, self.means, self.squares = (new(len(spec.moments), rows) for _ in range(3))
@@ -253,17 +253,16 @@ class _Block:
 
     def add(self, tile: slice, head_cD: Tensor, u_Lrc: Tensor) -> None:
         """Take in one tile of the teacher's values."""
-        if first_tile := self.pivots is None:
+        if first_tile := self.shifts is None:
             largest = u_Lrc.amax(-1, keepdim=True)
-            self.pivots = largest.where(largest.isfinite(), 0.0)
-        u_Lrc = u_Lrc - self.pivots
+            self.shifts = largest.where(largest.isfinite(), 0.0)
+        u_Lrc = u_Lrc - self.shifts
         bias = None if self.head.bias is None else self.head.bias[tile].to(u_Lrc.dtype)
-        for i, read in enumerate(self.spec.reads):
-            z = u_Lrc[read.layer] / read.temperature
+        for i, request in enumerate(self.spec.requests):
+            z = u_Lrc[request.layer] / request.temperature
             largest = torch.maximum(self.largest[i], z.amax(-1, keepdim=True))
-            shift = largest.clamp(
-                min=torch.finfo(z.dtype).min
-            )  # finite while every column so far is excluded
+            # finite while every column so far is excluded
+            shift = largest.clamp(min=torch.finfo(z.dtype).min)
             scale, weights = (self.largest[i] - shift).exp(), (z - shift).exp()
             self.largest[i] = largest
             of_z = torch.where(weights > 0, weights * z, 0.0).sum(-1)
@@ -296,7 +295,7 @@ class _Block:
 
     def finish(self) -> dict[str, Tensor]:
         found, scalars = {}, []
-        for i in range(len(self.spec.reads)):
+        for i in range(len(self.spec.requests)):
             total, of_z, of_bias = self.sums[i]
             lse = self.largest[i, :, 0] + total.log()
             found[f"expectation_{i}"] = self.expectations[i] / total[:, None]
@@ -401,15 +400,15 @@ class StatisticsLoss:
         hidden = [student_hidden[i] for i in plan.layers]
         lse = log_sum_exps(plan, hidden, self.weight, self.bias)
         hidden = [h.to(lse.dtype) for h in hidden]
-        reads = [
-            self._read(plan, read, lse[i], hidden, statistics, labels)
-            for i, read in enumerate(plan.spec.reads)
+        requests = [
+            self._request(plan, request, lse[i], hidden, statistics, labels)
+            for i, request in enumerate(plan.spec.requests)
         ]
         moments = [self._moment(plan, pair, hidden, statistics) for pair in plan.spec.moments]
         row_terms = row_terms_from_statistics(
             plan,
             lse.new_empty(0),
-            _stacked(reads, READ_STATS, lse),
+            _stacked(requests, REQUEST_STATS, lse),
             _stacked(moments, MOMENT_STATS, lse),
         )
         normaliser = normaliser_of(options, rows, None, num_items_in_batch, lse.device)
@@ -418,19 +417,23 @@ class StatisticsLoss:
     def _scalars(self, statistics: dict[str, Tensor], index: int) -> Tensor:
         return statistics["scalars"][:, 3 * index : 3 * index + 3].unbind(-1)
 
-    def _read(self, plan: Plan, read: Read, lse: Tensor, hidden, statistics, labels) -> Tensor:
-        """The statistics of one read, (READ_STATS, R), as `spec.py` defines them."""
-        out = [torch.zeros_like(lse)] * READ_STATS
-        scale = self.options.student_logit_scale / read.temperature
-        state = hidden[read.layer]
+    def _request(
+        self, plan: Plan, request: Request, lse: Tensor, hidden, statistics, labels
+    ) -> Tensor:
+        """The statistics of one request, (READ_STATS, R), as `spec.py` defines them."""
+        out = [torch.zeros_like(lse)] * REQUEST_STATS
+        scale = self.options.student_logit_scale / request.temperature
+        state = hidden[request.layer]
         out[LSE_S] = lse
-        if read.divergence == NLL:
+        if request.divergence == NLL:
             own = (state * F.embedding(labels.long(), self.weight).to(lse.dtype)).sum(-1)
             if self.bias is not None:
                 own = own + self.bias[labels.long()]
             out[VALUE] = lse - scale * own
             return torch.stack(out)
-        at = self.available.reads.index(Read(plan.layers[read.layer], read.temperature, "kl"))
+        at = self.available.requests.index(
+            Request(plan.layers[request.layer], request.temperature, "kl")
+        )
         negative_entropy, expected_bias, out[LSE_T] = self._scalars(statistics, at)
         expected = (state * statistics[f"expectation_{at}"]).sum(-1) + expected_bias
         out[VALUE] = negative_entropy - scale * expected + lse
@@ -439,7 +442,7 @@ class StatisticsLoss:
     def _moment(self, plan: Plan, pair: tuple[int, int], hidden, statistics) -> Tensor:
         """The moments of one pair of layers, (MOMENT_STATS, R), as `spec.py` defines them."""
         at = self.available.moments.index(tuple(plan.layers[i] for i in pair))
-        count, mean_t, squares_t = self._scalars(statistics, len(self.available.reads) + at)
+        count, mean_t, squares_t = self._scalars(statistics, len(self.available.requests) + at)
         mean, gram = self._deltas(count)
         scale = self.options.student_logit_scale / plan.spec.moment_temperature
         delta = scale * (hidden[pair[1]] - hidden[pair[0]])

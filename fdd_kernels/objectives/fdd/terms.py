@@ -39,7 +39,7 @@ class RowTerms(NamedTuple):
 
 
 class TermWeights(NamedTuple):
-    """What each read or pair of vectors of a term counts for in a total: numbers, scalars or
+    """What each request or pair of vectors of a term counts for in a total: numbers, scalars or
     (R,).
     """
 
@@ -88,7 +88,7 @@ def _compared_vectors(plan: Plan) -> dict[str, tuple[Distance, slice]]:
 
 def _layers_of_deltas(plan: Plan) -> slice:
     """The reads of the layers between which deltas are taken, for their log-sum-exps."""
-    first, second = zip(*plan.derivative_reads)
+    first, second = zip(*plan.derivative_requests)
     assert list(first[1:]) == list(second[:-1])
     return _run([*first, second[-1]])
 
@@ -106,9 +106,8 @@ def static_deltas(
     if not plan.derivative or plan.options.derivative == "mse":
         return None
     models = [[h.detach() for h in states] for states in (student_hidden, teacher_hidden)]
-    other = student_hidden[0].new_zeros(
-        len(student_hidden[0]), dtype=torch.bool
-    )  # of a layer's own values
+    # of a layer's own values
+    other = student_hidden[0].new_zeros(len(student_hidden[0]), dtype=torch.bool)
     found = []
     for first, second in plan.spec.moments:
         found.append(
@@ -128,7 +127,7 @@ def _equal_rows(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _vectors(
-    plan: Plan, pivots: Tensor, reads: Tensor, moments: Tensor, static: Tensor | None
+    plan: Plan, shifts: Tensor, requests: Tensor, moments: Tensor, static: Tensor | None
 ) -> _Vectors:
     """The vectors of all moment targets: what the statistics are relative to is put back, so that
     deltas are log q's.
@@ -139,11 +138,11 @@ def _vectors(
         offset = _part(means, run)
         if distance.centred:
             offset = torch.zeros_like(offset)
-        elif term == "trajectory":  # the features themselves: their pivots are put back
-            layers = pivots[:, _run([layer for _, layer in plan.spec.moments[run]])]
+        elif term == "trajectory":  # the features themselves: their shifts are put back
+            layers = shifts[:, _run([layer for _, layer in plan.spec.moments[run]])]
             offset = offset + layers.transpose(0, 1) / plan.spec.moment_temperature
-        elif plan.derivative_reads:
-            lse = _part(reads, _layers_of_deltas(plan))[:, LSE_S : LSE_T + 1]
+        elif plan.derivative_requests:
+            lse = _part(requests, _layers_of_deltas(plan))[:, LSE_S : LSE_T + 1]
             offset = offset - (lse[1:] - lse[:-1])
         offsets.append(offset)
     offset = offsets[0] if len(offsets) == 1 else torch.cat(offsets)
@@ -164,22 +163,22 @@ def _vectors(
 
 
 def row_terms_from_statistics(
-    plan: Plan, pivots: Tensor, reads: Tensor, moments: Tensor, static: Tensor | None = None
+    plan: Plan, shifts: Tensor, requests: Tensor, moments: Tensor, static: Tensor | None = None
 ) -> RowTerms:
     """The terms of every row from the statistics of `spec.py`; `static` is of `static_deltas`."""
     compared, values = _compared_vectors(plan), {}
     if compared:
-        sums = _vectors(plan, pivots, reads, moments, static).sums
+        sums = _vectors(plan, shifts, requests, moments, static).sums
         values = {
             term: distance.value(sums.at(run)).mean(0) for term, (distance, run) in compared.items()
         }
     if plan.trajectory and "trajectory" not in values:
-        values["trajectory"] = reads[_run(plan.trajectory), VALUE].mean(0)
+        values["trajectory"] = requests[_run(plan.trajectory), VALUE].mean(0)
     return RowTerms(
-        output_kd=None if plan.output_kd is None else reads[plan.output_kd, VALUE],
+        output_kd=None if plan.output_kd is None else requests[plan.output_kd, VALUE],
         trajectory=values.get("trajectory"),
         derivative=values.get("derivative"),
-        ce=None if plan.ce is None else reads[plan.ce, VALUE],
+        ce=None if plan.ce is None else requests[plan.ce, VALUE],
     )
 
 
@@ -278,33 +277,33 @@ def term_weights(
 @torch.no_grad()
 def upstream_gradients(
     plan: Plan,
-    pivots: Tensor,
-    reads: Tensor,
+    shifts: Tensor,
+    requests: Tensor,
     moments: Tensor,
     valid: Tensor | None,
     weights: TermWeights,
     static: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of reads and moments of the total that has these `weights`; those of the
+    """The gradients of requests and moments of the total that has these `weights`; those of the
     teacher's statistics are 0.
     """
-    of_reads, of_moments = torch.zeros_like(reads), torch.zeros_like(moments)
-    of_value, compared = of_reads[:, VALUE], _compared_vectors(plan)
+    of_requests, of_moments = torch.zeros_like(requests), torch.zeros_like(moments)
+    of_value, compared = of_requests[:, VALUE], _compared_vectors(plan)
     if plan.trajectory and "trajectory" not in compared:
         of_value[_run(plan.trajectory)] = weights.trajectory
     if plan.ce is not None:
         of_value[plan.ce] = weights.ce
-    if plan.output_kd is not None:  # perhaps a read of the trajectory
+    if plan.output_kd is not None:  # perhaps a request of the trajectory
         of_value[plan.output_kd].add_(weights.output_kd)
     if compared:
-        vectors = _vectors(plan, pivots, reads, moments, static)
+        vectors = _vectors(plan, shifts, requests, moments, static)
         _, of_mean, _, of_ss, _, of_st, of_dd = of_moments.unbind(1)
-        for write_slope, alike in itertools.groupby(
-            compared.values(), lambda entry: entry[0].write_slope
+        for write_grad, alike in itertools.groupby(
+            compared.values(), lambda entry: entry[0].write_grad
         ):
             runs = [run for _, run in alike]
             run = slice(runs[0].start, runs[-1].stop)
-            write_slope(
+            write_grad(
                 vectors.sums.at(run), *[_part(of_sum, run) for of_sum in (of_ss, of_st, of_dd)]
             )
         of_mean.addcmul_(vectors.of_t, of_st)
@@ -313,14 +312,14 @@ def upstream_gradients(
         )
         for term, (_, run) in compared.items():
             _part(of_moments, run).mul_(getattr(weights, term))
-        if "derivative" in compared and plan.derivative_reads:
-            of_lse = _part(of_reads, _layers_of_deltas(plan))[:, LSE_S]
+        if "derivative" in compared and plan.derivative_requests:
+            of_lse = _part(of_requests, _layers_of_deltas(plan))[:, LSE_S]
             of_shift = _part(of_mean, compared["derivative"][1])
             of_lse[1:].sub_(of_shift)
             of_lse[:-1].add_(of_shift)
     if valid is not None:
-        of_reads, of_moments = (
-            torch.where(valid, of_reads, 0.0),
+        of_requests, of_moments = (
+            torch.where(valid, of_requests, 0.0),
             torch.where(valid, of_moments, 0.0),
         )
-    return of_reads, of_moments
+    return of_requests, of_moments

@@ -57,9 +57,9 @@ ITEM_FIELDS = tl.constexpr(7)
 )
 def coefficients_kernel(
     coefficients,
-    reads,
+    requests,
     moments,
-    grad_reads,
+    grad_requests,
     grad_moments,
     grad_scale,
     count,
@@ -87,8 +87,8 @@ def coefficients_kernel(
     scale = student_scale * tl.load(grad_scale)
     if item < slots:
         q, p, slope, label, lse_s, lse_t, kl = slot_coefficients(
-            reads + row,
-            grad_reads + row,
+            requests + row,
+            grad_requests + row,
             stride.to(tl.int64),
             grad_stride.to(tl.int64),
             counts,
@@ -152,7 +152,7 @@ def cached_grad_kernel(
     logits_t,
     bias_s,
     bias_t,
-    pivots,
+    shifts,
     coefficients,
     labels,
     count,
@@ -205,7 +205,7 @@ def cached_grad_kernel(
     out = grad + row.to(tl.int64) * grad_ld + c
     out_stride = rows.to(tl.int64) * grad_ld
     values += row.to(tl.int64) * tiles + state_tile + tile
-    pivots += row
+    shifts += row
     coefficients += row
     field = rows.to(tl.int64)
     stride = stride.to(tl.int64)
@@ -221,14 +221,14 @@ def cached_grad_kernel(
         s, slope = row_logits(
             row_s, bias_s, c, inside, scale_s, cap_s, BIAS_S, SCALE_S, CAP_S, FULL
         )
-        s -= tl.load(pivots + layer * stride)
+        s -= tl.load(shifts + layer * stride)
         row_s += stride_s
         if TEACHER:
             at_t = row_t + table_entry(table, table_width, TEACHER_LAYER, layer) * stride_t
             t, _slope_t = row_logits(
                 at_t, bias_t, c, inside, scale_t, cap_t, BIAS_T, SCALE_T, CAP_T, FULL
             )
-            t -= tl.load(pivots + (layers + layer) * stride)
+            t -= tl.load(shifts + (layers + layer) * stride)
         g = nothing
         if SOFTMAX:
             for slot in range(

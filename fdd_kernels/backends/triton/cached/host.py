@@ -34,11 +34,10 @@ from fdd_kernels.backends.triton.launch import SMALL, launch
 from fdd_kernels.backends.triton.problem import Problem
 from fdd_kernels.backends.triton.scaling import gradient_scale
 from fdd_kernels.backends.triton.strategy import Slabs, balanced_rows, gradient_tokens, padded
-from fdd_kernels.lens.spec import MOMENT_STATS, READ_STATS, LensInputs, LensSpec
+from fdd_kernels.lens.spec import MOMENT_STATS, REQUEST_STATS, LensInputs, LensSpec
 
-Statistics = tuple[
-    Tensor, Tensor, Tensor
-]  # pivots (2, L, R), reads (reads, 4, R), moments (moments, 7, R)
+# shifts (2, L, R), requests (requests, 4, R), moments (moments, 7, R)
+Statistics = tuple[Tensor, Tensor, Tensor]
 COEFFICIENT_ROWS = 128
 
 
@@ -140,11 +139,11 @@ def _merge_block(tiles: int) -> int:
 def block_statistics(block: Block) -> None:
     """Fill the block's statistics from its logits."""
     spec, table = block.spec, block.table
-    pivots, reads, moments = block.statistics
+    shifts, requests, moments = block.statistics
     shape = row_launch("stats")
     tiles = triton.cdiv(spec.columns, shape.block)
     fields = fields_of(block.layers, table.slots, len(spec.moments))
-    state = torch.empty((fields, block.rows, tiles), dtype=torch.float32, device=pivots.device)
+    state = torch.empty((fields, block.rows, tiles), dtype=torch.float32, device=shifts.device)
     for slab in block.logits.slabs(spec.columns):
         block.launch_tiles(
             cached_stats_kernel,
@@ -167,10 +166,10 @@ def block_statistics(block: Block) -> None:
         (block.rows, block.layers),
         SMALL,
         state=state,
-        pivots=pivots,
-        reads=reads,
+        shifts=shifts,
+        requests=requests,
         moments=moments,
-        stride=pivots.stride(1),
+        stride=shifts.stride(1),
         slots=table.slots,
         tiles=tiles,
         moment_inverse=1.0 / spec.moment_temperature,
@@ -183,7 +182,7 @@ def block_statistics(block: Block) -> None:
         shape = row_launch("second_pass")
         tiles = triton.cdiv(spec.columns, shape.block)
         sums = torch.empty(
-            (table.second_pass, 2, block.rows, tiles), dtype=torch.float32, device=pivots.device
+            (table.second_pass, 2, block.rows, tiles), dtype=torch.float32, device=shifts.device
         )
         for slab in block.logits.slabs(spec.columns):
             block.launch_tiles(
@@ -192,27 +191,27 @@ def block_statistics(block: Block) -> None:
                 slab,
                 extra_axis=(table.second_pass,),
                 sums=sums,
-                pivots=pivots,
-                reads=reads,
+                shifts=shifts,
+                requests=requests,
                 tiles=tiles,
-                stride=pivots.stride(1),
+                stride=shifts.stride(1),
                 DIVERGENCE=table.divergence,
             )
-        _merge_values(block, sums, reads, seconds=True)
+        _merge_values(block, sums, requests, seconds=True)
 
 
-def _merge_values(block: Block, sums: Tensor, reads: Tensor, *, seconds: bool) -> None:
+def _merge_values(block: Block, sums: Tensor, requests: Tensor, *, seconds: bool) -> None:
     launch(
         merge_values_kernel,
         (block.rows, sums.shape[0]),
         SMALL,
         sums=sums,
-        reads=reads,
+        requests=requests,
         count=block.count,
         table=block.table.values,
         table_width=block.table.width,
         rows=block.rows,
-        stride=reads.stride(1),
+        stride=requests.stride(1),
         tiles=sums.shape[-1],
         SECONDS=seconds,
         BLOCK_T=_merge_block(sums.shape[-1]),
@@ -245,18 +244,20 @@ class Gradients:
         if self.bias is not None:
             self.bias_C = torch.zeros(columns, dtype=torch.float32, device=problem.device)
 
-    def add(self, block: Block, per_row: tuple[Tensor, ...], refined_reads: Tensor | None) -> None:
-        """Add a block's gradients; `per_row`: pivots, reads, moments of the block and upstream
+    def add(
+        self, block: Block, per_row: tuple[Tensor, ...], refined_requests: Tensor | None
+    ) -> None:
+        """Add a block's gradients; `per_row`: shifts, reads, moments of the block and upstream
         gradients of the last two.
 
         Writes the accurate value of KL into `refined_reads` if given.
         """
         problem, spec, table = self.problem, block.spec, block.table
         head, layers, rows = problem.student, block.layers, block.rows
-        pivots, reads, moments, grad_reads, grad_moments = per_row
+        shifts, requests, moments, grad_requests, grad_moments = per_row
         scale = self.one
         if self.dtype == torch.float16:
-            scale = gradient_scale(self.dtype, spec, reads, moments, grad_reads, grad_moments)
+            scale = gradient_scale(self.dtype, spec, requests, moments, grad_requests, grad_moments)
         coefficients = torch.empty(
             (table.slots + len(spec.moments), ITEM_FIELDS.value, rows),
             dtype=torch.float32,
@@ -267,9 +268,9 @@ class Gradients:
             (triton.cdiv(rows, COEFFICIENT_ROWS), coefficients.shape[0]),
             SMALL,
             coefficients=coefficients,
-            reads=reads,
+            requests=requests,
             moments=moments,
-            grad_reads=grad_reads,
+            grad_requests=grad_requests,
             grad_moments=grad_moments,
             grad_scale=scale,
             count=block.count,
@@ -277,8 +278,8 @@ class Gradients:
             table_width=table.width,
             rows=rows,
             slots=table.slots,
-            stride=reads.stride(1),
-            grad_stride=grad_reads.stride(1),
+            stride=requests.stride(1),
+            grad_stride=grad_requests.stride(1),
             moment_stride=moments.stride(1),
             grad_moment_stride=grad_moments.stride(1),
             moment_inverse=1.0 / spec.moment_temperature,
@@ -289,7 +290,7 @@ class Gradients:
         tokens = gradient_tokens(rows, layers, spec.columns, self.dtype.itemsize)
         tokens = min(tokens, block.logits.slab_tokens)
         tiles = triton.cdiv(spec.columns, shape.block)
-        want_values = refined_reads is not None and table.has_kl
+        want_values = refined_requests is not None and table.has_kl
         values = coefficients
         if want_values:
             values = torch.empty(
@@ -308,14 +309,14 @@ class Gradients:
                 slab,
                 grad=grad_Lrc,
                 values=values,
-                pivots=pivots,
+                shifts=shifts,
                 coefficients=coefficients,
                 labels=block.labels,
                 grad_ld=tokens,
                 slots=table.slots,
                 tiles=tiles,
                 first_column=slab.start,
-                stride=pivots.stride(1),
+                stride=shifts.stride(1),
                 moment_inverse=1.0 / spec.moment_temperature,
                 TEACHER=spec.needs_teacher,
                 SOFTMAX=table.slots > 0,
@@ -332,7 +333,7 @@ class Gradients:
         if sum_mD is not None:
             problem.put_back(self.hidden, sum_mD.view(layers, rows, -1), block.first, scale)
         if want_values:
-            _merge_values(block, values, refined_reads, seconds=False)
+            _merge_values(block, values, refined_requests, seconds=False)
 
     def _add_head(self, block: Block, slab: Slab, grad_mc: Tensor, scale: Tensor) -> None:
         """The head's and the bias's gradient of a slab. A scale differs between blocks: it is taken
@@ -382,7 +383,7 @@ def new_statistics(problem: Problem) -> Statistics:
     spec = problem.spec
     return (
         zeros(2, problem.layers),
-        zeros(len(spec.reads), READ_STATS),
+        zeros(len(spec.requests), REQUEST_STATS),
         zeros(len(spec.moments), MOMENT_STATS),
     )
 
@@ -444,7 +445,7 @@ def grad(
 def stats_and_grad(
     inputs: LensInputs,
     spec: LensSpec,
-    rows_at_a_time: int,
+    block_rows: int,
     upstream_of: Callable,
     needed: list[bool],
     refine: bool,
@@ -456,7 +457,7 @@ def stats_and_grad(
     problem = Problem(inputs, spec)
     statistics = new_statistics(problem)
     valid_rows = count_valid(problem, inputs)
-    block_rows = balanced_rows(valid_rows, rows_at_a_time, problem.layers)
+    block_rows = balanced_rows(valid_rows, block_rows, problem.layers)
     gradients = Gradients(problem, inputs, needed, block_rows)
     order = problem.order.long()
     for first, rows, count in blocks_of(problem, valid_rows, max(block_rows, 1)):
@@ -470,11 +471,11 @@ def stats_and_grad(
     return gradients.finished(valid_rows > 0), at_callers_rows(problem, inputs, statistics)
 
 
-def valid_blocks(inputs: LensInputs, spec: LensSpec, rows_at_a_time: int) -> Iterator[Tensor]:
+def valid_blocks(inputs: LensInputs, spec: LensSpec, block_rows: int) -> Iterator[Tensor]:
     """The caller's rows of each block that `stats_and_grad` takes, (r,) int64."""
     problem = Problem(inputs, spec)
     valid_rows = count_valid(problem, inputs)
-    step = max(balanced_rows(valid_rows, rows_at_a_time, problem.layers), 1)
+    step = max(balanced_rows(valid_rows, block_rows, problem.layers), 1)
     yield from problem.order[:valid_rows].long().split(step)
 
 

@@ -12,12 +12,12 @@ import triton.language as tl
 
 from fdd_kernels.backends.triton.cached.stats import SLOT_FIELDS
 from fdd_kernels.backends.triton.elementwise import (
+    GRAD_SUM,
     LSE_S,
     LSE_T,
     MOMENT_FIELDS,
-    READ_FIELDS,
     REFINED_BELOW,
-    SLOPE,
+    REQUEST_FIELDS,
     VALUE,
 )
 from fdd_kernels.backends.triton.work_table import (
@@ -28,11 +28,11 @@ from fdd_kernels.backends.triton.work_table import (
     PART_BEGIN,
     PART_INDEX,
     PART_ROLE,
-    READ_BEGIN,
-    READ_INDEX,
-    READ_KIND,
+    REQUEST_BEGIN,
+    REQUEST_INDEX,
+    REQUEST_KIND,
     SECOND,
-    SECOND_READ,
+    SECOND_REQUEST,
     SLOT_BEGIN,
     SLOT_INVERSE,
     table_entry,
@@ -76,8 +76,8 @@ def merged_sums(state, at, field, tile, tiles, own_shift, other_shift):
 @triton.jit(do_not_specialize=["rows", "stride", "layers", "slots", "tiles", "table_width"])
 def cached_merge_kernel(
     state,
-    pivots,
-    reads,
+    shifts,
+    requests,
     moments,
     count,
     table,
@@ -104,8 +104,8 @@ def cached_merge_kernel(
     field = rows.to(tl.int64) * tiles
     state += row.to(tl.int64) * tiles
     stride = stride.to(tl.int64)
-    pivots += row
-    reads += row
+    shifts += row
+    requests += row
     moments += row
     first_slot = table_entry(table, table_width, SLOT_BEGIN, layer)
     last_slot = table_entry(table, table_width, SLOT_BEGIN, layer + 1)
@@ -118,8 +118,8 @@ def cached_merge_kernel(
         pivot_t, about_t = row_shift(
             state, shift + field, first_total + 2 * field, tile, tiles, first_slot < last_slot
         )
-    tl.store(pivots + layer * stride, pivot_s)
-    tl.store(pivots + (layers + layer) * stride, pivot_t)
+    tl.store(shifts + layer * stride, pivot_s)
+    tl.store(shifts + (layers + layer) * stride, pivot_t)
     for slot in range(first_slot, last_slot):
         inverse = table_float(table, table_width, SLOT_INVERSE, slot)
         at = (2 * layers + SLOT_FIELDS * slot) * field
@@ -133,31 +133,33 @@ def cached_merge_kernel(
                 state, at + 2 * field, field, tile, tiles, about_t * inverse, about_s * inverse
             )
         for entry in range(
-            table_entry(table, table_width, READ_BEGIN, slot),
-            table_entry(table, table_width, READ_BEGIN, slot + 1),
+            table_entry(table, table_width, REQUEST_BEGIN, slot),
+            table_entry(table, table_width, REQUEST_BEGIN, slot + 1),
         ):
-            kind = table_entry(table, table_width, READ_KIND, entry)
-            read = reads + table_entry(table, table_width, READ_INDEX, entry) * READ_FIELDS * stride
-            tl.store(read + LSE_S * stride, lse_s)
+            kind = table_entry(table, table_width, REQUEST_KIND, entry)
+            request = (
+                requests
+                + table_entry(table, table_width, REQUEST_INDEX, entry) * REQUEST_FIELDS * stride
+            )
+            tl.store(request + LSE_S * stride, lse_s)
             if kind == KIND_NLL:
                 label_z = (
                     tl.load(state + at + 4 * field + tile, mask=inside, other=float("-inf"))
                     + about_s * inverse
                 )
-                tl.store(read + VALUE * stride, lse_s - tl.max(label_z, 0))
+                tl.store(request + VALUE * stride, lse_s - tl.max(label_z, 0))
             else:
-                tl.store(read + LSE_T * stride, lse_t)
+                tl.store(request + LSE_T * stride, lse_t)
                 if kind == KIND_KL:
                     value = expectation_t + (lse_s - lse_t)
-                    tl.store(
-                        read + VALUE * stride, tl.where(value < 0, 0.0, value)
-                    )  # rounding, of near-equal models
-                    tl.store(read + SLOPE * stride, -1.0)
+                    # rounding, of near-equal models
+                    tl.store(request + VALUE * stride, tl.where(value < 0, 0.0, value))
+                    tl.store(request + GRAD_SUM * stride, -1.0)
                 if DIVERGENCE == "reverse_kl" and kind == KIND_OTHER:
                     value = expectation_s + (lse_t - lse_s)
                     value = tl.where(value < 0, 0.0, value)
-                    tl.store(read + VALUE * stride, value)
-                    tl.store(read + SLOPE * stride, value + 1.0)
+                    tl.store(request + VALUE * stride, value)
+                    tl.store(request + GRAD_SUM * stride, value + 1.0)
     for entry in range(
         table_entry(table, table_width, PART_BEGIN, layer),
         table_entry(table, table_width, PART_BEGIN, layer + 1),
@@ -206,7 +208,7 @@ def cached_merge_kernel(
 @triton.jit(do_not_specialize=["rows", "stride", "tiles", "table_width"])
 def merge_values_kernel(
     sums,
-    reads,
+    requests,
     count,
     table,
     rows,
@@ -218,9 +220,9 @@ def merge_values_kernel(
 ):
     """Sums over tiles written as VALUE, one program a row and item.
 
-    With SECONDS the items are the reads of the second pass and sums (items, 2, rows, tiles) have
-    their SLOPE too; without, they are slots, sums (items, rows, tiles), and the value is that of
-    the slot's read of KL, where it is small.
+    With SECONDS the items are the requests of the second pass and sums (items, 2, rows, tiles) have
+    their GRAD_SUM too; without, they are slots, sums (items, rows, tiles), and the value is that of
+    the slot's request of KL, where it is small.
     """
     row = tl.program_id(0)
     item = tl.program_id(1)
@@ -229,24 +231,29 @@ def merge_values_kernel(
     tile = tl.arange(0, BLOCK_T)
     field = rows.to(tl.int64) * tiles
     stride = stride.to(tl.int64)
-    reads += row
+    requests += row
     sums += row.to(tl.int64) * tiles + tile
     if SECONDS:
         value = tl.sum(tl.load(sums + 2 * item * field, mask=tile < tiles, other=0.0), 0)
         slope = tl.sum(tl.load(sums + (2 * item + 1) * field, mask=tile < tiles, other=0.0), 0)
-        read = reads + table_entry(table, table_width, SECOND_READ, item) * READ_FIELDS * stride
-        tl.store(read + VALUE * stride, value)
-        tl.store(read + SLOPE * stride, slope)
+        request = (
+            requests
+            + table_entry(table, table_width, SECOND_REQUEST, item) * REQUEST_FIELDS * stride
+        )
+        tl.store(request + VALUE * stride, value)
+        tl.store(request + GRAD_SUM * stride, slope)
     else:
         value = tl.sum(tl.load(sums + item * field, mask=tile < tiles, other=0.0), 0)
         for entry in range(
-            table_entry(table, table_width, READ_BEGIN, item),
-            table_entry(table, table_width, READ_BEGIN, item + 1),
+            table_entry(table, table_width, REQUEST_BEGIN, item),
+            table_entry(table, table_width, REQUEST_BEGIN, item + 1),
         ):
-            if table_entry(table, table_width, READ_KIND, entry) == KIND_KL:
-                read = (
-                    reads
-                    + table_entry(table, table_width, READ_INDEX, entry) * READ_FIELDS * stride
+            if table_entry(table, table_width, REQUEST_KIND, entry) == KIND_KL:
+                request = (
+                    requests
+                    + table_entry(table, table_width, REQUEST_INDEX, entry)
+                    * REQUEST_FIELDS
+                    * stride
                     + VALUE * stride
                 )
-                tl.store(read, value, mask=tl.load(read) < REFINED_BELOW)
+                tl.store(request, value, mask=tl.load(request) < REFINED_BELOW)

@@ -11,14 +11,14 @@ from fdd_kernels.backends.triton.cached.row import row_logits
 from fdd_kernels.backends.triton.elementwise import (
     LSE_S,
     LSE_T,
-    READ_FIELDS,
-    divergence_slope,
+    REQUEST_FIELDS,
+    divergence_grad,
     divergence_value,
 )
 from fdd_kernels.backends.triton.work_table import (
     SECOND_INVERSE,
     SECOND_LAYER,
-    SECOND_READ,
+    SECOND_REQUEST,
     TEACHER_LAYER,
     table_entry,
     table_float,
@@ -43,8 +43,8 @@ def cached_second_pass_kernel(
     logits_t,
     bias_s,
     bias_t,
-    pivots,
-    reads,
+    shifts,
+    requests,
     count,
     table,
     rows,
@@ -71,8 +71,8 @@ def cached_second_pass_kernel(
     DIVERGENCE: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """sums (reads of this pass, 2, rows, tiles) of a row (axis 0), a tile (axis 1) and a read (axis
-    2).
+    """sums (reads of this pass, 2, rows, tiles) of a row (axis 0), a tile (axis 1) and a request
+    (axis 2).
     """
     row = tl.program_id(0)
     tile = first_tile + tl.program_id(1)
@@ -85,16 +85,22 @@ def cached_second_pass_kernel(
     layer = table_entry(table, table_width, SECOND_LAYER, second)
     teacher_layer = table_entry(table, table_width, TEACHER_LAYER, layer)
     inverse = table_float(table, table_width, SECOND_INVERSE, second)
-    read = reads + table_entry(table, table_width, SECOND_READ, second) * READ_FIELDS * stride + row
+    request = (
+        requests
+        + table_entry(table, table_width, SECOND_REQUEST, second) * REQUEST_FIELDS * stride
+        + row
+    )
     row_s = logits_s + (layer * rows.to(tl.int64) + row) * ld_s
     row_t = logits_t + (teacher_layer * rows.to(tl.int64) + row) * ld_t
     s, _slope_s = row_logits(row_s, bias_s, c, inside, scale_s, cap_s, BIAS_S, SCALE_S, CAP_S, FULL)
     t, _slope_t = row_logits(row_t, bias_t, c, inside, scale_t, cap_t, BIAS_T, SCALE_T, CAP_T, FULL)
-    log_q = (s - tl.load(pivots + layer * stride + row)) * inverse - tl.load(read + LSE_S * stride)
-    log_p = (t - tl.load(pivots + (layers + layer) * stride + row)) * inverse - tl.load(
-        read + LSE_T * stride
+    log_q = (s - tl.load(shifts + layer * stride + row)) * inverse - tl.load(
+        request + LSE_S * stride
+    )
+    log_p = (t - tl.load(shifts + (layers + layer) * stride + row)) * inverse - tl.load(
+        request + LSE_T * stride
     )
     field = rows.to(tl.int64) * tiles
     sums += 2 * second * field + row.to(tl.int64) * tiles + state_tile + tile
     tl.store(sums, tl.sum(divergence_value(log_q, log_p, DIVERGENCE), 0))
-    tl.store(sums + field, tl.sum(divergence_slope(log_q, log_p, DIVERGENCE), 0))
+    tl.store(sums + field, tl.sum(divergence_grad(log_q, log_p, DIVERGENCE), 0))

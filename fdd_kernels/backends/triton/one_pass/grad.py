@@ -1,7 +1,7 @@
 """The gradient with respect to the student's values x = h W^T + b, one block of rows x columns at a
 time.
 
-A program owns tiles of rows x columns and walks all layers. It computes the tiles of u - pivot of
+A program owns tiles of rows x columns and walks all layers. It computes the tiles of u - shift of
 both models again and parks them in a ring of three layers in its scratch: dL/du of a layer, a strip
 at a time, needs the layers beside it (moments of pairs make the gradient tridiagonal). Per slot,
 with per-row coefficients from the upstream gradients,
@@ -51,8 +51,8 @@ from fdd_kernels.backends.triton.work_table import (
 
 @triton.jit
 def slot_gradient(
-    reads,
-    grad_reads,
+    requests,
+    grad_requests,
     stride,
     counts,
     label_r,
@@ -67,9 +67,9 @@ def slot_gradient(
     DIVERGENCE: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """dL/du of one strip from the reads of one slot."""
+    """dL/du of one strip from the requests of one slot."""
     q_r, p_r, slope_r, label_value_r, lse_s, lse_t, _kl_r = slot_coefficients(
-        reads, grad_reads, stride, stride, counts, table, table_width, slot, BLOCK_R
+        requests, grad_requests, stride, stride, counts, table, table_width, slot, BLOCK_R
     )
     inverse = table_float(table, table_width, SLOT_INVERSE, slot)
     log_q = u_s * inverse - lse_s[:, None]
@@ -131,11 +131,11 @@ def part_gradient(
 )
 def lens_grad_kernel(
     grad,
-    reads,
+    requests,
     moments,
-    grad_reads,
+    grad_requests,
     grad_moments,
-    pivots,
+    shifts,
     grad_scale,
     scratch,
     table,
@@ -222,7 +222,7 @@ def lens_grad_kernel(
                     BLOCK_C,
                     BLOCK_D,
                 )
-                pivot_r = tl.load(pivots + step * stride + row_r, mask=counts, other=0.0)
+                pivot_r = tl.load(shifts + step * stride + row_r, mask=counts, other=0.0)
                 park_tile(
                     tile_s,
                     x,
@@ -266,7 +266,7 @@ def lens_grad_kernel(
                             BLOCK_D,
                         )
                         pivot_r = tl.load(
-                            pivots + (layers + step) * stride + row_r, mask=counts, other=0.0
+                            shifts + (layers + step) * stride + row_r, mask=counts, other=0.0
                         )
                         tile_t = tile_s + TILE
                         park_tile(
@@ -286,7 +286,7 @@ def lens_grad_kernel(
                 tile_s = ring + (layer % RING) * (2 * TILE)
                 before_s = ring + ((layer + 2) % RING) * (2 * TILE)
                 after_s = ring + ((layer + 1) % RING) * (2 * TILE)
-                pivot_r = tl.load(pivots + layer * stride + row_r, mask=counts, other=0.0)
+                pivot_r = tl.load(shifts + layer * stride + row_r, mask=counts, other=0.0)
                 out_r = grad + (layer * row_stride + rows_r) * grad_width
                 for start in range(0, BLOCK_C, BLOCK_E):
                     columns_e = first_column + start + e
@@ -297,8 +297,8 @@ def lens_grad_kernel(
                         table_entry(table, table_width, SLOT_BEGIN, layer + 1),
                     ):
                         g += slot_gradient(
-                            reads + row_r,
-                            grad_reads + row_r,
+                            requests + row_r,
+                            grad_requests + row_r,
                             stride,
                             counts,
                             label_r,
@@ -350,22 +350,22 @@ def lens_grad_kernel(
 def launch_grad(block, grad, per_row, grad_scale, first_tile: int, tiles: int) -> None:
     """Fill `grad` for one block of rows and `tiles` column tiles; see `host.Block`."""
     config = block.config
-    pivots, reads, moments, grad_reads, grad_moments = per_row
+    shifts, requests, moments, grad_requests, grad_moments = per_row
     launch(
         lens_grad_kernel,
         (block.programs(tiles),),
         config.options,
         grad=grad,
-        reads=reads,
+        requests=requests,
         moments=moments,
-        grad_reads=grad_reads,
+        grad_requests=grad_requests,
         grad_moments=grad_moments,
-        pivots=pivots,
+        shifts=shifts,
         grad_scale=grad_scale,
         scratch=block.scratch(tiles, ring=RING),
         order=block.order,
         labels=block.labels,
-        total_rows=pivots.shape[-1],
+        total_rows=shifts.shape[-1],
         moment_inverse=1.0 / block.spec.moment_temperature,
         first_tile=first_tile,
         tiles=tiles,

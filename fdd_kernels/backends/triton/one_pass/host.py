@@ -33,7 +33,7 @@ from fdd_kernels.backends.triton.one_pass.splits import launch_merge, launch_mer
 from fdd_kernels.backends.triton.one_pass.stats import fields_of, launch_stats
 from fdd_kernels.backends.triton.problem import Head, Problem
 from fdd_kernels.backends.triton.scaling import gradient_scale
-from fdd_kernels.lens.spec import MOMENT_STATS, READ_STATS, LensInputs, LensSpec
+from fdd_kernels.lens.spec import MOMENT_STATS, REQUEST_STATS, LensInputs, LensSpec
 
 
 def _head_arguments(head: Head, side: str, block_hidden: Tensor, filler: Tensor) -> dict:
@@ -161,7 +161,7 @@ def _configured(operation: str, inputs: LensInputs, spec: LensSpec, run):
 
 
 def stats(inputs: LensInputs, spec: LensSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """Statistics: pivots (2, L, R), reads (reads, 4, R), moments (moments, 7, R)."""
+    """Statistics: shifts (2, L, R), requests (requests, 4, R), moments (moments, 7, R)."""
 
     def new(*shape: int) -> Tensor:
         return torch.zeros((*shape, inputs.rows), dtype=torch.float32, device=inputs.device)
@@ -170,7 +170,7 @@ def stats(inputs: LensInputs, spec: LensSpec) -> tuple[Tensor, Tensor, Tensor]:
         layers = len(inputs.student_hidden)
         found = (
             new(2, layers),
-            new(len(spec.reads), READ_STATS),
+            new(len(spec.requests), REQUEST_STATS),
             new(len(spec.moments), MOMENT_STATS),
         )
         if inputs.rows:
@@ -180,18 +180,18 @@ def stats(inputs: LensInputs, spec: LensSpec) -> tuple[Tensor, Tensor, Tensor]:
     return _configured("stats", inputs, spec, run)
 
 
-def _stats(problem: TiledProblem, pivots: Tensor, reads: Tensor, moments: Tensor) -> None:
+def _stats(problem: TiledProblem, shifts: Tensor, requests: Tensor, moments: Tensor) -> None:
     fields = fields_of(problem.layers, problem.table.slots, len(problem.spec.moments))
     for block in problem.blocks():
         state = torch.empty(
             (block.ranges, fields, block.rows), dtype=torch.float32, device=problem.device
         )
         launch_stats(block, state)
-        launch_merge(block, state, pivots, reads, moments)
+        launch_merge(block, state, shifts, requests, moments)
         if problem.table.second_pass:
             sums = state.new_empty((block.ranges, problem.table.second_pass, 2, block.rows))
-            launch_divergence(block, sums, reads, pivots)
-            launch_merge_divergence(block, sums, reads)
+            launch_divergence(block, sums, requests, shifts)
+            launch_merge_divergence(block, sums, requests)
 
 
 def grad(
@@ -235,9 +235,8 @@ def _grad(
         and weight_CD.dtype != torch.float32
         and problem.block_rows < problem.rows
     ):
-        weight_CD = torch.zeros_like(
-            weight, dtype=torch.float32
-        )  # summed over blocks of rows, and rounded once
+        # summed over blocks of rows, and rounded once
+        weight_CD = torch.zeros_like(weight, dtype=torch.float32)
     bias_C = (
         None
         if grad_bias is None

@@ -12,8 +12,8 @@ import triton.language as tl
 from fdd_kernels.backends.triton.elementwise import (
     LSE_S,
     LSE_T,
-    READ_FIELDS,
-    divergence_slope,
+    REQUEST_FIELDS,
+    divergence_grad,
     divergence_value,
 )
 from fdd_kernels.backends.triton.launch import launch
@@ -21,7 +21,7 @@ from fdd_kernels.backends.triton.one_pass.tiles import park_tile, tile_values
 from fdd_kernels.backends.triton.work_table import (
     SECOND_INVERSE,
     SECOND_LAYER,
-    SECOND_READ,
+    SECOND_REQUEST,
     table_entry,
     table_float,
 )
@@ -44,8 +44,8 @@ from fdd_kernels.backends.triton.work_table import (
 )
 def divergence_stats_kernel(
     sums,
-    reads,
-    pivots,
+    requests,
+    shifts,
     scratch,
     table,
     count,
@@ -84,7 +84,7 @@ def divergence_stats_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """sums (ranges, reads of this pass, 2, rows): value and slope; `reads` and `pivots` are the
+    """sums (ranges, reads of this pass, 2, rows): value and slope; `requests` and `shifts` are the
     first pass's.
     """
     tl.static_assert(TEACHER and not IDENTITY)  # divergences compare two models' predictions
@@ -114,11 +114,11 @@ def divergence_stats_kernel(
             for second in tl.range(seconds, disable_licm=True):
                 layer = table_entry(table, table_width, SECOND_LAYER, second)
                 inverse = table_float(table, table_width, SECOND_INVERSE, second)
-                read = table_entry(table, table_width, SECOND_READ, second)
+                request = table_entry(table, table_width, SECOND_REQUEST, second)
                 # Loaded again, sooner than held in registers; rows beyond the last compute what
                 # nobody reads.
                 row_r = tl.load(order + tl.minimum(first + rows_r, total_rows - 1))
-                lse = reads + read * READ_FIELDS * statistic_stride + row_r
+                lse = requests + request * REQUEST_FIELDS * statistic_stride + row_r
                 tl.debug_barrier()  # the tiles that stood here have been read
                 x = tile_values(
                     student_hidden + layer * row_stride * student_width,
@@ -136,7 +136,7 @@ def divergence_stats_kernel(
                     BLOCK_C,
                     BLOCK_D,
                 )
-                pivot_r = tl.load(pivots + layer * statistic_stride + row_r)
+                pivot_r = tl.load(shifts + layer * statistic_stride + row_r)
                 park_tile(
                     tile_s, x, pivot_r, student_cap, columns_e, columns, BLOCK_R, BLOCK_C, BLOCK_E
                 )
@@ -156,7 +156,7 @@ def divergence_stats_kernel(
                     BLOCK_C,
                     BLOCK_D,
                 )
-                pivot_r = tl.load(pivots + (layers + layer) * statistic_stride + row_r)
+                pivot_r = tl.load(shifts + (layers + layer) * statistic_stride + row_r)
                 park_tile(
                     tile_t, x, pivot_r, teacher_cap, columns_e, columns, BLOCK_R, BLOCK_C, BLOCK_E
                 )
@@ -170,12 +170,12 @@ def divergence_stats_kernel(
                     log_q = tl.load(tile_s + strip_re + start) * inverse - lse_s[:, None]
                     log_p = tl.load(tile_t + strip_re + start) * inverse - lse_t[:, None]
                     value_r += tl.sum(divergence_value(log_q, log_p, DIVERGENCE), 1)
-                    slope_r += tl.sum(divergence_slope(log_q, log_p, DIVERGENCE), 1)
+                    slope_r += tl.sum(divergence_grad(log_q, log_p, DIVERGENCE), 1)
                 tl.store(own_sums + 2 * second * row_stride, value_r)
                 tl.store(own_sums + (2 * second + 1) * row_stride, slope_r)
 
 
-def launch_divergence(block, sums, reads, pivots) -> None:
+def launch_divergence(block, sums, requests, shifts) -> None:
     """Fill `sums` (ranges, reads of this pass, 2, rows) for one block of rows; see `host.Block`."""
     config = block.config
     launch(
@@ -183,11 +183,11 @@ def launch_divergence(block, sums, reads, pivots) -> None:
         (block.programs(sums.shape[0]),),
         config.options,
         sums=sums,
-        reads=reads,
-        pivots=pivots,
+        requests=requests,
+        shifts=shifts,
         scratch=block.scratch(sums.shape[0], ring=1),
         order=block.order,
-        total_rows=reads.shape[-1],
+        total_rows=requests.shape[-1],
         ranges=sums.shape[0],
         tiles_per_range=block.tiles_per_range,
         seconds=block.table.second_pass,

@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 
 from fdd_kernels.backends.triton.elementwise import (
+    GRAD_SUM,
     LSE_S,
     LSE_T,
     MOMENT_FIELDS,
-    READ_FIELDS,
-    SLOPE,
+    REQUEST_FIELDS,
     VALUE,
 )
 from fdd_kernels.backends.triton.launch import launch
@@ -33,11 +33,11 @@ from fdd_kernels.backends.triton.work_table import (
     PART_BEGIN,
     PART_INDEX,
     PART_ROLE,
-    READ_BEGIN,
-    READ_INDEX,
-    READ_KIND,
+    REQUEST_BEGIN,
+    REQUEST_INDEX,
+    REQUEST_KIND,
     SECOND,
-    SECOND_READ,
+    SECOND_REQUEST,
     SLOT_BEGIN,
     SLOT_INVERSE,
     table_entry,
@@ -60,7 +60,7 @@ def merge_softmax(top, total, expectation, top_b, total_b, expectation_b):
 
 @triton.jit
 def row_shift(pivot, top, range_stride, ranges, inverse, counts, TILE_ROWS: tl.constexpr):
-    """The largest u of each row over all splits: of their shifts (`pivot`).
+    """The largest u of each row over all splits: of their shifts (`shift`).
 
     `top` has each split's largest z at the temperature 1 / inverse; without a slot (inverse 0) the
     first split's shift serves.
@@ -91,8 +91,8 @@ def row_shift(pivot, top, range_stride, ranges, inverse, counts, TILE_ROWS: tl.c
 )
 def merge_stats_kernel(
     state,
-    pivots,
-    reads,
+    shifts,
+    requests,
     moments,
     table,
     count,
@@ -120,8 +120,8 @@ def merge_stats_kernel(
     range_stride = fields * stride
     out_stride = total_rows.to(tl.int64)
     state += rows_r
-    pivots += row_r
-    reads += row_r
+    shifts += row_r
+    requests += row_r
     moments += row_r
     before_s = tl.zeros((TILE_ROWS,), tl.float32)
     before_t = before_s
@@ -140,8 +140,8 @@ def merge_stats_kernel(
             pivot_t = row_shift(
                 pivot, top + 3 * stride, range_stride, ranges, inverse, counts, TILE_ROWS
             )
-        tl.store(pivots + layer * out_stride, pivot_s, mask=counts)
-        tl.store(pivots + (layers + layer) * out_stride, pivot_t, mask=counts)
+        tl.store(shifts + layer * out_stride, pivot_s, mask=counts)
+        tl.store(shifts + (layers + layer) * out_stride, pivot_t, mask=counts)
         for slot in range(
             table_entry(table, table_width, SLOT_BEGIN, layer),
             table_entry(table, table_width, SLOT_BEGIN, layer + 1),
@@ -183,35 +183,36 @@ def merge_stats_kernel(
             lse_s = top_s + tl.log(total_s)
             lse_t = top_t + tl.log(total_t)
             for entry in range(
-                table_entry(table, table_width, READ_BEGIN, slot),
-                table_entry(table, table_width, READ_BEGIN, slot + 1),
+                table_entry(table, table_width, REQUEST_BEGIN, slot),
+                table_entry(table, table_width, REQUEST_BEGIN, slot + 1),
             ):
-                kind = table_entry(table, table_width, READ_KIND, entry)
-                read = (
-                    reads
-                    + table_entry(table, table_width, READ_INDEX, entry) * READ_FIELDS * out_stride
+                kind = table_entry(table, table_width, REQUEST_KIND, entry)
+                request = (
+                    requests
+                    + table_entry(table, table_width, REQUEST_INDEX, entry)
+                    * REQUEST_FIELDS
+                    * out_stride
                 )
-                tl.store(read + LSE_S * out_stride, lse_s, mask=counts)
+                tl.store(request + LSE_S * out_stride, lse_s, mask=counts)
                 if kind == KIND_NLL:
-                    tl.store(read + VALUE * out_stride, lse_s - label_z, mask=counts)
+                    tl.store(request + VALUE * out_stride, lse_s - label_z, mask=counts)
                 else:
-                    tl.store(read + LSE_T * out_stride, lse_t, mask=counts)
+                    tl.store(request + LSE_T * out_stride, lse_t, mask=counts)
                     if kind == KIND_KL:
                         value = expectation_t / total_t + (lse_s - lse_t)
-                        value = tl.where(
-                            value < 0, 0.0, value
-                        )  # rounding, where the models nearly agree
-                        tl.store(read + VALUE * out_stride, value, mask=counts)
+                        # rounding, where the models nearly agree
+                        value = tl.where(value < 0, 0.0, value)
+                        tl.store(request + VALUE * out_stride, value, mask=counts)
                         tl.store(
-                            read + SLOPE * out_stride,
+                            request + GRAD_SUM * out_stride,
                             tl.full((TILE_ROWS,), -1.0, tl.float32),
                             mask=counts,
                         )
                     if DIVERGENCE == "reverse_kl" and kind == KIND_OTHER:
                         value = expectation_s / total_s - (lse_s - lse_t)
                         value = tl.where(value < 0, 0.0, value)
-                        tl.store(read + VALUE * out_stride, value, mask=counts)
-                        tl.store(read + SLOPE * out_stride, value + 1.0, mask=counts)
+                        tl.store(request + VALUE * out_stride, value, mask=counts)
+                        tl.store(request + GRAD_SUM * out_stride, value + 1.0, mask=counts)
         for entry in range(
             table_entry(table, table_width, PART_BEGIN, layer),
             table_entry(table, table_width, PART_BEGIN, layer + 1),
@@ -283,7 +284,7 @@ def merge_stats_kernel(
 @triton.jit(do_not_specialize=["first", "rows", "total_rows", "table_width", "ranges", "seconds"])
 def merge_divergence_kernel(
     sums,
-    reads,
+    requests,
     table,
     count,
     order,
@@ -308,32 +309,32 @@ def merge_divergence_kernel(
         value += tl.load(at, mask=counts, other=0.0)
         slope += tl.load(at + stride, mask=counts, other=0.0)
     out_stride = total_rows.to(tl.int64)
-    read = (
-        reads
-        + table_entry(table, table_width, SECOND_READ, second) * READ_FIELDS * out_stride
+    request = (
+        requests
+        + table_entry(table, table_width, SECOND_REQUEST, second) * REQUEST_FIELDS * out_stride
         + row_r
     )
-    tl.store(read + VALUE * out_stride, value, mask=counts)
-    tl.store(read + SLOPE * out_stride, slope, mask=counts)
+    tl.store(request + VALUE * out_stride, value, mask=counts)
+    tl.store(request + GRAD_SUM * out_stride, slope, mask=counts)
 
 
-def launch_merge(block, state, pivots, reads, moments) -> None:
+def launch_merge(block, state, shifts, requests, moments) -> None:
     """Write the statistics of one block of rows from its `state`; see `host.Block`."""
     launch(
         merge_stats_kernel,
         (triton.cdiv(block.rows, TILE_ROWS),),
         OPTIONS,
         state=state,
-        pivots=pivots,
-        reads=reads,
+        shifts=shifts,
+        requests=requests,
         moments=moments,
         table=block.table.values,
         count=block.count,
         order=block.order,
         first=block.first,
         rows=block.rows,
-        total_rows=pivots.shape[-1],
-        layers=pivots.shape[1],
+        total_rows=shifts.shape[-1],
+        layers=shifts.shape[1],
         table_width=block.table.width,
         slots=block.table.slots,
         fields=state.shape[1],
@@ -345,20 +346,20 @@ def launch_merge(block, state, pivots, reads, moments) -> None:
     )
 
 
-def launch_merge_divergence(block, sums, reads) -> None:
+def launch_merge_divergence(block, sums, requests) -> None:
     """Write value and slope of the second pass from its `sums`."""
     launch(
         merge_divergence_kernel,
         (triton.cdiv(block.rows, TILE_ROWS), block.table.second_pass),
         OPTIONS,
         sums=sums,
-        reads=reads,
+        requests=requests,
         table=block.table.values,
         count=block.count,
         order=block.order,
         first=block.first,
         rows=block.rows,
-        total_rows=reads.shape[-1],
+        total_rows=requests.shape[-1],
         table_width=block.table.width,
         ranges=sums.shape[0],
         seconds=block.table.second_pass,

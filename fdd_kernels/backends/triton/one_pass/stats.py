@@ -1,12 +1,12 @@
 """First pass: statistics of every layer, per range of columns, in one walk over the columns.
 
 A program owns a tile of rows and a range of columns. It walks the range's column tiles and, for
-each, all layers: two products give the student's and the teacher's tile of u - pivot, which it
+each, all layers: two products give the student's and the teacher's tile of u - shift, which it
 parks in its own scratch (a ring of two layers that stays in the second cache level), so that the
 deltas find the layer before and the statistics can be taken in narrow strips that fit in registers
 whatever the tile. Running statistics live in `state`, one row vector per field:
 
-    2 l, 2 l + 1                     pivots of layer l, student and teacher: the largest u of the
+    2 l, 2 l + 1                     shifts of layer l, student and teacher: the largest u of the
     range's first tile 2 L + 7 slot + 0..6              running max, sum of exponentials,
                                      expectation: student, then teacher; label's z, -inf while the
                                      label's column was not met
@@ -82,7 +82,7 @@ def update_slot(
     BLOCK_E: tl.constexpr,
 ):
     """Add one column tile to a slot. `carried` marks rows whose state already exists; `tile_*`
-    point at u - pivot.
+    point at u - shift.
     """
     top_s = tl.load(state, mask=carried, other=float("-inf"))
     total_s = tl.load(state + field_stride, mask=carried, other=0.0)

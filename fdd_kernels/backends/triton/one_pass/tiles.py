@@ -78,7 +78,7 @@ def park_tile(
     BLOCK_C: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Store softcap(x) - pivot at `tile`. A soft cap is applied a strip at a time: a whole tile of
+    """Store softcap(x) - shift at `tile`. A soft cap is applied a strip at a time: a whole tile of
     it wants registers.
     """
     r = tl.arange(0, BLOCK_R)
