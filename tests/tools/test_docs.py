@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fdd_kernels import Distiller, FDDConfig, fused_fdd_loss
 from fdd_kernels.data import Windows, pad_windows
-from tests.support.hf_models import one_thread, tiny_batch, tiny_model, tiny_tokenizer  # noqa: F401
+from tests.support.hf_models import tiny_batch, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
