@@ -1,11 +1,11 @@
 """How far a provider's value and gradients are from float64, row by row.
 
 The small check takes the workload's widths, layers and options on a few rows, and as much of the
-vocabulary as float64 heads have room for. It holds the value, the gradients of the hidden states and
-that of the head to the error budgets of `fdd_kernels.testing`: twice the error of the dense loss with
-float32 logits, plus the rounding of the arithmetic (of the inputs' dtype where a provider rounds its
-logits to it). The check of the timed call compares gradients of a few rows at full size, coarsely:
-it proves that the call computed the loss at all.
+vocabulary as float64 heads have room for. It holds the value, the gradients of the hidden states
+and that of the head to the error budgets of `fdd_kernels.testing`: twice the error of the dense
+loss with float32 logits, plus the rounding of the arithmetic (of the inputs' dtype where a provider
+rounds its logits to it). The check of the timed call compares gradients of a few rows at full size,
+coarsely: it proves that the call computed the loss at all.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ class SmallCheck:
         return self._budgets[key]
 
     def run(self, provider: Provider) -> dict[str, Any]:
-        """Errors of a provider and the largest as a fraction of its budget, as records hold them."""
+        """Errors of a provider, and the largest as a fraction of its budget, in the form of
+        records.
+        """
         options = provider.options(self.workload)
         rounded = getattr(torch, self.workload.dtype if provider.rounds_logits else "float32")
         truth, budgets = self.truth(options), self.budgets(options, unit_roundoff(rounded))

@@ -1,9 +1,9 @@
 """The GEMM-only lower bound: the time of the GEMMs that every implementation of the loss needs.
 
 Per layer: both models' logits, h W^T, 2 R V (Ds + Dt) operations; dH = G W, 2 R V Ds; and with a
-trainable head dW = G^T h, another 2 R V Ds. Each is one `torch.mm`, timed as A B and as (B^T A^T)^T,
-in the inputs' dtype and, where that is narrower, in float32 too: on processors without matrix units
-float32 is faster. A GEMM is timed for one layer and counted once per layer.
+trainable head dW = G^T h, another 2 R V Ds. Each is one `torch.mm`, timed as A B and as (B^T
+A^T)^T, in the inputs' dtype and, where that is narrower, in float32 too: on processors without
+matrix units float32 is faster. A GEMM is timed for one layer and counted once per layer.
 """
 
 from __future__ import annotations

@@ -56,8 +56,9 @@ def build_problem(
     def beside(tensor: Tensor, stream: int) -> Tensor:
         return tensor * (1 + normal(*tensor.shape, workload.near, stream))
 
-    student_hidden, student_weight = states(workload.student_width, 100), head(
-        workload.student_width, 1
+    student_hidden, student_weight = (
+        states(workload.student_width, 100),
+        head(workload.student_width, 1),
     )
     teacher_weight = None
     if workload.near is not None:

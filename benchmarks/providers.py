@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks import dense, peers
 from benchmarks.workloads import Workload
 from fdd_kernels import fused_fdd_loss
-from fdd_kernels.backends import BACKENDS, why_unavailable
+from fdd_kernels.backends import BACKENDS, preference, why_unavailable
 from fdd_kernels.testing import Problem
 
 WHOLE = "the whole objective"
@@ -31,10 +31,11 @@ Loss = Callable[[Problem, dict[str, Any]], Tensor]
 class Provider:
     """A way to compute the loss.
 
-    `loss(problem, options)` is timed: its scalar mean over rows. `rows(problem, options)` gives (R,)
-    for the accuracy check, which otherwise calls `loss` row by row. `kind` is "dense", "backends" or
-    "packages". `computes` is the part of the loss, `drops` the option values that reduce the loss to
-    it. With `rounds_logits` logits are rounded to the inputs' dtype, and the check allows for that.
+    `loss(problem, options)` is timed: its scalar mean over rows. `rows(problem, options)` gives
+    (R,) for the accuracy check, which otherwise calls `loss` row by row. `kind` is "dense",
+    "backends" or "packages". `computes` is the part of the loss, `drops` the option values that
+    reduce the loss to it. With `rounds_logits` logits are rounded to the inputs' dtype, and the
+    check allows for that.
     """
 
     name: str
@@ -116,7 +117,7 @@ def _no_compiler(device: torch.device) -> str | None:
 def _dense(name: str, title: str, color: str, rows: Loss, **about: Any) -> Provider:
     about |= {"rounds_logits": True, "package": "torch"}
     loss = lambda problem, options: rows(problem, options).mean()  # noqa: E731
-    return Provider(name, f"dense PyTorch, {title}", "dense", color, loss, rows, **about)
+    return Provider(name, f"dense PyTorch, {title}", "pytorch", color, loss, rows, **about)
 
 
 def _backend(name: str) -> Provider:
@@ -145,7 +146,7 @@ def _package(name: str, title: str, color: str, loss: Loss, part: str, **about: 
 _ALL = (
     _dense("dense", "eager", "#6c757d", dense.dense_rows),
     _dense(
-        *("dense-compile", "torch.compile", "#495057"),
+        *("dense-compile", "torch.compile", "#5b7db1"),
         lambda problem, options: _compiled()(problem, options),
         unavailable_on=_no_compiler,
     ),
@@ -183,11 +184,7 @@ PROVIDERS: dict[str, Provider] = {provider.name: provider for provider in _ALL}
 
 def default_backend(device: str) -> str:
     """The backend that "auto" prefers on a device."""
-    return max((n for n, b in BACKENDS.items() if device in b.devices), key=_priority)
-
-
-def _priority(name: str) -> int:
-    return BACKENDS[name].priority
+    return preference(device)[0]
 
 
 def of_workload(workload: Workload, providers: list[Provider], device: str) -> list[Provider]:

@@ -23,8 +23,8 @@ from benchmarks.workloads import Workload
 from fdd_kernels.common.sizes import GIB
 from fdd_kernels.memory.loss import LossShape, loss_memory
 
-# glibc caches some freed tensors of up to 32 MiB, more or less of them from run to run. With a fixed
-# threshold it gives them back, so that the high-water mark is of memory in use, as
+# glibc caches some freed tensors of up to 32 MiB, more or less of them from run to run. With a
+# fixed threshold it gives them back, so that the high-water mark is of memory in use, as
 # max_memory_allocated is on a GPU.
 RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 DEFAULT_REPEATS = {"tiny": 2, "quick": 3, "full": 3, "limits": 3}

@@ -20,9 +20,9 @@ class Workload:
     """One problem: a call of the loss and what is measured of it.
 
     `layers` counts the final state. `options` are those of `fused_fdd_loss`. `providers` are names
-    or kinds of providers, all if None (`providers.chosen`); `repeats` and `threads` are the run's if
-    None. `sweep` is the field that a scaling sweep varies. `near` makes the teacher the student plus
-    noise of this relative size.
+    or kinds of providers, all if None (`providers.chosen`); `repeats` and `threads` are the run's
+    if None. `sweep` is the field that a scaling sweep varies. `near` makes the teacher the student
+    plus noise of this relative size.
     """
 
     name: str
@@ -116,7 +116,10 @@ def _sweep(base: Workload, field: str, values: tuple[int, ...]) -> list[Workload
 def _tiny() -> list[Workload]:
     small = {"rows": 6, "columns": 97, "student_width": 16, "teacher_width": 24}
     problems = [replace(w, **small) for w in (GPT2, GEMMA)]
-    problems += [replace(KD, **small, dtype="bfloat16"), replace(FEATURE, **small | {"columns": 24})]
+    problems += [
+        replace(KD, **small, dtype="bfloat16"),
+        replace(FEATURE, **small | {"columns": 24}),
+    ]
     return problems + _sweep(problems[0], "rows", (4, 8))
 
 

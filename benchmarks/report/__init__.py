@@ -78,8 +78,8 @@ SHOWN = {
     "forward": ("forward", seconds),
     "forward + backward": ("total", seconds),
     "tokens/s": ("tokens_per_second", "{:.4g}".format),
-    "x GEMMs": ("of_gemms", "{:.2f}".format),
     "vs dense": ("vs_dense", "{:.2f}x".format),
+    "x GEMMs": ("of_gemms", "{:.2f}".format),
     "memory": ("memory", memory),
     "predicted": ("predicted", memory),
     "value error": ("value_error", "{:.1e}".format),
@@ -149,9 +149,8 @@ def notes(record: dict[str, Any]) -> list[str]:
             lines.append(f"threads, {name}: {speed} as on {few.threads:.0f}")
     for run in frame[(frame.group == "flatness") & frame.memory.notna()].itertuples():
         rest = f"{memory(run.memory - run.gradients)} of it not gradients"
-        lines.append(
-            f"memory, {run.provider}, R={run.tokens:.0f}: {memory(run.memory)} beyond inputs, {rest}"
-        )
+        what = f"memory, {run.provider}, R={run.tokens:.0f}"
+        lines.append(f"{what}: {memory(run.memory)} beyond inputs, {rest}")
     predicted = frame[frame.off.notna()]
     if len(predicted):
         worst, within = predicted.loc[predicted.off.abs().idxmax()], predicted.off.abs() <= 0.1

@@ -57,7 +57,9 @@ def compare(old: dict[str, Any], new: dict[str, Any], threshold: float = 0.1) ->
     that is now refused or failed is lost, which is a regression too.
     """
     both = figures(old).merge(figures(new), "outer", KEY, suffixes=("", "_new"), indicator=True)
-    only_old, only_new = (_names(both[both["_merge"] == f"{side}_only"]) for side in ("left", "right"))
+    only_old, only_new = (
+        _names(both[both["_merge"] == f"{side}_only"]) for side in ("left", "right")
+    )
     both = both[both["_merge"] == "both"]
     same = [_problem(a) == _problem(b) for a, b in zip(both.result, both.result_new)]
     skipped = sorted({row.workload for row, s in zip(both.itertuples(), same) if not s})

@@ -72,14 +72,19 @@ def pictured(data: dict[str, Any]) -> tuple[list[tuple[str, str]], list[dict[str
         others = timed[timed.provider.map(kinds) == "packages"].head(1)
         bars = []
         for name in legend:
-            for row in (others if name == "packages" else timed[timed.provider == name]).itertuples():
-                bars.append({
-                    "color": colors[name],
-                    "time": row.total,
-                    "memory": row.memory,
-                    "time_text": seconds(row.total) + (f" {row.provider}" * (name == "packages")),
-                    "memory_text": memory(row.memory),
-                })
+            for row in (
+                others if name == "packages" else timed[timed.provider == name]
+            ).itertuples():
+                bars.append(
+                    {
+                        "color": colors[name],
+                        "time": row.total,
+                        "memory": row.memory,
+                        "time_text": seconds(row.total)
+                        + (f" {row.provider}" * (name == "packages")),
+                        "memory_text": memory(row.memory),
+                    }
+                )
         column = "C" if workload.feature_space else "V"
         shape = f"{workload.rows} tokens, {column}={workload.columns}"
         workloads.append({"name": workload.name, "shape": shape, "bars": bars})
