@@ -55,9 +55,9 @@ from fdd_kernels.backends.triton.launch import Launch, recorded
 from fdd_kernels.backends.triton.one_pass import grad, second_pass, splits, stats
 from fdd_kernels.backends.triton.one_pass import host as one_pass
 from fdd_kernels.backends.triton.strategy import MOST_CACHE_BYTES, rows_of_cache, scratch_elements
-from fdd_kernels.lens.inputs import LensInputs
+from fdd_kernels.objectives.fdd.loss import prepare, used_by
 from fdd_kernels.objectives.fdd.options import LossOptions
-from fdd_kernels.objectives.fdd.plan import make_plan
+from fdd_kernels.objectives.inputs import LossInputs
 
 HEAVY = ("lens_stats_kernel", "divergence_stats_kernel", "lens_grad_kernel")
 # Machine instructions an element pair of the row kernels' full tiles, as they stand in the code
@@ -208,12 +208,18 @@ def launches(case: Case, architecture: str) -> list[Launch]:
     bias = new(columns, dtype=torch.float32) if case.biases else None
     labels = new(case.rows, dtype=torch.int64) if case.options.get("ce_weight") else None
     options = LossOptions(**case.options, backend="torch")
+    call_inputs = LossInputs(
+        students,
+        weight,
+        teachers,
+        teacher_weight,
+        labels,
+        student_bias=bias,
+        teacher_bias=bias,
+    )
     with recorded():  # tensors that hold no numbers are refused elsewhere
-        plan, *_ = make_plan(
-            options, students, weight, teachers, teacher_weight, labels, bias, bias, None, None
-        )
-    chosen = [[states[i] for i in plan.layers] for states in (students, teachers)]
-    inputs = LensInputs(chosen[0], weight, bias, chosen[1], teacher_weight, bias, None, labels)
+        plan, tensors = prepare(call_inputs, options)
+    inputs = used_by(plan, tensors)._replace(valid=None)
     needed = [True] * (len(plan.layers) + 1) + [case.biases]
     named, precision = one_pass.architecture_of, os.environ.get(configurations.F32_PRECISION)
     one_pass.architecture_of = cached.architecture_of = lambda device, interpreting: architecture

@@ -200,10 +200,10 @@ def recorded_call(call: Call, traffic: Traffic) -> tuple[Watch, int, int]:
     """
     from fdd_kernels.backends.triton import operations
     from fdd_kernels.backends.triton.launch import recorded
-    from fdd_kernels.lens.inputs import LensInputs
+    from fdd_kernels.objectives.fdd.loss import prepare, used_by
     from fdd_kernels.objectives.fdd.options import LossOptions
-    from fdd_kernels.objectives.fdd.plan import make_plan
     from fdd_kernels.objectives.fdd.terms import term_weights, upstream_gradients
+    from fdd_kernels.objectives.inputs import LossInputs
 
     def new(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.bfloat16, device="meta")
@@ -215,11 +215,10 @@ def recorded_call(call: Call, traffic: Traffic) -> tuple[Watch, int, int]:
     heads = new(call.columns, call.student), new(call.columns, call.teacher)
     # a plan for "triton" asks for a GPU
     options = LossOptions(**call.pair.loss_options, backend="torch")
+    call_inputs = LossInputs(students, heads[0], teachers, heads[1])
     with recorded():  # tensors that hold no numbers are refused elsewhere
-        plan, *_ = make_plan(
-            options, students, heads[0], teachers, heads[1], None, None, None, None, None
-        )
-    inputs = LensInputs(students, heads[0], None, teachers, heads[1], None, None, None)
+        plan, tensors = prepare(call_inputs, options)
+    inputs = used_by(plan, tensors)
     needed = [True] * call.layers + [call.trained, False]
     block_rows = operations.cached_rows(inputs, plan.spec, needed)
     weights = term_weights(plan, call.rows, (1.0, None, None, None, None), torch.float32)

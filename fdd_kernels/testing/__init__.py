@@ -5,10 +5,8 @@ from fdd_kernels.testing.budgets import (
     assert_same_sums,
     assert_within_budget,
     excesses,
-    gradient_floors,
-    unit_roundoff,
-    value_floors,
 )
+from fdd_kernels.testing.gradient_floors import gradient_floors
 from fdd_kernels.testing.problems import (
     Outcome,
     Problem,
@@ -17,6 +15,7 @@ from fdd_kernels.testing.problems import (
     random_problem,
     strided,
 )
+from fdd_kernels.testing.value_floors import unit_roundoff, value_floors
 
 __all__ = [
     "Excess",

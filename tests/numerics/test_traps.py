@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fdd_kernels import fdd_loss_reference, fused_fdd_loss
 from fdd_kernels.backends import BACKENDS, Backend, torch_stream
-from fdd_kernels.objectives.fdd import api
+from fdd_kernels.objectives.fdd import loss
 from fdd_kernels.testing import (
     Problem,
     assert_same_sums,
@@ -436,7 +436,7 @@ def test_host_syncs_on_the_hot_path(monkeypatch):
     assert inside == [[], []]
     # Around them nothing is read. (Labels are looked at on a CPU alone, where that waits for
     # nothing.)
-    monkeypatch.setattr(api, "check_labels", lambda *_: None)
+    monkeypatch.setattr(loss, "check_labels", lambda *_: None)
     monkeypatch.setitem(BACKENDS, "torch", real)
     for reduction in ("mean", "sum", "none"):
         with Syncs() as syncs:
