@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fdd_kernels.common.atomic import write_text
+from fdd_kernels.common.processor import processor
 
 FORMAT = 1
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,21 +38,14 @@ class RecordError(Exception):
 
 def machine(device: str) -> dict[str, Any]:
     """What the figures depend on besides the code."""
+    name, flags = processor()
     info = {
-        "processor": platform.processor() or platform.machine(),
+        "processor": name,
         "cores": os.cpu_count(),
         "system": platform.platform(),
+        "instructions": [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags],
     }
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        flags = next((set(line.split()) for line in lines if line.startswith("flags")), set())
-        info["processor"] = next(
-            (x.partition(":")[2].strip() for x in lines if x.startswith("model name")),
-            info["processor"],
-        )
-        info["instructions"] = [
-            f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags
-        ]
         memory = Path("/proc/meminfo").read_text().split()
         info["memory"] = int(memory[memory.index("MemTotal:") + 1]) * 1024
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""Old module paths, kept for one release: importing one gives the new module's names and a
+"""Old module paths, kept for one release: each gives the names of the new module and a
 DeprecationWarning.
 """
 
@@ -12,6 +12,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from typing import ClassVar
 
+# Old path: new path, both below fdd_kernels.
 MOVED = {
     "atomic": "common.atomic",
     "progress": "common.progress",
@@ -67,41 +68,58 @@ MOVED = {
     "distill_command": "cli.distill",
     "teacher_cache.command": "cli.cache_teacher",
     "teacher_cache.options": "cli.cache_options",
+    "data.progress": "cli.reading",
+}
+# Names that the new module has under another name, or another module has.
+NAMES = {
+    "distill_command.run.KEPT_CHECKPOINTS": "cli.distill.trainer.KEPT_CHECKPOINTS",
+    "distill_command.run._ResumableTrainer": "cli.distill.trainer.ResumableTrainer",
+    "spec.Read": "lens.spec.Request",
+    "vocab_parallel.second_pass_reads": "engine.vocab_parallel.second_pass_requests",
 }
 
 
-class _MovedModule(types.ModuleType):
-    """A module whose names are those of the module at the new path."""
+def new_path(old: str) -> str:
+    """The path that has taken the place of fdd_kernels.`old`."""
+    return f"fdd_kernels.{MOVED[old]}"
 
-    # Makes it a package: modules that lay in it are looked up in MOVED as well.
+
+class _MovedModule(types.ModuleType):
+    """A module at an old path. It looks every name up in the new module."""
+
+    # Makes it a package, so that modules below it are looked for in MOVED too.
     __path__: ClassVar[list[str]] = []
 
     def __getattr__(self, name: str):
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return getattr(importlib.import_module(_new_path(self.__name__)), name)
+        old = self.__name__.removeprefix("fdd_kernels.")
+        full = f"{old}.{name}"
+        if full in MOVED or (name.startswith("__") and name not in ("__all__", "__file__")):
+            raise AttributeError(name)  # a module below is imported, which warns of its own path
+        module = importlib.import_module(new_path(old))
+        if name == "__all__":
+            return [public for public in dir(module) if not public.startswith("_")]
+        home, _, name = NAMES.get(full, f"{MOVED[old]}.{name}").rpartition(".")
+        return getattr(importlib.import_module(f"fdd_kernels.{home}"), name)
 
     def __dir__(self) -> list[str]:
-        return dir(importlib.import_module(_new_path(self.__name__)))
-
-
-def _new_path(old: str) -> str:
-    return f"fdd_kernels.{MOVED[old.removeprefix('fdd_kernels.')]}"
+        return dir(importlib.import_module(new_path(self.__name__.removeprefix("fdd_kernels."))))
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Finds the modules of `MOVED`."""
+    """Find the modules of `MOVED`."""
 
     def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
         is_moved = name.startswith("fdd_kernels.") and name.removeprefix("fdd_kernels.") in MOVED
         return ModuleSpec(name, self) if is_moved else None
 
     def create_module(self, spec: ModuleSpec) -> types.ModuleType:
-        warnings.warn(
-            f"{spec.name} is now {_new_path(spec.name)}; the old path works until the next release",
-            DeprecationWarning,
-            stacklevel=2,
-        )
+        old = spec.name.removeprefix("fdd_kernels.")
+        if not any(path.startswith(f"{old}.") for path in MOVED):  # else the module below warns
+            warnings.warn(
+                f"{spec.name} is now {new_path(old)}; the old path works until the next release",
+                DeprecationWarning,
+                stacklevel=2,
+            )
         return _MovedModule(spec.name)
 
     def exec_module(self, module: types.ModuleType) -> None:
