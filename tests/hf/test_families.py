@@ -27,7 +27,7 @@ from transformers import (
 
 from fdd_kernels import Distiller, FDDConfig
 from fdd_kernels.hf.model_reader import ModelLens
-from tests.support.hf_models import VOCAB, one_thread, tiny_batch, tiny_config, tiny_model  # noqa: F401
+from tests.support.hf_models import VOCAB, tiny_batch, tiny_config, tiny_model
 
 CONFIG = FDDConfig(
     student_layers=(1, 2), teacher_layers=(1, 2), beta=0.0, alpha=0.7, output_kd_weight=0.9

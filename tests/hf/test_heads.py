@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fdd_kernels import Distiller, FDDConfig
 from fdd_kernels.hf.heads import read_head
 from fdd_kernels.hf.model_reader import ModelLens
-from tests.support.hf_models import one_thread, tiny_batch, tiny_model  # noqa: F401
+from tests.support.hf_models import tiny_batch, tiny_model
 
 LORA = {"r": 3, "lora_alpha": 5, "task_type": "CAUSAL_LM"}
 CONFIG = FDDConfig(

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
 
 from fdd_kernels.hf.model_reader import LogitTransform, ModelLens, configured_transform, unwrap
-from tests.support.hf_models import FAMILIES, one_thread, tiny_batch, tiny_config, tiny_model  # noqa: F401
+from tests.support.hf_models import FAMILIES, tiny_batch, tiny_config, tiny_model
 
 tiny_model_once = functools.cache(tiny_model)
 # Two float32 evaluations of a tiny model that add in another order: 6 blocks, whose longest sums

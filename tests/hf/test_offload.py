@@ -17,7 +17,7 @@ from fdd_kernels.hf.heads import read_head
 from fdd_kernels.hf.model_reader import ModelLens
 from fdd_kernels.hf.offload import device_of, has_place, is_offloaded
 from fdd_kernels.integrations import FDDTrainer
-from tests.support.hf_models import one_thread, tiny_batch, tiny_model  # noqa: F401
+from tests.support.hf_models import tiny_batch, tiny_model
 
 FULL = FDDConfig(num_layers=3, ce_weight=0.5)  # layers 1, 2, 3 of 4 and 2, 4, 6 of 8
 DYNAMICS = FDDConfig(num_layers=3, output_kd_weight=0.0, ce_weight=0.5)
