@@ -70,9 +70,13 @@ MOVED = {
     "teacher_cache.options": "cli.cache_options",
     "data.progress": "cli.reading",
 }
-# Names that the new module has under another name, or another module has.
-NAMES = {
-    "distill_command.run.KEPT_CHECKPOINTS": "cli.distill.trainer.KEPT_CHECKPOINTS",
+# Further modules with names of an old one that was split.
+SPLIT = {
+    "spec": ("lens.layout", "lens.inputs"),
+    "distill_command.run": ("cli.distill.trainer",),
+}
+# Names that are called otherwise now.
+RENAMED = {
     "distill_command.run._ResumableTrainer": "cli.distill.trainer.ResumableTrainer",
     "spec.Read": "lens.spec.Request",
     "vocab_parallel.second_pass_reads": "engine.vocab_parallel.second_pass_requests",
@@ -98,8 +102,14 @@ class _MovedModule(types.ModuleType):
         module = importlib.import_module(new_path(old))
         if name == "__all__":
             return [public for public in dir(module) if not public.startswith("_")]
-        home, _, name = NAMES.get(full, f"{MOVED[old]}.{name}").rpartition(".")
-        return getattr(importlib.import_module(f"fdd_kernels.{home}"), name)
+        if full in RENAMED:
+            home, _, name = RENAMED[full].rpartition(".")
+            return getattr(importlib.import_module(f"fdd_kernels.{home}"), name)
+        for home in SPLIT.get(old, ()):
+            other = importlib.import_module(f"fdd_kernels.{home}")
+            if not hasattr(module, name) and hasattr(other, name):
+                return getattr(other, name)
+        return getattr(module, name)
 
     def __dir__(self) -> list[str]:
         return dir(importlib.import_module(new_path(self.__name__.removeprefix("fdd_kernels."))))
