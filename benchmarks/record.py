@@ -32,7 +32,10 @@ def machine(device: str) -> dict[str, Any]:
     """What the figures depend on besides the code."""
     name, flags = processor()
     info: dict[str, Any] = {"processor": name, "cores": os.cpu_count()}
-    info |= {"system": platform.platform(), "instructions": [f for f in _INSTRUCTIONS if f in flags]}
+    info |= {
+        "system": platform.platform(),
+        "instructions": [f for f in _INSTRUCTIONS if f in flags],
+    }
     try:
         memory = Path("/proc/meminfo").read_text().split()
         info["memory"] = int(memory[memory.index("MemTotal:") + 1]) * 1024
