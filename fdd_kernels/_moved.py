@@ -97,8 +97,10 @@ class _MovedModule(types.ModuleType):
     def __getattr__(self, name: str):
         old = self.__name__.removeprefix("fdd_kernels.")
         full = f"{old}.{name}"
-        if full in MOVED or (name.startswith("__") and name not in ("__all__", "__file__")):
-            raise AttributeError(name)  # a module below is imported, which warns of its own path
+        # A module below is imported, with a note of its own. `inspect` looks for __file__ in every
+        # module, also in the middle of an import, and must not import another.
+        if full in MOVED or (name.startswith("__") and name != "__all__"):
+            raise AttributeError(name)
         module = importlib.import_module(new_path(old))
         if name == "__all__":
             return [public for public in dir(module) if not public.startswith("_")]
