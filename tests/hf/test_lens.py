@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
 
-from fdd_kernels.hf.model_reader import LogitTransform, ModelLens, configured_transform, unwrap
+from fdd_kernels.hf.model_reader import ModelLens, unwrap
+from fdd_kernels.hf.transform import LogitTransform, configured_transform
 from tests.support.hf_models import FAMILIES, one_thread, tiny_batch, tiny_config, tiny_model  # noqa: F401
 
 tiny_model_once = functools.cache(tiny_model)

@@ -60,7 +60,7 @@ from fdd_kernels.integrations import FDDTrainer
 from fdd_kernels.integrations.checkpoints import PREFIX, CheckpointError, last_checkpoint
 from fdd_kernels.integrations.finite import NonFiniteLossError, as_json, require_finite
 from fdd_kernels.objectives.fdd.options import FDDConfig
-from fdd_kernels.teacher_cache import StatisticsCache, WindowCache
+from fdd_kernels.teacher_cache import SummaryCache, WindowCache
 from fdd_kernels.version import __version__
 
 KEPT_CHECKPOINTS = 2
@@ -168,7 +168,7 @@ def _prepare(options: DistillOptions, processes: Processes, console: Console) ->
             )
             require_shared(teacher, vocabulary)
             if (
-                isinstance(teacher, StatisticsCache)
+                isinstance(teacher, SummaryCache)
                 and options.config.train_head
                 and not options.lora_rank
             ):
