@@ -55,7 +55,7 @@ from fdd_kernels.backends.triton.launch import Launch, recorded
 from fdd_kernels.backends.triton.one_pass import grad, second_pass, splits, stats
 from fdd_kernels.backends.triton.one_pass import host as one_pass
 from fdd_kernels.backends.triton.strategy import MOST_CACHE_BYTES, rows_of_cache, scratch_elements
-from fdd_kernels.lens.spec import LensInputs
+from fdd_kernels.lens.inputs import LensInputs
 from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.fdd.plan import make_plan
 

@@ -200,7 +200,7 @@ def recorded_call(call: Call, traffic: Traffic) -> tuple[Watch, int, int]:
     """
     from fdd_kernels.backends.triton import operations
     from fdd_kernels.backends.triton.launch import recorded
-    from fdd_kernels.lens.spec import LensInputs
+    from fdd_kernels.lens.inputs import LensInputs
     from fdd_kernels.objectives.fdd.options import LossOptions
     from fdd_kernels.objectives.fdd.plan import make_plan
     from fdd_kernels.objectives.fdd.terms import term_weights, upstream_gradients

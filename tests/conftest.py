@@ -14,8 +14,10 @@ import hypothesis
 import pytest
 import torch
 
+import fdd_kernels
 from fdd_kernels.backends import BACKENDS, why_unavailable
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported: never ask it
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 hypothesis.settings.register_profile(
@@ -46,6 +48,10 @@ if INTERPRETED:
             patch(module, *how)
 
     interpreter._patch_builtin = _patch_builtin
+
+# tests/tools/sanitize.py: fail if another package than the sanitised one would be tested
+if "FDD_TEST_PACKAGE" in os.environ:
+    assert os.path.dirname(fdd_kernels.__file__) == os.environ["FDD_TEST_PACKAGE"]
 
 
 def chosen_backends() -> list[str]:
@@ -107,3 +113,11 @@ def _one_thread():
 @pytest.fixture
 def device() -> torch.device:
     return DEVICE
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory):
+    """A folder with a tiny teacher, a student and text: see `write_models`."""
+    from tests.support.commands import write_models  # imports transformers, as few tests need
+
+    return write_models(tmp_path_factory.mktemp("inputs"))

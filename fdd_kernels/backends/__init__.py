@@ -1,6 +1,4 @@
-"""The backends: each is the two operations of `ops.py` plus the reason why it cannot run, if there
-is one.
-"""
+"""The registry of backends: who computes the operations of `fdd_kernels.engine.ops`, and where."""
 
 from __future__ import annotations
 
@@ -13,71 +11,109 @@ import torch
 from fdd_kernels.backends import cpu, torch_stream, triton
 from fdd_kernels.backends.call_shape import CallShape
 from fdd_kernels.backends.triton.memory import memory as triton_memory
+from fdd_kernels.lens.spec import LensSpec
+
+
+def _nothing(_) -> None:
+    return None
 
 
 @dataclass(frozen=True)
 class Backend:
-    """Two functions and a check; `unavailable(device)` returns the reason and the remedy, or None.
+    """An entry of the registry.
 
-    A backend may do both operations at once, one block of rows after another, and keep a block's
-    logits in between:
+    Attributes:
+        stats: `stats(inputs, spec)` -> `Statistics` of R rows.
+        grad: `grad(inputs, spec, per_row, needed)` -> gradients of [*student_hidden,
+            student_weight, student_bias] that are marked in `needed`. `per_row` are the three
+            statistics and the upstream gradients of the last two.
+        unavailable: `unavailable(device)` -> why it cannot run there and the remedy, or None.
+        refusal: `refusal(spec)` -> which part of the spec it cannot compute, or None.
+        devices: the device types that "auto" takes it for; empty for none.
+        priority: "auto" takes the available backend of the highest priority.
+        color: of its curves and bars in plots.
+        memory: `memory(shape)` -> bytes that a call allocates by part, beside gradients and
+            statistics.
+        cached_rows: `cached_rows(inputs, spec, needed)` -> rows of a row block for
+            `stats_and_grad`; 0 where two operations are faster.
+        stats_and_grad: both operations at once, one row block after another, with the block's
+            logits cached in between.
 
-        kept_rows(inputs, spec, needed) -> rows a block; 0 where that does not pay
-        stats_and_grad(inputs, spec, rows_at_a_time, upstream_of, needed, refine) -> gradients,
-        (shifts, reads, moments)
+    `stats_and_grad(inputs, spec, block_rows, upstream_of, needed, refine)` returns gradients and
+    `Statistics`. Per block it calls `upstream_of(rows, shifts, requests, moments)` with the block's
+    rows, int64 positions among the caller's on their device, and their statistics (..., r). The
+    call returns `per_row` of `grad` for these rows: the statistics to form gradients with (those of
+    the whole vocabulary where `inputs` has a shard of it) and the upstream gradients. A block may
+    have rows that are not valid, with statistics of 0; what is returned for them is ignored.
 
-    For each block `upstream_of(rows, shifts, reads, moments)` is given its rows, int64 positions
-    among the caller's on their device, and their statistics (..., r). It returns what `grad` takes
-    as `per_row` for these rows: the statistics to form the gradients with, which are those of all
-    columns where `inputs` has some of them, and the upstream gradients of requests and moments.
-    Rows that are not valid may be among a block's, with statistics of 0; what is returned for them
-    is to be ignored.
-
-    The gradients are those of `grad`; a backend whose sums are in a wider dtype may return these,
-    which are then rounded once, after the upstream gradient is known. The statistics are those that
-    `upstream_of` returned, of all rows in the caller's order, 0 where a row is not valid. With
-    `refine` the backend may have replaced each VALUE by a more accurate one, since the gradient
-    kernel knows both log-sum-exps: KL = sum p (expm1(x) - x) with x = log q - log p has no term
-    below 0. Without `refine` (`inputs` has some of the columns) it must not. Neither function is
-    traced or differentiated.
-
-    `memory(shape)` says what a call allocates by part, beside gradients and statistics.
+    The gradients are those of `grad`, or in the wider dtype of its sums: they are then rounded
+    once, after the upstream gradient is known. The statistics are those that `upstream_of`
+    returned, in the caller's order, 0 where a row is not valid. With `refine` the backend may have
+    replaced a VALUE by a more accurate one; without (`inputs` has a shard) it must not. Neither
+    function is traced or differentiated.
     """
 
     stats: Callable
     grad: Callable
     unavailable: Callable[[torch.device], str | None]
+    refusal: Callable[[LensSpec], str | None] = _nothing
+    devices: tuple[str, ...] = ()
+    priority: int = 0
+    color: str = "#888888"
+    memory: Callable[[CallShape], dict[str, int]] | None = None
     cached_rows: Callable | None = None
     stats_and_grad: Callable | None = None
-    memory: Callable[[CallShape], dict[str, int]] | None = None
 
 
 BACKENDS: dict[str, Backend] = {
     "cpu": Backend(
-        cpu.stats, cpu.grad, cpu.unavailable, cpu.cached_rows, cpu.stats_and_grad, cpu.memory
+        cpu.stats,
+        cpu.grad,
+        cpu.unavailable,
+        devices=("cpu",),
+        priority=2,
+        color="#d1495b",
+        memory=cpu.memory,
+        cached_rows=cpu.cached_rows,
+        stats_and_grad=cpu.stats_and_grad,
     ),
     "torch": Backend(
         torch_stream.stats,
         torch_stream.grad,
-        unavailable=lambda device: None,
+        _nothing,
+        devices=("cpu", "cuda", "mps", "xpu"),
+        priority=1,
+        color="#edae49",
         memory=torch_stream.memory,
     ),
     "triton": Backend(
         triton.stats,
         triton.grad,
         triton.unavailable,
-        triton.cached_rows,
-        triton.stats_and_grad,
-        triton_memory,
+        devices=("cuda",),
+        priority=2,
+        color="#8d0801",
+        memory=triton_memory,
+        cached_rows=triton.cached_rows,
+        stats_and_grad=triton.stats_and_grad,
     ),
 }
-# What "auto" prefers on a device, first to last.
-PREFERENCE = {"cuda": ("triton", "torch"), "cpu": ("cpu", "torch")}
 _warned: set[str] = set()
 
 
+def backend_names() -> tuple[str, ...]:
+    """List the values of the option `backend`."""
+    return ("auto", "reference", *BACKENDS)
+
+
+def preference(device_type: str) -> list[str]:
+    """List the backends that "auto" considers on a type of device, first to last."""
+    considered = [name for name, entry in BACKENDS.items() if device_type in entry.devices]
+    return sorted(considered, key=lambda name: -BACKENDS[name].priority) or ["torch"]
+
+
 def why_unavailable(name: str, device: torch.device) -> str | None:
-    """Why the backend `name` cannot run on `device` and what to do about it; None if it can."""
+    """Say why the backend `name` cannot run on `device` and what to do about it; None if it can."""
     if name == "reference":
         return None
     if name not in BACKENDS:
@@ -89,7 +125,9 @@ def why_unavailable(name: str, device: torch.device) -> str | None:
 
 
 def resolve_backend(name: str, device: torch.device) -> str:
-    """The backend to run for the option `backend=name` on `device`.
+    """Choose the backend that runs on `device` for the option `backend=name`.
+
+    "auto" warns once about each backend of higher priority that is passed over.
 
     Raises:
         RuntimeError: a backend was named that cannot run here; says why and what to do.
@@ -99,14 +137,29 @@ def resolve_backend(name: str, device: torch.device) -> str:
         if reason is not None:
             raise RuntimeError(f'backend="{name}" cannot run on device "{device}": {reason}')
         return name
-    preferred, *others = PREFERENCE.get(device.type, ("torch",))
-    reason = why_unavailable(preferred, device)
-    if reason is None:
-        return preferred
-    if reason not in _warned:
-        _warned.add(reason)
-        warnings.warn(
-            f'fdd_kernels: the "{preferred}" backend is not used on "{device}": {reason}',
-            stacklevel=2,
+    for preferred in preference(device.type):
+        reason = why_unavailable(preferred, device)
+        if reason is None:
+            return preferred
+        if reason not in _warned:
+            _warned.add(reason)
+            warnings.warn(
+                f'fdd_kernels: the "{preferred}" backend is not used on "{device}": {reason}',
+                stacklevel=2,
+            )
+    return "torch"
+
+
+def check_spec(name: str, spec: LensSpec) -> None:
+    """Refuse a spec that the backend `name` cannot compute.
+
+    Raises:
+        ValueError: names the part of the spec, and the backends that can compute it.
+    """
+    reason = None if name == "reference" else BACKENDS[name].refusal(spec)
+    if reason is not None:
+        able = [other for other, entry in BACKENDS.items() if entry.refusal(spec) is None]
+        raise ValueError(
+            f'backend="{name}" cannot compute this: {reason}. '
+            f"Backends that can: {', '.join(['reference', *able])}"
         )
-    return next(other for other in others if why_unavailable(other, device) is None)

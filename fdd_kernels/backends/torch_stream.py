@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fdd_kernels.backends.call_shape import FLOAT, CallShape
 from fdd_kernels.lens.divergences import DIVERGENCES, is_near, kl_of
-from fdd_kernels.lens.spec import (
+from fdd_kernels.lens.inputs import LensInputs
+from fdd_kernels.lens.layout import (
     COUNT,
     GRAD_SUM,
     LSE_S,
@@ -30,14 +31,10 @@ from fdd_kernels.lens.spec import (
     MEAN_S,
     MEAN_T,
     MOMENT_STATS,
-    NLL,
-    OWN,
     REQUEST_STATS,
     VALUE,
-    LensInputs,
-    LensSpec,
-    Request,
 )
+from fdd_kernels.lens.spec import NLL, LensSpec, PairMoments, Request, of_pair
 
 MIB = 2**20
 # Tiles of logits: inside the last cache level of a CPU; large enough to fill an accelerator.
@@ -306,16 +303,16 @@ def _at_temperature(u: Tensor, temperature: float) -> Tensor:
     return u if temperature == 1.0 else u / temperature
 
 
-def _vectors(u_LrC: Tensor, target: tuple[int, int], temperature: float) -> Tensor:
-    """A moment target's vector of one model: (r, c), a new tensor; 0 where two layers have the same
-    values.
-    """
-    first, second = target
-    return (
-        u_LrC[second] / temperature
-        if first == OWN
-        else (u_LrC[second] - u_LrC[first]).div_(temperature)
-    )
+def _vectors(u_s: Tensor, u_t: Tensor, pair: PairMoments, temperature: float) -> list[Tensor]:
+    """Compute s and t of a pair, new tensors (r, c); 0 where two layers have the same logits."""
+    vectors = []
+    for model, u_LrC in enumerate((u_s, u_t)):
+        second = u_LrC[pair.second[model]]
+        if pair.first is None:
+            vectors.append(second / temperature)
+        else:
+            vectors.append((second - u_LrC[pair.first[model]]).div_(temperature))
+    return vectors
 
 
 def _tile_moments(s: Tensor, t: Tensor, live: Tensor | None) -> Tensor:
@@ -345,8 +342,8 @@ def _tile_moments(s: Tensor, t: Tensor, live: Tensor | None) -> Tensor:
 
 def _restate_means(moments: Tensor, spec: LensSpec, rise: Tensor) -> None:
     """The means of the columns so far about shifts that rose by `rise` (2, L, r), in place."""
-    for moment, (first, second) in zip(moments, spec.moments):
-        of_vectors = rise[:, second] if first == OWN else rise[:, second] - rise[:, first]
+    for moment, pair in zip(moments, spec.moments):
+        of_vectors = of_pair(rise, pair)
         moment[MEAN_S : MEAN_T + 1] -= torch.where(
             moment[COUNT] > 0, of_vectors / spec.moment_temperature, 0.0
         )
@@ -408,19 +405,20 @@ def _block_stats(problem: _Problem, rows) -> tuple[Tensor, Tensor, Tensor]:
             if request.divergence == NLL:
                 inside, at = problem.label_columns(rows, columns)
                 labels[index] = torch.where(
-                    inside, u_s[request.layer].gather(1, at[:, None])[:, 0], labels[index]
+                    inside, u_s[request.student_layer].gather(1, at[:, None])[:, 0], labels[index]
                 )
         if spec.requests:
             below, rise = tops.subtract(u_s, u_t)
             _restate_means(moments, spec, rise)
         for index, request in enumerate(spec.requests):
-            below_s, below_t = below[:, request.layer] / request.temperature
-            z_s = _at_temperature(u_s[request.layer], request.temperature)
+            below_s = below[0, request.student_layer] / request.temperature
+            below_t = below[1, request.teacher_layer] / request.temperature
+            z_s = _at_temperature(u_s[request.student_layer], request.temperature)
             total_s, total_t = of_student[index].total, of_teacher[index].total
             scale_s, e_s = of_student[index].add(below_s, z_s)
             if request.divergence == NLL:
                 continue
-            z_t = _at_temperature(u_t[request.layer], request.temperature)
+            z_t = _at_temperature(u_t[request.teacher_layer], request.temperature)
             scale_t, e_t = of_teacher[index].add(below_t, z_t)
             of = expectation_of(request)
             if of == "teacher":
@@ -431,8 +429,8 @@ def _block_stats(problem: _Problem, rows) -> tuple[Tensor, Tensor, Tensor]:
                 expectations[index].add(
                     total_s, scale_s, scale_t, below_t - below_s, e_s, e_t, z_t - z_s
                 )
-        for index, target in enumerate(spec.moments):
-            s, t = (_vectors(u, target, spec.moment_temperature) for u in (u_s, u_t))
+        for index, pair in enumerate(spec.moments):
+            s, t = _vectors(u_s, u_t, pair, spec.moment_temperature)
             moments[index] = _merge_moments(
                 moments[index], _tile_moments(s, t, problem.live_tile(columns))
             )
@@ -443,7 +441,8 @@ def _block_stats(problem: _Problem, rows) -> tuple[Tensor, Tensor, Tensor]:
         requests[index, LSE_S] = total_s.log()
         if request.divergence == NLL:
             requests[index, VALUE] = (
-                total_s.log() + (shifts[0, request.layer] - labels[index]) / request.temperature
+                total_s.log()
+                + (shifts[0, request.student_layer] - labels[index]) / request.temperature
             )
             continue
         requests[index, LSE_T] = total_t.log()
@@ -480,10 +479,11 @@ def _second_pass(
             - shifts[1, ..., None]
         )
         for index in indices:
-            log_q, log_p = _log_probabilities(spec.requests[index], u_s, u_t, requests[index])
-            divergence = DIVERGENCES[spec.requests[index].divergence]
-            requests[index, VALUE] += divergence.value(log_q, log_p).sum(-1)
-            requests[index, GRAD_SUM] += divergence.grad(log_q, log_p).sum(-1)
+            request = spec.requests[index]
+            log_q, log_p = _log_probabilities(request, u_s, u_t, requests[index])
+            divergence = DIVERGENCES[request.divergence]
+            requests[index, VALUE] += divergence.value(log_q, log_p, *request.parameters).sum(-1)
+            requests[index, GRAD_SUM] += divergence.grad(log_q, log_p, *request.parameters).sum(-1)
 
 
 def add_second_pass(inputs: LensInputs, spec: LensSpec, shifts: Tensor, requests: Tensor) -> None:
@@ -523,8 +523,14 @@ def _log_probabilities(
     request: Request, u_s: Tensor, u_t: Tensor, request_stats: Tensor
 ) -> tuple[Tensor, Tensor]:
     """log q and log p of one tile, (r, c) each, from u relative to the shifts."""
-    log_q = _at_temperature(u_s[request.layer], request.temperature) - request_stats[LSE_S, :, None]
-    log_p = _at_temperature(u_t[request.layer], request.temperature) - request_stats[LSE_T, :, None]
+    log_q = (
+        _at_temperature(u_s[request.student_layer], request.temperature)
+        - request_stats[LSE_S, :, None]
+    )
+    log_p = (
+        _at_temperature(u_t[request.teacher_layer], request.temperature)
+        - request_stats[LSE_T, :, None]
+    )
     return log_q, log_p
 
 
@@ -647,7 +653,7 @@ def _tile_gradient(
     grad_u = torch.zeros_like(u_s)
     for index, request in enumerate(spec.requests):
         upstream, stat = grad_requests[index], requests[index]
-        log_q = _at_temperature(u_s[request.layer], request.temperature) - stat[LSE_S]
+        log_q = _at_temperature(u_s[request.student_layer], request.temperature) - stat[LSE_S]
         q = log_q.exp()
         if request.divergence is None:
             grad_z = q * upstream[LSE_S]
@@ -656,18 +662,18 @@ def _tile_gradient(
             grad_z = q * (upstream[LSE_S] + upstream[VALUE])
             grad_z.scatter_add_(1, at[:, None], torch.where(inside[:, None], -upstream[VALUE], 0.0))
         else:
-            log_p = _at_temperature(u_t[request.layer], request.temperature) - stat[LSE_T]
+            log_p = _at_temperature(u_t[request.teacher_layer], request.temperature) - stat[LSE_T]
             grad_z = (
                 DIVERGENCES[request.divergence]
-                .grad(log_q, log_p)
+                .grad(log_q, log_p, *request.parameters)
                 .sub_(q * stat[GRAD_SUM])
                 .mul_(upstream[VALUE])
             )
             grad_z += q * upstream[LSE_S]
-        grad_u[request.layer].add_(grad_z, alpha=1 / request.temperature)
-    for index, target in enumerate(spec.moments):
+        grad_u[request.student_layer].add_(grad_z, alpha=1 / request.temperature)
+    for index, pair in enumerate(spec.moments):
         upstream, stat = grad_moments[index], moments[index]
-        s, t = (_vectors(u, target, spec.moment_temperature) for u in (u_s, u_t))
+        s, t = _vectors(u_s, u_t, pair, spec.moment_temperature)
         live = problem.live_tile(columns)
         s -= stat[MEAN_S]
         t -= stat[MEAN_T]
@@ -679,10 +685,9 @@ def _tile_gradient(
         grad_vector += (2 * upstream[M_DD]) * s.sub_(t)
         if live is not None:
             grad_vector = torch.where(live, grad_vector, 0.0)
-        first, second = target
-        grad_u[second].add_(grad_vector, alpha=1 / spec.moment_temperature)
-        if first != OWN:
-            grad_u[first].sub_(grad_vector, alpha=1 / spec.moment_temperature)
+        grad_u[pair.second.student].add_(grad_vector, alpha=1 / spec.moment_temperature)
+        if pair.first is not None:
+            grad_u[pair.first.student].sub_(grad_vector, alpha=1 / spec.moment_temperature)
     return student.chain(grad_u, raw_s)
 
 

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from fdd_kernels.backends import BACKENDS
 from fdd_kernels.engine import ops
-from fdd_kernels.lens.spec import LSE_S, NLL, LensInputs, LensSpec, Request
+from fdd_kernels.lens.inputs import LensInputs
+from fdd_kernels.lens.layout import LSE_S
+from fdd_kernels.lens.spec import NLL, LensSpec, Request
 from fdd_kernels.objectives.fdd.options import FDDLossTerms
 from fdd_kernels.objectives.fdd.plan import Plan
 from fdd_kernels.objectives.fdd.reference import dense_logits
@@ -377,7 +379,7 @@ class LogSumExps(torch.autograd.Function):
         shifts, requests, _ = statistics
         found = torch.stack(
             [
-                shifts[0, request.layer] / request.temperature + of_request[LSE_S]
+                shifts[0, request.student_layer] / request.temperature + of_request[LSE_S]
                 for request, of_request in zip(spec.requests, requests)
             ]
         )
@@ -404,7 +406,9 @@ def log_sum_exps(plan: Plan, hidden: list[Tensor], weight: Tensor, bias: Tensor 
     Float32 or wider.
     """
     pairs = list(
-        dict.fromkeys((request.layer, request.temperature) for request in plan.spec.requests)
+        dict.fromkeys(
+            (request.student_layer, request.temperature) for request in plan.spec.requests
+        )
     )
     wide = torch.promote_types(torch.promote_types(hidden[0].dtype, weight.dtype), torch.float32)
     if not pairs:
@@ -417,7 +421,9 @@ def log_sum_exps(plan: Plan, hidden: list[Tensor], weight: Tensor, bias: Tensor 
             [(u / temperature).logsumexp(-1) for u, (_, temperature) in zip(logits, pairs)]
         )
     else:
-        requests = tuple(Request(i, temperature, NLL) for i, (_, temperature) in enumerate(pairs))
+        requests = tuple(
+            Request(i, i, temperature, NLL) for i, (_, temperature) in enumerate(pairs)
+        )
         spec = LensSpec(plan.spec.columns, requests, (), 1.0, scale, None, 1.0, None)
         inputs = LensInputs(states, weight, bias, states, None, None, None, None)
         rows = _kept_rows(
@@ -425,7 +431,10 @@ def log_sum_exps(plan: Plan, hidden: list[Tensor], weight: Tensor, bias: Tensor 
         )
         found = LogSumExps.apply(spec, plan.backend, rows, weight, bias, *states)
     return torch.stack(
-        [found[pairs.index((request.layer, request.temperature))] for request in plan.spec.requests]
+        [
+            found[pairs.index((request.student_layer, request.temperature))]
+            for request in plan.spec.requests
+        ]
     )
 
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from fdd_kernels.backends import BACKENDS
-from fdd_kernels.lens.spec import MOMENT_STATS, REQUEST_STATS, LensInputs, LensSpec, count_parts
+from fdd_kernels.lens.inputs import LensInputs
+from fdd_kernels.lens.layout import MOMENT_STATS, REQUEST_STATS
+from fdd_kernels.lens.spec import LensSpec, count_parts
 
 # LensInputs, an encoded LensSpec, a key of BACKENDS.
 _ARGUMENTS = (

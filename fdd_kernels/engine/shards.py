@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fdd_kernels.lens.divergences import DIVERGENCES
-from fdd_kernels.lens.spec import (
+from fdd_kernels.lens.layout import (
     COUNT,
     GRAD_SUM,
     LSE_S,
@@ -29,15 +29,11 @@ from fdd_kernels.lens.spec import (
     MEAN_S,
     MEAN_T,
     MOMENT_STATS,
-    NLL,
-    OWN,
     REQUEST_STATS,
     VALUE,
-    LensSpec,
-    Request,
+    Statistics,
 )
-
-Statistics = tuple[Tensor, Tensor, Tensor]  # shifts, reads, moments
+from fdd_kernels.lens.spec import NLL, LensSpec, Request, of_pair, of_request
 
 
 def merge_statistics(
@@ -58,17 +54,16 @@ def merge_statistics(
         _merge_request(
             request,
             requests_NnkR[:, index],
-            offset[:, :, request.layer] / request.temperature,
+            of_request(offset, request) / request.temperature,
             merged_requests[index],
         )
-    for index, (first, second) in enumerate(spec.moments):
-        of_vector = (
-            offset[:, :, second] if first == OWN else offset[:, :, second] - offset[:, :, first]
-        )
+    for index, pair in enumerate(spec.moments):
         _merge_moments(
-            moments_NmkR[:, index], of_vector / spec.moment_temperature, merged_moments[index]
+            moments_NmkR[:, index],
+            of_pair(offset, pair) / spec.moment_temperature,
+            merged_moments[index],
         )
-    return common.to(dtype), merged_requests.to(dtype), merged_moments.to(dtype)
+    return Statistics(common.to(dtype), merged_requests.to(dtype), merged_moments.to(dtype))
 
 
 def _common_shifts(
@@ -79,13 +74,14 @@ def _common_shifts(
     """
     live = torch.zeros_like(shifts, dtype=torch.bool)
     for index, request in enumerate(spec.requests):
-        live[:, 0, request.layer] |= requests[:, index, LSE_S] > -torch.inf
+        live[:, 0, request.student_layer] |= requests[:, index, LSE_S] > -torch.inf
         if request.divergence != NLL:
-            live[:, 1, request.layer] |= requests[:, index, LSE_T] > -torch.inf
-    for index, target in enumerate(spec.moments):
-        for layer in target:
-            if layer != OWN:
-                live[:, :, layer] |= (moments[:, index, COUNT] > 0)[:, None]
+            live[:, 1, request.teacher_layer] |= requests[:, index, LSE_T] > -torch.inf
+    for index, pair in enumerate(spec.moments):
+        has_token = moments[:, index, COUNT] > 0
+        for layers in pair.layers:
+            live[:, 0, layers.student] |= has_token
+            live[:, 1, layers.teacher] |= has_token
     common = shifts.where(live, -torch.inf).amax(0).where(live.any(0), 0.0)
     return common, (shifts - common).where(live, 0.0)
 

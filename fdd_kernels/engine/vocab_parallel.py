@@ -26,8 +26,10 @@ from torch import Tensor
 
 from fdd_kernels.backends import torch_stream
 from fdd_kernels.engine import ops
-from fdd_kernels.engine.shards import Statistics, merge_statistics
-from fdd_kernels.lens.spec import GRAD_SUM, NLL, VALUE, LensInputs, LensSpec
+from fdd_kernels.engine.shards import merge_statistics
+from fdd_kernels.lens.inputs import LensInputs
+from fdd_kernels.lens.layout import GRAD_SUM, VALUE, Statistics
+from fdd_kernels.lens.spec import NLL, LensSpec
 from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.fdd.plan import Plan
 

@@ -1,4 +1,4 @@
-"""Find the valid positions of a batch: one rule for the loss, its denominator and the teacher cache."""
+"""Find the valid positions of a batch, for the loss, its denominator and teacher caches."""
 
 from __future__ import annotations
 

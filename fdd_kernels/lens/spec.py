@@ -1,23 +1,12 @@
-"""What the two operations compute, as plain data: which layers are read how, and which vectors'
-moments are taken.
+"""What the kernels compute, as plain data: softmax requests and pair moments.
 
-Both operations (see `ops.py`) see, for each layer l of L, raw values x = h^l W^T + b of shape (R,
-C) and u = f(x) = softcap(logit_scale * x), never all of it at a time. All they return is relative
-to a per-row `shift`, so that a common shift of the logits costs no precision: a layer that is read
-has the row's largest u, so that a probability that matters is e to a small number, at any
-temperature; others have any value near their logits.
+The kernels see, per layer l of L, logits x = h^l W^T + b of shape (R, V) and u = f(x) =
+softcap(logit_scale * x), never all of it at a time. What they return is relative to a shift per row
+and layer, so that a common offset of the logits costs no precision. A layer with a request has the
+row's largest u as its shift, so that e^z of every probability that matters is e to a small number,
+at any temperature. Other layers have any number near their logits.
 
-A `Request` of a layer at temperature T looks at z = (u - shift) / T and yields four numbers per
-    row: LSE_S, LSE_T   log-sum-exp of the student's and the teacher's z
-    VALUE          the divergence; for NLL the student's cross-entropy at the label
-    GRAD_SUM       sum over columns of the divergence's grad (a constant of its gradient)
-
-A moment target (a, b) is the pair of vectors s = z_s^b - z_s^a and t = z_t^b - z_t^a (a = OWN: z^b
-itself) at `moment_temperature`. With d = s - t it yields seven numbers per row, over the columns
-where no bias is -inf in front of no soft cap (anything else that is not finite makes them NaN):
-    COUNT, MEAN_S, MEAN_T and the sums of squares about the means M_SS, M_TT, M_ST, M_DD.
-M_DD is summed on its own because M_SS + M_TT - 2 M_ST loses every digit when the models nearly
-agree.
+`layout.py` names the numbers that come back.
 """
 
 from __future__ import annotations
@@ -29,98 +18,53 @@ import torch
 from torch import Tensor
 
 NLL = "nll"
-OWN = -1
-
-LSE_S, LSE_T, VALUE, GRAD_SUM = range(4)
-REQUEST_STATS = 4
-COUNT, MEAN_S, MEAN_T, M_SS, M_TT, M_ST, M_DD = range(7)
-MOMENT_STATS = 7
 
 
-class LensInputs(NamedTuple):
-    """The tensors of one call: L hidden states (R, D) a model, heads (C', D) with C' >= columns,
-    biases (C',).
+class Layers(NamedTuple):
+    """A layer of the student and the layer of the teacher that it is compared with."""
 
-    `teacher_weight` None is the identity; `valid` (R,) bool, None: every row counts; `labels` (R,)
-    int for NLL alone.
-    """
-
-    student_hidden: list[Tensor]
-    student_weight: Tensor
-    student_bias: Tensor | None
-    teacher_hidden: list[Tensor]
-    teacher_weight: Tensor | None
-    teacher_bias: Tensor | None
-    valid: Tensor | None
-    labels: Tensor | None
-
-    @property
-    def rows(self) -> int:
-        return self.student_hidden[0].shape[0]
-
-    def at(self, rows: Tensor) -> LensInputs:
-        """The inputs of some rows, all of which count."""
-        student, teacher = (
-            [h[rows] for h in states] for states in (self.student_hidden, self.teacher_hidden)
-        )
-        labels = None if self.labels is None else self.labels[rows]
-        return self._replace(
-            student_hidden=student, teacher_hidden=teacher, valid=None, labels=labels
-        )
-
-    @property
-    def device(self) -> torch.device:
-        return self.student_weight.device
-
-    @property
-    def statistics_dtype(self) -> torch.dtype:
-        """float64 if any input is, float32 otherwise: the dtype of products, sums and
-        statistics.
-        """
-        tensors = (
-            *self.student_hidden,
-            self.student_weight,
-            *self.teacher_hidden,
-            self.teacher_weight,
-        )
-        return (
-            torch.float64
-            if any(t is not None and t.dtype == torch.float64 for t in tensors)
-            else torch.float32
-        )
+    student: int
+    teacher: int
 
 
 class Request(NamedTuple):
-    """One softmax reading of one layer; `divergence` None wants the log-sum-exps alone."""
+    """A softmax request: one layer of each model at one temperature, z = (u - shift) / temperature.
 
-    layer: int
+    `divergence` is a name of the registry, `NLL` for the student's cross-entropy at the label, or
+    None for the log-sum-exps alone. `parameters` are the divergence's.
+    """
+
+    student_layer: int
+    teacher_layer: int
     temperature: float
     divergence: str | None
+    parameters: tuple[float, ...] = ()
 
 
-def _parts(structure: str) -> tuple[list[list[str]], list[list[str]]]:
-    """The reads and the moments of an encoded spec's structure."""
-    requests, moments = (
-        [part.split(",") for part in half.split(";") if part] for half in structure.split("|")
-    )
-    return requests, moments
+class PairMoments(NamedTuple):
+    """Moments of the vectors s = z_s[second] - z_s[first] and t = z_t[second] - z_t[first].
 
+    z is (u - shift) / `moment_temperature` of the spec; with `first` None the vectors are z[second]
+    themselves. Tokens with a bias of -inf in a model without soft cap are left out. Anything else
+    that is not finite makes the moments NaN.
+    """
 
-def count_parts(structure: str) -> tuple[int, int]:
-    """How many reads and how many moments an encoded spec has."""
-    requests, moments = _parts(structure)
-    return len(requests), len(moments)
+    first: Layers | None
+    second: Layers
+
+    @property
+    def layers(self) -> tuple[Layers, ...]:
+        """The one or two pairs of layers that are looked at."""
+        return (self.second,) if self.first is None else (self.first, self.second)
 
 
 @dataclass(frozen=True)
 class LensSpec:
-    """The whole job of one call of the two operations; layers count from 0 among the hidden states
-    passed.
-    """
+    """The whole job of one call; layers count from 0 among the hidden states of `LensInputs`."""
 
     columns: int
     requests: tuple[Request, ...]
-    moments: tuple[tuple[int, int], ...]
+    moments: tuple[PairMoments, ...]
     moment_temperature: float
     student_logit_scale: float
     student_softcap: float | None
@@ -129,22 +73,34 @@ class LensSpec:
 
     @property
     def needs_teacher(self) -> bool:
-        """False when only the student's cross-entropy is asked for."""
+        """False where the student's cross-entropy alone is asked for."""
         return bool(self.moments) or any(request.divergence != NLL for request in self.requests)
 
     def encode(self) -> tuple[str, Tensor, int]:
-        """The spec as operator arguments: its structure, its numbers, its columns.
+        """Return the spec as operator arguments: its structure, its numbers, V.
 
-        The numbers are a float64 tensor on the host: as Python numbers each of their values would
+        The numbers are a float64 tensor on the host. As Python numbers, each of their values would
         compile the code anew.
         """
-        requests = ";".join([f"{r.layer},{r.divergence or ''}" for r in self.requests])
-        moments = ";".join([f"{a},{b}" for a, b in self.moments])
+        requests = ";".join(
+            [
+                f"{r.student_layer},{r.teacher_layer},{r.divergence or ''},{len(r.parameters)}"
+                for r in self.requests
+            ]
+        )
+        moments = ";".join(
+            [
+                ",".join([f"{student},{teacher}" for student, teacher in m.layers])
+                for m in self.moments
+            ]
+        )
         caps = [0.0 if cap is None else cap for cap in (self.student_softcap, self.teacher_softcap)]
         scales = [self.student_logit_scale, self.teacher_logit_scale]
-        numbers = [self.moment_temperature, *scales, *caps, *[r.temperature for r in self.requests]]
-        # they may be symbols, which stay so in arithmetic with tensors alone
+        numbers = [self.moment_temperature, *scales, *caps]
+        for request in self.requests:
+            numbers += [request.temperature, *request.parameters]
         if torch.compiler.is_compiling():
+            # They may be symbols, which stay so in arithmetic with tensors alone.
             one = torch.ones((), dtype=torch.float64, device="cpu")
             encoded = torch.stack([one * number for number in numbers])
         else:
@@ -153,26 +109,64 @@ class LensSpec:
 
     @staticmethod
     def decode(structure: str, numbers: Tensor, columns: int) -> LensSpec:
-        """The inverse of `encode`."""
+        """Invert `encode`."""
         requests, moments = _parts(structure)
-        (
-            temperature,
-            student_scale,
-            teacher_scale,
-            student_cap,
-            teacher_cap,
-            *request_temperatures,
-        ) = numbers.tolist()
+        temperature, student_scale, teacher_scale, student_cap, teacher_cap, *rest = (
+            numbers.tolist()
+        )
+        rest = iter(rest)
         return LensSpec(
             columns=columns,
             requests=tuple(
-                Request(int(layer), t, name or None)
-                for (layer, name), t in zip(requests, request_temperatures)
+                Request(
+                    int(student),
+                    int(teacher),
+                    next(rest),
+                    name or None,
+                    tuple([next(rest) for _ in range(int(parameters))]),
+                )
+                for student, teacher, name, parameters in requests
             ),
-            moments=tuple((int(a), int(b)) for a, b in moments),
+            moments=tuple(_pair_moments([int(layer) for layer in part]) for part in moments),
             moment_temperature=temperature,
             student_logit_scale=student_scale,
             student_softcap=student_cap or None,
             teacher_logit_scale=teacher_scale,
             teacher_softcap=teacher_cap or None,
         )
+
+
+def of_request(per_layer: Tensor, request: Request) -> Tensor:
+    """Select a request's layers: (..., 2, R) from (..., 2, L, R), student first."""
+    layers = (
+        per_layer[..., 0, request.student_layer, :],
+        per_layer[..., 1, request.teacher_layer, :],
+    )
+    return torch.stack(layers, -2)
+
+
+def of_pair(per_layer: Tensor, pair: PairMoments) -> Tensor:
+    """Take a pair's difference of layers: (..., 2, R) from (..., 2, L, R), student first."""
+    second, *first = (
+        torch.stack([per_layer[..., model, layers[model], :] for model in (0, 1)], -2)
+        for layers in reversed(pair.layers)
+    )
+    return second - first[0] if first else second
+
+
+def count_parts(structure: str) -> tuple[int, int]:
+    """Count the requests and the pair moments of an encoded spec."""
+    requests, moments = _parts(structure)
+    return len(requests), len(moments)
+
+
+def _parts(structure: str) -> tuple[list[list[str]], list[list[str]]]:
+    requests, moments = (
+        [part.split(",") for part in half.split(";") if part] for half in structure.split("|")
+    )
+    return requests, moments
+
+
+def _pair_moments(layers: list[int]) -> PairMoments:
+    pairs = [Layers(*layers[i : i + 2]) for i in range(0, len(layers), 2)]
+    return PairMoments(pairs[0] if len(pairs) == 2 else None, pairs[-1])

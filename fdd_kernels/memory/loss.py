@@ -116,11 +116,11 @@ def _gradients(shape: LossShape) -> dict[str, int]:
 
 def _statistics(plan: Plan, rows: int) -> int:
     """Statistics, their gradients and what autograd keeps between them and the loss."""
-    from fdd_kernels.lens.spec import MOMENT_STATS, READ_STATS
+    from fdd_kernels.lens.layout import MOMENT_STATS, REQUEST_STATS
 
     numbers = (
         2 * len(plan.layers)
-        + READ_STATS * len(plan.spec.reads)
+        + REQUEST_STATS * len(plan.spec.requests)
         + MOMENT_STATS * len(plan.spec.moments)
     )
     return 3 * FLOAT * rows * numbers

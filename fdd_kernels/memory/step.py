@@ -41,9 +41,9 @@ class Setup:
     @property
     def chosen_backend(self) -> str:
         """The backend whose memory counts."""
-        from fdd_kernels.backends import PREFERENCE
+        from fdd_kernels.backends import preference
 
-        return PREFERENCE[self.device][0] if self.backend == "auto" else self.backend
+        return preference(self.device)[0] if self.backend == "auto" else self.backend
 
     @property
     def itemsize(self) -> int:

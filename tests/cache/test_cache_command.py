@@ -1,7 +1,6 @@
 """`fdd-kernels cache-teacher` and `fdd-kernels distill --teacher-cache` end to end on tiny
 models.
 """
-# ruff: noqa: F811 (fixtures are imported, and asked for by name)
 
 import os
 import shutil
@@ -9,31 +8,13 @@ import subprocess
 
 import pytest
 
-from fdd_kernels.cli.cache_teacher import CacheOptions, cache_teacher
+from fdd_kernels.cli.cache_teacher import cache_teacher
 from fdd_kernels.cli.distill.run import distill
 from fdd_kernels.cli.main import main
 from fdd_kernels.common.errors import UserError
 from fdd_kernels.teacher_cache import TeacherCache
-from tests.cli.test_distill import FullDisk, inputs, options, quiet  # noqa: F401
 from tests.support.cache_inputs import digests
-from tests.support.hf_models import one_thread  # noqa: F401
-
-
-def cache_options(inputs, output, **changes):
-    defaults = {
-        "teacher": str(inputs / "teacher"),
-        "data": inputs / "data.txt",
-        "output": output,
-        "num_layers": 2,
-        "dtype": "float32",
-        "max_length": 24,
-        "eval_fraction": 0.2,
-        "shard_size": 40_000,
-    }
-    return CacheOptions(**(defaults | changes))
-
-
-FROM_CACHE = {"teacher": None, "data": None, "max_length": None, "eval_fraction": None}
+from tests.support.commands import FROM_CACHE, FullDisk, cache_options, options, quiet
 
 
 @pytest.fixture(scope="module")

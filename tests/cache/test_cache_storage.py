@@ -1,7 +1,6 @@
 """The teacher cache on disk: refused where it does not fit, found out where it is damaged, whole
 after kills.
 """
-# ruff: noqa: F811 (fixtures are imported, and asked for by name)
 
 import importlib.util
 import json
@@ -26,19 +25,17 @@ from fdd_kernels.teacher_cache.format import ArraySpec
 from fdd_kernels.teacher_cache.reader import CacheReader
 from fdd_kernels.teacher_cache.windows import WindowTable
 from fdd_kernels.teacher_cache.writer import CachedQuantity, write_cache
-from tests.cli.test_distill import FullDisk
-from tests.support.cache_inputs import (  # noqa: F401
+from tests.support.cache_inputs import (
     CONFIG,
     VOCAB,
     batch_of,
-    caches,
     digests,
     student_model,
     teacher_model,
-    windows,
     write,
 )
-from tests.support.hf_models import one_thread, tiny_model  # noqa: F401
+from tests.support.commands import FullDisk
+from tests.support.hf_models import tiny_model
 
 
 def token_numbers(batch, places):

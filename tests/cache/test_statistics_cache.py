@@ -1,7 +1,6 @@
 """A cache of sufficient statistics in training: equal to the live teacher for one head, and for no
 other.
 """
-# ruff: noqa: F811 (fixtures are imported, and asked for by name)
 
 from dataclasses import replace
 
@@ -17,8 +16,6 @@ from fdd_kernels.data import pad_windows
 from fdd_kernels.integrations import FDDTrainer
 from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.teacher_cache import StatisticsCache, open_teacher_cache, write_statistics_cache
-from tests.cache.test_cache_command import FROM_CACHE, cache_options
-from tests.cli.test_distill import inputs, options, quiet  # noqa: F401
 from tests.support.cache_inputs import (
     LAYERS,
     batch_of,
@@ -26,7 +23,8 @@ from tests.support.cache_inputs import (
     student_model,
     teacher_model,
 )
-from tests.support.hf_models import one_thread, pad_left, tiny_tokenizer  # noqa: F401
+from tests.support.commands import FROM_CACHE, cache_options, options, quiet
+from tests.support.hf_models import pad_left, tiny_tokenizer
 
 CONFIG = FDDConfig(student_layers=(1, 2, 3), teacher_layers=LAYERS, ce_weight=0.5, train_head=False)
 

@@ -1,7 +1,6 @@
 """The teacher cache in training: equal to the live teacher in float32, as far off as it says in
 other storages.
 """
-# ruff: noqa: F811 (fixtures are imported, and asked for by name)
 
 import functools
 import json
@@ -18,19 +17,17 @@ from fdd_kernels.data import pad_windows
 from fdd_kernels.integrations import FDDTrainer
 from fdd_kernels.teacher_cache import TeacherCache
 from fdd_kernels.teacher_cache.codec import CODECS
-from tests.support.cache_inputs import (  # noqa: F401
+from tests.support.cache_inputs import (
     CONFIG,
     batch_of,
-    caches,
     counted,
     loss_and_gradients,
     same_loss_and_gradients,
     student_model,
     teacher_model,
-    windows,
     write,
 )
-from tests.support.hf_models import one_thread, pad_left, tiny_tokenizer  # noqa: F401
+from tests.support.hf_models import pad_left, tiny_tokenizer
 
 
 @pytest.mark.parametrize(

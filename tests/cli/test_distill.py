@@ -2,8 +2,6 @@
 input.
 """
 
-import errno
-import io
 import json
 import os
 import shutil
@@ -16,70 +14,20 @@ import peft
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fdd_kernels import FDDConfig
 from fdd_kernels.cli.distill import run as run_module
 from fdd_kernels.cli.distill.identity import model_identity
-from fdd_kernels.cli.distill.options import DistillOptions
 from fdd_kernels.cli.distill.processes import Processes
 from fdd_kernels.cli.distill.run import distill
 from fdd_kernels.cli.main import main
-from fdd_kernels.common import atomic
 from fdd_kernels.common.errors import RunStopped, SaidElsewhere, UserError
 from fdd_kernels.integrations import FDDTrainer
 from fdd_kernels.integrations.checkpoints import checkpoints
-from tests.support.hf_models import one_thread, tiny_config, tiny_model, tiny_tokenizer  # noqa: F401
-
-NUMBERS = ("one", "two", "three")
-TEXT = "\n".join(
-    f"{a} and {b} is {c}, the word"
-    for a in NUMBERS
-    for b in ("one", "four")
-    for c in ("a", "word", "x")
-)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory):
-    """teacher/ and student/ with a tokenizer, bare/ with a config alone, and data.txt."""
-    folder = tmp_path_factory.mktemp("inputs")
-    tokenizer = tiny_tokenizer()
-    size = len(tokenizer)
-    for name, model in (
-        ("teacher", tiny_model("gpt2", depth=3, vocab_size=size, seed=2, spread=2.0)),
-        ("student", tiny_model("llama", depth=3, vocab_size=size, seed=1)),
-    ):
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    tiny_config("llama", depth=3, vocab_size=size).save_pretrained(folder / "bare")
-    (folder / "data.txt").write_text(TEXT * 2)
-    return folder
-
-
-def options(inputs, output, **changes):
-    defaults = {
-        "teacher": str(inputs / "teacher"),
-        "student": str(inputs / "student"),
-        "data": inputs / "data.txt",
-        "output": output,
-        "config": FDDConfig(num_layers=2),
-        "max_steps": 6,
-        "learning_rate": 3e-3,
-        "batch_size": 4,
-        "max_length": 24,
-        "eval_fraction": 0.2,
-        "save_steps": 2,
-        "log_steps": 1,
-        "dtype": "float32",
-    }
-    return DistillOptions(**(defaults | changes))
-
-
-def quiet():
-    return Console(file=io.StringIO(), width=200)
+from tests.support.commands import TEXT, FullDisk, options, quiet
+from tests.support.hf_models import tiny_model, tiny_tokenizer
 
 
 def weights(output):
@@ -272,21 +220,6 @@ def test_kill_9_loses_nothing_that_was_reported_as_saved(inputs, whole, tmp_path
     assert [e["loss"] for e in mine["history"] if "loss" in e] == [
         e["loss"] for e in theirs["history"] if "loss" in e
     ]
-
-
-class FullDisk:
-    """Where `when(path)`, writing a file to disk says that no space is left, as it does under
-    delayed allocation.
-    """
-
-    def __init__(self, monkeypatch, when):
-        self.when, self.own = when, atomic._sync
-        monkeypatch.setattr(atomic, "_sync", self)
-
-    def __call__(self, path):
-        if self.when(str(path)):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-        return self.own(path)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from fdd_kernels.cli.distill.run_folder import DistillOptions
 from fdd_kernels.cli.loading import fit_vocabularies
 from fdd_kernels.cli.vocabulary import shared_vocabulary
 from fdd_kernels.common.errors import UserError
-from tests.support.hf_models import one_thread, tiny_model, tiny_tokenizer  # noqa: F401
+from tests.support.hf_models import tiny_model, tiny_tokenizer
 
 SIZE = len(tiny_tokenizer())
 CHAT = {

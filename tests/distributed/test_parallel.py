@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 
 from fdd_kernels import Distiller
 from tests.distributed.parallel_worker import CONFIG, batches, models
-from tests.support.hf_models import one_thread, tiny_model  # noqa: F401
+from tests.support.hf_models import tiny_model
 from tests.support.processes import finish, finish_well, start
 
 WORKER = "tests.distributed.parallel_worker"

@@ -7,9 +7,9 @@ import torch
 
 from fdd_kernels import Distiller
 from tests.distributed.trainer_worker import HELD_OUT, STREAMED
-from tests.hf.test_trainer import CONFIG, TERMS, examples, pad
-from tests.support.hf_models import one_thread, tiny_model  # noqa: F401
+from tests.support.hf_models import tiny_model
 from tests.support.processes import finish_well, start
+from tests.support.training import CONFIG, TERMS, examples, pad
 
 WORKER = "tests.distributed.trainer_worker"
 

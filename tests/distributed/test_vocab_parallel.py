@@ -25,7 +25,7 @@ from tests.distributed.vocab_worker import (
     tensor_parallel_models,
 )
 from tests.support.columns_in_parts import in_parts
-from tests.support.hf_models import one_thread, tiny_batch  # noqa: F401
+from tests.support.hf_models import tiny_batch
 from tests.support.processes import finish, start
 
 WORKER = "tests.distributed.vocab_worker"

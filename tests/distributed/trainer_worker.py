@@ -10,10 +10,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from fdd_kernels import Distiller, FDDConfig
-from tests.hf.test_checkpoints import Ruin
-from tests.hf.test_trainer import examples, trainer
 from tests.support.hf_models import tiny_model
 from tests.support.processes import leave, show_stack_when_asked
+from tests.support.training import Ruin, examples, trainer
 
 HELD_OUT = [9, 4, 17, 6, 12]
 # Its first evaluation is the best: afterwards every step makes the student worse.

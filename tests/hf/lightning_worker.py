@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from fdd_kernels import FDDConfig
 from fdd_kernels.integrations import FDDLightningModule
-from tests.hf.test_trainer import examples, pad
 from tests.support.hf_models import tiny_model
+from tests.support.training import examples, pad
 
 CONFIG = FDDConfig(num_layers=2, ce_weight=0.5)
 # Micro-batches of very unequal numbers of tokens: two optimizer steps of 2 x 2, and half a step at

@@ -5,7 +5,7 @@ import torch
 
 from fdd_kernels import Distiller, FDDConfig
 from fdd_kernels.integrations import FDDTrainer
-from tests.support.hf_models import one_thread, tiny_batch, tiny_model  # noqa: F401
+from tests.support.hf_models import tiny_batch, tiny_model
 
 SHARED = 90
 

@@ -12,13 +12,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer
 
 from fdd_kernels.common import atomic
 from fdd_kernels.integrations import CheckpointError
-from tests.hf.test_trainer import CONFIG, examples, same_parameters, trainer
-from tests.robustness.crash_many import lora_student, require_same, weights
-from tests.support.hf_models import one_thread, tiny_model  # noqa: F401
+from tests.support.hf_models import tiny_model
+from tests.support.training import (
+    CONFIG,
+    Ruin,
+    examples,
+    lora_student,
+    require_same,
+    same_parameters,
+    trainer,
+    weights,
+)
 
 ROOT = Path(__file__).parents[2]
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 6}
@@ -173,14 +181,6 @@ def test_a_full_disk(tmp_path, monkeypatch, whole, step):
     again = trainer(tmp_path, train=examples([9] * 28), **SAVING)
     again.train(resume_from_checkpoint=step != 2)
     same_parameters(again.model, whole[1], rtol=0, atol=0)
-
-
-class Ruin(TrainerCallback):
-    """Every step makes the student worse: its logits grow."""
-
-    def on_step_end(self, args, state, control, model, **kwargs):
-        with torch.no_grad():
-            model.lm_head.weight.mul_(1.5)
 
 
 def stopping_early(folder, **changes):

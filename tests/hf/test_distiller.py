@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fdd_kernels import Distiller, FDDConfig, FDDLossTerms
-from tests.support.hf_models import VOCAB, one_thread, pad_left, tiny_batch, tiny_model  # noqa: F401
+from tests.support.hf_models import VOCAB, pad_left, tiny_batch, tiny_model
 
 STUDENT_LAYERS, TEACHER_LAYERS = (1, 2, 3), (2, 4, 6)
 CONFIG = FDDConfig(num_layers=3, ce_weight=0.5, alpha=0.7, beta=1.3, output_kd_weight=0.9)

@@ -10,7 +10,7 @@ import accelerate
 import pytest
 import torch
 
-from tests.support.hf_models import one_thread, tiny_model  # noqa: F401
+from tests.support.hf_models import tiny_model
 
 pl = pytest.importorskip("lightning.pytorch")
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint  # noqa: E402
@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from fdd_kernels import Distiller  # noqa: E402
 from fdd_kernels.integrations import NonFiniteLossError  # noqa: E402
 from tests.hf.lightning_worker import CONFIG, batches, fit, module  # noqa: E402
-from tests.hf.test_trainer import examples, pad  # noqa: E402
+from tests.support.training import examples, pad  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 TERMS = ("loss", "output_kd", "trajectory", "derivative", "ce")

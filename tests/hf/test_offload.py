@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from fdd_kernels import Distiller, FDDConfig
 from fdd_kernels.hf.heads import read_head
-from fdd_kernels.hf.model_reader import ModelLens
+from fdd_kernels.hf.model_reader import ModelReader
 from fdd_kernels.hf.offload import device_of, has_place, is_offloaded
 from fdd_kernels.integrations import FDDTrainer
-from tests.support.hf_models import one_thread, tiny_batch, tiny_model  # noqa: F401
+from tests.support.hf_models import tiny_batch, tiny_model
 
 FULL = FDDConfig(num_layers=3, ce_weight=0.5)  # layers 1, 2, 3 of 4 and 2, 4, 6 of 8
 DYNAMICS = FDDConfig(num_layers=3, output_kd_weight=0.0, ce_weight=0.5)
@@ -276,7 +276,7 @@ def test_a_head_with_several_hooks():
     head = read_head(model.lm_head, "teacher")
     torch.testing.assert_close(head.weight, weight, rtol=0, atol=0)
     assert model.lm_head.weight.is_meta
-    assert ModelLens(model).depth == 3
+    assert ModelReader(model).depth == 3
 
 
 def test_the_teachers_batch_goes_where_the_teacher_computes():

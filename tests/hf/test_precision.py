@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from fdd_kernels import Distiller, FDDConfig
-from tests.hf.test_trainer import examples, same_parameters, trainer
-from tests.robustness.crash_many import lora_student
-from tests.support.hf_models import one_thread, tiny_batch, tiny_model  # noqa: F401
+from tests.support.hf_models import tiny_batch, tiny_model
+from tests.support.training import examples, lora_student, same_parameters, trainer
 
 
 def distiller(student, backend="auto"):

@@ -3,8 +3,7 @@
 import pytest
 from huggingface_hub import ModelCard
 
-from tests.hf.test_trainer import TERMS, examples, trainer
-from tests.support.hf_models import one_thread, tiny_model  # noqa: F401
+from tests.support.training import TERMS, examples, trainer
 
 
 def test_tensorboard_shows_every_term(tmp_path, monkeypatch):

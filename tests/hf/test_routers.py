@@ -6,8 +6,8 @@ from transformers import TrainingArguments
 
 from fdd_kernels import Distiller, FDDConfig, FDDLossTerms
 from fdd_kernels.integrations import FDDTrainer
-from tests.hf.test_trainer import examples, pad
-from tests.support.hf_models import one_thread, tiny_batch, tiny_model  # noqa: F401
+from tests.support.hf_models import tiny_batch, tiny_model
+from tests.support.training import examples, pad
 
 CONFIG = FDDConfig(num_layers=2, ce_weight=0.5)
 COEFFICIENT = 0.3

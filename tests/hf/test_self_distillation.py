@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fdd_kernels import Distiller, FDDConfig
-from tests.support.hf_models import one_thread, tiny_batch, tiny_model  # noqa: F401
+from tests.support.hf_models import tiny_batch, tiny_model
 
 CONFIG = FDDConfig(num_layers=2, ce_weight=0.5)
 KINDS = {

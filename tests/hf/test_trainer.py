@@ -9,70 +9,12 @@ from transformers import (
     AutoModelForCausalLM,
     DataCollatorForSeq2Seq,
     PreTrainedTokenizerFast,
-    TrainingArguments,
 )
 
 from fdd_kernels import Distiller, FDDConfig
 from fdd_kernels.integrations import FDDTrainer
-from tests.support.hf_models import VOCAB, one_thread, pad_left, tiny_model  # noqa: F401
-
-CONFIG = FDDConfig(num_layers=2, ce_weight=0.5)
-TERMS = ("output_kd", "trajectory", "derivative", "ce")
-
-
-def examples(lengths, *, seed=0, labels=True):
-    """Token sequences of unequal length with a masked prompt of unequal length."""
-    generator = torch.Generator().manual_seed(seed)
-    rows = []
-    for index, length in enumerate(lengths):
-        ids = torch.randint(1, VOCAB, (length,), generator=generator).tolist()
-        prompt = index % 3
-        rows.append({"input_ids": ids, "attention_mask": [1] * length})
-        if labels:
-            rows[-1]["labels"] = [-100] * prompt + ids[prompt:]
-    return rows
-
-
-def pad(rows):
-    """A batch padded on the right."""
-    longest = max(len(row["input_ids"]) for row in rows)
-    fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
-    return {
-        key: torch.tensor([row[key] + [fill[key]] * (longest - len(row[key])) for row in rows])
-        for key in rows[0]
-    }
-
-
-def trainer(
-    output, *, train=None, held_out=None, student=None, config=CONFIG, callbacks=None, **arguments
-):
-    student = student if student is not None else tiny_model("llama", depth=3, seed=1)
-    defaults = {
-        "report_to": "none",
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "lr_scheduler_type": "linear",
-        "per_device_train_batch_size": 4,
-        "seed": 3,
-    }
-    return FDDTrainer(
-        model=student,
-        args=TrainingArguments(output_dir=str(output), **(defaults | arguments)),
-        teacher=tiny_model("gpt2", depth=3, seed=2),
-        fdd_config=config,
-        train_dataset=train,
-        eval_dataset=held_out,
-        data_collator=pad,
-        callbacks=callbacks,
-    )
-
-
-def same_parameters(a, b, **tolerance):
-    for (name, x), (_, y) in zip(a.named_parameters(), b.named_parameters()):
-        torch.testing.assert_close(x, y, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
+from tests.support.hf_models import VOCAB, pad_left, tiny_model
+from tests.support.training import CONFIG, TERMS, examples, pad, same_parameters, trainer
 
 
 @pytest.mark.parametrize("labels", [True, False])

@@ -12,8 +12,8 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from fdd_kernels import Distiller
 from fdd_kernels.integrations import FDDTrainerMixin, NonFiniteLossError, require_finite
 from fdd_kernels.integrations.sums import StepSums
-from tests.hf.test_trainer import CONFIG, TERMS, examples, pad, same_parameters, trainer
-from tests.support.hf_models import one_thread, tiny_model  # noqa: F401
+from tests.support.hf_models import tiny_model
+from tests.support.training import CONFIG, TERMS, examples, pad, same_parameters, trainer
 
 # Plain gradient descent: the parameters show the gradient, not only its direction.
 PLAIN = {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.support.hf_models import one_thread, tiny_model, tiny_tokenizer  # noqa: F401
+from tests.support.hf_models import tiny_model, tiny_tokenizer
 
 trl = pytest.importorskip("trl")
 from datasets import Dataset  # noqa: E402

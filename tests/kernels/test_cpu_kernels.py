@@ -19,7 +19,8 @@ from fdd_kernels import fused_fdd_loss
 from fdd_kernels.backends.cpu import extension
 from fdd_kernels.backends.cpu import operations as cpu
 from fdd_kernels.lens.divergences import DIVERGENCES
-from fdd_kernels.lens.spec import NLL, LensInputs
+from fdd_kernels.lens.inputs import LensInputs
+from fdd_kernels.lens.spec import NLL
 from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.fdd.plan import make_plan
 from fdd_kernels.testing import assert_within_budget, evaluate, random_problem

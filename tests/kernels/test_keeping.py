@@ -13,7 +13,8 @@ import torch
 from fdd_kernels import fused_fdd_loss
 from fdd_kernels.backends import BACKENDS, torch_stream
 from fdd_kernels.engine.autograd import LossAndGradient, tensors_of
-from fdd_kernels.lens.spec import VALUE, LensInputs
+from fdd_kernels.lens.inputs import LensInputs
+from fdd_kernels.lens.layout import VALUE
 from fdd_kernels.objectives.fdd.api import _rows_that_count
 from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.fdd.plan import check_labels, make_plan

@@ -18,7 +18,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess:

@@ -18,7 +18,7 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed: there is nothing to interpret")
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 
 
 def interpreted_tests(*arguments: str) -> None:
@@ -29,16 +29,15 @@ def interpreted_tests(*arguments: str) -> None:
         "CUDA_VISIBLE_DEVICES": "",
     }
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
-    done = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("name", ["triton_interpreted", "triton_strategies"])
 def test_kernels_alone(name):
-    interpreted_tests(str(HERE / f"{name}.py"))
+    interpreted_tests(f"tests/kernels/{name}.py")
 
 
 @pytest.mark.timeout(1800)
 def test_as_a_backend():
-    # the others run where that file does
-    interpreted_tests(str(HERE / "test_backends.py"), "-k", "triton")
+    interpreted_tests("tests/numerics/test_backends.py", "-k", "triton")

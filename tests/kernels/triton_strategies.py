@@ -121,7 +121,7 @@ def recorded_gemms(rows: int, columns: int, **options) -> list:
 
 
 def _inputs(student, student_weight, teacher, teacher_weight, **options):
-    from fdd_kernels.lens.spec import LensInputs
+    from fdd_kernels.lens.inputs import LensInputs
     from fdd_kernels.objectives.fdd.options import LossOptions
     from fdd_kernels.objectives.fdd.plan import make_plan
 

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from fdd_kernels.engine.shards import merge_statistics
 from fdd_kernels.lens.divergences import DERIVATIVES, DIVERGENCES, TRAJECTORIES
-from fdd_kernels.lens.spec import COUNT, LSE_S, LSE_T, MEAN_S, OWN, VALUE, LensSpec, Request
+from fdd_kernels.lens.layout import COUNT, LSE_S, LSE_T, MEAN_S, VALUE
+from fdd_kernels.lens.spec import Layers, LensSpec, PairMoments, Request
 from fdd_kernels.testing import (
     Problem,
     assert_same_sums,
@@ -22,8 +23,8 @@ from fdd_kernels.testing import (
     evaluate,
     random_problem,
 )
-from tests.numerics.test_properties import calls
 from tests.support.columns_in_parts import in_parts
+from tests.support.strategies import calls
 
 RAGGED = (0, 1, 17, 18, 37)
 
@@ -123,7 +124,16 @@ def test_a_part_without_a_finite_column_does_not_move_the_pivot():
     """Its shift is 0 because there is none: taken for real, it would cost numbers around -1e4 their
     digits.
     """
-    spec = LensSpec(8, (Request(0, 1.0, "kl"),), ((OWN, 0),), 1.0, 1.0, None, 1.0, None)
+    spec = LensSpec(
+        8,
+        (Request(0, 0, 1.0, "kl"),),
+        (PairMoments(None, Layers(0, 0)),),
+        1.0,
+        1.0,
+        None,
+        1.0,
+        None,
+    )
     shifts = torch.tensor([[-1e4, -2e4], [0.0, 0.0]]).view(2, 2, 1, 1)
     requests, moments = torch.zeros(2, 1, 3, 1), torch.zeros(2, 1, 7, 1)
     requests[0, 0, :, 0] = torch.tensor([0.5, 0.25, 0.125])

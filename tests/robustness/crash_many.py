@@ -30,11 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
 from rich.console import Console
-from safetensors.torch import load_file
-from torch import Tensor
-from transformers import TrainingArguments, set_seed
+from transformers import TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from fdd_kernels import FDDConfig
@@ -47,6 +44,7 @@ from fdd_kernels.integrations.checkpoints import checkpoints
 from fdd_kernels.teacher_cache import TeacherCache
 from tests.support.cache_inputs import digests
 from tests.support.hf_models import tiny_model, tiny_tokenizer
+from tests.support.training import lora_student, require_same, weights
 
 STEPS = 12
 
@@ -55,14 +53,6 @@ def windows(count: int = 24) -> list[dict[str, list[int]]]:
     draw = random.Random(0)
     rows = [[draw.randrange(1, 97) for _ in range(draw.randrange(5, 14))] for _ in range(count)]
     return [{"input_ids": row, "attention_mask": [1] * len(row), "labels": row} for row in rows]
-
-
-def lora_student() -> torch.nn.Module:
-    lora = LoraConfig(
-        r=4, lora_dropout=0.2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
-    )
-    set_seed(1)
-    return get_peft_model(tiny_model("llama", depth=3, seed=1), lora)
 
 
 def train(folder: Path, keep_all: bool = False) -> None:
@@ -153,15 +143,6 @@ def from_cache(folder: Path, keep_all: bool = False) -> None:
     distill(folder, keep_all, teacher_cache=folder.parent / "cache")
 
 
-def weights(folder: Path) -> dict[str, Tensor]:
-    """What a checkpoint or a student's folder holds, in one dictionary."""
-    return {
-        f"{file.name}:{name}": t
-        for file in folder.glob("*.safetensors")
-        for name, t in load_file(file).items()
-    }
-
-
 def result(folder: Path) -> list[dict]:
     timed = ("runtime", "per_second")
     logs = json.loads((folder / "result.json").read_text())
@@ -169,13 +150,6 @@ def result(folder: Path) -> list[dict]:
         {key: value for key, value in log.items() if not any(word in key for word in timed)}
         for log in logs
     ]
-
-
-def require_same(found: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
-    assert found, f"{what}: no weights"
-    assert found.keys() == expected.keys(), f"{what}: other tensors"
-    for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), f"{what}: {name} differs"
 
 
 def in_child(run: Callable[[Path], None], folder: Path) -> int:

@@ -18,7 +18,8 @@ from fdd_kernels.backends import BACKENDS, torch_stream
 from fdd_kernels.engine.autograd import _inputs, _loss_and_gradient, tensors_of
 from fdd_kernels.lens.distances import DISTANCES, Sums
 from fdd_kernels.lens.divergences import DERIVATIVES, TRAJECTORIES
-from fdd_kernels.lens.spec import LSE_S, M_DD, M_SS, M_ST, MEAN_S, VALUE, LensInputs
+from fdd_kernels.lens.inputs import LensInputs
+from fdd_kernels.lens.layout import LSE_S, M_DD, M_SS, M_ST, MEAN_S, VALUE
 from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.fdd.plan import Plan, make_plan
 from fdd_kernels.objectives.fdd.terms import (

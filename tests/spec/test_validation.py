@@ -390,9 +390,10 @@ class TestBackendThatCannotRun:
     def broken(self, monkeypatch):
         """A registry in which the "triton" backend exists, is preferred and cannot run."""
         monkeypatch.setitem(
-            backends.BACKENDS, "triton", backends.Backend(None, None, lambda device: self.REASON)
+            backends.BACKENDS,
+            "triton",
+            backends.Backend(None, None, lambda device: self.REASON, devices=("cpu",), priority=99),
         )
-        monkeypatch.setitem(backends.PREFERENCE, "cpu", ("triton", "torch"))
         monkeypatch.setattr(backends, "_warned", set())
 
     @pytest.mark.usefixtures("broken")
@@ -408,7 +409,7 @@ class TestBackendThatCannotRun:
             UserWarning, match=f'"triton" backend is not used on "cpu": {self.REASON}'
         ):
             loss = fused_fdd_loss(**BASE.arguments)
-        assert loss == fused_fdd_loss(**BASE.arguments, backend="torch")
+        assert loss == fused_fdd_loss(**BASE.arguments, backend=backends.preference("cpu")[1])
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             fused_fdd_loss(**BASE.arguments)

@@ -1,14 +1,10 @@
 """Windows, a teacher, its caches and a student for the tests of the teacher cache."""
 
-import json
-
-import pytest
 import torch
 
 from fdd_kernels import FDDConfig
-from fdd_kernels.data import load_windows, pad_windows
+from fdd_kernels.data import pad_windows
 from fdd_kernels.teacher_cache import write_teacher_cache
-from fdd_kernels.teacher_cache.codec import CODECS
 from tests.support.hf_models import tiny_model, tiny_tokenizer
 
 LAYERS = (1, 2, 4)
@@ -28,21 +24,6 @@ def student_model(**changes):
     return tiny_model("llama", depth=4, vocab_size=VOCAB, seed=1, **changes)
 
 
-@pytest.fixture(scope="module")
-def windows(tmp_path_factory):
-    """Windows of unequal length; some begin with a prompt that does not count."""
-    path = tmp_path_factory.mktemp("text") / "data.jsonl"
-    numbers = ("one", "two", "three", "four")
-    entries = [
-        {"text": f"{a} and {b} is " + "the word " * length}
-        for a in numbers
-        for length, b in enumerate(numbers)
-    ]
-    entries += [{"prompt": f"{a} words ", "completion": f"the {a} and a word"} for a in numbers]
-    path.write_text("".join(json.dumps(entry) + "\n" for entry in [*entries, {"messages": CHAT}]))
-    return load_windows(path, tiny_tokenizer(), max_length=24, eval_fraction=0.2, seed=0)
-
-
 def write(folder, windows, teacher=None, **changes):
     defaults = {
         "layers": LAYERS,
@@ -52,13 +33,6 @@ def write(folder, windows, teacher=None, **changes):
         "tokenizer": tiny_tokenizer(),
     }
     return write_teacher_cache(folder, teacher or teacher_model(), windows, **(defaults | changes))
-
-
-@pytest.fixture(scope="module")
-def caches(windows, tmp_path_factory):
-    """One cache for each codec; in float32 of several shards."""
-    folder = tmp_path_factory.mktemp("caches")
-    return {codec: write(folder / codec, windows, codec=codec) for codec in CODECS}
 
 
 def batch_of(cache, rows=5, start=0):

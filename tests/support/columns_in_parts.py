@@ -19,7 +19,8 @@ from fdd_kernels.engine.vocab_parallel import (
     second_pass_requests,
     second_pass_sums,
 )
-from fdd_kernels.lens.spec import GRAD_SUM, VALUE, LensInputs
+from fdd_kernels.lens.inputs import LensInputs
+from fdd_kernels.lens.layout import GRAD_SUM, VALUE
 from fdd_kernels.objectives.fdd.api import _rows_that_count
 from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.fdd.plan import make_plan

@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 
 import huggingface_hub.constants
-import pytest
 import tokenizers
 import torch
 from tokenizers import Tokenizer
@@ -19,17 +18,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 VOCAB = 97
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """For the modules that import it: threads that wait for each other take far longer than tensors
-    of this size.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 _LLAMA_LIKE = {

@@ -63,6 +63,7 @@ def run_tests() -> int:
         "ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1",
         "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
         "FDD_TEST_BACKENDS": "cpu",
+        "FDD_TEST_PACKAGE": str(BUILD / "fdd_kernels"),
     }
     for path, *selection in TESTS:
         command = [
@@ -72,10 +73,11 @@ def run_tests() -> int:
             "-q",
             "-p",
             "no:cacheprovider",
+            "-o",
+            f"pythonpath={BUILD} {ROOT}",
             str(ROOT / path),
             *selection,
         ]
-        # From the build folder, so that its package is the one imported.
         status = subprocess.run(command, cwd=BUILD, env=environment, check=False).returncode
         if status:
             return status

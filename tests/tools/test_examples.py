@@ -14,8 +14,6 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.support.hf_models import one_thread  # noqa: F401
-
 ROOT = Path(__file__).parents[2]
 NEEDS = {"lightning_module": "lightning", "sft": "trl"}
 

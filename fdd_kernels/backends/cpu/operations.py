@@ -21,7 +21,9 @@ from fdd_kernels.backends import torch_stream
 from fdd_kernels.backends.call_shape import FLOAT, CallShape
 from fdd_kernels.backends.cpu import extension
 from fdd_kernels.lens.divergences import DIVERGENCES
-from fdd_kernels.lens.spec import MOMENT_STATS, NLL, REQUEST_STATS, LensInputs, LensSpec
+from fdd_kernels.lens.inputs import LensInputs
+from fdd_kernels.lens.layout import MOMENT_STATS, REQUEST_STATS
+from fdd_kernels.lens.spec import NLL, LensSpec
 
 MIB = 2**20
 TILE_COLUMNS = 128
@@ -139,10 +141,10 @@ def _problem(inputs: LensInputs, spec: LensSpec, rows: Tensor, tiles: Tiles):
         rows,
         inputs.labels if any(request.divergence == NLL for request in spec.requests) else None,
         [
-            (request.layer, request.temperature, request.divergence or "")
+            (request.student_layer, request.temperature, request.divergence or "")
             for request in spec.requests
         ],
-        list(spec.moments),
+        [(-1 if m.first is None else m.first.student, m.second.student) for m in spec.moments],
         spec.moment_temperature,
         (tiles.rows, tiles.columns, tiles.panel),
     )

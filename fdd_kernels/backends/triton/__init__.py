@@ -23,7 +23,8 @@ import os
 import torch
 from torch import Tensor
 
-from fdd_kernels.lens.spec import LensInputs, LensSpec
+from fdd_kernels.lens.inputs import LensInputs
+from fdd_kernels.lens.spec import LensSpec
 
 
 def interpreting() -> bool:

@@ -29,19 +29,19 @@ from fdd_kernels.backends.triton.work_table import (
     REQUEST_KIND,
     table_entry,
 )
-from fdd_kernels.lens import divergences, spec
+from fdd_kernels.lens import divergences, layout
 
 SKEW = tl.constexpr(divergences.SKEW)
-REQUEST_FIELDS = tl.constexpr(spec.REQUEST_STATS)
-MOMENT_FIELDS = tl.constexpr(spec.MOMENT_STATS)
-LSE_S, LSE_T = tl.constexpr(spec.LSE_S), tl.constexpr(spec.LSE_T)
-VALUE, GRAD_SUM = tl.constexpr(spec.VALUE), tl.constexpr(spec.GRAD_SUM)
+REQUEST_FIELDS = tl.constexpr(layout.REQUEST_STATS)
+MOMENT_FIELDS = tl.constexpr(layout.MOMENT_STATS)
+LSE_S, LSE_T = tl.constexpr(layout.LSE_S), tl.constexpr(layout.LSE_T)
+VALUE, GRAD_SUM = tl.constexpr(layout.VALUE), tl.constexpr(layout.GRAD_SUM)
 COUNT, MEAN_S, MEAN_T = (
-    tl.constexpr(spec.COUNT),
-    tl.constexpr(spec.MEAN_S),
-    tl.constexpr(spec.MEAN_T),
+    tl.constexpr(layout.COUNT),
+    tl.constexpr(layout.MEAN_S),
+    tl.constexpr(layout.MEAN_T),
 )
-M_SS, M_ST, M_DD = tl.constexpr(spec.M_SS), tl.constexpr(spec.M_ST), tl.constexpr(spec.M_DD)
+M_SS, M_ST, M_DD = tl.constexpr(layout.M_SS), tl.constexpr(layout.M_ST), tl.constexpr(layout.M_DD)
 
 
 @triton.jit

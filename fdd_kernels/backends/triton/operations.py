@@ -25,7 +25,8 @@ from fdd_kernels.backends.triton.strategy import (
     scratch_elements,
     slabs_of,
 )
-from fdd_kernels.lens.spec import LensInputs, LensSpec
+from fdd_kernels.lens.inputs import LensInputs
+from fdd_kernels.lens.spec import LensSpec
 
 Statistics = tuple[Tensor, Tensor, Tensor]
 _warned: set[str] = set()

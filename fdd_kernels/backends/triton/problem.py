@@ -12,7 +12,8 @@ from torch import Tensor
 from fdd_kernels.backends.triton import interpreting
 from fdd_kernels.backends.triton.gather_rows import move_rows, order_of_rows
 from fdd_kernels.backends.triton.work_table import Table, table_for
-from fdd_kernels.lens.spec import LensInputs, LensSpec
+from fdd_kernels.lens.inputs import LensInputs
+from fdd_kernels.lens.spec import LensSpec
 
 
 class Head:

@@ -7,7 +7,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fdd_kernels.lens.spec import GRAD_SUM, LSE_S, M_DD, M_SS, M_ST, M_TT, MEAN_S, VALUE, LensSpec
+from fdd_kernels.lens.layout import GRAD_SUM, LSE_S, M_DD, M_SS, M_ST, M_TT, MEAN_S, VALUE
+from fdd_kernels.lens.spec import LensSpec
 
 LARGEST_GRADIENT = 2.0**8  # what the scaled bound comes to: far from overflow, and from underflow
 

@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fdd_kernels.lens.divergences import DIVERGENCES
-from fdd_kernels.lens.spec import NLL, OWN, LensSpec
+from fdd_kernels.lens.spec import NLL, LensSpec
 
 SLOT_BEGIN = tl.constexpr(0)
 SLOT_FLAGS = tl.constexpr(1)
@@ -124,21 +124,22 @@ def _built_table(spec: LensSpec, layers: int, device: torch.device) -> Table:
     others = {request.divergence for request in spec.requests} - {NLL, None, "kl"}
     if len(others) > 1:
         raise NotImplementedError(f"one divergence besides kl a call, got {sorted(others)}")
-    if any(first not in (OWN, second - 1) for first, second in spec.moments):
+    if any(m.first is not None and m.first.student != m.second.student - 1 for m in spec.moments):
         raise NotImplementedError(f"moments of consecutive layers alone, got {spec.moments}")
 
-    slots = sorted({(request.layer, request.temperature) for request in spec.requests})
+    slots = sorted({(request.student_layer, request.temperature) for request in spec.requests})
     requests_of = [
-        [i for i, r in enumerate(spec.requests) if (r.layer, r.temperature) == slot]
+        [i for i, r in enumerate(spec.requests) if (r.student_layer, r.temperature) == slot]
         for slot in slots
     ]
     kinds = {None: KIND_LSE.value, NLL: KIND_NLL.value, "kl": KIND_KL.value}
     flags = {NLL: WANTS_LABEL.value, "kl": WANTS_TEACHER.value, "reverse_kl": WANTS_STUDENT.value}
     parts: list[list[tuple[int, int]]] = [[] for _ in range(layers)]
-    for index, (first, second) in enumerate(spec.moments):
-        parts[second].append((index, OWN_LAYER.value if first == OWN else SECOND.value))
-        if first != OWN:
-            parts[first].append((index, FIRST.value))
+    for index, pair in enumerate(spec.moments):
+        second = pair.second.student
+        parts[second].append((index, OWN_LAYER.value if pair.first is None else SECOND.value))
+        if pair.first is not None:
+            parts[pair.first.student].append((index, FIRST.value))
     second_pass = [
         (index, request)
         for index, request in enumerate(spec.requests)
@@ -168,7 +169,7 @@ def _built_table(spec: LensSpec, layers: int, device: torch.device) -> Table:
     rows[PART_INDEX.value] = [index for part in parts for index, _ in part]
     rows[PART_ROLE.value] = [role for part in parts for _, role in part]
     rows[SECOND_REQUEST.value] = [index for index, _ in second_pass]
-    rows[SECOND_LAYER.value] = [request.layer for _, request in second_pass]
+    rows[SECOND_LAYER.value] = [request.student_layer for _, request in second_pass]
     rows[SECOND_INVERSE.value] = [_bits(1.0 / request.temperature) for _, request in second_pass]
     rows[TEACHER_LAYER.value] = list(range(layers))  # paired by rank
     width = max(len(row) for row in rows)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fdd_kernels.engine.autograd import LensStatistics, LossAndGradient, rows_to_keep, tensors_of
 from fdd_kernels.engine.vocab_parallel import plan_shard
-from fdd_kernels.lens.spec import LensInputs
+from fdd_kernels.lens.inputs import LensInputs
 from fdd_kernels.objectives.fdd.options import FDDLossTerms, LossOptions
 from fdd_kernels.objectives.fdd.plan import Plan, check_labels, make_plan
 from fdd_kernels.objectives.fdd.reference import dense_row_terms

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from fdd_kernels.backends import resolve_backend
 from fdd_kernels.backends.triton.launch import is_recording
 from fdd_kernels.lens.divergences import DIVERGENCES, FEATURE_DISTANCES
-from fdd_kernels.lens.spec import NLL, OWN, LensSpec, Request
+from fdd_kernels.lens.spec import NLL, Layers, LensSpec, PairMoments, Request
 from fdd_kernels.objectives.fdd.options import LossOptions
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -260,15 +260,15 @@ class _SpecBuilder:
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
-        self.moments: list[tuple[int, int]] = []
+        self.moments: list[PairMoments] = []
 
     def request(self, layer: int, temperature: float, divergence: str | None) -> int:
-        request = Request(layer, temperature, divergence)
+        request = Request(layer, layer, temperature, divergence)
         # any reading of this layer at this temperature of both models has its log-sum-exps
         if divergence is None:
             for index, other in enumerate(self.requests):
                 if (
-                    other.layer == layer
+                    other.student_layer == layer
                     and other.temperature == temperature
                     and other.divergence != NLL
                 ):
@@ -277,10 +277,11 @@ class _SpecBuilder:
             self.requests.append(request)
         return self.requests.index(request)
 
-    def moment(self, first: int, second: int) -> int:
-        if (first, second) not in self.moments:
-            self.moments.append((first, second))
-        return self.moments.index((first, second))
+    def moment(self, first: int | None, second: int) -> int:
+        pair = PairMoments(None if first is None else Layers(first, first), Layers(second, second))
+        if pair not in self.moments:
+            self.moments.append(pair)
+        return self.moments.index(pair)
 
 
 def make_plan(
@@ -458,7 +459,7 @@ def lay_out(
             if options.trajectory in DIVERGENCES:
                 trajectory.append(builder.request(layer, temperature, options.trajectory))
             else:
-                trajectory.append(builder.moment(OWN, layer))
+                trajectory.append(builder.moment(None, layer))
     derivative: list[int] = []
     derivative_requests: list[tuple[int, int]] = []
     if options.beta and options.derivative is not None:
@@ -484,16 +485,23 @@ def lay_out(
             "term a weight, or more layers"
         )
     used = sorted(
-        {request.layer for request in builder.requests}
-        | {layer for pair in builder.moments for layer in pair} - {OWN}
+        {r.student_layer for r in builder.requests}
+        | {layers.student for pair in builder.moments for layers in pair.layers}
     )
-    at = {layer: index for index, layer in enumerate(used)} | {OWN: OWN}
+    at = {layer: index for index, layer in enumerate(used)}
+
+    def place(layers: Layers | None) -> Layers | None:
+        return None if layers is None else Layers(at[layers.student], at[layers.teacher])
+
     spec = LensSpec(
         columns=columns,
         requests=tuple(
-            [Request(at[r.layer], r.temperature, r.divergence) for r in builder.requests]
+            [
+                r._replace(student_layer=at[r.student_layer], teacher_layer=at[r.teacher_layer])
+                for r in builder.requests
+            ]
         ),
-        moments=tuple([(at[a], at[b]) for a, b in builder.moments]),
+        moments=tuple([PairMoments(place(m.first), place(m.second)) for m in builder.moments]),
         moment_temperature=temperature,
         student_logit_scale=options.student_logit_scale,
         student_softcap=options.student_softcap,

@@ -37,7 +37,7 @@ from torch import Tensor
 from fdd_kernels.backends import resolve_backend
 from fdd_kernels.backends.torch_stream import MIB, choose_tiles
 from fdd_kernels.engine.autograd import log_sum_exps
-from fdd_kernels.lens.spec import (
+from fdd_kernels.lens.layout import (
     LSE_S,
     LSE_T,
     M_DD,
@@ -47,12 +47,10 @@ from fdd_kernels.lens.spec import (
     MEAN_S,
     MEAN_T,
     MOMENT_STATS,
-    NLL,
     REQUEST_STATS,
     VALUE,
-    LensSpec,
-    Request,
 )
+from fdd_kernels.lens.spec import NLL, Layers, LensSpec, PairMoments, Request
 from fdd_kernels.objectives.fdd.options import FDDLossTerms, LossOptions
 from fdd_kernels.objectives.fdd.plan import Plan, check_normaliser, lay_out
 from fdd_kernels.objectives.fdd.terms import combine, normaliser_of, row_terms_from_statistics
@@ -259,7 +257,7 @@ class _Block:
         u_Lrc = u_Lrc - self.shifts
         bias = None if self.head.bias is None else self.head.bias[tile].to(u_Lrc.dtype)
         for i, request in enumerate(self.spec.requests):
-            z = u_Lrc[request.layer] / request.temperature
+            z = u_Lrc[request.teacher_layer] / request.temperature
             largest = torch.maximum(self.largest[i], z.amax(-1, keepdim=True))
             # finite while every column so far is excluded
             shift = largest.clamp(min=torch.finfo(z.dtype).min)
@@ -277,7 +275,8 @@ class _Block:
             self.expectations[i] = torch.addmm(self.expectations[i] * scale, weights, head_cD)
         live, centred_cD = self.live[tile], head_cD - self.head_mean
         added = live.sum()
-        for i, (a, b) in enumerate(self.spec.moments):
+        for i, pair in enumerate(self.spec.moments):
+            a, b = pair.first.teacher, pair.second.teacher
             t = (u_Lrc[b] - u_Lrc[a]) / self.spec.moment_temperature
             t = torch.where(live, t, 0.0)
             if first_tile:  # a common part, subtracted before sums are taken
@@ -423,7 +422,7 @@ class StatisticsLoss:
         """The statistics of one request, (READ_STATS, R), as `spec.py` defines them."""
         out = [torch.zeros_like(lse)] * REQUEST_STATS
         scale = self.options.student_logit_scale / request.temperature
-        state = hidden[request.layer]
+        state = hidden[request.student_layer]
         out[LSE_S] = lse
         if request.divergence == NLL:
             own = (state * F.embedding(labels.long(), self.weight).to(lse.dtype)).sum(-1)
@@ -432,20 +431,22 @@ class StatisticsLoss:
             out[VALUE] = lse - scale * own
             return torch.stack(out)
         at = self.available.requests.index(
-            Request(plan.layers[request.layer], request.temperature, "kl")
+            Request(*[plan.layers[request.student_layer]] * 2, request.temperature, "kl")
         )
         negative_entropy, expected_bias, out[LSE_T] = self._scalars(statistics, at)
         expected = (state * statistics[f"expectation_{at}"]).sum(-1) + expected_bias
         out[VALUE] = negative_entropy - scale * expected + lse
         return torch.stack(out)
 
-    def _moment(self, plan: Plan, pair: tuple[int, int], hidden, statistics) -> Tensor:
+    def _moment(self, plan: Plan, pair: PairMoments, hidden, statistics) -> Tensor:
         """The moments of one pair of layers, (MOMENT_STATS, R), as `spec.py` defines them."""
-        at = self.available.moments.index(tuple(plan.layers[i] for i in pair))
+        at = self.available.moments.index(
+            PairMoments(*[Layers(*[plan.layers[i] for i in layers]) for layers in pair])
+        )
         count, mean_t, squares_t = self._scalars(statistics, len(self.available.requests) + at)
         mean, gram = self._deltas(count)
         scale = self.options.student_logit_scale / plan.spec.moment_temperature
-        delta = scale * (hidden[pair[1]] - hidden[pair[0]])
+        delta = scale * (hidden[pair.second.student] - hidden[pair.first.student])
         out = [count] * MOMENT_STATS  # which is what stands at COUNT
         out[MEAN_S], out[MEAN_T], out[M_TT] = delta @ mean, mean_t, squares_t
         out[M_SS] = ((delta @ gram) * delta).sum(-1)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fdd_kernels.lens.distances import DISTANCES, Distance, Sums
 from fdd_kernels.lens.divergences import FEATURE_DISTANCES
-from fdd_kernels.lens.spec import LSE_S, LSE_T, M_SS, M_TT, MEAN_S, MEAN_T, OWN, VALUE
+from fdd_kernels.lens.layout import LSE_S, LSE_T, M_SS, M_TT, MEAN_S, MEAN_T, VALUE
 from fdd_kernels.objectives.fdd.options import FDDLossTerms, LossOptions
 from fdd_kernels.objectives.fdd.plan import Plan
 
@@ -109,12 +109,12 @@ def static_deltas(
     # of a layer's own values
     other = student_hidden[0].new_zeros(len(student_hidden[0]), dtype=torch.bool)
     found = []
-    for first, second in plan.spec.moments:
-        found.append(
-            torch.stack(
-                [other if first == OWN else _equal_rows(h[first], h[second]) for h in models]
-            )
-        )
+    for pair in plan.spec.moments:
+        if pair.first is None:
+            found.append(torch.stack([other, other]))
+            continue
+        ends = zip(models, pair.first, pair.second)
+        found.append(torch.stack([_equal_rows(h[first], h[second]) for h, first, second in ends]))
     return torch.stack(found)
 
 
@@ -139,8 +139,8 @@ def _vectors(
         if distance.centred:
             offset = torch.zeros_like(offset)
         elif term == "trajectory":  # the features themselves: their shifts are put back
-            layers = shifts[:, _run([layer for _, layer in plan.spec.moments[run]])]
-            offset = offset + layers.transpose(0, 1) / plan.spec.moment_temperature
+            layers = _run([pair.second.student for pair in plan.spec.moments[run]])
+            offset = offset + shifts[:, layers].transpose(0, 1) / plan.spec.moment_temperature
         elif plan.derivative_requests:
             lse = _part(requests, _layers_of_deltas(plan))[:, LSE_S : LSE_T + 1]
             offset = offset - (lse[1:] - lse[:-1])

@@ -34,7 +34,9 @@ from fdd_kernels.backends.triton.launch import SMALL, launch
 from fdd_kernels.backends.triton.problem import Problem
 from fdd_kernels.backends.triton.scaling import gradient_scale
 from fdd_kernels.backends.triton.strategy import Slabs, balanced_rows, gradient_tokens, padded
-from fdd_kernels.lens.spec import MOMENT_STATS, REQUEST_STATS, LensInputs, LensSpec
+from fdd_kernels.lens.inputs import LensInputs
+from fdd_kernels.lens.layout import MOMENT_STATS, REQUEST_STATS
+from fdd_kernels.lens.spec import LensSpec
 
 # shifts (2, L, R), requests (requests, 4, R), moments (moments, 7, R)
 Statistics = tuple[Tensor, Tensor, Tensor]

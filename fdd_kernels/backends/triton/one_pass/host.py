@@ -33,7 +33,9 @@ from fdd_kernels.backends.triton.one_pass.splits import launch_merge, launch_mer
 from fdd_kernels.backends.triton.one_pass.stats import fields_of, launch_stats
 from fdd_kernels.backends.triton.problem import Head, Problem
 from fdd_kernels.backends.triton.scaling import gradient_scale
-from fdd_kernels.lens.spec import MOMENT_STATS, REQUEST_STATS, LensInputs, LensSpec
+from fdd_kernels.lens.inputs import LensInputs
+from fdd_kernels.lens.layout import MOMENT_STATS, REQUEST_STATS
+from fdd_kernels.lens.spec import LensSpec
 
 
 def _head_arguments(head: Head, side: str, block_hidden: Tensor, filler: Tensor) -> dict:

@@ -1,0 +1,65 @@
+"""The tensors of one call as the kernels take them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class LensInputs(NamedTuple):
+    """The tensors of one call, in the order of the operators' schema.
+
+    Each model has L hidden states (R, D). Heads are (V', D) and biases (V',) with V' >= V, the
+    number of tokens that are compared. `teacher_weight` None stands for the identity. `valid` is
+    (R,) bool, or None where every row is valid. `labels` is (R,) int, for NLL requests alone.
+    """
+
+    student_hidden: list[Tensor]
+    student_weight: Tensor
+    student_bias: Tensor | None
+    teacher_hidden: list[Tensor]
+    teacher_weight: Tensor | None
+    teacher_bias: Tensor | None
+    valid: Tensor | None
+    labels: Tensor | None
+
+    @property
+    def rows(self) -> int:
+        """R, valid or not."""
+        return self.student_hidden[0].shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of all tensors."""
+        return self.student_weight.device
+
+    @property
+    def statistics_dtype(self) -> torch.dtype:
+        """The dtype of GEMMs, sums and statistics: float64 if any input is, float32 otherwise."""
+        tensors = (
+            *self.student_hidden,
+            self.student_weight,
+            *self.teacher_hidden,
+            self.teacher_weight,
+        )
+        is_double = any(t is not None and t.dtype == torch.float64 for t in tensors)
+        return torch.float64 if is_double else torch.float32
+
+    def at(self, rows: Tensor) -> LensInputs:
+        """Select `rows`, int64 positions that are all valid."""
+        student, teacher = (
+            [h[rows] for h in states] for states in (self.student_hidden, self.teacher_hidden)
+        )
+        labels = None if self.labels is None else self.labels[rows]
+        return self._replace(
+            student_hidden=student, teacher_hidden=teacher, valid=None, labels=labels
+        )
+
+    def of_layers(self, layers: tuple[int, ...]) -> LensInputs:
+        """Select some layers of both models."""
+        return self._replace(
+            student_hidden=[self.student_hidden[layer] for layer in layers],
+            teacher_hidden=[self.teacher_hidden[layer] for layer in layers],
+        )
