@@ -65,8 +65,13 @@ MOVED = {
     "distill_command.identity": "cli.distill.identity",
     "distill_command.model_card": "cli.distill.model_card",
     "distill_command": "cli.distill",
+    "teacher_cache.cache": "teacher_cache.hidden",
     "teacher_cache.command": "cli.cache_teacher",
+    "teacher_cache.index": "teacher_cache.format",
+    "teacher_cache.opening": "teacher_cache",
     "teacher_cache.options": "cli.cache_options",
+    "teacher_cache.statistics": "teacher_cache.summary",
+    "teacher_cache.storage": "teacher_cache.writer",
 }
 
 

@@ -17,6 +17,7 @@ from fdd_kernels.hf.offload import has_place
 from fdd_kernels.hf.positions import SHIFT_LABELS
 from fdd_kernels.hf.sharing import as_teacher_of_itself, shares_modules
 from fdd_kernels.hf.targets import HiddenTargets, Targets
+from fdd_kernels.hf.targets import StudentSide as StudentSide
 from fdd_kernels.hf.transform import LogitTransform
 from fdd_kernels.hf.wrappers import inside_forward, unwrap
 from fdd_kernels.objectives.fdd.options import FDDConfig, LossOptions
