@@ -66,14 +66,20 @@ MOVED = {
     "distill_command.identity": "cli.distill.identity",
     "distill_command.model_card": "cli.distill.model_card",
     "distill_command": "cli.distill",
+    "teacher_cache.cache": "teacher_cache.hidden",
     "teacher_cache.command": "cli.cache_teacher",
+    "teacher_cache.index": "teacher_cache.format",
+    "teacher_cache.opening": "teacher_cache",
     "teacher_cache.options": "cli.cache_options",
+    "teacher_cache.statistics": "teacher_cache.summary",
+    "teacher_cache.storage": "teacher_cache.writer",
     "data.progress": "cli.reading",
 }
 # Further modules with names of an old one that was split.
 SPLIT = {
     "spec": ("lens.layout", "lens.inputs"),
     "distill_command.run": ("cli.distill.trainer",),
+    "teacher_cache.cache": ("teacher_cache.reader",),
 }
 # Names that are called otherwise now.
 RENAMED = {

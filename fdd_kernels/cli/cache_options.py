@@ -8,10 +8,10 @@ from pathlib import Path
 from fdd_kernels.cli.teacher_options import DTYPES, TeacherOptions
 from fdd_kernels.common.errors import UserError
 from fdd_kernels.objectives.fdd.options import LAYER_GRIDS
+from fdd_kernels.teacher_cache import SHARD_SIZE
 
 KINDS = ("states", "statistics")
 STORED = ("float32", "bfloat16", "int8", "float8")  # the names of `codec.CODECS`
-SHARD_SIZE = 512 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)

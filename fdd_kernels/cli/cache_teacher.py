@@ -34,9 +34,7 @@ from fdd_kernels.data.sources import open_source
 from fdd_kernels.hf.layers import layer_grid
 from fdd_kernels.hf.teachers import place_teacher
 from fdd_kernels.objectives.fdd.options import FDDConfig, LossOptions
-from fdd_kernels.teacher_cache.cache import WindowCache
-from fdd_kernels.teacher_cache.statistics import write_statistics_cache
-from fdd_kernels.teacher_cache.writer import write_teacher_cache
+from fdd_kernels.teacher_cache import WindowCache, write_summary_cache, write_teacher_cache
 
 
 def cache_teacher(options: CacheOptions, console: Console | None = None) -> WindowCache:
@@ -106,7 +104,7 @@ def cache_teacher(options: CacheOptions, console: Console | None = None) -> Wind
                 )
             else:
                 loss = _loss_options(options, teacher, student, vocabulary)
-                cache = write_statistics_cache(
+                cache = write_summary_cache(
                     output, teacher, student.to(device), windows, options=loss, **common
                 )
         except (OSError, SafetensorError) as error:

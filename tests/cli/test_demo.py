@@ -40,7 +40,8 @@ def held_out() -> torch.Tensor:
 
 
 def test_files_are_split_by_path_alone():
-    assert is_held_out(Path("json/decoder.py")) == is_held_out(Path("json/decoder.py"))
+    found = [i for i in range(100) if is_held_out(Path(f"package/module_{i}.py"))]
+    assert found == [36, 38, 64, 66]  # by SHA-256: of every machine, Python and release
     parts = [is_held_out(Path(f"package/module_{i}.py")) for i in range(2000)]
     assert 40 < sum(parts) < 130  # one in 25, binomial: 80 +- 9
     training, held = standard_library_texts(held_out=False), standard_library_texts(held_out=True)

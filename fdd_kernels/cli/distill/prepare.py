@@ -33,7 +33,7 @@ from fdd_kernels.common.progress import Activity
 from fdd_kernels.data import Windows
 from fdd_kernels.integrations.checkpoints import PREFIX, last_checkpoint
 from fdd_kernels.objectives.fdd.options import FDDConfig
-from fdd_kernels.teacher_cache import StatisticsCache, WindowCache
+from fdd_kernels.teacher_cache import SummaryCache, WindowCache
 
 
 @dataclass
@@ -100,7 +100,7 @@ def _load_teacher(
     cache = open_cache(options.teacher_cache)
     vocabulary = load_vocabulary(str(cache.tokenizer_folder), options.student, compared)
     require_shared(cache, vocabulary)
-    if isinstance(cache, StatisticsCache) and options.config.train_head and not options.lora_rank:
+    if isinstance(cache, SummaryCache) and options.config.train_head and not options.lora_rank:
         raise UserError(
             f"teacher_cache={options.teacher_cache} holds statistics for one head that does not "
             "change: train adapters beside it (lora_rank), freeze it (train_head=False), or use a "
