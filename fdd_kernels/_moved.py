@@ -78,11 +78,13 @@ MOVED = {
 # Further modules with names of an old one that was split.
 SPLIT = {
     "spec": ("lens.layout", "lens.inputs"),
+    "models.lens": ("hf.transform",),
     "distill_command.run": ("cli.distill.trainer",),
     "teacher_cache.cache": ("teacher_cache.reader",),
 }
 # Names that are called otherwise now.
 RENAMED = {
+    "models.positions.counted_positions": "hf.positions.valid_positions",
     "distill_command.run._ResumableTrainer": "cli.distill.trainer.ResumableTrainer",
     "spec.Read": "lens.spec.Request",
     "vocab_parallel.second_pass_reads": "engine.vocab_parallel.second_pass_requests",
