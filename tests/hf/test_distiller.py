@@ -666,7 +666,7 @@ def test_teacher_states_can_be_shared():
     states = distiller.teacher_states(batch)
     expected = distiller(batch), output_only(batch)
     teacher.forward = teacher.model = None
-    distiller.teacher.lens.backbone.forward = lambda **_: 1 / 0
+    distiller.teacher.reader.backbone.forward = lambda **_: 1 / 0
     for actual, wanted in zip(
         (distiller(batch, teacher_states=states), output_only(batch, teacher_states=states)),
         expected,
