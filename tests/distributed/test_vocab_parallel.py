@@ -1,6 +1,4 @@
-"""Heads whose rows are split over gloo processes: loss and gradients against one process, refusals,
-a process that dies.
-"""
+"""Split heads over gloo processes: loss and gradients against one process, refusals, a kill."""
 
 from __future__ import annotations
 
@@ -35,8 +33,8 @@ WORLDS = (2, pytest.param(4, marks=pytest.mark.slow))
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """What each process of a group found, and how it ended after the last of them had died; run
-    when first asked for.
+    """Start a group when first asked; return each process's results and exit, after the last is
+    killed.
     """
 
     @functools.cache
@@ -176,7 +174,7 @@ def check_shares(found: list[dict], expected: Outcome, dim: int) -> None:
 
 
 def close(got: torch.Tensor, expected: torch.Tensor) -> None:
-    """Two float32 evaluations that sum in another order."""
+    """Compare two float32 evaluations whose sums differ in order."""
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-6 * float(expected.abs().max()))
 
 
