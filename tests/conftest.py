@@ -91,9 +91,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Files are divided among processes one by one: the longest first, so that no process is left
-    # alone with it.
-    items.sort(key=lambda item: item.path.name != "test_triton_aot.py")
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA or HIP device, and this machine has none")
         for item in items:

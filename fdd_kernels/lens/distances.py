@@ -113,8 +113,6 @@ def _write_mse_grad(sums: Sums, of_ss: Tensor, of_st: Tensor, of_dd: Tensor) -> 
 
 DISTANCES: dict[str, Distance] = {
     "cosine": Distance(_cosine_value, _write_cosine_grad, directional=True),
-    "centered_cosine": Distance(
-        _cosine_value, _write_cosine_grad, centred=True, directional=True
-    ),
+    "centered_cosine": Distance(_cosine_value, _write_cosine_grad, centred=True, directional=True),
     "mse": Distance(_mse_value, _write_mse_grad),
 }

@@ -249,7 +249,7 @@ def test_messages_name_options_as_they_are_typed(message, shown):
 
 
 def test_cache_teacher_passes_its_options_on(monkeypatch):
-    from fdd_kernels.cli.main import cache_teacher as command
+    from fdd_kernels.cli import cache_teacher as command
 
     calls = []
     monkeypatch.setattr(command, "cache_teacher", calls.append)

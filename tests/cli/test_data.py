@@ -581,7 +581,7 @@ def test_tokens_that_one_model_lacks_are_left_out(tmp_path, tokenizer):
     assert windows.not_shared[0].startswith(f"{path}:2 (")
     assert "'x'" in windows.not_shared[0]
     with pytest.raises(
-        UserError, match=r"every document holds a token that not both models have, as .*:1"
+        UserError, match=r"every document holds a token that only one model has, as .*:1"
     ):
         load(write(tmp_path / "b.jsonl", {"text": "x"}), tokenizer, unshared=unshared)
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fdd_kernels import FDDConfig
-from fdd_kernels.cli.distill import run as run_module
+from fdd_kernels.cli.distill import trainer as trainer_module
 from fdd_kernels.cli.distill.identity import model_identity
 from fdd_kernels.cli.distill.processes import Processes
 from fdd_kernels.cli.distill.run import distill
@@ -158,7 +158,7 @@ import sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from fdd_kernels.cli.distill import run as distill
+from fdd_kernels.cli.distill import trainer as distill
 from fdd_kernels.cli.main import main
 
 def hang():
@@ -166,23 +166,24 @@ def hang():
     time.sleep(600)
 
 if sys.argv[1] == "saving":
-    own = distill._ResumableTrainer._save_optimizer_and_scheduler
+    own = distill.ResumableTrainer._save_optimizer_and_scheduler
     def save(self, folder):
         if self.state.global_step == 4:
             hang()
         own(self, folder)
-    distill._ResumableTrainer._save_optimizer_and_scheduler = save
+    distill.ResumableTrainer._save_optimizer_and_scheduler = save
 else:
-    own = distill._ResumableTrainer.compute_loss
+    own = distill.ResumableTrainer.compute_loss
     def loss(self, *args, **kwargs):
         if self.state.global_step == 3 and self.model.training:
             hang()
         return own(self, *args, **kwargs)
-    distill._ResumableTrainer.compute_loss = loss
+    distill.ResumableTrainer.compute_loss = loss
 sys.exit(main(sys.argv[3:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["saving", "computing"])
 def test_kill_9_loses_nothing_that_was_reported_as_saved(inputs, whole, tmp_path, moment):
     output, stuck = tmp_path / "run", tmp_path / "stuck"
@@ -212,7 +213,7 @@ def test_kill_9_loses_nothing_that_was_reported_as_saved(inputs, whole, tmp_path
     assert not (output / "metrics.json").exists()
     console = quiet()
     distill(options(inputs, output), console)
-    assert "going on from checkpoint-2" in console.file.getvalue()
+    assert "resuming from checkpoint-2" in console.file.getvalue()
     same(weights(output), weights(whole))
     assert not (output / ".unfinished").exists()
     mine, theirs = (json.loads((folder / "metrics.json").read_text()) for folder in (output, whole))
@@ -323,7 +324,7 @@ def test_a_finished_run_can_be_made_longer(inputs, tmp_path):
     distill(options(inputs, output, max_steps=2, scheduler="constant"), quiet())
     console = quiet()
     metrics = distill(options(inputs, output, max_steps=6, scheduler="constant"), console)
-    assert "going on from checkpoint-2" in console.file.getvalue()
+    assert "resuming from checkpoint-2" in console.file.getvalue()
     assert metrics["steps"] == 6
     distill(options(inputs, tmp_path / "at-once", scheduler="constant"), quiet())
     same(weights(output), weights(tmp_path / "at-once"))
@@ -433,9 +434,9 @@ def test_reports_go_to_tensorboard(inputs, tmp_path):
 @pytest.mark.filterwarnings("error::FutureWarning")
 def test_options_of_training_reach_the_trainer(inputs, tmp_path, monkeypatch):
     made = []
-    own = run_module._ResumableTrainer.train
+    own = trainer_module.ResumableTrainer.train
     monkeypatch.setattr(
-        run_module._ResumableTrainer,
+        trainer_module.ResumableTrainer,
         "train",
         lambda self, **k: (made.append(self), own(self, **k))[1],
     )
@@ -493,6 +494,7 @@ def test_a_teacher_in_a_dtype_of_its_own(inputs, tmp_path):
     assert {tensor.dtype for tensor in weights(tmp_path).values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_their_batches(inputs, whole, tmp_path):
     """Started by torchrun, two processes with batches of two take the steps of one with batches of
     four.

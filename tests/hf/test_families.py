@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from fdd_kernels import Distiller, FDDConfig
-from fdd_kernels.hf.model_reader import ModelLens
+from fdd_kernels.hf.model_reader import ModelReader
 from tests.support.hf_models import VOCAB, tiny_batch, tiny_config, tiny_model
 
 CONFIG = FDDConfig(
@@ -189,7 +189,7 @@ def test_families_can_be_mixed():
 
 @pytest.mark.parametrize("family", ["bert", "minicpm3", "gemma3n"])
 def test_without_the_final_norm_the_rest_still_applies(family):
-    lens = ModelLens(tiny_model(family, depth=3))
+    lens = ModelReader(tiny_model(family, depth=3))
     (state,), _ = lens.states(tiny_batch(labels=False), (2,))
     read = lens.read(state, apply_final_norm=False)
     expected = {
@@ -213,7 +213,7 @@ class TestWithoutABackboneOfItsOwn:
     """
 
     def test_no_logits_and_no_more_than_is_asked_for(self):
-        lens, calls = ModelLens(mllama()), []
+        lens, calls = ModelReader(mllama()), []
         assert lens.backbone is lens.model
         hooks = [
             m.register_forward_hook(lambda m, *_: calls.append(m))
@@ -229,7 +229,7 @@ class TestWithoutABackboneOfItsOwn:
 
     def test_a_block_that_text_leaves_out_changes_nothing(self):
         """The second block is for images alone."""
-        lens = ModelLens(mllama())
+        lens = ModelReader(mllama())
         (one, two), _ = lens.states(tiny_batch(labels=False), (1, 2))
         torch.testing.assert_close(one, two, rtol=0, atol=0)
 
@@ -417,10 +417,10 @@ class TestNoCausalLM:
             UserWarning,
             match=f"student: the predictions of {type(model).__name__}.* change with the tokens",
         ):
-            lens = ModelLens(model, "student")
+            lens = ModelReader(model, "student")
         assert lens.depth == 3
 
     def test_a_causal_lm_is_not_warned_of(self):
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
-            ModelLens(tiny_model("bert", depth=3))
+            ModelReader(tiny_model("bert", depth=3))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fdd_kernels import Distiller, FDDConfig
 from fdd_kernels.hf.heads import read_head
-from fdd_kernels.hf.model_reader import ModelLens
+from fdd_kernels.hf.model_reader import ModelReader
 from tests.support.hf_models import tiny_batch, tiny_model
 
 LORA = {"r": 3, "lora_alpha": 5, "task_type": "CAUSAL_LM"}
@@ -254,7 +254,7 @@ def test_other_adapters_are_refused_by_name(config, kind):
         TypeError,
         match=rf"student: the LM head is a peft\.tuners\.(?s:.*){kind}(?s:.*)merge_and_unload",
     ):
-        ModelLens(model if kind != "adalora" else model.base_model.model, "student")
+        ModelReader(model if kind != "adalora" else model.base_model.model, "student")
 
 
 class Quantised(Tensor):
@@ -376,7 +376,7 @@ class TestQuantised:
             TypeError,
             match=r"teacher: .*Linear with a Opaque weight, which cannot be dequantised \(no deq",
         ):
-            ModelLens(model, "teacher")
+            ModelReader(model, "teacher")
 
     def test_a_wrong_reading_is_noticed(self):
         """What a head is said to be worth is compared with what the model computes with it."""
@@ -388,7 +388,7 @@ class TestQuantised:
         model = tiny_model("llama", depth=3)
         quantise_head(model, Wrong)
         with pytest.raises(ValueError, match=r"teacher: looked for the blocks.* differs by"):
-            ModelLens(model, "teacher")
+            ModelReader(model, "teacher")
 
     @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
     def test_raw_storage_is_never_read(self, dtype):
@@ -399,7 +399,7 @@ class TestQuantised:
         with pytest.raises(
             TypeError, match=rf"teacher: .*Linear with a {dtype} weight.*torchao or bitsandbytes"
         ):
-            ModelLens(model, "teacher")
+            ModelReader(model, "teacher")
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -434,7 +434,7 @@ class TestTorchao:
         student, batch = tiny_model("llama", depth=3, seed=1), tiny_batch()
         original = tiny_model("llama", depth=3, seed=2, dtype=dtype)
         teacher = quantise(tiny_model("llama", depth=3, seed=2, dtype=dtype), kind)
-        lens = ModelLens(teacher, "teacher")
+        lens = ModelReader(teacher, "teacher")
         head = lens.read_head()
         assert head.storage == "quantised"
         assert type(head.weight) is Tensor
@@ -509,7 +509,7 @@ class TestBitsandbytes:
         teacher = self.quantised_head(bnb, tiny_model("llama", **options), kind)
         assert teacher.lm_head.weight.dtype in (torch.int8, torch.uint8)
         for _ in range(2):  # bitsandbytes moves its scales at the first forward
-            lens = ModelLens(teacher, "teacher")
+            lens = ModelReader(teacher, "teacher")
             head = lens.read_head()
             assert head.storage == "quantised"
             assert 0 < relative_error(head.weight.float(), original.lm_head.weight.float()) < error

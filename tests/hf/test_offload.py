@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from fdd_kernels import Distiller, FDDConfig
 from fdd_kernels.hf.heads import read_head
-from fdd_kernels.hf.model_reader import ModelLens
+from fdd_kernels.hf.model_reader import ModelReader
 from fdd_kernels.hf.offload import device_of, has_place, is_offloaded
 from fdd_kernels.integrations import FDDTrainer
 from tests.support.hf_models import tiny_batch, tiny_model
@@ -65,7 +65,7 @@ class TestEarlyStop:
         expected = whole(batch)
         with torch.no_grad():
             logits = theirs(**tiny_batch(labels=False)).logits
-        calls = count_calls(stopping.teacher.lens.blocks)
+        calls = count_calls(stopping.teacher.reader.blocks)
         terms = stopping(batch)
         assert calls == [1] * 6 + [0] * 2
         # Up to the order of sums: with one state fewer a backend's products have other shapes.
@@ -100,7 +100,7 @@ class TestEarlyStop:
     def test_as_many_blocks_run_as_the_loss_needs(self, options, runs):
         student, teacher = models()
         distiller = Distiller(student, teacher, FDDConfig(**{"num_layers": 3, **options}))
-        calls = count_calls(distiller.teacher.lens.blocks)
+        calls = count_calls(distiller.teacher.reader.blocks)
         assert distiller(tiny_batch()).loss.isfinite()
         assert calls == [1] * runs + [0] * (8 - runs)
 
@@ -197,7 +197,7 @@ def test_an_offloaded_teacher_gives_the_same_step(tmp_path, kind, config):
     assert "lm_head.weight" in away
     assert "model.layers.7.mlp.up_proj.weight" in away
     distiller = Distiller(student, teacher, config)
-    assert distiller.teacher.lens.read_head().storage == "offloaded"
+    assert distiller.teacher.reader.read_head().storage == "offloaded"
     for _ in range(2):
         found = distiller(tiny_batch())
         torch.testing.assert_close(torch.stack(found), torch.stack(terms), rtol=0, atol=0)
@@ -229,7 +229,7 @@ def test_a_stop_sends_the_weights_of_the_modules_around_it_out_again():
     accelerate.cpu_offload(teacher, execution_device=torch.device("cpu"))
     distiller = Distiller(student, teacher, DYNAMICS)
     seen = []
-    distiller.teacher.lens.blocks[5].register_forward_hook(
+    distiller.teacher.reader.blocks[5].register_forward_hook(
         lambda *_: seen.append(teacher.model.own.is_meta)
     )
     torch.testing.assert_close(
@@ -276,7 +276,7 @@ def test_a_head_with_several_hooks():
     head = read_head(model.lm_head, "teacher")
     torch.testing.assert_close(head.weight, weight, rtol=0, atol=0)
     assert model.lm_head.weight.is_meta
-    assert ModelLens(model).depth == 3
+    assert ModelReader(model).depth == 3
 
 
 def test_the_teachers_batch_goes_where_the_teacher_computes():
@@ -301,7 +301,7 @@ class TestMemory:
         def count(*_):
             alive.append(sum(reference() is not None for reference in raw))
 
-        for block in distiller.teacher.lens.blocks:
+        for block in distiller.teacher.reader.blocks:
             block.register_forward_hook(keep)
             block.register_forward_pre_hook(count)
         states = distiller.teacher_states(tiny_batch())
