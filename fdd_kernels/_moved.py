@@ -64,7 +64,7 @@ MOVED = {
     "distill_command.options": "cli.distill.options",
     "distill_command.processes": "cli.distill.processes",
     "distill_command.identity": "cli.distill.identity",
-    "distill_command.model_card": "cli.distill.model_card",
+    "distill_command.model_card": "integrations.model_card",
     "distill_command": "cli.distill",
     "teacher_cache.cache": "teacher_cache.hidden",
     "teacher_cache.command": "cli.cache_teacher",

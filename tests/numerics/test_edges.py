@@ -175,9 +175,13 @@ def test_rows_more_than_2_31_elements_apart(backend, what):
     options = {"output_in_dynamics": False}
     near_outcome = evaluate(half, backend=backend, **options)
     far_outcome = evaluate(replace(half, **{what: far}), backend=backend, **options)
-    assert torch.equal(far_outcome.terms.loss, near_outcome.terms.loss)
+    # up to rounding: a matrix library may take other kernels for other strides
+    torch.testing.assert_close(far_outcome.terms.loss, near_outcome.terms.loss)
     for name, gradient in near_outcome.gradients.items():
-        assert torch.equal(far_outcome.gradients[name], gradient), name
+        size = float(gradient.abs().max())
+        torch.testing.assert_close(
+            far_outcome.gradients[name], gradient, rtol=2e-3, atol=1e-4 * size, msg=name
+        )
 
 
 @pytest.mark.trap("frozen head still allocating a gradient")
