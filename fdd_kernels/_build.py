@@ -43,7 +43,7 @@ def source_folder() -> Path:
 
 def sources(folder: Path) -> list[Path]:
     """Everything that the kernels are made of, in a fixed order."""
-    return sorted(path for path in folder.glob("*") if path.suffix in (".cpp", ".h", ".inc"))
+    return sorted(path for path in folder.glob("*") if path.suffix in (".cpp", ".h"))
 
 
 def flags() -> tuple[list[str], list[str]]:

@@ -14,7 +14,6 @@ from fdd_kernels.backends.triton.launch import is_recording
 from fdd_kernels.backends.triton.memory import memory as triton_memory
 from fdd_kernels.lens.spec import LensSpec
 
-
 __all__ = [
     "BACKENDS",
     "Backend",
@@ -84,6 +83,7 @@ BACKENDS: dict[str, Backend] = {
         cpu.stats,
         cpu.grad,
         cpu.unavailable,
+        cpu.refusal,
         devices=("cpu",),
         priority=2,
         color="#d1495b",

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fdd_kernels.lens.divergences import DIVERGENCES
+from fdd_kernels.lens.divergences import expectation_of
 from fdd_kernels.lens.layout import (
     COUNT,
     GRAD_SUM,
@@ -98,10 +98,10 @@ def _merge_request(request: Request, parts_NkR: Tensor, offset_N2R: Tensor, out_
     parts_t = parts_NkR[:, LSE_T] + offset_N2R[:, 1]
     out_kR[LSE_T] = parts_t.logsumexp(0)
     log_p = parts_t - out_kR[LSE_T]
-    expectation_of = DIVERGENCES[request.divergence].expectation_of if request.divergence else None
-    if expectation_of == "teacher":
+    of = expectation_of(request.divergence)
+    if of == "teacher":
         out_kR[VALUE], out_kR[GRAD_SUM] = _chain_rule(log_p, log_q, value), -1.0
-    elif expectation_of == "student":
+    elif of == "student":
         out_kR[VALUE] = _chain_rule(log_q, log_p, value)
         out_kR[GRAD_SUM] = out_kR[VALUE] + 1.0
 

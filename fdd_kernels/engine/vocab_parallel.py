@@ -27,6 +27,7 @@ from torch import Tensor
 from fdd_kernels.backends import torch_stream
 from fdd_kernels.engine import ops
 from fdd_kernels.engine.shards import merge_statistics
+from fdd_kernels.lens.divergences import needs_second_pass
 from fdd_kernels.lens.inputs import LensInputs
 from fdd_kernels.lens.layout import GRAD_SUM, VALUE, Statistics
 from fdd_kernels.lens.spec import NLL, LensSpec
@@ -298,7 +299,7 @@ def second_pass_requests(spec: LensSpec) -> list[int]:
     return [
         index
         for index, request in enumerate(spec.requests)
-        if torch_stream.needs_second_pass(request)
+        if needs_second_pass(request.divergence)
     ]
 
 

@@ -11,7 +11,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fdd_kernels import fdd_loss_reference, fused_fdd_loss
-from fdd_kernels.backends import BACKENDS, Backend, torch_stream
+from fdd_kernels.backends import BACKENDS, Backend
+from fdd_kernels.backends.torch_stream import tiling
+from fdd_kernels.backends.torch_stream.problem import TorchProblem
 from fdd_kernels.objectives.fdd import api
 from fdd_kernels.testing import (
     Problem,
@@ -373,7 +375,7 @@ def test_chunk_size_overshooting(rows):
     all rows.
     """
     seen = []
-    real = torch_stream._Problem.row_blocks
+    real = TorchProblem.row_blocks
 
     def watched(self, size, start=0, stop=None):
         for block, first, last in real(self, size, start, stop):
@@ -383,8 +385,8 @@ def test_chunk_size_overshooting(rows):
 
     problem = random_problem((rows,), 130, 4, 4, layers=2, labels=True, dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_stream, "choose_tiles", lambda *_: torch_stream.Tiles(1024, 100, 1024))
-        patch.setattr(torch_stream._Problem, "row_blocks", watched)
+        patch.setattr(tiling, "choose_tiles", lambda *_: tiling.Tiles(1024, 100, 1024))
+        patch.setattr(TorchProblem, "row_blocks", watched)
         outcome = evaluate(problem, backend="torch", reduction="sum")
     assert max(last for _, last in seen) == int((problem.labels >= 0).sum())
     truth = exact(problem, reduction="sum")
