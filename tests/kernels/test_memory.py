@@ -1,6 +1,4 @@
-"""What the torch backend allocates: measured in a fresh process, and by the arithmetic of its
-tiles.
-"""
+"""Memory of the torch backend: measured in a fresh process, and by the arithmetic of its tiles."""
 
 from __future__ import annotations
 
@@ -107,8 +105,7 @@ def check_tiles(layers, rows, columns, widths, itemsize, device_type):
     head_tile = widths[0] * tiles.columns * itemsize
     resident = layers * min(tiles.resident_rows, rows) * widths[0] * itemsize
     assert logits <= tiling.TILE_BYTES.get(device_type, tiling.ACCELERATOR_TILE_BYTES)
-    # One layer's product of a row block, and the accumulator of a low-precision head where there is
-    # one.
+    # One layer's GEMM of a row block, and the accumulator of a 16-bit head.
     product_of_block = layers * tiles.rows * widths[0] * itemsize
     whole = (
         logits + operands + 2 * head_tile + resident + product_of_block + tiling.ACCUMULATOR_BYTES
@@ -118,7 +115,7 @@ def check_tiles(layers, rows, columns, widths, itemsize, device_type):
 
 @pytest.fixture
 def allocations(monkeypatch):
-    """What the torch backend's operations allocate, with tiles of 4 rows and 16 columns."""
+    """Record allocations of the torch backend's operations, with tiles of 4 rows and 16 columns."""
     monkeypatch.setattr(tiling, "choose_tiles", lambda *_: tiling.Tiles(4, 16, 8))
     seen = Allocations()
     own = replace(
