@@ -83,7 +83,7 @@ def model_card(
         "",
         f"- Data: {', '.join(data) or 'not named'}; {metrics['train_windows']} windows of at most "
         f"{metrics['max_length']} tokens, {metrics['train_tokens']} tokens; "
-        f"{metrics['held_out_windows']} windows held out",
+        f"{metrics['held_out_windows']} validation windows",
         f"- Steps: {metrics['steps']}, {metrics['epochs']:g} epochs",
         *(f"- {name}: {value}" for name, value in training.items() if value is not None),
         *(f"- {name} {version}" for name, version in metrics["versions"].items()),
@@ -92,7 +92,7 @@ def model_card(
     if after is not None:
         lines += [
             "",
-            "## On the windows held out",
+            "## On the validation split",
             "",
             "Means over tokens, in nats (derivative: 1 - cosine).",
             "",
