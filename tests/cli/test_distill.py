@@ -183,6 +183,7 @@ sys.exit(main(sys.argv[3:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["saving", "computing"])
 def test_kill_9_loses_nothing_that_was_reported_as_saved(inputs, whole, tmp_path, moment):
     output, stuck = tmp_path / "run", tmp_path / "stuck"
@@ -493,6 +494,7 @@ def test_a_teacher_in_a_dtype_of_its_own(inputs, tmp_path):
     assert {tensor.dtype for tensor in weights(tmp_path).values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_their_batches(inputs, whole, tmp_path):
     """Started by torchrun, two processes with batches of two take the steps of one with batches of
     four.

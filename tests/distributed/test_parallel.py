@@ -19,12 +19,17 @@ WORKER = "tests.distributed.parallel_worker"
 
 KINDS = [
     ("ddp", 2),
-    ("ddp", 4),
     ("fsdp", 2),
-    ("fsdp-tied", 2),
-    ("fsdp-self", 2),
-    ("zero2", 2),
-    ("zero3", 2),
+    *[
+        pytest.param(kind, world, marks=pytest.mark.slow)
+        for kind, world in (
+            ("ddp", 4),
+            ("fsdp-tied", 2),
+            ("fsdp-self", 2),
+            ("zero2", 2),
+            ("zero3", 2),
+        )
+    ],
 ]
 
 
@@ -54,6 +59,7 @@ def test_gradients_equal_those_of_one_process(tmp_path, kind, world):
         )
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_others(tmp_path):
     (status, errors), (killed, _) = finish(start(WORKER, "killed", 2, tmp_path), seconds=120)
     assert killed == 9
@@ -62,6 +68,7 @@ def test_a_process_that_is_killed_ends_the_others(tmp_path):
     assert not (tmp_path / "found.pt").exists()
 
 
+@pytest.mark.slow
 def test_a_head_that_is_spread_over_processes_is_refused(tmp_path):
     for status, errors in finish(start(WORKER, "sharded-head", 2, tmp_path)):
         assert status != 0

@@ -42,6 +42,7 @@ def test_every_process_has_the_best_student_and_evaluates_each_row_once(tmp_path
                 ), (key, name)
 
 
+@pytest.mark.slow
 def test_parameters_that_the_loss_does_not_reach(tmp_path):
     """FDDTrainer tells DistributedDataParallel of them; a loop of one's own is told before torch
     waits for them.

@@ -45,6 +45,7 @@ def whole(tmp_path_factory):
     return folder, run.model
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments():
     """See crash_many.py: every checkpoint and every result is compared bit for bit with a run that
     was not killed.

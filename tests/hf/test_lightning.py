@@ -65,6 +65,7 @@ def test_a_step_is_the_mean_over_all_its_tokens(tmp_path, parts, clip):
     assert_same(dict(model.student.named_parameters()), expected(parts, clip), rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     """DistributedDataParallel as Lightning's own strategy wraps it; accumulation over 2 x 2, the
     last step over 1 x 2.

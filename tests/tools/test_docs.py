@@ -281,9 +281,9 @@ def test_links_and_files_exist():
             assert (ROOT / path).exists() or path.startswith("benchmarks/results/"), (
                 f"{page.name}: {path}"
             )
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for target in re.findall(
-        r"(?:^ {4}|`)make\s+([a-z]+)",
+        r"(?:^ {4}|`)make\s+([a-z-]+)",
         "\n".join(p.read_text(encoding="utf-8") for p in PAGES),
         re.MULTILINE,
     ):
