@@ -1,7 +1,8 @@
-"""Which backends the tests run, and on what.
+"""Choose the backends under test and their device.
 
-FDD_TEST_BACKENDS=torch,cpu,triton names the backends; without it every one that is available here
-runs, except a Triton that is interpreted, which is slow enough to deserve a process of its own.
+FDD_TEST_BACKENDS=torch,cpu,triton names the backends. By default every backend available here runs,
+except an interpreted Triton, which takes long: tests/kernels/test_triton_interpreter.py runs it in
+a process of its own.
 """
 
 from __future__ import annotations
@@ -41,8 +42,10 @@ if INTERPRETED:
         ]
 
     def _patch_builtin(module: object, *how, patch=interpreter._patch_builtin) -> None:
-        """Triton's own, but not again at every call of a device function in a kernel, which took a
-        third of all time.
+        """Call Triton's own at a kernel's first device function alone: again at each of them it
+        took a third of all time.
+
+        The patch stays for the session: processes with TRITON_INTERPRET=1 test nothing else.
         """
         if any(language.core.is_builtin(getattr(module, name)) for name in _builtins(module)):
             patch(module, *how)

@@ -54,7 +54,7 @@ class LossShape:
     def fdd_plan(self) -> Plan:
         """The requests and pair moments of the call."""
         from fdd_kernels.objectives.fdd.options import LossOptions
-        from fdd_kernels.objectives.fdd.plan import lay_out
+        from fdd_kernels.objectives.fdd.plan import build_plan
 
         options = LossOptions(
             alpha=float(self.trajectory is not None),
@@ -63,8 +63,12 @@ class LossShape:
             beta=float(self.derivative is not None),
             output_in_dynamics=self.output_in_dynamics,
         )
-        return lay_out(
-            options, self.columns, self.layers, (self.rows,), self.feature_space, "torch"
+        return build_plan(
+            options,
+            self.columns,
+            self.layers,
+            leading_shape=(self.rows,),
+            feature_space=self.feature_space,
         )
 
     def call(self, threads: int, device: str, device_memory: int | None) -> CallShape:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,11 +79,11 @@ def test_the_shipped_teacher_is_small_and_good(held_out):
 
 
 @pytest.mark.slow
-def test_a_teacher_can_be_trained_and_gone_on_from(tmp_path, monkeypatch):
+def test_a_teacher_can_be_trained_and_resumed(tmp_path, monkeypatch):
     texts = standard_library_texts(held_out=True)[:3]
     monkeypatch.setattr("fdd_kernels.demo.teacher.standard_library_texts", lambda held_out: texts)
     # no compiler: eager
-    monkeypatch.setattr("fdd_kernels.demo.teacher.shutil.which", lambda name: None)
+    monkeypatch.setattr("fdd_kernels.demo.teacher.shutil", SimpleNamespace(which=lambda name: None))
     first = train_teacher(tmp_path / "first", steps=2, batch_size=1)
     second = train_teacher(
         tmp_path / "second", steps=1, batch_size=1, start_from=tmp_path / "first"

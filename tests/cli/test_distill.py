@@ -151,8 +151,7 @@ def command(inputs, output, *more):
     ]
 
 
-# A process that stops for good in the middle of writing its second checkpoint, or in the middle of
-# a step after its first.
+# Hang while writing the second checkpoint, or within a step after the first.
 STUCK = """
 import sys, time
 from pathlib import Path
@@ -251,7 +250,7 @@ def test_a_full_disk_loses_nothing(inputs, whole, tmp_path, monkeypatch, where, 
 
 
 def test_a_really_full_file_system(inputs, whole, tmp_path):
-    """The same on a file system of its own that is too small for two checkpoints."""
+    """Fill a small file system: it has no room for two checkpoints."""
     small = tmp_path / "small"
     small.mkdir()
     if os.geteuid() != 0 or shutil.which("mount") is None:
@@ -328,7 +327,8 @@ def test_a_finished_run_can_be_made_longer(inputs, tmp_path):
     assert metrics["steps"] == 6
     distill(options(inputs, tmp_path / "at-once", scheduler="constant"), quiet())
     same(weights(output), weights(tmp_path / "at-once"))
-    # By epochs too: 13 windows are four steps; and never shorter, which would throw steps away.
+    # By epochs too: 13 windows are four steps. Fewer steps than were done are refused: they would
+    # be lost.
     assert (
         distill(options(inputs, output, max_steps=None, epochs=1.5, scheduler="constant"), quiet())[
             "steps"
@@ -529,7 +529,7 @@ def test_two_processes_train_as_one_with_their_batches(inputs, whole, tmp_path):
     logs = [
         [log["loss"] for log in found["history"] if "loss" in log] for found in (metrics, alone)
     ]
-    # Then an epoch of 13 windows ends, which accelerate evens out by giving one to both processes.
+    # An epoch of 13 windows is odd: accelerate gives one window to both processes.
     assert logs[0][:3] == pytest.approx(logs[1][:3], rel=1e-4)
     assert metrics["held_out"]["loss"] == pytest.approx(alone["held_out"]["loss"], rel=0.05)
     with pytest.raises(UserError, match=r"processes was 2, is 1"):
@@ -537,7 +537,7 @@ def test_two_processes_train_as_one_with_their_batches(inputs, whole, tmp_path):
 
 
 def test_an_error_of_one_process_is_said_once(monkeypatch):
-    """What fails in the first process, or in one of several, ends all of them with one message."""
+    """A failure in the first process, or in one of several, ends all with one message."""
 
     class Arguments:
         device, world_size, process_index = torch.device("cpu"), 2, 0
@@ -613,7 +613,7 @@ def test_a_loss_that_is_no_number_ends_the_run(inputs, tmp_path, capsys):
     assert "Traceback" not in errors
     assert not (output / "student").exists()
     assert not (output / "metrics.json").exists()
-    # Without a held-out part only the next loss tells.
+    # Without a validation split only the next loss shows it.
     assert (
         main(
             command(
@@ -728,7 +728,7 @@ def test_epochs_and_no_held_out_part(inputs, tmp_path):
 
 
 class TestBadInput:
-    """One line on stderr, exit code 2, nothing that looks like a result."""
+    """Print one line on stderr, exit with 2, leave nothing like a result."""
 
     def fails(self, capsys, arguments, message):
         assert main(arguments) == 2

@@ -1,6 +1,4 @@
-"""Several gloo processes against one: gradients of data-parallel students, and processes that
-die.
-"""
+"""Gradients of data-parallel students in gloo processes against one process; killed processes."""
 
 import importlib.util
 
@@ -89,7 +87,7 @@ def test_fsdp1_is_refused():
 
 
 def test_a_head_that_zero3_has_partitioned_is_refused():
-    """With the marks that DeepSpeed leaves on such a parameter: `ds_id`, and no elements."""
+    """Imitate DeepSpeed's marks on such a parameter: `ds_id`, and no elements."""
     student, teacher = models("ddp")
     distiller = Distiller(student, teacher, CONFIG)
     weight = student.lm_head.weight

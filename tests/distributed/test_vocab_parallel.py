@@ -1,6 +1,4 @@
-"""Heads whose rows are split over gloo processes: loss and gradients against one process, refusals,
-a process that dies.
-"""
+"""Split heads over gloo processes: loss and gradients against one process, refusals, a kill."""
 
 from __future__ import annotations
 
@@ -12,8 +10,6 @@ import torch
 
 from fdd_kernels import Distiller, FDDLossTerms, fused_fdd_loss
 from fdd_kernels.backends import why_unavailable
-from fdd_kernels.objectives.fdd.api import _rows_that_count
-from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.testing import Outcome, Problem, assert_within_budget, evaluate, unit_roundoff
 from tests.distributed.vocab_worker import (
     BOUNDS,
@@ -35,8 +31,8 @@ WORLDS = (2, pytest.param(4, marks=pytest.mark.slow))
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """What each process of a group found, and how it ended after the last of them had died; run
-    when first asked for.
+    """Start a group when first asked; return each process's results and exit, after the last is
+    killed.
     """
 
     @functools.cache
@@ -79,7 +75,7 @@ def blocks_of(name: str, way: str) -> list[int]:
 
 
 def rows_that_count(problem: Problem) -> int:
-    valid, _ = _rows_that_count(LossOptions(), problem.labels, problem.mask)
+    valid = problem.flattened(-100, ()).valid
     return math.prod(problem.leading_shape) if valid is None else int(valid.sum())
 
 
@@ -176,7 +172,7 @@ def check_shares(found: list[dict], expected: Outcome, dim: int) -> None:
 
 
 def close(got: torch.Tensor, expected: torch.Tensor) -> None:
-    """Two float32 evaluations that sum in another order."""
+    """Compare two float32 evaluations whose sums differ in order."""
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-6 * float(expected.abs().max()))
 
 

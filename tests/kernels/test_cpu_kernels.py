@@ -1,5 +1,7 @@
-"""What is particular to the C++ kernels: instruction sets, tiles, threads, processes, odd memory.
-The loss itself is tested with every other backend's in test_backends.py and test_accuracy.py."""
+"""Test the C++ kernels alone: instruction sets, tiles, threads, processes, odd memory.
+
+test_backends.py and test_accuracy.py test the loss itself on every backend.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +26,7 @@ from fdd_kernels.lens.inputs import LensInputs
 from fdd_kernels.lens.spec import NLL
 from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.fdd.plan import make_plan
+from fdd_kernels.objectives.inputs import LossInputs
 from fdd_kernels.testing import assert_within_budget, evaluate, random_problem
 
 if extension.kernels is None:
@@ -139,8 +142,8 @@ def test_an_unknown_instruction_set_is_refused():
 
 
 def test_products_of_bfloat16_as_they_are():
-    """What processors with AMX or AVX512_BF16 run; here without such instructions, if it has
-    none.
+    """Multiply bfloat16 as processors with AMX or AVX512_BF16 do; here perhaps without the
+    instructions.
     """
     code = (
         "import torch; from fdd_kernels import fused_fdd_loss; from "
@@ -282,7 +285,7 @@ def test_in_forked_data_loader_workers_after_use_in_the_parent():
 
 
 def test_can_be_interrupted():
-    # A shell starts its background jobs with SIGINT ignored, and children inherit that.
+    # A shell starts background jobs with SIGINT ignored, which children inherit.
     code = """
 import signal, torch
 from fdd_kernels import fused_fdd_loss
@@ -444,9 +447,7 @@ def test_values_are_kept_where_that_pays():
     def rows(dtype=torch.float32, count=512, columns=50257, train_head=True) -> int:
         states = [torch.empty(count, 8, dtype=dtype) for _ in range(5)]
         weight = torch.empty(columns, 8, dtype=dtype)
-        plan = make_plan(
-            LossOptions(), states, weight, states, weight, None, None, None, None, None
-        )[0]
+        plan, _ = make_plan(LossOptions(), LossInputs(states, weight, states, weight))
         inputs = LensInputs(states, weight, None, states, weight, None, None, None)
         return cpu.cached_rows(inputs, plan.spec, [True] * 5 + [train_head, False])
 
@@ -515,7 +516,7 @@ def test_every_divergence_of_the_registry_is_compiled(monkeypatch):
 
 
 def test_every_divergence_of_the_registry_is_in_the_triton_kernels():
-    """Each is a branch of both device functions of the pair, which end in a static assertion."""
+    """Each is a branch of both device functions, whose last branch is a static assertion."""
     folder = Path(cpu.__file__).parents[1] / "triton"
     source = next(
         s for s in (p.read_text() for p in folder.rglob("*.py")) if "def divergence_grad(" in s
