@@ -31,6 +31,7 @@ from fdd_kernels.lens.layout import COUNT, GRAD_SUM, LSE_T, M_TT, MEAN_T
 from fdd_kernels.lens.spec import NLL, Layers, LensSpec, PairMoments, Request
 from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.fdd.plan import make_plan
+from fdd_kernels.objectives.inputs import LossInputs
 from fdd_kernels.testing import assert_within_budget, evaluate, random_problem
 
 if extension.kernels is None:
@@ -451,9 +452,7 @@ def test_logits_are_cached_where_that_pays():
     def rows(dtype=torch.float32, count=512, columns=50257, train_head=True) -> int:
         states = [torch.empty(count, 8, dtype=dtype) for _ in range(5)]
         weight = torch.empty(columns, 8, dtype=dtype)
-        plan = make_plan(
-            LossOptions(), states, weight, states, weight, None, None, None, None, None
-        )[0]
+        plan, _ = make_plan(LossOptions(), LossInputs(states, weight, states, weight))
         inputs = LensInputs(states, weight, None, states, weight, None, None, None)
         return cpu.cached_rows(inputs, plan.spec, [True] * 5 + [train_head, False])
 
