@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fdd_kernels.common.atomic import write_text
+from fdd_kernels.common.processor import processor
 
 FORMAT = 1
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,18 +30,13 @@ class RecordError(Exception):
 
 def machine(device: str) -> dict[str, Any]:
     """What the figures depend on besides the code."""
-    info: dict[str, Any] = {"processor": platform.processor() or platform.machine()}
-    info |= {"cores": os.cpu_count(), "system": platform.platform()}
+    name, flags = processor()
+    info: dict[str, Any] = {"processor": name, "cores": os.cpu_count()}
+    info |= {
+        "system": platform.platform(),
+        "instructions": [f for f in _INSTRUCTIONS if f in flags],
+    }
     try:
-        fields = [
-            [part.strip() for part in line.split(":", 1)]
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if ":" in line
-        ]
-        cpu = dict(reversed(fields))  # of the first processor
-        info["processor"] = cpu.get("model name", info["processor"])
-        flags = cpu.get("flags", "").split()
-        info["instructions"] = [name for name in _INSTRUCTIONS if name in flags]
         memory = Path("/proc/meminfo").read_text().split()
         info["memory"] = int(memory[memory.index("MemTotal:") + 1]) * 1024
     except (OSError, ValueError):

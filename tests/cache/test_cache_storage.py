@@ -89,7 +89,7 @@ def test_storage_holds_other_kinds(windows, tmp_path):
 
 
 class TestRefusals:
-    """What does not fit is refused, naming both sides, before anything is computed."""
+    """Refuse models and configs that do not fit, naming both sides, before any work."""
 
     @pytest.mark.parametrize(
         ("config", "message"),
@@ -327,7 +327,7 @@ class TestDamage:
 
 
 def forked(function):
-    """Run in a process of its own, which ends however it likes; its exit code."""
+    """Run in another process, whatever ends it; return its exit code."""
     process = multiprocessing.get_context("fork").Process(target=function)
     process.start()
     process.join(120)
@@ -336,7 +336,7 @@ def forked(function):
 
 
 def unusable_or_whole(folder, whole):
-    """A cache that opens is the whole one; another is refused because it is not complete."""
+    """A cache opens only if it is complete."""
     if (
         json.loads((folder / "index.json").read_text())["complete"]
         if (folder / "index.json").exists()
@@ -351,9 +351,7 @@ def unusable_or_whole(folder, whole):
 
 
 def test_a_kill_before_or_after_any_write_loses_only_unfinished_shards(windows, tmp_path):
-    """Everything that is written goes through `atomic._sync`: die at each of its calls, then go
-    on.
-    """
+    """Every write goes through `atomic._sync`: die at each of its calls, then resume."""
     teacher, calls, shards = teacher_model(), [], {"shard_size": 60_000}
     with pytest.MonkeyPatch.context() as patch:
         own = atomic._sync
@@ -384,15 +382,13 @@ def test_a_kill_before_or_after_any_write_loses_only_unfinished_shards(windows, 
         )
         write(folder, windows, teacher, **shards)
         assert digests(folder) == whole
-        for name in listed:  # what was reported as written is not written again
+        for name in listed:  # shards reported as written are not written again
             assert (folder / name).stat().st_mtime_ns == written[name]
         shutil.rmtree(folder)
 
 
 def test_a_kill_in_the_middle_of_a_file_leaves_nothing_behind(windows, caches, tmp_path):
-    """safetensors writes to a file of its own beside the one asked for, which it cannot remove when
-    it is killed.
-    """
+    """Kill safetensors while its temporary file lies beside the target: nothing is left behind."""
 
     def work():
         def save(tensors, path):

@@ -77,7 +77,8 @@ def test_the_shipped_teacher_is_small_and_good(held_out):
     assert abs(loss - record["held_out_loss"]) < 0.5
 
 
-def test_a_teacher_can_be_trained_and_gone_on_from(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_teacher_can_be_trained_and_resumed(tmp_path, monkeypatch):
     texts = standard_library_texts(held_out=True)[:3]
     monkeypatch.setattr("fdd_kernels.demo.teacher.standard_library_texts", lambda held_out: texts)
     # no compiler: eager

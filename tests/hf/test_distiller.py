@@ -18,7 +18,7 @@ CONFIG = FDDConfig(num_layers=3, ce_weight=0.5, alpha=0.7, beta=1.3, output_kd_w
 
 
 def final_norm(model: nn.Module):
-    """The final norm by its name in each family tested here, and what follows it before the
+    """Return a function that applies the family's final norm, and the projection before the
     head.
     """
     names = {
@@ -256,8 +256,8 @@ def test_padding_on_the_left_equals_the_right_and_none(pair, dtype, labels):
         sum(t.loss for t in terms).backward()
         return torch.stack([torch.stack(t).detach() for t in terms]).sum(0), gradients(student)
 
-    # The same numbers in sums of at most 9 x 97 products, added in another order: 2 x 873 x half a
-    # unit in the last place.
+    # Sums of at most 9 x 97 equal addends in another order: 2 x 873 x half a unit in the last
+    # place.
     budget = 873 * torch.finfo(dtype).eps
     wanted, expected = run([right])
     assert wanted[: 5 if labels else 4].min() > 0.01
@@ -268,7 +268,7 @@ def test_padding_on_the_left_equals_the_right_and_none(pair, dtype, labels):
             torch.testing.assert_close(
                 gradient[name], g, rtol=0, atol=budget * float(g.abs().max()), msg=name
             )
-    # What stands in the padding is of no influence.
+    # Padding tokens have no influence.
     other = dict(
         left, input_ids=left["input_ids"].where(left["attention_mask"] == 1, torch.tensor(7))
     )
@@ -401,7 +401,7 @@ def test_a_head_that_is_not_trained_gets_no_gradient_from_the_loss(family):
         tiny_batch()
     ).loss.backward()
     if family == "llama_tied":
-        # The embeddings still learn as inputs: only tokens that occur have gradient.
+        # The embeddings still learn as inputs: rows of tokens in the batch have a gradient.
         touched = student.lm_head.weight.grad.abs().sum(-1) > 0
         occurring = torch.zeros(VOCAB, dtype=torch.bool)
         occurring[tiny_batch()["input_ids"].flatten()] = True
@@ -568,7 +568,7 @@ def test_teacher_stays_in_evaluation_mode_and_gets_no_gradient():
     teacher.train()
     distiller = Distiller(student, teacher, CONFIG)
     assert not teacher.training
-    teacher.train()  # what somebody's loop may do
+    teacher.train()  # as a user's loop may do
     distiller(tiny_batch()).loss.backward()
     assert not any(module.training for module in teacher.modules())
     assert all(p.grad is None for p in teacher.parameters())

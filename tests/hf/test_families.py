@@ -1,5 +1,5 @@
-"""What a model does between its last block and its logits is its lens, whatever that is; models
-that are none are refused.
+"""A model's lens is its own path from the last block to the logits; models without one are
+refused.
 """
 
 import copy
@@ -51,7 +51,7 @@ VISION = {
     "image_size": 8,
     "patch_size": 4,
 }
-IMAGE = 96  # the token that stands for a part of an image
+IMAGE = 96  # the token of an image patch
 
 # How a reader of each model's source would turn a state (batch, sequence, width) into logits.
 READINGS = {
@@ -75,7 +75,7 @@ def noisy(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def in_place_of_the_last(model: nn.Module, last: nn.Module, state: Tensor, batch: dict) -> Tensor:
-    """The model's own logits where its last block gives `state`: what any state is read as."""
+    """Return the model's own logits when its last block outputs `state`."""
 
     def give(_module, _args, output):
         return state if isinstance(output, Tensor) else type(output)([state, *output[1:]])
@@ -87,8 +87,8 @@ def in_place_of_the_last(model: nn.Module, last: nn.Module, state: Tensor, batch
 def dense_loss(
     student: nn.Module, teacher: nn.Module, blocks: str, batch: dict, reading=None
 ) -> Tensor:
-    """Output KD and trajectory of CONFIG, dense, from models that are run as a whole; `blocks` is
-    where their blocks are.
+    """Compute output KD and trajectory of CONFIG densely, running whole models; `blocks` is the
+    path of their blocks.
     """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
 
@@ -131,7 +131,7 @@ def require_dense(
     reading=None,
     rtol: float = 1e-6,
 ) -> None:
-    """Loss and all gradients of the Distiller are those of the dense loss."""
+    """Compare loss and all gradients of the Distiller with the dense loss."""
     loss = Distiller(student, teacher, CONFIG)(batch).loss
     loss.backward()
     found = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
@@ -332,7 +332,7 @@ def test_vision_language_models_with_images(kind):
 
 
 class TestNoCausalLM:
-    """Said when the Distiller is made, by the side's name, with what is supported."""
+    """The Distiller's constructor refuses, naming the side and the supported kinds."""
 
     def refused(self, model: nn.Module, match: str) -> None:
         good = tiny_model("llama", depth=3)

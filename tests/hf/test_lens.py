@@ -1,4 +1,4 @@
-"""The lens reads any causal LM as the model itself does, or says why it cannot."""
+"""The lens computes logits as the model itself does, or says why it cannot."""
 
 import functools
 
@@ -13,9 +13,8 @@ from fdd_kernels.hf.transform import LogitTransform, configured_transform
 from tests.support.hf_models import FAMILIES, tiny_batch, tiny_config, tiny_model
 
 tiny_model_once = functools.cache(tiny_model)
-# Two float32 evaluations of a tiny model that add in another order: 6 blocks, whose longest sums
-# have 4 x 32 products, each of them rounded by half a unit of the largest number in either
-# evaluation.
+# Two float32 evaluations of a tiny model with sums in another order: 6 blocks, whose longest sums
+# have 4 x 32 addends, each rounded by half a unit of the larger number in either evaluation.
 ROUNDING = 6 * 4 * 32 * torch.finfo(torch.float32).eps
 
 # Families whose output_hidden_states start after the first block instead of with the embeddings.
@@ -57,7 +56,7 @@ def test_reading_equals_the_models_own(family):
         return
     for layer, state in zip(layers[:-1], states):
         assert_same_but_for_rounding(state, expected.hidden_states[layer - offset])
-        # Other layers are far from it, so that the bound shows which one was read.
+        # Other layers differ by more than the bound, so it identifies the layer.
         others = [
             other for n, other in enumerate(expected.hidden_states[:-1]) if n != layer - offset
         ]
@@ -106,7 +105,7 @@ def test_scale_and_soft_cap_are_found(family, expected):
 
 def test_scale_is_measured_where_the_config_does_not_tell():
     model = tiny_model("cohere")
-    model.config.logit_scale = 3.0  # the model goes on using what it was built with
+    model.config.logit_scale = 3.0  # the model still uses the modules it was built with
     assert ModelReader(model).transform == LogitTransform(0.0625)
 
 
@@ -163,7 +162,7 @@ def test_wrappers_are_seen_through(wrap):
 
 
 class TestRefusals:
-    """Every refusal names the model's role and what was looked for."""
+    """Every refusal names the model's role and the missing part."""
 
     def test_no_head(self):
         backbone = AutoModel.from_config(tiny_config("llama"))
@@ -264,7 +263,7 @@ def test_states_of_a_block_that_does_not_run_are_an_error():
 
 
 def test_loaded_without_names(tmp_path):
-    """A checkpoint from disk reads the same as the model that it was saved from."""
+    """A checkpoint from disk gives the same logits as the saved model."""
     model = tiny_model("gemma2")
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)

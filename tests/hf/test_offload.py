@@ -1,5 +1,5 @@
-"""Teachers that do not fit: stopped early, offloaded by accelerate, in lower precision; and what is
-left in memory.
+"""Teachers that do not fit: stopped early, offloaded by accelerate, in lower precision; memory
+held.
 """
 
 import gc
@@ -68,7 +68,7 @@ class TestEarlyStop:
         calls = count_calls(stopping.teacher.reader.blocks)
         terms = stopping(batch)
         assert calls == [1] * 6 + [0] * 2
-        # Up to the order of sums: with one state fewer a backend's products have other shapes.
+        # Up to the order of sums: with one state fewer a backend's GEMMs have other shapes.
         for name in ("trajectory", "derivative", "ce"):
             torch.testing.assert_close(
                 getattr(terms, name), getattr(expected, name), rtol=1e-5, atol=1e-6
@@ -113,7 +113,7 @@ class TestEarlyStop:
             tiny_batch(), distiller.student_layers, read=distiller.student.read
         )
         assert len(states) == 3
-        # too little to count
+        # negligible
         whole = Distiller(student, teacher, FDDConfig(num_layers=3, output_kd_weight=1e-30))
         whole(tiny_batch()).loss.backward()
         expected = gradients(student)
@@ -240,7 +240,7 @@ def test_a_stop_sends_the_weights_of_the_modules_around_it_out_again():
 
 
 def test_an_offloaded_teacher_in_bfloat16(tmp_path):
-    """Its states and head keep their dtype; the float32 student's loss is that of the plain
+    """States and head stay in bfloat16; the float32 student's loss equals that of the plain
     bfloat16 teacher.
     """
     student, plain = models(dtype=torch.bfloat16)
@@ -280,7 +280,7 @@ def test_a_head_with_several_hooks():
 
 
 def test_the_teachers_batch_goes_where_the_teacher_computes():
-    """The hook's device wins over that of the weights, which say 'meta'."""
+    """The hook's device takes precedence over the weights' "meta"."""
     teacher = accelerate.cpu_offload(
         tiny_model("llama", depth=3), execution_device=torch.device("cpu")
     )
@@ -347,7 +347,7 @@ class TestPlace:
 
     @pytest.mark.parametrize("kind", ["disk_map", "from_pretrained"])
     def test_the_trainer_leaves_it_there(self, tmp_path, kind):
-        """`to` refuses such models; losses are those of the plain teacher."""
+        """`to` refuses such models; losses equal the plain teacher's."""
         rows = [
             {key: value[0].tolist() for key, value in tiny_batch(seed=seed).items()}
             for seed in range(4)

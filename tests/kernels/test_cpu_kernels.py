@@ -1,9 +1,12 @@
-"""What is particular to the C++ kernels: instruction sets, tiles, threads, processes, odd memory.
-The loss itself is tested with every other backend's in test_backends.py and test_accuracy.py."""
+"""Test the C++ kernels alone: instruction sets, tiles, threads, processes, odd memory.
+
+test_backends.py and test_accuracy.py test the loss itself on every backend.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -68,17 +71,42 @@ def python(code: str, **environment: str) -> subprocess.Popen:
     )
 
 
-@pytest.mark.parametrize("name", ["avx512", "avx2", "generic"])
+INSTRUCTION_SETS = pytest.mark.parametrize("name", ["avx512", "avx2", "generic"])
+
+
+@INSTRUCTION_SETS
 def test_every_instruction_set_of_this_processor_is_right(name):
-    probe = python(
-        "from fdd_kernels.backends.cpu.extension import kernels; print(kernels.instruction_set())",
+    process = python(
+        "import torch\n"
+        "from fdd_kernels.backends.cpu.extension import kernels\n"
+        "from fdd_kernels.testing import assert_within_budget, evaluate, random_problem\n"
+        "print(kernels.instruction_set())\n"
+        "for trajectory, dtype in (('kl', torch.float32), ('jsd', torch.bfloat16)):\n"
+        "    problem = random_problem((40,), 300, 24, 40, labels=True, bias='plain', dtype=dtype)\n"
+        "    options = {'trajectory': trajectory, 'ce_weight': 0.5, 'student_softcap': 5.0}\n"
+        "    found = evaluate(problem, backend='cpu', **options)\n"
+        "    assert_within_budget(problem, found, **options)\n",
         FDD_KERNELS_ISA=name,
     )
-    out, err = probe.communicate(timeout=120)
-    if probe.returncode:
-        assert "this processor lacks it" in err
-        pytest.skip(f"this processor lacks {name}")
+    out, err = process.communicate(timeout=120)
+    skip_what_is_lacking(name, process, err)
+    assert process.returncode == 0, err
     assert out.strip() == name
+
+
+def skip_what_is_lacking(name: str, process: subprocess.Popen, err: str) -> None:
+    if process.returncode and "this processor lacks it" in err:
+        pytest.skip(f"this processor lacks {name}")
+
+
+@pytest.mark.slow
+@INSTRUCTION_SETS
+def test_many_options_with_every_instruction_set(name):
+    probe = python(
+        "from fdd_kernels.backends.cpu.extension import kernels; kernels.instruction_set()",
+        FDD_KERNELS_ISA=name,
+    )
+    skip_what_is_lacking(name, probe, probe.communicate(timeout=120)[1])
     chosen = "every_trajectory or every_option and padded or at_any_temperature"
     tests = [
         "tests/numerics/test_backends.py",
@@ -113,8 +141,8 @@ def test_an_unknown_instruction_set_is_refused():
 
 
 def test_products_of_bfloat16_as_they_are():
-    """What processors with AMX or AVX512_BF16 run; here without such instructions, if it has
-    none.
+    """Multiply bfloat16 as processors with AMX or AVX512_BF16 do; here perhaps without the
+    instructions.
     """
     code = (
         "import torch; from fdd_kernels import fused_fdd_loss; from "
@@ -131,6 +159,10 @@ def test_products_of_bfloat16_as_they_are():
     assert narrow.startswith("True"), err_1
     # gradients are rounded: it is another path
     assert narrow.split(" ", 1)[1] != wide.split(" ", 1)[1]
+
+
+@pytest.mark.slow
+def test_many_products_of_bfloat16_as_they_are():
     chosen = "bfloat16 and (ragged or low_precision or several_sets or every_way)"
     run = subprocess.run(
         [sys.executable, "-m", "pytest", __file__, "-k", chosen, "-q", "-p", "no:cacheprovider"],
@@ -145,12 +177,14 @@ def test_products_of_bfloat16_as_they_are():
 
 
 @pytest.mark.parametrize(
-    ("columns", "dtype"),
-    [(c, d) for c in (1, 15, 16, 127, 129) for d in (torch.float32, BF16)]
-    + [(32001, torch.float32)],
+    ("rows", "columns", "dtype"),
+    [
+        *itertools.product((1, 77), (1, 15, 16, 127, 129), (torch.float32, BF16)),
+        (1, 32001, torch.float32),
+        pytest.param(77, 32001, torch.float32, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("rows", [1, 77])
 def test_ragged_shapes(rows, columns, dtype):
     check(
         random_problem(
@@ -250,7 +284,7 @@ def test_in_forked_data_loader_workers_after_use_in_the_parent():
 
 
 def test_can_be_interrupted():
-    # A shell starts its background jobs with SIGINT ignored, and children inherit that.
+    # A shell starts background jobs with SIGINT ignored, which children inherit.
     code = """
 import signal, torch
 from fdd_kernels import fused_fdd_loss
@@ -483,7 +517,7 @@ def test_every_divergence_of_the_registry_is_compiled(monkeypatch):
 
 
 def test_every_divergence_of_the_registry_is_in_the_triton_kernels():
-    """Each is a branch of both device functions of the pair, which end in a static assertion."""
+    """Each is a branch of both device functions, whose last branch is a static assertion."""
     folder = Path(cpu.__file__).parents[1] / "triton"
     source = next(
         s for s in (p.read_text() for p in folder.rglob("*.py")) if "def divergence_grad(" in s

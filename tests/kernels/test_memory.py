@@ -1,6 +1,4 @@
-"""What the torch backend allocates: measured in a fresh process, and by the arithmetic of its
-tiles.
-"""
+"""Memory of the torch backend: measured in a fresh process, and by the arithmetic of its tiles."""
 
 from __future__ import annotations
 
@@ -106,8 +104,7 @@ def check_tiles(layers, rows, columns, widths, itemsize, device_type):
     head_tile = widths[0] * tiles.columns * itemsize
     resident = layers * min(tiles.resident_rows, rows) * widths[0] * itemsize
     assert logits <= torch_stream.TILE_BYTES.get(device_type, torch_stream.ACCELERATOR_TILE_BYTES)
-    # One layer's product of a row block, and the accumulator of a low-precision head where there is
-    # one.
+    # One layer's GEMM of a row block, and the accumulator of a 16-bit head.
     product_of_block = layers * tiles.rows * widths[0] * itemsize
     whole = (
         logits
@@ -122,7 +119,7 @@ def check_tiles(layers, rows, columns, widths, itemsize, device_type):
 
 @pytest.fixture
 def allocations(monkeypatch):
-    """What the torch backend's operations allocate, with tiles of 4 rows and 16 columns."""
+    """Record allocations of the torch backend's operations, with tiles of 4 rows and 16 columns."""
     monkeypatch.setattr(torch_stream, "choose_tiles", lambda *_: torch_stream.Tiles(4, 16, 8))
     seen = Allocations()
     own = replace(

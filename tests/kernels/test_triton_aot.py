@@ -1,8 +1,7 @@
-"""The Triton kernels compile ahead of time without spills, within shared memory, onto tensor cores:
-the subset `--quick`.
+"""Compile the Triton kernels ahead of time: no spills, within shared memory, onto tensor cores.
 
-Compilers run in processes of their own: others may have set TRITON_INTERPRET, which Triton reads
-when it is imported.
+Each compiler has a process of its own: Triton looks at TRITON_INTERPRET when it is imported, and
+another test may have set it.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"])
 def test_kernels_compile(target, tmp_path):
@@ -48,6 +48,7 @@ def test_kernels_compile(target, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("target", ["cuda:89", "cuda:120", "hip:gfx950"])
 def test_row_kernels_compile_elsewhere_too(target):
@@ -93,6 +94,7 @@ print(*aot.compile_job(dataclasses.replace(job, divisible=divisible)).problems, 
 """
 
 
+@pytest.mark.slow
 def test_rows_that_are_read_number_by_number_are_found():
     done = python("-c", SCATTERED)
     assert done.returncode == 0, done.stderr

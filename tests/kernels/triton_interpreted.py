@@ -1,4 +1,4 @@
-"""What only the Triton kernels need checked; run by tests/kernels/test_triton_interpreter.py with
+"""Test what Triton alone needs; tests/kernels/test_triton_interpreter.py runs this file with
 TRITON_INTERPRET=1.
 """
 
@@ -31,7 +31,7 @@ OPTIONS = {"trajectory": "jsd", "ce_weight": 0.5, "temperature": 2.0}
 
 @pytest.fixture
 def shuffled(monkeypatch):
-    """Programs of every launch run in a random order, and memory that nobody wrote holds NaN."""
+    """Run the programs of every launch in a random order, with NaN in unwritten memory."""
     builder = interpreter.interpreter_builder
     in_order, orders = builder.set_grid_idx, {}
 
@@ -46,7 +46,7 @@ def shuffled(monkeypatch):
 
     monkeypatch.setattr(builder, "set_grid_idx", set_grid_idx)
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
+    torch.use_deterministic_algorithms(True)  # fills the tensors of torch.empty with NaN
     yield orders
     torch.use_deterministic_algorithms(before)
 
@@ -65,6 +65,7 @@ def tensors(outcome):
     return [*outcome.terms, *outcome.gradients.values()]
 
 
+@pytest.mark.slow
 def test_order_of_programs_does_not_matter(each_strategy, shuffled, monkeypatch):
     problem = random_problem(dtype=torch.float32, columns=70, labels=True)
     found = run(problem, **OPTIONS)
@@ -77,6 +78,7 @@ def test_order_of_programs_does_not_matter(each_strategy, shuffled, monkeypatch)
     assert_within_budget(problem, found, None, **OPTIONS)
 
 
+@pytest.mark.slow
 def test_several_blocks_of_rows_and_chunks_of_columns(monkeypatch):
     """The budgets shrunk until every loop on the host turns more than once, and each dtype of a
     head is summed.
@@ -89,11 +91,16 @@ def test_several_blocks_of_rows_and_chunks_of_columns(monkeypatch):
         assert_within_budget(problem, run(problem), None)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.bfloat16,
+        *[pytest.param(d, marks=pytest.mark.slow) for d in (torch.float32, torch.float16)],
+    ],
+    ids=str,
+)
 def test_nothing_of_the_heads_size_is_allocated_but_its_gradient(monkeypatch, dtype):
-    """Budgets of 64 columns; wide heads beside few rows, so that a head is by far the largest
-    tensor.
-    """
+    """Budgets of 64 tokens of the vocabulary; few rows, so a head is by far the largest tensor."""
     columns, width, backend = 300, 64, BACKENDS["triton"]
     monkeypatch.setenv(strategy.STRATEGY, "one_pass")
     monkeypatch.setattr(memory, "GRAD_BYTES", 1)
@@ -115,6 +122,7 @@ def test_nothing_of_the_heads_size_is_allocated_but_its_gradient(monkeypatch, dt
         assert len(large) == expected, large
 
 
+@pytest.mark.slow
 def test_memory_is_what_a_call_allocates(monkeypatch, each_strategy):
     """By the interpreter's tiles, and budgets under which no part is small beside the others."""
     monkeypatch.setattr(memory, "PLANNED_ARCHITECTURE", config.INTERPRETER)
@@ -148,8 +156,8 @@ def test_memory_is_what_a_call_allocates(monkeypatch, each_strategy):
 
 
 def test_float16_gradients_below_its_smallest_number(each_strategy):
-    """Elements of dL/dx near 1e-7, where float16 has no digits left, still add up to gradients that
-    it can hold.
+    """Elements of dL/dx near 1e-7, where float16 has no digits, still sum to gradients within
+    its range.
     """
     problem = random_problem(dtype=torch.float16)
     found, expected = (
@@ -204,14 +212,32 @@ def test_tanh_is_accurate_near_zero_and_far_away():
     torch.testing.assert_close(out.double(), x.double().tanh(), rtol=1e-6, atol=0)
 
 
-def test_every_architecture_has_a_configuration():
-    for architecture in config.ARCHITECTURES:
-        for dtype in (torch.bfloat16, torch.float32):
-            for rows in (1, 64, 100_000):
-                for widths in ((64, 100), (64, 0)):
-                    assert (
-                        config.choose((rows, 1000, *widths), dtype, architecture).block_rows >= 16
-                    )
+# A multiprocessor's shared memory in KiB, by the makers' documentation.
+SHARED_MEMORY = {
+    "sm_80": 163,
+    "sm_89": 99,
+    "sm_90": 227,
+    "sm_100": 227,
+    "sm_120": 99,
+    "gfx942": 64,
+    "gfx950": 160,
+}
+
+
+@pytest.mark.parametrize("architecture", config.ARCHITECTURES)
+def test_tiles_fit_the_shared_memory_and_the_rows(architecture):
+    """Operands of every stage of the pipeline fit; few rows get a tile of few rows."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for widths in ((64, 100), (64, 128), (64, 0)):
+            few, many = (
+                config.choose((rows, 1000, *widths), dtype, architecture) for rows in (64, 65)
+            )
+            assert few.block_rows == 64 <= many.block_rows
+            for tile in (few, many):
+                operands = (tile.block_rows + tile.block_columns) * tile.block_depth
+                held = tile.num_stages * operands * dtype.itemsize
+                assert held <= SHARED_MEMORY[architecture] * 1024
+                assert tile.block_columns % tile.block_strip == 0
 
 
 def test_precision_of_float32_is_one_that_the_architecture_has(monkeypatch):
@@ -250,7 +276,7 @@ def test_autotuning_is_kept_on_disk(monkeypatch, tmp_path):
 def test_what_another_process_adds_meanwhile_is_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("FDD_KERNELS_CACHE", str(tmp_path))
     configuration = config.choose((300, 1000, 64, 64), torch.bfloat16, "sm_90")
-    # as a process that is adding "theirs" holds it
+    # as another process does while it adds "theirs"
     with filelock.FileLock(autotune.cache_file().with_suffix(".lock")):
         ours = threading.Thread(target=autotune._write, args=("ours", configuration))
         ours.start()
@@ -277,9 +303,7 @@ def test_the_device_decides_by_the_median_of_runs_with_an_empty_cache(monkeypatc
 
 
 def test_rows_of_many_layers_are_moved_by_few_launches():
-    """Ten layers, one of them strided: gathered and put back, but for the one that wants no
-    gradient.
-    """
+    """Gather ten layers, one of them strided, and scatter all but one without a gradient."""
     states = [torch.randn(7, 5, generator=torch.Generator().manual_seed(i)) for i in range(10)]
     states[4] = torch.stack([states[4], states[4]], -1)[..., 0]
     order = torch.tensor([6, 2, 0, 5, 1, 3, 4], dtype=torch.int32)

@@ -22,7 +22,7 @@ STRATEGIES = strategy.STRATEGIES[1:]
 
 @pytest.fixture(autouse=True)
 def small_slabs(monkeypatch):
-    """Slabs of one tile, so that few tokens make several."""
+    """Use slabs of one tile: few tokens make several."""
     monkeypatch.setattr(strategy, "SLAB_TOKENS", TOKENS)
 
 
@@ -92,8 +92,8 @@ def test_several_blocks_and_slabs(monkeypatch):
 
 
 def test_mixed_dtypes_and_odd_layouts(named):
-    """Hidden states in float32 under heads in bfloat16, converted part by part, and a head that is
-    a transposed view.
+    """Hidden states in float32 with heads in bfloat16, converted part by part, one a transposed
+    view.
     """
     problem = random_problem((4,), TOKENS + 9, dtype=torch.bfloat16)
     wide = tuple([h.detach().float().requires_grad_() for h in problem.student_hidden])

@@ -1,12 +1,13 @@
-"""Every backend of the registry that runs here against the float64 reference: every term and
-gradient, every option.
+"""Compare every backend available here with the float64 reference: every term, gradient and
+option.
 
-Problems are tiny, so that an interpreted kernel can take part; tests/numerics/test_accuracy.py has
-the larger ones.
+Problems are tiny, so an interpreted kernel can take part; tests/numerics/test_accuracy.py has
+larger ones.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import replace
 
@@ -30,6 +31,69 @@ def check(problem: Problem, backend: str, upstream=None, **options) -> None:
         upstream = upstream.to(problem.student_weight.device)
     outcome = evaluate(problem, fused_fdd_loss, upstream, backend=backend, **options)
     assert_within_budget(problem, outcome, upstream, **options)
+
+
+# Together: every option of the loss, each once with a value other than its default.
+SMOKE = {
+    "weights": {
+        "alpha": 0.3,
+        "beta": 0.7,
+        "output_kd_weight": 1.9,
+        "ce_weight": 0.4,
+        "temperature": 2.0,
+        "output_temperature": 3.0,
+        "scale_by_t2": True,
+        "reduction": "none",
+    },
+    "logits": {
+        "trajectory": "jsd",
+        "derivative": "centered_cosine",
+        "student_softcap": 3.0,
+        "teacher_softcap": 2.0,
+        "student_logit_scale": 0.5,
+        "teacher_logit_scale": 2.0,
+        "output_in_dynamics": True,
+        "num_items_in_batch": 3.5,
+    },
+    "tokens": {
+        "trajectory": "reverse_kl",
+        "derivative": "mse",
+        "vocab_size": 30,
+        "shift": True,
+        "ignore_index": 7,
+        "reduction": "sum",
+    },
+    "skew": {"trajectory": "skew_kl", "derivative": None},
+    "angles": {"trajectory": "cosine", "temperature": 2.0},
+    "features": {"trajectory": "mse", "output_in_dynamics": True},
+}
+
+
+def test_smoke_has_every_option():
+    named = {name for options in SMOKE.values() for name in options}
+    not_options = {*random_problem().arguments, "backend", "return_terms", "vocab_group"}
+    assert named == set(inspect.signature(fused_fdd_loss).parameters) - not_options
+    of = {name: {o.get(name) for o in SMOKE.values()} for name in ("trajectory", "derivative")}
+    assert {*TRAJECTORIES} <= of["trajectory"] | {"kl"}
+    assert {*DERIVATIVES, None} <= of["derivative"] | {"cosine"}
+
+
+@pytest.mark.parametrize("name", SMOKE)
+def test_smoke(backend, device, name):
+    """Use every option in few calls: `make test` runs no more of an interpreted kernel."""
+    options, features = SMOKE[name], name == "features"
+    problem = random_problem(
+        device=device,
+        columns=12 if features else 37,
+        feature_space=features,
+        bias=None if features else "plain",
+        labels=True,
+        mask=True,
+    )
+    if "ignore_index" in options:
+        labels = problem.labels.where(problem.labels >= 0, options["ignore_index"])
+        problem = replace(problem, labels=labels.clamp(max=options["vocab_size"] - 1))
+    check(problem, backend, **options)
 
 
 @pytest.mark.parametrize("derivative", [*DERIVATIVES, None])
@@ -207,8 +271,8 @@ def test_gradcheck_feature_space(device):
 @pytest.mark.parametrize("accumulator_bytes", [0, 2**20])
 @pytest.mark.parametrize("low", [F32, torch.bfloat16], ids=str)
 def test_torch_tiles_of_every_kind(device, monkeypatch, resident, accumulator_bytes, low):
-    """Tiles that divide neither rows nor columns, several sets of resident rows, both ways to sum a
-    head's gradient.
+    """Tiles that divide neither rows nor vocabulary, several sets of resident rows, both sums of
+    a head's gradient.
     """
     monkeypatch.setattr(torch_stream, "choose_tiles", lambda *_: torch_stream.Tiles(2, 5, resident))
     monkeypatch.setattr(torch_stream, "ACCUMULATOR_BYTES", accumulator_bytes)

@@ -96,7 +96,7 @@ def test_no_valid_row_gives_zeros(backend, how, reduction, dense):
 def test_micro_batches_of_unequal_size_add_up():
     """Divide each micro-batch by the tokens of all: the sum is the whole batch.
 
-    In float64, where sums can be compared closely, which the torch backend alone computes.
+    In float64, computed by the torch backend alone, sums can be compared closely.
     """
     problem = random_problem((4, 6), labels=True, dtype=torch.float64)
     labels = problem.labels.clone()
@@ -159,7 +159,7 @@ def test_rows_not_a_multiple_of_the_tile(backend, rows):
     "what", ["student_hidden", "teacher_hidden", "student_weight", "teacher_weight"]
 )
 def test_rows_more_than_2_31_elements_apart(backend, what):
-    """Two rows more than 2^31 elements apart, in memory that nobody touches between them."""
+    """Two rows more than 2^31 elements apart; the memory between them is never touched."""
     problem = random_problem((2,), 2 if "weight" in what else 37, 4, 4, layers=2)
 
     def apart(tensor):
@@ -258,7 +258,7 @@ def test_mixed_dtypes_between_layers(backend):
 
 
 class Syncs(TorchDispatchMode):
-    """Record the operators that make an accelerator's host wait."""
+    """Record the operators for which an accelerator's host waits."""
 
     WAITING = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal")
 
@@ -299,7 +299,7 @@ def test_host_waits_for_nothing_but_the_number_of_valid_rows(monkeypatch):
     inside.clear()
     evaluate(replace(problem, labels=None, mask=None), backend="torch")
     assert inside == [[], []]
-    # Labels are checked on a CPU alone, where that waits for nothing.
+    # Labels are checked on a CPU alone, where the host waits for nothing.
     monkeypatch.setattr(api, "check_labels", lambda *_: None)
     monkeypatch.setitem(BACKENDS, "torch", real)
     for reduction in ("mean", "sum", "none"):

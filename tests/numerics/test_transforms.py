@@ -171,8 +171,8 @@ class TestCompile:
         eager = layer.weight.grad.clone()
         layer.zero_grad()
         torch.compile(step, fullgraph=True, backend="aot_eager")(hidden).backward()
-        # The same up to the order of sums: a compiler may lay out an operand of a product in
-        # another way.
+        # Equal up to the order of sums: a compiler may choose another layout for an operand of a
+        # GEMM.
         torch.testing.assert_close(
             layer.weight.grad, eager, rtol=1e-5, atol=1e-6 * float(eager.abs().max())
         )
@@ -222,9 +222,7 @@ def test_operators_pass_torchs_own_checks(backend):
 @pytest.mark.trap("autocast")
 class TestAutocast:
     def test_is_the_loss_of_bf16_inputs(self, backend):
-        """Products see bf16 operands, as nn.Linear would; logits, sums and the loss stay
-        float32.
-        """
+        """GEMMs have bf16 operands, as nn.Linear has; logits, sums and the loss stay float32."""
         problem = full()
         with torch.autocast("cpu", torch.bfloat16):
             outcome = evaluate(problem, backend=backend, **OPTIONS)
@@ -328,8 +326,8 @@ def test_double_backward_raises(backend, beta):
 
 @pytest.mark.parametrize("exponent", [-20, 16, 40])
 def test_upstream_of_a_gradient_scaler(backend, exponent):
-    """Scaling the loss by a power of 2 scales every gradient by exactly that: nothing over- or
-    underflows on the way.
+    """A loss scaled by a power of 2 has gradients scaled exactly by it: no over- or underflow on
+    the way.
     """
     problem = full()
     plain = evaluate(problem, backend=backend, **OPTIONS)
@@ -341,8 +339,8 @@ def test_upstream_of_a_gradient_scaler(backend, exponent):
 
 
 def test_float16_gradients_under_a_large_upstream(backend):
-    """float16 leaves with a scale of 2^10: sums are float32, so what fits float16 at the end is
-    right.
+    """float16 leaves with a loss scale of 2^10: sums are float32, so gradients within float16's
+    range are right.
     """
     problem = full(dtype=torch.float16)
     outcome = evaluate(problem, upstream=1024.0, backend=backend, **OPTIONS)
@@ -391,7 +389,7 @@ def test_each_term_can_be_differentiated_on_its_own(backend):
 
 
 class TestOtherWays:
-    """What works, or says what to use instead."""
+    """Other transforms of torch work, or the error names the remedy."""
 
     def test_teacher_under_inference_mode(self, backend):
         problem = full()

@@ -1,4 +1,4 @@
-"""What bad input gets: an error that names the argument, before any work."""
+"""Errors for bad input name the argument, before any work."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def at(states, index, state):
 
 
 WRONG_TENSORS = [
-    # changed arguments, error, what its message must say
+    # changed arguments, error, part of its message
     ({"student_hidden": ()}, ValueError, "student_hidden is empty"),
     (
         {"student_hidden": 3},
@@ -361,7 +361,7 @@ def test_debug_switch_names_the_tensor_that_is_not_finite(monkeypatch, name, bad
     tensor = tensor[int(index[:-1])] if index else tensor
     tensor.data.view(-1)[3] = bad
     monkeypatch.setenv(DEBUG_SWITCH, "1")
-    if name == "teacher_bias" and bad == -INF:  # a token that cannot occur
+    if name == "teacher_bias" and bad == -INF:  # an impossible token
         fused_fdd_loss(**problem.arguments)
         return
     with pytest.raises(
@@ -389,7 +389,7 @@ class TestBackendThatCannotRun:
 
     @pytest.fixture
     def broken(self, monkeypatch):
-        """A registry in which the "triton" backend exists, is preferred and cannot run."""
+        """Make a registry whose "triton" backend is preferred and cannot run."""
         monkeypatch.setitem(
             backends.BACKENDS,
             "triton",

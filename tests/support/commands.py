@@ -1,4 +1,4 @@
-"""Tiny models in folders, and options of the commands that use them."""
+"""Write tiny models to folders; make options of the commands."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ FROM_CACHE = {"teacher": None, "data": None, "max_length": None, "eval_fraction"
 
 
 class FullDisk:
-    """Where `when(path)`, writing a file to disk says that no space is left, as it does under
-    delayed allocation.
+    """Fail with "no space left" when a file with `when(path)` is synced, as under delayed
+    allocation.
     """
 
     def __init__(self, monkeypatch, when):

@@ -1,5 +1,5 @@
-"""`python -m benchmarks gpu` without a GPU: every step at toy size, what becomes of steps that
-fail, and the model.
+"""Run `python -m benchmarks gpu` without a GPU: every step at toy size, failing steps, the
+model.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def test_a_record_of_other_code_is_put_aside(tmp_path):
 
 
 def test_rows_are_halved_until_they_fit(monkeypatch):
-    """What is out of memory all the same is given up, and so is what differs from ours."""
+    """Drop a case that runs out of memory, or whose loss differs from ours."""
     bench, reports, asked = Bench(Card(dry=True), lambda *report: reports.append(report)), [], []
     workload = replace(bench.workload("Llama"), rows=8)
 
@@ -242,7 +242,7 @@ def test_verdict():
     record = record_of(**GOOD)
     record["steps"]["correct: essentials"]["status"] = "wrong"
     assert verdict.verdict(record)[0] == "refused"
-    # A dense loss that fits with fewer rows alone is compared with ours at those rows.
+    # Compare a dense loss that fits only with fewer rows with ours at these rows.
     record = record_of(**GOOD)
     record["steps"]["Qwen: dense"]["results"] |= {"ms": 139.0, "ours_at_these_rows": {"ms": 100.0}}
     assert verdict.verdict(record)[0] == "refused"
@@ -282,11 +282,11 @@ def test_parts_of_the_model_add_up_to_the_whole(device, pair):
     call = gpu_model.Call(gpu_model.PAIRS[pair])
     found = gpu_model.cached(device, call)
     assert found.seconds == pytest.approx(sum(found.parts.values()))
-    rows = found.product_rows // call.layers
+    rows = found.block_rows // call.layers
     assert rows * (found.blocks - 1) < call.rows <= rows * found.blocks
-    # All products at the device's fraction of its peak are a bound from below.
+    # All GEMMs at the device's fraction of its peak are a lower bound.
     operations = 2 * call.elements * (3 * call.student + call.teacher)
-    assert found.seconds > operations / (device.products * device.gemm)
+    assert found.seconds > operations / (device.gemms * device.gemm)
     assert (
         gpu_model.cached(device, gpu_model.Call(gpu_model.PAIRS[pair], trained=False)).seconds
         < found.seconds
