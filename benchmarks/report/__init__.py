@@ -32,6 +32,14 @@ def memory(value: float) -> str:
     return f"{value / GIB:.3g} GiB" if value >= GIB else f"{value / MIB:.3g} MiB"
 
 
+def markdown(table: pd.DataFrame) -> list[str]:
+    """A frame of texts as the lines of a Markdown table."""
+    lines = ["| " + " | ".join(table.columns) + " |", "|" + " --- |" * len(table.columns)]
+    for row in table.itertuples(index=False):
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
+    return lines
+
+
 def _row(result: dict[str, Any], name: str, entry: dict[str, Any]) -> dict[str, Any]:
     workload, gemms = result["workload"], result["products"]
     time, held, accuracy = (entry[measure] or {} for measure in ("time", "memory", "accuracy"))

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from benchmarks import record
 from benchmarks.providers import PROVIDERS, default_backend
-from benchmarks.report import conditions, figures, memory, notes, seconds, tables
+from benchmarks.report import conditions, figures, markdown, memory, notes, seconds, tables
 from benchmarks.report.page import TEMPLATES
 from benchmarks.workloads import Workload
 
@@ -18,14 +16,6 @@ END = "<!-- benchmarks: end -->"
 LEFT_OUT = ("forward", "tokens/s", "predicted")
 HEADINGS = {"x GEMMs": "times the GEMM-only lower bound", "memory": "memory beyond inputs"}
 PICTURED = "full"  # the suite of the picture
-
-
-def markdown(table: pd.DataFrame) -> list[str]:
-    """A frame of texts as the lines of a Markdown table."""
-    lines = ["| " + " | ".join(table.columns) + " |", "|" + " --- |" * len(table.columns)]
-    for row in table.itertuples(index=False):
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
-    return lines
 
 
 def details(data: dict[str, Any]) -> str:

@@ -10,8 +10,6 @@ import torch
 
 from fdd_kernels import Distiller, FDDLossTerms, fused_fdd_loss
 from fdd_kernels.backends import why_unavailable
-from fdd_kernels.objectives.fdd.api import _rows_that_count
-from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.testing import Outcome, Problem, assert_within_budget, evaluate, unit_roundoff
 from tests.distributed.vocab_worker import (
     BOUNDS,
@@ -77,7 +75,7 @@ def blocks_of(name: str, way: str) -> list[int]:
 
 
 def rows_that_count(problem: Problem) -> int:
-    valid, _ = _rows_that_count(LossOptions(), problem.labels, problem.mask)
+    valid = problem.flattened(-100, ()).valid
     return math.prod(problem.leading_shape) if valid is None else int(valid.sum())
 
 

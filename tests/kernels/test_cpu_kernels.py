@@ -26,6 +26,7 @@ from fdd_kernels.lens.inputs import LensInputs
 from fdd_kernels.lens.spec import NLL
 from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.fdd.plan import make_plan
+from fdd_kernels.objectives.inputs import LossInputs
 from fdd_kernels.testing import assert_within_budget, evaluate, random_problem
 
 if extension.kernels is None:
@@ -446,9 +447,7 @@ def test_values_are_kept_where_that_pays():
     def rows(dtype=torch.float32, count=512, columns=50257, train_head=True) -> int:
         states = [torch.empty(count, 8, dtype=dtype) for _ in range(5)]
         weight = torch.empty(columns, 8, dtype=dtype)
-        plan = make_plan(
-            LossOptions(), states, weight, states, weight, None, None, None, None, None
-        )[0]
+        plan, _ = make_plan(LossOptions(), LossInputs(states, weight, states, weight))
         inputs = LensInputs(states, weight, None, states, weight, None, None, None)
         return cpu.cached_rows(inputs, plan.spec, [True] * 5 + [train_head, False])
 

@@ -2,9 +2,11 @@
 why not.
 """
 
+import shutil
 import subprocess
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,7 +32,8 @@ class Compiler:
 
     def __init__(self, monkeypatch, message=None):
         self.calls, self.message = 0, message
-        monkeypatch.setattr(extension.subprocess, "run", self)
+        named = {name: getattr(subprocess, name) for name in ("DEVNULL", "PIPE", "STDOUT")}
+        monkeypatch.setattr(extension, "subprocess", SimpleNamespace(run=self, **named))
 
     def __call__(self, command, **options):
         self.calls += 1
@@ -101,7 +104,8 @@ def test_reasons_name_the_remedy(cache, monkeypatch, tmp_path):
         extension._at_first_use()
     monkeypatch.delenv("FDD_KERNELS_BUILD")
     monkeypatch.delenv("CXX")
-    monkeypatch.setattr(extension.shutil, "which", lambda name: None)
+    without = SimpleNamespace(which=lambda name: None, rmtree=shutil.rmtree)
+    monkeypatch.setattr(extension, "shutil", without)
     with pytest.raises(Missing, match=r"there is no C.. compiler .* install a C.. compiler"):
         extension._at_first_use()
     (tmp_path / "file").write_text("")

@@ -26,7 +26,11 @@ from fdd_kernels.testing import (
     unit_roundoff,
 )
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+DTYPES = pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)],
+    ids=str,
+)
 BIG = {"leading": (24,), "columns": 1111, "student_width": 48, "teacher_width": 80, "layers": 4}
 SAME_WIDTHS = BIG | {"teacher_width": 48}
 
@@ -82,7 +86,10 @@ def test_feature_space_with_a_common_offset(backend, device):
 
 
 @pytest.mark.trap("bf16 logits rounded before the softmax")
-@pytest.mark.parametrize("near", [1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize(
+    "near",
+    [pytest.param(1e-1, marks=pytest.mark.slow), 1e-2, pytest.param(1e-3, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("trajectory", ["kl", "reverse_kl", "jsd", "skew_kl"])
 @DTYPES
 def test_models_that_nearly_agree(backend, device, dtype, trajectory, near):

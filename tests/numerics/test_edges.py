@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fdd_kernels import fdd_loss_reference, fused_fdd_loss
 from fdd_kernels.backends import BACKENDS
-from fdd_kernels.objectives.fdd import api
+from fdd_kernels.objectives.fdd import loss as fdd_loss
 from fdd_kernels.testing import (
     Problem,
     assert_same_sums,
@@ -175,9 +175,13 @@ def test_rows_more_than_2_31_elements_apart(backend, what):
     options = {"output_in_dynamics": False}
     near_outcome = evaluate(half, backend=backend, **options)
     far_outcome = evaluate(replace(half, **{what: far}), backend=backend, **options)
-    assert torch.equal(far_outcome.terms.loss, near_outcome.terms.loss)
+    # up to rounding: a matrix library may take other kernels for other strides
+    torch.testing.assert_close(far_outcome.terms.loss, near_outcome.terms.loss)
     for name, gradient in near_outcome.gradients.items():
-        assert torch.equal(far_outcome.gradients[name], gradient), name
+        size = float(gradient.abs().max())
+        torch.testing.assert_close(
+            far_outcome.gradients[name], gradient, rtol=2e-3, atol=1e-4 * size, msg=name
+        )
 
 
 @pytest.mark.trap("frozen head still allocating a gradient")
@@ -300,7 +304,7 @@ def test_host_waits_for_nothing_but_the_number_of_valid_rows(monkeypatch):
     evaluate(replace(problem, labels=None, mask=None), backend="torch")
     assert inside == [[], []]
     # Labels are checked on a CPU alone, where the host waits for nothing.
-    monkeypatch.setattr(api, "check_labels", lambda *_: None)
+    monkeypatch.setattr(fdd_loss, "check_labels", lambda *_: None)
     monkeypatch.setitem(BACKENDS, "torch", real)
     for reduction in ("mean", "sum", "none"):
         with Syncs() as syncs:

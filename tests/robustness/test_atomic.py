@@ -21,7 +21,10 @@ class Killed(BaseException):
 
 
 class Mortal:
-    """Die before change number `moment` of the file system, or let that one fail and survive."""
+    """Die before change number `moment` of the file system, or let that one fail and survive.
+
+    `os` is patched for the whole process: shutil and safetensors change files through it too.
+    """
 
     def __init__(self, patch, moment, survives=False):
         self.moment, self.survives, self.calls = moment, survives, []

@@ -11,26 +11,23 @@ import torch
 from torch import Tensor
 
 from fdd_kernels.engine import ops
-from fdd_kernels.engine.shards import merge_statistics
-from fdd_kernels.engine.vocab_parallel import (
-    VocabShard,
+from fdd_kernels.engine.shards import (
     first_pass,
+    merge_statistics,
     part_statistics,
     second_pass_requests,
-    second_pass_sums,
 )
-from fdd_kernels.lens.inputs import LensInputs
-from fdd_kernels.lens.layout import GRAD_SUM, VALUE
-from fdd_kernels.objectives.fdd.api import _rows_that_count
+from fdd_kernels.engine.vocab_parallel import VocabShard, second_pass_sums
+from fdd_kernels.lens.layout import GRAD_SUM, VALUE, Statistics
+from fdd_kernels.objectives.fdd.loss import prepare, used_by
+from fdd_kernels.objectives.fdd.objective import reduce_terms
 from fdd_kernels.objectives.fdd.options import LossOptions
-from fdd_kernels.objectives.fdd.plan import make_plan
 from fdd_kernels.objectives.fdd.terms import (
-    combine,
-    normaliser_of,
     row_terms_from_statistics,
     term_weights,
     upstream_gradients,
 )
+from fdd_kernels.objectives.reduction import loss_denominator
 from fdd_kernels.testing import Outcome, Problem
 
 
@@ -48,40 +45,27 @@ def in_parts(
     For reductions to a scalar.
     """
     p, chosen = problem, LossOptions(**options)
-    plan, students, teachers = make_plan(
-        chosen,
-        p.student_hidden,
-        p.student_weight,
-        p.teacher_hidden,
-        p.teacher_weight,
-        p.labels,
-        p.student_bias,
-        p.teacher_bias,
-        p.mask,
-        num_items_in_batch,
-    )
+    frozen = p.frozen("student_hidden", "student_weight", "student_bias")
+    plan, tensors = prepare(replace(frozen, num_items_in_batch=num_items_in_batch), chosen)
+    tensors = used_by(plan, tensors)
     assert bounds[0] == 0
     assert bounds[-1] == plan.spec.columns
-    valid, labels = _rows_that_count(chosen, p.labels, p.mask)
-    states = [
-        [side[i].detach().reshape(-1, side[i].shape[-1]) for i in plan.layers]
-        for side in (students, teachers)
-    ]
+    valid, labels = tensors.valid, tensors.labels
     parts = []
     for rank, (first, last) in enumerate(itertools.pairwise(bounds)):
-        heads = [
-            None if t is None else t.detach()[first:last]
-            for t in (p.student_weight, p.student_bias, p.teacher_weight, p.teacher_bias)
-        ]
-        own_labels = (
-            VocabShard(None, rank, bounds, len(p.student_weight)).own_labels(labels)
-            if chosen.ce_weight
-            else None
-        )
-        inputs = LensInputs(states[0], *heads[:2], states[1], *heads[2:], valid, own_labels)
+        shard = VocabShard(None, rank, bounds, len(p.student_weight))
+        heads = {
+            name: None if t is None else t[first:last]
+            for name, t in tensors._asdict().items()
+            if name.endswith(("weight", "bias"))
+        }
+        own_labels = None if labels is None else shard.own_labels(labels)
+        inputs = tensors._replace(**heads, labels=own_labels)
         parts.append((inputs, replace(plan.spec, columns=last - first)))
     found = [
-        part_statistics(i, spec, ops.lens_stats(*i, *first_pass(spec).encode(), plan.backend))
+        part_statistics(
+            i, spec, Statistics(*ops.lens_stats(*i, *first_pass(spec).encode(), plan.backend))
+        )
         for i, spec in parts
     ]
     shifts, requests, moments = merge_statistics(plan.spec, *[torch.stack(s) for s in zip(*found)])
@@ -91,11 +75,10 @@ def in_parts(
     statistics = [
         s if valid is None else torch.where(valid, s, 0.0) for s in (shifts, requests, moments)
     ]
-    normaliser = normaliser_of(
-        chosen, parts[0][0].rows, valid, num_items_in_batch, p.student_weight.device
-    )
-    terms = combine(row_terms_from_statistics(plan, *statistics), chosen, valid, (), normaliser)
-    weights = term_weights(plan, normaliser, (upstream, None, None, None, None), requests.dtype)
+    denominator = loss_denominator(chosen.reduction, tensors, num_items_in_batch)
+    rows = row_terms_from_statistics(plan, *statistics)
+    terms = reduce_terms(rows, chosen, valid, (), denominator)
+    weights = term_weights(plan, denominator, (upstream, None, None, None, None), requests.dtype)
     of_statistics = upstream_gradients(plan, *statistics, valid, weights)
     needed = [True] * (len(plan.layers) + 1) + [p.student_bias is not None]
     of_parts = [
