@@ -11,7 +11,6 @@ states, which every block reads once a GEMM, are not counted among its bytes.
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -211,26 +210,26 @@ def count(pair: str, rows: int, *, trained: bool) -> dict[str, Any]:
 
 # Heading: key and format.
 COLUMNS = {
-    "pair": ("pair", "8"),
-    "rows": ("rows", "7"),
-    "head": ("head", "9"),
-    "blocks": ("blocks", "7"),
-    "GEMMs a head and block": ("gemms_per_head_and_block", "24g"),
-    "bytes an element": ("bytes_per_element", "18.2f"),
-    "state": ("state_bytes_per_element", "7.2f"),
-    "scratch bytes": ("peak_scratch_bytes", "16.3g"),
-    "kernels a block": ("kernels_per_block", "17.1f"),
+    "pair": ("pair", ""),
+    "rows": ("rows", ""),
+    "head": ("head", ""),
+    "blocks": ("blocks", ""),
+    "GEMMs a head and block": ("gemms_per_head_and_block", "g"),
+    "bytes an element": ("bytes_per_element", ".2f"),
+    "state": ("state_bytes_per_element", ".2f"),
+    "scratch bytes": ("peak_scratch_bytes", ".3g"),
+    "kernels a block": ("kernels_per_block", ".1f"),
 }
 
 
 def run(path: Path | None) -> int:
     """Print the counts of every pair, and write them to `path`."""
+    import pandas as pd
+
     calls = [(p, rows, t) for p in PAIRS for rows in ROWS for t in (True, False)]
     found = [count(pair, rows, trained=trained) for pair, rows, trained in calls]
-    widths = {heading: int(re.match(r"\d+", f)[0]) for heading, (_, f) in COLUMNS.items()}
-    print("".join(f"{heading:>{width}}" for heading, width in widths.items()))
-    for e in found:
-        print("".join(f"{e[key]:>{width}}" for key, width in COLUMNS.values()))
+    cells = [{h: format(e[key], f) for h, (key, f) in COLUMNS.items()} for e in found]
+    print(pd.DataFrame(cells).to_string(index=False))
     print("counted on recorded launches; nothing is measured")
     if path is not None:
         path.write_text(json.dumps(found, indent=1) + "\n")

@@ -19,8 +19,7 @@ def second_stream(pair: str) -> Callable[[Bench], dict]:
     """The step that runs a block's elementwise kernels beside the GEMM of another block, each on
     its own stream.
 
-    `hidden` is the part of the shorter of the two that the longer hides: an argument of the model's
-    `cached`.
+    `hidden` is the part of the shorter of the two that the longer hides.
     """
 
     def step(bench: Bench) -> dict:
