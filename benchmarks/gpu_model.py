@@ -75,7 +75,7 @@ class Call:
 
     @property
     def head(self) -> int:
-        """Elements of the head's gradient; 0 where it is frozen."""
+        """Count the elements of the head's gradient; 0 where it is frozen."""
         return self.columns * self.student if self.trained else 0
 
 
@@ -91,7 +91,7 @@ class Prediction:
 
 
 def _gemms(d: Device, call: Call, rows: int, odd: float = 1.0) -> float:
-    """Both models' logits, dH and a trained head's dW, one GEMM a layer each."""
+    """Sum both models' logits, dH and a trained head's dW, one GEMM a layer each."""
     one = sum(gemm(d, rows, call.columns, width, odd=odd) for width in (call.student, call.teacher))
     one += gemm(d, rows, call.student, call.columns, odd=odd)
     if call.trained:
@@ -104,8 +104,8 @@ def _odd(call: Call, slowed: float) -> float:
 
 
 def dense(d: Device, call: Call, how: str = "log_softmax") -> Prediction:
-    """Plain PyTorch: `log_softmax(dtype=float32)` as in dense.py, or `.float()` ("float") before
-    it.
+    """Predict plain PyTorch: `log_softmax(dtype=float32)` as in dense.py, or `.float()` ("float")
+    before it.
     """
     forward, forward_later, backward, backward_later = DENSE_BYTES[how]
     forward += forward_later * softmax_misses(d, call.columns, 4 if how == "float" else 2)
@@ -122,7 +122,7 @@ def dense(d: Device, call: Call, how: str = "log_softmax") -> Prediction:
 
 
 def compiled(d: Device, call: Call, moved: float = COMPILED_BYTES) -> Prediction:
-    """torch.compile of dense.py; holds two 16-bit logits and float32 deltas."""
+    """Predict torch.compile of dense.py, which holds two 16-bit logits and float32 deltas."""
     fraction = min(d.stream, d.eager + 0.03)
     seconds = _gemms(d, call, call.rows, _odd(call, 0.9))
     seconds += elementwise(d, call.elements, moved, kernels=20, fraction=fraction)
@@ -132,7 +132,9 @@ def compiled(d: Device, call: Call, moved: float = COMPILED_BYTES) -> Prediction
 
 
 def chunked(d: Device, call: Call, moved: float = COMPILED_BYTES) -> Prediction:
-    """The same by chunks of rows whose head gradients are added up, as Liger-Kernel does it."""
+    """Predict the same by chunks of rows whose head gradients are added up, as Liger-Kernel does
+    it.
+    """
     rows, fraction = min(CHUNK_ROWS, call.rows), min(d.stream, d.eager + 0.03)
     elements = call.layers * rows * call.columns
     one = _gemms(d, call, rows, _odd(call, 0.9))
@@ -143,7 +145,9 @@ def chunked(d: Device, call: Call, moved: float = COMPILED_BYTES) -> Prediction:
 
 
 def one_pass(d: Device, call: Call) -> Prediction:
-    """Tiles of both models by `tl.dot`, for the statistics and again for the gradient, in L2."""
+    """Predict tiles of both models by `tl.dot`, for the statistics and again for the gradient, in
+    L2.
+    """
     operations = 2 * call.elements * (call.student + call.teacher)
     issue = call.elements * 50 / (d.units * d.lanes * d.clock * 0.6)
     tiles = operations / (d.gemms * d.dot) + issue + call.elements * 8 * 4 / d.l2
@@ -160,8 +164,8 @@ def one_pass(d: Device, call: Call) -> Prediction:
 
 
 def rows_a_block(call: Call, budget: float) -> int:
-    """Rows a block: as many as `budget` bytes of both models' logits hold, just under whole tiles
-    of 128 rows of a GEMM.
+    """Choose rows a block: as many as `budget` bytes of both models' logits hold, just under whole
+    tiles of 128 rows of a GEMM.
     """
     padded = math.ceil(call.columns / 8) * 8
     fitting = int(budget // (8 * call.layers * padded))
@@ -175,8 +179,8 @@ def rows_a_block(call: Call, budget: float) -> int:
 
 
 def cached(d: Device, call: Call, budget: float = CACHE_BYTES) -> Prediction:
-    """Logits of a block of rows stay in float32 between statistics and gradient: every GEMM runs
-    once.
+    """Predict logits of a block of rows that stay in float32 between statistics and gradient: every
+    GEMM runs once.
     """
     rows = rows_a_block(call, budget)
     blocks, m = math.ceil(call.rows / rows), call.layers * rows
@@ -207,8 +211,8 @@ def cached(d: Device, call: Call, budget: float = CACHE_BYTES) -> Prediction:
 
 
 def slabbed(d: Device, call: Call, budget: float = SLABBED_BYTES) -> Prediction:
-    """The two operations apart: the logits of a slab of the vocabulary for the statistics, and
-    again for dL/dlogits.
+    """Predict the two operations apart: the logits of a slab of the vocabulary for the statistics,
+    and again for dL/dlogits.
     """
     blocks = max(1, math.ceil(call.layers * call.rows / 16384))
     m = math.ceil(call.layers * call.rows / blocks)
@@ -240,7 +244,7 @@ WAYS: dict[str, Callable[[Device, Call], Prediction]] = {
 
 
 def predictions(devices: list[Device], rows: int, layers: int, trained: bool) -> list[dict]:
-    """One entry a pair, device and way: predicted milliseconds and bytes in use."""
+    """List predicted milliseconds and bytes in use, one entry a pair, device and way."""
     found, about = [], {"rows": rows, "layers": layers, "head": "trained" if trained else "frozen"}
     for name, pair in PAIRS.items():
         for d in devices:

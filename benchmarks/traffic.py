@@ -1,4 +1,4 @@
-"""What the default strategy moves and launches, counted without a GPU: GEMMs, bytes an element,
+"""Count the traffic and launches of the default strategy, without a GPU: GEMMs, bytes an element,
 scratch, kernels a block.
 
     python -m benchmarks traffic [--json FILE]
@@ -105,7 +105,7 @@ class Traffic:
         return any_launched
 
     def _add_gemm(self, out: Tensor, a: Tensor, b: Tensor) -> None:
-        """One (m, k) x (k, n) GEMM: logits write a block's elements, dH and dW read their
+        """Count one (m, k) x (k, n) GEMM: logits write a block's elements, dH and dW read their
         gradient.
         """
         inner, n = b.shape
@@ -119,8 +119,8 @@ class Traffic:
         self.moved[kind] += moved.nbytes
 
     def _add_kernel(self, name: str, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
-        """One kernel. Those over logits read both models' and write the gradient's; every kernel
-        moves its state.
+        """Count one kernel. Kernels over logits read both models' and write the gradient's; every
+        kernel moves its state.
         """
         self.launches[name] += 1
         if "logits_s" not in arguments:  # a merge reads the state of all tiles of its block
@@ -141,7 +141,9 @@ class Traffic:
 
 
 def elements_of(grid: tuple[int, ...], arguments: dict[str, Any]) -> int:
-    """Rows x layers x tokens of the vocabulary that a launch of a kernel over logits visits."""
+    """Count rows x layers x tokens of the vocabulary that a launch of a kernel over logits
+    visits.
+    """
     block, first = arguments["BLOCK_C"], arguments["first_tile"]
     columns = min(arguments["columns"], (first + grid[1]) * block) - first * block
     return grid[0] * columns * arguments["layers"]
@@ -180,7 +182,7 @@ def recorded_call(call: Call) -> Traffic:
 
 
 def count(pair: str, rows: int, *, trained: bool) -> dict[str, Any]:
-    """The counts of one call of the default strategy."""
+    """Count one call of the default strategy."""
     call = Call(PAIRS[pair], rows, trained=trained)
     traffic = recorded_call(call)
     watch, blocks = traffic.watch, -(-rows // traffic.block_rows)
