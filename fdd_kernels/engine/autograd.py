@@ -112,14 +112,16 @@ def as_backward_result(
     return (None,) * before + tuple(gradients) + (None,) * after
 
 
+# Arguments in front of the tensors; of the module, since Dynamo traces no attribute of a Function.
+_BEFORE = 6
+
+
 class LensStatistics(torch.autograd.Function):
     """Row statistics, differentiable once in the student's hidden states, weight and bias.
 
     Saves its inputs and the statistics, nothing that grows with rows x vocabulary. The teacher
     receives no gradient.
     """
-
-    BEFORE = 6  # arguments in front of the tensors
 
     @staticmethod
     def forward(ctx, structure, numbers, columns, backend: str, shard, layers: int, *tensors):
@@ -130,8 +132,7 @@ class LensStatistics(torch.autograd.Function):
             statistics = shard.statistics(inputs, LensSpec.decode(*spec), backend)
         ctx.structure, ctx.columns, ctx.layers = structure, columns, layers
         ctx.backend, ctx.shard = backend, shard
-        before = LensStatistics.BEFORE
-        ctx.needed = list(ctx.needs_input_grad[before : before + layers + 2])
+        ctx.needed = list(ctx.needs_input_grad[_BEFORE : _BEFORE + layers + 2])
         save(ctx, numbers, *tensors, *statistics)
         ctx.mark_non_differentiable(statistics[0])
         return tuple(statistics)
@@ -147,4 +148,4 @@ class LensStatistics(torch.autograd.Function):
             found = ops.lens_grad(*inputs, *spec, ctx.backend, *per_row, *upstream, ctx.needed)
             if ctx.shard is not None:
                 found = ctx.shard.sum_gradients(found, sum(ctx.needed[:-2]))
-        return as_backward_result(ctx, LensStatistics.BEFORE, found, inputs, upstream)
+        return as_backward_result(ctx, _BEFORE, found, inputs, upstream)
