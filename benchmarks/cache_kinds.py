@@ -1,4 +1,4 @@
-"""What each kind of teacher cache costs a training step, beside the teacher itself: size, time of
+"""Costs of each kind of teacher cache in a training step, beside the teacher itself: size, time of
 the loss, error.
 
 python -m benchmarks.cache_kinds
@@ -35,7 +35,7 @@ Loss = Callable[[list[Tensor]], Tensor]
 
 
 def states_loss(problem: Problem, codec: str | None) -> Loss:
-    """The loss with the teacher's states as they are, or as a cache returns them."""
+    """Make the loss with the teacher's states as they are, or as a cache returns them."""
     states = problem.teacher_hidden
     if codec is not None:
         states = [CODECS[codec].decode(CODECS[codec].encode(h), h.dtype) for h in states]
@@ -44,7 +44,7 @@ def states_loss(problem: Problem, codec: str | None) -> Loss:
 
 
 def statistics_loss(problem: Problem, _: None) -> Loss:
-    """The loss with a summary of the teacher."""
+    """Make the loss with a summary of the teacher."""
     options, weight = LossOptions(), problem.student_weight
     found = StatisticsMaker(options, weight)(problem.teacher_hidden, problem.teacher_weight)
     loss = StatisticsLoss(options, len(problem.teacher_hidden), weight)
@@ -52,7 +52,7 @@ def statistics_loss(problem: Problem, _: None) -> Loss:
 
 
 def run(loss: Loss, problem: Problem) -> tuple[Tensor, Tensor, float]:
-    """Value, gradients (L, R, D) and seconds of forward and backward."""
+    """Return value, gradients (L, R, D) and seconds of forward and backward."""
     hidden = [h.detach().requires_grad_() for h in problem.student_hidden]
     start = time.perf_counter()
     value = loss(hidden)
@@ -61,7 +61,9 @@ def run(loss: Loss, problem: Problem) -> tuple[Tensor, Tensor, float]:
 
 
 def errors(loss: Loss, few: Problem) -> tuple[float, float]:
-    """Relative error of the value, and of the gradient in the worst row, against float64."""
+    """Return the relative error of the value, and of the gradient in the worst row, against
+    float64.
+    """
     wide = few.to(torch.float64)
     rest = wide.student_weight, wide.teacher_hidden, wide.teacher_weight
     exact, exact_gradients, _ = run(lambda h: fdd_loss_reference(h, *rest), wide)

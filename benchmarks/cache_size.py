@@ -1,4 +1,4 @@
-"""What a teacher cache costs and loses, beside logits: bytes a token and KL to the exact
+"""Costs and losses of a teacher cache, beside logits: bytes a token and KL to the exact
 prediction.
 
 python -m benchmarks.cache_size
@@ -34,13 +34,13 @@ Way = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> float:
-    """Mean over tokens of KL(p || q) in nats, inf where q is 0 and p is not."""
+    """Return the mean over tokens of KL(p || q) in nats, inf where q is 0 and p is not."""
     p = log_p.exp()
     return float(torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1).mean())
 
 
 def truncated(log_p_RV: Tensor, logits_RV: Tensor, k: int, *, tail: bool) -> Tensor:
-    """Log probabilities from the k largest logits in bfloat16.
+    """Compute log probabilities from the k largest logits in bfloat16.
 
     Renormalised over them, or with the mass of all others, one number more, spread evenly.
     """
@@ -54,7 +54,7 @@ def truncated(log_p_RV: Tensor, logits_RV: Tensor, k: int, *, tail: bool) -> Ten
 
 
 def ways(weight_VD: Tensor) -> dict[str, tuple[int, Way]]:
-    """Bytes a token and layer, and the predictions, of each way to store a state."""
+    """List the ways to store a state: bytes a token and layer, and the predictions."""
     vocabulary, width = weight_VD.shape
 
     def decoded(name: str) -> Way:

@@ -43,8 +43,8 @@ VOCABULARY, SEQUENCE, BATCH = 8192, 64, 4
 
 
 def seconds_of(step: Callable[[], None], repeats: int) -> list[float]:
-    """Elapsed seconds and CPU time, each of the slowest process, the processes started together;
-    the best after a warm-up.
+    """Time a step: elapsed seconds and CPU time, each of the slowest process, the processes started
+    together; the best after a warm-up.
     """
     found = []
     for _ in range(repeats + 1):
@@ -83,7 +83,7 @@ def data_parallel_step(rank: int) -> Callable[[], None]:
 
 
 def vocabulary_step(rank: int, world: int, rows: int, *, group) -> Callable[[], None]:
-    """One loss with its gradients on this process's rows of both heads."""
+    """Make the step of one loss with its gradients on this process's rows of both heads."""
     problem = build_problem(GPT2, rows=rows)
     columns = len(problem.student_weight)
     own = slice(columns * rank // world, columns * (rank + 1) // world)
@@ -99,7 +99,7 @@ def vocabulary_step(rank: int, world: int, rows: int, *, group) -> Callable[[], 
 
 
 def work(rank: int, world: int, rows: int, repeats: int, folder: Path) -> None:
-    """One process of the group."""
+    """Be one process of the group."""
     torch.set_num_threads(1)
     meeting = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
@@ -114,7 +114,7 @@ def work(rank: int, world: int, rows: int, repeats: int, folder: Path) -> None:
 
 
 def measure(world: int, rows: int, repeats: int) -> dict[str, list[float]]:
-    """Elapsed seconds and CPU time by name with `world` processes."""
+    """Measure elapsed seconds and CPU time by name with `world` processes."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     with tempfile.TemporaryDirectory() as folder:
         numbers = {"world": world, "rows": rows, "repeats": repeats, "folder": folder}

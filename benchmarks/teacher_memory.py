@@ -1,4 +1,4 @@
-"""What a teacher costs in memory and time, each way of holding it in a process of its own: python
+"""Memory and time of a teacher, each way of holding it in a process of its own: python
 -m benchmarks.teacher_memory
 
 A randomly initialised Llama-like teacher of 358 MiB in float32, a small student, 256 tokens. Memory
@@ -67,7 +67,7 @@ def _load(measure: str, folder: Path):
 
 
 def run(measure: str, folder: Path, threads: int) -> dict[str, float]:
-    """One measure, in this process: MiB, and seconds of the head and of a step."""
+    """Take one measure, in this process: MiB, and seconds of the head and of a step."""
     import torch
 
     from benchmarks.measure import give_back_memory, reset_high_water, status_bytes
@@ -95,7 +95,9 @@ def run(measure: str, folder: Path, threads: int) -> dict[str, float]:
     loaded, own = status_bytes("VmRSS") - before, status_bytes("RssAnon") - own_before
 
     def watch(function: Callable[[], float | None]) -> tuple[float, float]:
-        """The shortest call in seconds (the function's own figure, or its time), and the peak."""
+        """Return the shortest call in seconds (the function's own figure, or its time), and the
+        peak.
+        """
         give_back_memory()
         reset_high_water()
         seconds = []
@@ -106,7 +108,7 @@ def run(measure: str, folder: Path, threads: int) -> dict[str, float]:
         return min(seconds), status_bytes("VmHWM") - before
 
     def teachers_part() -> float:
-        """Seconds to fetch the head."""
+        """Time the fetch of the head."""
         states = distiller.teacher_states(batch)
         start = time.perf_counter()
         head = distiller.teacher.lens.read_head()

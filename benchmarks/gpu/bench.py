@@ -34,19 +34,19 @@ class NotHere(Exception):
 
 @contextmanager
 def chosen(strategy: str, cache_bytes: int | None = None) -> Iterator[None]:
-    """Calls within use this strategy, with this many bytes of scratch (None: the default)."""
+    """Use this strategy within, with this many bytes of scratch (None: the default)."""
     scratch = None if cache_bytes is None else str(cache_bytes)
     with environment({STRATEGY: strategy, CACHE_BYTES: scratch}):
         yield
 
 
 def ours(problem: Problem, options: dict[str, Any]) -> Tensor:
-    """The loss of this package by the Triton backend."""
+    """Compute the loss of this package by the Triton backend."""
     return fused_fdd_loss(**problem.arguments, **options, backend="triton")
 
 
 def gradients(loss_of: Callable, problem: Problem, options: dict[str, Any]) -> Gradients:
-    """One forward and backward pass: the loss and the gradients of `problem.leaves`."""
+    """Run one forward and backward pass: the loss and the gradients of `problem.leaves`."""
     loss, found = gradients_of(loss_of, problem, options)
     return loss, list(found.values())
 
@@ -64,14 +64,14 @@ class Bench:
 
     @property
     def model(self) -> Device:
-        """The modelled device that the card is, or is nearest to."""
+        """Return the modelled device that the card is, or is nearest to."""
         return next((d for name, d in DEVICES.items() if name in self.card.name), DEVICES["H100"])
 
     def workload(
         self, pair: str, rows: int = 4096, *, trained: bool = True, layers: int = LAYERS
     ) -> Workload:
-        """A pair's shapes in bfloat16; in a dry run tiny shapes, the same for all pairs of the same
-        options.
+        """Take a pair's shapes in bfloat16; in a dry run tiny shapes, the same for all pairs of the
+        same options.
         """
         full = replace(PAIRS[pair], rows=rows, layers=layers, train_head=trained, dtype="bfloat16")
         if not self.card.dry:
@@ -80,11 +80,11 @@ class Bench:
         return replace(full, name="toy", text="", layers=min(layers, 3), **toy)
 
     def call(self, workload: Workload) -> Call:
-        """The same for the model."""
+        """Describe the call for the model."""
         return Call(workload, workload.rows, workload.layers, workload.train_head)
 
     def problem(self, workload: Workload) -> Problem:
-        """Random tensors of a workload on the card; they stay there until another is asked for."""
+        """Draw a workload's tensors on the card; they stay there until another is asked for."""
         key = (workload, self.card.device)
         if self._problem is None or self._problem[0] != key:
             self.forget()

@@ -1,4 +1,4 @@
-"""What the steps ask of a GPU: times, memory, streams, graphs, profiles, clocks. `HostCuda` stands
+"""The steps' view of a GPU: times, memory, streams, graphs, profiles, clocks. `HostCuda` stands
 in for all of it.
 
 A dry run goes through every line of every step on a CPU, at toy size, with Triton's interpreter.
@@ -66,19 +66,19 @@ class Card:
         self._results: dict[Any, Callable[[], Any]] = {}
 
     def size(self, real: Any, toy: Any) -> Any:
-        """`real`, or in a dry run `toy`."""
+        """Return `real`, or in a dry run `toy`."""
         return toy if self.dry else real
 
     def once(self, run: Callable[[], Any], *key: Any) -> Callable[[], Any]:
-        """`run`. In a dry run, where the interpreter is slow, the result of its first call, or of
-        the first with `key`.
+        """Return `run`. In a dry run, where the interpreter is slow, it returns the result of its
+        first call, or of the first with `key`.
         """
         if not self.dry:
             return run
         return self._results.setdefault(key, functools.cache(run)) if key else functools.cache(run)
 
     def smi(self) -> str:
-        """The driver's clocks, power and temperature; nothing in a dry run."""
+        """Ask the driver for clocks, power and temperature; not in a dry run."""
         command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
         command = self.size(command, ["echo", "dry run"])
         about = {"capture_output": True, "text": True, "timeout": 20, "check": True}
@@ -88,7 +88,7 @@ class Card:
             return f"{command[0]} does not answer ({error})"
 
     def compile(self, function: Callable) -> Callable:
-        """torch.compile for the shapes at hand; in a dry run the function as it is."""
+        """Compile for the shapes at hand; in a dry run return the function as it is."""
         torch._dynamo.reset()
         return torch.compile(function, dynamic=False, disable=self.dry)
 
@@ -98,8 +98,8 @@ class Card:
         self.cuda.empty_cache()
 
     def seconds(self, run: Callable[[], object], *, most: float = 1.5) -> list[float]:
-        """Seconds of each run by `triton.testing.do_bench`, which clears L2 before each: at least
-        one, and as many as `most` seconds take after a warm-up.
+        """Time each run by `triton.testing.do_bench`, which clears L2 before each: at least one,
+        and as many as `most` seconds take after a warm-up.
         """
         if self.dry:
             start = time.perf_counter()
@@ -111,7 +111,7 @@ class Card:
         return [ms / 1e3 for ms in times]
 
     def host_seconds(self, run: Callable[[], object]) -> float:
-        """Seconds until `run` has queued its work, with nothing queued before."""
+        """Time `run` until it has queued its work, with nothing queued before."""
         self.cuda.synchronize()
         start = time.perf_counter()
         run()
@@ -120,7 +120,7 @@ class Card:
         return seconds
 
     def peak(self, run: Callable[[], Any]) -> tuple[Any, int]:
-        """The result, and the most bytes that were in use beyond those before."""
+        """Return the result, and the most bytes that were in use beyond those before."""
         self.cuda.empty_cache()
         self.cuda.synchronize()
         self.cuda.reset_peak_memory_stats()
@@ -130,7 +130,7 @@ class Card:
         return result, self.cuda.max_memory_allocated() - before
 
     def memory(self) -> int:
-        """Bytes that are free once the cache is given back."""
+        """Count bytes that are free once the cache is given back."""
         self.cuda.empty_cache()
         return self.cuda.mem_get_info()[0]
 
@@ -144,7 +144,7 @@ class Card:
         outer.wait_stream(stream)
 
     def captured(self, run: Callable[[], list[Tensor]]) -> tuple[Callable, list[Tensor]]:
-        """`run` as a CUDA graph: its replay, and the tensors that a replay writes anew."""
+        """Capture `run` as a CUDA graph: its replay, and the tensors that a replay writes anew."""
         again, run = run, self.once(run)
         # everything is compiled, and cuBLAS has its workspace, before the capture
         with self.on(self.cuda.Stream()):
@@ -157,8 +157,8 @@ class Card:
         return graph.replay, result
 
     def kernels(self, run: Callable[[], object]) -> tuple[list[dict[str, Any]], float]:
-        """Every kernel of `run` by name with its seconds and number, longest first, and the seconds
-        from the first start to the last end.
+        """List every kernel of `run` by name with its seconds and number, longest first; and the
+        seconds from the first start to the last end.
         """
         activity = self.size(ProfilerActivity.CUDA, ProfilerActivity.CPU)
         with profile(activities=[activity]) as found:

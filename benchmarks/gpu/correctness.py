@@ -49,7 +49,7 @@ ESSENTIAL = ("plain", "vocabulary of 32001", "frozen head", "near-equal models",
 
 
 def build(bench: Bench, name: str) -> tuple[Problem, dict]:
-    """The problem of this name on the card, and its options."""
+    """Build the problem of this name on the card, and its options."""
     changes, options = PROBLEMS[name]
     changes = dict(changes)
     frozen = changes.pop("frozen", False)
@@ -65,7 +65,7 @@ def build(bench: Bench, name: str) -> tuple[Problem, dict]:
 
 
 def check(bench: Bench, strategy: str, name: str) -> float:
-    """The largest error as a fraction of its budget.
+    """Return the largest error as a fraction of its budget.
 
     Raises:
         WrongNumbersError: it is above 1; the message names what is wrong.
@@ -81,7 +81,7 @@ def check(bench: Bench, strategy: str, name: str) -> float:
 
 
 def essential(bench: Bench) -> dict:
-    """The basis of everything after it: the default strategy and its second backward pass."""
+    """Check the basis of every later step: the default strategy and its second backward pass."""
     for name in ESSENTIAL:
         bench.report(name, {"auto": check(bench, "auto", name)})
     bench.report("second backward", second_backward(bench))
@@ -89,7 +89,7 @@ def essential(bench: Bench) -> dict:
 
 
 def every_problem(strategy: str):
-    """The step of one strategy: all problems."""
+    """Make the step of one strategy: all problems."""
 
     def step(bench: Bench) -> dict:
         for name in bench.card.size(PROBLEMS, ESSENTIAL[:2]):
@@ -100,7 +100,9 @@ def every_problem(strategy: str):
 
 
 def second_backward(bench: Bench) -> dict:
-    """Backward through one graph twice, the second time with four times the upstream gradient."""
+    """Run backward through one graph twice, the second time with four times the upstream
+    gradient.
+    """
     problem, options = build(bench, "plain")
     leaves, loss = list(problem.leaves.values()), ours(problem, options)
     upstream = [torch.tensor(x, device=loss.device) for x in (0.5, 2.0)]
@@ -116,8 +118,8 @@ def second_backward(bench: Bench) -> dict:
 
 
 def memory_bound(bench: Bench) -> dict:
-    """Peak memory beside inputs and gradients, with a quarter of a GiB of scratch, against the
-    bound of each strategy.
+    """Compare peak memory beside inputs and gradients, with 256 MiB of scratch, with the bound of
+    each strategy.
     """
     workload = bench.workload("Llama", 8192)
     problem, call = bench.problem(workload), bench.call(workload)
@@ -140,8 +142,8 @@ def memory_bound(bench: Bench) -> dict:
 
 
 def near_equal(bench: Bench) -> dict:
-    """Where rounding shows: 64 rows of models 1% apart; the error of a row's gradient, for every
-    way.
+    """Measure the error of a row's gradient for every way where rounding shows: 64 rows of models
+    1% apart.
     """
     from benchmarks.gpu.end_to_end import WAYS
 

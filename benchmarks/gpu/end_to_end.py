@@ -48,7 +48,7 @@ class Way:
     softcap: bool = True
 
     def missing(self) -> str | None:
-        """Why it cannot run here; None if it can."""
+        """Say why it cannot run here; None if it can."""
         if self.package is None or importlib.util.find_spec(self.package) is not None:
             return None
         return f"{self.package} is not installed"
@@ -70,7 +70,7 @@ def _plain(loss_of: Callable[[Problem, dict], Tensor], predicted=None, **about: 
 
 
 def _compiled_rows(bench: Bench) -> Callable[..., Tensor]:
-    """dense.row_losses compiled for the shapes of the next call, anew for each workload."""
+    """Compile dense.row_losses for the shapes of the next call, anew for each workload."""
     if bench.compiled is None:
         bench.compiled = bench.card.compile(dense.row_losses)
     return bench.compiled
@@ -89,8 +89,8 @@ def _compiled(bench: Bench, problem: Problem, options: dict) -> Gradients:
 
 
 def _chunked(bench: Bench, problem: Problem, options: dict) -> Gradients:
-    """Compiled, by chunks of rows: each chunk's gradients at once, the head's added up in its own
-    dtype.
+    """Run the compiled loss by chunks of rows: each chunk's gradients at once, the head's added up
+    in its own dtype.
     """
     rows = _compiled_rows(bench)
     student, weight, teacher, teacher_weight = _states_and_heads(problem)
@@ -133,13 +133,13 @@ WAYS: dict[str, Way] = {
 
 
 def step(pair: str, way: str, rows: int = 4096, *, trained: bool = True) -> Callable[[Bench], dict]:
-    """The step that measures one way at one shape, with fewer rows where those do not fit."""
+    """Make the step that measures one way at one shape, with fewer rows where it does not fit."""
     return lambda bench: measure(bench, bench.workload(pair, rows, trained=trained), way)
 
 
 def measure(bench: Bench, workload: Workload, name: str) -> dict:
-    """Milliseconds, peak memory and the error beside ours; rows are halved until it fits, and ours
-    is measured with these rows too.
+    """Measure milliseconds, peak memory and the error beside ours. Rows are halved until it fits,
+    and ours is measured with these rows too.
     """
     way, wanted = WAYS[name], workload.rows
     reason = way.missing()
@@ -200,7 +200,7 @@ def _measured(bench: Bench, workload: Workload, way: Way) -> dict:
 def _compared(
     bench: Bench, workload: Workload, way: Way, loss: Tensor, found: list[Tensor]
 ) -> dict:
-    """How far loss and gradients are from those of this package's default, by norms: rounded logits
+    """Compare loss and gradients with those of this package's default, by norms: rounded logits
     differ by a percent.
     """
     default = WAYS["auto"]

@@ -29,8 +29,8 @@ PROBED = {
 
 
 def machine(bench: Bench) -> dict:
-    """Versions, clocks, strategies; bytes a second of a copy, operations a second of a large
-    GEMM.
+    """Report versions, clocks and strategies; bytes a second of a copy, operations a second of a
+    large GEMM.
     """
     card, model = bench.card, bench.model
     about = {"name": card.name, "smi": card.smi(), "free_bytes": card.memory(), "model": model.name}
@@ -58,7 +58,7 @@ def _random(bench: Bench, *shape: int) -> Tensor:
 
 
 def _multiply(out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool = False) -> None:
-    """The package's own GEMM."""
+    """Run the package's own GEMM."""
     from fdd_kernels.backends.triton.gemm import multiply
 
     multiply(out, a, b, accumulate=accumulate)
@@ -69,7 +69,9 @@ def _padded(columns: int) -> int:
 
 
 def probe(bench: Bench) -> dict:
-    """GEMMs into a padded view: no copy, no extra memory, float32 sums, the same bits twice."""
+    """Check GEMMs into a padded view: no copy, no extra memory, float32 sums, the same bits
+    twice.
+    """
     card = bench.card
     if not card.dry and not hasattr(torch.ops.aten.mm, "dtype_out"):
         raise NotHere("this torch has no mm.dtype_out: no GEMM of 16-bit operands writes float32")
@@ -105,8 +107,8 @@ def probe(bench: Bench) -> dict:
 
 
 def alone(bench: Bench) -> dict:
-    """TF/s of the four pairs' GEMMs at the sizes of a block: float32 and 16-bit output, padded or
-    not, dH and dW.
+    """Measure TF/s of the four pairs' GEMMs at the sizes of a block: float32 and 16-bit output,
+    padded or not, dH and dW.
     """
     card = bench.card
     for pair, rows in ROWS.items():

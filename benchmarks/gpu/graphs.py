@@ -16,11 +16,10 @@ from fdd_kernels.testing import Problem
 
 
 def second_stream(pair: str) -> Callable[[Bench], dict]:
-    """The step that runs a block's elementwise kernels beside the GEMM of another block, each on
-    its own stream.
+    """Make the step that runs a block's elementwise kernels beside the GEMM of another block, each
+    on its own stream.
 
-    `hidden` is the part of the shorter of the two that the longer hides: an argument of the model's
-    `cached`.
+    `hidden` is the part of the shorter of the two that the longer hides.
     """
 
     def step(bench: Bench) -> dict:
@@ -63,8 +62,8 @@ def second_stream(pair: str) -> Callable[[Bench], dict]:
 
 
 def masks(bench: Bench) -> dict:
-    """Half of the rows masked, as prompts are: eager calls may count the valid rows, a captured one
-    cannot.
+    """Time calls with half of the rows masked, as prompts are: eager calls may count the valid
+    rows, a captured one cannot.
     """
     card, workload = bench.card, bench.workload("Llama")
     whole = bench.problem(workload)
@@ -79,7 +78,9 @@ def masks(bench: Bench) -> dict:
 
 
 def whole_step(bench: Bench) -> dict:
-    """Forward and backward in one CUDA graph: replays give the same bits, and see new inputs."""
+    """Capture forward and backward in one CUDA graph: replays give the same bits, and see new
+    inputs.
+    """
     card, workload = bench.card, bench.workload("GPT-2", 2048)
     problem = bench.problem(workload)
 
@@ -114,7 +115,7 @@ def _same_bits(first: list[Tensor], second: list[Tensor]) -> bool:
 
 
 def new_states(bench: Bench, problem: Problem) -> str:
-    """A captured step sees what is written into its inputs: other states, another loss."""
+    """Check that a captured step sees new values of its inputs: other states, another loss."""
     states = problem.student_hidden[0].detach()
     replay, captured = bench.card.captured(lambda: [gradients(ours, problem, {})[0]])
     replay()

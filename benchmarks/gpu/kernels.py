@@ -38,7 +38,7 @@ class Started:
 
     @property
     def numbers(self) -> dict[str, float]:
-        """Its arguments but for tensors, and the compiler's options."""
+        """List its arguments but for tensors, and the compiler's options."""
         return {name: x for name, x in self.arguments.items() if isinstance(x, (int, float))}
 
     def again(self) -> None:
@@ -46,8 +46,8 @@ class Started:
         self.kernel.run(grid=self.grid, warmup=False, **self.arguments)
 
     def reshaped(self, block: int, warps: int) -> Started:
-        """A kernel over cached logits with other tiles: all full tiles of its slab, with state of
-        their number.
+        """Change the tiles of a kernel over cached logits: all full tiles of its slab, with state
+        of their number.
         """
         columns = self.arguments["columns"]
         tiles = max(1, columns // block)
@@ -61,7 +61,7 @@ class Started:
 
 
 def _kernels() -> list[Any]:
-    """Every Triton kernel of the package that is imported."""
+    """List every Triton kernel of the package that is imported."""
     modules = [module for name, module in sys.modules.items() if name.startswith(PACKAGE)]
     values = [value for module in modules for value in vars(module).values()]
     return list({id(value): value for value in values if hasattr(value, "arg_names")}.values())
@@ -69,7 +69,7 @@ def _kernels() -> list[Any]:
 
 @contextmanager
 def watched() -> Iterator[dict[str, Started]]:
-    """The largest launch of each kernel within, by the kernel's name; they are launched too."""
+    """Note the largest launch of each kernel within, by the kernel's name; all are launched."""
     largest: dict[str, Started] = {}
 
     def watching(kernel: Any, run: Callable) -> Callable:
@@ -93,7 +93,7 @@ def watched() -> Iterator[dict[str, Started]]:
 
 
 def called(bench: Bench, workload: Workload, strategy: str) -> Callable[[], object]:
-    """A function that computes the loss with its gradients, after one such call."""
+    """Return a function that computes the loss with its gradients, after one such call."""
     problem, way = bench.problem(workload), WAYS[strategy]
 
     def run() -> object:
@@ -104,7 +104,7 @@ def called(bench: Bench, workload: Workload, strategy: str) -> Callable[[], obje
 
 
 def heavy_launches(bench: Bench, workload: Workload) -> dict[str, Started]:
-    """The largest launch of each kernel over cached logits in a call."""
+    """Find the largest launch of each kernel over cached logits in a call."""
     run = called(bench, workload, "cached")
     with watched() as largest:
         run()
@@ -112,7 +112,9 @@ def heavy_launches(bench: Bench, workload: Workload) -> dict[str, Started]:
 
 
 def profiled(pair: str, strategy: str = "auto") -> Callable[[Bench], dict]:
-    """The step that sums the kernels of one loss with its gradients, beside the model's parts."""
+    """Make the step that sums the kernels of one loss with its gradients, beside the model's
+    parts.
+    """
 
     def step(bench: Bench) -> dict:
         workload = bench.workload(pair)
@@ -143,8 +145,8 @@ def profiled(pair: str, strategy: str = "auto") -> Callable[[Bench], dict]:
 
 
 def elementwise(pair: str) -> Callable[[Bench], dict]:
-    """The step that starts a pair's elementwise kernels again, alone: as launched, then in other
-    shapes.
+    """Make the step that starts a pair's elementwise kernels again, alone: as launched, then in
+    other shapes.
     """
 
     def step(bench: Bench) -> dict:
@@ -162,7 +164,7 @@ def elementwise(pair: str) -> Callable[[Bench], dict]:
 
 
 def _rate(bench: Bench, started: Started) -> dict[str, float] | str:
-    """Milliseconds and GB/s of a launch; why not, if it does not compile."""
+    """Return milliseconds and GB/s of a launch; why not, if it does not compile."""
     try:
         seconds = statistics.median(bench.card.seconds(started.again, most=0.1))
     except (RuntimeError, ValueError) as error:
@@ -172,7 +174,7 @@ def _rate(bench: Bench, started: Started) -> dict[str, float] | str:
 
 
 def moved_bytes(started: Started) -> int:
-    """The bytes that a kernel over cached logits must move."""
+    """Count the bytes that a kernel over cached logits must move."""
     arguments = started.arguments
     written = arguments["grad"].element_size() if "grad" in arguments else 0
     return elements_of(started.grid, arguments) * (8 + written)

@@ -24,7 +24,7 @@ class Step:
 def measured(
     way: str, *pairs: str, cap: float, rows: int = 4096, trained: bool = True
 ) -> list[Step]:
-    """One way at the shapes of some pairs."""
+    """Make the steps of one way at the shapes of some pairs."""
     kind = ("" if trained else ", frozen") + ("" if rows == 4096 else f", {rows} rows")
     runs = {pair: end_to_end(pair, way, rows, trained=trained) for pair in pairs}
     return [Step(f"{pair}: {way}{kind}", run, cap) for pair, run in runs.items()]
@@ -35,7 +35,7 @@ def _each(ways: tuple[str, ...], *pairs: str, cap: float) -> list[Step]:
 
 
 def steps() -> list[Step]:
-    """The plan: the verdict, its reasons, the rest."""
+    """List the steps: for the verdict, for its reasons, then the rest."""
     return [
         Step("machine", gemms.machine, 20),
         Step("GEMMs: probe", gemms.probe, 20),

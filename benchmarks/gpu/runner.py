@@ -51,7 +51,7 @@ class Runner:
         save(self.path, self.record)
 
     def run(self) -> int:
-        """All steps that have no result, in order; an exit status for the supervisor."""
+        """Run all steps that have no result, in order; an exit status for the supervisor."""
         for step in self.plan:
             before = self.record["steps"].get(step.name, {"status": CUT})["status"]
             if before == "wrong":
@@ -71,8 +71,8 @@ class Runner:
         return DONE
 
     def _take(self, step: Step, cap: float, *, cut: bool) -> str:
-        """One step; its status. A step that the end of the time cuts short is taken again by the
-        next run.
+        """Run one step; its status. The next run takes a step again that the end of the time cut
+        short.
         """
         since, reason = time.time(), {}
         self.entry = self.record["steps"][step.name] = {"status": "killed", "results": {}}
@@ -105,7 +105,7 @@ class Runner:
         return status
 
     def _alive(self) -> bool:
-        """Whether the device still takes orders from this process."""
+        """Tell whether the device still takes orders from this process."""
         try:
             self.card.cuda.synchronize()
         except RuntimeError:

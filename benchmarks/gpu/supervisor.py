@@ -26,7 +26,7 @@ DONE, FAILED, WRONG, RESTART = 0, 1, 3, 75
 
 
 def resumed(path: Path, *, dry: bool, fresh: bool) -> dict[str, Any]:
-    """The record to resume; one of other code is put aside under another name."""
+    """Load the record to resume; one of other code is put aside under another name."""
     about = {"format": FORMAT, "sources": source_digest(), "dry_run": dry}
     new = about | {"device": None, "running": None, "steps": {}}
     if not path.exists():
@@ -96,8 +96,8 @@ def supervise(
 
 
 def _watch(child: subprocess.Popen, path: Path, until: float, grace: float) -> int:
-    """The child's exit status. It is killed when its running step is over time, or when none has
-    begun by `until`.
+    """Wait for the child; its exit status. It is killed when its running step is over time, or when
+    none has begun by `until`.
     """
     while True:
         try:

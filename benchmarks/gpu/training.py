@@ -33,7 +33,7 @@ def _model(bench: Bench, shape: dict[str, int], vocabulary: int) -> nn.Module:
 
 
 def training_step(bench: Bench) -> dict:
-    """Milliseconds and peak memory of a step: output KD dense in PyTorch, output KD and FDD by the
+    """Time a step and its peak memory: output KD dense in PyTorch, output KD and FDD by the
     Distiller.
     """
     if importlib.util.find_spec("transformers") is None:
@@ -79,7 +79,7 @@ def training_step(bench: Bench) -> dict:
 
 
 def dense_output_kd(student: nn.Module, teacher: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """KL(teacher || student) of the final logits as training code writes it."""
+    """Compute KL(teacher || student) of the final logits as training code writes it."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     with torch.no_grad():
         p = F.log_softmax(teacher(**inputs).logits[:, :-1].float(), -1)

@@ -20,7 +20,7 @@ CORRECT = ("GEMMs: probe", "correct: essentials")
 
 
 def line(entry: dict[str, Any]) -> str:
-    """A step's outcome in one line."""
+    """Describe a step's outcome in one line."""
     parts = [f"{entry['status']:13} {entry['seconds']:6.1f} s"]
     ms, predicted = (entry["results"].get(key) for key in ("ms", "predicted_ms"))
     if isinstance(ms, dict):
@@ -49,7 +49,7 @@ def ratio(record: dict[str, Any], pair: str, way: str) -> float | None:
 
 
 def verdict(record: dict[str, Any]) -> tuple[str, list[str]]:
-    """Whether the default is "accepted" or "refused", or that is "open", and the reasons."""
+    """Decide "accepted", "refused" or "open" for the default, with the reasons."""
     lines, outcomes = [], []
     for step in CORRECT:
         status = record["steps"].get(step, {"status": "not taken"})["status"]
@@ -69,7 +69,7 @@ def verdict(record: dict[str, Any]) -> tuple[str, list[str]]:
 
 
 def text(record: dict[str, Any]) -> str:
-    """Failed steps, measured beside predicted, and the verdict, last."""
+    """Format failed steps, measured beside predicted, and the verdict, last."""
     lines = [f"\n{record['device']}, sources {record['sources']}"]
     if record["dry_run"]:
         lines.append("DRY RUN: toy sizes on a CPU; no figure means anything.")
@@ -82,7 +82,7 @@ def text(record: dict[str, Any]) -> str:
 
 
 def _comparison(record: dict[str, Any]) -> list[str]:
-    """Every way at every shape: measured, predicted, the default's time over its, memory."""
+    """List every way at every shape: measured, predicted, the default's time over its, memory."""
     headings = f"{'measured ms':>12} {'predicted':>10} {'default / it':>13}"
     lines = ["", f"{'':34} {headings} {'MiB beside gradients':>21}"]
     for name, entry in record["steps"].items():
@@ -101,7 +101,7 @@ def _comparison(record: dict[str, Any]) -> list[str]:
 
 
 def _gemms_and_kernels(record: dict[str, Any]) -> list[str]:
-    """GEMMs in TF/s and kernels in GB/s, with the model's times."""
+    """List GEMMs in TF/s and kernels in GB/s, with the model's times."""
     lines = []
     for step, entry in record["steps"].items():
         for key, value in entry["results"].items():

@@ -19,7 +19,7 @@ PICTURED = "full"  # the suite of the picture
 
 
 def details(data: dict[str, Any]) -> str:
-    """Every figure of a record's own workloads; of its sweeps the exponents."""
+    """Write every figure of a record's own workloads, and the exponents of its sweeps."""
     lines = [f"## Suite {data['suite']}", "", conditions(data), ""]
     for workload, table in tables(data):
         if workload.in_overview:
@@ -30,7 +30,7 @@ def details(data: dict[str, Any]) -> str:
 
 
 def updated(page: str, results: Path) -> str:
-    """A page with the tables of the newest records of a folder between its markers.
+    """Put the tables of the newest records of a folder between the page's markers.
 
     Raises:
         RecordError: there is no record, or the markers are not there, once each and in order.
@@ -45,7 +45,7 @@ def updated(page: str, results: Path) -> str:
 
 
 def pictured(data: dict[str, Any]) -> tuple[list[tuple[str, str]], list[dict[str, Any]]]:
-    """The legend (text, colour) and the workloads of the picture: time and memory of this package's
+    """Collect the picture's legend (text, colour) and workloads: time and memory of this package's
     default backend, torch.compile of the dense loss, dense PyTorch, and the fastest other package.
     """
     ours, kinds = default_backend(data["device"]), {n: p.kind for n, p in PROVIDERS.items()}
@@ -82,7 +82,7 @@ def pictured(data: dict[str, Any]) -> tuple[list[tuple[str, str]], list[dict[str
 
 
 def picture(results: Path) -> str | None:
-    """The README's picture as SVG, of the newest record of the suite "full"; None if there is none.
+    """Draw the README's picture (SVG) of the newest record of the suite "full"; None without one.
 
     Its text is in a grey that light and dark backgrounds both show.
     """
@@ -105,6 +105,6 @@ def picture(results: Path) -> str | None:
 
 
 def generated(page: Path, image: Path, results: Path) -> dict[Path, str]:
-    """The contents that the page and the picture should have."""
+    """Return the contents that the page and the picture should have."""
     contents, drawn = {page: updated(page.read_text(), results)}, picture(results)
     return contents if drawn is None else contents | {image: drawn}
