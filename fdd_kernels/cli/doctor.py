@@ -29,7 +29,7 @@ PACKAGES = {
     "tokenizers": "demo, distill",
     "rich": "demo, distill",
     "peft": "distill --lora-rank",
-    "matplotlib": "plots of benchmarks",
+    "matplotlib": "demo, plots of plan and benchmarks",
 }
 INSTRUCTION_SETS = (
     "avx2",

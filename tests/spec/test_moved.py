@@ -11,9 +11,9 @@ import fdd_kernels
 from fdd_kernels import FDDConfig, _moved
 
 # Every module that has moved, with the names that tests, examples, benchmarks or documents used.
-# Modules that kept their path are not here. Of those, fdd_kernels.cli and fdd_kernels.testing have
-# become packages with the same public names; the names in fdd_kernels.backends are the kernels'
-# own and change with them.
+# Left out: constants of the kernel contract that changed their meaning (OWN, SLOPE), and modules
+# that kept their path. Of those, fdd_kernels.cli and fdd_kernels.testing are packages now with the
+# same public names; the names in fdd_kernels.backends are internal to the kernels.
 NAMES = {
     "atomic": "UNFINISHED _sync atomic_directory atomic_file clear_unfinished only_process "
     "remove_directory shutil write_text",
