@@ -42,7 +42,7 @@ def source_folder() -> Path:
 
 def sources(folder: Path) -> list[Path]:
     """All source files of the kernels, in a fixed order."""
-    return sorted(path for path in folder.glob("*") if path.suffix in (".cpp", ".h", ".inc"))
+    return sorted(path for path in folder.glob("*") if path.suffix in (".cpp", ".h"))
 
 
 def flags() -> tuple[list[str], list[str]]:

@@ -134,14 +134,16 @@ def gradients_of(
     return found if shard is None else shard.sum_gradients(found, sum(needed[:-2]))
 
 
+# Arguments in front of the tensors; of the module, since Dynamo traces no attribute of a Function.
+_BEFORE = 6
+
+
 class LensStatistics(torch.autograd.Function):
     """Row statistics, differentiable once in the student's hidden states, weight and bias.
 
     Saves its inputs and the statistics, nothing that grows with rows x vocabulary. The teacher
     receives no gradient.
     """
-
-    BEFORE = 6  # arguments in front of the tensors
 
     @staticmethod
     def forward(ctx, structure, numbers, columns, backend: str, shard, layers: int, *tensors):
@@ -150,8 +152,7 @@ class LensStatistics(torch.autograd.Function):
         )
         ctx.structure, ctx.columns, ctx.layers = structure, columns, layers
         ctx.backend, ctx.shard = backend, shard
-        before = LensStatistics.BEFORE
-        ctx.needed = list(ctx.needs_input_grad[before : before + layers + 2])
+        ctx.needed = list(ctx.needs_input_grad[_BEFORE : _BEFORE + layers + 2])
         save(ctx, numbers, *tensors, *statistics)
         ctx.mark_non_differentiable(statistics.shifts)
         return tuple(statistics)
@@ -171,4 +172,4 @@ class LensStatistics(torch.autograd.Function):
                 (shifts, requests, moments, *upstream),
                 ctx.needed,
             )
-        return as_backward_result(ctx, LensStatistics.BEFORE, found, inputs, upstream)
+        return as_backward_result(ctx, _BEFORE, found, inputs, upstream)

@@ -94,6 +94,8 @@ def test_a_teacher_can_be_trained_and_resumed(tmp_path, monkeypatch):
 
 
 def test_a_short_run_writes_numbers_and_a_page(tmp_path, monkeypatch, capsys):
+    texts = standard_library_texts(held_out=True)[:20]
+    monkeypatch.setattr(demo, "standard_library_texts", lambda *, held_out: texts)
     budget = Budget(steps=2, batch_size=1, evaluations=2, evaluation_windows=2)
     monkeypatch.setattr(demo, "QUICK", budget)
     result = demo.run_demo(tmp_path / "out", quick=True, seeds=2)

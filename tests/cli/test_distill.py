@@ -225,10 +225,15 @@ def test_kill_9_loses_nothing_that_was_reported_as_saved(inputs, whole, tmp_path
 @pytest.mark.parametrize(
     ("where", "kept"),
     [
-        ("checkpoint-2", None),
         ("checkpoint-4", "checkpoint-2"),
-        ("student", "checkpoint-6"),
-        (".unfinished/metrics.json", "checkpoint-6"),
+        *[
+            pytest.param(where, kept, marks=pytest.mark.slow)
+            for where, kept in (
+                ("checkpoint-2", None),
+                ("student", "checkpoint-6"),
+                (".unfinished/metrics.json", "checkpoint-6"),
+            )
+        ],
     ],
 )
 def test_a_full_disk_loses_nothing(inputs, whole, tmp_path, monkeypatch, where, kept):

@@ -58,19 +58,25 @@ class TestCompile:
         "options",
         [
             {"shift": True, "reduction": "none", "derivative": "mse"},
-            {
-                "trajectory": "jsd",
-                "derivative": "centered_cosine",
-                "student_softcap": 3.0,
-                "num_items_in_batch": 7,
-            },
-            {
-                "output_in_dynamics": True,
-                "vocab_size": 37,
-                "temperature": 2.0,
-                "trajectory": "cosine",
-                "ce_weight": 1.0,
-            },
+            pytest.param(
+                {
+                    "trajectory": "jsd",
+                    "derivative": "centered_cosine",
+                    "student_softcap": 3.0,
+                    "num_items_in_batch": 7,
+                },
+                marks=pytest.mark.slow,
+            ),
+            pytest.param(
+                {
+                    "output_in_dynamics": True,
+                    "vocab_size": 37,
+                    "temperature": 2.0,
+                    "trajectory": "cosine",
+                    "ce_weight": 1.0,
+                },
+                marks=pytest.mark.slow,
+            ),
         ],
         ids=",".join,
     )
@@ -80,6 +86,7 @@ class TestCompile:
             problem, evaluate(problem, compiled(), backend="torch", **options), **options
         )
 
+    @pytest.mark.slow
     def test_inductor(self):
         problem = full()
         assert_within_budget(
@@ -92,6 +99,7 @@ class TestCompile:
             problem, evaluate(problem, compiled(), backend="torch", **options), **options
         )
 
+    @pytest.mark.slow
     def test_changing_shapes_share_one_dynamic_graph(self):
         counter = CompileCounterWithBackend("aot_eager")
         function = compiled(counter)
@@ -102,6 +110,7 @@ class TestCompile:
             )
         assert counter.frame_count == 2  # the first shape alone, then all
 
+    @pytest.mark.slow
     def test_changing_numbers_share_one_graph(self):
         """Twelve values of each at once: the first alone, then one graph for all."""
         counter = CompileCounterWithBackend("aot_eager")
@@ -154,6 +163,7 @@ class TestCompile:
         with pytest.raises(Exception, match="temperature=-1"):  # Dynamo wraps the ValueError
             compiled("eager")(**full().arguments, temperature=-1.0, backend="torch")
 
+    @pytest.mark.slow
     def test_inside_a_training_step(self):
         """The loss at the end of a compiled model: its gradient meets the rest of the graph."""
         problem = random_problem()
