@@ -14,7 +14,7 @@ pytest.importorskip("rich")
 pytest.importorskip("pandas")
 pytest.importorskip("jinja2")
 
-from benchmarks import report
+from benchmarks import record, report
 from benchmarks.__main__ import main
 from benchmarks.measure import MEMORY_IN_USE
 from benchmarks.report import docs
@@ -183,6 +183,21 @@ def test_records_are_checked_against_planner_and_tables(paths, capsys):
     assert main(["table", *paths.options]) == 0
     assert main(["check-records", *paths.options]) == 1
     assert "a.json: gpt2 / cpu: the planner predicts" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_records_of_yesterday_are_read(capsys):
+    """Show every record of this repository, if there is one, and compare it with itself."""
+    from benchmarks.report.page import render
+
+    for path in sorted(record.RESULTS.glob("*.json")):
+        data = record.load(path)
+        text = render(data, [])
+        for result in data["results"]:
+            assert f"<h3>{result['workload']['name']}</h3>" in text, path
+        assert report.conditions(data) in docs.details(data)
+        assert main(["compare", str(path), str(path)]) == 0
+        assert "0 of" in capsys.readouterr().out
 
 
 def test_without_matplotlib_the_figures_are_shown(tmp_path, monkeypatch, capsys):

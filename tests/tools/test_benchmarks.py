@@ -44,6 +44,7 @@ def test_operations_are_the_unavoidable_ones():
     }
 
 
+@pytest.mark.slow
 def test_run_end_to_end(tmp_path, capsys):
     """Measure one tiny workload for real: record, table, plots, page."""
     arguments = [*run_tiny("gpt2", "torch", "triton"), "--threads", "1", "--output", str(tmp_path)]
@@ -198,7 +199,7 @@ def test_what_cannot_fit_is_not_run_and_says_why(tmp_path, monkeypatch):
         run = runner.Run(tmp_path, "limits", [workload], chosen, **settings, device="cpu")
         dense = run._result(workload)["providers"]["dense"]
         assert dense["status"] == status
-        assert status == "ok" or "logits and what is made of them" in dense["reason"]
+        assert status == "ok" or "logits and tensors of their size" in dense["reason"]
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
