@@ -47,14 +47,13 @@ from triton.compiler import ASTSource
 from fdd_kernels.backends.triton import config as configurations
 from fdd_kernels.backends.triton import gather_rows, gemm, operations
 from fdd_kernels.backends.triton.cached import grad as cached_grad
-from fdd_kernels.backends.triton.cached import host as cached
 from fdd_kernels.backends.triton.cached import merge as cached_merge
 from fdd_kernels.backends.triton.cached import second_pass as cached_second_pass
 from fdd_kernels.backends.triton.cached import stats as cached_stats
 from fdd_kernels.backends.triton.launch import Launch, recorded
 from fdd_kernels.backends.triton.one_pass import grad, second_pass, splits, stats
 from fdd_kernels.backends.triton.one_pass import host as one_pass
-from fdd_kernels.backends.triton.strategy import MOST_CACHE_BYTES, rows_of_cache, scratch_elements
+from fdd_kernels.backends.triton.strategy import MOST_CACHE_BYTES, rows_of_cache
 from fdd_kernels.lens.inputs import LensInputs
 from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.fdd.plan import make_plan
@@ -215,8 +214,8 @@ def launches(case: Case, architecture: str) -> list[Launch]:
     chosen = [[states[i] for i in plan.layers] for states in (students, teachers)]
     inputs = LensInputs(chosen[0], weight, bias, chosen[1], teacher_weight, bias, None, labels)
     needed = [True] * (len(plan.layers) + 1) + [case.biases]
-    named, precision = one_pass.architecture_of, os.environ.get(configurations.F32_PRECISION)
-    one_pass.architecture_of = cached.architecture_of = lambda device, interpreting: architecture
+    named, precision = configurations.architecture_of, os.environ.get(configurations.F32_PRECISION)
+    configurations.architecture_of = lambda device: architecture
     os.environ[configurations.F32_PRECISION] = case.precision
 
     def upstream_of(rows, shifts, requests, moments) -> tuple[torch.Tensor, ...]:
@@ -230,10 +229,9 @@ def launches(case: Case, architecture: str) -> list[Launch]:
                 )
             shape = operations.shape_of(inputs, plan.spec, trains_head=True)
             rows = rows_of_cache(shape, MOST_CACHE_BYTES)
-            scratch = new(scratch_elements(shape, rows), dtype=torch.float32)
-            cached.stats_and_grad(inputs, plan.spec, rows, upstream_of, needed, True, scratch)
+            operations.stats_and_grad(inputs, plan.spec, rows, upstream_of, needed, True)
     finally:
-        one_pass.architecture_of = cached.architecture_of = named
+        configurations.architecture_of = named
         os.environ.pop(configurations.F32_PRECISION)
         if precision is not None:
             os.environ[configurations.F32_PRECISION] = precision
