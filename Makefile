@@ -1,6 +1,8 @@
-# make demo   distil a small teacher into students on this machine and write runs/demo/report.html
-# make test   run the tests
-# Both make .venv and install and build what they need first; a second call starts at once.
+# make demo       distil a small teacher into students on this machine; writes runs/demo/report.html
+# make test       run the fast tests: every option, command and integration once, in minutes
+# make test-all   run all tests: the fast ones, then those marked slow
+# make check-docs compare tables and planner with the benchmark records of this repository
+# All make .venv and install and build what they need first; a second call starts at once.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,13 +11,24 @@ INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 
-.PHONY: demo test lint bench sanitize clean
+# worksteal: a process that has run out of tests takes half of those that another has left.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist worksteal
+
+.PHONY: demo test test-slow test-all check-docs lint bench sanitize clean
 
 demo: $(BUILT)
 	$(BIN)/fdd-kernels demo
 
 test: $(BUILT)
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow"
+
+test-slow: $(BUILT)
+	$(PYTEST) -m slow
+
+test-all: test test-slow
+
+check-docs: $(BUILT)
+	$(BIN)/python -m benchmarks check-records
 
 # The quick benchmark suite; the machine should have nothing else to do.
 bench: $(BUILT)

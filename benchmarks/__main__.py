@@ -1,5 +1,5 @@
-"""`python -m benchmarks run | compare | table | check-records | report | list | gpu | traffic`; see
-`--help` of each.
+"""`python -m benchmarks COMMAND`: run, compare, table, check-records, report, gpu, traffic, list;
+see `--help` of each.
 """
 
 from __future__ import annotations
@@ -7,13 +7,16 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from benchmarks import record
-from benchmarks.summary import memory as show
 from benchmarks.workloads import SUITES, select, suite
 from fdd_kernels.common.atomic import write_text
+from fdd_kernels.common.sizes import show
+
+DOCS = record.ROOT / "docs"
+Command = Callable[[argparse.Namespace], int]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -23,163 +26,68 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    run = commands.add_parser(
-        "run",
-        help="measure, and write a record, plots and an HTML report",
-        description=do_run.__doc__,
-    )
-    run.add_argument(
-        "--suite", choices=SUITES, default="quick", help="what to measure (%(default)s)"
-    )
-    run.add_argument(
-        "--workload",
-        action="append",
-        metavar="NAME",
-        help="only this one or this group; may repeat; *? as in a shell",
-    )
-    run.add_argument(
-        "--provider", action="append", metavar="NAME", help="only this one; may repeat"
-    )
-    run.add_argument(
-        "--output",
-        type=Path,
-        default=record.RESULTS,
-        metavar="DIR",
-        help="where records go (benchmarks/results)",
-    )
-    run.add_argument(
-        "--threads", type=int, default=None, metavar="N", help="of PyTorch (all cores)"
-    )
-    run.add_argument(
-        "--repeats",
-        type=int,
-        default=None,
-        metavar="N",
-        help="interleaved rounds after the warm-up (3)",
-    )
-    run.add_argument(
-        "--device", choices=("cpu", "cuda"), default=None, help="(cuda if there is one)"
-    )
-    run.add_argument(
-        "--fresh",
-        action="store_true",
-        help="discard an unfinished run in --output instead of continuing it",
-    )
-    run.add_argument("--no-plots", action="store_true", help="no plots and no HTML report")
-    run.set_defaults(run=do_run)
+    def command(name: str, run: Command, text: str) -> Callable[..., argparse.Action]:
+        added = commands.add_parser(name, help=text, description=run.__doc__)
+        added.set_defaults(run=run)
+        return added.add_argument
 
-    compare = commands.add_parser(
-        "compare",
-        help="what changed between two records beyond noise",
-        description=do_compare.__doc__,
-    )
-    compare.add_argument("before", type=Path)
-    compare.add_argument("after", type=Path)
-    compare.add_argument(
-        "--threshold",
-        type=float,
-        default=0.1,
-        metavar="PART",
-        help="smallest change that counts (%(default)s)",
-    )
-    compare.set_defaults(run=do_compare)
+    add = command("run", do_run, "measure, and write a record, plots and an HTML report")
+    names = {"action": "append", "metavar": "NAME"}
+    number = {"type": int, "metavar": "N"}
+    add("--suite", choices=SUITES, default="quick", help="what to measure (%(default)s)")
+    add("--workload", **names, help="only this one or this group; may repeat; *? as in a shell")
+    add("--provider", **names, help="only this one; may repeat")
+    _folder(add, "--output", record.RESULTS, "where records go (benchmarks/results)")
+    add("--threads", **number, help="of PyTorch (all cores)")
+    add("--repeats", **number, help="interleaved rounds after the warm-up (3)")
+    add("--device", choices=("cpu", "cuda"), help="(cuda if there is one)")
+    add("--fresh", action="store_true", help="discard an unfinished run in --output")
+    add("--no-plots", action="store_true", help="no plots and no HTML report")
 
-    table = commands.add_parser(
-        "table",
-        help="the tables of README and docs from the newest records",
-        description=do_table.__doc__,
-    )
-    table.add_argument(
-        "--check", action="store_true", help="change nothing; exit status 1 if a table is stale"
-    )
-    table.set_defaults(run=do_table)
+    add = command("compare", do_compare, "what changed between two records beyond noise")
+    add("before", type=Path)
+    add("after", type=Path)
+    least = {"type": float, "default": 0.1, "metavar": "PART"}
+    add("--threshold", **least, help="smallest change to report (%(default)s)")
 
-    check = commands.add_parser(
-        "check-records",
-        help="are tables and planner in agreement with the newest records",
-        description=do_check.__doc__,
-    )
-    check.set_defaults(run=do_check)
-    for command in (table, check):
-        command.add_argument("--results", type=Path, default=record.RESULTS, metavar="DIR")
-        command.add_argument(
-            "--readme",
-            type=Path,
-            default=record.ROOT / "README.md",
-            metavar="FILE",
-            help="for the overview",
-        )
-        command.add_argument(
-            "--page",
-            type=Path,
-            default=record.ROOT / "docs" / "benchmarks.md",
-            metavar="FILE",
-            help="for the rest",
-        )
+    table = command("table", do_table, "the tables of docs/benchmarks.md, the README's picture")
+    table("--check", action="store_true", help="change nothing; exit status 1 if one is stale")
+    check = command("check-records", do_check, "do docs and planner agree with the newest records")
+    for add in (table, check):
+        _folder(add, "--results", record.RESULTS, "(benchmarks/results)")
+        file = {"type": Path, "metavar": "FILE"}
+        add("--page", **file, default=DOCS / "benchmarks.md", help="of the tables")
+        add("--image", **file, default=DOCS / "images" / "memory_and_time.svg", help="the picture")
 
-    report = commands.add_parser(
-        "report", help="show a record; plots and HTML beside it", description=do_report.__doc__
-    )
-    report.add_argument("record", type=Path, nargs="?", help="(the newest in benchmarks/results)")
-    report.add_argument("--no-plots", action="store_true")
-    report.set_defaults(run=do_report)
+    add = command("report", do_report, "show a record; plots and HTML beside it")
+    add("record", type=Path, nargs="?", help="(the newest in benchmarks/results)")
+    add("--no-plots", action="store_true")
 
-    gpu = commands.add_parser(
-        "gpu",
-        help="are the Triton strategies right and fast on this GPU",
-        description=do_gpu.__doc__,
-    )
-    gpu.add_argument(
-        "--minutes",
-        type=float,
-        default=8.0,
-        help="of this call; what is missing is measured by the next (8)",
-    )
-    gpu.add_argument(
-        "--output",
-        type=Path,
-        default=record.RESULTS / "gpu",
-        metavar="DIR",
-        help="(benchmarks/results/gpu)",
-    )
-    gpu.add_argument(
-        "--step",
-        action="append",
-        metavar="NAME",
-        help="only steps of this name; may repeat; *? as in a shell",
-    )
-    gpu.add_argument(
-        "--fresh",
-        action="store_true",
-        help="put aside the record in --output instead of continuing it",
-    )
-    gpu.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="every step at toy size on the CPU, in Triton's interpreter",
-    )
-    gpu.add_argument(
-        "--table", action="store_true", help="only print what the record in --output says"
-    )
-    gpu.set_defaults(run=do_gpu)
+    add = command("gpu", do_gpu, "are the Triton strategies right and fast on this GPU")
+    minutes = "of this call; the next call measures the rest (%(default)s)"
+    add("--minutes", type=float, default=8.0, help=minutes)
+    _folder(add, "--output", record.RESULTS / "gpu", "(benchmarks/results/gpu)")
+    add("--step", **names, help="only steps of this name; may repeat; *? as in a shell")
+    add("--fresh", action="store_true", help="put aside the record in --output")
+    dry = "every step at toy size on the CPU, in Triton's interpreter"
+    add("--dry-run", action="store_true", help=dry)
+    add("--table", action="store_true", help="only print the record in --output")
 
-    traffic = commands.add_parser(
-        "traffic", help="what the Triton backend moves and launches", description=do_traffic.__doc__
-    )
-    traffic.add_argument("--json", type=Path, metavar="FILE", help="write the counts to this file")
-    traffic.set_defaults(run=do_traffic)
+    add = command("traffic", do_traffic, "what the Triton backend moves and launches")
+    add("--json", type=Path, metavar="FILE", help="write the counts to this file")
 
-    listing = commands.add_parser(
-        "list", help="workloads of a suite, and providers", description=do_list.__doc__
-    )
-    listing.add_argument("--suite", choices=SUITES, default="full")
-    listing.set_defaults(run=do_list)
+    add = command("list", do_list, "workloads of a suite, and providers")
+    add("--suite", choices=SUITES, default="full")
     return parser
 
 
+def _folder(add: Callable, name: str, default: Path, text: str) -> None:
+    add(name, type=Path, default=default, metavar="DIR", help=text)
+
+
 def do_run(arguments: argparse.Namespace) -> int:
-    """Measure; a run that was interrupted goes on where it stopped. Nothing else should run on the
-    machine meanwhile.
+    """Measure. An interrupted run resumes where it stopped. Nothing else should run on the machine
+    meanwhile.
     """
     import torch
 
@@ -188,9 +96,10 @@ def do_run(arguments: argparse.Namespace) -> int:
 
     workloads = select(suite(arguments.suite), arguments.workload)
     providers = choose(arguments.provider)
-    for name, value in (("--threads", arguments.threads), ("--repeats", arguments.repeats)):
+    for name in ("threads", "repeats"):
+        value = getattr(arguments, name)
         if value is not None and value < 1:
-            raise ValueError(f"{name} {value} must be at least 1")
+            raise ValueError(f"--{name} {value} must be at least 1")
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU")
@@ -207,10 +116,8 @@ def do_run(arguments: argparse.Namespace) -> int:
     try:
         path = run.execute()
     except KeyboardInterrupt:
-        print(
-            f"\ninterrupted; what was measured is in {run.path}, the same command goes on",
-            file=sys.stderr,
-        )
+        rest = "the same command measures the rest"
+        print(f"\ninterrupted; finished results are in {run.path}, {rest}", file=sys.stderr)
         return 130
     _show(path, plots=not arguments.no_plots)
     statuses = [e["status"] for r in run.record["results"] for e in r["providers"].values()]
@@ -218,65 +125,70 @@ def do_run(arguments: argparse.Namespace) -> int:
 
 
 def _show(path: Path, *, plots: bool) -> None:
-    from benchmarks.terminal import print_record
-
+    """Print a record and write its page, as far as the packages for it are installed."""
     data = record.load(path)
-    print_record(data)
     print(f"record: {path}")
-    if not plots:
-        return
     try:
-        from benchmarks.html import write_report
+        from benchmarks.report.terminal import print_record
+
+        print_record(data)
+        if plots:
+            from benchmarks.report.page import write_report
+
+            print(f"report: {write_report(data, path.with_suffix(''))}")
     except ModuleNotFoundError as error:
         print(
-            f"no plots and no HTML report: {error.name} is missing; pip install matplotlib, then "
-            "`python -m benchmarks report`"
+            f"{'no plots and no HTML report' if error.name == 'matplotlib' else 'no report'}: "
+            f"{error.name} is missing; pip install {error.name}, then `python -m benchmarks report`"
         )
-        return
-    print(f"report: {write_report(data, path.with_suffix(''))}")
 
 
 def do_compare(arguments: argparse.Namespace) -> int:
     """Exit status 1 if anything became slower or larger beyond noise and threshold, or was lost."""
-    from benchmarks.compare import compare
-    from benchmarks.terminal import print_comparison
+    from benchmarks.report.compare import compare
+    from benchmarks.report.terminal import print_comparison
 
     if not arguments.threshold >= 0:
         raise ValueError(f"--threshold {arguments.threshold} must be at least 0")
-    result = compare(
-        record.load(arguments.before), record.load(arguments.after), arguments.threshold
-    )
+    before, after = record.load(arguments.before), record.load(arguments.after)
+    result = compare(before, after, arguments.threshold)
     print_comparison(result)
-    return 1 if result.regressions or result.lost else 0
+    return 1 if len(result.regressions) or result.lost else 0
 
 
 def do_table(arguments: argparse.Namespace) -> int:
-    """Write the tables of the newest record of each suite between the markers of the README and of
-    docs/benchmarks.md.
+    """Write the tables of the newest record of each suite between the markers of
+    docs/benchmarks.md, and of the suite "full" the picture of the README.
     """
-    from benchmarks import readme
+    from benchmarks.report.docs import generated
 
     if arguments.check:
         return int(_stale(arguments))
-    for path, render in readme.pages(arguments.readme, arguments.page).items():
-        write_text(path, readme.updated(path.read_text(), arguments.results, render))
+    for path, text in generated(arguments.page, arguments.image, arguments.results).items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
     print(f"tables of {', '.join(map(str, record.newest_of_each_suite(arguments.results)))}")
     return 0
 
 
 def _stale(arguments: argparse.Namespace) -> bool:
-    from benchmarks import readme
+    from benchmarks.report.docs import generated
 
-    stale = readme.stale(arguments.readme, arguments.page, arguments.results)
+    stale = [
+        path
+        for path, text in generated(arguments.page, arguments.image, arguments.results).items()
+        if not path.exists() or path.read_text() != text
+    ]
     for path in stale:
         print(f"{path} is stale: run `python -m benchmarks table`", file=sys.stderr)
     return bool(stale)
 
 
 def do_check(arguments: argparse.Namespace) -> int:
-    """Exit status 1 if a table is stale, or if the planner of today is off by more than 10% of a
-    peak on record. No test does this: a record is of one machine."""
-    from benchmarks.check import peaks_on_record
+    """Exit status 1 if tables or picture are stale, or if the planner of today is off by more than
+    10% of a peak on record. No test does this: a record is of one machine.
+    """
+    from benchmarks.runner import peaks_on_record
 
     checked, wrong = 0, 0
     for path in record.newest_of_each_suite(arguments.results):
@@ -284,29 +196,28 @@ def do_check(arguments: argparse.Namespace) -> int:
             checked += 1
             if abs(predicted - measured) > 0.1 * measured:
                 wrong += 1
-                print(
-                    f"{path}: {what}: the planner predicts {show(predicted)}, {show(measured)} was "
-                    "measured",
-                    file=sys.stderr,
-                )
+                error = f"predicts {show(predicted)}, {show(measured)} was measured"
+                print(f"{path}: {what}: the planner {error}", file=sys.stderr)
     print(f"{checked} predictions of memory, {wrong} of them off by more than 10%")
     return int(_stale(arguments) or wrong > 0)
 
 
 def do_report(arguments: argparse.Namespace) -> int:
     """Print a record and write its plots and HTML report again."""
-    _show(arguments.record or record.newest(record.RESULTS), plots=not arguments.no_plots)
+    path = arguments.record or record.newest_of_each_suite(record.RESULTS)[-1]
+    _show(path, plots=not arguments.no_plots)
     return 0
 
 
 def do_gpu(arguments: argparse.Namespace) -> int:
-    """Measure on one GPU, what decides first; print measured beside predicted and the verdict. Exit
-    status 3: wrong numbers.
+    """Measure on one GPU, in the order of what decides; print measured beside predicted and the
+    verdict. Exit status 3: wrong numbers.
     """
     from benchmarks.gpu import supervisor, verdict
 
     if not arguments.minutes > 0:
         raise ValueError(f"--minutes {arguments.minutes} must be above 0")
+    status = 0
     if not arguments.table:
         status = supervisor.supervise(
             arguments.output,
@@ -316,7 +227,7 @@ def do_gpu(arguments: argparse.Namespace) -> int:
             only=arguments.step or (),
         )
     print(verdict.text(record.read_json(arguments.output / supervisor.RECORD)))
-    return 0 if arguments.table else status
+    return status
 
 
 def do_traffic(arguments: argparse.Namespace) -> int:
@@ -329,7 +240,7 @@ def do_traffic(arguments: argparse.Namespace) -> int:
 
 
 def do_list(arguments: argparse.Namespace) -> int:
-    """Print what there is, and why what cannot run here cannot."""
+    """List workloads and providers, and why a provider cannot run here."""
     import torch
 
     from benchmarks.providers import PROVIDERS
@@ -339,16 +250,14 @@ def do_list(arguments: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for provider in PROVIDERS.values():
         reason = provider.unavailable(device)
-        print(
-            f"{provider.name:14} {provider.title}: "
-            f"{provider.computes}{f' [not here: {reason}]' if reason else ''}"
-        )
+        not_here = f" [not here: {reason}]" if reason else ""
+        print(f"{provider.name:14} {provider.title}: {provider.computes}{not_here}")
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line: 0, 1 for a regression or a refused result, 2 for what the user can put
-    right, 130 interrupted.
+    """Run the command line: 0, 1 for a regression or a refused result, 2 for a user's error, 130
+    interrupted.
     """
     arguments = build_parser().parse_args(argv)
     try:

@@ -23,42 +23,35 @@ def row_losses(
     *,
     upcast: bool = False,
 ) -> Tensor:
-    """Output KD + trajectory + derivative per row, (R,); no bias, temperature 1, divergence KL,
-    derivative cosine.
+    """Output KD + trajectory (KL) + derivative (cosine) per row, (R,), at temperature 1.
 
-    `upcast`: the logits are made float32 before the softmax, as `.float()` in most training code
-    does.
+    `upcast` makes the logits float32 before the softmax, as `.float()` in most training code does.
     """
 
-    def log_probabilities(hidden: Tensor, weight: Tensor, softcap: float | None) -> Tensor:
-        logits = F.linear(hidden, weight)
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        if upcast:
-            logits = logits.float()
-        return F.log_softmax(logits, dim=-1, dtype=torch.float32)
-
-    student = [
-        log_probabilities(h, student_weight, options.get("student_softcap")) for h in student_hidden
-    ]
-    with torch.no_grad():
-        teacher = [
-            log_probabilities(h, teacher_weight, options.get("teacher_softcap"))
-            for h in teacher_hidden
-        ]
+    def log_probabilities(states: list[Tensor], weight: Tensor, cap: float | None) -> list[Tensor]:
+        found = []
+        for hidden in states:
+            logits = F.linear(hidden, weight)
+            if cap is not None:
+                logits = cap * torch.tanh(logits / cap)
+            if upcast:
+                logits = logits.float()
+            found.append(F.log_softmax(logits, dim=-1, dtype=torch.float32))
+        return found
 
     def kl(q: Tensor, p: Tensor) -> Tensor:
         return F.kl_div(q, p, reduction="none", log_target=True).sum(-1)
 
+    student = log_probabilities(student_hidden, student_weight, options.get("student_softcap"))
+    with torch.no_grad():
+        teacher = log_probabilities(teacher_hidden, teacher_weight, options.get("teacher_softcap"))
     loss = kl(student[-1], teacher[-1])
     layers = len(student) - 1
     if layers:
         loss = loss + sum(kl(q, p) for q, p in zip(student[:-1], teacher[:-1])) / layers
     for i in range(layers - 1):
-        cosine = F.cosine_similarity(
-            student[i + 1] - student[i], teacher[i + 1] - teacher[i], dim=-1
-        )
-        loss = loss + (1 - cosine) / (layers - 1)
+        deltas = student[i + 1] - student[i], teacher[i + 1] - teacher[i]
+        loss = loss + (1 - F.cosine_similarity(*deltas, dim=-1)) / (layers - 1)
     return loss
 
 
@@ -77,24 +70,17 @@ def feature_row_losses(
 
 def dense_rows(problem: Problem, options: dict, rows: slice = slice(None)) -> Tensor:
     """The rows' losses of a problem, (R,)."""
-    student, teacher = (
-        [h[rows] for h in states] for states in (problem.student_hidden, problem.teacher_hidden)
-    )
+    student = [h[rows] for h in problem.student_hidden]
+    teacher = [h[rows] for h in problem.teacher_hidden]
     if problem.teacher_weight is None:
         return feature_row_losses(student, problem.student_weight, teacher)
     return row_losses(student, problem.student_weight, teacher, problem.teacher_weight, options)
 
 
 def chunked_rows(problem: Problem, options: dict) -> Tensor:
-    """The same, each chunk of rows under gradient checkpointing: its logits are computed again in
-    the backward pass.
-    """
-    rows = problem.student_hidden[0].shape[0]
+    """The same, each chunk of rows under gradient checkpointing: backward recomputes its logits."""
+    count = problem.student_hidden[0].shape[0]
+    chunks = [slice(first, first + CHUNK_ROWS) for first in range(0, count, CHUNK_ROWS)]
     return torch.cat(
-        [
-            checkpoint(
-                dense_rows, problem, options, slice(first, first + CHUNK_ROWS), use_reentrant=False
-            )
-            for first in range(0, rows, CHUNK_ROWS)
-        ]
+        [checkpoint(dense_rows, problem, options, rows, use_reentrant=False) for rows in chunks]
     )

@@ -1,5 +1,5 @@
-"""Random inputs of a workload, built in their own dtype in small pieces so that building them
-leaves no mark on the peak.
+"""Random inputs of a workload, drawn in their own dtype piece by piece so that building them leaves
+no mark on the peak of memory.
 """
 
 from __future__ import annotations
@@ -25,29 +25,22 @@ def build_problem(
     seed: int = 0,
     draw_on: torch.device | str = "cpu",
 ) -> Problem:
-    """The workload's tensors, the same at every call; `rows` and `columns` keep only the first
-    ones.
+    """Draw the workload's tensors, the same at every call; `rows` and `columns` limit their sizes.
 
-    `draw_on`: the device whose generator draws them; other devices draw other numbers, a GPU in a
-    fraction of the time.
+    The generator of `draw_on` draws them: a GPU in a fraction of the time, but other numbers.
     """
     dtype = getattr(torch, workload.dtype)
-    rows = workload.rows if rows is None else min(rows, workload.rows)
-    columns = (
-        workload.columns
-        if columns is None or workload.feature_space
-        else min(columns, workload.columns)
-    )
+    rows = min(rows or workload.rows, workload.rows)
+    if workload.feature_space or columns is None:
+        columns = workload.columns
+    columns = min(columns, workload.columns)
 
     def normal(count: int, width: int, scale: float, stream: int) -> Tensor:
         generator = torch.Generator(draw_on).manual_seed(seed * 1000 + stream)
         out = torch.empty(count, width, dtype=dtype, device=draw_on)
-        step = max(1, PIECE // width)
-        for first in range(0, count, step):
-            piece = torch.randn(
-                min(step, count - first), width, generator=generator, device=draw_on
-            )
-            out[first : first + len(piece)] = piece.mul_(scale)
+        for piece in out.split(max(1, PIECE // width)):
+            drawn = torch.randn(piece.shape, generator=generator, device=draw_on)
+            piece.copy_(drawn.mul_(scale))
         return out
 
     def states(width: int, stream: int) -> list[Tensor]:
@@ -57,22 +50,24 @@ def build_problem(
             hidden.append(update.add_(hidden[-1], alpha=0.8))
         return hidden
 
-    student_hidden = states(workload.student_width, 100)
-    student_weight = normal(
-        columns, workload.student_width, SPREAD / math.sqrt(workload.student_width), 1
+    def head(width: int, stream: int) -> Tensor:
+        return normal(columns, width, SPREAD / math.sqrt(width), stream)
+
+    def beside(tensor: Tensor, stream: int) -> Tensor:
+        return tensor * (1 + normal(*tensor.shape, workload.near, stream))
+
+    student_hidden, student_weight = (
+        states(workload.student_width, 100),
+        head(workload.student_width, 1),
     )
     teacher_weight = None
     if workload.near is not None:
-        teacher_hidden = [
-            h * (1 + normal(*h.shape, workload.near, 300 + i)) for i, h in enumerate(student_hidden)
-        ]
-        teacher_weight = student_weight * (1 + normal(*student_weight.shape, workload.near, 3))
+        teacher_hidden = [beside(h, 300 + i) for i, h in enumerate(student_hidden)]
+        teacher_weight = beside(student_weight, 3)
     else:
         teacher_hidden = states(workload.teacher_width, 200)
         if not workload.feature_space:
-            teacher_weight = normal(
-                columns, workload.teacher_width, SPREAD / math.sqrt(workload.teacher_width), 2
-            )
+            teacher_weight = head(workload.teacher_width, 2)
     return Problem(
         student_hidden=tuple([h.to(device).requires_grad_() for h in student_hidden]),
         student_weight=student_weight.to(device).requires_grad_(workload.train_head),

@@ -1,12 +1,17 @@
-"""The measurements themselves, in the process that they are called in; see `worker.py` for whose
-process that is.
+"""The measurements, and the process of its own for one of them: `python -m benchmarks.measure
+JOB.json`, started by `runner.py`.
+
+The process appends one JSON line per event to the file named in its job, so that finished results
+survive a crash.
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,14 +21,13 @@ from typing import Any
 import torch
 
 from benchmarks.accuracy import SmallCheck, TimedCallCheck
+from benchmarks.gemms import GemmTimes
 from benchmarks.inputs import build_problem
-from benchmarks.products import BareProducts
-from benchmarks.providers import Provider
+from benchmarks.providers import PROVIDERS, Provider, gradients_of
 from benchmarks.workloads import Workload
 from fdd_kernels.testing import Problem
 
 Report = Callable[[str, Any], None]
-MIB = 2**20
 # How peak memory is measured on each kind of device, as records name it.
 MEMORY_IN_USE = {
     "cuda": "max_memory_allocated",
@@ -36,48 +40,31 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def timed(device: torch.device) -> Callable[[Callable[[], object]], float]:
-    """A function that runs another and returns its seconds."""
-
-    def run(function: Callable[[], object]) -> float:
-        _synchronize(device)
-        start = time.perf_counter()
-        function()
-        _synchronize(device)
-        return time.perf_counter() - start
-
-    return run
-
-
 def step(
     provider: Provider, problem: Problem, options: dict, device: torch.device
 ) -> tuple[float, float, dict]:
-    """One forward and backward pass: seconds of the forward, seconds of both, and the gradients by
-    name.
-    """
+    """One forward and backward pass: seconds of the forward, seconds of both, gradients by name."""
+    middle = 0.0
+
+    def loss_of(problem: Problem, options: dict) -> torch.Tensor:
+        nonlocal middle
+        loss = provider.loss(problem, options)
+        _synchronize(device)
+        middle = time.perf_counter()
+        return loss
+
     problem = problem.map(lambda t: t)
-    leaves = problem.leaves
     _synchronize(device)
     start = time.perf_counter()
-    loss = provider.loss(problem, options)
+    _, gradients = gradients_of(loss_of, problem, options)
     _synchronize(device)
-    middle = time.perf_counter()
-    # In feature space the final state has no term and so no gradient.
-    found = torch.autograd.grad(
-        loss, list(leaves.values()), materialize_grads=True, allow_unused=True
-    )
-    _synchronize(device)
-    return middle - start, time.perf_counter() - start, dict(zip(leaves, found))
+    return middle - start, time.perf_counter() - start, gradients
 
 
 def spread(values: list[float]) -> dict[str, Any]:
     """Median, smallest, largest and all of them."""
-    return {
-        "median": statistics.median(values),
-        "min": min(values),
-        "max": max(values),
-        "all": values,
-    }
+    ends = {"min": min(values), "max": max(values), "all": values}
+    return {"median": statistics.median(values)} | ends
 
 
 def time_workload(
@@ -87,49 +74,42 @@ def time_workload(
     device: torch.device,
     report: Report,
 ) -> None:
-    """Time the providers in turn, `repeats` rounds after one warm-up round, the bare products in
-    every round.
+    """Time the providers in turn, `repeats` rounds after a warm-up round, GEMMs in every round.
 
     Calls `report(key, value)`: ("running", provider) before each warm-up, (provider, result),
-    ("products", summary).
+    ("products", summary of the GEMMs).
     """
     problem = build_problem(workload, device)
-    products = BareProducts(workload, problem)
-    check = TimedCallCheck(workload, problem)
-    seconds: dict[str, tuple[list[float], list[float]]] = {}
-    checks, warm_up = {}, {}
-    clock = timed(device)
-    products.measure(clock)
+    gemms, check = GemmTimes(workload, problem), TimedCallCheck(workload, problem)
+    found: dict[str, dict[str, Any]] = {}
+
+    def clock(run: Callable[[], object]) -> float:
+        _synchronize(device)
+        start = time.perf_counter()
+        run()
+        _synchronize(device)
+        return time.perf_counter() - start
+
+    gemms.measure(clock)
     for provider in providers:
         report("running", provider.name)
-        options = provider.options(workload)
-        forward, total, gradients = step(provider, problem, options, device)
-        checks[provider.name] = check.run(provider, gradients)
-        warm_up[provider.name] = total
-        seconds[provider.name] = ([], [])
+        _, warm_up, gradients = step(provider, problem, provider.options(workload), device)
+        found[provider.name] = {"warm_up": warm_up, "check": check.run(provider, gradients)}
+        found[provider.name] |= {"forward": [], "total": []}
         del gradients
     report("running", None)
-    products.drop_first()
+    gemms.drop_first()
     for _ in range(repeats):
-        products.measure(clock)
+        gemms.measure(clock)
         for provider in providers:
-            forward, total, gradients = step(provider, problem, provider.options(workload), device)
-            seconds[provider.name][0].append(forward)
-            seconds[provider.name][1].append(total)
-            del gradients
-    report("products", products.summary())
-    for provider in providers:
-        forward, total = seconds[provider.name]
-        report(
-            provider.name,
-            {
-                "forward": spread(forward),
-                "total": spread(total),
-                "warm_up": warm_up[provider.name],
-                "tokens_per_second": workload.rows / statistics.median(total),
-                "check": checks[provider.name],
-            },
-        )
+            forward, total, _ = step(provider, problem, provider.options(workload), device)
+            found[provider.name]["forward"].append(forward)
+            found[provider.name]["total"].append(total)
+    report("products", gemms.summary())
+    for name, result in found.items():
+        rate = workload.rows / statistics.median(result["total"])
+        times = {key: spread(result[key]) for key in ("forward", "total")}
+        report(name, result | times | {"tokens_per_second": rate})
 
 
 def check_accuracy(
@@ -143,7 +123,7 @@ def check_accuracy(
     report("running", None)
 
 
-def _status(field: str) -> int:
+def status_bytes(field: str) -> int:
     """A field of /proc/self/status in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
@@ -151,12 +131,13 @@ def _status(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}")
 
 
-def _reset_high_water() -> None:
-    """Set this process's high-water mark of resident memory to what it has now."""
+def reset_high_water() -> None:
+    """Set this process's high-water mark of resident memory to the memory of now."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def _trim() -> None:
+def give_back_memory() -> None:
+    """Free cycles, and return freed memory to the system where the C library can."""
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -166,55 +147,64 @@ def _trim() -> None:
 def measure_memory(
     workload: Workload, provider: Provider, device: torch.device, report: Report
 ) -> None:
-    """Peak memory of one forward and backward pass beyond the inputs, in a process that has done
-    nothing else.
+    """Peak memory of one forward and backward pass beyond the inputs, in a fresh process.
 
     A call of tiny shape comes first, so that libraries, their code and their threads do not count.
-    On a CPU the peak is that of resident memory, in a process whose allocator keeps nothing that is
-    freed (`runner.RETURN_FREED_MEMORY`); the gradients, which the caller keeps, are part of it and
-    also given alone.
+    On a CPU the peak is of resident memory, in a process whose allocator gives freed memory back
+    (`runner.RETURN_FREED_MEMORY`). The gradients are part of it, and are also reported alone.
     """
     width = min(workload.teacher_width, 64)
-    tiny = replace(
-        workload,
-        rows=min(workload.rows, 64),
-        columns=width if workload.feature_space else min(workload.columns, 256),
-        student_width=min(workload.student_width, 64),
-        teacher_width=width,
-    )
+    small = {"student_width": min(workload.student_width, 64), "teacher_width": width}
+    small["columns"] = width if workload.feature_space else min(workload.columns, 256)
+    tiny = replace(workload, rows=min(workload.rows, 64), **small)
     step(provider, build_problem(tiny, device), provider.options(tiny), device)
-    if provider.rows is not None:  # another way through the code may load modules of its own
+    if provider.rows is not None:  # another path through the code may load modules of its own
         provider.rows(build_problem(tiny, device), provider.options(tiny)).sum().backward()
     problem = build_problem(workload, device)
     report("running", provider.name)
-    _trim()
+    give_back_memory()
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        _reset_high_water()
-        before = _status("VmRSS")
+        reset_high_water()
+        before = status_bytes("VmRSS")
     _, seconds, gradients = step(provider, problem, provider.options(workload), device)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else _status("VmHWM")
-    report(
-        provider.name,
-        {
-            "beyond_inputs": peak - before,
-            "gradients": sum(g.numel() * g.element_size() for g in gradients.values()),
-            "process_peak": peak,
-            "inputs": sum(
-                t.numel() * t.element_size()
-                for t in (
-                    *problem.student_hidden,
-                    problem.student_weight,
-                    *problem.teacher_hidden,
-                    problem.teacher_weight,
-                )
-                if t is not None
-            ),
-            "measure": MEMORY_IN_USE[device.type],
-            "seconds": seconds,
-        },
-    )
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else status_bytes("VmHWM")
+    inputs = [*problem.student_hidden, problem.student_weight, *problem.teacher_hidden]
+    inputs += [] if problem.teacher_weight is None else [problem.teacher_weight]
+    result = {
+        "beyond_inputs": peak - before,
+        "gradients": sum(t.nbytes for t in gradients.values()),
+        "process_peak": peak,
+        "inputs": sum(t.nbytes for t in inputs),
+        "measure": MEMORY_IN_USE[device.type],
+        "seconds": seconds,
+    }
+    report(provider.name, result)
+
+
+def main(job_file: str) -> None:
+    """Do the job and report."""
+    job: dict[str, Any] = json.loads(Path(job_file).read_text())
+    torch.set_num_threads(job["threads"])
+    workload, device = Workload.from_json(job["workload"]), torch.device(job["device"])
+    providers = [PROVIDERS[name] for name in job["providers"]]
+    with open(job["events"], "a") as events:
+
+        def report(key: str, value: Any) -> None:
+            events.write(json.dumps([key, value]) + "\n")
+            events.flush()
+
+        if job["measure"] == "time":
+            time_workload(workload, providers, job["repeats"], device, report)
+        elif job["measure"] == "accuracy":
+            check_accuracy(workload, providers, device, report)
+        else:
+            measure_memory(workload, *providers, device, report)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

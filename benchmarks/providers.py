@@ -1,5 +1,6 @@
-"""Who computes the loss: one entry each, with what it computes, where it runs and why not if it
-does not.
+"""Who computes the loss: one entry each with its part of the loss and why it cannot run here.
+
+The backends of this package come from their registry: a new one is a provider without a line here.
 """
 
 from __future__ import annotations
@@ -18,29 +19,32 @@ from torch import Tensor
 from benchmarks import dense, peers
 from benchmarks.workloads import Workload
 from fdd_kernels import fused_fdd_loss
-from fdd_kernels.backends import why_unavailable
+from fdd_kernels.backends import BACKENDS, preference, why_unavailable
 from fdd_kernels.testing import Problem
 
 WHOLE = "the whole objective"
 NO_DERIVATIVE = "output KD and trajectory, one call per layer; no derivative"
+Loss = Callable[[Problem, dict[str, Any]], Tensor]
 
 
 @dataclass(frozen=True)
 class Provider:
     """A way to compute the loss.
 
-    `loss(problem, options)` is what is timed: its scalar mean over rows. `rows(problem, options)`
-    gives (R,) for the accuracy check; without it the check calls `loss` row by row. `computes` is
-    the part of the objective, `drops` the option values that turn the workload's objective into
-    that part. `rounds_logits`: logits are rounded to the inputs' dtype on the way, and the accuracy
+    `loss(problem, options)` is timed: its scalar mean over rows. `rows(problem, options)` gives
+    (R,) for the accuracy check, which otherwise calls `loss` row by row. `kind` is "dense",
+    "backends" or "packages". `computes` is the part of the loss, `drops` the option values that
+    reduce the loss to it. With `rounds_logits` logits are rounded to the inputs' dtype, and the
     check allows for that.
     """
 
     name: str
     title: str
-    computes: str
-    loss: Callable[[Problem, dict[str, Any]], Tensor]
-    rows: Callable[[Problem, dict[str, Any]], Tensor] | None = None
+    kind: str
+    color: str
+    loss: Loss
+    rows: Loss | None = None
+    computes: str = WHOLE
     drops: dict[str, Any] = field(default_factory=dict)
     rounds_logits: bool = False
     package: str | None = None
@@ -55,16 +59,14 @@ class Provider:
         if self.module is not None:
             try:
                 importlib.import_module(self.module)
-            except Exception as error:  # whatever a package raises on import is the reason
+            except Exception as error:  # a package may raise anything on import
                 first = (str(error).strip().splitlines() or [""])[0]
-                return (
-                    f"cannot be imported ({type(error).__name__}: {first}); pip install -r "
-                    "benchmarks/requirements.txt"
-                )
+                why = f"cannot be imported ({type(error).__name__}: {first})"
+                return f"{why}; pip install -r benchmarks/requirements.txt"
         return self.unavailable_on(device)
 
     def unsupported(self, workload: Workload) -> str | None:
-        """Why it cannot compute any of this workload's objective; None if it can."""
+        """Why it cannot compute any part of this workload's loss; None if it can."""
         if workload.feature_space and not self.feature_space:
             return "has no feature space"
         if not self.softcap and any("softcap" in name for name in workload.loss_options):
@@ -72,13 +74,10 @@ class Provider:
         return None
 
     def part(self, workload: Workload) -> str:
-        """What it computes of this workload's objective."""
+        """The part of this workload's loss that it computes."""
+        text = WHOLE if workload.feature_space else self.computes
         if workload.layers == 1 and not workload.loss_options.get("output_in_dynamics"):
             text = "output KD, which is all there is"
-        elif workload.feature_space:
-            text = WHOLE
-        else:
-            text = self.computes
         note = self.frozen_head_note if not workload.train_head else None
         return f"{text}; {note}" if note else text
 
@@ -87,15 +86,22 @@ class Provider:
         return workload.loss_options | self.drops
 
     def version(self) -> str | None:
-        """Of the package it comes from; None if that is not installed."""
+        """The installed version of its package; None if there is none."""
         try:
             return version(self.package) if self.package else None
         except PackageNotFoundError:
             return None
 
 
-def _dense(problem: Problem, options: dict) -> Tensor:
-    return dense.dense_rows(problem, options).mean()
+def gradients_of(
+    loss_of: Loss, problem: Problem, options: dict[str, Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """One forward and backward pass: the loss, and the gradients of `problem.leaves` by name."""
+    leaves = problem.leaves
+    loss = loss_of(problem, options)
+    # In feature space the final state has no term and so no gradient.
+    found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+    return loss.detach(), dict(zip(leaves, found))
 
 
 @functools.cache
@@ -103,115 +109,90 @@ def _compiled() -> Callable:
     return torch.compile(dense.dense_rows)
 
 
-def _compiled_loss(problem: Problem, options: dict) -> Tensor:
-    return _compiled()(problem, options).mean()
-
-
-def _chunked(problem: Problem, options: dict) -> Tensor:
-    return dense.chunked_rows(problem, options).mean()
-
-
 def _no_compiler(device: torch.device) -> str | None:
-    if device.type == "cpu" and not (
-        shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
-    ):
-        return "torch.compile needs a C++ compiler on the CPU"
-    return None
+    found = any(map(shutil.which, ("g++", "c++", "clang++")))
+    return None if device.type != "cpu" or found else "torch.compile needs a C++ compiler on a CPU"
 
 
-def _ours(backend: str) -> Provider:
-    def loss(problem: Problem, options: dict) -> Tensor:
-        return fused_fdd_loss(**problem.arguments, **options, backend=backend)
+def _dense(name: str, title: str, color: str, rows: Loss, **about: Any) -> Provider:
+    about |= {"rounds_logits": True, "package": "torch"}
+    loss = lambda problem, options: rows(problem, options).mean()  # noqa: E731
+    return Provider(name, f"dense PyTorch, {title}", "pytorch", color, loss, rows, **about)
 
-    def rows(problem: Problem, options: dict) -> Tensor:
-        return fused_fdd_loss(**problem.arguments, **options, backend=backend, reduction="none")
+
+def _backend(name: str) -> Provider:
+    backend = BACKENDS[name]
+
+    def loss(problem: Problem, options: dict, reduction: str = "mean") -> Tensor:
+        return fused_fdd_loss(**problem.arguments, **options, backend=name, reduction=reduction)
 
     def unavailable(device: torch.device) -> str | None:
-        if device.type == "cpu" and backend == "triton":
-            return "Triton kernels run on a GPU; interpreting them would measure the interpreter"
-        return why_unavailable(backend, device)
+        reason = why_unavailable(name, device)
+        if reason is None and device.type not in backend.devices:
+            reason = f"runs on {' or '.join(backend.devices)}; its interpreter is not measured"
+        return reason
 
-    return Provider(
-        backend,
-        f"fdd_kernels, backend {backend}",
-        WHOLE,
-        loss,
-        rows,
-        package="fdd_kernels",
-        unavailable_on=unavailable,
-    )
+    rows = functools.partial(loss, reduction="none")
+    title, about = f"fdd_kernels, backend {name}", {"package": "fdd_kernels"}
+    about["unavailable_on"] = unavailable
+    return Provider(name, title, "backends", backend.color, loss, rows, **about)
 
 
-_PEER = {"drops": {"beta": 0.0}, "feature_space": False}
+def _package(name: str, title: str, color: str, loss: Loss, part: str, **about: Any) -> Provider:
+    about |= {"computes": f"{NO_DERIVATIVE}{part}", "drops": {"beta": 0.0}}
+    return Provider(name, title, "packages", color, loss, feature_space=False, **about)
 
-PROVIDERS: dict[str, Provider] = {
-    p.name: p
-    for p in (
-        Provider(
-            "dense",
-            "dense PyTorch, eager",
-            WHOLE,
-            _dense,
-            dense.dense_rows,
-            rounds_logits=True,
-            package="torch",
-        ),
-        Provider(
-            "dense-compile",
-            "dense PyTorch, torch.compile",
-            WHOLE,
-            _compiled_loss,
-            lambda p, o: _compiled()(p, o),
-            rounds_logits=True,
-            package="torch",
-            unavailable_on=_no_compiler,
-        ),
-        Provider(
-            "dense-chunked",
-            f"dense PyTorch, checkpointed over {dense.CHUNK_ROWS} rows",
-            WHOLE,
-            _chunked,
-            dense.chunked_rows,
-            rounds_logits=True,
-            package="torch",
-        ),
-        _ours("torch"),
-        _ours("cpu"),
-        _ours("triton"),
-        Provider(
-            "liger",
-            "Liger-Kernel, chunked JSD loss, not compiled",
-            f"{NO_DERIVATIVE}; its forward computes the gradients",
-            peers.liger,
-            rounds_logits=True,
-            package="liger-kernel",
-            module="liger_kernel.chunked_loss",
-            softcap=False,
-            frozen_head_note="computes the head's gradient all the same",
-            **_PEER,
-        ),
-        Provider(
-            "trl",
-            "TRL, chunked divergence",
-            f"{NO_DERIVATIVE}, plus the student's entropy",
-            peers.trl,
-            package="trl",
-            module="trl.trainer.distillation_trainer",
-            **_PEER,
-        ),
-        Provider(
-            "orda",
-            "orda-kernel",
-            f"{NO_DERIVATIVE}; on a CPU its dense fallback",
-            peers.orda,
-            rounds_logits=True,
-            package="orda-kernel",
-            module="orda_kernel",
-            softcap=False,
-            **_PEER,
-        ),
-    )
-}
+
+_ALL = (
+    _dense("dense", "eager", "#6c757d", dense.dense_rows),
+    _dense(
+        *("dense-compile", "torch.compile", "#5b7db1"),
+        lambda problem, options: _compiled()(problem, options),
+        unavailable_on=_no_compiler,
+    ),
+    _dense(
+        *("dense-chunked", f"checkpointed over {dense.CHUNK_ROWS} rows", "#adb5bd"),
+        dense.chunked_rows,
+    ),
+    *map(_backend, sorted(BACKENDS)),
+    _package(
+        *("liger", "Liger-Kernel, chunked JSD loss, not compiled", "#00798c", peers.liger),
+        "; its forward computes the gradients",
+        rounds_logits=True,
+        package="liger-kernel",
+        module="liger_kernel.chunked_loss",
+        softcap=False,
+        frozen_head_note="computes the head's gradient all the same",
+    ),
+    _package(
+        *("trl", "TRL, chunked divergence", "#30638e", peers.trl),
+        ", plus the student's entropy",
+        package="trl",
+        module="trl.trainer.distillation_trainer",
+    ),
+    _package(
+        *("orda", "orda-kernel", "#003d5b", peers.orda),
+        "; on a CPU its dense fallback",
+        rounds_logits=True,
+        package="orda-kernel",
+        module="orda_kernel",
+        softcap=False,
+    ),
+)
+PROVIDERS: dict[str, Provider] = {provider.name: provider for provider in _ALL}
+
+
+def default_backend(device: str) -> str:
+    """The backend that "auto" prefers on a device."""
+    return preference(device)[0]
+
+
+def of_workload(workload: Workload, providers: list[Provider], device: str) -> list[Provider]:
+    """The providers that a workload names, by name, kind, or "default": `default_backend`."""
+    if workload.providers is None:
+        return providers
+    names = {default_backend(device) if n == "default" else n for n in workload.providers}
+    return [p for p in providers if p.name in names or p.kind in names]
 
 
 def choose(names: list[str] | None) -> list[Provider]:

@@ -1,4 +1,4 @@
-"""The record of a run: one JSON file with every figure and with what it was measured on."""
+"""The record of a run: one JSON file with every figure and its conditions."""
 
 from __future__ import annotations
 
@@ -12,23 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from fdd_kernels.common.atomic import write_text
+from fdd_kernels.common.processor import processor
 
 FORMAT = 1
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 PARTIAL = "unfinished.json"
-_REQUIRED = (
-    "format",
-    "suite",
-    "date",
-    "device",
-    "threads",
-    "machine",
-    "versions",
-    "git",
-    "sources",
-    "results",
-)
+_REQUIRED = ("format", "suite", "date", "device", "threads", "machine", "versions", "git")
+_REQUIRED += ("sources", "results")
+_PACKAGES = ("fdd_kernels", "torch", "triton", "liger-kernel", "trl", "orda-kernel")
+_INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 class RecordError(Exception):
@@ -37,21 +30,13 @@ class RecordError(Exception):
 
 def machine(device: str) -> dict[str, Any]:
     """What the figures depend on besides the code."""
-    info = {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
+    name, flags = processor()
+    info: dict[str, Any] = {"processor": name, "cores": os.cpu_count()}
+    info |= {
         "system": platform.platform(),
+        "instructions": [f for f in _INSTRUCTIONS if f in flags],
     }
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        flags = next((set(line.split()) for line in lines if line.startswith("flags")), set())
-        info["processor"] = next(
-            (x.partition(":")[2].strip() for x in lines if x.startswith("model name")),
-            info["processor"],
-        )
-        info["instructions"] = [
-            f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f in flags
-        ]
         memory = Path("/proc/meminfo").read_text().split()
         info["memory"] = int(memory[memory.index("MemTotal:") + 1]) * 1024
     except (OSError, ValueError):
@@ -66,7 +51,7 @@ def machine(device: str) -> dict[str, Any]:
 def versions() -> dict[str, str]:
     """Of Python and of every package that computes something here."""
     found = {"python": platform.python_version()}
-    for package in ("fdd_kernels", "torch", "triton", "liger-kernel", "trl", "orda-kernel"):
+    for package in _PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -74,51 +59,33 @@ def versions() -> dict[str, str]:
     return found
 
 
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
 def git_revision() -> dict[str, Any]:
-    """The commit, and whether tracked files of the package differ from it."""
+    """The commit, and whether tracked files of package, kernels or benchmarks differ from it."""
+    parts = ("fdd_kernels", "csrc", "benchmarks")
     try:
-        revision = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
-        ).stdout
-        changed = subprocess.run(
-            [
-                "git",
-                "status",
-                "--porcelain",
-                "--untracked-files=no",
-                "fdd_kernels",
-                "csrc",
-                "benchmarks",
-            ],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        changed = _git("status", "--porcelain", "--untracked-files=no", *parts)
+        return {"revision": _git("rev-parse", "HEAD"), "changed": bool(changed)}
     except (OSError, subprocess.CalledProcessError):
         return {"revision": "unknown", "changed": None}
-    return {"revision": revision.strip(), "changed": bool(changed.strip())}
 
 
 def source_digest() -> str:
-    """A digest of the sources that the figures come from: the whole package with its extension,
-    csrc, and these benchmarks.
-    """
-    package = ROOT / "fdd_kernels"
-    files = [
-        *package.rglob("*.py"),
-        *package.glob("_C*"),
-        *(ROOT / "csrc").glob("*"),
-        *(ROOT / "benchmarks").glob("*.py"),
-    ]
-    digest = hashlib.sha256()
+    """A digest of the package with its extension, of csrc, and of these benchmarks."""
+    package, digest = ROOT / "fdd_kernels", hashlib.sha256()
+    files = [*package.rglob("*.py"), *package.glob("_C*"), *(ROOT / "csrc").glob("*")]
+    files += (ROOT / "benchmarks").rglob("*.py")
     for path in sorted(filter(Path.is_file, files)):
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """Parse a JSON file.
 
     Raises:
         RecordError: it is missing, or no JSON.
@@ -148,11 +115,8 @@ def load(path: Path) -> dict[str, Any]:
             f"{path}: has format {data['format']}, this version reads {FORMAT}; run the suite again"
         )
     for result in data["results"]:
-        if (
-            not isinstance(result, dict)
-            or not {"workload", "providers"} <= result.keys()
-            or "name" not in result["workload"]
-        ):
+        complete = isinstance(result, dict) and {"workload", "providers"} <= result.keys()
+        if not complete or "name" not in result["workload"]:
             raise RecordError(f"{path}: a result lacks its workload or providers; it was damaged")
     return data
 
@@ -177,12 +141,3 @@ def newest_of_each_suite(folder: Path) -> list[Path]:
     if not found:
         raise RecordError(f"{folder}: has no record; run `python -m benchmarks run` first")
     return [path for _, path in sorted(found.values())]
-
-
-def newest(folder: Path) -> Path:
-    """The newest finished record of a folder, by its own date.
-
-    Raises:
-        RecordError: there is none.
-    """
-    return newest_of_each_suite(folder)[-1]

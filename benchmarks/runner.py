@@ -1,5 +1,5 @@
-"""A whole run: every workload with every provider, each measurement in its own process, finished
-ones kept on the way.
+"""A whole run: every workload with every provider, each measurement in its own process, results
+written as they come.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -16,53 +18,43 @@ from typing import Any
 import torch
 
 from benchmarks import record
-from benchmarks.providers import Provider
+from benchmarks.providers import Provider, of_workload
 from benchmarks.workloads import Workload
+from fdd_kernels.common.sizes import GIB
 from fdd_kernels.memory.loss import LossShape, loss_memory
 
-GIB = 2**30
-# glibc puts tensors of up to 32 MiB where it keeps what is freed, more or less of it from run to
-# run. With a fixed threshold it gives them back, so that the high-water mark is that of memory in
-# use, as max_memory_allocated is on a GPU.
+# glibc caches some freed tensors of up to 32 MiB, more or less of them from run to run. With a
+# fixed threshold it gives them back, so that the high-water mark is of memory in use, as
+# max_memory_allocated is on a GPU.
 RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 DEFAULT_REPEATS = {"tiny": 2, "quick": 3, "full": 3, "limits": 3}
 
 
+@dataclass
 class Run:
-    """The state of a run: a record that grows, written after every measurement.
+    """A record that grows: written after every measurement, resumed from `folder` if unfinished.
 
-    Args:
-        folder: where the record goes; an unfinished one there with the same settings is continued.
-        suite, workloads, providers, threads, repeats, device: what to measure.
-        say: called with one line per step.
+    `say` is called with one line per step. `fresh` discards an unfinished record in `folder`.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        suite: str,
-        workloads: list[Workload],
-        providers: list[Provider],
-        *,
-        threads: int,
-        repeats: int,
-        device: str,
-        fresh: bool = False,
-        say=print,
-    ):
-        self.folder, self.suite, self.workloads, self.providers = (
-            folder,
-            suite,
-            workloads,
-            providers,
-        )
-        self.threads, self.repeats, self.device, self.say = threads, repeats, device, say
-        self.missing = {p.name: p.unavailable(torch.device(device)) for p in providers}
-        self.path = folder / record.PARTIAL
-        self.record = self._continue(fresh) or self._start()
+    folder: Path
+    suite: str
+    workloads: list[Workload]
+    providers: list[Provider]
+    threads: int
+    repeats: int
+    device: str
+    fresh: bool = False
+    say: Callable[[str], None] = print
+    record: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.missing = {p.name: p.unavailable(torch.device(self.device)) for p in self.providers}
+        self.path = self.folder / record.PARTIAL
+        self.record = self._resume() or self._start()
 
     def _settings(self) -> dict[str, Any]:
-        """What must be the same for an unfinished run to be continued."""
+        """An unfinished run is resumed only if all of this is the same."""
         return {
             "format": record.FORMAT,
             "suite": self.suite,
@@ -77,23 +69,20 @@ class Run:
         }
 
     def _start(self) -> dict[str, Any]:
+        about = {
+            p.name: {"title": p.title, "version": p.version(), "unavailable": self.missing[p.name]}
+            for p in self.providers
+        }
         return self._settings() | {
             "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "git": record.git_revision(),
-            "providers": {
-                p.name: {
-                    "title": p.title,
-                    "version": p.version(),
-                    "unavailable": self.missing[p.name],
-                }
-                for p in self.providers
-            },
+            "providers": about,
             "interruptions": 0,
             "results": [],
         }
 
-    def _continue(self, fresh: bool) -> dict[str, Any] | None:
-        if fresh or not self.path.exists():
+    def _resume(self) -> dict[str, Any] | None:
+        if self.fresh or not self.path.exists():
             return None
         found = record.load(self.path)
         settings = json.loads(json.dumps(self._settings()))
@@ -101,11 +90,10 @@ class Run:
         if different:
             raise record.RecordError(
                 f"{self.path}: is an unfinished run with other {', '.join(different)}; pass "
-                "--fresh to discard it, or "
-                "another --output"
+                "--fresh to discard it, or another --output"
             )
         finished = sum(len(r["done"]) for r in found["results"])
-        self.say(f"continuing an unfinished run: {finished} measurements are kept")
+        self.say(f"continuing an unfinished run that has {finished} measurements")
         found["interruptions"] += 1
         return found
 
@@ -125,53 +113,45 @@ class Run:
         return final
 
     def _result(self, workload: Workload) -> dict[str, Any]:
+        """The workload's entry in the record, begun if there is none."""
         for result in self.record["results"]:
             if result["workload"]["name"] == workload.name:
                 return result
+        chosen = of_workload(workload, self.providers, self.device)
         result = {
             "workload": json.loads(json.dumps(workload.to_json())),
             "products": None,
-            "providers": {},
+            "providers": {p.name: self._entry(p, workload) for p in chosen},
             "done": [],
         }
-        names = workload.providers
-        for provider in self.providers:
-            if names is None or provider.name in names:
-                result["providers"][provider.name] = self._entry(provider, workload)
         self.record["results"].append(result)
         return result
 
     def _entry(self, provider: Provider, workload: Workload) -> dict[str, Any]:
-        """An empty result, with its reason if there will be none."""
-        entry = {
-            "computes": provider.part(workload),
-            "status": "ok",
-            "reason": None,
-            "predicted_memory": None,
-        }
-        entry |= {"time": None, "memory": None, "accuracy": None}
+        """An empty result, with the reason if there will be none."""
         reason, status = self.missing[provider.name], "missing"
         if reason is None:
             reason, status = provider.unsupported(workload), "unsupported"
+        limit, threads = memory_limit(self.device), workload.threads or self.threads
         prediction = loss_memory(
             loss_shape(workload),
             provider.name,
-            threads=workload.threads or self.threads,
+            threads=threads,
             device=self.device,
-            device_memory=memory_limit(self.device) if self.device == "cuda" else None,
+            device_memory=limit if self.device == "cuda" else None,
         )
-        if prediction is not None:
-            entry["predicted_memory"] = prediction.total
-            needed, there = prediction.total + prediction.inputs, memory_limit(self.device)
-            if reason is None and needed > there:
-                reason = (
-                    f"predicted to need {needed / GIB:.1f} GiB ({prediction.arithmetic()}), "
-                    f"this machine has {there / GIB:.1f} GiB"
-                )
-                status = "too large"
-        if reason is not None:
-            entry |= {"status": status, "reason": reason}
-        return entry
+        needed = 0 if prediction is None else prediction.total + prediction.inputs
+        if reason is None and needed > limit:
+            needs = f"{needed / GIB:.1f} GiB ({prediction.arithmetic()})"
+            reason = f"predicted to need {needs}, this machine has {limit / GIB:.1f} GiB"
+            status = "too large"
+        return {
+            "computes": provider.part(workload),
+            "status": "ok" if reason is None else status,
+            "reason": reason,
+            "predicted_memory": prediction and prediction.total,
+            **dict.fromkeys(("time", "memory", "accuracy")),
+        }
 
     def _workload(self, workload: Workload) -> None:
         result = self._result(workload)
@@ -182,62 +162,52 @@ class Run:
         if "accuracy" in workload.measures:
             self._shared(workload, result, "accuracy")
             for name, entry in result["providers"].items():
-                if entry["accuracy"] and not entry["accuracy"]["passed"]:
+                found = entry["accuracy"]
+                if found and not found["passed"]:
                     self._refuse(
-                        entry, name, "accuracy", entry["accuracy"]["of_budget"], "times the budget"
+                        name, entry, f"accuracy is wrong: {found['of_budget']:.3g} times the budget"
                     )
         if "time" in workload.measures:
             self._shared(workload, result, "time")
             for name, entry in result["providers"].items():
-                if entry["time"] and not entry["time"]["check"]["passed"]:
-                    self._refuse(
-                        entry,
-                        name,
-                        "the timed call's gradient",
-                        entry["time"]["check"]["error"],
-                        "relative error",
-                    )
+                check = entry["time"] and entry["time"]["check"]
+                if check and not check["passed"]:
+                    error = f"{check['error']:.3g} relative error"
+                    self._refuse(name, entry, f"the timed call's gradient is wrong: {error}")
         if "memory" in workload.measures:
             for name in self._able(result):
                 if f"memory {name}" not in result["done"]:
                     self._job(workload, result, "memory", [name])
                     self._finish(result, f"memory {name}")
 
-    def _refuse(self, entry: dict, name: str, what: str, number: float, of: str) -> None:
+    def _refuse(self, name: str, entry: dict, reason: str) -> None:
         """Take the figures of a provider whose answer is wrong out of the record."""
-        entry |= {"status": "refused", "time": None, "memory": None}
-        entry["reason"] = f"{what} is wrong: {number:.3g} {of}"
-        self.say(f"    {name}: refused: {entry['reason']}")
+        entry |= {"status": "refused", "time": None, "memory": None, "reason": reason}
+        self.say(f"    {name}: refused: {reason}")
         self.save()
 
     def _able(self, result: dict[str, Any]) -> list[str]:
         return [name for name, entry in result["providers"].items() if entry["status"] == "ok"]
 
-    def _finish(self, result: dict[str, Any], what: str) -> None:
-        result["done"].append(what)
+    def _finish(self, result: dict[str, Any], done: str) -> None:
+        result["done"].append(done)
         self.save()
 
     def _shared(self, workload: Workload, result: dict[str, Any], measure: str) -> None:
-        """A measurement of all providers in one process; one that brings it down is marked and left
-        out of the next try.
+        """Measure all providers in one process; without those that brought it down, until it ends
+        well.
         """
         while measure not in result["done"]:
             names = self._able(result)
             if not names or self._job(workload, result, measure, names):
                 self._finish(result, measure)
 
-    def _job(
-        self, workload: Workload, result: dict[str, Any], measure: str, names: list[str]
-    ) -> bool:
-        """Run one process and take in what it reports; False if a provider failed and is now
-        marked.
-        """
+    def _job(self, workload: Workload, result: dict, measure: str, names: list[str]) -> bool:
+        """Run one process and enter its results; False if a provider failed and is now marked."""
         threads = workload.threads or self.threads
         self.say(f"    {measure}: {', '.join(names)}")
         with tempfile.TemporaryDirectory(prefix="fdd-bench-") as folder:
-            events, job, errors = (
-                Path(folder) / name for name in ("events.jsonl", "job.json", "errors.txt")
-            )
+            events, job = Path(folder) / "events.jsonl", Path(folder) / "job.json"
             events.touch()
             description = {
                 "workload": workload.to_json(),
@@ -249,26 +219,9 @@ class Run:
                 "events": str(events),
             }
             job.write_text(json.dumps(description))
-            environment = os.environ | {
-                "OMP_NUM_THREADS": str(threads),
-                "MKL_NUM_THREADS": str(threads),
-            }
-            if measure == "memory":
-                environment |= RETURN_FREED_MEMORY
-            with errors.open("w") as stderr:
-                process = subprocess.Popen(
-                    [sys.executable, "-m", "benchmarks.worker", str(job)],
-                    cwd=record.ROOT,
-                    env=environment,
-                    stderr=stderr,
-                    stdout=stderr,
-                )
-                try:
-                    status = process.wait()
-                except BaseException:
-                    process.kill()
-                    process.wait()
-                    raise
+            limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+            limits |= RETURN_FREED_MEMORY if measure == "memory" else {}
+            status, last = _run_job(job, os.environ | limits)
             running, gathered = None, {}
             for line in events.read_text().splitlines():
                 key, value = json.loads(line)
@@ -276,10 +229,7 @@ class Run:
                     running = value
                 else:
                     gathered[key] = value
-            last = (errors.read_text(errors="replace").strip().splitlines() or ["no message"])[-1]
-        products = gathered.pop("products", None)
-        if products is not None:
-            result["products"] = products
+        result["products"] = gathered.pop("products", result["products"])
         for name, value in gathered.items():
             result["providers"][name][measure] = value
         if status == 0:
@@ -293,8 +243,25 @@ class Run:
         return False
 
 
+def _run_job(job: Path, environment: dict[str, str]) -> tuple[int, str]:
+    """The exit status of a measuring process and the last line that it printed."""
+    command = [sys.executable, "-m", "benchmarks.measure", str(job)]
+    with job.with_name("output.txt").open("w+", errors="replace") as output:
+        process = subprocess.Popen(
+            command, cwd=record.ROOT, env=environment, stdout=output, stderr=output
+        )
+        try:
+            status = process.wait()
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+        output.seek(0)
+        return status, (output.read().strip().splitlines() or ["no message"])[-1]
+
+
 def loss_shape(workload: Workload) -> LossShape:
-    """The workload's loss as the planner sees it."""
+    """The workload's loss as the memory planner sees it."""
     options = workload.loss_options
     return LossShape(
         rows=workload.rows,
@@ -316,12 +283,33 @@ def memory_limit(device: str) -> int:
     """Bytes that a measurement may take here."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).total_memory
-    limit = record.machine(device).get("memory", 0) or 2**63
+    limits = [record.machine(device).get("memory", 0) or 2**63]
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             text = Path(path).read_text().strip()
         except OSError:
             continue
-        if text.isdigit():
-            limit = min(limit, int(text))
-    return limit
+        limits += [int(text)] if text.isdigit() else []
+    return min(limits)
+
+
+def peaks_on_record(data: dict[str, Any]) -> list[tuple[str, int, int]]:
+    """(workload / provider, predicted bytes, measured bytes) of every peak of memory in use.
+
+    The oldest records count memory that an allocator cached besides, and are left out.
+    """
+    from benchmarks.measure import MEMORY_IN_USE
+
+    found = []
+    for result in data["results"]:
+        workload = Workload.from_json(result["workload"])
+        threads = workload.threads or data["threads"]
+        for name, entry in result["providers"].items():
+            held = entry["memory"]
+            if held and held.get("measure") in MEMORY_IN_USE.values():
+                shape, where = loss_shape(workload), {"threads": threads, "device": data["device"]}
+                predicted = loss_memory(shape, name, **where)
+                if predicted is not None:
+                    peak = held["beyond_inputs"]
+                    found.append((f"{workload.name} / {name}", predicted.total, peak))
+    return found

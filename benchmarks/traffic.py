@@ -3,15 +3,15 @@ scratch, kernels a block.
 
     python -m benchmarks traffic [--json FILE]
 
-The launches of a whole loss with its gradients are recorded on tensors without memory ("meta"),
-per-row mathematics included; nothing runs. An element is one row, layer and token of the
-vocabulary; heads and hidden states, which every block reads once a GEMM, are not counted among its
-bytes.
+The launches of a whole loss with its gradients are recorded (`benchmarks.recorded`), per-row
+mathematics included. An element is one row, layer and token of the vocabulary. Heads and hidden
+states, which every block reads once a GEMM, are not counted among its bytes.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,40 +26,20 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.gpu_model import PAIRS, Call
 
-# Operators that launch nothing: views, and memory that nobody writes.
-FREE = (
-    "alias",
-    "as_strided",
-    "detach",
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "expand",
-    "lift_fresh",
-    "new_empty",
-    "permute",
-    "promote_types",
-    "resolve_conj",
-    "select",
-    "slice",
-    "split",
-    "split_with_sizes",
-    "squeeze",
-    "t",
-    "transpose",
-    "unbind",
-    "unsqueeze",
-    "view",
-    "_reshape_alias",
-    "_unsafe_view",
-)
+# Operators that launch nothing: views, and allocations that nobody writes.
+_FREE = """
+alias as_strided detach empty empty_like empty_strided expand lift_fresh new_empty permute
+promote_types resolve_conj select slice split split_with_sizes squeeze t transpose unbind unsqueeze
+view _reshape_alias _unsafe_view
+"""
+FREE = frozenset(_FREE.split())
 ROWS = (4096, 16384)
 
 
 class Watch(TorchDispatchMode):
     """Counts the operators that launch a kernel, and the bytes that are in use at a time.
 
-    `launched()` is called before each operator: it lets go of the launches recorded since, and says
+    `launched()` is called before each operator: it counts the launches recorded since, and says
     whether there were any. `within` are the operators between the first launch and the last: the
     others are once a call, not once a block.
     """
@@ -88,7 +68,7 @@ class Watch(TorchDispatchMode):
         return out
 
     def look(self) -> None:
-        """Take notice of what was launched since the last operator."""
+        """Take notice of the launches since the last operator."""
         if self._launched():
             so_far = self.operators.total()
             self._before = so_far if self._before is None else self._before
@@ -101,11 +81,14 @@ def storage_key(tensor: Tensor) -> int:
 
 @dataclass
 class Traffic:
-    """The counts of one call. `moved`: bytes of elements by who moves them; `columns`: columns that
-    GEMMs of a kind covered.
+    """The counts of one call. `moved`: bytes of elements by mover; `columns`: how much of the
+    vocabulary the GEMMs of a kind covered.
     """
 
     call: Call
+    block_rows: int = 0
+    gradient_bytes: int = 0
+    watch: Watch | None = None
     gemms: Counter = field(default_factory=Counter)
     columns: Counter = field(default_factory=Counter)
     moved: Counter = field(default_factory=Counter)
@@ -123,7 +106,7 @@ class Traffic:
         return any_launched
 
     def _add_gemm(self, out: Tensor, a: Tensor, b: Tensor) -> None:
-        """One (m, k) x (k, n) product: logits write a block's elements, dH and dW read their
+        """One (m, k) x (k, n) GEMM: logits write a block's elements, dH and dW read their
         gradient.
         """
         inner, n = b.shape
@@ -134,24 +117,18 @@ class Traffic:
             kind, columns, moved = kinds[inner], n, out
         self.gemms[kind] += 1
         self.columns[kind] += columns
-        self.moved[kind] += moved.numel() * moved.element_size()
+        self.moved[kind] += moved.nbytes
 
     def _add_kernel(self, name: str, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
-        """One kernel: those over logits read both models' and write the gradient's; every kernel
+        """One kernel. Those over logits read both models' and write the gradient's; every kernel
         moves its state.
         """
         self.launches[name] += 1
-        if "logits_s" not in arguments:
-            # A merge reads what the tiles of its block have written.
-            self.moved[f"{name}, state"] += sum(
-                arguments[state].numel() * arguments[state].element_size()
-                for state in ("state", "sums")
-                if state in arguments
-            )
+        if "logits_s" not in arguments:  # a merge reads the state of all tiles of its block
+            states = (arguments[state] for state in ("state", "sums") if state in arguments)
+            self.moved[f"{name}, state"] += sum(state.nbytes for state in states)
             return
-        block, first = arguments["BLOCK_C"], arguments["first_tile"]
-        columns = min(arguments["columns"], (first + grid[1]) * block) - first * block
-        elements = grid[0] * columns * arguments["layers"]
+        elements = elements_of(grid, arguments)
         self.moved[f"{name}, read"] += 8 * elements
         for written in ("grad", "values", "state", "sums"):
             tensor = arguments.get(written)
@@ -164,104 +141,96 @@ class Traffic:
                 self.moved[f"{name}, state"] += fields * grid[0] * grid[1] * tensor.element_size()
 
 
+def elements_of(grid: tuple[int, ...], arguments: dict[str, Any]) -> int:
+    """Rows x layers x tokens of the vocabulary that a launch of a kernel over logits visits."""
+    block, first = arguments["BLOCK_C"], arguments["first_tile"]
+    columns = min(arguments["columns"], (first + grid[1]) * block) - first * block
+    return grid[0] * columns * arguments["layers"]
+
+
+def recorded_call(call: Call) -> Traffic:
+    """Count one loss with its gradients."""
+    from benchmarks.recorded import record_loss
+
+    def new(*shape: int, trained: bool = False) -> Tensor:
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=trained)
+
+    traffic = Traffic(call)
+
+    def counted(entry, launches):
+        def stats_and_grad(inputs, spec, block_rows, *rest):
+            traffic.block_rows = block_rows
+            traffic.watch = Watch(lambda: traffic.add(launches))
+            with traffic.watch:
+                found = entry.stats_and_grad(inputs, spec, block_rows, *rest)
+            traffic.watch.look()
+            traffic.gradient_bytes = sum(gradient.nbytes for gradient in found[0])
+            return found
+
+        return {"stats_and_grad": stats_and_grad}
+
+    layers = range(call.layers)
+    problem = {
+        "student_hidden": [new(call.rows, call.student, trained=True) for _ in layers],
+        "student_weight": new(call.columns, call.student, trained=call.trained),
+        "teacher_hidden": [new(call.rows, call.teacher) for _ in layers],
+        "teacher_weight": new(call.columns, call.teacher),
+    }
+    record_loss(problem, call.pair.loss_options, counted)
+    return traffic
+
+
 def count(pair: str, rows: int, *, trained: bool) -> dict[str, Any]:
-    """The counts of one call of the default strategy; see `main`."""
-    traffic = Traffic(call := Call(PAIRS[pair], rows, trained=trained))
-    watch, outputs, block_rows = recorded_call(call, traffic)
-    blocks = -(-rows // block_rows)
+    """The counts of one call of the default strategy."""
+    call = Call(PAIRS[pair], rows, trained=trained)
+    traffic = recorded_call(call)
+    watch, blocks = traffic.watch, -(-rows // traffic.block_rows)
     state = sum(moved for name, moved in traffic.moved.items() if name.endswith("state"))
     kernels = traffic.launches.total() + traffic.gemms.total() + watch.within
     heads = [traffic.gemms[f"{model} logits"] / blocks for model in ("student", "teacher")]
     covered = {kind: columns / (blocks * call.columns) for kind, columns in traffic.columns.items()}
+    moved = {name: moved / call.elements for name, moved in traffic.moved.items()}
     return {
         "pair": pair,
         "rows": rows,
         "head": "trained" if trained else "frozen",
         "blocks": blocks,
-        "block_rows": block_rows,
+        "block_rows": traffic.block_rows,
         "gemms_per_head_and_block": max(heads),
         "covered": covered,
         "bytes_per_element": (sum(traffic.moved.values()) - state) / call.elements,
         "state_bytes_per_element": state / call.elements,
-        "peak_scratch_bytes": watch.peak - outputs,
+        "peak_scratch_bytes": watch.peak - traffic.gradient_bytes,
         "kernels_per_block": kernels / blocks,
         "gemms": dict(traffic.gemms),
         "launches": dict(traffic.launches),
         "operators": dict(watch.operators.most_common()),
-        "moved_bytes_per_element": {
-            name: moved / call.elements for name, moved in traffic.moved.items()
-        },
+        "moved_bytes_per_element": moved,
     }
 
 
-def recorded_call(call: Call, traffic: Traffic) -> tuple[Watch, int, int]:
-    """Count one loss with its gradients into `traffic`; what was watched, bytes of the gradients,
-    and rows a block.
-    """
-    from fdd_kernels.backends.triton import operations
-    from fdd_kernels.backends.triton.launch import recorded
-    from fdd_kernels.lens.inputs import LensInputs
-    from fdd_kernels.objectives.fdd.options import LossOptions
-    from fdd_kernels.objectives.fdd.plan import make_plan
-    from fdd_kernels.objectives.fdd.terms import term_weights, upstream_gradients
-
-    def new(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
-
-    students, teachers = (
-        [new(call.rows, width) for _ in range(call.layers)]
-        for width in (call.student, call.teacher)
-    )
-    heads = new(call.columns, call.student), new(call.columns, call.teacher)
-    # a plan for "triton" asks for a GPU
-    options = LossOptions(**call.pair.loss_options, backend="torch")
-    with recorded():  # tensors that hold no numbers are refused elsewhere
-        plan, *_ = make_plan(
-            options, students, heads[0], teachers, heads[1], None, None, None, None, None
-        )
-    inputs = LensInputs(students, heads[0], None, teachers, heads[1], None, None, None)
-    needed = [True] * call.layers + [call.trained, False]
-    block_rows = operations.cached_rows(inputs, plan.spec, needed)
-    weights = term_weights(plan, call.rows, (1.0, None, None, None, None), torch.float32)
-
-    def upstream_of(_rows: Tensor, *statistics: Tensor) -> tuple[Tensor, ...]:
-        return *statistics, *upstream_gradients(plan, *statistics, None, weights)
-
-    with recorded() as launches:
-        with Watch(lambda: traffic.add(launches)) as watch:
-            found, _ = operations.stats_and_grad(
-                inputs, plan.spec, block_rows, upstream_of, needed, True
-            )
-        watch.look()
-    return watch, sum(g.numel() * g.element_size() for g in found), block_rows
-
-
-def table() -> list[dict[str, Any]]:
-    """Every pair, number of rows, and head trained or frozen."""
-    return [
-        count(pair, rows, trained=trained)
-        for pair in PAIRS
-        for rows in ROWS
-        for trained in (True, False)
-    ]
+# Heading: key and format.
+COLUMNS = {
+    "pair": ("pair", "8"),
+    "rows": ("rows", "7"),
+    "head": ("head", "9"),
+    "blocks": ("blocks", "7"),
+    "GEMMs a head and block": ("gemms_per_head_and_block", "24g"),
+    "bytes an element": ("bytes_per_element", "18.2f"),
+    "state": ("state_bytes_per_element", "7.2f"),
+    "scratch bytes": ("peak_scratch_bytes", "16.3g"),
+    "kernels a block": ("kernels_per_block", "17.1f"),
+}
 
 
 def run(path: Path | None) -> int:
-    """Print the counts, and write them to `path`."""
-    found = table()
-    print(
-        f"{'pair':8}{'rows':>7} "
-        f"{'head':8}{'blocks':>7}{'GEMMs a head and block':>24}{'bytes an element':>18}{'state':>7}"
-        f"{'scratch GiB':>13}{'kernels a block':>17}"
-    )
+    """Print the counts of every pair, and write them to `path`."""
+    calls = [(p, rows, t) for p in PAIRS for rows in ROWS for t in (True, False)]
+    found = [count(pair, rows, trained=trained) for pair, rows, trained in calls]
+    widths = {heading: int(re.match(r"\d+", f)[0]) for heading, (_, f) in COLUMNS.items()}
+    print("".join(f"{heading:>{width}}" for heading, width in widths.items()))
     for e in found:
-        print(
-            f"{e['pair']:8}{e['rows']:7} "
-            f"{e['head']:8}{e['blocks']:7}{e['gemms_per_head_and_block']:24g}"
-            f"{e['bytes_per_element']:18.2f}{e['state_bytes_per_element']:7.2f}"
-            f"{e['peak_scratch_bytes'] / 2**30:13.2f}"
-            f"{e['kernels_per_block']:17.1f}"
-        )
+        print("".join(f"{e[key]:>{width}}" for key, width in COLUMNS.values()))
     print("counted on recorded launches; nothing is measured")
     if path is not None:
         path.write_text(json.dumps(found, indent=1) + "\n")

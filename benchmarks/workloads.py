@@ -1,31 +1,28 @@
-"""What is measured: named problems with the shapes of real model pairs, and the suites made of
-them.
+"""What is measured: named problems with the shapes of real pairs of models, and suites of them.
 
-Rows (tokens) are scaled so that each problem finishes on two cores; vocabularies and widths are the
-models' own. The states are random with the structure of a residual stream: time and memory of the
-loss depend on shapes and dtypes alone.
+Tokens are few enough for two cores; vocabularies and widths are the models' own. Hidden states are
+random with the structure of a residual stream: time and memory depend on shapes and dtypes alone.
 """
 
 from __future__ import annotations
 
-import fnmatch
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
-SUITES = ("tiny", "quick", "full", "limits")
 MEASURES = ("time", "memory", "accuracy")
 DTYPES = ("float32", "bfloat16", "float16")
-SWEPT = {"rows": "R", "columns": "V", "layers": "L"}
+SWEPT = {"rows": "tokens R", "columns": "vocabulary V", "layers": "layers L"}
 
 
 @dataclass(frozen=True)
 class Workload:
     """One problem: a call of the loss and what is measured of it.
 
-    `layers` counts the final state. `options` are those of `fused_fdd_loss`. `providers` None: all
-    of the registry; `repeats` and `threads` None: those of the run. `sweep` names the field of a
-    scaling sweep that this is a point of. `near` makes the teacher the student with noise of this
-    relative size.
+    `layers` counts the final state. `options` are those of `fused_fdd_loss`. `providers` are names
+    or kinds of providers, all if None (`providers.chosen`); `repeats` and `threads` are the run's
+    if None. `sweep` is the field that a scaling sweep varies. `near` makes the teacher the student
+    plus noise of this relative size.
     """
 
     name: str
@@ -62,27 +59,24 @@ class Workload:
         return 4 if self.dtype == "float32" else 2
 
     @property
-    def dynamics(self) -> int:
-        """How many layers trajectory and derivative see."""
-        return self.layers if self.loss_options.get("output_in_dynamics") else self.layers - 1
+    def projected_layers(self) -> int:
+        """Layers multiplied by a head. The final state has no term in feature space."""
+        if self.feature_space and not self.loss_options.get("output_in_dynamics"):
+            return self.layers - 1
+        return self.layers
 
     @property
-    def read_layers(self) -> int:
-        """How many layers are multiplied by a head at all: in feature space the final state has no
-        term.
-        """
-        return self.dynamics if self.feature_space else self.layers
+    def in_overview(self) -> bool:
+        """Whether the workload stands for itself, and is not one point of a curve."""
+        return not self.sweep and self.group not in ("flatness", "threads")
 
     def describe(self) -> str:
         """Shapes in one line."""
-        head = "trainable head" if self.train_head else "frozen head"
-        if self.feature_space:
-            head = "trainable projection" if self.train_head else "frozen projection"
-        return (
-            f"R={self.rows} {'C' if self.feature_space else 'V'}={self.columns} "
-            f"D={self.student_width}/{self.teacher_width} "
-            f"L={self.layers} {self.dtype} {head}"
-        )
+        head = f"{'trainable' if self.train_head else 'frozen'} "
+        head += "projection" if self.feature_space else "head"
+        columns = f"{'C' if self.feature_space else 'V'}={self.columns}"
+        widths = f"D={self.student_width}/{self.teacher_width}"
+        return f"R={self.rows} {columns} {widths} L={self.layers} {self.dtype} {head}"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"options": self.loss_options}
@@ -90,69 +84,47 @@ class Workload:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Workload:
         """The inverse of `to_json`."""
-        lists = {
-            name: tuple(data[name])
-            for name in ("providers", "measures")
-            if data.get(name) is not None
-        }
+        lists = {n: tuple(data[n]) for n in ("providers", "measures") if data.get(n) is not None}
         return cls(**(data | lists | {"options": tuple(data["options"].items())}))
 
-
-FEATURES = (("trajectory", "mse"), ("derivative", "mse"), ("output_in_dynamics", True))
-SOFTCAP = (("student_softcap", 30.0), ("teacher_softcap", 30.0))
 
 GPT2 = Workload("gpt2", "GPT-2 from GPT-2 XL, the FDD paper's pair", 256, 50257, 768, 1600)
 TINYLLAMA = Workload("tinyllama", "TinyLlama 1.1B from Llama-2 13B", 128, 32000, 2048, 5120)
 QWEN = Workload("qwen", "Qwen2.5 0.5B from 7B", 64, 151936, 896, 3584)
-GEMMA = Workload(
-    "gemma",
-    "Gemma-like: V=262144, both logits soft-capped at 30",
-    32,
-    262144,
-    1152,
-    2304,
-    options=SOFTCAP,
-)
+SOFTCAP = (("student_softcap", 30.0), ("teacher_softcap", 30.0))
+_CAPPED = "Gemma-like: V=262144, both logits soft-capped at 30"
+GEMMA = Workload("gemma", _CAPPED, 32, 262144, 1152, 2304, options=SOFTCAP)
+FEATURES = (("trajectory", "mse"), ("derivative", "mse"), ("output_in_dynamics", True))
+_PROJECTED = "feature space through a learned projection, MSE of states and deltas"
 FEATURE = Workload(
-    "feature",
-    "feature space through a learned projection, MSE of states and deltas",
-    2048,
-    4096,
-    2048,
-    4096,
-    options=FEATURES,
-    feature_space=True,
+    "feature", _PROJECTED, 2048, 4096, 2048, 4096, options=FEATURES, feature_space=True
 )
-KD = Workload(
-    "kd", "plain output distillation of GPT-2 from GPT-2 XL, L=1", 512, 50257, 768, 1600, layers=1
-)
+_OUTPUT = "plain output distillation of GPT-2 from GPT-2 XL, L=1"
+KD = Workload("kd", _OUTPUT, 512, 50257, 768, 1600, layers=1)
 
-OURS = ("cpu", "triton")
-BASELINES = ("dense", "torch", "cpu", "triton")
+# Kinds of providers: every backend of the registry, and the one that "auto" takes on the device.
+BASELINES = ("dense", "backends")
+DEFAULT = ("dense", "default")
+
+
+def _sweep(base: Workload, field: str, values: tuple[int, ...]) -> list[Workload]:
+    about = {"group": "scaling", "sweep": field, "providers": BASELINES}
+    about |= {"text": f"scaling over {SWEPT[field]}, GPT-2 pair", "measures": ("time", "memory")}
+    return [replace(base, name=f"{field}-{n}", **{field: n}, **about) for n in values]
 
 
 def _tiny() -> list[Workload]:
     small = {"rows": 6, "columns": 97, "student_width": 16, "teacher_width": 24}
-    workloads = [replace(w, **small) for w in (GPT2, GEMMA)]
-    workloads += [replace(KD, **small, dtype="bfloat16")]
-    workloads += [replace(FEATURE, rows=6, columns=24, student_width=16, teacher_width=24)]
-    sweep = [
-        replace(
-            GPT2,
-            **(small | {"rows": r}),
-            name=f"rows-{r}",
-            group="scaling",
-            sweep="rows",
-            providers=BASELINES,
-            measures=("time", "memory"),
-        )
-        for r in (4, 8)
+    problems = [replace(w, **small) for w in (GPT2, GEMMA)]
+    problems += [
+        replace(KD, **small, dtype="bfloat16"),
+        replace(FEATURE, **small | {"columns": 24}),
     ]
-    return workloads + sweep
+    return problems + _sweep(problems[0], "rows", (4, 8))
 
 
 def _quick() -> list[Workload]:
-    no_compile = ("dense", "dense-chunked", "torch", "cpu", "triton", "liger", "trl", "orda")
+    no_compile = ("dense", "dense-chunked", "backends", "packages")
     return [
         replace(GPT2, rows=64, providers=no_compile),
         replace(QWEN, rows=16, providers=BASELINES),
@@ -162,100 +134,44 @@ def _quick() -> list[Workload]:
 
 
 def _full() -> list[Workload]:
-    pairs = [
-        GPT2,
-        replace(GPT2, name="gpt2-bf16", dtype="bfloat16", rows=128),
-        TINYLLAMA,
-        QWEN,
-        GEMMA,
-        FEATURE,
-        KD,
+    narrow = replace(GPT2, name="gpt2-bf16", dtype="bfloat16", rows=128)
+    return [
+        *(GPT2, narrow, TINYLLAMA, QWEN, GEMMA, FEATURE, KD),
+        *_sweep(GPT2, "rows", (64, 128, 256, 512)),
+        *_sweep(GPT2, "columns", (8192, 16384, 32768, 65536)),
+        *_sweep(GPT2, "layers", (2, 3, 5, 9)),
     ]
-    base = replace(
-        GPT2, rows=256, group="scaling", providers=BASELINES, measures=("time", "memory")
-    )
-    sweeps = [replace(base, name=f"rows-{n}", sweep="rows", rows=n) for n in (64, 128, 256, 512)]
-    sweeps += [
-        replace(base, name=f"columns-{n}", sweep="columns", columns=n)
-        for n in (8192, 16384, 32768, 65536)
-    ]
-    sweeps += [replace(base, name=f"layers-{n}", sweep="layers", layers=n) for n in (2, 3, 5, 9)]
-    sweeps = [replace(w, text=f"scaling over {SWEPT[w.sweep]}, GPT-2 pair") for w in sweeps]
-    return pairs + sweeps
 
 
 def _limits() -> list[Workload]:
-    """What the CPU kernels are held to: speed, flat memory, threads, accuracy, and a batch whose
-    dense loss cannot run.
+    """The CPU kernels' limits: speed, flat memory, threads, accuracy, and a batch whose dense loss
+    cannot run.
     """
-    workloads = []
-    for dtype, short in (("float32", "f32"), ("bfloat16", "bf16")):
-        for train, head in ((True, "trainable"), (False, "frozen")):
-            workloads.append(
-                replace(
-                    GPT2,
-                    name=f"limits-{short}-{head}",
-                    rows=1024,
-                    dtype=dtype,
-                    train_head=train,
-                    group="limits",
-                    providers=("dense", "cpu", "triton"),
-                )
-            )
-    workloads.append(
-        replace(
-            GPT2,
-            name="near-bf16",
-            text="teacher equal to the student within 1%, GPT-2 widths: accuracy alone",
-            rows=16,
-            teacher_width=768,
-            near=0.01,
-            dtype="bfloat16",
-            group="limits",
-            measures=("accuracy",),
-        )
-    )
-    for rows in (256, 1024, 4096, 16384):
-        workloads.append(
-            replace(
-                GPT2,
-                name=f"flat-{rows}",
-                text="peak memory against rows, GPT-2 pair",
-                rows=rows,
-                group="flatness",
-                providers=OURS,
-                measures=("memory",),
-            )
-        )
-    for threads in (1, 2):
-        workloads.append(
-            replace(
-                GPT2,
-                name=f"threads-{threads}",
-                text=f"GPT-2 pair on {threads} thread(s)",
-                threads=threads,
-                rows=256,
-                group="threads",
-                providers=("cpu",),
-                measures=("time",),
-            )
-        )
-    workloads.append(
-        replace(
-            QWEN,
-            name="qwen-large",
-            text="Qwen2.5 0.5B from 7B, a batch whose dense loss does not fit here",
-            rows=2048,
-            dtype="bfloat16",
-            group="limits",
-            providers=("dense", "cpu", "triton"),
-            repeats=1,
-        )
-    )
-    return workloads
+    large = replace(GPT2, rows=1024, group="limits", providers=DEFAULT)
+    workloads = [
+        replace(large, name=f"limits-{short}-{head}", dtype=dtype, train_head=head == "trainable")
+        for dtype, short in (("float32", "f32"), ("bfloat16", "bf16"))
+        for head in ("trainable", "frozen")
+    ]
+    near = replace(GPT2, name="near-bf16", rows=16, teacher_width=768, near=0.01, dtype="bfloat16")
+    text = "teacher equal to the student within 1%, GPT-2 widths: accuracy alone"
+    workloads.append(replace(near, text=text, group="limits", measures=("accuracy",)))
+    default = replace(GPT2, providers=("default",))
+    flat = replace(default, text="peak memory against rows, GPT-2 pair", measures=("memory",))
+    workloads += [
+        replace(flat, name=f"flat-{rows}", rows=rows, group="flatness")
+        for rows in (256, 1024, 4096, 16384)
+    ]
+    for n in (1, 2):
+        timed = replace(default, name=f"threads-{n}", text=f"GPT-2 pair on {n} thread(s)")
+        workloads.append(replace(timed, threads=n, group="threads", measures=("time",)))
+    text = "Qwen2.5 0.5B from 7B, a batch whose dense loss does not fit here"
+    too_large = replace(QWEN, name="qwen-large", text=text, rows=2048, dtype="bfloat16", repeats=1)
+    return [*workloads, replace(too_large, group="limits", providers=DEFAULT)]
 
 
 _SUITES = {"tiny": _tiny, "quick": _quick, "full": _full, "limits": _limits}
+SUITES = tuple(_SUITES)
 
 
 def suite(name: str) -> list[Workload]:
@@ -270,21 +186,19 @@ def suite(name: str) -> list[Workload]:
 
 
 def select(workloads: list[Workload], patterns: list[str] | None) -> list[Workload]:
-    """Those whose name or group matches one of the patterns (shell wildcards), in order.
+    """Workloads whose name (shell wildcards) or group matches one of the patterns, in order.
 
     Raises:
-        ValueError: a pattern that matches nothing; lists the names.
+        ValueError: a pattern matches nothing; lists the names.
     """
-    if not patterns:
-        return workloads
-    for pattern in patterns:
-        if not any(_matches(w, pattern) for w in workloads):
+
+    def matches(workload: Workload, pattern: str) -> bool:
+        return fnmatchcase(workload.name, pattern) or workload.group == pattern
+
+    for pattern in patterns or ():
+        if not any(matches(w, pattern) for w in workloads):
             names = ", ".join(w.name for w in workloads)
             raise ValueError(
                 f"unknown workload {pattern!r} in this suite: choose from {names}, or a group"
             )
-    return [w for w in workloads if any(_matches(w, pattern) for pattern in patterns)]
-
-
-def _matches(workload: Workload, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(workload.name, pattern) or workload.group == pattern
+    return [w for w in workloads if not patterns or any(matches(w, p) for p in patterns)]

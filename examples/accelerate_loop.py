@@ -1,5 +1,6 @@
-"""accelerate: one loop for one process, DistributedDataParallel and FSDP2, with accumulation,
-clipping and save_state.
+"""Train with accelerate: one loop for one process, DistributedDataParallel and FSDP2.
+
+Shows gradient accumulation, clipping and save_state.
 
 python examples/accelerate_loop.py
 accelerate launch --config_file examples/launch/accelerate_ddp.yaml examples/accelerate_loop.py
@@ -23,9 +24,7 @@ from fdd_kernels.integrations import require_finite
 
 
 def save(accelerator: Accelerator, target: Path) -> None:
-    """All processes write beside `target`, then one moves it there: killed in between, there is no
-    such folder.
-    """
+    """Save the state in `target`, complete or not at all: write beside it, then rename."""
     part = target.with_name(f".{target.name}.part")
     accelerator.save_state(str(part))
     accelerator.wait_for_everyone()
@@ -38,8 +37,9 @@ def save(accelerator: Accelerator, target: Path) -> None:
 def evaluate(
     accelerator: Accelerator, distiller: Distiller, student, windows: list, size: int
 ) -> dict[str, float]:
-    """Each term's mean over all tokens of all processes; every process computes as many batches as
-    the others.
+    """Compute each term's mean over the valid tokens of all processes.
+
+    Every process computes as many batches as the others.
     """
     batches = [pad_windows(windows[at : at + size]) for at in range(0, len(windows), size)]
     sums = 0.0
@@ -52,7 +52,7 @@ def evaluate(
         }
         with accelerator.autocast():
             terms = distiller(batch, student=student).named()
-        # a batch that stands in for none counts nothing
+        # a repeated batch has weight 0
         count = distiller.count_positions(batch) * (index < len(batches))
         sums = (
             sums + torch.stack([*terms.values(), torch.ones_like(terms["loss"])]).double() * count
@@ -73,7 +73,7 @@ def main() -> None:
     task = common.load(options)
     distiller = Distiller(task.student, task.teacher)  # before the student is sharded
     optimizer = torch.optim.AdamW(task.student.parameters(), lr=options.learning_rate)
-    # Its own generator keeps the loader from drawing the random numbers that dropout draws from.
+    # A generator of its own: the loader does not change the random numbers of dropout.
     loader = DataLoader(
         task.train,
         options.batch_size,
@@ -83,8 +83,7 @@ def main() -> None:
         generator=torch.Generator().manual_seed(options.seed),
     )
     scheduler = get_cosine_schedule_with_warmup(optimizer, options.steps // 10, options.steps)
-    # Prepared, not registered for checkpointing: what is registered is loaded by running pickled
-    # code.
+    # Prepare the scheduler, do not register it: registered objects are loaded from pickles.
     student, optimizer, loader, scheduler = accelerator.prepare(
         task.student, optimizer, loader, scheduler
     )
@@ -95,7 +94,7 @@ def main() -> None:
     saved = sorted(options.output.glob("step-*"))
     step = int(saved[-1].name.removeprefix("step-")) if saved else 0
     if saved:
-        accelerator.print(f"going on from {saved[-1]}")
+        accelerator.print(f"resuming from {saved[-1]}")
         accelerator.load_state(str(saved[-1]))
     while step < options.steps:
         epoch, done = divmod(step, steps_an_epoch)
@@ -111,10 +110,9 @@ def main() -> None:
             for index, batch in enumerate(micro_batches):
                 last = index == len(micro_batches) - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(student):
-                    # prepare() puts it around the student's forward, which is not what runs
+                    # prepare() wraps the student's own forward, which is not called
                     with accelerator.autocast():
-                        # Gradients are averaged over processes; the mean is to be over all tokens
-                        # of the step.
+                        # Gradients are averaged over processes: divide the tokens of the step.
                         terms = distiller(
                             batch,
                             student=student,
@@ -123,7 +121,7 @@ def main() -> None:
                     accelerator.backward(terms.loss)
                 shares = shares + torch.stack(list(terms.named().values())).detach()
             values = accelerator.reduce(shares, "mean").tolist()
-            # in all processes, or in none
+            # raises in all processes or in none
             require_finite(f"step {step + 1}", dict(zip(terms.named(), values)))
             accelerator.clip_grad_norm_(student.parameters(), 1.0)
             optimizer.step()
@@ -134,7 +132,7 @@ def main() -> None:
                 save(accelerator, options.output / f"step-{step:06d}")
                 means = evaluate(accelerator, distiller, student, task.held_out, options.batch_size)
                 accelerator.print(
-                    f"step {step} held out",
+                    f"step {step} validation",
                     *(f"{name} {value:.4f}" for name, value in means.items()),
                 )
     accelerator.wait_for_everyone()

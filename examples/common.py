@@ -1,4 +1,4 @@
-"""What the examples share: their arguments, and tiny models and data where none are named."""
+"""Arguments of the examples, and tiny models and data where none are named."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ WORDS = [f"w{number}" for number in range(94)]
 
 
 def parse(description: str, **defaults) -> argparse.Namespace:
-    """The arguments of an example. Without --teacher, --student and --data it trains tiny random
-    models for seconds.
+    """Parse the arguments of an example.
+
+    Without --teacher, --student and --data it trains tiny random models for seconds.
     """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -67,8 +68,9 @@ def parse(description: str, **defaults) -> argparse.Namespace:
 
 @dataclass
 class Task:
-    """Two models that share a tokenizer, and token windows (input_ids, attention_mask, labels with
-    -100).
+    """Two models that share a tokenizer, and windows of tokens.
+
+    A window has input_ids, attention_mask and labels with -100.
     """
 
     student: nn.Module
@@ -80,8 +82,9 @@ class Task:
 
 
 def load(options: argparse.Namespace) -> Task:
-    """What the options name; without names, tiny models of five layers and prompts with completions
-    of random words.
+    """Load the models and the text that the options name.
+
+    Without names: tiny models of five layers, and prompts with completions of random words.
     """
     if options.teacher is None:
         vocabulary = shared_vocabulary(tiny_tokenizer(), tiny_tokenizer())
@@ -140,7 +143,7 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_data(path: Path) -> Path:
-    """160 prompts with completions of unequal length, the same at every call."""
+    """Write 160 prompts with completions of unequal length, the same at every call."""
     generator = torch.Generator().manual_seed(0)
 
     def words(least: int, most: int) -> str:
@@ -164,8 +167,9 @@ def _order(count: int, seed: int) -> list[int]:
 def batches_of_step(
     windows: Dataset, options: argparse.Namespace, step: int
 ) -> list[dict[str, Tensor]]:
-    """The micro-batches of an optimizer step: they follow from the step alone, so a loop that
-    resumes has nothing to skip.
+    """Build the micro-batches of an optimizer step.
+
+    They follow from the step alone, so a loop that resumes has nothing to skip.
     """
     size, parts = options.batch_size, options.gradient_accumulation
     epoch, index = divmod(step, len(windows) // (size * parts))

@@ -1,4 +1,4 @@
-"""Lightning: accumulation, clipping, validation, early stopping, checkpoints."""
+"""Train with Lightning: accumulation, clipping, validation, early stopping, checkpoints."""
 
 from __future__ import annotations
 

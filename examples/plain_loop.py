@@ -1,5 +1,6 @@
-"""Plain PyTorch: a LoRA student (rank 16 on q and v, as in the FDD paper), accumulation,
-checkpoints to go on from.
+"""Train in plain PyTorch: a LoRA student (rank 16 on q and v, as in the FDD paper).
+
+Shows gradient accumulation, checkpoints and resuming.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from fdd_kernels.integrations import require_finite
 
 
 def save(folder: Path, student, optimizer, scheduler) -> None:
-    with atomic_directory(folder) as part:  # killed before its end, there is no such folder
+    with atomic_directory(folder) as part:  # complete or absent, also after a kill
         student.save_pretrained(part)  # the adapters alone
         state = {
             "optimizer": optimizer.state_dict(),
@@ -60,11 +61,11 @@ def main() -> None:
     saved = sorted(options.output.glob("step-*"))
     start = int(saved[-1].name.removeprefix("step-")) if saved else 0
     if saved:
-        print(f"going on from {saved[-1]}")
+        print(f"resuming from {saved[-1]}")
         restore(saved[-1], student, optimizer, scheduler)
     for step in range(start, options.steps):
         batches = common.batches_of_step(task.train, options, step)
-        # the mean is over all tokens of the step
+        # the mean is over all valid tokens of the step
         items = sum(distiller.count_positions(batch) for batch in batches)
         shares = []
         for batch in batches:
@@ -73,7 +74,7 @@ def main() -> None:
             terms.loss.backward()
             shares.append(torch.stack(list(terms.named().values())).detach())
         values = dict(zip(terms.named(), torch.stack(shares).sum(0).tolist()))
-        require_finite(f"step {step + 1}", values)  # or the step would spoil the student
+        require_finite(f"step {step + 1}", values)  # raise before the optimizer takes the step
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         scheduler.step()

@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer: its data preparation and completion-only labels, a LoRA student, our loss."""
+"""Train with TRL's SFTTrainer: its data preparation, completion-only labels, a LoRA student."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""transformers' Trainer: evaluation, early stopping, the best student at the end, reports,
-resuming, several processes.
+"""Train with transformers' Trainer, in one or several processes.
+
+Shows evaluation, early stopping, the best student at the end, reports and resuming.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def main() -> None:
             # or eval_output_kd, eval_trajectory, eval_derivative
             metric_for_best_model="eval_loss",
             greater_is_better=False,
-            # how long it has not become better is part of a checkpoint
+            # a checkpoint stores how long the loss has not improved
             restore_callback_states_from_checkpoint=True,
         ),
         train_dataset=task.train,

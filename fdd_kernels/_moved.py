@@ -1,4 +1,4 @@
-"""Old module paths, kept for one release: importing one gives the new module's names and a
+"""Old module paths, kept for one release: each gives the names of the new module and a
 DeprecationWarning.
 """
 
@@ -12,6 +12,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from typing import ClassVar
 
+# Old path: new path, both below fdd_kernels.
 MOVED = {
     "atomic": "common.atomic",
     "progress": "common.progress",
@@ -22,6 +23,7 @@ MOVED = {
     "spec": "lens.spec",
     "divergences": "lens.divergences",
     "distances": "lens.distances",
+    "backends.triton.cached.host": "backends.triton.cached.blocks",
     "_extension": "backends.cpu.extension",
     "ops": "engine.ops",
     "functions": "engine.autograd",
@@ -65,43 +67,80 @@ MOVED = {
     "distill_command.identity": "cli.distill.identity",
     "distill_command.model_card": "cli.distill.model_card",
     "distill_command": "cli.distill",
+    "teacher_cache.cache": "teacher_cache.hidden",
     "teacher_cache.command": "cli.cache_teacher",
+    "teacher_cache.index": "teacher_cache.format",
+    "teacher_cache.opening": "teacher_cache",
     "teacher_cache.options": "cli.cache_options",
+    "teacher_cache.statistics": "teacher_cache.summary",
+    "teacher_cache.storage": "teacher_cache.writer",
+    "data.progress": "cli.reading",
+}
+# Further modules with names of an old one that was split.
+SPLIT = {
+    "spec": ("lens.layout", "lens.inputs"),
+    "models.lens": ("hf.transform",),
+    "distill_command.run": ("cli.distill.trainer",),
+    "teacher_cache.cache": ("teacher_cache.reader",),
+}
+# Names that are called otherwise now.
+RENAMED = {
+    "models.positions.counted_positions": "hf.positions.valid_positions",
+    "distill_command.run._ResumableTrainer": "cli.distill.trainer.ResumableTrainer",
+    "spec.Read": "lens.spec.Request",
+    "vocab_parallel.second_pass_reads": "engine.vocab_parallel.second_pass_requests",
 }
 
 
-class _MovedModule(types.ModuleType):
-    """A module whose names are those of the module at the new path."""
+def new_path(old: str) -> str:
+    """The path that has taken the place of fdd_kernels.`old`."""
+    return f"fdd_kernels.{MOVED[old]}"
 
-    # Makes it a package: modules that lay in it are looked up in MOVED as well.
+
+class _MovedModule(types.ModuleType):
+    """A module at an old path. It looks every name up in the new module."""
+
+    # Makes it a package, so that modules below it are looked for in MOVED too.
     __path__: ClassVar[list[str]] = []
 
     def __getattr__(self, name: str):
-        if name.startswith("__"):
+        old = self.__name__.removeprefix("fdd_kernels.")
+        full = f"{old}.{name}"
+        # A module below is imported, with a note of its own. `inspect` looks for __file__ in every
+        # module, also in the middle of an import, and must not import another.
+        if full in MOVED or (name.startswith("__") and name != "__all__"):
             raise AttributeError(name)
-        return getattr(importlib.import_module(_new_path(self.__name__)), name)
+        module = importlib.import_module(new_path(old))
+        if name == "__all__":
+            return [public for public in dir(module) if not public.startswith("_")]
+        if full in RENAMED:
+            home, _, name = RENAMED[full].rpartition(".")
+            return getattr(importlib.import_module(f"fdd_kernels.{home}"), name)
+        for home in SPLIT.get(old, ()):
+            other = importlib.import_module(f"fdd_kernels.{home}")
+            if not hasattr(module, name) and hasattr(other, name):
+                return getattr(other, name)
+        return getattr(module, name)
 
     def __dir__(self) -> list[str]:
-        return dir(importlib.import_module(_new_path(self.__name__)))
-
-
-def _new_path(old: str) -> str:
-    return f"fdd_kernels.{MOVED[old.removeprefix('fdd_kernels.')]}"
+        return dir(importlib.import_module(new_path(self.__name__.removeprefix("fdd_kernels."))))
 
 
 class _Finder(MetaPathFinder, Loader):
-    """Finds the modules of `MOVED`."""
+    """Find the modules of `MOVED`."""
 
     def find_spec(self, name: str, path=None, target=None) -> ModuleSpec | None:
         is_moved = name.startswith("fdd_kernels.") and name.removeprefix("fdd_kernels.") in MOVED
         return ModuleSpec(name, self) if is_moved else None
 
     def create_module(self, spec: ModuleSpec) -> types.ModuleType:
-        warnings.warn(
-            f"{spec.name} is now {_new_path(spec.name)}; the old path works until the next release",
-            DeprecationWarning,
-            stacklevel=2,
-        )
+        old = spec.name.removeprefix("fdd_kernels.")
+        if not any(path.startswith(f"{old}.") for path in MOVED):  # else the module below warns
+            warnings.warn(
+                f"{spec.name} is now {new_path(old)}; the old path works until the next release",
+                DeprecationWarning,
+                stacklevel=2,
+            )
         return _MovedModule(spec.name)
 
     def exec_module(self, module: types.ModuleType) -> None:

@@ -1,7 +1,8 @@
-"""Which backends the tests run, and on what.
+"""Choose the backends under test and their device.
 
-FDD_TEST_BACKENDS=torch,cpu,triton names the backends; without it every one that is available here
-runs, except a Triton that is interpreted, which is slow enough to deserve a process of its own.
+FDD_TEST_BACKENDS=torch,cpu,triton names the backends. By default every backend available here runs,
+except an interpreted Triton, which takes long: tests/kernels/test_triton_interpreter.py runs it in
+a process of its own.
 """
 
 from __future__ import annotations
@@ -91,9 +92,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Files are divided among processes one by one: the longest first, so that no process is left
-    # alone with it.
-    items.sort(key=lambda item: item.path.name != "test_triton_aot.py")
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA or HIP device, and this machine has none")
         for item in items:

@@ -10,8 +10,21 @@ import torch
 
 from fdd_kernels.backends import cpu, torch_stream, triton
 from fdd_kernels.backends.call_shape import CallShape
+from fdd_kernels.backends.triton.launch import is_recording
 from fdd_kernels.backends.triton.memory import memory as triton_memory
 from fdd_kernels.lens.spec import LensSpec
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "CallShape",
+    "backend_names",
+    "check_spec",
+    "is_recording",
+    "preference",
+    "resolve_backend",
+    "why_unavailable",
+]
 
 
 def _nothing(_) -> None:

@@ -1,5 +1,5 @@
-"""The command line `fdd-kernels`. Importing it needs neither torch nor transformers."""
+"""The command `fdd-kernels`. Importing it needs neither torch nor transformers."""
 
-from fdd_kernels.cli.main import main
+from fdd_kernels.cli.main import NOT_OPTIONS, build_parser, main
 
-__all__ = ["main"]
+__all__ = ["NOT_OPTIONS", "build_parser", "main"]

@@ -1,4 +1,4 @@
-"""What `fdd-kernels cache-teacher` is told. No torch to import."""
+"""The options of `fdd-kernels cache-teacher`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,46 +8,45 @@ from pathlib import Path
 from fdd_kernels.cli.teacher_options import DTYPES, TeacherOptions
 from fdd_kernels.common.errors import UserError
 from fdd_kernels.objectives.fdd.options import LAYER_GRIDS
+from fdd_kernels.teacher_cache import SHARD_SIZE
 
 KINDS = ("states", "statistics")
 STORED = ("float32", "bfloat16", "int8", "float8")  # the names of `codec.CODECS`
-SHARD_SIZE = 512 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheOptions(TeacherOptions):
-    """What to cache and how.
+    """Options of a teacher cache.
 
     Args:
         data: files, a directory of them, or a data set by its name or folder; see
             `fdd_kernels.data.open_source`.
-        output: the cache's directory.
-        kind: states (any student, any objective), or statistics: for the frozen head of student, by
-            KL.
-        student: for statistics, whose head.
+        output: the directory of the cache.
+        kind: states (for any student and objective), or statistics: for the frozen head of student
+            and KL.
+        student: for statistics, the model whose head is used.
         temperature: for statistics, divides the logits of trajectory and derivative.
         output_temperature: for statistics, divides the logits of the output KD.
-        output_in_dynamics: for statistics, count the output among the layers of trajectory and
+        output_in_dynamics: for statistics, include the output in the layers of trajectory and
             derivative.
-        vocab_size: for statistics, compare only the first tokens (found out where heads are padded
-            unequally).
-        num_layers: how many layers.
-        layer_grid: which ones: floor (the paper's) or linspace.
+        vocab_size: for statistics, compare the first tokens only (set automatically where heads are
+            padded unequally).
+        num_layers: number of layers.
+        layer_grid: which layers: floor (the paper's) or linspace.
         teacher_layers: these layers instead, as in 4,8,12.
-        apply_final_norm: read them through the final norm.
-        dtype: how states are stored: float32, bfloat16 (unless given), int8 or float8 (both with a
+        apply_final_norm: apply the final norm to the states of every layer.
+        dtype: dtype of stored states: float32, bfloat16 (unless given), int8 or float8 (both with a
             scale per position). Statistics are float32.
-        teacher_dtype: what the teacher computes in: auto, float32 or bfloat16; auto is bfloat16 on
-            a GPU that has it.
-        max_length: tokens in a window; 512 unless given, or less if the teacher has fewer
-            positions.
-        batch_size: windows that the teacher reads at a time.
-        eval_fraction: part of the windows held out.
-        seed: of which are held out.
+        teacher_dtype: dtype of the teacher's computation: auto, float32 or bfloat16; auto is
+            bfloat16 on a GPU that has it.
+        max_length: tokens in a window; unless given 512, or the positions of the teacher.
+        batch_size: windows in one forward pass of the teacher.
+        eval_fraction: fraction of the windows for validation.
+        seed: of the choice of validation windows.
         shard_size: bytes of a file, as in 512MiB.
-        resume: go on with the same cache in output, which is the default; without it that is
-            removed, and started again.
-        verify: compare checksums at the end; with output alone, of the cache that is there.
+        resume: resume the same cache in output, which is the default; without it the cache is
+            removed and started again.
+        verify: compare checksums at the end; with output alone, those of an existing cache.
     """
 
     data: Path
@@ -106,8 +105,8 @@ class CacheOptions(TeacherOptions):
                 )
             if self.dtype not in (None, "float32"):
                 raise UserError(
-                    f"dtype={self.dtype!r}: statistics are stored in float32, since small "
-                    "differences are taken of them"
+                    f"dtype={self.dtype!r}: statistics are stored in float32, since the loss "
+                    "subtracts nearly equal ones"
                 )
             return
         defaults = {f.name: f.default for f in fields(self)}

@@ -1,4 +1,4 @@
-"""`fdd-kernels cache-teacher`: a teacher over one's own text, once, onto the disk."""
+"""`fdd-kernels cache-teacher`: run a teacher over your text once and store its states on disk."""
 
 from __future__ import annotations
 
@@ -20,38 +20,34 @@ from fdd_kernels.cli.loading import (
     fit_vocabularies,
     load_student,
     load_vocabulary,
+    make_directory,
     open_cache,
     window_length,
 )
+from fdd_kernels.cli.reading import read_windows
 from fdd_kernels.cli.teacher_options import load_teacher
 from fdd_kernels.cli.vocabulary import Vocabulary
 from fdd_kernels.common.errors import UserError
 from fdd_kernels.common.progress import Activity
 from fdd_kernels.common.sizes import show
-from fdd_kernels.data.progress import read_windows
 from fdd_kernels.data.sources import open_source
 from fdd_kernels.hf.layers import layer_grid
 from fdd_kernels.hf.teachers import place_teacher
 from fdd_kernels.objectives.fdd.options import FDDConfig, LossOptions
-from fdd_kernels.teacher_cache.cache import WindowCache
-from fdd_kernels.teacher_cache.statistics import write_statistics_cache
-from fdd_kernels.teacher_cache.writer import write_teacher_cache
+from fdd_kernels.teacher_cache import WindowCache, write_summary_cache, write_teacher_cache
 
 
 def cache_teacher(options: CacheOptions, console: Console | None = None) -> WindowCache:
-    """Cache the states or the statistics of a teacher, or go on with a cache that was interrupted.
+    """Cache the states or the statistics of a teacher; resume an interrupted cache.
 
     Raises:
-        UserError: teacher, data or options that do not go together, a directory with something
-            else, a full disk.
+        UserError: teacher, data or options do not go together, the directory holds something else,
+            or the disk is full.
     """
     console = console or Console(stderr=True)
     transformers.utils.logging.disable_progress_bar()
     output = options.output
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{output}: cannot be made a directory: {error.strerror}") from None
+    make_directory(output)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     vocabulary = load_vocabulary(options.teacher, options.student, options.vocab_size)
     for note in vocabulary.notes:
@@ -108,14 +104,13 @@ def cache_teacher(options: CacheOptions, console: Console | None = None) -> Wind
                 )
             else:
                 loss = _loss_options(options, teacher, student, vocabulary)
-                cache = write_statistics_cache(
+                cache = write_summary_cache(
                     output, teacher, student.to(device), windows, options=loss, **common
                 )
         except (OSError, SafetensorError) as error:
             raise UserError(
                 f"{output} could not be written ({first_line(error)}); whole shards are kept. Make "
-                "room and run the same "
-                "command to go on from there"
+                "room and run the same command again to resume"
             ) from error
         except (ValueError, TypeError, RuntimeError) as error:
             raise UserError(f"cannot cache this teacher: {first_line(error)}") from error
@@ -128,7 +123,7 @@ def cache_teacher(options: CacheOptions, console: Console | None = None) -> Wind
 def _loss_options(
     options: CacheOptions, teacher: nn.Module, student: nn.Module, vocabulary: Vocabulary
 ) -> LossOptions:
-    """What of the loss the statistics depend on."""
+    """The options of the loss that the statistics depend on."""
     rows = {"student": embeddings(student), "teacher": embeddings(teacher)}
     config = fit_vocabularies(FDDConfig(vocab_size=options.vocab_size), rows, vocabulary)
     return LossOptions(
@@ -140,10 +135,10 @@ def _loss_options(
 
 
 def verify_cache(output: Path, console: Console | None = None) -> None:
-    """Read a cache and compare every checksum.
+    """Compare every checksum of a cache.
 
     Raises:
-        UserError: there is none, it is not complete, or damaged.
+        UserError: there is none, it is not complete, or it is damaged.
     """
     cache = open_cache(output)
     with as_user_error("the cache cannot be used"):
@@ -163,9 +158,8 @@ def _report(cache: WindowCache, console: Console) -> None:
     per_position = sum(spec.bytes_per_row for spec in cache.reader.arrays.values())
     logits = 2 * cache.vocabulary * (len(cache.layers) + 1)
     console.print(
-        f"{len(cache)} windows, {rows} positions that count, {show(cache.reader.bytes)}; "
-        f"{per_position} bytes a position, "
-        f"where bfloat16 logits would take {logits}. Train with fdd-kernels distill "
+        f"{len(cache)} windows, {rows} valid tokens, {show(cache.reader.bytes)}; {per_position} "
+        f"bytes a token, where bfloat16 logits would take {logits}. Train with fdd-kernels distill "
         f"--teacher-cache {cache.path}",
         soft_wrap=True,
     )

@@ -1,4 +1,4 @@
-"""`fdd-kernels doctor`: what is installed and which backends work here. Needs torch and numpy
+"""`fdd-kernels doctor`: show what is installed and which backends work here. Needs torch and numpy
 only.
 """
 
@@ -8,18 +8,18 @@ import json
 import platform
 import warnings
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fdd_kernels.backends import why_unavailable
 from fdd_kernels.backends.cpu import extension
+from fdd_kernels.common.processor import processor
 from fdd_kernels.objectives.fdd.api import fused_fdd_loss
 from fdd_kernels.objectives.fdd.options import BACKENDS
 from fdd_kernels.version import __version__
 
-# Packages and what is missing without them.
+# Packages and the features that need them.
 PACKAGES = {
     "torch": "everything",
     "numpy": "everything",
@@ -49,7 +49,7 @@ TOLERANCE = 1e-4
 
 
 def examine() -> dict[str, Any]:
-    """Everything that `fdd-kernels doctor` prints, as JSON-ready values."""
+    """Collect what `fdd-kernels doctor` prints, as JSON-ready values."""
     devices = [torch.device("cuda")] if torch.cuda.is_available() else []
     devices.append(torch.device("cpu"))
     return {
@@ -77,15 +77,7 @@ def _version(package: str) -> str | None:
 
 
 def _processor() -> dict[str, Any]:
-    name, flags = platform.processor() or platform.machine(), set()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(errors="ignore").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                name = value.strip()
-            elif key.strip().lower() in ("flags", "features"):
-                flags.update(value.split())
+    name, flags = processor()
     return {
         "name": name,
         "threads": torch.get_num_threads(),
@@ -105,11 +97,11 @@ def _gpu(index: int) -> dict[str, Any]:
 
 
 def examine_backend(name: str, device: torch.device) -> dict[str, Any]:
-    """Whether a backend gives the reference's loss and gradients of a tiny problem on `device`.
+    """Compare a backend with the reference on a tiny problem on `device`: loss and gradients.
 
     Returns:
-        `works`, `expected` (False: it says itself that it cannot run here) and `reason` (also the
-            remedy; None if it works).
+        `works`; `expected`, False if the backend is known not to run here; `reason`, with the
+        remedy, None if it works.
     """
     reason = why_unavailable(name, device)
     if reason is not None:
@@ -118,7 +110,7 @@ def examine_backend(name: str, device: torch.device) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             expected, actual = (_run(backend, device) for backend in ("reference", name))
-    except Exception as error:  # whatever a broken installation raises is what is to be reported
+    except Exception as error:  # a broken installation may raise anything
         text = (str(error).strip().splitlines() or [""])[0]
         return {
             "works": False,
@@ -139,7 +131,7 @@ def examine_backend(name: str, device: torch.device) -> dict[str, Any]:
 
 
 def _run(backend: str, device: torch.device) -> list[torch.Tensor]:
-    """The loss of a tiny problem and its gradients, from the same numbers at every call."""
+    """The loss of a tiny problem and its gradients; the same numbers at every call."""
     generator = torch.Generator().manual_seed(0)
 
     def tensor(*shape: int) -> torch.Tensor:
@@ -156,7 +148,11 @@ def _run(backend: str, device: torch.device) -> list[torch.Tensor]:
 
 
 def print_findings(findings: dict[str, Any], *, as_json: bool = False) -> int:
-    """Print what `examine` found; 1 if a backend that should work here does not, else 0."""
+    """Print what `examine` found.
+
+    Returns:
+        1 if a backend that should work here does not, else 0.
+    """
     results = [result for devices in findings["backends"].values() for result in devices.values()]
     broken = any(result["expected"] and not result["works"] for result in results)
     if as_json:
@@ -170,12 +166,12 @@ def print_findings(findings: dict[str, Any], *, as_json: bool = False) -> int:
         print(f"  {name:<13} {found or f'missing: needed for {PACKAGES[name]}'}")
     if any(not found for found in findings["packages"].values()):
         print('  remedy: pip install "fdd_kernels[hf]", peft or matplotlib, as needed')
-    processor = findings["processor"]
-    sets = ", ".join(processor["instruction_sets"]) or "none of those looked for"
-    print(f"\nprocessor\n  {processor['name']}, {processor['threads']} threads")
-    print(f"  instruction sets: {sets}; torch uses {processor['torch_uses']}")
-    products = "as they are" if processor["bfloat16_products"] else "converted to float32"
-    print(f"  the C++ kernels multiply bfloat16 operands {products}")
+    cpu = findings["processor"]
+    sets = ", ".join(cpu["instruction_sets"]) or "none of those looked for"
+    print(f"\nprocessor\n  {cpu['name']}, {cpu['threads']} threads")
+    print(f"  instruction sets: {sets}; torch uses {cpu['torch_uses']}")
+    gemms = "in bfloat16" if cpu["bfloat16_products"] else "converted to float32"
+    print(f"  the C++ kernels multiply bfloat16 operands {gemms}")
     print(f"  C++ compiler: {findings['compiler'] or 'none found'}")
     print(f"  C++ kernels: {findings['kernels'] or 'none, see backend cpu'}")
     print("\nGPU")

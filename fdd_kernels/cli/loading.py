@@ -1,5 +1,5 @@
-"""Loading what a distillation needs, with errors of one line; code that comes with a model is never
-run.
+"""Load models, tokenizers and caches, with errors of one line. Code that comes with a model is
+never run.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ DEFAULT_LENGTH = 512
 
 
 def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 @contextlib.contextmanager
 def as_user_error(what: str) -> Iterator[None]:
-    """Turn what loading raises into one line."""
+    """Turn errors of loading into a UserError of one line that begins with `what`."""
     try:
         yield
     except (
@@ -53,15 +54,26 @@ def as_user_error(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {first_line(error)}") from error
 
 
+def make_directory(path: Path) -> None:
+    """Make a directory if it is not there.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made a directory: {error.strerror}") from None
+
+
 def load_model(name: str, role: str, **options) -> nn.Module:
-    """A causal LM in evaluation mode, from a directory or a name; code that came with it is never
-    run.
+    """Load a causal LM in evaluation mode from a directory or by a name on the hub.
 
     Args:
         options: of `from_pretrained`.
 
     Raises:
-        UserError: it cannot be loaded; says why in one line.
+        UserError: it cannot be loaded.
     """
     _require_directory(name, role)
     with as_user_error(f"cannot load the {role} {name}"):
@@ -69,13 +81,17 @@ def load_model(name: str, role: str, **options) -> nn.Module:
 
 
 def _require_directory(name: str, role: str) -> None:
-    """A path must exist; anything else is the name of a model."""
+    """Raise UserError if `name` is written as a path and no such directory exists."""
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
         raise UserError(f"the {role} {name}: no such directory")
 
 
 def load_student(name: str) -> tuple[nn.Module, bool]:
-    """The student in float32, and whether it was initialised at random for want of weights."""
+    """Load the student in float32; a directory without weights gives a random one.
+
+    Returns:
+        The model, and whether it was initialised at random.
+    """
     folder = Path(name)
     bare = (folder / "config.json").exists() and not any(
         any(folder.glob(pattern)) for pattern in WEIGHTS
@@ -92,15 +108,15 @@ def load_student(name: str) -> tuple[nn.Module, bool]:
 def load_vocabulary(
     teacher: str, student: str | None = None, vocab_size: int | None = None
 ) -> Vocabulary:
-    """The tokenizer for both models, the student's if it has one, else the teacher's, and which
-    tokens they share.
+    """Load the tokenizer for both models and find the tokens they share.
+
+    It is the student's tokenizer if the student has one, else the teacher's.
 
     Args:
-        vocab_size: how many tokens are compared, if not all that they share.
+        vocab_size: how many tokens to compare; None: all that both share.
 
     Raises:
-        UserError: there is none, or they differ in more than the tokens at their ends; see
-            `shared_vocabulary`.
+        UserError: the teacher has no tokenizer, or the two do not fit; see `shared_vocabulary`.
     """
 
     def load(name: str, role: str):
@@ -123,30 +139,29 @@ def load_vocabulary(
 
 
 def open_cache(path: Path) -> WindowCache:
-    """A complete teacher cache.
+    """Open a complete teacher cache.
 
     Raises:
-        UserError: there is none, it is not complete, or damaged; says why in one line.
+        UserError: there is none, it is not complete, or it is damaged.
     """
     with as_user_error("the cache cannot be used"):
         return open_teacher_cache(path)
 
 
 def embeddings(model: nn.Module) -> int:
-    """How many tokens a model has embeddings for."""
+    """The number of tokens a model has embeddings for."""
     return model.get_input_embeddings().weight.shape[0]
 
 
 def fit_vocabularies(config: FDDConfig, rows: dict[str, int], vocabulary: Vocabulary) -> FDDConfig:
-    """Compare the shared tokens only, where the heads of "student" and "teacher" or their
-    tokenizers are unequal.
+    """Set `vocab_size` to the shared tokens if heads or tokenizers differ in size.
 
     Args:
-        rows: how many tokens each model has embeddings for.
+        rows: the number of embeddings by model, "student" and "teacher".
 
     Raises:
-        UserError: a model has too few for the tokenizer, or more tokens are to be compared than are
-            shared.
+        UserError: a model has fewer embeddings than the tokenizer has tokens, or `vocab_size` is
+            larger than the shared vocabulary.
     """
     for role, count in rows.items():
         if vocabulary.size > count:
@@ -165,25 +180,21 @@ def fit_vocabularies(config: FDDConfig, rows: dict[str, int], vocabulary: Vocabu
 
 
 def require_shared(cache: WindowCache, vocabulary: Vocabulary) -> None:
-    """Raise UserError if the windows of a cache hold a token that the student does not share with
-    the teacher.
-    """
+    """Raise UserError if the cached windows hold a token that student and teacher do not share."""
     tokens = torch.tensor(sorted(vocabulary.unshared), dtype=cache.table.input_ids.dtype)
     found = cache.table.input_ids[torch.isin(cache.table.input_ids, tokens)]
     if len(found):
         raise UserError(
             f"the cached text of {cache.path} holds {len(found)} tokens that student and teacher "
-            "do not share, the first is "
-            f"{int(found[0])}: cache the teacher over text without them"
+            f"do not share, the first is {int(found[0])}: cache the teacher over text without them"
         )
 
 
 def window_length(wanted: int | None, **models: nn.Module) -> int:
-    """How many tokens a window may have: `wanted`, or as many as the models named have positions
-    for, at most 512.
+    """Tokens in a window: `wanted`, else 512 or the fewest positions of the models.
 
     Raises:
-        UserError: a model has fewer than `wanted`.
+        UserError: a model has fewer positions than `wanted`.
     """
     limits = {}
     for role, model in models.items():
@@ -201,6 +212,7 @@ def window_length(wanted: int | None, **models: nn.Module) -> int:
 
 
 def computing_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of that name; "auto" is bfloat16 on a GPU that has it, else float32."""
     if name == "auto":
         return (
             torch.bfloat16
@@ -216,11 +228,14 @@ def with_lora(
     alpha: float | None = None,
     targets: Sequence[str] = ("all-linear",),
 ) -> nn.Module:
-    """The student with adapters of this rank on the modules named; `alpha` is twice the rank unless
-    given.
+    """Add LoRA adapters to the student.
+
+    Args:
+        alpha: None: twice the rank.
+        targets: names of modules, or "all-linear".
 
     Raises:
-        UserError: peft is not installed, or there are no such modules.
+        UserError: peft is not installed, or no module has such a name.
     """
     try:
         from peft import LoraConfig, get_peft_model

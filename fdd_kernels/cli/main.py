@@ -1,4 +1,4 @@
-"""The command `fdd-kernels`: parsers without torch; each subcommand imports what it needs when it
+"""The command `fdd-kernels`. Its parsers need no torch; each subcommand imports its modules when it
 runs.
 """
 
@@ -27,7 +27,7 @@ from fdd_kernels.common.errors import SaidElsewhere, UserError
 from fdd_kernels.objectives.fdd.options import FDDConfig
 from fdd_kernels.version import __version__
 
-# The Trainer's affair, not a user's.
+# Fields of the loss that the Trainer sets.
 NOT_OPTIONS = ("ignore_index", "shift", "reduction")
 MODEL = {"teacher": (str, "DIR_OR_NAME"), "student": (str, "DIR_OR_NAME")}
 FOLDERS = {
@@ -36,7 +36,7 @@ FOLDERS = {
     "teacher_offload_folder": (Path, "DIR"),
 }
 TEACHER = ("teacher_dtype", "teacher_quantization", "teacher_device_map", "teacher_offload_folder")
-WHAT = ("student", "data", "eval_data", "output")
+INPUTS = ("student", "data", "eval_data", "output")
 SPELLINGS = {
     "learning_rate": ("--lr",),
     "max_steps": ("--steps",),
@@ -45,7 +45,7 @@ SPELLINGS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command; each subcommand sets `run` to its function."""
+    """Build the parser of the whole command; each subcommand sets `run` to its function."""
     parser = Parser(
         prog="fdd-kernels", description="Feature Dynamics Distillation of language models."
     )
@@ -71,15 +71,15 @@ def _add_demo(commands) -> None:
         type=Path,
         default=Path("runs/demo"),
         metavar="DIR",
-        help="where to write (%(default)s)",
+        help="the directory for the report (%(default)s)",
     )
     demo.add_argument("--quick", action="store_true", help="fewer steps, one seed")
     demo.add_argument(
         "--retrain-teacher",
         action="store_true",
-        help="train the teacher again instead of the shipped one",
+        help="train the teacher again (over an hour; minutes with --quick)",
     )
-    demo.add_argument("--seeds", type=int, default=None, metavar="N", help="how many seeds")
+    demo.add_argument("--seeds", type=int, default=None, metavar="N", help="number of seeds")
     demo.set_defaults(run=run_demo)
 
 
@@ -91,14 +91,16 @@ def _add_distill(commands) -> None:
         usage="%(prog)s (--teacher DIR_OR_NAME --data PATH | --teacher-cache DIR) --student "
         "DIR_OR_NAME --output DIR [options]",
     )
-    needed = distill.add_argument_group("what")
+    needed = distill.add_argument_group("inputs and output")
     source = needed.add_mutually_exclusive_group(required=True)
     add_options(source, DistillOptions, ("teacher", "teacher_cache"), kinds=MODEL | FOLDERS)
-    add_options(needed, DistillOptions, WHAT, kinds=MODEL | FOLDERS, required=("student", "output"))
+    add_options(
+        needed, DistillOptions, INPUTS, kinds=MODEL | FOLDERS, required=("student", "output")
+    )
     training = distill.add_argument_group("training")
     length = training.add_mutually_exclusive_group()
     add_options(length, DistillOptions, ("epochs", "max_steps"), aliases=SPELLINGS)
-    rest = ("teacher", "teacher_cache", "epochs", "max_steps", *WHAT, *TEACHER)
+    rest = ("teacher", "teacher_cache", "epochs", "max_steps", *INPUTS, *TEACHER)
     add_options(training, DistillOptions, skip=rest, aliases=SPELLINGS)
     for name, dtype in (("--bf16", "bfloat16"), ("--fp16", "float16")):
         text = f"--dtype {dtype}" if dtype == "bfloat16" else argparse.SUPPRESS
@@ -138,7 +140,7 @@ def _add_cache_teacher(commands) -> None:
 def _add_doctor(commands) -> None:
     doctor = commands.add_parser(
         "doctor",
-        help="what is installed and which backends work here",
+        help="show what is installed and which backends work here",
         description=run_doctor.__doc__,
     )
     doctor.add_argument("--json", action="store_true", help="print JSON")
@@ -156,8 +158,8 @@ def run_demo(arguments: argparse.Namespace) -> None:
 
 
 def run_distill(arguments: argparse.Namespace) -> None:
-    """Distil a teacher into a student with the FDD loss. A run that was interrupted goes on where
-    it was last saved.
+    """Distil a teacher into a student with the FDD loss. An interrupted run resumes from its last
+    checkpoint.
     """
     with _needs("transformers", "accelerate", "safetensors", "rich"):
         try:
@@ -170,15 +172,15 @@ def run_distill(arguments: argparse.Namespace) -> None:
 
 
 def run_cache_teacher(arguments: argparse.Namespace) -> None:
-    """Store the hidden states of a teacher's sampled layers over a text, and its head: what
-    distilling from it needs.
+    """Store the hidden states of a teacher's sampled layers over a text, and its head, to distil
+    without the teacher.
     """
     given = _given(arguments, CacheOptions)
     alone = given.keys() == {"output", "verify"}
     for name in ("teacher", "data"):
         if name not in given and not alone:
             raise UserError(
-                f"--{name} is missing; only --verify does without it, with --output alone"
+                f"--{name} is missing; only --verify with --output alone works without it"
             )
     options = None if alone else CacheOptions(**given)
     with _needs("transformers", "safetensors", "rich"):
@@ -199,8 +201,8 @@ def _given(arguments: argparse.Namespace, cls: type) -> dict:
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:
-    """Print versions, processor, GPU, and for each backend whether it works here; exit code 1 if
-    one that should does not.
+    """Print versions, processor, GPU, and for each backend whether it works here. The exit code is
+    1 if a backend that should work does not.
     """
     with _needs("torch", "numpy"):
         from fdd_kernels.cli.doctor import examine, print_findings
@@ -210,7 +212,7 @@ def run_doctor(arguments: argparse.Namespace) -> int:
 
 @contextlib.contextmanager
 def _needs(*packages: str) -> Iterator[None]:
-    """Turn a missing package, torch or one of the Hugging Face extra, into one line."""
+    """Turn a missing package into one line with its remedy."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -224,7 +226,7 @@ def _needs(*packages: str) -> Iterator[None]:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments; exit code 2 and what may have been meant for those that there are not."""
+    """Parse the arguments; exit with code 2 and a suggestion for an unknown one."""
     parser = build_parser()
     argv = with_hyphens(sys.argv[1:] if argv is None else argv)
     if argv and not argv[0].startswith("-") and argv[0] not in parser.commands:
@@ -235,8 +237,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; the exit code: 0, 2 for what the user can put right (one line on
-    stderr), 1 for a run whose loss is no number (one line too), 130 interrupted.
+    """Run the command line.
+
+    Returns:
+        The exit code: 0; 2 for an error that the user can fix (one line on stderr); 1 for a run
+        whose loss is not finite (one line too) and for a finding of doctor or plan; 130 for an
+        interrupt.
     """
     arguments = _parse(argv)
     command: Callable[[argparse.Namespace], int | None] = arguments.run
@@ -251,6 +257,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"fdd-kernels {arguments.command}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output has gone
+    except BrokenPipeError:  # the program that our output is piped into has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

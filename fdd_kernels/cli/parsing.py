@@ -1,7 +1,6 @@
-"""The options of a command from the dataclass that holds them: names, types, defaults and help are
-written there alone.
+"""Make the options of a command from a dataclass: its names, types, defaults and docstring.
 
-`transformers.HfArgumentParser` does the same, but needs transformers for `--help`; this needs the
+`transformers.HfArgumentParser` does the same, but needs transformers for `--help`. This needs the
 standard library only.
 """
 
@@ -21,7 +20,7 @@ from fdd_kernels.common.sizes import parse_size
 
 
 def numbers(kind: Callable[[str], Any], example: str) -> Callable[[str], tuple]:
-    """A parser of numbers separated by commas."""
+    """Make a parser of numbers separated by commas."""
 
     def parse(text: str) -> tuple:
         try:
@@ -35,6 +34,8 @@ def numbers(kind: Callable[[str], Any], example: str) -> Callable[[str], tuple]:
 
 
 def number(kind: Callable[[str], Any], name: str) -> Callable[[str], Any]:
+    """Make a parser of one number, whose error says `name`."""
+
     def parse(text: str) -> Any:
         try:
             return kind(text)
@@ -45,10 +46,11 @@ def number(kind: Callable[[str], Any], name: str) -> Callable[[str], Any]:
 
 
 def word(text: str) -> str | None:
+    """Parse a name; "none" is None."""
     return None if text.lower() == "none" else text
 
 
-# By annotation without "| None": the parser of a value, and what stands for it in the help.
+# By annotation without "| None": the parser of a value, and its placeholder in the help.
 KINDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "str": (word, "NAME"),
     "int": (number(int, "a whole number"), "N"),
@@ -61,6 +63,7 @@ KINDS: dict[str, tuple[Callable[[str], Any], str]] = {
 
 
 def size(text: str) -> int:
+    """Parse an amount of memory into bytes."""
     try:
         return parse_size(text)
     except UserError as error:
@@ -73,7 +76,7 @@ def flag(name: str) -> str:
 
 
 def described(cls: type) -> dict[str, str]:
-    """What the docstrings of a dataclass and its bases say of each option under "Args:"."""
+    """The text for each option under "Args:" in the docstrings of a dataclass and its bases."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         _, _, section = inspect.cleandoc(base.__dict__.get("__doc__") or "").partition("Args:\n")
@@ -86,7 +89,7 @@ def described(cls: type) -> dict[str, str]:
 
 
 def option_fields(cls: type) -> Iterator[tuple[dataclasses.Field, str]]:
-    """The fields that can be options, and their annotation without "| None"."""
+    """Yield the fields that can be options, with their annotation without "| None"."""
     for field in dataclasses.fields(cls):
         kind = str(field.type).removesuffix(" | None")
         if kind == "bool" or kind in KINDS:
@@ -103,14 +106,13 @@ def add_options(
     kinds: Mapping[str, tuple[Callable[[str], Any], str]] | None = None,
     required: Collection[str] = (),
 ) -> None:
-    """Add the fields of a dataclass as options; one that is not given is left out of the namespace.
+    """Add the fields of a dataclass as options; an option not given is absent from the namespace.
 
     Args:
-        names: which fields, in their order; all without it.
-        skip: fields that are none.
+        names: the fields to add, in the order of the dataclass; None: all.
+        skip: fields to leave out.
         aliases: further spellings of an option.
-        kinds: the parser of an option and what stands for its value in the help, where they are not
-            those of its annotation.
+        kinds: parser and placeholder of an option, where they differ from those of its annotation.
         required: options that must be given.
     """
     texts = described(cls)
@@ -136,7 +138,7 @@ def add_options(
 
 
 def in_flags(message: str, *classes: type) -> str:
-    """A message about fields of dataclasses as one about options: `batch_size=0` becomes
+    """Rewrite a message about fields of dataclasses for options: `batch_size=0` as
     `--batch-size 0`.
     """
     names = {field.name: kind for cls in classes for field, kind in option_fields(cls)}
@@ -165,13 +167,13 @@ def in_flags(message: str, *classes: type) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what an unknown option or command may have meant."""
+    """A parser that suggests the nearest option or command for an unknown one."""
 
     def spellings(self) -> list[str]:
         return [text for text in self._option_string_actions if text.startswith("--")]
 
     def check(self, arguments: Sequence[str]) -> None:
-        """Refuse options that there are not, before others are missed."""
+        """Refuse unknown options before argparse complains of missing ones."""
         for argument in arguments:
             name = argument.partition("=")[0]
             if re.match(r"--\w", name) and not any(
@@ -181,8 +183,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def did_you_mean(given: str, known: Collection[str]) -> str:
-    """The nearest of `known` by its letters, else by the words that it shares (--num-train-epochs
-    and --epochs).
+    """Suggest the nearest of `known`, by letters, else by shared words (--num-train-epochs and
+    --epochs).
     """
     known = [name for name in known if name.startswith("--no-") == given.startswith("--no-")]
     words = set(given.strip("-").split("-"))
@@ -201,7 +203,7 @@ def did_you_mean(given: str, known: Collection[str]) -> str:
 
 
 def with_hyphens(arguments: Collection[str]) -> list[str]:
-    """--batch_size as --batch-size."""
+    """Write options with hyphens: --batch_size as --batch-size."""
     return [
         re.sub(r"^--[\w]+", lambda m: m[0].replace("_", "-"), argument) for argument in arguments
     ]

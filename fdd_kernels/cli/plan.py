@@ -1,5 +1,5 @@
-"""`fdd-kernels plan`: will a training step fit, what takes the memory, and what to change if it
-does not.
+"""`fdd-kernels plan`: predict whether a training step fits in memory, what takes the memory, and
+what to change.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def add_plan(commands) -> None:
     """Add the subcommand to the parser of `fdd-kernels`."""
     plan = commands.add_parser(
         "plan",
-        help="will a training step fit in memory, and what to change",
+        help="predict whether a training step fits in memory, and what to change",
         description=run_plan.__doc__,
     )
     config = "a Hugging Face config (name, directory or config.json), or WIDTHxDEPTHxVOCABULARY"
@@ -39,7 +39,7 @@ def add_plan(commands) -> None:
         "--vram",
         default="24GiB",
         metavar="SIZE",
-        help="memory that there is, with its unit (%(default)s)",
+        help="memory of the device, with its unit (%(default)s)",
     )
     plan.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS, help="(%(default)s)")
     plan.add_argument(
@@ -53,14 +53,13 @@ def add_plan(commands) -> None:
         type=int,
         default=4,
         metavar="N",
-        help="layers compared (%(default)s, the paper's)",
+        help="number of compared layers (%(default)s, the paper's)",
     )
     plan.add_argument(
         "--backend",
         default="auto",
         choices=("auto", "triton", "torch", "cpu"),
-        help="whose buffers are counted (%(default)s: those of the one that is taken on the "
-        "device)",
+        help="the backend whose buffers are counted (%(default)s: the default one on the device)",
     )
     plan.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="(%(default)s)")
     plan.add_argument(
@@ -74,7 +73,9 @@ def add_plan(commands) -> None:
         help="train LoRA adapters on all linear layers, not the weights",
     )
     plan.add_argument(
-        "--cached-teacher", action="store_true", help="the teacher's states come from elsewhere"
+        "--cached-teacher",
+        action="store_true",
+        help="the teacher's states come from a cache or another device",
     )
     plan.add_argument(
         "--teacher-dtype",
@@ -88,7 +89,8 @@ def add_plan(commands) -> None:
 
 def run_plan(arguments: argparse.Namespace) -> int:
     """Predict the peak memory of a training step by part, with the dense loss and with the fused
-    one; exit code 1 if the fused one does not fit."""
+    one. The exit code is 1 if the step with the fused loss does not fit.
+    """
     from fdd_kernels.hf.layers import layer_grid
 
     limit = parse_size(arguments.vram, "--vram")
@@ -186,8 +188,8 @@ def _print(
             alternative = "" if setup.lora_rank else "LoRA adapters (--lora-rank 16), "
             print(f"  even so it does not fit: {alternative}a smaller student, or more memory")
     print(
-        "\nactivations are an estimate from the sizes of the matrices; kernels of attention, "
-        "scans, experts decide what is kept"
+        "\nactivations are an estimate from the sizes of the matrices; kernels of attention, scans "
+        "and experts may store more or less"
     )
 
 

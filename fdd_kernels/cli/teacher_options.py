@@ -1,5 +1,5 @@
-"""How a command loads its teacher: in which dtype, quantised, spread over devices, or from disk. No
-torch to import.
+"""Load the teacher of a command: its dtype, quantised, spread over devices, or from disk. Imports
+no torch before it loads.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ PLACES = ("auto", "balanced", "balanced_low_0", "sequential", "cpu", "disk")
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherOptions:
-    """Which teacher, and how it is loaded.
+    """Options of the teacher and of loading it.
 
     Args:
         teacher: a directory or name of a transformers causal LM with its tokenizer.
         teacher_quantization: bnb4 (nf4) or bnb8 of bitsandbytes, or torchao-int8 (weights only).
-        teacher_device_map: where its weights go: auto, balanced, balanced_low_0 or sequential
-            spread them over the devices there are, cpu, disk (all of them stay on disk and are
-            brought in module by module), or a device such as cuda:1.
-        teacher_offload_folder: where weights on disk are kept.
+        teacher_device_map: placement of its weights: auto, balanced, balanced_low_0 or sequential
+            spread them over all devices, cpu, disk (all stay on disk and are loaded module by
+            module), or a device such as cuda:1.
+        teacher_offload_folder: the folder for weights on disk.
     """
 
     teacher: str | None = None
@@ -63,7 +63,7 @@ class TeacherOptions:
             )
         if place == "disk" and self.teacher_offload_folder is None:
             raise UserError(
-                "teacher_device_map=disk needs teacher_offload_folder, where the weights are kept"
+                "teacher_device_map=disk needs teacher_offload_folder, the folder for the weights"
             )
         if place == "disk" and quantization is not None:
             raise UserError(
@@ -77,10 +77,10 @@ class TeacherOptions:
 
 
 def load_teacher(options: TeacherOptions, dtype: torch.dtype) -> nn.Module:
-    """The teacher in evaluation mode, without gradients.
+    """Load the teacher in evaluation mode, without gradients.
 
     Raises:
-        UserError: it cannot be loaded so; says why in one line.
+        UserError: it cannot be loaded with these options.
     """
     from fdd_kernels.cli.loading import as_user_error, load_model
 
@@ -100,8 +100,8 @@ def load_teacher(options: TeacherOptions, dtype: torch.dtype) -> nn.Module:
     ):
         raise UserError(
             f"teacher_quantization=torchao-int8 finds nothing to quantise in {options.teacher}: "
-            "torchao knows torch.nn.Linear, "
-            "and its layers are others (GPT-2's are Conv1D); give bnb8 or bnb4"
+            "torchao quantises torch.nn.Linear, and this model has none (GPT-2 has Conv1D); give "
+            "bnb8 or bnb4"
         )
     teacher.requires_grad_(False)
     if options.teacher_device_map == "disk":
@@ -122,7 +122,7 @@ def _of_torchao(parameter: torch.Tensor) -> bool:
 
 
 def _dtype_keyword() -> str:
-    """What from_pretrained calls the dtype."""
+    """The name of from_pretrained's argument for the dtype."""
     import transformers
 
     return (

@@ -1,4 +1,4 @@
-"""The tokens that two models share, and where their tokenizers differ."""
+"""The tokens that two models share, and the ones where their tokenizers differ."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _SHOWN = 3
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a student and a teacher read text with.
+    """The tokenizer and the shared vocabulary of a student and a teacher.
 
     Attributes:
-        tokenizer: the student's, if it has one, else the teacher's.
-        size: so many tokens from the first one on are compared.
-        partial: whether one of them has tokens beyond those.
-        unshared: tokens that only one of them has, or that are another to the other; text that
-            holds one is left out.
-        notes: what a user should know.
+        tokenizer: the student's if it has one, else the teacher's.
+        size: tokens 0 to size - 1 are compared.
+        partial: whether one of the models has tokens beyond those.
+        unshared: ids that one model lacks, or that mean another token to the other model; windows
+            with one of them are left out.
+        notes: lines to show to the user.
     """
 
     tokenizer: Any
@@ -32,12 +32,12 @@ class Vocabulary:
 
 
 def shared_vocabulary(student, teacher, vocab_size: int | None = None) -> Vocabulary:
-    """The vocabulary of two tokenizers of which one may have tokens that the other has not.
+    """Find the vocabulary that two tokenizers share; one of them may have more tokens.
 
-    Where the longer one goes on, the shorter one's tokens are compared. Tokens that were added to a
-    vocabulary (reserved and control tokens: Llama 3 and 3.1 name some of the same ids differently)
-    may differ; they are compared as they are, and text that holds one is left out. A student's
-    tokenizer without a chat template gets the teacher's.
+    If one is longer, the tokens of the shorter one are compared. Added tokens (reserved and control
+    tokens: Llama 3 and 3.1 name some of the same ids differently) may differ. They are compared by
+    id, and windows that hold one are left out. A student's tokenizer without a chat template gets
+    the teacher's.
 
     Args:
         vocab_size: compare so many tokens only; then only these must agree.
@@ -48,7 +48,7 @@ def shared_vocabulary(student, teacher, vocab_size: int | None = None) -> Vocabu
     ours, theirs = _tokens(student), _tokens(teacher)
     end = min(max(ours), max(theirs)) + 1
     differing = sorted(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
-    # Below `end` only tokens that were added may differ.
+    # Below `end` only added tokens may differ.
     sides = [
         (ours, student.added_tokens_decoder.keys()),
         (theirs, teacher.added_tokens_decoder.keys()),
@@ -64,10 +64,8 @@ def shared_vocabulary(student, teacher, vocab_size: int | None = None) -> Vocabu
         remedy = f", or compare only the tokens before with vocab_size={first}" if first else ""
         raise UserError(
             f"the tokenizers of teacher ({len(teacher)} tokens) and student ({len(student)}) "
-            f"differ in {len(differing)} "
-            f"entries: {_named(others, ours, theirs)}. Predictions can only be compared over one "
-            "vocabulary: take models that "
-            f"share one{remedy}"
+            f"differ in {len(differing)} entries: {_named(others, ours, theirs)}. Predictions can "
+            f"only be compared over one vocabulary: take models that share one{remedy}"
         )
     size = end if first is None else vocab_size
     beyond = {i for i in ours.keys() | theirs.keys() if i >= size} if first is not None else set()
@@ -75,9 +73,8 @@ def shared_vocabulary(student, teacher, vocab_size: int | None = None) -> Vocabu
     if differing:
         notes.append(
             f"the tokenizers of teacher and student differ in {len(differing)} entries "
-            f"({_named(differing, ours, theirs)}): "
-            f"the first {size} tokens are compared, and text that holds one that differs is left "
-            "out"
+            f"({_named(differing, ours, theirs)}): the first {size} tokens are compared, and "
+            "windows with a token that differs are left out"
         )
     if student.chat_template is None and teacher.chat_template is not None:
         student.chat_template = teacher.chat_template
@@ -91,7 +88,7 @@ def _tokens(tokenizer) -> dict[int, str]:
 
 
 def _named(differing: Sequence[int], ours: dict[int, str], theirs: dict[int, str]) -> str:
-    """The first tokens that differ, as both sides have them."""
+    """The first tokens that differ, with their text in both tokenizers."""
 
     def side(tokens: dict[int, str], token_id: int) -> str:
         return repr(tokens[token_id]) if token_id in tokens else "nothing"

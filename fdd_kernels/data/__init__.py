@@ -1,8 +1,7 @@
-"""Text to distil on: plain text, prompts with completions, and chats, from files or data sets to
-token windows with labels.
+"""Turn text from files or data sets into token windows with labels: plain text, prompts with
+completions, and chats.
 
-Reading needs nothing beyond the `hf` extra, and collating (`pad_windows`) nothing beyond torch;
-`progress` alone needs rich.
+Reading needs the `hf` extra, and `pad_windows` torch only.
 """
 
 from fdd_kernels.data.chats import chat_pieces

@@ -1,4 +1,4 @@
-"""Chats as the tokenizer's own template writes them, cut into what is learned and what is not."""
+"""Write chats with the tokenizer's own template, cut into pieces that are learned or not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from fdd_kernels.common.errors import UserError
-from fdd_kernels.data.records import Chat, Message
+from fdd_kernels.data.messages import Chat, Message
 
 # (text, whether its tokens are learned)
 Piece = tuple[str, bool]
@@ -19,25 +19,24 @@ _PROBE = "probe of a part"
 
 
 def chat_pieces(chat: Chat, tokenizer, source: str) -> list[Piece]:
-    """A chat as the tokenizer's template writes it, cut where assistant turns begin and end; only
-    those are learned.
+    """Write a chat with the tokenizer's template and cut it where assistant turns begin and end;
+    only these turns are learned.
 
     A turn that the template writes differently once others follow (Qwen3 drops earlier reasoning)
-    is not learned; the last one always is. Text parts are joined for a template that knows texts
-    only; tool calls must be in what it writes.
+    is not learned; the last turn always is. Text parts are joined for a template that takes texts
+    only. Tool calls must appear in the output of the template.
 
     Raises:
-        UserError: the template refuses the chat, writes the last turn's prompt differently with and
-            without it, or leaves tool calls out.
+        UserError: the template refuses the chat, writes the prompt of the last turn differently
+            with and without that turn, or leaves tool calls out.
     """
     if tokenizer.chat_template is None:
         raise UserError(
             f"{source}: a chat, but the tokenizer has no chat template: take one that has, or "
-            "write the chat as "
-            '"prompt" and "completion"'
+            'write the chat as "prompt" and "completion"'
         )
     failure = None
-    for messages in _writings([_as_the_template_reads(m, tokenizer) for m in chat.messages]):
+    for messages in _forms([_in_template_form(m, tokenizer) for m in chat.messages]):
         try:
             return _cut(messages, chat, tokenizer, source)
         except _NotWritten as error:
@@ -46,11 +45,11 @@ def chat_pieces(chat: Chat, tokenizer, source: str) -> list[Piece]:
 
 
 class _NotWritten(UserError):
-    """The template cannot write a chat in this way; perhaps in another."""
+    """The template cannot write a chat from these messages; other forms of them may work."""
 
 
-def _as_the_template_reads(message: Message, tokenizer) -> Message:
-    """A message with its content as a text or as parts, whichever the template writes."""
+def _in_template_form(message: Message, tokenizer) -> Message:
+    """Give a message its content as a text or as parts, whichever the template can write."""
     content = message["content"]
     if content is None:
         return message
@@ -66,8 +65,8 @@ def _as_the_template_reads(message: Message, tokenizer) -> Message:
 
 @functools.lru_cache(maxsize=16)
 def _writes(kind: str, tokenizer, template: str) -> bool:
-    """Whether a template writes content that is a text, or parts: not nothing, and not the list as
-    Python or JSON has it.
+    """Whether a template writes the words of content given as "text" or as "parts": not nothing,
+    and not the list in Python's or JSON's notation.
     """
     content = _PROBE if kind == "text" else [{"type": "text", "text": _PROBE}]
     try:
@@ -80,10 +79,12 @@ def _writes(kind: str, tokenizer, template: str) -> bool:
     return _PROBE in written and not re.search("""['"]text['"]""", written)
 
 
-def _writings(messages: list[Message]) -> Iterator[list[Message]]:
-    """The ways to write the same messages. There is one, but for tool calls: some templates want
-    their arguments as an object and others as JSON text, and their content empty, or none (which
-    transformers 5 takes away, and its predecessors write).
+def _forms(messages: list[Message]) -> Iterator[list[Message]]:
+    """Yield the forms of the same messages to try. Without tool calls there is one.
+
+    Some templates expect the arguments of a call as an object, others as JSON text. The content of
+    a message that calls may be None or empty: transformers 5 drops None, and earlier versions write
+    it.
     """
     calling = any(message.get("tool_calls") for message in messages)
     for as_object, without in (
@@ -107,7 +108,7 @@ def _with_arguments(call: dict[str, Any], as_object: bool) -> dict[str, Any]:
     function = call["function"]
     arguments = function.get("arguments", {})
     if as_object and isinstance(arguments, str):
-        # else it is a text for the template to write as it is
+        # text that is not JSON is left to the template
         with contextlib.suppress(json.JSONDecodeError):
             arguments = json.loads(arguments)
     elif not as_object and not isinstance(arguments, str):
@@ -124,9 +125,9 @@ def _cut(messages: list[Message], chat: Chat, tokenizer, source: str) -> list[Pi
                 f"{source}: the tokenizer's chat template refuses this chat: {error}"
             ) from None
 
-    def where_the_turn_begins(index: int) -> int | None:
-        """Where the prompt of an assistant turn ends in `whole`; None where `whole` does not begin
-        with it.
+    def start_of_turn(index: int) -> int | None:
+        """Position in `whole` where the prompt of an assistant turn ends; None if `whole` does not
+        begin with that prompt.
         """
         if index == 0:
             return 0
@@ -134,11 +135,11 @@ def _cut(messages: list[Message], chat: Chat, tokenizer, source: str) -> list[Pi
         prompt = render(before, add_generation_prompt=True)
         if whole.startswith(prompt):
             return len(prompt)
-        # A prompt may already begin the reasoning (DeepSeek, Nemotron), which finished turns are
-        # written without: it then ends where the two part, and not behind what comes before any
-        # answer.
+        # A prompt may already begin the reasoning (DeepSeek, Nemotron), and finished turns are
+        # written without it. Then the prompt ends where the two differ, but not beyond the text
+        # that comes before every answer.
         answers = [
-            _as_the_template_reads({"role": "assistant", "content": text}, tokenizer)
+            _in_template_form({"role": "assistant", "content": text}, tokenizer)
             for text in ("A", "B")
         ]
         common = _common([whole, prompt, *(render([*before, answer]) for answer in answers)])
@@ -160,7 +161,7 @@ def _cut(messages: list[Message], chat: Chat, tokenizer, source: str) -> list[Pi
     for index, message in enumerate(messages[: last + 1]):
         if message["role"] != "assistant" or index < chat.first:
             continue
-        begin, until_now = where_the_turn_begins(index), render(messages[: index + 1])
+        begin, until_now = start_of_turn(index), render(messages[: index + 1])
         if index == len(messages) - 1:
             until_now = whole
         if begin is not None and whole.startswith(until_now) and at <= begin <= len(until_now):
@@ -170,20 +171,19 @@ def _cut(messages: list[Message], chat: Chat, tokenizer, source: str) -> list[Pi
         elif index == last:
             raise UserError(
                 f"{source}: the tokenizer's chat template does not begin the chat with the prompt "
-                "of its last assistant turn, "
-                'so it is not known which tokens to learn; write the line as "prompt" and '
-                '"completion"'
+                "of its last assistant turn, so it is not known which tokens to learn; write the "
+                'line as "prompt" and "completion"'
             )
     return [*pieces, (whole[at:], False)]
 
 
 def _common(texts: list[str]) -> int:
-    """How many characters they all begin with."""
+    """Length of the longest common prefix."""
     return sum(1 for _ in itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*texts)))
 
 
 def _texts(messages: list[Message]) -> list[Any]:
-    """What the messages say, without the content that is None."""
+    """All values of the messages that are not None."""
     return [value for message in messages for value in message.values() if value is not None]
 
 
@@ -192,6 +192,6 @@ def _require_calls(message: Message, written: str, where: str) -> None:
         if call["function"]["name"] not in written:
             raise _NotWritten(
                 f"{where} calls {call['function']['name']}, which the tokenizer's chat template "
-                "leaves out: take a tokenizer "
-                'whose template writes tool calls, or write the chat as "prompt" and "completion"'
+                "leaves out: take a tokenizer whose template writes tool calls, or write the chat "
+                'as "prompt" and "completion"'
             )

@@ -1,4 +1,4 @@
-"""Batches of windows of unequal length."""
+"""Collate windows of unequal length into batches."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ _FILL = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
 def pad_windows(
     windows: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]],
 ) -> dict[str, torch.Tensor]:
-    """A batch (rows, longest window), padded on the right; padding is neither attended nor learned.
-    A window without `attention_mask` is attended throughout.
+    """Pad windows on the right to a batch (rows, longest window). Padding is neither attended nor
+    learned.
 
-    Numbers beside the windows, such as a teacher cache's `teacher_index`, become a tensor (rows,).
-    Windows hold lists or tensors. They come one by one, or as columns, which is what a slice of a
-    `datasets.Dataset` gives. Without labels the batch has none either: then every attended position
-    counts.
+    A window without `attention_mask` is attended everywhere. Numbers in the windows, such as a
+    teacher cache's `teacher_index`, become a tensor (rows,). Windows without labels give a batch
+    without labels: then every attended position is valid.
+
+    Args:
+        windows: mappings of lists or tensors, or one mapping of columns, as a slice of a
+            `datasets.Dataset` gives.
 
     Raises:
         ValueError: some windows have labels and some have none.

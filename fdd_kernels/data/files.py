@@ -1,4 +1,4 @@
-"""Which files hold data, and what they hold, in a digest."""
+"""Find data files and compute digests of files."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ KINDS = f"{', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}"
 
 
 def data_files(path: Path) -> list[Path]:
-    """The data files that `path` is or holds, in a fixed order. What is hidden (.git,
-    .ipynb_checkpoints) holds none.
+    """List the data files at or below `path`, in a fixed order. Hidden folders (.git,
+    .ipynb_checkpoints) are skipped.
 
     Raises:
-        UserError: nothing there, or a file of another kind.
+        UserError: there is none, or the file is of another kind.
     """
     if path.is_dir():
         files = sorted(
@@ -38,17 +38,9 @@ def data_files(path: Path) -> list[Path]:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file's content."""
+    """Compute SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
     with path.open("rb") as file:
-        return (
-            hashlib.file_digest(file, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else _digest(file)
-        )
-
-
-def _digest(file) -> str:
-    digest = hashlib.sha256()  # Python 3.10
-    while block := file.read(1 << 20):
-        digest.update(block)
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()

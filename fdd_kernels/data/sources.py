@@ -1,5 +1,5 @@
-"""Where documents come from: files, or a data set of Hugging Face `datasets` by its name, its
-folder, or as it is.
+"""Open the documents to read: files, or a data set of Hugging Face `datasets`, given by name, by
+folder or as an object.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from fdd_kernels.data.records import Record, read_records, record_of_row
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
-# What `Dataset.save_to_disk` and `DatasetDict.save_to_disk` write beside the data.
+# Files that `Dataset.save_to_disk` and `DatasetDict.save_to_disk` write beside the data.
 _SAVED = ("state.json", "dataset_dict.json")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Documents that can be read again and again.
+    """Documents that can be read several times.
 
     Attributes:
-        name: how errors and reports call it.
-        files: what it reads; empty for a data set.
-        dataset: what it reads where there are no files.
+        name: its name in errors and reports.
+        files: the files to read; empty for a data set.
+        dataset: the data set to read, if there are no files.
     """
 
     name: str
@@ -38,13 +38,13 @@ class Source:
 
     @property
     def size(self) -> int | None:
-        """The bytes of its files, or the rows of its data set; None for one that is streamed."""
+        """Bytes of the files, or rows of the data set; None for a streamed one."""
         if self.dataset is None:
             return sum(file.stat().st_size for file in self.files)
         return len(self.dataset) if hasattr(self.dataset, "__len__") else None
 
-    def records(self, advance: Callable[[int], None] = lambda read: None) -> Iterator[Record]:
-        """Every document; `advance` is told what was read, in the units of `size`.
+    def records(self, advance: Callable[[int], None] = lambda amount: None) -> Iterator[Record]:
+        """Yield every document, and call `advance` with the amount read, in the units of `size`.
 
         Raises:
             UserError: see `read_records`.
@@ -57,8 +57,8 @@ class Source:
             advance(1)
 
     def digests(self) -> dict[str, str]:
-        """SHA-256 of the content, by name: of each file, as the folder that was named sees it, or
-        of all rows.
+        """SHA-256 of the content by name: of each file, by its path below the given folder, or of
+        all rows.
         """
         if self.dataset is None:
             root = Path(self.name) if Path(self.name).is_dir() else Path(self.name).parent
@@ -69,31 +69,31 @@ class Source:
         return {Path(self.name).name: digest.hexdigest()}
 
     def names(self) -> list[str]:
-        """What a model card calls the data: the last part of paths, the whole name on the hub."""
+        """The names for a model card: the last part of paths, the whole name on the hub."""
         return [file.name for file in self.files] or [
             Path(self.name).name if Path(self.name).exists() else self.name
         ]
 
 
 def _text_of(value: Any) -> str:
-    """An object of a row as text; only its type where the text has an address, as that of a decoded
-    image does.
+    """An object of a row as text; its type alone if the text has an address, as that of a decoded
+    image has.
     """
     text = str(value)
     return type(value).__name__ if " at 0x" in text else text
 
 
 def open_source(data: str | Path | Dataset | IterableDataset | Source) -> Source:
-    """The documents that `data` names.
+    """Open the documents that `data` names.
 
     Args:
-        data: a file or a directory of files (see `data_files`); a directory that `save_to_disk`
-            wrote; NAME[,CONFIG][:SPLIT] of a data set on the hub or in a directory of its layout,
-            as `datasets.load_dataset` takes them; or a data set. Of several splits "train" is read,
-            unless one is named. Code that comes with a data set is never run.
+        data: a file or a directory of files (see `data_files`); a directory written by
+            `save_to_disk`; NAME[,CONFIG][:SPLIT] of a data set on the hub or in a directory of its
+            layout, as `datasets.load_dataset` takes them; or a data set. Of several splits "train"
+            is read unless another is named. Code that comes with a data set is never run.
 
     Raises:
-        UserError: there is no such thing, or it cannot be read; says why in one line.
+        UserError: there is no such data, or it cannot be read.
     """
     if isinstance(data, Source):
         return data
@@ -114,12 +114,16 @@ def open_source(data: str | Path | Dataset | IterableDataset | Source) -> Source
         or Path(name).suffix in SUFFIXES
     )
     if named_as_path and not Path(name).is_dir():
-        data_files(path)  # says that there is no such file
+        data_files(path)  # raises: there is no such file
     return _loaded(str(data), name, config or None, split or None)
 
 
 def import_datasets(name: str):
-    """Hugging Face `datasets`; a UserError without it, which `name` begins."""
+    """Import Hugging Face `datasets`.
+
+    Raises:
+        UserError: it is not installed; begins with `name`.
+    """
     try:
         import datasets
     except ImportError:

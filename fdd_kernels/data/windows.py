@@ -1,5 +1,5 @@
-"""From documents to token windows with labels, kept in Arrow: 9 bytes a token, where Python lists
-took 47.
+"""Turn documents into token windows with labels, stored in Arrow: 9 bytes a token, where Python
+lists take 47.
 """
 
 from __future__ import annotations
@@ -24,18 +24,22 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
 
 Window = Mapping[str, Sequence[int]]
-# Tokens in one piece of an Arrow table: little memory while it is made, and offsets within 32 bits.
+# Tokens in one piece of an Arrow table: little memory while it is built, and offsets fit in 32
+# bits.
 _PIECE = 1 << 20
 
 
 @dataclass
 class Windows:
-    """Token windows (input_ids, attention_mask, labels; at most max_length each) and what did not
-    get in.
+    """Token windows (input_ids, attention_mask, labels; at most max_length tokens each).
 
-    `train` and `held_out` are what `load_windows` made, or any sequence of such windows: lists, a
-    `datasets.Dataset`. `train_tokens` counts the tokens in the training windows, prompts included.
-    `not_shared` names what was left out since it holds tokens that not both models have.
+    Attributes:
+        train: training windows: those of `load_windows`, a list, or a `datasets.Dataset`.
+        held_out: validation windows, likewise.
+        documents: number of documents read.
+        without_labels: documents left out because they have no token to predict.
+        train_tokens: tokens in the training windows, prompts included.
+        not_shared: documents with windows left out because of tokens that only one model has.
     """
 
     train: Sequence[Window] | Dataset = field(default_factory=list)
@@ -47,10 +51,10 @@ class Windows:
 
 
 def tokenize(record: Record, tokenizer) -> tuple[list[int], list[int]]:
-    """Token ids and labels of one document; labels are -100 where there is nothing to learn.
+    """Tokenize one document into ids and labels; labels are -100 for tokens that are not learned.
 
     Raises:
-        UserError: a chat that the tokenizer's template cannot write.
+        UserError: the tokenizer's template cannot write the chat.
     """
     ids: list[int] = []
     labels: list[int] = []
@@ -89,21 +93,21 @@ def load_windows(
     eval_fraction: float,
     seed: int,
     unshared: frozenset[int] = frozenset(),
-    advance: Callable[[int], None] = lambda read: None,
+    advance: Callable[[int], None] = lambda amount: None,
 ) -> Windows:
-    """Read, tokenize, cut into windows and hold a part out.
+    """Read, tokenize, cut into windows, and split off validation windows.
 
     Plain texts are cut into windows of `max_length` tokens; prompts with completions and chats are
-    cut off there. Held out are whole documents, chosen by `seed`, until `eval_fraction` of the
-    windows is reached, and of a single document its last windows.
+    truncated to `max_length`. The validation split takes whole documents, chosen by `seed`, up to
+    `eval_fraction` of the windows. Of a single document it takes the last windows.
 
     Args:
-        data: see `open_source`. A data set that is streamed is read once, to its end.
+        data: see `open_source`. A streamed data set is read once, to its end.
         unshared: tokens that student and teacher do not share; windows with one are left out.
-        advance: called with what was read, in bytes of files or rows of a data set.
+        advance: called with the amount read, in bytes of files or rows of a data set.
 
     Raises:
-        UserError: see `open_source`, `read_records`, `tokenize`; or nothing to learn in all of it.
+        UserError: see `open_source`, `read_records`, `tokenize`; or there is nothing to learn.
     """
     source, result, table = open_source(data), Windows(), _WindowTable()
     counts: list[int] = []  # windows of each document that has any
@@ -130,7 +134,7 @@ def load_windows(
             result.without_labels.append(record.source)
     if not counts:
         raise UserError(_nothing_to_learn(source.name, result, max_length))
-    train, held_out = _hold_out(counts, eval_fraction, seed)
+    train, held_out = _split(counts, eval_fraction, seed)
     lengths, windows = np.frombuffer(table.lengths, np.int32), table.dataset()
     result.train, result.held_out = windows.select(train), windows.select(held_out)
     result.train_tokens = int(lengths[train].sum())
@@ -140,21 +144,18 @@ def load_windows(
 def _nothing_to_learn(name: str, result: Windows, max_length: int) -> str:
     if result.not_shared and not result.without_labels:
         return (
-            f"{name}: every document holds a token that not both models have, as "
+            f"{name}: every document holds a token that only one model has, as "
             f"{result.not_shared[0]} does"
         )
     example = f" (for example {result.without_labels[0]})" if result.without_labels else ""
     return (
         f"{name}: nothing to learn: {result.documents} documents, none with a token to predict "
-        "within "
-        f"max_length={max_length}{example}"
+        f"within max_length={max_length}{example}"
     )
 
 
-def _hold_out(counts: list[int], eval_fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of the training windows and of those held out, where document d has counts[d] of
-    them.
-    """
+def _split(counts: list[int], eval_fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Indices of training and validation windows, where document d has counts[d] windows."""
     starts = np.concatenate([[0], np.cumsum(counts)]).tolist()
     total = starts[-1]
     wanted = (
@@ -177,7 +178,7 @@ def _hold_out(counts: list[int], eval_fraction: float, seed: int) -> tuple[list[
 
 
 class _WindowTable:
-    """Collects windows in Arrow, piece by piece."""
+    """Collect windows in Arrow, piece by piece."""
 
     def __init__(self) -> None:
         self.lengths = array("i")
@@ -211,10 +212,10 @@ class _WindowTable:
         self._start()
 
     def dataset(self) -> Dataset:
-        """All windows, in the order in which they were added."""
+        """All windows, in the order they were added."""
         import pyarrow as pa
 
         datasets = import_datasets("windows")
         self._close()
-        # The fingerprint is given: by itself a data set would hash all of its content.
+        # With a fingerprint given, the data set does not hash its content.
         return datasets.Dataset(pa.Table.from_batches(self._batches), fingerprint=uuid.uuid4().hex)

@@ -1,12 +1,13 @@
-"""What an LM head multiplies by, as plain floating-point tensors.
+"""The effective weight and bias of an LM head, as plain floating-point tensors.
 
 A head may be more than a parameter: adapted or copied by peft, quantised, or offloaded by
-accelerate. `read_head` gives the weight and bias that its forward would use now. Nothing is kept
-from one reading to the next: each step reads once.
+accelerate. `read_head` returns the weight and bias that its forward would use now. Nothing is
+stored between calls; call it once a step.
 """
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from typing import NamedTuple
 
@@ -18,24 +19,19 @@ from fdd_kernels.hf.offload import is_offloaded, materialised
 from fdd_kernels.hf.wrappers import DTensor, refuse_partitioned, require_gathered
 
 _READABLE = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_LORA_LINEAR = (
-    "Linear",
-    "Linear8bitLt",
-    "Linear4bit",
-    "TorchaoLoraLinear",
-)  # in peft.tuners.lora, all with get_delta_weight
+# In peft.tuners.lora; all have get_delta_weight.
+_LORA_LINEAR = ("Linear", "Linear8bitLt", "Linear4bit", "TorchaoLoraLinear")
 
 
 class Head(NamedTuple):
-    """A head as its forward would use it.
+    """A head's effective weight and bias.
 
     Attributes:
-        weight: (V, width); the parameter itself where the head is one. Gradient flows through it to
-            whatever trains.
+        weight: (V, width); the parameter itself where possible. Gradient flows through it to the
+            parameters that train.
         bias: (V,) or None.
-        storage: "parameter", "quantised" or "offloaded". Gradient cannot reach a weight that is not
-            a parameter.
-        requires_grad: whether the stored weight, without adapters, asks for gradient.
+        storage: "parameter", "quantised" or "offloaded". Gradient reaches a parameter only.
+        requires_grad: whether the stored weight, without adapters, requires gradient.
     """
 
     weight: Tensor
@@ -45,20 +41,20 @@ class Head(NamedTuple):
 
 
 def read_head(module: nn.Module, name: str, *, split: bool = False) -> Head:
-    """The effective weight and bias of an LM head.
+    """Return the effective weight and bias of an LM head.
 
-    Read are: modules with a floating-point `weight` and perhaps a `bias`; peft's LoRA and DoRA
+    Supports modules with a floating-point `weight` and perhaps a `bias`; peft's LoRA and DoRA
     adapters, modules_to_save and trainable tokens; tensors that dequantise themselves (torchao);
     bitsandbytes' 8-bit and 4-bit layers; and each of them offloaded by accelerate.
 
     Args:
-        module: what the model's `get_output_embeddings()` gives.
-        name: how errors call the model.
-        split: the weight may be a DTensor, which is given as it is.
+        module: the result of the model's `get_output_embeddings()`.
+        name: the model's name in errors.
+        split: the weight may be a DTensor, which is returned as it is.
 
     Raises:
-        TypeError: a head of another kind, by its name, and what to do.
-        RuntimeError: the head is spread over processes.
+        TypeError: a head of another kind; names it and what to do.
+        RuntimeError: the head is sharded over processes.
     """
     if hasattr(module, "modules_to_save"):  # peft: trained copies beside the original
         return read_head(_active_copy(module), name, split=split)
@@ -84,8 +80,21 @@ def read_head(module: nn.Module, name: str, *, split: bool = False) -> Head:
     return Head(weight, bias, storage, stored.requires_grad)
 
 
+def head_digest(weight: Tensor, bias: Tensor | None) -> str:
+    """Return the SHA-256 of a head's numbers in float32: the same for a wider dtype of the same
+    numbers.
+    """
+    digest = hashlib.sha256()
+    for tensor in (weight, bias):
+        if tensor is not None:
+            digest.update(repr(tuple(tensor.shape)).encode())
+            for part in tensor.detach().split(2**16):
+                digest.update(part.float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def _dequantised(module: nn.Module, stored: Tensor, name: str) -> Tensor:
-    """A quantised weight in floating point; any other as it is."""
+    """Dequantise a quantised weight; return any other as it is."""
     if isinstance(stored, DTensor):
         return stored
     try:
@@ -106,8 +115,8 @@ def _dequantised(module: nn.Module, stored: Tensor, name: str) -> Tensor:
 
 
 def _is_bitsandbytes(stored: Tensor) -> bool:
-    """A weight of bitsandbytes' Linear4bit or Linear8bitLt that has been quantised; before, and
-    where 8-bit training keeps it in floating point, it is a parameter like any other.
+    """Whether a weight of bitsandbytes' Linear4bit or Linear8bitLt is quantised. Before its first
+    move, and in 8-bit training that stores floating point, it is an ordinary parameter.
     """
     kind = type(stored).__name__
     return (kind == "Params4bit" and stored.quant_state is not None) or (
@@ -116,7 +125,7 @@ def _is_bitsandbytes(stored: Tensor) -> bool:
 
 
 def _active_copy(module: nn.Module) -> nn.Module:
-    """The module that peft's ModulesToSaveWrapper passes its input to."""
+    """Return the module that peft's ModulesToSaveWrapper passes its input to."""
     active = module.active_adapters[:1]
     if module.disable_adapters or not active or active[0] not in module.modules_to_save:
         return module.original_module
@@ -124,8 +133,8 @@ def _active_copy(module: nn.Module) -> nn.Module:
 
 
 def _read_adapted(module: nn.Module, name: str) -> Head:
-    """W + scaling * B A for each active adapter, and DoRA's rescaling of it: what peft's own
-    forward multiplies by.
+    """Return W + scaling * B A for each active adapter, rescaled for DoRA: the effective weight of
+    peft's own forward.
     """
     if type(module).__name__ not in _LORA_LINEAR or not hasattr(module, "lora_A"):
         raise _unreadable(
@@ -149,19 +158,14 @@ def _read_adapted(module: nn.Module, name: str) -> Head:
         if module.training and dropout:
             warnings.warn(
                 f"{name}: lora_dropout={dropout} of the LM head's adapter is not applied: the loss "
-                "reads the head as one "
-                "weight. Set lora_dropout=0 for the head to make this warning go away",
+                "reads the head as one weight. Set lora_dropout=0 for the head to make this "
+                "warning go away",
                 stacklevel=2,
             )
         weight, bias_change = _add(module, adapter, head.weight, weight, bias_change, name)
-    bias = (
-        head.bias
-        if bias_change is None
-        else bias_change
-        if head.bias is None
-        else head.bias + bias_change
-    )
-    return head._replace(weight=weight, bias=bias)
+    if bias_change is not None and head.bias is not None:
+        bias_change = head.bias + bias_change
+    return head._replace(weight=weight, bias=head.bias if bias_change is None else bias_change)
 
 
 def _add(
@@ -172,8 +176,8 @@ def _add(
     bias_change: Tensor | None,
     name: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """The weight (V, width) and the change of the bias (V,) with one adapter more; `base` is the
-    weight without any.
+    """Add one adapter to the weight (V, width) and to the change of the bias (V,); `base` is the
+    weight without adapters.
     """
     down, up = module.lora_A[adapter], module.lora_B[adapter]
     for part in (down, up):
@@ -182,27 +186,24 @@ def _add(
         change = module.get_delta_weight(adapter)
         weight = weight + change
         if up.bias is not None:
-            bias_change = up.bias * module.scaling[adapter] + (
-                0 if bias_change is None else bias_change
-            )
+            own = up.bias * module.scaling[adapter]
+            bias_change = own if bias_change is None else own + bias_change
     if adapter not in module.lora_magnitude_vector:
         return weight, bias_change
-    # DoRA scales each row by m / |base + BA|, with the length held constant, as the paper has it.
-    # peft scales what adapters before it added, too.
+    # DoRA scales each row by m / |base + BA|, the norm without gradient (Liu et al. 2024, section
+    # 4.3). peft scales the change of earlier adapters too.
     dora = module.lora_magnitude_vector[adapter]
-    length = dora.get_weight_norm(base, change.detach(), scaling=1).detach()
+    norm = dora.get_weight_norm(base, change.detach(), scaling=1).detach()
     with materialised(dora):
-        factor = dora.weight / length
+        factor = dora.weight / norm
     return weight * factor.unsqueeze(1), None if bias_change is None else bias_change * factor
 
 
 def _unreadable(name: str, module: nn.Module, what: str) -> TypeError:
     return TypeError(
         f"{name}: the LM head is a {type(module).__module__}.{type(module).__name__} with {what}. "
-        "Quantised heads are read if "
-        "they come from torchao or bitsandbytes, adapters on the head if they are LoRA, DoRA or "
-        "modules_to_save (peft). Keep "
-        "the head out of quantisation (modules_to_not_convert, llm_int8_skip_modules) or of "
-        "target_modules, or merge the "
+        "Quantised heads are read if they come from torchao or bitsandbytes, adapters on the head "
+        "if they are LoRA, DoRA or modules_to_save (peft). Keep the head out of quantisation "
+        "(modules_to_not_convert, llm_int8_skip_modules) or of target_modules, or merge the "
         "adapter (merge_and_unload)"
     )

@@ -1,6 +1,4 @@
-"""Which positions of a batch count: one rule for the loss, for what its sums are divided by, and
-for the teacher cache.
-"""
+"""Find the valid positions of a batch, for the loss, its denominator and teacher caches."""
 
 from __future__ import annotations
 
@@ -9,59 +7,58 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-# Labels that are shifted already, as transformers and accelerate make them where they split
-# sequences over processes.
+# Labels of the next token, as transformers and accelerate make them to split sequences over
+# processes.
 SHIFT_LABELS = "shift_labels"
 
 
-def counted_positions(batch: Mapping[str, Tensor], ignore_index: int) -> Tensor:
-    """Where the loss compares the models' predictions, bool (batch, sequence).
+def valid_positions(batch: Mapping[str, Tensor], ignore_index: int) -> Tensor:
+    """Return which positions the loss compares, bool (batch, sequence).
 
-    A position counts if it is attended and, where the batch has labels, the next token has one: the
-    last position of padding on the left precedes a label too, but its state has seen nothing.
+    A position is valid if it is attended and, in a batch with labels, the next token has one. (The
+    last position of padding on the left also precedes a label, but its state has seen no token.)
 
     Raises:
         ValueError: neither labels nor `attention_mask` say where padding is.
     """
     labels, attended = next_labels(batch, ignore_index), attended_positions(batch)
     if labels is not None:
-        counts = labels != ignore_index
-        return counts if attended is None else counts & attended.to(counts.device)
+        valid = labels != ignore_index
+        return valid if attended is None else valid & attended.to(valid.device)
     if attended is not None:
         return attended
     if batch.get("attention_mask") is not None:
         raise ValueError(
             "without labels every attended position counts, but attention_mask does not say which "
-            "those are: it is not of the "
-            f"shape {tuple(token_shape(batch))} (batch, sequence). Pass one that is, or labels, "
-            f"with {ignore_index} for what "
-            "does not count"
+            f"those are: it is not of the shape {tuple(token_shape(batch))} (batch, sequence). "
+            f"Pass one that is, or labels, with {ignore_index} for what does not count"
         )
     return torch.ones(token_shape(batch), dtype=torch.bool)
 
 
-def counting_rows(batch: Mapping[str, Tensor], rows: int, ignore_index: int) -> dict[str, Tensor]:
-    """The batch with nothing that counts after its first `rows` rows; it keeps its shape."""
-    labels, counts = next_labels(batch, ignore_index), counted_positions(batch, ignore_index)
-    labels = torch.where(counts, 0, ignore_index) if labels is None else labels.clone()
-    labels[rows:] = ignore_index
+def ignore_rows_from(
+    batch: Mapping[str, Tensor], first: int, ignore_index: int
+) -> dict[str, Tensor]:
+    """Return the batch, of the same shape, without valid positions in rows `first` and later."""
+    labels, valid = next_labels(batch, ignore_index), valid_positions(batch, ignore_index)
+    labels = torch.where(valid, 0, ignore_index) if labels is None else labels.clone()
+    labels[first:] = ignore_index
     return {**batch, SHIFT_LABELS: labels}
 
 
 def attended_positions(batch: Mapping[str, Tensor]) -> Tensor | None:
-    """Which tokens are no padding, bool (batch, sequence); None without an `attention_mask` of that
-    shape.
+    """Return which tokens are not padding, bool (batch, sequence); None without an `attention_mask`
+    of that shape.
     """
     mask = batch.get("attention_mask")
     return mask != 0 if isinstance(mask, Tensor) and mask.shape == token_shape(batch) else None
 
 
 def next_labels(batch: Mapping[str, Tensor], ignore_index: int) -> Tensor | None:
-    """The label of the token after each position, (batch, sequence); None if the batch has no
-    labels.
+    """Return the label of the token after each position, (batch, sequence); None without labels.
 
-    `shift_labels` are that already and win over `labels`: in a part of a sequence the last one is
-    the next part's first label.
+    `shift_labels` hold them already and win over `labels`: in a part of a sequence the last one is
+    the first label of the next part.
     """
     shifted, labels = batch.get(SHIFT_LABELS), batch.get("labels")
     if shifted is not None or labels is None:
@@ -70,13 +67,11 @@ def next_labels(batch: Mapping[str, Tensor], ignore_index: int) -> Tensor | None
 
 
 def precedes_label(labels: Tensor, ignore_index: int) -> Tensor:
-    """Where the next token has a label: bool, of the shape (..., sequence) of a causal LM's
-    labels.
-    """
+    """Return where the next token has a label, bool of the shape of `labels` (..., sequence)."""
     return next_labels({"labels": labels}, ignore_index) != ignore_index
 
 
 def token_shape(batch: Mapping[str, Tensor]) -> torch.Size:
-    """(batch, sequence), of `input_ids` or `inputs_embeds`."""
+    """Return (batch, sequence) of `input_ids` or `inputs_embeds`."""
     tokens = batch.get("input_ids")
     return (batch["inputs_embeds"] if tokens is None else tokens).shape[:2]

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
-from fdd_kernels.hf.model_reader import ModelLens
+from fdd_kernels.hf.model_reader import ModelReader
 from fdd_kernels.hf.positions import attended_positions
 from fdd_kernels.hf.wrappers import forward_replaced
 
@@ -50,11 +50,11 @@ class RouterLoss:
     a scalar.
     """
 
-    def __init__(self, lens: ModelLens) -> None:
+    def __init__(self, lens: ModelReader) -> None:
         self.lens, self._output = lens, None
 
     def __enter__(self) -> RouterLoss:
-        """Raises ValueError for a model that is run as a whole (see `ModelLens`): nothing of its
+        """Raises ValueError for a model that is run as a whole (see `ModelReader`): nothing of its
         own forward is left over.
         """
         if self.lens.backbone is self.lens.model:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from fdd_kernels.hf.model_reader import evaluating, unwrap
+from fdd_kernels.hf.wrappers import evaluating, unwrap
 
 
 def shares_modules(teacher: nn.Module, student: nn.Module) -> bool:

@@ -1,6 +1,4 @@
-"""What a Distiller needs of a teacher, and the live model that gives it; `teacher_cache` has others
-that do.
-"""
+"""The teacher interface, and its implementation by a live model; `teacher_cache` has others."""
 
 from __future__ import annotations
 
@@ -8,55 +6,38 @@ import contextlib
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fdd_kernels.hf.batches import check_positions, check_tokens
 from fdd_kernels.hf.compiled import compile_blocks
-from fdd_kernels.hf.model_reader import LogitTransform, ModelLens, unwrap
+from fdd_kernels.hf.model_reader import ModelReader
 from fdd_kernels.hf.offload import has_place
-from fdd_kernels.hf.positions import SHIFT_LABELS, counted_positions, next_labels, token_shape
+from fdd_kernels.hf.positions import SHIFT_LABELS
 from fdd_kernels.hf.sharing import as_teacher_of_itself, shares_modules
-from fdd_kernels.hf.wrappers import inside_forward, own_rows
-from fdd_kernels.objectives.fdd.api import fused_fdd_loss
-from fdd_kernels.objectives.fdd.options import FDDConfig, FDDLossTerms, LossOptions
+from fdd_kernels.hf.targets import HiddenTargets, Targets
+from fdd_kernels.hf.targets import StudentSide as StudentSide
+from fdd_kernels.hf.transform import LogitTransform
+from fdd_kernels.hf.wrappers import inside_forward, unwrap
+from fdd_kernels.objectives.fdd.options import FDDConfig, LossOptions
 
-# The column of a batch that says which windows of a teacher cache its rows are.
+# The column of a batch that names the window of a teacher cache in each of its rows.
 TEACHER_INDEX = "teacher_index"
 _NOT_MODEL_INPUTS = ("labels", SHIFT_LABELS, "num_items_in_batch", TEACHER_INDEX)
 _LOADING = "AutoModelForCausalLM.from_pretrained(...)"
-# L tensors (batch, sequence, Dt), the last None where the final state is not needed; or what else
-# `compare` takes.
-TeacherStates = list[Tensor | None] | Any
-
-
-class StudentSide(NamedTuple):
-    """The student's states (batch, sequence, Ds) as its head would see them, the last perhaps None,
-    and its head.
-
-    `weight` and `bias` are this process's rows where a group of processes splits the `vocabulary`
-    rows of the whole.
-    """
-
-    states: list[Tensor | None]
-    weight: Tensor
-    bias: Tensor | None
-    vocabulary: int
 
 
 class Teacher(ABC):
-    """The teacher's side of the loss.
+    """What a student is compared with. It gives targets; `DistillationLoss` computes the loss.
 
     Attributes:
-        name: of the teacher, as a model card gives it: what it was loaded by (perhaps a path), or
-            words.
-        depth: blocks of the teacher, from which a grid of layers follows.
+        name: for model cards: what the teacher was loaded by (perhaps a path), or words.
+        depth: number of blocks, which a grid of layers follows from.
         vocabulary: rows of its head.
-        transform: what its logits are of its head's output.
-        batch_columns: what it reads from a batch beside a model's inputs; collators must keep it.
+        transform: soft cap and scale of its logits.
+        batch_columns: columns of a batch that it needs beside a model's inputs; collators must
+            pass them on.
     """
 
     name: str
@@ -66,133 +47,66 @@ class Teacher(ABC):
     batch_columns: tuple[str, ...] = ()
 
     @abstractmethod
-    def states(
+    def targets(
         self,
         batch: Mapping[str, Tensor],
         layers: tuple[int, ...],
         *,
         apply_final_norm: bool,
         final: bool = True,
-    ) -> TeacherStates:
-        """What `compare` needs of `layers`, and of the final state if `final`.
+    ) -> Targets:
+        """Return the targets of `layers`, and of the final state if `final`."""
 
-        What stands at positions that do not count is not defined, but finite.
+    def head(self, device: torch.device | None = None) -> tuple[Tensor, Tensor | None] | None:
+        """Return weight (V, Dt) and bias (V,) for hidden targets, as tensors without gradient.
+
+        None for a teacher of summaries. The tensors may be on any device and may be made for this
+        call; `device` says where they will be used.
         """
+        return None
 
-    @abstractmethod
-    def compare(
-        self,
-        student: StudentSide,
-        states: TeacherStates,
-        batch: Mapping[str, Tensor],
-        options: LossOptions,
-        num_items_in_batch: Tensor | float | None,
-        vocab_group,
-    ) -> FDDLossTerms:
-        """The loss of the student's states against those that `states` gave for the same batch."""
+    def states(self, *args, **kwargs) -> Targets:
+        """The name of `targets` in earlier releases."""
+        return self.targets(*args, **kwargs)
 
     def require(self, config: FDDConfig, options: LossOptions, layers: tuple[int, ...]) -> None:  # noqa: B027
-        """Raise ValueError if it cannot give `layers` as `config` asks for them; `options` are the
-        loss's in full.
+        """Raise ValueError if it cannot give targets of `layers` as `config` asks for them.
+
+        `options` are the full options of the loss, with the models' soft caps and scales.
         """
 
 
-class TeacherWithHead(Teacher):
-    """A teacher whose states are read through its own head."""
-
-    @abstractmethod
-    def head(self) -> tuple[Tensor, Tensor | None]:
-        """Weight (V, Dt) and bias (V,) as plain tensors without gradient, on any device; perhaps
-        made for this one call.
-        """
-
-    @torch.no_grad()
-    def _head_on(
-        self, device: torch.device, vocab_group, vocabulary: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """The head for one loss. A quantised, adapted, offloaded or distant one is made plain here,
-        every time: that is little work beside the loss, and in between nothing of its size is held.
-        """
-        found = self.head()
-        if vocab_group is not None:
-            found = [own_rows("the teacher's head", t, vocab_group, vocabulary) for t in found]
-        weight, bias = found
-        return weight.to(device), None if bias is None else bias.to(device)
-
-    def compare(
-        self,
-        student: StudentSide,
-        states: list[Tensor | None],
-        batch: Mapping[str, Tensor],
-        options: LossOptions,
-        num_items_in_batch: Tensor | float | None,
-        vocab_group,
-    ) -> FDDLossTerms:
-        states = states[-len(student.states) :]
-        if states[-1] is None and options.compares_output:
-            raise ValueError(
-                "teacher_states has no final state, which output_kd_weight or output_in_dynamics "
-                "asks for: take the "
-                "teacher_states of this distiller, or of one whose loss needs the final state too"
-            )
-        weight, bias = self._head_on(student.weight.device, vocab_group, student.vocabulary)
-        labels = next_labels(batch, options.ignore_index)
-        mask = counted_positions(batch, options.ignore_index).to(student.weight.device)
-        return fused_fdd_loss(
-            _complete(student.states, batch, student.weight),
-            student.weight,
-            _complete(states, batch, weight),
-            weight,
-            labels,
-            mask=mask,
-            student_bias=student.bias,
-            teacher_bias=bias,
-            num_items_in_batch=num_items_in_batch,
-            return_terms=True,
-            vocab_group=vocab_group,
-            **{f.name: getattr(options, f.name) for f in fields(LossOptions)},
-        )
+# Names of earlier releases.
+TeacherWithHead, TeacherStates = Teacher, Targets
 
 
-def _complete(
-    states: list[Tensor | None], batch: Mapping[str, Tensor], weight: Tensor
-) -> list[Tensor]:
-    """States on the device of their head; zeros that take no memory stand in for a final state that
-    the loss does not read.
-    """
-    if states[-1] is None:
-        states = [*states[:-1], weight.new_zeros(()).expand(*token_shape(batch), weight.shape[1])]
-    return [state.to(weight.device) for state in states]
-
-
-class LiveTeacher(TeacherWithHead):
-    """A causal LM that is run for every batch; put in evaluation mode, never trained.
+class LiveTeacher(Teacher):
+    """A causal LM that runs for every batch; in evaluation mode, never trained.
 
     Args:
-        student: of whose modules it may be made. Then it is the student without its adapters, and
-            in evaluation mode for its own pass alone.
+        model: the teacher, perhaps data-parallel.
+        split_head: the head may be a DTensor.
+        student: the student. If the teacher shares its modules (one peft model), the teacher is the
+            student without its adapters, and in evaluation mode during its own pass only.
     """
 
     def __init__(
         self, model: nn.Module, *, split_head: bool = False, student: nn.Module | None = None
     ) -> None:
-        self._model = model  # as given: perhaps data-parallel
+        self._model = model
         self._student = student if student is not None and shares_modules(model, student) else None
         if self._student is None:
             model.eval()
         with self._as_teacher():
-            self.lens = ModelLens(model, "teacher", split_head=split_head)
-        compile_blocks(model, self.lens.blocks)
-        self.depth, self.vocabulary, self.transform = (
-            self.lens.depth,
-            self.lens.vocabulary,
-            self.lens.transform,
-        )
+            self.reader = ModelReader(model, "teacher", split_head=split_head)
+        compile_blocks(model, self.reader.blocks)
+        self.depth, self.vocabulary = self.reader.depth, self.reader.vocabulary
+        self.transform = self.reader.transform
 
     @property
     def model(self) -> nn.Module:
         """The transformers model inside wrappers."""
-        return self.lens.model
+        return self.reader.model
 
     @property
     def name(self) -> str:
@@ -209,45 +123,46 @@ class LiveTeacher(TeacherWithHead):
             yield
 
     @torch.no_grad()
-    def head(self) -> tuple[Tensor, Tensor | None]:
+    def head(self, device: torch.device | None = None) -> tuple[Tensor, Tensor | None]:
         with self._as_teacher():
-            weight, bias, *_ = self.lens.read_head()
+            weight, bias, *_ = self.reader.read_head()
         return weight.detach(), None if bias is None else bias.detach()
 
     @torch.no_grad()
-    def states(
+    def targets(
         self,
         batch: Mapping[str, Tensor],
         layers: tuple[int, ...],
         *,
         apply_final_norm: bool,
         final: bool = True,
-    ) -> list[Tensor | None]:
+    ) -> HiddenTargets:
+        norm = apply_final_norm
         with self._as_teacher(), inside_forward(self._model, model_states) as states:
-            return states(self.lens, batch, layers, apply_final_norm=apply_final_norm, final=final)
+            return states(self.reader, batch, layers, apply_final_norm=norm, final=final)
 
 
 def model_states(
-    lens: ModelLens,
+    reader: ModelReader,
     batch: Mapping[str, Tensor],
     layers: tuple[int, ...],
     *,
     apply_final_norm: bool,
     final: bool = True,
 ) -> list[Tensor | None]:
-    """Run a model's backbone on a batch: the states of `layers` as its head would see them, and the
-    final one or None.
+    """Run a model's backbone on a batch. Return the states (batch, sequence, width) of `layers`,
+    ready for its head, and the final state or None.
 
     Raises:
         ValueError: tokens or positions that the model does not have.
     """
-    check_tokens(lens.name, lens.model, batch)
+    check_tokens(reader.name, reader.model, batch)
     inputs = {key: value for key, value in batch.items() if key not in _NOT_MODEL_INPUTS}
-    read = functools.partial(lens.read, apply_final_norm=apply_final_norm)
+    read = functools.partial(reader.read, apply_final_norm=apply_final_norm)
     try:
-        sampled, output = lens.states(inputs, layers, final=final, read=read)
+        sampled, output = reader.states(inputs, layers, final=final, read=read)
     except IndexError:
-        check_positions(lens.name, lens.model, batch)
+        check_positions(reader.name, reader.model, batch)
         raise
     return [*sampled, output]
 
@@ -255,8 +170,7 @@ def model_states(
 def as_teacher(
     teacher: nn.Module | Teacher, *, split_head: bool = False, student: nn.Module | None = None
 ) -> Teacher:
-    """The teacher's side of the loss for a model, perhaps the student without its adapters, or for
-    a teacher cache.
+    """Wrap a model as a `LiveTeacher`; return a teacher cache as it is.
 
     Raises:
         TypeError: it is neither.
@@ -267,13 +181,12 @@ def as_teacher(
         return LiveTeacher(teacher, split_head=split_head, student=student)
     raise TypeError(
         f"teacher must be a causal LM or a teacher cache, got {_shown(teacher)}: load it first, "
-        f"with {_LOADING} or "
-        "fdd_kernels.teacher_cache.open_teacher_cache(...)"
+        f"with {_LOADING} or fdd_kernels.teacher_cache.open_teacher_cache(...)"
     )
 
 
 def require_model(name: str, value: object) -> None:
-    """Raise TypeError unless `value` is a model, and not, say, what one is loaded by."""
+    """Raise TypeError unless `value` is a model; a name or path is not."""
     if not isinstance(value, nn.Module):
         raise TypeError(
             f"{name} must be a causal LM, got {_shown(value)}: load it first, with {_LOADING}"
@@ -285,8 +198,8 @@ def _shown(value: object) -> str:
 
 
 def place_teacher(teacher: nn.Module | Teacher, device: torch.device) -> None:
-    """Move a model to the device it is to run on, unless it has a place of its own; a cache gives
-    its rows wherever asked.
+    """Move a teacher model to `device`, unless it has a placement of its own (`has_place`). A cache
+    stays: it loads its rows to the batch's device.
     """
     if isinstance(teacher, nn.Module) and not has_place(unwrap(teacher)):
         teacher.to(device)

@@ -35,6 +35,33 @@ def refuse_flattened(model: nn.Module) -> None:
         )
 
 
+def unwrap(model: nn.Module) -> nn.Module:
+    """The transformers model inside torch.compile, DistributedDataParallel and peft wrappers.
+
+    Raises:
+        TypeError: a peft model with virtual tokens, which its base model alone would not see;
+            FSDP1.
+    """
+    while True:
+        refuse_flattened(model)
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif hasattr(model, "get_base_model"):
+            if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+                raise TypeError(
+                    f"{type(model).__name__} uses {model.active_peft_config.peft_type}: prompt, "
+                    "prefix and p-tuning put "
+                    "virtual tokens before the text, and positions of student and teacher would no "
+                    "longer match. Use an "
+                    "adapter that changes weights, such as LoRA"
+                )
+            model = model.get_base_model()
+        else:
+            return model
+
+
 def data_parallel(model: nn.Module) -> nn.Module | None:
     """The DistributedDataParallel or FSDP2 module that `model` is, also under torch.compile; None
     for any other.
@@ -76,6 +103,18 @@ def forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
             del module.forward
         else:
             module.forward = own
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run the model in evaluation mode; every module returns to its own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def require_gathered(name: str, parameter) -> None:

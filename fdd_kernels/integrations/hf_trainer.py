@@ -14,9 +14,9 @@ from transformers import Trainer
 
 from fdd_kernels.common.atomic import remove_directory
 from fdd_kernels.hf.distiller import Distiller
-from fdd_kernels.hf.model_reader import unwrap
-from fdd_kernels.hf.positions import SHIFT_LABELS, counting_rows
+from fdd_kernels.hf.positions import SHIFT_LABELS, ignore_rows_from
 from fdd_kernels.hf.teachers import Teacher, place_teacher, require_model
+from fdd_kernels.hf.wrappers import unwrap
 from fdd_kernels.integrations.checkpoints import NOT_FINITE, PREFIX, AtomicCheckpoints, checkpoints
 from fdd_kernels.integrations.finite import (
     NonFiniteLossError,
@@ -320,7 +320,7 @@ class FDDTrainerMixin(AtomicCheckpoints):
         return (
             inputs
             if own == rows
-            else counting_rows(inputs, own, self.distiller.config.ignore_index)
+            else ignore_rows_from(inputs, own, self.distiller.config.ignore_index)
         )
 
     def create_model_card(self, *args, **kwargs) -> None:

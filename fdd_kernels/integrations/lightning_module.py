@@ -26,7 +26,7 @@ except ModuleNotFoundError as error:
         ) from error
 
 from fdd_kernels.hf.distiller import Distiller, DistillerTerms
-from fdd_kernels.hf.positions import counting_rows
+from fdd_kernels.hf.positions import ignore_rows_from
 from fdd_kernels.hf.teachers import Teacher, place_teacher
 from fdd_kernels.integrations.finite import require_finite, warn_of_nothing
 from fdd_kernels.objectives.fdd.options import FDDConfig
@@ -204,4 +204,4 @@ def _without_repeats(
         return batch
     rows = len(next(iter(batch.values())))
     own = -(-(len(sampler.dataset) - sampler.rank) // sampler.num_replicas) - index * size
-    return batch if own >= rows else counting_rows(batch, max(own, 0), ignore_index)
+    return batch if own >= rows else ignore_rows_from(batch, max(own, 0), ignore_index)

@@ -38,15 +38,19 @@ class Sums(NamedTuple):
 class Distance:
     """An entry of the registry.
 
-    `value(sums)` is the distance, (P, R), in operations that autograd can differentiate.
-    `write_grad(sums, of_ss, of_st, of_dd)` writes its derivatives with respect to s.s, s.t and |s
-    - t|^2 into tensors of zeros (P, R). `centred`: the vectors are taken about their means over the
-      columns.
+    Attributes:
+        value: `value(sums)` -> the distance, (P, R), in operations that autograd can differentiate.
+        write_grad: `write_grad(sums, of_ss, of_st, of_dd)` writes its derivatives with respect to
+            s.s, s.t and |s - t|^2 into tensors of zeros (P, R).
+        centred: whether the vectors are taken about their means over the vocabulary.
+        directional: whether it depends on the vectors' directions, of which a difference of two
+            equal hidden states has none.
     """
 
     value: Callable[[Sums], Tensor]
     write_grad: Callable[[Sums, Tensor, Tensor, Tensor], None]
     centred: bool = False
+    directional: bool = False
 
 
 def _inverse_lengths(sums: Sums) -> tuple[Tensor, Tensor]:
@@ -108,7 +112,7 @@ def _write_mse_grad(sums: Sums, of_ss: Tensor, of_st: Tensor, of_dd: Tensor) -> 
 
 
 DISTANCES: dict[str, Distance] = {
-    "cosine": Distance(_cosine_value, _write_cosine_grad),
-    "centered_cosine": Distance(_cosine_value, _write_cosine_grad, centred=True),
+    "cosine": Distance(_cosine_value, _write_cosine_grad, directional=True),
+    "centered_cosine": Distance(_cosine_value, _write_cosine_grad, centred=True, directional=True),
     "mse": Distance(_mse_value, _write_mse_grad),
 }

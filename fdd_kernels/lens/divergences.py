@@ -26,14 +26,25 @@ SKEW = 0.1  # weight of the teacher in the mixture of skew_kl
 class Divergence:
     """An entry of the registry.
 
-    `expectation_of` names the model under whose distribution the divergence is a plain expectation
-    of the difference of logits plus log-sum-exps; one pass over the columns is then enough. Without
-    it a second pass, with both log-sum-exps known, sums `value` and `grad`.
+    Attributes:
+        value: `value(log_q, log_p, *parameters)`, elementwise.
+        grad: `grad(log_q, log_p, *parameters)`, its derivative with respect to log_q.
+        expectation_of: the model ("teacher" or "student") under whose distribution the divergence
+            is a plain expectation of the difference of logits plus log-sum-exps. One pass over the
+            vocabulary is then enough. With None, a second pass sums `value` and `grad` once both
+            log-sum-exps are known.
+        parameters: names of its parameters with their defaults.
     """
 
-    value: Callable[[Tensor, Tensor], Tensor]
-    grad: Callable[[Tensor, Tensor], Tensor]
+    value: Callable[..., Tensor]
+    grad: Callable[..., Tensor]
     expectation_of: str | None = None
+    parameters: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def defaults(self) -> tuple[float, ...]:
+        """The parameters' default values."""
+        return tuple([default for _, default in self.parameters])
 
 
 def _where_weighted(weight: Tensor, x: Tensor) -> Tensor:

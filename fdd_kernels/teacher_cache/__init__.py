@@ -1,36 +1,61 @@
-"""What a teacher gives, computed once and kept on disk, so that training needs no teacher in
-memory.
+"""A teacher's hidden states or summary, computed once and stored on disk: training then needs no
+teacher in memory.
 """
 
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from fdd_kernels.teacher_cache.cache import TeacherCache, WindowCache
-    from fdd_kernels.teacher_cache.opening import open_teacher_cache
-    from fdd_kernels.teacher_cache.statistics import StatisticsCache, write_statistics_cache
-    from fdd_kernels.teacher_cache.writer import write_teacher_cache
+    from fdd_kernels.teacher_cache.hidden import TeacherCache, write_teacher_cache
+    from fdd_kernels.teacher_cache.reader import WindowCache
+    from fdd_kernels.teacher_cache.summary import (
+        StatisticsCache,
+        SummaryCache,
+        write_statistics_cache,
+        write_summary_cache,
+    )
 
 __all__ = [
     "StatisticsCache",
+    "SummaryCache",
     "TeacherCache",
     "WindowCache",
     "open_teacher_cache",
     "write_statistics_cache",
+    "write_summary_cache",
     "write_teacher_cache",
 ]
 
-# Imported when asked for, so that `fdd-kernels cache-teacher --help` does not wait for torch.
+SHARD_SIZE = 512 * 2**20  # bytes of a shard, unless told otherwise
+
+# Imported on first use, so that `fdd-kernels cache-teacher --help` does not import torch.
 _HOMES = {
-    "StatisticsCache": "statistics",
-    "TeacherCache": "cache",
-    "WindowCache": "cache",
-    "open_teacher_cache": "opening",
-    "write_statistics_cache": "statistics",
-    "write_teacher_cache": "writer",
+    "StatisticsCache": "summary",
+    "SummaryCache": "summary",
+    "TeacherCache": "hidden",
+    "WindowCache": "reader",
+    "write_statistics_cache": "summary",
+    "write_summary_cache": "summary",
+    "write_teacher_cache": "hidden",
 }
+
+
+def open_teacher_cache(path: str | Path) -> WindowCache:
+    """Open a cache directory as `TeacherCache` or `SummaryCache`, whichever its index names.
+
+    Raises:
+        FileNotFoundError, ValueError: see `WindowCache`.
+    """
+    from fdd_kernels.teacher_cache.format import read_index
+    from fdd_kernels.teacher_cache.hidden import TeacherCache
+    from fdd_kernels.teacher_cache.summary import SummaryCache
+
+    index = read_index(Path(path))
+    is_summary = index is not None and index["contents"]["kind"] == SummaryCache.kind
+    return SummaryCache(path) if is_summary else TeacherCache(path)
 
 
 def __getattr__(name: str):

@@ -1,4 +1,4 @@
-"""How rows of numbers are stored: as they are, rounded, or in 8 bits with a scale of their own."""
+"""Encodings of rows: float32, bfloat16, or 8 bits with one scale per row."""
 
 from __future__ import annotations
 
@@ -7,25 +7,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# The part of an encoded array that holds the scales, beside the part "" that holds the numbers.
+# Name of the part that holds the scales; the part "" holds the numbers.
 SCALE = ".scale"
 
 
 @dataclass(frozen=True)
 class Codec:
-    """Rows (rows, width) in and out of their stored form.
+    """Encode and decode rows (rows, width).
 
     Args:
         dtype: of the stored numbers.
-        largest: for codecs with a scale per row: the stored number that the largest of a row
-            becomes.
+        largest: the stored number that the largest number of a row is scaled to; None: no scale.
     """
 
     dtype: torch.dtype
     largest: float | None = None
 
     def parts(self, width: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        """What is stored for each row: name of the part -> (dtype, shape of one row)."""
+        """Return what is stored for one row: name of the part -> (dtype, shape)."""
         scale = {} if self.largest is None else {SCALE: (torch.float32, ())}
         return {"": (self.dtype, (width,)), **scale}
 
@@ -33,7 +32,7 @@ class Codec:
         return width * self.dtype.itemsize + (0 if self.largest is None else 4)
 
     def encode(self, rows: Tensor) -> dict[str, Tensor]:
-        """Stored parts of rows (rows, width)."""
+        """Encode rows (rows, width) into their stored parts."""
         rows = rows.float()
         if self.largest is None:
             return {"": rows.to(self.dtype)}
@@ -45,7 +44,7 @@ class Codec:
         return {"": scaled.clamp(-self.largest, self.largest).to(self.dtype), SCALE: scale}
 
     def decode(self, parts: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """Rows (rows, width) in `dtype` from their stored parts."""
+        """Decode stored parts to rows (rows, width) in `dtype`."""
         if self.largest is None:
             return parts[""].to(dtype)
         return (parts[""].float() * parts[SCALE][:, None]).to(dtype)

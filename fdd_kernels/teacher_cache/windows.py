@@ -1,7 +1,8 @@
-"""The token windows of a cache: as a dataset for training, and found again in its batches."""
+"""The token windows of a cache: as a dataset for training, and matched to its batches."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -14,8 +15,8 @@ from fdd_kernels.data import IGNORED, Window, Windows
 from fdd_kernels.hf.positions import (
     SHIFT_LABELS,
     attended_positions,
-    counted_positions,
     precedes_label,
+    valid_positions,
 )
 from fdd_kernels.hf.teachers import TEACHER_INDEX
 
@@ -23,13 +24,13 @@ _SHOWN = 8
 
 
 def pack_windows(windows: Windows) -> dict[str, Tensor]:
-    """Windows as tensors: `input_ids` and `labels` (tokens,), and where each window's tokens and
-    rows begin.
+    """Concatenate windows: `input_ids` and `labels` (tokens,) int32, and the offsets `starts` and
+    `rows` (windows + 1,) int64 of each window's tokens and rows.
 
-    A row is a position that counts: one whose next token has a label.
+    There is one row for each valid position: one whose next token has a label.
 
     Raises:
-        ValueError: a window without one, or with padding.
+        ValueError: a window without valid position, or with padding.
         TypeError: windows without a length.
     """
     starts, rows, pieces = [0], [0], {"input_ids": [], "labels": []}
@@ -48,14 +49,9 @@ def pack_windows(windows: Windows) -> dict[str, Tensor]:
         rows.append(rows[-1] + count)
         pieces["input_ids"].append(ids)
         pieces["labels"].append(labels)
-    return {
-        **{
-            name: torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int32)
-            for name, parts in pieces.items()
-        },
-        "starts": torch.tensor(starts, dtype=torch.int64),
-        "rows": torch.tensor(rows, dtype=torch.int64),
-    }
+    empty = torch.zeros(0, dtype=torch.int32)
+    tokens = {name: torch.cat([empty, *parts]) for name, parts in pieces.items()}
+    return {**tokens, "starts": torch.tensor(starts), "rows": torch.tensor(rows)}
 
 
 def _sized(name: str, windows: Sequence[Window]) -> Sequence[Window]:
@@ -72,33 +68,47 @@ class WindowTable:
     """All windows of a cache, the training windows first.
 
     Args:
-        tensors: what `pack_windows` gives.
-        train: how many of them are for training.
+        tensors: the result of `pack_windows`.
+        train: number of training windows.
     """
 
     def __init__(self, tensors: dict[str, Tensor], train: int) -> None:
+        self._tensors, self.train = tensors, train
         self.input_ids, self.labels = tensors["input_ids"], tensors["labels"]
-        self.starts, self.rows, self.train = tensors["starts"], tensors["rows"], train
+        self.starts, self.rows = tensors["starts"], tensors["rows"]
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
+    def describe(self) -> dict[str, Any]:
+        """Return counts and the SHA-256 of the windows, as the index has them."""
+        digest = hashlib.sha256()
+        for name in sorted(self._tensors):
+            digest.update(self._tensors[name].numpy())
+        return {
+            "train": self.train,
+            "held_out": len(self) - self.train,
+            "train_tokens": int(self.starts[self.train]),
+            "max_length": int(self.starts.diff().max()),
+            "rows": int(self.rows[-1]),
+            "sha256": digest.hexdigest(),
+        }
+
     def window(self, index: int) -> tuple[Tensor, Tensor]:
-        """Tokens and labels (length,) of one window."""
+        """Return tokens and labels (length,) of one window."""
         part = slice(int(self.starts[index]), int(self.starts[index + 1]))
         return self.input_ids[part], self.labels[part]
 
     def match(self, batch: Mapping[str, Tensor]) -> tuple[list[int], Tensor]:
-        """Which windows the rows of a batch are, and which of its positions their cached rows
-        belong to.
+        """Find the windows of a batch, and the positions that their cached rows belong to.
 
         Returns:
-            The windows, and indices int64 into the flattened (batch, sequence), in the order of the
-                windows' rows.
+            One window per row of the batch, and indices (rows,) int64 into the flattened (batch,
+            sequence), in the order of the windows' cached rows.
 
         Raises:
-            ValueError: the batch does not say which windows it is made of, or they are not the
-                cache's: names the window.
+            ValueError: the batch does not say which windows it is made of, or its tokens are not
+                those of the cache's window; names the window.
         """
         labelled = "labels" in batch or SHIFT_LABELS in batch
         if TEACHER_INDEX not in batch or not labelled:
@@ -109,7 +119,7 @@ class WindowTable:
                 "windows, cache.dataset('train'), with fdd_kernels.data.pad_windows as the collator"
             )
         windows = batch[TEACHER_INDEX].tolist()
-        ids, counted = batch["input_ids"].cpu(), counted_positions(batch, IGNORED).cpu()
+        ids, valid = batch["input_ids"].cpu(), valid_positions(batch, IGNORED).cpu()
         attended = attended_positions(batch)
         firsts = [0] * len(ids) if attended is None else attended.int().argmax(dim=1).tolist()
         if len(windows) != len(ids):
@@ -124,13 +134,14 @@ class WindowTable:
                     f"teacher_index[{row}]={window}, but the cache has windows 0 to {len(self) - 1}"
                 )
             places.append(
-                row * ids.shape[1] + self._counted(window, ids[row], counted[row], firsts[row], row)
+                row * ids.shape[1] + self._valid(window, ids[row], valid[row], firsts[row], row)
             )
         return windows, torch.cat(places)
 
-    def _counted(self, window: int, ids: Tensor, counted: Tensor, first: int, row: int) -> Tensor:
-        """The positions of a window that count, once it is sure that a batch's row has the window
-        at `first`, and that no other is `counted` there.
+    def _valid(self, window: int, ids: Tensor, valid: Tensor, first: int, row: int) -> Tensor:
+        """Return the valid positions of a window in a batch's row, where it begins at `first`.
+
+        Raises ValueError if the row holds other tokens, or if other positions are `valid` in it.
         """
         own_ids, own_labels = self.window(window)
         found = ids[first : first + len(own_ids)]
@@ -143,7 +154,7 @@ class WindowTable:
                 "cache.dataset(...) as it is, not truncated, packed or tokenized again"
             )
         positions = precedes_label(own_labels, IGNORED).nonzero().flatten() + first
-        unknown = counted.index_fill(0, positions, False)
+        unknown = valid.index_fill(0, positions, False)
         if unknown.any():
             raise ValueError(
                 f"row {row} of the batch has a label at position {int(unknown.nonzero()[0]) + 1}, "
@@ -153,7 +164,7 @@ class WindowTable:
         return positions
 
     def dataset(self, split: str) -> CachedWindows:
-        """The windows of "train" or "held_out", for a DataLoader."""
+        """Return the windows of "train" or "held_out" (the validation split), for a DataLoader."""
         splits = {"train": range(self.train), "held_out": range(self.train, len(self))}
         if split not in splits:
             raise ValueError(f"split={split!r} is not one of {', '.join(map(repr, splits))}")
@@ -161,9 +172,7 @@ class WindowTable:
 
 
 class CachedWindows(Dataset, Sequence):
-    """Windows with input_ids, attention_mask, labels (lists of unequal length) and their
-    `teacher_index`.
-    """
+    """Windows as dicts of lists input_ids, attention_mask, labels, and their `teacher_index`."""
 
     def __init__(self, table: WindowTable, indices: range) -> None:
         self.table, self.indices = table, indices

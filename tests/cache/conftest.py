@@ -14,7 +14,7 @@ from tests.support.hf_models import tiny_tokenizer
 
 @pytest.fixture(scope="session")
 def windows(tmp_path_factory):
-    """Windows of unequal length; some begin with a prompt that does not count."""
+    """Make windows of unequal length, some with a prompt whose tokens are not valid."""
     path = tmp_path_factory.mktemp("text") / "data.jsonl"
     numbers = ("one", "two", "three", "four")
     entries = [

@@ -65,7 +65,7 @@ class TestCommands:
         away = {"teacher_device_map": "disk", "teacher_offload_folder": tmp_path / "away"}
         cache_teacher(cache_options(inputs, tmp_path / "cache", **away), quiet())
         found, expected = digests(tmp_path / "cache"), digests(cached)
-        # The index names the teacher by its weights, which one that lies on disk does not give
+        # The index identifies the teacher by its weights, which an offloaded one does not give
         # (`describe_model`).
         assert {**found, "index.json": b""} == {**expected, "index.json": b""}
 
@@ -171,9 +171,7 @@ class TestCommands:
         assert {path.name for path in (tmp_path / "cache").glob(".*")} == {".lock"}
 
     def test_a_really_full_file_system(self, inputs, cached, tmp_path):
-        """On a file system of its own that has no room for all shards: an error, no signal, and a
-        resume elsewhere.
-        """
+        """Fill a small file system: an error, no signal, and a resume elsewhere."""
         small, sizes = (
             tmp_path / "small",
             sorted(path.stat().st_size for path in cached.glob("shard-*")),

@@ -20,8 +20,8 @@ from fdd_kernels.cli.main import main
 from fdd_kernels.common import atomic
 from fdd_kernels.common.errors import UserError
 from fdd_kernels.data import pad_windows
-from fdd_kernels.teacher_cache import TeacherCache, storage
-from fdd_kernels.teacher_cache.index import ArraySpec
+from fdd_kernels.teacher_cache import TeacherCache, writer
+from fdd_kernels.teacher_cache.format import ArraySpec
 from fdd_kernels.teacher_cache.reader import CacheReader
 from fdd_kernels.teacher_cache.windows import WindowTable
 from fdd_kernels.teacher_cache.writer import CachedQuantity, write_cache
@@ -38,27 +38,29 @@ from tests.support.commands import FullDisk
 from tests.support.hf_models import tiny_model
 
 
-class TokenNumbers(CachedQuantity):
-    """Another kind: what is stored are numbers made of the tokens, of two widths, each with its own
-    codec.
-    """
+def token_numbers(batch, places):
+    tokens = batch["input_ids"].flatten()[places].float()
+    return {
+        "token": tokens[:, None],
+        "angles": (tokens[:, None] * torch.arange(1, 6) * 0.1).sin(),
+    }
 
-    kind, dtype = "numbers", torch.float32
-    arrays = {"token": ArraySpec(1, "float32"), "angles": ArraySpec(5, "int8")}  # noqa: RUF012
-    contents, once = {"scale": 0.1}, {"offset": {"offset": torch.tensor([3.0])}}
 
-    def rows(self, batch, places):
-        tokens = batch["input_ids"].flatten()[places].float()
-        return {
-            "token": tokens[:, None],
-            "angles": (tokens[:, None] * torch.arange(1, 6) * 0.1).sin(),
-        }
+# Another kind: numbers made of the tokens, in arrays of two widths, each with its own codec.
+NUMBERS = CachedQuantity(
+    kind="numbers",
+    arrays={"token": ArraySpec(1, "float32"), "angles": ArraySpec(5, "int8")},
+    dtype=torch.float32,
+    contents={"scale": 0.1},
+    once={"offset": {"offset": torch.tensor([3.0])}},
+    rows=token_numbers,
+)
 
 
 def test_storage_holds_other_kinds(windows, tmp_path):
     write_cache(
         tmp_path,
-        TokenNumbers(),
+        NUMBERS,
         windows,
         batch_size=3,
         shard_size=500,
@@ -77,7 +79,7 @@ def test_storage_holds_other_kinds(windows, tmp_path):
     batch = pad_windows([table.dataset("train")[index] for index in chosen])
     indices, places = table.match(batch)
     assert indices == chosen
-    for name, rows in TokenNumbers().rows(batch, places).items():
+    for name, rows in NUMBERS.rows(batch, places).items():
         stored = reader.rows(
             name, indices, table.rows, dtype=torch.float32, device=torch.device("cpu")
         )
@@ -87,7 +89,7 @@ def test_storage_holds_other_kinds(windows, tmp_path):
 
 
 class TestRefusals:
-    """What does not fit is refused, naming both sides, before anything is computed."""
+    """Refuse models and configs that do not fit, naming both sides, before any work."""
 
     @pytest.mark.parametrize(
         ("config", "message"),
@@ -325,7 +327,7 @@ class TestDamage:
 
 
 def forked(function):
-    """Run in a process of its own, which ends however it likes; its exit code."""
+    """Run in another process, whatever ends it; return its exit code."""
     process = multiprocessing.get_context("fork").Process(target=function)
     process.start()
     process.join(120)
@@ -334,7 +336,7 @@ def forked(function):
 
 
 def unusable_or_whole(folder, whole):
-    """A cache that opens is the whole one; another is refused because it is not complete."""
+    """A cache opens only if it is complete."""
     if (
         json.loads((folder / "index.json").read_text())["complete"]
         if (folder / "index.json").exists()
@@ -349,9 +351,7 @@ def unusable_or_whole(folder, whole):
 
 
 def test_a_kill_before_or_after_any_write_loses_only_unfinished_shards(windows, tmp_path):
-    """Everything that is written goes through `atomic._sync`: die at each of its calls, then go
-    on.
-    """
+    """Every write goes through `atomic._sync`: die at each of its calls, then resume."""
     teacher, calls, shards = teacher_model(), [], {"shard_size": 60_000}
     with pytest.MonkeyPatch.context() as patch:
         own = atomic._sync
@@ -382,22 +382,20 @@ def test_a_kill_before_or_after_any_write_loses_only_unfinished_shards(windows, 
         )
         write(folder, windows, teacher, **shards)
         assert digests(folder) == whole
-        for name in listed:  # what was reported as written is not written again
+        for name in listed:  # shards reported as written are not written again
             assert (folder / name).stat().st_mtime_ns == written[name]
         shutil.rmtree(folder)
 
 
 def test_a_kill_in_the_middle_of_a_file_leaves_nothing_behind(windows, caches, tmp_path):
-    """safetensors writes to a file of its own beside the one asked for, which it cannot remove when
-    it is killed.
-    """
+    """Kill safetensors while its temporary file lies beside the target: nothing is left behind."""
 
     def work():
         def save(tensors, path):
             path.with_name(".tmp123").write_bytes(b"half a file")
             os.kill(os.getpid(), signal.SIGKILL)
 
-        storage.save_file = save
+        writer.save_file = save
         write(tmp_path, windows)
 
     assert forked(work) == -signal.SIGKILL

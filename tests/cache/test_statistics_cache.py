@@ -88,7 +88,7 @@ def test_shift_labels_in_the_place_of_labels(cache):
 
 
 def test_padding_on_the_left(cache):
-    """The label of the first token, which the last padding position precedes, does not count."""
+    """The label of the first token, at the last padding position, is not valid."""
     student, teacher = student_model(), teacher_model()
     student.lm_head.requires_grad_(False)
     cached, live = Distiller(student, cache, CONFIG), Distiller(student, teacher, CONFIG)

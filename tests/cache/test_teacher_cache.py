@@ -1,5 +1,5 @@
-"""The teacher cache in training: equal to the live teacher in float32, as far off as it says in
-other storages.
+"""Train from a teacher cache: equal to the live teacher in float32, within the stated error in
+others.
 """
 
 import functools
@@ -51,8 +51,8 @@ def test_float32_equals_the_live_teacher(windows, tmp_path, family):
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_each_codec_gives_the_states_rounded_as_it_says(caches, codec):
-    """The cache's loss is that of the live states after one round trip through the codec; errors
-    are those in the index.
+    """Compare with the loss of live states after one round trip through the codec, whose errors the
+    index gives.
     """
     cache, teacher, student = caches[codec], teacher_model(), student_model()
     cached, live = Distiller(student, cache, CONFIG), Distiller(student, teacher, CONFIG)
@@ -79,8 +79,8 @@ def test_each_codec_gives_the_states_rounded_as_it_says(caches, codec):
 
 
 # float32: exact. bfloat16: half a unit in the last of 8 bits. int8: half of largest / 127 for each
-# of 32 numbers, where the largest is at most the norm. float8: half a unit in the last of 4 bits,
-# and half of the smallest number below those.
+# of 32 numbers, the largest being at most the norm. float8: half a unit in the last of 4 bits, and
+# half of the smallest number below them.
 BOUNDS = {
     "float32": 0.0,
     "bfloat16": 2.0**-8,
@@ -139,8 +139,8 @@ def test_a_run_may_use_some_of_the_layers(caches):
 
 
 def test_padding_on_the_left(caches):
-    """Positions follow the tokens wherever the padding is; that of the first token's label does not
-    count.
+    """Positions follow the tokens wherever the padding is; the label of the first token is not
+    valid.
     """
     cache, student = caches["float32"], student_model()
     rows = [cache.dataset("train")[index] for index in (0, 5, 2)]
@@ -203,7 +203,7 @@ def losses(run):
 
 
 def same_students(found, expected, **tolerance):
-    """Equal, and not what they were."""
+    """Equal to each other, and changed by the training."""
     start = dict(student_model().named_parameters())
     for (name, a), b in zip(found.named_parameters(), expected.parameters()):
         torch.testing.assert_close(a, b, **tolerance, msg=name)
@@ -245,8 +245,8 @@ class TestTraining:
             cache.dataset("test")
 
     def test_the_shares_of_processes_add_up_to_the_whole(self, caches):
-        """Two ranks with the usual sampler: each window once, and their gradients add up to those
-        of one process.
+        """Two ranks with the usual sampler take each window once; their gradients add up to one
+        process's.
         """
         cache, student = caches["float32"], student_model()
         dataset = torch.utils.data.Subset(
@@ -320,7 +320,7 @@ class TestTraining:
             assert f"Teacher: {teacher}\n" in (tmp_path / "README.md").read_text()
 
     def test_trl(self, caches, tmp_path):
-        """TRL leaves prepared windows as they are, so that nothing differs from FDDTrainer."""
+        """TRL leaves prepared windows unchanged, so results equal FDDTrainer's."""
         trl = pytest.importorskip("trl")
         from datasets import Dataset
 

@@ -22,7 +22,7 @@ from fdd_kernels.version import __version__
 
 COMMANDS = ("demo", "distill", "cache-teacher", "doctor", "plan")
 NEEDED = ["--teacher", "t", "--student", "s", "--data", "d.txt", "--output", "o"]
-# Runs what follows in a Python without torch and all that needs it.
+# Run the following code in a Python without torch and its dependents.
 WITHOUT_TORCH = """
 import contextlib, io, sys
 HEAVY = "torch numpy triton transformers accelerate safetensors tokenizers rich"
@@ -43,7 +43,7 @@ def run(line):
 
 @pytest.fixture
 def fake_module(monkeypatch):
-    """Put a module with the given attributes in the place of a real one."""
+    """Replace a module by one with the given attributes."""
 
     def install(name, **attributes):
         module = types.ModuleType(name)
@@ -202,7 +202,7 @@ def test_what_people_try(fake_module):
 
 
 def test_every_option_has_a_help_text():
-    """Each is told of in the docstring of its dataclass, under Args."""
+    """The docstring of the dataclass describes each option, under Args."""
     for cls, skipped in ((DistillOptions, ()), (CacheOptions, ()), (FDDConfig, NOT_OPTIONS)):
         missing = {f.name for f in fields(cls)} - described(cls).keys() - {*skipped, "config"}
         assert not missing, (
@@ -249,7 +249,7 @@ def test_messages_name_options_as_they_are_typed(message, shown):
 
 
 def test_cache_teacher_passes_its_options_on(monkeypatch):
-    from fdd_kernels.cli.main import cache_teacher as command
+    from fdd_kernels.cli import cache_teacher as command
 
     calls = []
     monkeypatch.setattr(command, "cache_teacher", calls.append)

@@ -1,4 +1,4 @@
-"""Reading text, prompts and chats; what is learned; what is held out; what a corrupt line says."""
+"""Read text, prompts and chats: labels, the validation split, messages for corrupt lines."""
 
 import csv
 import importlib.util
@@ -47,7 +47,7 @@ def write(path, *entries):
 
 
 def learned_text(path, tokenizer):
-    """What the labels of the only record of a file say, and the whole."""
+    """Decode the labels and the tokens of a file's only record."""
     (record,) = read_records(path)
     ids, labels = tokenize(record, tokenizer)
     assert len(ids) == len(labels)
@@ -87,7 +87,7 @@ def test_a_chat_that_ends_with_a_question_learns_no_question(tmp_path, tokenizer
 
 
 def test_turns_that_a_template_rewrites_are_not_learned_but_the_last_is(tmp_path):
-    """As Qwen3's template, which shows reasoning in the last turn only."""
+    """Show reasoning in the last turn only, as Qwen3's template does."""
     tokenizer = tiny_tokenizer(thoughts=True)
     learned, whole = learned_text(write(tmp_path / "a.jsonl", {"messages": CHAT}), tokenizer)
     assert learned == "(thinking)three<end>\n"
@@ -95,7 +95,7 @@ def test_turns_that_a_template_rewrites_are_not_learned_but_the_last_is(tmp_path
 
 
 def test_a_prompt_that_begins_the_reasoning_ends_before_it(tmp_path):
-    """As DeepSeek's, which finished turns are written without."""
+    """Drop reasoning from finished turns, as DeepSeek's template does."""
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace(
         "<assistant>{% endif", "<assistant><think>{% endif"
@@ -358,7 +358,7 @@ _PROMPT = "{% if add_generation_prompt %}<assistant>{% endif %}"
             "{% if m.content %}{{ m.content }}{% endif %}",
             "{{ c.function.name }}({{ c.function.arguments | tojson }})",
         ),
-        # Templates that write any content as it is, want the arguments as a text, or know a call by
+        # Templates that write content unchanged, want the arguments as text, or recognise a call by
         # its empty content.
         ("{{ m.content }}", "{{ c.function.name }}({{ c.function.arguments | tojson }})"),
         ("{{ m.content }}", "{{ c.function.name + '(' + c.function.arguments + ')' }}"),
@@ -391,9 +391,7 @@ def test_tool_calls_are_learned_as_the_template_writes_them(tmp_path, content, c
 
 
 def test_templates_of_many_models(tmp_path):
-    """Those that TRL ships: each answer that stays as it is once others follow is learned, and no
-    question is.
-    """
+    """TRL's templates: learn each answer that later turns leave unchanged, and no question."""
     trl = importlib.util.find_spec("trl")
     paths = sorted((Path(trl.origin).parent / "chat_templates").glob("*.jinja")) if trl else []
     if not paths:
@@ -538,7 +536,7 @@ def test_data_sets_read_as_files_do(tmp_path, tokenizer, monkeypatch):
 
 
 def test_digests_tell_contents_apart(tmp_path):
-    """Of files those of yesterday's runs and caches, by their names within the folder."""
+    """Digests of files equal those of yesterday's runs and caches, by names within the folder."""
     path = as_file(tmp_path, ".jsonl")
     by_file, by_folder = open_source(path).digests(), open_source(tmp_path).digests()
     assert by_file == by_folder
@@ -581,7 +579,7 @@ def test_tokens_that_one_model_lacks_are_left_out(tmp_path, tokenizer):
     assert windows.not_shared[0].startswith(f"{path}:2 (")
     assert "'x'" in windows.not_shared[0]
     with pytest.raises(
-        UserError, match=r"every document holds a token that not both models have, as .*:1"
+        UserError, match=r"every document holds a token that only one model has, as .*:1"
     ):
         load(write(tmp_path / "b.jsonl", {"text": "x"}), tokenizer, unshared=unshared)
 

@@ -40,7 +40,8 @@ def held_out() -> torch.Tensor:
 
 
 def test_files_are_split_by_path_alone():
-    assert is_held_out(Path("json/decoder.py")) == is_held_out(Path("json/decoder.py"))
+    found = [i for i in range(100) if is_held_out(Path(f"package/module_{i}.py"))]
+    assert found == [36, 38, 64, 66]  # by SHA-256: of every machine, Python and release
     parts = [is_held_out(Path(f"package/module_{i}.py")) for i in range(2000)]
     assert 40 < sum(parts) < 130  # one in 25, binomial: 80 +- 9
     training, held = standard_library_texts(held_out=False), standard_library_texts(held_out=True)
@@ -76,7 +77,8 @@ def test_the_shipped_teacher_is_small_and_good(held_out):
     assert abs(loss - record["held_out_loss"]) < 0.5
 
 
-def test_a_teacher_can_be_trained_and_gone_on_from(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_a_teacher_can_be_trained_and_resumed(tmp_path, monkeypatch):
     texts = standard_library_texts(held_out=True)[:3]
     monkeypatch.setattr("fdd_kernels.demo.teacher.standard_library_texts", lambda held_out: texts)
     # no compiler: eager

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fdd_kernels import FDDConfig
-from fdd_kernels.cli.distill import run as run_module
+from fdd_kernels.cli.distill import trainer as trainer_module
 from fdd_kernels.cli.distill.identity import model_identity
 from fdd_kernels.cli.distill.processes import Processes
 from fdd_kernels.cli.distill.run import distill
@@ -151,14 +151,13 @@ def command(inputs, output, *more):
     ]
 
 
-# A process that stops for good in the middle of writing its second checkpoint, or in the middle of
-# a step after its first.
+# Hang while writing the second checkpoint, or within a step after the first.
 STUCK = """
 import sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from fdd_kernels.cli.distill import run as distill
+from fdd_kernels.cli.distill import trainer as distill
 from fdd_kernels.cli.main import main
 
 def hang():
@@ -166,23 +165,24 @@ def hang():
     time.sleep(600)
 
 if sys.argv[1] == "saving":
-    own = distill._ResumableTrainer._save_optimizer_and_scheduler
+    own = distill.ResumableTrainer._save_optimizer_and_scheduler
     def save(self, folder):
         if self.state.global_step == 4:
             hang()
         own(self, folder)
-    distill._ResumableTrainer._save_optimizer_and_scheduler = save
+    distill.ResumableTrainer._save_optimizer_and_scheduler = save
 else:
-    own = distill._ResumableTrainer.compute_loss
+    own = distill.ResumableTrainer.compute_loss
     def loss(self, *args, **kwargs):
         if self.state.global_step == 3 and self.model.training:
             hang()
         return own(self, *args, **kwargs)
-    distill._ResumableTrainer.compute_loss = loss
+    distill.ResumableTrainer.compute_loss = loss
 sys.exit(main(sys.argv[3:]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["saving", "computing"])
 def test_kill_9_loses_nothing_that_was_reported_as_saved(inputs, whole, tmp_path, moment):
     output, stuck = tmp_path / "run", tmp_path / "stuck"
@@ -212,7 +212,7 @@ def test_kill_9_loses_nothing_that_was_reported_as_saved(inputs, whole, tmp_path
     assert not (output / "metrics.json").exists()
     console = quiet()
     distill(options(inputs, output), console)
-    assert "going on from checkpoint-2" in console.file.getvalue()
+    assert "resuming from checkpoint-2" in console.file.getvalue()
     same(weights(output), weights(whole))
     assert not (output / ".unfinished").exists()
     mine, theirs = (json.loads((folder / "metrics.json").read_text()) for folder in (output, whole))
@@ -250,7 +250,7 @@ def test_a_full_disk_loses_nothing(inputs, whole, tmp_path, monkeypatch, where, 
 
 
 def test_a_really_full_file_system(inputs, whole, tmp_path):
-    """The same on a file system of its own that is too small for two checkpoints."""
+    """Fill a small file system: it has no room for two checkpoints."""
     small = tmp_path / "small"
     small.mkdir()
     if os.geteuid() != 0 or shutil.which("mount") is None:
@@ -323,11 +323,12 @@ def test_a_finished_run_can_be_made_longer(inputs, tmp_path):
     distill(options(inputs, output, max_steps=2, scheduler="constant"), quiet())
     console = quiet()
     metrics = distill(options(inputs, output, max_steps=6, scheduler="constant"), console)
-    assert "going on from checkpoint-2" in console.file.getvalue()
+    assert "resuming from checkpoint-2" in console.file.getvalue()
     assert metrics["steps"] == 6
     distill(options(inputs, tmp_path / "at-once", scheduler="constant"), quiet())
     same(weights(output), weights(tmp_path / "at-once"))
-    # By epochs too: 13 windows are four steps; and never shorter, which would throw steps away.
+    # By epochs too: 13 windows are four steps. Fewer steps than were done are refused: they would
+    # be lost.
     assert (
         distill(options(inputs, output, max_steps=None, epochs=1.5, scheduler="constant"), quiet())[
             "steps"
@@ -433,9 +434,9 @@ def test_reports_go_to_tensorboard(inputs, tmp_path):
 @pytest.mark.filterwarnings("error::FutureWarning")
 def test_options_of_training_reach_the_trainer(inputs, tmp_path, monkeypatch):
     made = []
-    own = run_module._ResumableTrainer.train
+    own = trainer_module.ResumableTrainer.train
     monkeypatch.setattr(
-        run_module._ResumableTrainer,
+        trainer_module.ResumableTrainer,
         "train",
         lambda self, **k: (made.append(self), own(self, **k))[1],
     )
@@ -493,6 +494,7 @@ def test_a_teacher_in_a_dtype_of_its_own(inputs, tmp_path):
     assert {tensor.dtype for tensor in weights(tmp_path).values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_with_their_batches(inputs, whole, tmp_path):
     """Started by torchrun, two processes with batches of two take the steps of one with batches of
     four.
@@ -527,7 +529,7 @@ def test_two_processes_train_as_one_with_their_batches(inputs, whole, tmp_path):
     logs = [
         [log["loss"] for log in found["history"] if "loss" in log] for found in (metrics, alone)
     ]
-    # Then an epoch of 13 windows ends, which accelerate evens out by giving one to both processes.
+    # An epoch of 13 windows is odd: accelerate gives one window to both processes.
     assert logs[0][:3] == pytest.approx(logs[1][:3], rel=1e-4)
     assert metrics["held_out"]["loss"] == pytest.approx(alone["held_out"]["loss"], rel=0.05)
     with pytest.raises(UserError, match=r"processes was 2, is 1"):
@@ -535,7 +537,7 @@ def test_two_processes_train_as_one_with_their_batches(inputs, whole, tmp_path):
 
 
 def test_an_error_of_one_process_is_said_once(monkeypatch):
-    """What fails in the first process, or in one of several, ends all of them with one message."""
+    """A failure in the first process, or in one of several, ends all with one message."""
 
     class Arguments:
         device, world_size, process_index = torch.device("cpu"), 2, 0
@@ -611,7 +613,7 @@ def test_a_loss_that_is_no_number_ends_the_run(inputs, tmp_path, capsys):
     assert "Traceback" not in errors
     assert not (output / "student").exists()
     assert not (output / "metrics.json").exists()
-    # Without a held-out part only the next loss tells.
+    # Without a validation split only the next loss shows it.
     assert (
         main(
             command(
@@ -726,7 +728,7 @@ def test_epochs_and_no_held_out_part(inputs, tmp_path):
 
 
 class TestBadInput:
-    """One line on stderr, exit code 2, nothing that looks like a result."""
+    """Print one line on stderr, exit with 2, leave nothing like a result."""
 
     def fails(self, capsys, arguments, message):
         assert main(arguments) == 2

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 
-import pytest
 import torch
 
 from fdd_kernels import backends
@@ -91,8 +90,7 @@ def test_missing_packages_are_named_with_a_remedy(monkeypatch, capsys):
     assert 'pip install "fdd_kernels[hf]"' in out
 
 
-@pytest.mark.parametrize("arguments", [["doctor"], ["doctor", "--json"]])
-def test_torch_and_numpy_suffice(arguments):
+def test_torch_and_numpy_suffice():
     blocked = [
         "transformers",
         "accelerate",
@@ -108,7 +106,7 @@ import sys
 for name in {blocked!r}:
     sys.modules[name] = None
 from fdd_kernels.cli.main import main
-sys.exit(main({arguments!r}))
+sys.exit(main(["doctor"]) or main(["doctor", "--json"]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

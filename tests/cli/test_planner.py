@@ -180,9 +180,7 @@ def test_more_of_anything_never_takes_less(provider):
 
 
 def test_the_paper_pair_without_logits():
-    """What the package is for: dense takes tens of gigabytes where the fused loss takes its
-    gradients and little more.
-    """
+    """Dense takes tens of gigabytes; the fused loss takes little beyond its gradients."""
     shape = LossShape(rows=2048, columns=151936, student_width=896, teacher_width=3584, itemsize=2)
     dense, fused = loss_memory(shape, "dense"), loss_memory(shape, "cpu", threads=2)
     one = 2048 * 151936 * 4
@@ -383,7 +381,7 @@ def test_prediction_agrees_with_the_peak_of_allocations(provider, shape):
 
 
 def test_scratch_for_logits_follows_the_devices_memory():
-    """At most a 32nd of it; what is asked for otherwise is counted by what it takes."""
+    """At most a 32nd of the device's memory by default."""
     shape = LossShape(rows=8192, columns=151936, student_width=896, teacher_width=3584, itemsize=2)
     held = [
         loss_memory(shape, "triton", device_memory=gib * 2**30).parts["logits"]

@@ -1,6 +1,4 @@
-"""What commands show while they work: on terminals of any width, and where there is none. No test
-sleeps.
-"""
+"""Progress of commands on terminals of any width, and without a terminal. No test sleeps."""
 
 import io
 
@@ -24,9 +22,7 @@ def terminal(width):
 
 
 class Time:
-    """A clock that goes on by what is waited for; `during` says what happens in the meantime, one
-    entry a wait.
-    """
+    """A clock that advances by each wait; `during` holds one action for each wait."""
 
     def __init__(self, *during):
         self.now, self.during = 0.0, list(during)
@@ -44,7 +40,7 @@ class Time:
 
 
 def shown(activity, width):
-    """What a terminal of this width shows of it now."""
+    """Render the activity for a terminal of this width."""
     console = terminal(width)
     console.print(activity._bar.get_renderable())
     return console.file.getvalue().rstrip("\n")

@@ -1,4 +1,4 @@
-"""Tokenizers of which one has more tokens, that name a token differently, or that cannot be
+"""Tokenizers that differ: one has more tokens, a token has another name, or they cannot be
 compared.
 """
 
@@ -46,7 +46,7 @@ def test_equal_vocabularies_are_compared_whole():
 
 @pytest.mark.parametrize("special", [True, False])
 @pytest.mark.parametrize("more", ["teacher", "student"])
-def test_one_vocabulary_may_go_on(more, special):
+def test_one_vocabulary_may_be_longer(more, special):
     short, long = tiny_tokenizer(), longer("<think>", "</think>", special=special)
     student, teacher = (long, short) if more == "student" else (short, long)
     found = shared_vocabulary(student, teacher)
@@ -68,7 +68,7 @@ def test_one_vocabulary_may_go_on(more, special):
 
 
 def test_an_added_token_may_have_another_name():
-    """As Llama 3.1 names two tokens that Llama 3 reserves."""
+    """Rename two reserved tokens, as Llama 3.1 does to Llama 3's."""
     student, teacher = longer("<reserved_1>", "<last>"), longer("<pad>", "<last>")
     found = shared_vocabulary(student, teacher)
     assert (found.size, found.partial, found.unshared) == (SIZE + 2, False, {SIZE})
@@ -109,8 +109,8 @@ def test_a_student_without_a_chat_template_takes_the_teachers():
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A teacher with one token more than its student, which has no chat template; chats, one with
-    that token.
+    """Make a teacher with one more token than its student, which has no chat template; one chat
+    uses the token.
     """
     folder = tmp_path_factory.mktemp("inputs")
     base = tiny_tokenizer()

@@ -1,5 +1,5 @@
-"""What each process of test_parallel.py runs: python -m tests.distributed.parallel_worker KIND RANK
-WORLD FOLDER
+"""One process of test_parallel.py: python -m tests.distributed.parallel_worker KIND RANK WORLD
+FOLDER
 """
 
 import os
@@ -22,7 +22,7 @@ CONFIG = FDDConfig(num_layers=2, ce_weight=0.5)
 
 
 def models(kind: str):
-    """Student and teacher; of a kind that ends with "self" one peft model, adapters on and off."""
+    """Make student and teacher; for kinds ending with "self" one peft model for both."""
     student = tiny_model(
         "llama_tied" if kind.endswith("tied") else "llama", depth=3, seed=1
     ).train()
@@ -51,8 +51,8 @@ def zero_step(
     batch: dict,
     items: torch.Tensor,
 ) -> dict:
-    """The loss and the gradients of a step with DeepSpeed, told from what plain descent at a rate
-    of 1 changes.
+    """Return loss and gradients of a DeepSpeed step; the gradients are the changes of plain descent
+    at a rate of 1.
     """
     os.environ |= {
         "DS_ACCELERATOR": "cpu",

@@ -1,4 +1,4 @@
-"""The files under examples/launch say what accelerate and torchrun understand."""
+"""accelerate and torchrun accept the files under examples/launch."""
 
 import shlex
 from pathlib import Path
@@ -21,7 +21,7 @@ def test_accelerate_reads_its_configurations(name, kind):
     assert isinstance(config, ClusterConfig)
     assert config.distributed_type == kind
     assert (config.num_machines, config.num_processes, config.mixed_precision) == (2, 16, "bf16")
-    # What it hands on without looking: options of `accelerate launch` under the same names.
+    # Options that it passes on unchecked: those of `accelerate launch` under the same names.
     known = {
         name.lstrip("-")
         for action in launch_command_parser()._actions

@@ -1,6 +1,4 @@
-"""Several gloo processes against one: gradients of data-parallel students, and processes that
-die.
-"""
+"""Gradients of data-parallel students in gloo processes against one process; killed processes."""
 
 import importlib.util
 
@@ -19,12 +17,17 @@ WORKER = "tests.distributed.parallel_worker"
 
 KINDS = [
     ("ddp", 2),
-    ("ddp", 4),
     ("fsdp", 2),
-    ("fsdp-tied", 2),
-    ("fsdp-self", 2),
-    ("zero2", 2),
-    ("zero3", 2),
+    *[
+        pytest.param(kind, world, marks=pytest.mark.slow)
+        for kind, world in (
+            ("ddp", 4),
+            ("fsdp-tied", 2),
+            ("fsdp-self", 2),
+            ("zero2", 2),
+            ("zero3", 2),
+        )
+    ],
 ]
 
 
@@ -54,6 +57,7 @@ def test_gradients_equal_those_of_one_process(tmp_path, kind, world):
         )
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_others(tmp_path):
     (status, errors), (killed, _) = finish(start(WORKER, "killed", 2, tmp_path), seconds=120)
     assert killed == 9
@@ -62,6 +66,7 @@ def test_a_process_that_is_killed_ends_the_others(tmp_path):
     assert not (tmp_path / "found.pt").exists()
 
 
+@pytest.mark.slow
 def test_a_head_that_is_spread_over_processes_is_refused(tmp_path):
     for status, errors in finish(start(WORKER, "sharded-head", 2, tmp_path)):
         assert status != 0
@@ -82,7 +87,7 @@ def test_fsdp1_is_refused():
 
 
 def test_a_head_that_zero3_has_partitioned_is_refused():
-    """With the marks that DeepSpeed leaves on such a parameter: `ds_id`, and no elements."""
+    """Imitate DeepSpeed's marks on such a parameter: `ds_id`, and no elements."""
     student, teacher = models("ddp")
     distiller = Distiller(student, teacher, CONFIG)
     weight = student.lm_head.weight

@@ -1,6 +1,4 @@
-"""FDDTrainer in two gloo processes: the best checkpoint, evaluation, and parameters that the loss
-does not reach.
-"""
+"""FDDTrainer in two gloo processes: best checkpoint, evaluation, parameters without a gradient."""
 
 import pytest
 import torch
@@ -42,9 +40,10 @@ def test_every_process_has_the_best_student_and_evaluates_each_row_once(tmp_path
                 ), (key, name)
 
 
+@pytest.mark.slow
 def test_parameters_that_the_loss_does_not_reach(tmp_path):
-    """FDDTrainer tells DistributedDataParallel of them; a loop of one's own is told before torch
-    waits for them.
+    """FDDTrainer tells DistributedDataParallel of them; in a hand-written loop an error does,
+    before torch would hang.
     """
     for found in run("partial", tmp_path):
         assert found["steps"] == {False: 3, True: 3}

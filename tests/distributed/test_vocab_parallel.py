@@ -1,6 +1,4 @@
-"""Heads whose rows are split over gloo processes: loss and gradients against one process, refusals,
-a process that dies.
-"""
+"""Split heads over gloo processes: loss and gradients against one process, refusals, a kill."""
 
 from __future__ import annotations
 
@@ -30,13 +28,13 @@ from tests.support.processes import finish, start
 
 WORKER = "tests.distributed.vocab_worker"
 KEEPS = why_unavailable("cpu", torch.device("cpu")) is None  # only the C++ backend keeps values
-WORLDS = (2, 4)
+WORLDS = (2, pytest.param(4, marks=pytest.mark.slow))
 
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory):
-    """What each process of a group found, and how it ended after the last of them had died; run
-    when first asked for.
+    """Start a group when first asked; return each process's results and exit, after the last is
+    killed.
     """
 
     @functools.cache
@@ -152,6 +150,7 @@ def test_sequence_parallel_rows_equal_one_process(results):
     check_shares(found, expected, dim=1)
 
 
+@pytest.mark.slow
 def test_data_parallel_beside_vocabulary_parallel(processes):
     expected = evaluate(grid_problem(), fused_fdd_loss, ce_weight=0.5)
     grid = [result["grid"] for result in processes("results", 4)[0]]
@@ -175,7 +174,7 @@ def check_shares(found: list[dict], expected: Outcome, dim: int) -> None:
 
 
 def close(got: torch.Tensor, expected: torch.Tensor) -> None:
-    """Two float32 evaluations that sum in another order."""
+    """Compare two float32 evaluations whose sums differ in order."""
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=2e-6 * float(expected.abs().max()))
 
 
@@ -188,6 +187,7 @@ def test_distiller_with_split_heads(results, kind):
         check_model(result["distillers"][kind], student, loss)
 
 
+@pytest.mark.slow
 def test_distiller_with_split_heads_under_fsdp(processes):
     student, teacher = tensor_parallel_models()["both heads"]
     distiller = Distiller(student, teacher, CONFIG)
@@ -251,6 +251,7 @@ def test_split_heads_without_their_group_and_whole_heads_that_train_are_refused(
         )
 
 
+@pytest.mark.slow
 def test_refusals_come_on_every_process_and_leave_nothing_behind(processes):
     results, _ = processes("refusals", 2)
     for found in [result["refusals"] for result in results]:

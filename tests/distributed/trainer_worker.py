@@ -1,5 +1,5 @@
-"""What each process of test_trainer_processes.py runs: python -m tests.distributed.trainer_worker
-KIND RANK WORLD FOLDER
+"""One process of test_trainer_processes.py: python -m tests.distributed.trainer_worker KIND RANK
+WORLD FOLDER
 """
 
 import os

@@ -1,5 +1,5 @@
-"""What each process of test_vocab_parallel.py runs: python -m tests.distributed.vocab_worker KIND
-RANK WORLD FOLDER
+"""One process of test_vocab_parallel.py: python -m tests.distributed.vocab_worker KIND RANK WORLD
+FOLDER
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def keeping(rows: int | None) -> Iterator[list[int]]:
     backend, block_rows, blocks = BACKENDS["cpu"], cpu.block_rows, []
 
     def stats_and_grad(inputs, spec, block_rows, upstream_of, needed, refine):
-        assert not refine  # what a process knows of its own columns alone is no more accurate
+        assert not refine  # a process's own part of the vocabulary gives no more accurate VALUE
 
         def seen(rows, *statistics):
             blocks.append(len(rows))
@@ -187,7 +187,7 @@ def run_backwards(rank: int, world: int, group) -> dict:
 def sequence_problem() -> Problem:
     """Labels unshifted, as a causal LM takes them."""
     problem = random_problem((2, 13), labels=True)
-    # a label that counts at the borders
+    # valid labels at the bounds of the parts
     return replace(problem, labels=problem.labels.where(torch.arange(13) != 6, 3))
 
 
@@ -226,15 +226,13 @@ def run_sequence(rank: int, world: int) -> dict:
 
 
 def grid_problem() -> Problem:
-    """Eleven positions, of which no process of the first data-parallel rank, with four of them, has
-    one that counts.
-    """
+    """Make eleven positions; the first data-parallel rank has four of them, none valid."""
     problem = random_problem((11,), labels=True)
     return replace(problem, labels=problem.labels.where(torch.arange(11) >= 4, -100))
 
 
 def run_grid(rank: int) -> dict:
-    """Two data-parallel ranks with unequal batches, each of two processes that split the heads."""
+    """Run two data-parallel ranks with unequal batches, each of two processes with split heads."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "vocab"))
     data, vocab = mesh["data"].get_group(), mesh["vocab"].get_group()
     part = positions_of(grid_problem(), slice(0, 4) if rank < 2 else slice(4, 11))
@@ -310,7 +308,7 @@ def run_distillers(world: int) -> dict:
 
 
 def run_with_fsdp(rank: int) -> dict:
-    """FSDP2 over two data-parallel ranks of two processes each that split the heads."""
+    """Run FSDP2 over two data-parallel ranks of two processes with split heads."""
     from torch.distributed.fsdp import fully_shard
 
     from tests.support.hf_models import tiny_batch
@@ -331,7 +329,7 @@ def run_with_fsdp(rank: int) -> dict:
     return _outcome(student, loss)
 
 
-# --- calls that are refused, by every process, with nothing left behind
+# --- calls refused by every process, with nothing left behind
 
 
 def refusals(rank: int, group) -> dict[str, Callable[[], object]]:

@@ -1,4 +1,6 @@
-"""What a batch, a model or a config that cannot be distilled says: argument, value and remedy."""
+"""Errors of batches, models and configs that cannot be distilled name argument, value and
+remedy.
+"""
 
 import pytest
 import torch
@@ -69,7 +71,7 @@ def test_more_tokens_than_positions_are_counted(distiller):
 def test_a_batch_of_another_shape_is_refused(distiller, changes, error, message):
     with pytest.raises(error, match=message):
         distiller(batch(**changes))
-    with pytest.raises(error, match=message):  # the trainers count first
+    with pytest.raises(error, match=message):  # trainers count positions first
         distiller.count_positions(batch(**changes))
 
 

@@ -45,9 +45,10 @@ def whole(tmp_path_factory):
     return folder, run.model
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments():
-    """See crash_many.py: every checkpoint and every result is compared bit for bit with a run that
-    was not killed.
+    """Compare every checkpoint and result bit for bit with a run without kills: see
+    crash_many.py.
     """
     found = subprocess.run(
         [
@@ -92,7 +93,7 @@ def test_a_checkpoint_that_was_not_finished_is_not_seen(tmp_path, monkeypatch, w
             raise Killed
 
     with monkeypatch.context() as patch:
-        # what a dead process does not do
+        # in this module alone: a dead process cleans nothing up
         patch.setattr(atomic.shutil, "rmtree", lambda *args, **kwargs: None)
         if moment == "moving":
             patch.setattr(atomic, "_sync_tree", die)
@@ -121,8 +122,8 @@ LOST = {
 
 @pytest.mark.parametrize(("lost", "named"), [*LOST.items(), ("model.safetensors", "weights")])
 def test_incomplete_checkpoints_are_refused_or_left_out(tmp_path, whole, lost, named):
-    """As another Trainer leaves them when it is killed: transformers goes on from most of these,
-    silently wrong.
+    """As a killed plain Trainer leaves them: transformers resumes from most of these, silently
+    wrong.
     """
     shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
     (tmp_path / "checkpoint-6" / lost).unlink()
@@ -132,12 +133,12 @@ def test_incomplete_checkpoints_are_refused_or_left_out(tmp_path, whole, lost, n
     with pytest.warns(UserWarning, match=f"checkpoint-6 lacks {named}"):
         run.train(resume_from_checkpoint=True)
     same_parameters(run.model, whole[1], rtol=0, atol=0)
-    # written again, in the place of the incomplete one
+    # written again, replacing the incomplete one
     assert (tmp_path / "checkpoint-6" / lost).exists()
 
 
 @pytest.mark.parametrize("named", [False, True])
-def test_a_checkpoint_that_was_being_replaced_is_gone_on_from(tmp_path, whole, named):
+def test_resumes_from_a_checkpoint_that_was_being_replaced(tmp_path, whole, named):
     """Killed between the two renames: its name is free, and both the old and the new one lie beside
     it.
     """
@@ -156,7 +157,7 @@ def test_a_checkpoint_that_was_being_replaced_is_gone_on_from(tmp_path, whole, n
     assert not (tmp_path / ".unfinished").exists()
 
 
-def test_nothing_to_go_on_from(tmp_path):
+def test_nothing_to_resume_from(tmp_path):
     with pytest.raises(ValueError, match="holds no complete checkpoint"):
         trainer(tmp_path, train=examples([9] * 28), **SAVING).train(resume_from_checkpoint=True)
 
@@ -222,7 +223,7 @@ def test_the_oldest_are_removed_but_not_the_best(tmp_path):
     assert run.evaluate()["eval_trajectory"] == pytest.approx(trajectories[2])
 
 
-def test_patience_goes_on_where_it_was(tmp_path):
+def test_patience_is_resumed(tmp_path):
     options = {"restore_callback_states_from_checkpoint": True, "metric_for_best_model": "loss"}
     stopping_early(tmp_path, max_steps=6, **options).train()
     again = stopping_early(tmp_path, **options)
@@ -266,7 +267,7 @@ def test_the_same_seed_gives_the_same_student(tmp_path, backend):
 
 
 def test_a_finished_run_that_is_resumed_takes_no_step(tmp_path, whole):
-    """transformers takes one more, with the learning rate that is left."""
+    """transformers would take one more, with the learning rate left."""
     shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
     run = trainer(tmp_path, train=examples([9] * 28), **SAVING)
     run.train(resume_from_checkpoint=True)

@@ -18,7 +18,7 @@ CONFIG = FDDConfig(num_layers=3, ce_weight=0.5, alpha=0.7, beta=1.3, output_kd_w
 
 
 def final_norm(model: nn.Module):
-    """The final norm by its name in each family tested here, and what follows it before the
+    """Return a function that applies the family's final norm, and the projection before the
     head.
     """
     names = {
@@ -35,12 +35,19 @@ def final_norm(model: nn.Module):
 
 
 def logits_of(model: nn.Module, state: Tensor, *, train_head: bool = True) -> Tensor:
-    """The head, scale and soft cap, from the config fields of the families tested here."""
+    """Apply the head, scale and soft cap in float64, from the config fields of the families here.
+
+    Under autocast operands are rounded to bfloat16 first, and logits still are not.
+    """
     head = model.get_output_embeddings()
-    weight, bias = head.weight, head.bias
+    operands = [state, head.weight, *([] if head.bias is None else [head.bias])]
     if not train_head:
-        weight, bias = weight.detach(), None if bias is None else bias.detach()
-    logits = F.linear(state, weight, bias) / (getattr(model.config, "logits_scaling", None) or 1.0)
+        operands[1:] = [t.detach() for t in operands[1:]]
+    if torch.is_autocast_enabled("cpu"):
+        operands = [t.bfloat16() for t in operands]
+    with torch.autocast("cpu", enabled=False):
+        logits = F.linear(*[t.double() for t in operands])
+    logits = logits / (getattr(model.config, "logits_scaling", None) or 1.0)
     cap = getattr(model.config, "final_logit_softcapping", None)
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -73,7 +80,10 @@ def dense_terms(
                 else final
             )
         final_logits = logits_of(model, final, train_head=train_head)
-        torch.testing.assert_close(final_logits, output.logits, rtol=1e-6, atol=1e-6)
+        rounding = 8 * torch.finfo(output.logits.dtype).eps + 1e-6
+        torch.testing.assert_close(
+            final_logits, output.logits.double(), rtol=rounding, atol=rounding
+        )
         return [z[..., : config.vocab_size].log_softmax(-1) for z in lens], final_logits
 
     ours, our_logits = log_probabilities(student, student_layers, config.train_head)
@@ -138,6 +148,7 @@ def compare_with_dense(student, teacher, batch, config=CONFIG, **tolerance):
             getattr(terms, name),
             getattr(expected_terms, name),
             **tolerance,
+            check_dtype=False,
             msg=lambda m, n=name: n + m,
         )
     assert actual.keys() == expected.keys()
@@ -245,8 +256,8 @@ def test_padding_on_the_left_equals_the_right_and_none(pair, dtype, labels):
         sum(t.loss for t in terms).backward()
         return torch.stack([torch.stack(t).detach() for t in terms]).sum(0), gradients(student)
 
-    # The same numbers in sums of at most 9 x 97 products, added in another order: 2 x 873 x half a
-    # unit in the last place.
+    # Sums of at most 9 x 97 equal addends in another order: 2 x 873 x half a unit in the last
+    # place.
     budget = 873 * torch.finfo(dtype).eps
     wanted, expected = run([right])
     assert wanted[: 5 if labels else 4].min() > 0.01
@@ -257,7 +268,7 @@ def test_padding_on_the_left_equals_the_right_and_none(pair, dtype, labels):
             torch.testing.assert_close(
                 gradient[name], g, rtol=0, atol=budget * float(g.abs().max()), msg=name
             )
-    # What stands in the padding is of no influence.
+    # Padding tokens have no influence.
     other = dict(
         left, input_ids=left["input_ids"].where(left["attention_mask"] == 1, torch.tensor(7))
     )
@@ -363,6 +374,7 @@ def test_a_batch_without_a_label_gives_zero_and_no_nan():
     assert all((g == 0).all() for g in gradients(student).values())
 
 
+@pytest.mark.trap("final norm applied twice or never")
 @pytest.mark.parametrize("apply_final_norm", [True, False])
 def test_final_norm_is_applied_exactly_once(apply_final_norm):
     """The sampled layers go through it once each (or never), the output once."""
@@ -389,7 +401,7 @@ def test_a_head_that_is_not_trained_gets_no_gradient_from_the_loss(family):
         tiny_batch()
     ).loss.backward()
     if family == "llama_tied":
-        # The embeddings still learn as inputs: only tokens that occur have gradient.
+        # The embeddings still learn as inputs: rows of tokens in the batch have a gradient.
         touched = student.lm_head.weight.grad.abs().sum(-1) > 0
         occurring = torch.zeros(VOCAB, dtype=torch.bool)
         occurring[tiny_batch()["input_ids"].flatten()] = True
@@ -556,7 +568,7 @@ def test_teacher_stays_in_evaluation_mode_and_gets_no_gradient():
     teacher.train()
     distiller = Distiller(student, teacher, CONFIG)
     assert not teacher.training
-    teacher.train()  # what somebody's loop may do
+    teacher.train()  # as a user's loop may do
     distiller(tiny_batch()).loss.backward()
     assert not any(module.training for module in teacher.modules())
     assert all(p.grad is None for p in teacher.parameters())
@@ -654,7 +666,7 @@ def test_teacher_states_can_be_shared():
     states = distiller.teacher_states(batch)
     expected = distiller(batch), output_only(batch)
     teacher.forward = teacher.model = None
-    distiller.teacher.lens.backbone.forward = lambda **_: 1 / 0
+    distiller.teacher.reader.backbone.forward = lambda **_: 1 / 0
     for actual, wanted in zip(
         (distiller(batch, teacher_states=states), output_only(batch, teacher_states=states)),
         expected,
@@ -672,20 +684,17 @@ def test_config_overrides_the_models_soft_cap_and_scale():
 
 
 def test_mixed_dtypes_and_autocast():
-    """A bfloat16 teacher and a float32 student, with and without autocast, stay close to
-    float64.
-    """
-    student, teacher = models()
-    exact = Distiller(student, teacher, CONFIG)(tiny_batch()).loss
-    student.float()
+    """A bfloat16 teacher and a float32 student: only the models round, with autocast or without."""
+    student, teacher = models(dtype=torch.float32)
     teacher.to(torch.bfloat16)
-    distiller = Distiller(student, teacher, CONFIG)
-    assert abs(distiller(tiny_batch()).loss - exact) < 0.02 * exact
+    compare_with_dense(student, teacher, tiny_batch(), rtol=2e-4, atol=2e-6)
     with torch.autocast("cpu", torch.bfloat16):
-        loss = distiller(tiny_batch()).loss
-    assert loss.dtype == torch.float32
-    assert abs(loss - exact) < 0.05 * exact
-    loss.backward()
+        terms = Distiller(student, teacher, CONFIG)(tiny_batch())
+        expected = dense_terms(student, teacher, tiny_batch())
+    for name, term, value in zip(terms._fields, terms, expected):
+        assert term.dtype == torch.float32
+        assert float(term) == pytest.approx(float(value), rel=1e-5), name
+    terms.loss.backward()
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients(student).values())
 
 

@@ -1,5 +1,5 @@
-"""What a model does between its last block and its logits is its lens, whatever that is; models
-that are none are refused.
+"""A model's lens is its own path from the last block to the logits; models without one are
+refused.
 """
 
 import copy
@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from fdd_kernels import Distiller, FDDConfig
-from fdd_kernels.hf.model_reader import ModelLens
+from fdd_kernels.hf.model_reader import ModelReader
 from tests.support.hf_models import VOCAB, tiny_batch, tiny_config, tiny_model
 
 CONFIG = FDDConfig(
@@ -51,7 +51,7 @@ VISION = {
     "image_size": 8,
     "patch_size": 4,
 }
-IMAGE = 96  # the token that stands for a part of an image
+IMAGE = 96  # the token of an image patch
 
 # How a reader of each model's source would turn a state (batch, sequence, width) into logits.
 READINGS = {
@@ -75,7 +75,7 @@ def noisy(model: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def in_place_of_the_last(model: nn.Module, last: nn.Module, state: Tensor, batch: dict) -> Tensor:
-    """The model's own logits where its last block gives `state`: what any state is read as."""
+    """Return the model's own logits when its last block outputs `state`."""
 
     def give(_module, _args, output):
         return state if isinstance(output, Tensor) else type(output)([state, *output[1:]])
@@ -87,8 +87,8 @@ def in_place_of_the_last(model: nn.Module, last: nn.Module, state: Tensor, batch
 def dense_loss(
     student: nn.Module, teacher: nn.Module, blocks: str, batch: dict, reading=None
 ) -> Tensor:
-    """Output KD and trajectory of CONFIG, dense, from models that are run as a whole; `blocks` is
-    where their blocks are.
+    """Compute output KD and trajectory of CONFIG densely, running whole models; `blocks` is the
+    path of their blocks.
     """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
 
@@ -131,7 +131,7 @@ def require_dense(
     reading=None,
     rtol: float = 1e-6,
 ) -> None:
-    """Loss and all gradients of the Distiller are those of the dense loss."""
+    """Compare loss and all gradients of the Distiller with the dense loss."""
     loss = Distiller(student, teacher, CONFIG)(batch).loss
     loss.backward()
     found = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
@@ -189,7 +189,7 @@ def test_families_can_be_mixed():
 
 @pytest.mark.parametrize("family", ["bert", "minicpm3", "gemma3n"])
 def test_without_the_final_norm_the_rest_still_applies(family):
-    lens = ModelLens(tiny_model(family, depth=3))
+    lens = ModelReader(tiny_model(family, depth=3))
     (state,), _ = lens.states(tiny_batch(labels=False), (2,))
     read = lens.read(state, apply_final_norm=False)
     expected = {
@@ -213,7 +213,7 @@ class TestWithoutABackboneOfItsOwn:
     """
 
     def test_no_logits_and_no_more_than_is_asked_for(self):
-        lens, calls = ModelLens(mllama()), []
+        lens, calls = ModelReader(mllama()), []
         assert lens.backbone is lens.model
         hooks = [
             m.register_forward_hook(lambda m, *_: calls.append(m))
@@ -229,7 +229,7 @@ class TestWithoutABackboneOfItsOwn:
 
     def test_a_block_that_text_leaves_out_changes_nothing(self):
         """The second block is for images alone."""
-        lens = ModelLens(mllama())
+        lens = ModelReader(mllama())
         (one, two), _ = lens.states(tiny_batch(labels=False), (1, 2))
         torch.testing.assert_close(one, two, rtol=0, atol=0)
 
@@ -332,7 +332,7 @@ def test_vision_language_models_with_images(kind):
 
 
 class TestNoCausalLM:
-    """Said when the Distiller is made, by the side's name, with what is supported."""
+    """The Distiller's constructor refuses, naming the side and the supported kinds."""
 
     def refused(self, model: nn.Module, match: str) -> None:
         good = tiny_model("llama", depth=3)
@@ -417,10 +417,10 @@ class TestNoCausalLM:
             UserWarning,
             match=f"student: the predictions of {type(model).__name__}.* change with the tokens",
         ):
-            lens = ModelLens(model, "student")
+            lens = ModelReader(model, "student")
         assert lens.depth == 3
 
     def test_a_causal_lm_is_not_warned_of(self):
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
-            ModelLens(tiny_model("bert", depth=3))
+            ModelReader(tiny_model("bert", depth=3))

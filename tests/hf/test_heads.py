@@ -1,5 +1,5 @@
-"""Heads that are more than a parameter: adapted, copied or quantised. Each is read as what its own
-forward multiplies by.
+"""Heads that are adapted, copied or quantised: use the weight by which their own forward
+multiplies.
 """
 
 import warnings
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fdd_kernels import Distiller, FDDConfig
 from fdd_kernels.hf.heads import read_head
-from fdd_kernels.hf.model_reader import ModelLens
+from fdd_kernels.hf.model_reader import ModelReader
 from tests.support.hf_models import tiny_batch, tiny_model
 
 LORA = {"r": 3, "lora_alpha": 5, "task_type": "CAUSAL_LM"}
@@ -30,7 +30,7 @@ ADAPTERS = {
 
 
 def adapted(kind: str, seed: int = 1, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """A tiny Llama with an adapter on its head that is not at its initial zero."""
+    """Make a tiny Llama with an adapter on its head, not at its initial zero."""
     base = tiny_model(
         "llama_tied" if kind == "trainable_tokens" else "llama", depth=3, seed=seed, dtype=dtype
     )
@@ -254,13 +254,11 @@ def test_other_adapters_are_refused_by_name(config, kind):
         TypeError,
         match=rf"student: the LM head is a peft\.tuners\.(?s:.*){kind}(?s:.*)merge_and_unload",
     ):
-        ModelLens(model if kind != "adalora" else model.base_model.model, "student")
+        ModelReader(model if kind != "adalora" else model.base_model.model, "student")
 
 
 class Quantised(Tensor):
-    """A stand-in for torchao's tensors: int8 values and a scale a row, which say they are floating
-    point.
-    """
+    """Imitate torchao's tensors: int8 values and a scale per row, with a floating-point dtype."""
 
     @staticmethod
     def __new__(cls, values: Tensor, scale: Tensor, requires_grad: bool = False) -> "Quantised":
@@ -297,14 +295,14 @@ class Quantised(Tensor):
 
 
 class Opaque(Quantised):
-    """A kind that cannot be dequantised."""
+    """A quantised tensor without a way to dequantise it."""
 
     def dequantize(self) -> Tensor:
         raise NotImplementedError("no dequantize for this layout")
 
 
 def quantise_head(model: nn.Module, kind: type = Quantised, requires_grad: bool = False) -> Tensor:
-    """Quantise in place; returns the weight that the head now stands for."""
+    """Quantise in place; return the weight that the head now represents."""
     quantised = kind.of(model.lm_head.weight.detach())
     model.lm_head.weight = nn.Parameter(quantised, requires_grad=requires_grad)
     return Quantised.dequantize(quantised)
@@ -376,10 +374,10 @@ class TestQuantised:
             TypeError,
             match=r"teacher: .*Linear with a Opaque weight, which cannot be dequantised \(no deq",
         ):
-            ModelLens(model, "teacher")
+            ModelReader(model, "teacher")
 
     def test_a_wrong_reading_is_noticed(self):
-        """What a head is said to be worth is compared with what the model computes with it."""
+        """Compare the weight taken for a head with the logits of the model itself."""
 
         class Wrong(Quantised):
             def dequantize(self) -> Tensor:
@@ -388,7 +386,7 @@ class TestQuantised:
         model = tiny_model("llama", depth=3)
         quantise_head(model, Wrong)
         with pytest.raises(ValueError, match=r"teacher: looked for the blocks.* differs by"):
-            ModelLens(model, "teacher")
+            ModelReader(model, "teacher")
 
     @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
     def test_raw_storage_is_never_read(self, dtype):
@@ -399,7 +397,7 @@ class TestQuantised:
         with pytest.raises(
             TypeError, match=rf"teacher: .*Linear with a {dtype} weight.*torchao or bitsandbytes"
         ):
-            ModelLens(model, "teacher")
+            ModelReader(model, "teacher")
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -434,7 +432,7 @@ class TestTorchao:
         student, batch = tiny_model("llama", depth=3, seed=1), tiny_batch()
         original = tiny_model("llama", depth=3, seed=2, dtype=dtype)
         teacher = quantise(tiny_model("llama", depth=3, seed=2, dtype=dtype), kind)
-        lens = ModelLens(teacher, "teacher")
+        lens = ModelReader(teacher, "teacher")
         head = lens.read_head()
         assert head.storage == "quantised"
         assert type(head.weight) is Tensor
@@ -502,14 +500,13 @@ class TestBitsandbytes:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_a_teachers_head(self, bnb, kind, error, dtype):
         student, batch = tiny_model("llama", depth=3, seed=1), tiny_batch()
-        # bitsandbytes quantises 64 values together, and on the CPU wrongly if rows are narrower
-        # than that.
+        # bitsandbytes quantises blocks of 64 numbers; on the CPU it is wrong for narrower rows.
         options = {"depth": 3, "seed": 2, "dtype": dtype, "hidden_size": 64}
         original = tiny_model("llama", **options)
         teacher = self.quantised_head(bnb, tiny_model("llama", **options), kind)
         assert teacher.lm_head.weight.dtype in (torch.int8, torch.uint8)
         for _ in range(2):  # bitsandbytes moves its scales at the first forward
-            lens = ModelLens(teacher, "teacher")
+            lens = ModelReader(teacher, "teacher")
             head = lens.read_head()
             assert head.storage == "quantised"
             assert 0 < relative_error(head.weight.float(), original.lm_head.weight.float()) < error

@@ -1,4 +1,4 @@
-"""The lens reads any causal LM as the model itself does, or says why it cannot."""
+"""The lens computes logits as the model itself does, or says why it cannot."""
 
 import functools
 
@@ -8,13 +8,13 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, BartConfig, BartForConditionalGeneration
 
-from fdd_kernels.hf.model_reader import LogitTransform, ModelLens, configured_transform, unwrap
+from fdd_kernels.hf.model_reader import ModelReader, unwrap
+from fdd_kernels.hf.transform import LogitTransform, configured_transform
 from tests.support.hf_models import FAMILIES, tiny_batch, tiny_config, tiny_model
 
 tiny_model_once = functools.cache(tiny_model)
-# Two float32 evaluations of a tiny model that add in another order: 6 blocks, whose longest sums
-# have 4 x 32 products, each of them rounded by half a unit of the largest number in either
-# evaluation.
+# Two float32 evaluations of a tiny model with sums in another order: 6 blocks, whose longest sums
+# have 4 x 32 addends, each rounded by half a unit of the larger number in either evaluation.
 ROUNDING = 6 * 4 * 32 * torch.finfo(torch.float32).eps
 
 # Families whose output_hidden_states start after the first block instead of with the embeddings.
@@ -40,7 +40,7 @@ def hooks_of(model: nn.Module) -> int:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_reading_equals_the_models_own(family):
     model, batch = tiny_model_once(family), tiny_batch(labels=False)
-    lens = ModelLens(model)
+    lens = ModelReader(model)
     assert lens.depth == 6
     layers = (1, 2, 4, 5, 6)
     with torch.no_grad():
@@ -56,7 +56,7 @@ def test_reading_equals_the_models_own(family):
         return
     for layer, state in zip(layers[:-1], states):
         assert_same_but_for_rounding(state, expected.hidden_states[layer - offset])
-        # Other layers are far from it, so that the bound shows which one was read.
+        # Other layers differ by more than the bound, so it identifies the layer.
         others = [
             other for n, other in enumerate(expected.hidden_states[:-1]) if n != layer - offset
         ]
@@ -70,7 +70,7 @@ def test_reading_equals_the_models_own(family):
 def test_layer_0_is_what_enters_the_first_block(family):
     model, batch = tiny_model_once(family), tiny_batch(labels=False)
     with torch.no_grad():
-        (state,), _ = ModelLens(model).states(batch, (0,))
+        (state,), _ = ModelReader(model).states(batch, (0,))
         assert_same_but_for_rounding(
             state, model(**batch, output_hidden_states=True).hidden_states[0]
         )
@@ -80,7 +80,7 @@ def test_layer_0_is_what_enters_the_first_block(family):
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite"])
 def test_reading_in_other_dtypes(family, dtype):
     model = tiny_model(family, dtype=dtype)
-    lens, batch = ModelLens(model), tiny_batch(labels=False)
+    lens, batch = ModelReader(model), tiny_batch(labels=False)
     with torch.no_grad():
         (state,), _ = lens.states(batch, (6,))
         logits = model(**batch).logits
@@ -99,14 +99,14 @@ def test_reading_in_other_dtypes(family, dtype):
     ],
 )
 def test_scale_and_soft_cap_are_found(family, expected):
-    assert ModelLens(tiny_model_once(family)).transform == expected
+    assert ModelReader(tiny_model_once(family)).transform == expected
     assert configured_transform(tiny_config(family)) == expected
 
 
 def test_scale_is_measured_where_the_config_does_not_tell():
     model = tiny_model("cohere")
-    model.config.logit_scale = 3.0  # the model goes on using what it was built with
-    assert ModelLens(model).transform == LogitTransform(0.0625)
+    model.config.logit_scale = 3.0  # the model still uses the modules it was built with
+    assert ModelReader(model).transform == LogitTransform(0.0625)
 
 
 def test_large_soft_cap_is_found_although_small_logits_do_not_show_it():
@@ -118,7 +118,7 @@ def test_large_soft_cap_is_found_although_small_logits_do_not_show_it():
 
     model = tiny_model("llama")
     model.__class__ = Capped
-    transform = ModelLens(model).transform
+    transform = ModelReader(model).transform
     assert transform.scale == pytest.approx(2.0, rel=1e-6)
     assert transform.softcap == pytest.approx(30.0, rel=1e-6)
 
@@ -128,7 +128,7 @@ def test_a_construction_leaves_mode_hooks_and_gradients_alone():
     model.train()
     model.model.layers[2].eval()
     before = {name: module.training for name, module in model.named_modules()}
-    ModelLens(model)
+    ModelReader(model)
     assert {name: module.training for name, module in model.named_modules()} == before
     assert hooks_of(model) == 0
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
@@ -139,7 +139,7 @@ def test_a_failing_construction_leaves_mode_and_hooks_alone():
     model.train()
     model.model.norm.forward = lambda state: 1 / 0
     with pytest.raises(ZeroDivisionError):
-        ModelLens(model)
+        ModelReader(model)
     assert all(module.training for module in model.modules())
     assert hooks_of(model) == 0
 
@@ -158,27 +158,27 @@ def test_wrappers_are_seen_through(wrap):
     model = tiny_model("llama")
     wrapped = wrap(model)
     assert unwrap(wrapped) is model
-    assert ModelLens(wrapped).head is model.lm_head
+    assert ModelReader(wrapped).head is model.lm_head
 
 
 class TestRefusals:
-    """Every refusal names the model's role and what was looked for."""
+    """Every refusal names the model's role and the missing part."""
 
     def test_no_head(self):
         backbone = AutoModel.from_config(tiny_config("llama"))
         with pytest.raises(
             TypeError, match=r"student.*get_output_embeddings.*causal LM.*fused_fdd_loss"
         ):
-            ModelLens(backbone, "student")
+            ModelReader(backbone, "student")
 
     def test_not_a_transformers_model(self):
         with pytest.raises(TypeError, match="get_output_embeddings"):
-            ModelLens(nn.Linear(3, 3), "student")
+            ModelReader(nn.Linear(3, 3), "student")
 
     def test_virtual_tokens(self):
         config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
         with pytest.raises(TypeError, match="virtual tokens"):
-            ModelLens(peft.get_peft_model(tiny_model("llama"), config))
+            ModelReader(peft.get_peft_model(tiny_model("llama"), config))
 
     def test_logits_changed_after_the_head(self):
         class Shifted(type(tiny_model_once("llama"))):
@@ -190,7 +190,7 @@ class TestRefusals:
         model = tiny_model("llama")
         model.__class__ = Shifted
         with pytest.raises(ValueError, match=r"student: Shifted turns .* no scale and soft cap"):
-            ModelLens(model, "student")
+            ModelReader(model, "student")
 
     def test_something_between_the_norm_and_the_head(self):
         class Doubled(nn.Linear):
@@ -202,13 +202,13 @@ class TestRefusals:
         with pytest.raises(
             ValueError, match=r"student: looked for .*LlamaDecoderLayer.*LlamaRMSNorm.* differs by"
         ):
-            ModelLens(model, "student")
+            ModelReader(model, "student")
 
     def test_no_list_of_blocks(self):
         model = tiny_model("llama")
         model.config.num_hidden_layers = 5
         with pytest.raises(TypeError, match=r"num_hidden_layers=5 blocks, found lists of \[6\]"):
-            ModelLens(model)
+            ModelReader(model)
 
     def test_encoder_decoder(self):
         config = BartConfig(
@@ -222,7 +222,7 @@ class TestRefusals:
             vocab_size=97,
         )
         with pytest.raises(TypeError, match="BartForConditionalGeneration is an encoder-decoder"):
-            ModelLens(BartForConditionalGeneration(config))
+            ModelReader(BartForConditionalGeneration(config))
 
 
 def test_head_that_is_no_call_of_its_module_is_still_compared():
@@ -238,10 +238,10 @@ def test_head_that_is_no_call_of_its_module_is_still_compared():
 
     model = tiny_model("granite")
     model.__class__, model.divisor = Functional, 6.0
-    assert ModelLens(model).transform == LogitTransform(1 / 6)
+    assert ModelReader(model).transform == LogitTransform(1 / 6)
     model.divisor = 3.0
     with pytest.raises(ValueError, match=r"differs by"):
-        ModelLens(model)
+        ModelReader(model)
 
 
 def test_the_right_list_of_blocks_is_chosen_among_several_of_the_same_length():
@@ -250,12 +250,12 @@ def test_the_right_list_of_blocks_is_chosen_among_several_of_the_same_length():
     modules = dict(model.model._modules)
     model.model._modules.clear()
     model.model._modules.update({"before": extra, **modules})
-    assert ModelLens(model).blocks is model.model.layers
+    assert ModelReader(model).blocks is model.model.layers
 
 
 def test_states_of_a_block_that_does_not_run_are_an_error():
     model = tiny_model("llama")
-    lens = ModelLens(model)
+    lens = ModelReader(model)
     model.model.config.num_hidden_layers = 3  # transformers runs layers[:num_hidden_layers]
     with pytest.raises(RuntimeError, match=r"blocks \[5\] did not run"):
         lens.states(tiny_batch(labels=False), (2, 5))
@@ -263,8 +263,8 @@ def test_states_of_a_block_that_does_not_run_are_an_error():
 
 
 def test_loaded_without_names(tmp_path):
-    """A checkpoint from disk reads the same as the model that it was saved from."""
+    """A checkpoint from disk gives the same logits as the saved model."""
     model = tiny_model("gemma2")
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert ModelLens(loaded).transform == ModelLens(model).transform
+    assert ModelReader(loaded).transform == ModelReader(model).transform

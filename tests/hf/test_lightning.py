@@ -1,4 +1,4 @@
-"""FDDLightningModule: what it optimises, logs and saves, in one process and in two."""
+"""FDDLightningModule: optimisation, logs and checkpoints, in one process and in two."""
 
 import os
 import subprocess
@@ -55,8 +55,8 @@ def assert_same(found, wanted, **tolerance):
 
 @pytest.mark.parametrize(("parts", "clip"), [(1, None), (4, None), (4, 0.05)])
 def test_a_step_is_the_mean_over_all_its_tokens(tmp_path, parts, clip):
-    """Also in the last step of an epoch, which has fewer micro-batches, and before gradients are
-    clipped.
+    """Also in the last step of an epoch, with fewer micro-batches, and before clipping of
+    gradients.
     """
     model = module()
     fit(model, tmp_path, accumulate_grad_batches=parts, gradient_clip_val=clip)
@@ -65,6 +65,7 @@ def test_a_step_is_the_mean_over_all_its_tokens(tmp_path, parts, clip):
     assert_same(dict(model.student.named_parameters()), expected(parts, clip), rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     """DistributedDataParallel as Lightning's own strategy wraps it; accumulation over 2 x 2, the
     last step over 1 x 2.
@@ -125,7 +126,7 @@ def test_logs_checkpoints_and_stops_early(tmp_path):
     assert {f"{stage}_{name}" for stage in ("train", "val") for name in TERMS} <= set(
         events.Tags()["scalars"]
     )
-    # The first step's terms are those of the Distiller.
+    # The first step's terms equal the Distiller's.
     fresh = Distiller(
         tiny_model("llama", depth=3, seed=1), tiny_model("gpt2", depth=3, seed=2), CONFIG
     )
@@ -138,7 +139,7 @@ def test_logs_checkpoints_and_stops_early(tmp_path):
     assert len(state) == len(model.student.state_dict())
 
 
-def test_a_checkpoint_is_gone_on_from(tmp_path):
+def test_resumes_from_a_checkpoint(tmp_path):
     whole = module()
     fit(whole, tmp_path, max_epochs=4)
     first = module()

@@ -1,5 +1,5 @@
-"""Teachers that do not fit: stopped early, offloaded by accelerate, in lower precision; and what is
-left in memory.
+"""Teachers that do not fit: stopped early, offloaded by accelerate, in lower precision; memory
+held.
 """
 
 import gc
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from fdd_kernels import Distiller, FDDConfig
 from fdd_kernels.hf.heads import read_head
-from fdd_kernels.hf.model_reader import ModelLens
+from fdd_kernels.hf.model_reader import ModelReader
 from fdd_kernels.hf.offload import device_of, has_place, is_offloaded
 from fdd_kernels.integrations import FDDTrainer
 from tests.support.hf_models import tiny_batch, tiny_model
@@ -65,10 +65,10 @@ class TestEarlyStop:
         expected = whole(batch)
         with torch.no_grad():
             logits = theirs(**tiny_batch(labels=False)).logits
-        calls = count_calls(stopping.teacher.lens.blocks)
+        calls = count_calls(stopping.teacher.reader.blocks)
         terms = stopping(batch)
         assert calls == [1] * 6 + [0] * 2
-        # Up to the order of sums: with one state fewer a backend's products have other shapes.
+        # Up to the order of sums: with one state fewer a backend's GEMMs have other shapes.
         for name in ("trajectory", "derivative", "ce"):
             torch.testing.assert_close(
                 getattr(terms, name), getattr(expected, name), rtol=1e-5, atol=1e-6
@@ -100,7 +100,7 @@ class TestEarlyStop:
     def test_as_many_blocks_run_as_the_loss_needs(self, options, runs):
         student, teacher = models()
         distiller = Distiller(student, teacher, FDDConfig(**{"num_layers": 3, **options}))
-        calls = count_calls(distiller.teacher.lens.blocks)
+        calls = count_calls(distiller.teacher.reader.blocks)
         assert distiller(tiny_batch()).loss.isfinite()
         assert calls == [1] * runs + [0] * (8 - runs)
 
@@ -113,7 +113,7 @@ class TestEarlyStop:
             tiny_batch(), distiller.student_layers, read=distiller.student.read
         )
         assert len(states) == 3
-        # too little to count
+        # negligible
         whole = Distiller(student, teacher, FDDConfig(num_layers=3, output_kd_weight=1e-30))
         whole(tiny_batch()).loss.backward()
         expected = gradients(student)
@@ -197,7 +197,7 @@ def test_an_offloaded_teacher_gives_the_same_step(tmp_path, kind, config):
     assert "lm_head.weight" in away
     assert "model.layers.7.mlp.up_proj.weight" in away
     distiller = Distiller(student, teacher, config)
-    assert distiller.teacher.lens.read_head().storage == "offloaded"
+    assert distiller.teacher.reader.read_head().storage == "offloaded"
     for _ in range(2):
         found = distiller(tiny_batch())
         torch.testing.assert_close(torch.stack(found), torch.stack(terms), rtol=0, atol=0)
@@ -229,7 +229,7 @@ def test_a_stop_sends_the_weights_of_the_modules_around_it_out_again():
     accelerate.cpu_offload(teacher, execution_device=torch.device("cpu"))
     distiller = Distiller(student, teacher, DYNAMICS)
     seen = []
-    distiller.teacher.lens.blocks[5].register_forward_hook(
+    distiller.teacher.reader.blocks[5].register_forward_hook(
         lambda *_: seen.append(teacher.model.own.is_meta)
     )
     torch.testing.assert_close(
@@ -240,7 +240,7 @@ def test_a_stop_sends_the_weights_of_the_modules_around_it_out_again():
 
 
 def test_an_offloaded_teacher_in_bfloat16(tmp_path):
-    """Its states and head keep their dtype; the float32 student's loss is that of the plain
+    """States and head stay in bfloat16; the float32 student's loss equals that of the plain
     bfloat16 teacher.
     """
     student, plain = models(dtype=torch.bfloat16)
@@ -276,11 +276,11 @@ def test_a_head_with_several_hooks():
     head = read_head(model.lm_head, "teacher")
     torch.testing.assert_close(head.weight, weight, rtol=0, atol=0)
     assert model.lm_head.weight.is_meta
-    assert ModelLens(model).depth == 3
+    assert ModelReader(model).depth == 3
 
 
 def test_the_teachers_batch_goes_where_the_teacher_computes():
-    """The hook's device wins over that of the weights, which say 'meta'."""
+    """The hook's device takes precedence over the weights' "meta"."""
     teacher = accelerate.cpu_offload(
         tiny_model("llama", depth=3), execution_device=torch.device("cpu")
     )
@@ -301,7 +301,7 @@ class TestMemory:
         def count(*_):
             alive.append(sum(reference() is not None for reference in raw))
 
-        for block in distiller.teacher.lens.blocks:
+        for block in distiller.teacher.reader.blocks:
             block.register_forward_hook(keep)
             block.register_forward_pre_hook(count)
         states = distiller.teacher_states(tiny_batch())
@@ -347,7 +347,7 @@ class TestPlace:
 
     @pytest.mark.parametrize("kind", ["disk_map", "from_pretrained"])
     def test_the_trainer_leaves_it_there(self, tmp_path, kind):
-        """`to` refuses such models; losses are those of the plain teacher."""
+        """`to` refuses such models; losses equal the plain teacher's."""
         rows = [
             {key: value[0].tolist() for key, value in tiny_batch(seed=seed).items()}
             for seed in range(4)

@@ -1,4 +1,4 @@
-"""What a training run tells: TensorBoard, progress bar, model cards."""
+"""Reports of a training run: TensorBoard, progress bar, model cards."""
 
 import pytest
 from huggingface_hub import ModelCard

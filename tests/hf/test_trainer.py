@@ -57,7 +57,7 @@ def test_accumulation_over_unequal_micro_batches_equals_one_big_batch(tmp_path, 
 
 @pytest.mark.parametrize("labels", [True, False])
 def test_padding_on_the_left_changes_nothing(tmp_path, labels):
-    """Neither the loss nor what it is divided by."""
+    """Neither the loss nor its denominator."""
     rows, runs = examples([4, 17, 6, 12, 5, 16, 9, 11], labels=labels), []
     for collator in (pad, lambda rows: pad_left(pad(rows))):
         run = trainer(
@@ -228,7 +228,7 @@ def test_training_lowers_held_out_kl_to_the_teacher(tmp_path):
 
 
 def test_bf16_computes_in_bfloat16(tmp_path):
-    """Accelerate puts autocast around the model's forward, which is not what runs here."""
+    """Accelerate puts autocast around the model's forward, which never runs here."""
     seen = []
     run = trainer(tmp_path, train=examples([9] * 4), max_steps=1, bf16=True)
     run.model.model.layers[0].mlp.register_forward_hook(

@@ -1,6 +1,4 @@
-"""What a step of FDDTrainer is divided by, what it says when nothing counts, and how a run ends
-whose loss is no number.
-"""
+"""Denominator of a step of FDDTrainer, steps without a valid token, losses that are not finite."""
 
 import json
 import math
@@ -114,7 +112,7 @@ def test_a_stream_that_ends_in_the_middle_of_a_step(tmp_path):
     found = [log["loss"] for log in run.state.log_history if "loss" in log]
     assert found == pytest.approx(losses, rel=1e-4)
     assert run.state.global_step == 5
-    resumed = trainer(tmp_path, **options)  # in the first pass, of which one batch is left
+    resumed = trainer(tmp_path, **options)  # in the first epoch, which has one batch left
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     same_parameters(resumed.model, run.model, rtol=0, atol=0)
 
@@ -149,7 +147,7 @@ def test_a_batch_that_context_parallelism_will_split_is_counted_once(tmp_path, m
     whole = run.get_batch_samples(iter(run.get_train_dataloader()), 1, run.args.device)[1]
     monkeypatch.setattr(run, "get_cp_size", lambda: 2)
     part = run.get_batch_samples(iter(run.get_train_dataloader()), 1, run.args.device)[1]
-    assert 2 * part == whole - whole % 2  # of one process here; two count twice as many
+    assert 2 * part == whole - whole % 2  # of one process here; two processes have twice as many
 
 
 class Ruin(TrainerCallback):

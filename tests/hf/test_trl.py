@@ -120,7 +120,7 @@ def test_lora_students_train_their_adapters_alone(tmp_path):
 
 
 def test_the_model_that_peft_config_adapts_is_its_own_teacher(tmp_path):
-    """TRL puts the adapters into the very model that was passed as the teacher."""
+    """TRL adds the adapters to the model that was passed as the teacher."""
     model = tiny_model("llama", seed=1, depth=3, vocab_size=len(tiny_tokenizer()))
     lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
     trainer = sft(
@@ -162,7 +162,7 @@ def test_the_routers_of_a_student_with_experts(tmp_path):
 
 
 def test_on_policy_batches_of_trls_own_trainer(tmp_path):
-    """GKDTrainer generates what it trains on: the loss is divided by the positions of that."""
+    """GKDTrainer trains on generated text: divide the loss by its positions."""
     gkd = pytest.importorskip("trl.experimental.gkd")
     tokenizer, used = tiny_tokenizer(), []
     sizes = {"vocab_size": len(tokenizer), "depth": 3}

@@ -4,6 +4,7 @@ The loss itself is tested with every other backend's in test_backends.py and tes
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -68,17 +69,42 @@ def python(code: str, **environment: str) -> subprocess.Popen:
     )
 
 
-@pytest.mark.parametrize("name", ["avx512", "avx2", "generic"])
+INSTRUCTION_SETS = pytest.mark.parametrize("name", ["avx512", "avx2", "generic"])
+
+
+@INSTRUCTION_SETS
 def test_every_instruction_set_of_this_processor_is_right(name):
-    probe = python(
-        "from fdd_kernels.backends.cpu.extension import kernels; print(kernels.instruction_set())",
+    process = python(
+        "import torch\n"
+        "from fdd_kernels.backends.cpu.extension import kernels\n"
+        "from fdd_kernels.testing import assert_within_budget, evaluate, random_problem\n"
+        "print(kernels.instruction_set())\n"
+        "for trajectory, dtype in (('kl', torch.float32), ('jsd', torch.bfloat16)):\n"
+        "    problem = random_problem((40,), 300, 24, 40, labels=True, bias='plain', dtype=dtype)\n"
+        "    options = {'trajectory': trajectory, 'ce_weight': 0.5, 'student_softcap': 5.0}\n"
+        "    found = evaluate(problem, backend='cpu', **options)\n"
+        "    assert_within_budget(problem, found, **options)\n",
         FDD_KERNELS_ISA=name,
     )
-    out, err = probe.communicate(timeout=120)
-    if probe.returncode:
-        assert "this processor lacks it" in err
-        pytest.skip(f"this processor lacks {name}")
+    out, err = process.communicate(timeout=120)
+    skip_what_is_lacking(name, process, err)
+    assert process.returncode == 0, err
     assert out.strip() == name
+
+
+def skip_what_is_lacking(name: str, process: subprocess.Popen, err: str) -> None:
+    if process.returncode and "this processor lacks it" in err:
+        pytest.skip(f"this processor lacks {name}")
+
+
+@pytest.mark.slow
+@INSTRUCTION_SETS
+def test_many_options_with_every_instruction_set(name):
+    probe = python(
+        "from fdd_kernels.backends.cpu.extension import kernels; kernels.instruction_set()",
+        FDD_KERNELS_ISA=name,
+    )
+    skip_what_is_lacking(name, probe, probe.communicate(timeout=120)[1])
     chosen = "every_trajectory or every_option and padded or at_any_temperature"
     tests = [
         "tests/numerics/test_backends.py",
@@ -131,6 +157,10 @@ def test_products_of_bfloat16_as_they_are():
     assert narrow.startswith("True"), err_1
     # gradients are rounded: it is another path
     assert narrow.split(" ", 1)[1] != wide.split(" ", 1)[1]
+
+
+@pytest.mark.slow
+def test_many_products_of_bfloat16_as_they_are():
     chosen = "bfloat16 and (ragged or low_precision or several_sets or every_way)"
     run = subprocess.run(
         [sys.executable, "-m", "pytest", __file__, "-k", chosen, "-q", "-p", "no:cacheprovider"],
@@ -145,12 +175,14 @@ def test_products_of_bfloat16_as_they_are():
 
 
 @pytest.mark.parametrize(
-    ("columns", "dtype"),
-    [(c, d) for c in (1, 15, 16, 127, 129) for d in (torch.float32, BF16)]
-    + [(32001, torch.float32)],
+    ("rows", "columns", "dtype"),
+    [
+        *itertools.product((1, 77), (1, 15, 16, 127, 129), (torch.float32, BF16)),
+        (1, 32001, torch.float32),
+        pytest.param(77, 32001, torch.float32, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
-@pytest.mark.parametrize("rows", [1, 77])
 def test_ragged_shapes(rows, columns, dtype):
     check(
         random_problem(

@@ -29,7 +29,7 @@ def test_every_product_once_and_few_bytes_and_kernels(pair, trained):
     assert found["kernels_per_block"] <= 60
     # What the model says, and the state of the tiles.
     predicted = cached(DEVICES["H100"], Call(PAIRS[pair], 4096, trained=trained))
-    assert found["block_rows"] * 5 == predicted.product_rows
+    assert found["block_rows"] * 5 == predicted.block_rows
     assert found["peak_scratch_bytes"] <= 1.1 * predicted.kept + 2**27
 
 

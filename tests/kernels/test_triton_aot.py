@@ -28,6 +28,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"])
 def test_kernels_compile(target, tmp_path):
@@ -48,6 +49,7 @@ def test_kernels_compile(target, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("target", ["cuda:89", "cuda:120", "hip:gfx950"])
 def test_row_kernels_compile_elsewhere_too(target):
@@ -93,6 +95,7 @@ print(*aot.compile_job(dataclasses.replace(job, divisible=divisible)).problems, 
 """
 
 
+@pytest.mark.slow
 def test_rows_that_are_read_number_by_number_are_found():
     done = python("-c", SCATTERED)
     assert done.returncode == 0, done.stderr

@@ -31,13 +31,25 @@ def interpreted_tests(*arguments: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
 
 
-@pytest.mark.parametrize("name", ["triton_interpreted", "triton_strategies"])
-def test_kernels_alone(name):
-    interpreted_tests(f"tests/kernels/{name}.py")
+KERNELS = ["tests/kernels/triton_interpreted.py", "tests/kernels/triton_strategies.py"]
+BACKENDS = "tests/numerics/test_backends.py"
 
 
+def test_smoke():
+    """The fast tests of the kernels, and every option of the loss in few calls."""
+    interpreted_tests(*KERNELS, f"{BACKENDS}::test_smoke", "-m", "not slow")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", KERNELS)
+def test_kernels_alone(path):
+    interpreted_tests(path, "-m", "slow")
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_as_a_backend():
-    interpreted_tests("tests/numerics/test_backends.py", "-k", "triton")
+    interpreted_tests(BACKENDS, "-k", "triton and not smoke")

@@ -65,6 +65,7 @@ def tensors(outcome):
     return [*outcome.terms, *outcome.gradients.values()]
 
 
+@pytest.mark.slow
 def test_order_of_programs_does_not_matter(each_strategy, shuffled, monkeypatch):
     problem = random_problem(dtype=torch.float32, columns=70, labels=True)
     found = run(problem, **OPTIONS)
@@ -77,6 +78,7 @@ def test_order_of_programs_does_not_matter(each_strategy, shuffled, monkeypatch)
     assert_within_budget(problem, found, None, **OPTIONS)
 
 
+@pytest.mark.slow
 def test_several_blocks_of_rows_and_chunks_of_columns(monkeypatch):
     """The budgets shrunk until every loop on the host turns more than once, and each dtype of a
     head is summed.
@@ -89,7 +91,14 @@ def test_several_blocks_of_rows_and_chunks_of_columns(monkeypatch):
         assert_within_budget(problem, run(problem), None)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.bfloat16,
+        *[pytest.param(d, marks=pytest.mark.slow) for d in (torch.float32, torch.float16)],
+    ],
+    ids=str,
+)
 def test_nothing_of_the_heads_size_is_allocated_but_its_gradient(monkeypatch, dtype):
     """Budgets of 64 columns; wide heads beside few rows, so that a head is by far the largest
     tensor.
@@ -115,6 +124,7 @@ def test_nothing_of_the_heads_size_is_allocated_but_its_gradient(monkeypatch, dt
         assert len(large) == expected, large
 
 
+@pytest.mark.slow
 def test_memory_is_what_a_call_allocates(monkeypatch, each_strategy):
     """By the interpreter's tiles, and budgets under which no part is small beside the others."""
     monkeypatch.setattr(memory, "PLANNED_ARCHITECTURE", config.INTERPRETER)
@@ -204,14 +214,32 @@ def test_tanh_is_accurate_near_zero_and_far_away():
     torch.testing.assert_close(out.double(), x.double().tanh(), rtol=1e-6, atol=0)
 
 
-def test_every_architecture_has_a_configuration():
-    for architecture in config.ARCHITECTURES:
-        for dtype in (torch.bfloat16, torch.float32):
-            for rows in (1, 64, 100_000):
-                for widths in ((64, 100), (64, 0)):
-                    assert (
-                        config.choose((rows, 1000, *widths), dtype, architecture).block_rows >= 16
-                    )
+# A multiprocessor's shared memory in KiB, by the makers' documentation.
+SHARED_MEMORY = {
+    "sm_80": 163,
+    "sm_89": 99,
+    "sm_90": 227,
+    "sm_100": 227,
+    "sm_120": 99,
+    "gfx942": 64,
+    "gfx950": 160,
+}
+
+
+@pytest.mark.parametrize("architecture", config.ARCHITECTURES)
+def test_tiles_fit_the_shared_memory_and_the_rows(architecture):
+    """Operands of every stage of the pipeline fit; few rows get a tile of few rows."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for widths in ((64, 100), (64, 128), (64, 0)):
+            few, many = (
+                config.choose((rows, 1000, *widths), dtype, architecture) for rows in (64, 65)
+            )
+            assert few.block_rows == 64 <= many.block_rows
+            for tile in (few, many):
+                operands = (tile.block_rows + tile.block_columns) * tile.block_depth
+                held = tile.num_stages * operands * dtype.itemsize
+                assert held <= SHARED_MEMORY[architecture] * 1024
+                assert tile.block_columns % tile.block_strip == 0
 
 
 def test_precision_of_float32_is_one_that_the_architecture_has(monkeypatch):

@@ -301,11 +301,14 @@ def test_one_layer_in_dynamics_has_no_pair():
     assert terms.trajectory == terms.output_kd
 
 
+@pytest.mark.trap("silent non-zero defaults")
 def test_defaults_are_the_papers():
     defaults = {k: p.default for k, p in inspect.signature(fused_fdd_loss).parameters.items()}
     weights = ("output_kd_weight", "alpha", "beta", "ce_weight")
     assert [defaults[name] for name in weights] == [1.0, 1.0, 1.0, 0.0]
     assert (defaults["trajectory"], defaults["derivative"]) == ("kl", "cosine")
+    assert defaults["scale_by_t2"] is False
+    assert defaults["student_softcap"] is defaults["teacher_softcap"] is defaults["mask"] is None
     assert inspect.signature(fdd_loss_reference) == inspect.signature(fused_fdd_loss)
 
 

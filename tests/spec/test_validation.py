@@ -266,6 +266,7 @@ def name_of(case) -> str:
     return ",".join(case) if isinstance(case, dict) else None
 
 
+@pytest.mark.trap("teacher that requires grad")
 @pytest.mark.usefixtures("_no_work")
 @pytest.mark.parametrize("function", [fused_fdd_loss, fdd_loss_reference])
 class TestErrors:
@@ -420,6 +421,7 @@ class TestBackendThatCannotRun:
             fused_fdd_loss(**BASE.arguments, backend="triton")
 
 
+@pytest.mark.trap("empty batch")
 @pytest.mark.parametrize("leading", [(0,), (2, 0), (0, 3)], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dense", [False, True])

@@ -4,19 +4,28 @@ import copy
 import json
 import shutil
 import subprocess
+import time
+import types
 from pathlib import Path
+from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 
 pytest.importorskip("rich")
+pytest.importorskip("pandas")
+pytest.importorskip("jinja2")
 
-from benchmarks import readme, record, summary
+from benchmarks import record, report
 from benchmarks.__main__ import main
-from benchmarks.compare import compare
+from benchmarks.gemms import operations
 from benchmarks.measure import MEMORY_IN_USE
-from benchmarks.products import operations
+from benchmarks.providers import PROVIDERS, of_workload
+from benchmarks.report import docs
+from benchmarks.report.compare import compare
 from benchmarks.runner import loss_shape
 from benchmarks.workloads import GPT2, SUITES, Workload, suite
+from fdd_kernels.backends import BACKENDS, preference
 
 
 def spread(median, noise=0.02):
@@ -262,8 +271,8 @@ def test_a_wrong_answer_has_no_figures(tmp_path, monkeypatch, capsys):
     assert "12 times the budget" in refused["reason"]
 
 
-def test_a_dead_process_marks_its_provider_and_the_others_go_on(tmp_path, monkeypatch):
-    """The worker is really started and really dies."""
+def test_a_dead_process_marks_its_provider_and_spares_the_others(tmp_path, monkeypatch):
+    """The first worker is killed as soon as it works on a provider; the next one ends well."""
     from benchmarks import runner
 
     (workload,) = [w for w in suite("tiny") if w.name == "kd"]
@@ -278,21 +287,18 @@ def test_a_dead_process_marks_its_provider_and_the_others_go_on(tmp_path, monkey
     )
     result = run._result(workload)
 
-    class Killed:
-        def __init__(self, command, **kwargs):
-            job = json.loads(Path(command[-1]).read_text())
-            self.status = 0
-            with open(job["events"], "a") as events:
-                if "dense" in job["providers"]:
-                    events.write(json.dumps(["running", "dense"]) + "\n")
-                    self.status = -9
-                else:
-                    events.write(json.dumps(["torch", entry()["time"]]) + "\n")
+    def start(command, **options):
+        """Start the worker; kill it once it says that it runs the dense loss."""
+        job = json.loads(Path(command[-1]).read_text())
+        process = subprocess.Popen(command, **options)
+        while "dense" in job["providers"] and process.poll() is None:
+            if '["running", "dense"]' in Path(job["events"]).read_text():
+                process.kill()
+            time.sleep(0.01)
+        return process
 
-        def wait(self):
-            return self.status
-
-    monkeypatch.setattr(runner.subprocess, "Popen", Killed)
+    # of the runner alone: it has no other use for the module
+    monkeypatch.setattr(runner, "subprocess", types.SimpleNamespace(Popen=start))
     run._shared(workload, result, "time")
     assert result["providers"]["dense"]["status"] == "failed"
     assert "memory runs out" in result["providers"]["dense"]["reason"]
@@ -305,24 +311,28 @@ def runner_providers(*names):
     return choose(list(names))
 
 
-def test_what_cannot_fit_is_not_run_and_says_why(tmp_path):
+def test_what_cannot_fit_is_not_run_and_says_why(tmp_path, monkeypatch):
     from benchmarks import runner
 
     (workload,) = [w for w in suite("limits") if w.name == "qwen-large"]
-    run = runner.Run(
-        tmp_path,
-        "limits",
-        [workload],
-        runner_providers("dense", "cpu"),
-        threads=2,
-        repeats=1,
-        device="cpu",
-    )
-    runner_limit = runner.memory_limit("cpu")
-    dense = run._result(workload)["providers"]["dense"]
-    if runner_limit < 40 * 2**30:
-        assert dense["status"] == "too large"
-        assert "logits and what is made of them" in dense["reason"]
+    chosen, settings = runner_providers("dense", "cpu"), {"threads": 2, "repeats": 1}
+    for limit, status in ((20 * 2**30, "too large"), (2**40, "ok")):
+        monkeypatch.setattr(runner, "memory_limit", lambda device, limit=limit: limit)
+        run = runner.Run(tmp_path, "limits", [workload], chosen, **settings, device="cpu")
+        dense = run._result(workload)["providers"]["dense"]
+        assert dense["status"] == status
+        assert status == "ok" or "logits and what is made of them" in dense["reason"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_workloads_choose_providers_by_name_and_kind(device):
+    chosen, expected = runner_providers(*PROVIDERS), preference(device)[0]
+    (pair,) = [w for w in suite("limits") if w.name == "limits-f32-frozen"]
+    assert {p.name for p in of_workload(pair, chosen, device)} == {"dense", expected}
+    swept = next(w for w in suite("full") if w.sweep)
+    assert {p.name for p in of_workload(swept, chosen, device)} == {"dense", *BACKENDS}
+    assert of_workload(GPT2, chosen, device) == chosen
+    assert {p.color for p in chosen if p.kind == "backends"} == {b.color for b in BACKENDS.values()}
 
 
 @pytest.mark.parametrize(
@@ -399,7 +409,7 @@ def test_noise_is_no_regression():
     old, new = synthetic(cpu=entry()), synthetic(cpu=entry(2.6))
     new["results"][0]["providers"]["cpu"]["time"]["total"] = spread(2.6, noise=0.4)
     new["results"][0]["providers"]["cpu"]["time"]["forward"] = spread(1.3, noise=0.4)
-    assert not compare(old, new).regressions
+    assert compare(old, new).regressions.empty
 
 
 def test_comparison_says_what_else_differs():
@@ -429,86 +439,116 @@ def test_growth_exponents():
                 "providers": {"cpu": entry(rows**1.5)},
             }
         )
-    (sweep,) = summary.growth(data)
-    assert sweep["time_exponent"] == pytest.approx(1.5)
-    assert sweep["memory_exponent"] == pytest.approx(0)
+    (sweep,) = report.growth(report.figures(data)).itertuples()
+    assert (sweep.sweep, sweep.provider) == ("rows", "cpu")
+    assert sweep.total == pytest.approx(1.5)
+    assert sweep.memory == pytest.approx(0)
 
 
-def test_tables_are_generated_and_staleness_is_found(tmp_path, capsys):
-    results, files = tmp_path / "results", [tmp_path / "README.md", tmp_path / "page.md"]
-    write(results / "a.json", synthetic())
-    for file in files:
-        file.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
-    arguments = [
-        "table",
-        "--results",
-        str(results),
-        "--readme",
-        str(files[0]),
-        "--page",
-        str(files[1]),
-    ]
-    assert main([*arguments, "--check"]) == 1
-    assert main(arguments) == 0
-    assert main([*arguments, "--check"]) == 0
-    overview, details = (file.read_text() for file in files)
-    for text in (overview, details):
-        assert text.startswith("before\n")
-        assert text.endswith("\nafter\n")
-    assert "| 2 s | 8 s | - |" in overview  # no peer
-    assert "4.00x" in details  # 8 s against 2 s
+@pytest.fixture
+def paths(tmp_path):
+    """Options of `table` and `check-records`: a folder of records, a page, a picture."""
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{docs.BEGIN}\nold\n{docs.END}\nafter\n")
+    names = {"results": tmp_path / "results", "page": page, "image": tmp_path / "new" / "image.svg"}
+    return SimpleNamespace(
+        **names, options=[x for name, path in names.items() for x in (f"--{name}", str(path))]
+    )
+
+
+def test_tables_are_generated_and_staleness_is_found(paths):
+    write(paths.results / "a.json", synthetic())
+    command = ["table", *paths.options]
+    assert main([*command, "--check"]) == 1
+    assert main(command) == 0
+    assert main([*command, "--check"]) == 0
+    text = paths.page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "| dense | 8 s | 1.00x | 8.00 |" in text
+    assert "| cpu | 2 s | 4.00x | 2.00 |" in text
+    assert "| GEMMs only | 1 s | - | - |" in text
+    assert not paths.image.exists()  # that is of the suite "full"
     newer = copy.deepcopy(synthetic(cpu=entry(3.0)))
     newer["date"] = "2026-02-02T03:04:05+00:00"
-    write(results / "0.json", newer)
-    assert main([*arguments, "--check"]) == 1
-    write(results / "b.json", synthetic() | {"suite": "another"})
-    assert main(arguments) == 0
-    text = files[1].read_text()
+    write(paths.results / "0.json", newer)
+    assert main([*command, "--check"]) == 1
+    write(paths.results / "b.json", synthetic() | {"suite": "another"})
+    assert main(command) == 0
+    text = paths.page.read_text()
     assert "| 3 s |" in text  # the newest of its suite
     assert "4.00x" in text  # the only one of the other
 
 
-def test_table_without_record_or_markers(tmp_path, capsys):
-    files = [tmp_path / "README.md", tmp_path / "page.md"]
-    for file in files:
-        file.write_text("nothing")
-    arguments = ["table", "--readme", str(files[0]), "--page", str(files[1]), "--results"]
-    assert main([*arguments, str(tmp_path / "none")]) == 2
+def test_picture_of_the_suite_full(paths):
+    names = ("dense", "dense-compile", "cpu", "torch", "trl", "liger")
+    times = zip(names, (8.0, 5.0, 2.0, 3.0, 7.0, 6.0))
+    full = synthetic(**{name: entry(total) for name, total in times}) | {"suite": "full"}
+    write(paths.results / "a.json", full)
+    assert main(["table", *paths.options]) == 0
+    svg = ElementTree.parse(paths.image).getroot()
+    texts = ["".join(node.itertext()) for node in svg.iter("{http://www.w3.org/2000/svg}text")]
+    assert [t for t in texts if t.endswith(" s") or " s " in t] == [
+        "2 s",
+        "5 s",
+        "8 s",
+        "6 s liger",
+    ]
+    assert any("some processor" in t for t in texts)
+    assert any("python -m benchmarks run --suite full" in t for t in texts)
+    assert svg.get("width")
+    paths.image.write_text("another")
+    assert main(["table", *paths.options, "--check"]) == 1
+
+
+def test_table_without_record_or_markers(paths, capsys):
+    paths.page.write_text("nothing")
+    assert main(["table", *paths.options]) == 2
     assert "has no record" in capsys.readouterr().err
-    write(tmp_path / "results" / "a.json", synthetic())
-    assert main([*arguments, str(tmp_path / "results")]) == 2
+    write(paths.results / "a.json", synthetic())
+    assert main(["table", *paths.options]) == 2
     assert "needs the lines" in capsys.readouterr().err
 
 
-def test_records_are_checked_against_planner_and_tables(tmp_path, capsys):
+def test_records_are_checked_against_planner_and_tables(paths, capsys):
     from fdd_kernels.memory.loss import loss_memory
 
-    results, files = tmp_path / "results", [tmp_path / "README.md", tmp_path / "page.md"]
-    for file in files:
-        file.write_text(f"{readme.BEGIN}\n{readme.END}\n")
-    arguments = ["--results", str(results), "--readme", str(files[0]), "--page", str(files[1])]
     measured = int(1.05 * loss_memory(loss_shape(GPT2), "cpu", threads=2).total)
     right = entry(memory=measured)
     right["memory"]["measure"] = MEMORY_IN_USE["cpu"]
     # the other has another measure, and says nothing
-    write(results / "a.json", synthetic(cpu=right, dense=entry()))
-    assert main(["check-records", *arguments]) == 1
-    assert capsys.readouterr().err.count("is stale") == 2
-    assert main(["table", *arguments]) == 0
-    assert main(["check-records", *arguments]) == 0
+    write(paths.results / "a.json", synthetic(cpu=right, dense=entry()))
+    assert main(["check-records", *paths.options]) == 1
+    assert capsys.readouterr().err.count("is stale") == 1
+    assert main(["table", *paths.options]) == 0
+    assert main(["check-records", *paths.options]) == 0
     assert "1 predictions of memory" in capsys.readouterr().out
     wrong = copy.deepcopy(right)
     wrong["memory"]["beyond_inputs"] = 2 * measured
-    write(results / "a.json", synthetic(cpu=wrong))
-    assert main(["table", *arguments]) == 0
-    assert main(["check-records", *arguments]) == 1
+    write(paths.results / "a.json", synthetic(cpu=wrong))
+    assert main(["table", *paths.options]) == 0
+    assert main(["check-records", *paths.options]) == 1
     assert "a.json: gpt2 / cpu: the planner predicts" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", sorted(record.RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_committed_records_are_read(path, tmp_path, capsys):
+    """Records of yesterday: their page, their table, and the comparison with themselves."""
+    from benchmarks.report.page import render
+
+    data = record.load(path)
+    text = render(data, [])
+    for result in data["results"]:
+        assert f"<h3>{result['workload']['name']}</h3>" in text
+    assert report.conditions(data) in docs.details(data)
+    assert main(["compare", str(path), str(path)]) == 0
+    assert "0 of" in capsys.readouterr().out
 
 
 def test_without_matplotlib_the_figures_are_shown(tmp_path, monkeypatch, capsys):
     import sys
 
-    for name in ("benchmarks.html", "benchmarks.plots"):
+    for name in ("benchmarks.report.page", "benchmarks.report.plots"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     path = write(tmp_path / "a.json", synthetic())
@@ -518,7 +558,7 @@ def test_without_matplotlib_the_figures_are_shown(tmp_path, monkeypatch, capsys)
 
 def test_report_opens_in_a_browser(tmp_path):
     pytest.importorskip("matplotlib")
-    from benchmarks.html import write_report
+    from benchmarks.report.page import write_report
 
     page = write_report(synthetic(), tmp_path)
     browser = (

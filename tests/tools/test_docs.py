@@ -1,5 +1,6 @@
-"""README.md and docs/ do what they print: every Python block runs, every command line is one that
-our parsers take.
+"""README.md, CONTRIBUTING.md and docs/ do what they print.
+
+Every Python block runs, our parsers take every command line, every link leads somewhere.
 """
 
 import argparse
@@ -21,7 +22,12 @@ from fdd_kernels.data import Windows, pad_windows
 from tests.support.hf_models import tiny_batch, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+MOST_README_BYTES = 6144
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 VOCAB = len(tiny_tokenizer())
 
@@ -240,20 +246,44 @@ def test_a_command_line_is_parsed(monkeypatch, command, inline):
         run(target if by_name else str(path), run_name="__main__")
 
 
+def test_the_readme_is_short():
+    assert (ROOT / "README.md").stat().st_size <= MOST_README_BYTES
+
+
+def test_the_index_names_every_page():
+    text = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "index.md" or f"({page.name})" in text, page.name
+
+
+def test_the_page_of_parameters_is_current():
+    from docs.make_parameters import PAGE, page
+
+    assert PAGE.read_text(encoding="utf-8") == page(), "run `python -m docs.make_parameters`"
+
+
+def anchors(page):
+    """The anchors of a page's headings, as Markdown renderers make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
 def test_links_and_files_exist():
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
-            assert (page.parent / target).exists(), f"{page.name}: {target}"
+        for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)", text):
+            to = page.parent / target if target else page
+            assert to.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in anchors(to), f"{page.name}: {target}#{anchor}"
         for path in re.findall(
             r"`((?:fdd_kernels|tests|examples|benchmarks|docs|csrc)/[\w./-]+)`", text
         ):
             assert (ROOT / path).exists() or path.startswith("benchmarks/results/"), (
                 f"{page.name}: {path}"
             )
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for target in re.findall(
-        r"(?:^ {4}|`)make\s+([a-z]+)",
+        r"(?:^ {4}|`)make\s+([a-z-]+)",
         "\n".join(p.read_text(encoding="utf-8") for p in PAGES),
         re.MULTILINE,
     ):

@@ -41,7 +41,7 @@ def same(found, expected, **tolerance):
 @pytest.mark.parametrize(
     "name", ["plain_loop", "trainer", "sft", "accelerate_loop", "lightning_module"]
 )
-def test_it_runs_and_goes_on(tmp_path, monkeypatch, name):
+def test_it_runs_and_resumes(tmp_path, monkeypatch, name):
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
     arguments = ["--steps", "6", "--save-steps", "2"]

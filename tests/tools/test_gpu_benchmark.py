@@ -282,11 +282,11 @@ def test_parts_of_the_model_add_up_to_the_whole(device, pair):
     call = gpu_model.Call(gpu_model.PAIRS[pair])
     found = gpu_model.cached(device, call)
     assert found.seconds == pytest.approx(sum(found.parts.values()))
-    rows = found.product_rows // call.layers
+    rows = found.block_rows // call.layers
     assert rows * (found.blocks - 1) < call.rows <= rows * found.blocks
     # All products at the device's fraction of its peak are a bound from below.
     operations = 2 * call.elements * (3 * call.student + call.teacher)
-    assert found.seconds > operations / (device.products * device.gemm)
+    assert found.seconds > operations / (device.gemms * device.gemm)
     assert (
         gpu_model.cached(device, gpu_model.Call(gpu_model.PAIRS[pair], trained=False)).seconds
         < found.seconds

@@ -1,6 +1,6 @@
 """Launch configurations: a plain function of operation, shape, dtype and architecture.
 
-How the numbers were argued (benchmarks/gpu_model.py prints the model, benchmarks/aot.py the
+How the numbers were argued (benchmarks/gpu_model.py prints the model, benchmarks/aot the
 resources; neither is a timing: no GPU has run these kernels yet). GEMMs of this kind are bound by
 the multiprocessors' L2 reads: 2 / block_rows + 2 / block_columns bytes per 16-bit multiplication
 and model. So the tile is the largest that compiles without a spill on every target: 128 x 128 with
@@ -78,7 +78,7 @@ class RowLaunch:
         return options | {"maxnreg": 255} if architecture.startswith("sm_") else options
 
 
-# Chosen by what compiles without a stack on every target (benchmarks/aot.py), not by timing. One
+# Chosen by what compiles without a stack on every target (benchmarks/aot), not by timing. One
 # warp needs no barriers: its reductions are shuffles; masks and the gradient have too many values
 # in flight for that.
 ROW_LAUNCHES = {

@@ -1,5 +1,5 @@
-"""Whether two runs use the same models: by what is in their folders, not by where they lie or when
-they were touched.
+"""Tell whether two runs use the same models: by the content of their folders, not by path or
+time.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _PATTERNS = (
 
 
 def model_identity(name: str) -> str | dict[str, str]:
-    """The name of a model on the hub, or size and digest of each file of a folder that makes the
-    model or its tokenizer.
+    """Identify a model: its name on the hub, or size and digest of each file in a local folder.
 
-    Of a safetensors file the digest is of its header, and of the beginning, middle and end of every
-    tensor: training that reaches every row differs there, and a large model is not read twice. Rows
-    trained in between alone are not seen.
+    Only files of the model and its tokenizer count. The digest of a safetensors file is that of its
+    header and of the beginning, middle and end of every tensor. Training that changes
+    every row changes these, and a large model is not read twice. A change of some rows in between
+    is missed.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -41,8 +41,8 @@ def model_identity(name: str) -> str | dict[str, str]:
 
 
 def same_model(before: Any, now: Any, name: str) -> bool:
-    """Whether a record is of the model `now`, also a record of earlier versions: size and time of
-    each file.
+    """Whether a record describes the model `now`; earlier versions recorded size and time of each
+    file.
     """
     if (
         isinstance(before, dict)
@@ -75,9 +75,7 @@ def _digest(file: Path) -> str:
 
 
 def _tensors(file: Path) -> list[tuple[int, int]]:
-    """Where the header and each tensor of a safetensors file begin and end; the whole file if it is
-    none.
-    """
+    """The byte ranges of header and tensors of a safetensors file; one range if it is not valid."""
     size = file.stat().st_size
     try:
         with file.open("rb") as stream:

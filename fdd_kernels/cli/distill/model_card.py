@@ -1,4 +1,4 @@
-"""README.md of a distilled student."""
+"""The model card (README.md) of a distilled student."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from fdd_kernels.cli.distill.run_folder import DistillOptions
+from fdd_kernels.cli.distill.options import DistillOptions
 from fdd_kernels.data.sources import open_source
 from fdd_kernels.hf.distiller import Distiller
 from fdd_kernels.integrations.model_card import TAGS, distillation_section, public_name
@@ -18,10 +18,10 @@ _TRAINING = ("learning_rate", "batch_size", "gradient_accumulation", "dtype", "s
 def model_card(
     options: DistillOptions, distiller: Distiller, metrics: dict[str, Any], terms: list[str]
 ) -> ModelCard:
-    """A card with metadata for the hub; of paths it holds the last part only.
+    """Make a card with metadata for the hub; paths are cut to their last part.
 
     Args:
-        metrics: what metrics.json will hold.
+        metrics: the content of metrics.json.
         terms: the terms of the loss to show.
     """
     student, teacher = public_name(options.student), public_name(distiller.teacher.name)
@@ -49,7 +49,7 @@ def model_card(
         "",
         f"- Data: {', '.join(files) or 'not named'}; {metrics['train_windows']} windows of at most "
         f"{metrics['max_length']} tokens, {metrics['train_tokens']} tokens; "
-        f"{metrics['held_out_windows']} windows held out",
+        f"{metrics['held_out_windows']} validation windows",
         f"- Steps: {metrics['steps']}, {metrics['epochs']:g} epochs",
         *(
             f"- {name}: {getattr(options, name)}"
@@ -61,7 +61,7 @@ def model_card(
     if metrics["held_out"] is not None:
         lines += [
             "",
-            "## On the windows held out",
+            "## On the validation split",
             "",
             "Means over tokens, in nats (derivative: 1 - cosine).",
             "",

@@ -1,4 +1,4 @@
-"""What `fdd-kernels distill` is told. No torch to import."""
+"""The options of `fdd-kernels distill`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fdd_kernels.cli.teacher_options import DTYPES, TeacherOptions
 from fdd_kernels.common.errors import UserError
 from fdd_kernels.objectives.fdd.options import FDDConfig
 
-# Those of transformers that need nothing but the number of steps.
+# The schedulers of transformers that need the number of steps only.
 SCHEDULERS = (
     "cosine",
     "linear",
@@ -25,42 +25,43 @@ SCHEDULERS = (
 
 @dataclass(frozen=True, kw_only=True)
 class DistillOptions(TeacherOptions):
-    """What to distil and how.
+    """Options of a distillation.
 
     Args:
         student: a directory or name of a transformers causal LM; a directory with a config.json and
             no weights is initialised at random.
         data: files, a directory of them, or a data set by its name or folder; see
             `fdd_kernels.data.open_source`.
-        eval_data: likewise, to evaluate on; then nothing of data is held out.
-        teacher_cache: what cache-teacher wrote, in place of teacher and data: windows, their length
-            and the part held out are its own.
-        output: where checkpoints, student/, metrics.json and run.json go.
+        eval_data: likewise, the validation split; then data is used for training only.
+        teacher_cache: a directory written by cache-teacher, instead of teacher and data; it sets
+            the windows, their length and the validation split.
+        output: the directory for checkpoints, student/, metrics.json and run.json.
         config: layers and loss.
         epochs: passes over the data.
         max_steps: optimizer steps; wins over epochs.
-        learning_rate: its peak.
-        warmup: steps until the peak, or a part of all steps if below 1; a thirtieth unless given.
-        scheduler: how the rate goes on: cosine, linear, constant, constant_with_warmup,
-            cosine_with_restarts, polynomial or inverse_sqrt.
+        learning_rate: the peak of the learning rate.
+        warmup: steps until the peak, or a fraction of all steps if below 1; a thirtieth of them
+            unless given.
+        scheduler: of the learning rate after warmup: cosine, linear, constant,
+            constant_with_warmup, cosine_with_restarts, polynomial or inverse_sqrt.
         weight_decay: of AdamW.
         batch_size: windows in a batch of one process.
         gradient_accumulation: batches in a step.
-        max_length: tokens in a window; 512 unless given, or less if a model has fewer positions.
+        max_length: tokens in a window; unless given 512, or the fewest positions of the models.
         dtype: of the computation: auto, float32 or bfloat16; the student's own weights stay float32
             (under LoRA, its adapters). auto is bfloat16 on a GPU that has it.
         teacher_dtype: of the teacher alone: auto, float32 or bfloat16; as dtype unless given.
         seed: of everything random.
-        eval_fraction: part of the windows held out; 0.05 unless given.
+        eval_fraction: fraction of the windows for validation; 0.05 unless given.
         lora_rank: train LoRA adapters of this rank; 0 trains all weights.
-        lora_alpha: their scale times rank; twice the rank unless given.
+        lora_alpha: scale of the adapters times rank; twice the rank unless given.
         lora_targets: which modules, as in q_proj,v_proj; all-linear is every linear one but the
             head.
-        gradient_checkpointing: less memory, more time.
+        gradient_checkpointing: recompute activations: less memory, more time.
         save_steps: steps between checkpoints, and evaluations.
         log_steps: steps between reports of the loss.
         report_to: also report to tensorboard, wandb or others that transformers knows.
-        resume: go on with the same run in output, which is the default; without it that is removed,
+        resume: resume the same run in output, which is the default; without it the run is removed
             and started again.
     """
 
@@ -139,7 +140,7 @@ class DistillOptions(TeacherOptions):
             raise UserError(f"lora_rank={self.lora_rank} needs peft: pip install peft")
 
     def _check_source(self) -> None:
-        """Teacher and data, or a cache of both."""
+        """Require teacher and data, or a cache that replaces both."""
         if self.teacher_cache is None:
             for name in ("teacher", "data"):
                 if getattr(self, name) is None:
@@ -169,12 +170,11 @@ class DistillOptions(TeacherOptions):
             if getattr(self, name) is not None:
                 raise UserError(
                     f"{name}={getattr(self, name)} was given beside teacher_cache, which holds "
-                    "windows of its own: leave "
-                    "it out, or make another cache"
+                    "windows of its own: leave it out, or make another cache"
                 )
 
     def _check_loss(self) -> None:
-        """Something to learn: a weight that is not 0, with layers for it."""
+        """Require a term of nonzero weight that has the layers it needs."""
         config = self.config
         layers = config.num_layers if config.student_layers is None else len(config.student_layers)
         layers += config.output_in_dynamics
@@ -191,6 +191,5 @@ class DistillOptions(TeacherOptions):
             raise UserError(f"{given}: there is nothing to learn; give one of them a weight")
         raise UserError(
             f"beta={config.beta:g} alone needs two layers to compare a change between, and there "
-            f"are {layers}: give "
-            "num_layers=2 or more"
+            f"are {layers}: give num_layers=2 or more"
         )

@@ -1,4 +1,4 @@
-"""The processes of one run, as torchrun or accelerate started them, or this one alone."""
+"""The processes of one run: those that torchrun or accelerate started, or one alone."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ T = TypeVar("T")
 
 
 class Processes:
-    """How many there are and which one this is. `device` is this process's."""
+    """Count and rank of the processes, and the device of this one."""
 
     def __init__(self, arguments: TrainingArguments) -> None:
         self.device = arguments.device  # connects the processes
         self.count, self.rank = arguments.world_size, arguments.process_index
 
     def first(self, work: Callable[[], T]) -> T:
-        """Do `work` in the first process alone; its result, or its error, is that of all.
+        """Do `work` in the first process and give its result to all.
 
         Raises:
-            UserError: as `work` does; elsewhere than in the first process one that is not shown.
+            UserError: as `work` does, in the first process.
+            SaidElsewhere: in the other processes, if `work` failed.
         """
         result, error = None, None
         if self.rank == 0:
@@ -45,11 +46,11 @@ class Processes:
         return result
 
     def all(self, work: Callable[[], T]) -> T:
-        """Do `work` in every process; if it fails in one, all of them end.
+        """Do `work` in every process; if it fails in one, all raise.
 
         Raises:
-            UserError: as `work` does, in the first process where it failed; in the others one that
-                is not shown.
+            UserError: as `work` does, in the first process where it failed.
+            SaidElsewhere: in the other processes.
         """
         result, error = None, None
         try:
@@ -67,9 +68,7 @@ class Processes:
 
 
 def require_data_parallelism() -> None:
-    """Raises UserError where accelerate was told to shard the model, which this command does not
-    do.
-    """
+    """Raise UserError if accelerate is set to shard the model, which this command does not do."""
     for library, variable in (
         ("FSDP", "ACCELERATE_USE_FSDP"),
         ("DeepSpeed", "ACCELERATE_USE_DEEPSPEED"),
@@ -77,14 +76,14 @@ def require_data_parallelism() -> None:
         if os.environ.get(variable, "false").lower() in ("1", "true"):
             raise UserError(
                 f"{library} shards the model, which this command does not do: start it with "
-                "torchrun or with plain data "
-                "parallelism, or use FDDTrainer in a script of your own (examples/trainer.py)"
+                "torchrun or with plain data parallelism, or use FDDTrainer in a script of your "
+                "own (examples/trainer.py)"
             )
 
 
 @contextlib.contextmanager
 def together(arguments: TrainingArguments) -> Iterator[Processes]:
-    """The processes of this run, connected for the time of the block."""
+    """Connect the processes of this run while the block runs."""
     processes = Processes(arguments)
     try:
         yield processes

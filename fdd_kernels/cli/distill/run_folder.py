@@ -1,4 +1,4 @@
-"""The directory of a distillation: whose it is, and what is complete in it."""
+"""The output directory of a run: which run it belongs to, and whether that is finished."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RUN_FILE, METRICS_FILE, STUDENT_FOLDER, ADAPTER_FOLDER = (
     "student",
     "adapter",
 )
-# What may differ between a run and its continuation.
+# Options that may change when a run is resumed.
 _FREE_OPTIONS = (
     "output",
     "resume",
@@ -45,10 +45,13 @@ def steps_of(options: DistillOptions, train_windows: int, processes: int = 1) ->
 
 
 def settle_run(options: DistillOptions, processes: int = 1) -> dict[str, Any] | None:
-    """Make `output` this run's directory; the metrics if it is finished.
+    """Make `output` the directory of this run.
+
+    Returns:
+        The metrics if the run is finished, else None.
 
     Raises:
-        UserError: it belongs to another run, or to this one with more steps.
+        UserError: it belongs to another run, or this run has more steps already.
     """
     output, run = options.output, run_record(options, processes)
     record, saved = output / RUN_FILE, checkpoints(output)
@@ -68,15 +71,14 @@ def settle_run(options: DistillOptions, processes: int = 1) -> dict[str, Any] | 
             before = json.loads(record.read_text("utf-8"))
         except ValueError as error:
             raise UserError(
-                f"{record}: not readable ({error}); start again with --no-resume or another "
+                f"{record}: cannot be parsed ({error}); start again with --no-resume or another "
                 "--output"
             ) from None
         different = _differences(before, run, options)
         if different and (saved or (output / METRICS_FILE).exists()):
             raise UserError(
-                f"{output} holds another run ({'; '.join(different)}): give the same options to go "
-                "on with it, "
-                "another --output, or --no-resume to remove them and start again"
+                f"{output} holds another run ({'; '.join(different)}): give the same options to "
+                "resume it, another --output, or --no-resume to remove it and start again"
             )
         if not different and (output / METRICS_FILE).exists():
             metrics = json.loads((output / METRICS_FILE).read_text("utf-8"))
@@ -86,7 +88,7 @@ def settle_run(options: DistillOptions, processes: int = 1) -> dict[str, Any] | 
             require_more(output, metrics["steps"], wanted)
     elif saved:
         raise UserError(
-            f"{output} holds {saved[-1].name} but no {RUN_FILE}: it is not of this command; use "
+            f"{output} holds {saved[-1].name} but no {RUN_FILE}: another program wrote it; use "
             "another --output"
         )
     try:
@@ -97,26 +99,22 @@ def settle_run(options: DistillOptions, processes: int = 1) -> dict[str, Any] | 
 
 
 def require_more(output: Path, done: int, wanted: int) -> None:
-    """Refuse a continuation that would end before the run has come.
-
-    Raises:
-        UserError: it would.
-    """
+    """Raise UserError if a resumed run would end at a step before the last one done."""
     if wanted < done:
         raise UserError(
             f"{output} holds this run after {done} steps, and {wanted} are wanted: give more "
-            "--steps or --epochs to go on with "
-            "it, another --output, or --no-resume to remove it and start again"
+            "--steps or --epochs to resume it, another --output, or --no-resume to remove it and "
+            "start again"
         )
 
 
 def run_record(options: DistillOptions, processes: int = 1) -> dict[str, Any]:
-    """What a run is: its options, and the content of its data and models, as JSON."""
+    """The record of a run as JSON: its options, and digests of its data and models."""
     run = dataclasses.asdict(options)
     for name in _FREE_OPTIONS:
         del run[name]
     run |= {f"config.{name}": value for name, value in run.pop("config").items()}
-    if options.teacher_cache is not None:  # its index holds the checksums of everything in it
+    if options.teacher_cache is not None:  # the digest of its index, which holds all checksums
         run["teacher_cache"] = open_cache(options.teacher_cache).digest
     for name in ("data", "eval_data"):
         if run[name] is not None:
@@ -130,9 +128,7 @@ def run_record(options: DistillOptions, processes: int = 1) -> dict[str, Any]:
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], options: DistillOptions) -> list[str]:
-    """In words, what of a run is another than before; an option that a record does not know had its
-    default then.
-    """
+    """What differs between two records, in words; an option missing in a record had its default."""
     defaults = {f.name: f.default for f in dataclasses.fields(options)} | {"processes": 1}
     defaults |= {f"config.{f.name}": f.default for f in dataclasses.fields(FDDConfig)}
     defaults = json.loads(

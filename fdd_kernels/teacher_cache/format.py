@@ -1,12 +1,13 @@
-"""The index of a cache: what it holds, which files it consists of, and whether they are as they
-were written.
+"""The index of a cache: its contents, its files, and whether they are unchanged.
 
-    index.json             what the cache holds (`contents`), size and SHA-256 of every file,
-    `complete` shard-00000.safetensors, ...   for each array its rows, of whole windows, in their
-    stored form NAME.safetensors, tokenizer/   what is stored once
+A cache is a directory of
 
-Each file is on disk before the index names it, so a killed writer leaves an index that is true; the
-next goes on from it.
+    index.json                        `contents`, size and SHA-256 of every file, `complete`
+    shard-00000.safetensors, ...      the encoded rows of every array, for whole windows
+    NAME.safetensors, tokenizer/      what is stored once
+
+Each file is on disk before the index names it. So the index that a killed writer leaves is correct,
+and the next writer resumes from it.
 """
 
 from __future__ import annotations
@@ -28,9 +29,7 @@ INDEX_FILE, TOKENIZER_FOLDER = "index.json", "tokenizer"
 
 @dataclass(frozen=True)
 class ArraySpec:
-    """One array: `width` numbers for each position that counts, stored by the codec of that
-    name.
-    """
+    """One array: a row of `width` numbers for each valid position, encoded by the named codec."""
 
     width: int
     codec: str
@@ -43,7 +42,7 @@ class ArraySpec:
 def stored_tensors(
     arrays: dict[str, ArraySpec], rows: int
 ) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """The tensors of a shard: name -> (dtype, shape)."""
+    """Return the tensors of a shard of `rows` rows: name -> (dtype, shape)."""
     return {
         name + part: (dtype, (rows, *shape))
         for name, spec in arrays.items()
@@ -51,11 +50,11 @@ def stored_tensors(
     }
 
 
-def plan_shards(
+def split_into_shards(
     counts: Sequence[int], arrays: dict[str, ArraySpec], shard_size: int
 ) -> list[tuple[int, int]]:
-    """Cut windows with so many rows each into runs [start, stop) of at most `shard_size` bytes, or
-    of one window.
+    """Split windows, window i with `counts[i]` rows, into runs [start, stop) of at most
+    `shard_size` bytes; a larger window is a run of its own.
     """
     most = shard_size // sum(spec.bytes_per_row for spec in arrays.values())
     runs, start, rows = [], 0, 0
@@ -68,7 +67,7 @@ def plan_shards(
 
 
 def read_index(folder: Path) -> dict[str, Any] | None:
-    """The index of a cache, complete or not; None if there is none.
+    """Return the index of a cache, complete or not; None if there is none.
 
     Raises:
         ValueError: it cannot be read, or is of another format or version.
@@ -93,8 +92,8 @@ def read_index(folder: Path) -> dict[str, Any] | None:
 def damaged_files(
     folder: Path, files: dict[str, dict[str, Any]], *, checksums: bool
 ) -> dict[str, str]:
-    """Files that are not as the index says: name -> what is wrong. Sizes are always compared,
-    content with `checksums`.
+    """Return the files that differ from the index: name -> problem. Compares sizes, with
+    `checksums` also SHA-256.
     """
     damaged = {}
     for name, recorded in files.items():
@@ -111,7 +110,7 @@ def damaged_files(
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
-    """In words, where two nested JSON objects differ."""
+    """Describe in words where two nested JSON objects differ."""
     found = []
     for key in {**before, **now}:
         a, b = before.get(key), now.get(key)

@@ -1,4 +1,4 @@
-"""Reading with a progress bar."""
+"""Read text into windows with a progress bar."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ def read_windows(
     seed: int,
     unshared: frozenset[int] = frozenset(),
 ) -> Windows:
-    """`load_windows` with a progress bar, and lines that say what was read and what was left
-    out.
-    """
+    """Call `load_windows` with a progress bar; print what was read and what was left out."""
     source = open_source(data)
     with Activity(
         console, "reading text", source.size, count=show if source.files else str
@@ -36,23 +34,21 @@ def read_windows(
             eval_fraction=eval_fraction,
             seed=seed,
             unshared=unshared,
-            advance=lambda read: activity.update(activity.done + read),
+            advance=lambda amount: activity.update(activity.done + amount),
         )
     console.print(
         f"{windows.documents} documents: {len(windows.train)} training windows of at most "
-        f"{max_length} tokens "
-        f"({windows.train_tokens} tokens), {len(windows.held_out)} held out"
+        f"{max_length} tokens ({windows.train_tokens} tokens), {len(windows.held_out)} validation "
+        "windows"
     )
     if windows.without_labels:
         console.print(
             f"{len(windows.without_labels)} documents have nothing to learn within {max_length} "
-            "tokens and are left out, "
-            f"for example {windows.without_labels[0]}"
+            f"tokens and are left out, for example {windows.without_labels[0]}"
         )
     if windows.not_shared:
         console.print(
-            f"{len(windows.not_shared)} documents hold tokens that not both models have, and their "
-            "windows with them are left "
-            f"out, for example {windows.not_shared[0]}"
+            f"{len(windows.not_shared)} documents hold tokens that only one model has, and their "
+            f"windows with them are left out, for example {windows.not_shared[0]}"
         )
     return windows

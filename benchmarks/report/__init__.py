@@ -1,0 +1,174 @@
+"""The figures of a record as a pandas frame, and as texts; tables, plots and pages show these.
+
+compare.py    changes between two records beyond noise
+terminal.py   tables in the terminal
+plots.py      plots;  page.py, page.html  the HTML report
+docs.py       docs/benchmarks.md and, with picture.svg, the picture of the README
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from benchmarks.workloads import Workload
+from fdd_kernels.common.sizes import GIB, MIB
+
+GEMMS = "GEMMs only"
+NOTHING = "-"
+
+
+def seconds(value: float) -> str:
+    """A time with three digits and its unit."""
+    if value < 1e-3:
+        return f"{value * 1e6:.3g} us"
+    return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"
+
+
+def memory(value: float) -> str:
+    """Bytes with three digits and a binary unit."""
+    return f"{value / GIB:.3g} GiB" if value >= GIB else f"{value / MIB:.3g} MiB"
+
+
+def _row(result: dict[str, Any], name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    workload, gemms = result["workload"], result["products"]
+    time, held, accuracy = (entry[measure] or {} for measure in ("time", "memory", "accuracy"))
+    row = {key: workload.get(key) for key in ("group", "sweep", "threads")}
+    row |= {key: entry.get(key) for key in ("status", "reason", "computes")}
+    row |= {"workload": workload["name"], "provider": name, "result": result}
+    row |= {"tokens": workload["rows"], "point": workload[workload.get("sweep") or "rows"]}
+    for which in ("forward", "total"):
+        spread = time.get(which, {})
+        row[which], row[f"{which}_min"] = spread.get("median"), spread.get("min")
+        row[f"{which}_max"] = spread.get("max")
+    row["tokens_per_second"] = time.get("tokens_per_second")
+    row["gemms"] = gemms["total"] if gemms else None
+    row["memory"], row["gradients"] = held.get("beyond_inputs"), held.get("gradients")
+    row["predicted"] = entry["predicted_memory"]
+    row["value_error"] = accuracy.get("value_error")
+    row["gradient_error"] = accuracy.get("grad_hidden_relative")
+    return row
+
+
+_TEXTS = ("group", "sweep", "status", "reason", "computes", "workload", "provider", "result")
+
+
+def figures(record: dict[str, Any]) -> pd.DataFrame:
+    """One row per workload and provider: seconds, bytes, errors, NaN where not measured.
+
+    `of_gemms`: time over the GEMM-only lower bound; `vs_dense`: how many times as fast as dense
+    eager PyTorch; `off`: predicted over measured memory, minus 1; `point`: the value of the swept
+    field; `result`: the record's entry of the workload.
+    """
+    rows = [_row(r, name, e) for r in record["results"] for name, e in r["providers"].items()]
+    frame = pd.DataFrame(rows)
+    numbers = [column for column in frame if column not in _TEXTS]
+    frame[numbers] = frame[numbers].astype(float)
+    dense = frame[frame.provider == "dense"].set_index("workload").total
+    frame["vs_dense"] = frame.workload.map(dense) / frame.total
+    frame["of_gemms"] = frame.total / frame.gemms.where(frame.gemms > 0)
+    frame["off"] = frame.predicted / frame.memory.where(frame.memory > 0) - 1
+    return frame
+
+
+# Heading: column of `figures`, and how a number is written. The last one, "computes", is a text.
+SHOWN = {
+    "forward": ("forward", seconds),
+    "forward + backward": ("total", seconds),
+    "tokens/s": ("tokens_per_second", "{:.4g}".format),
+    "vs dense": ("vs_dense", "{:.2f}x".format),
+    "x GEMMs": ("of_gemms", "{:.2f}".format),
+    "memory": ("memory", memory),
+    "predicted": ("predicted", memory),
+    "value error": ("value_error", "{:.1e}".format),
+    "gradient error": ("gradient_error", "{:.1e}".format),
+}
+
+
+def texts(frame: pd.DataFrame) -> pd.DataFrame:
+    """The figures of one workload as texts under the headings "provider", SHOWN and "computes".
+
+    A provider without figures has its reason instead; the GEMM-only lower bound comes last.
+    """
+    table = pd.DataFrame({"provider": frame.provider})
+    for heading, (column, write) in SHOWN.items():
+        table[heading] = [NOTHING if pd.isna(x) else write(x) for x in frame[column]]
+    reasons = frame.status + ": " + frame.reason.fillna("").astype(str)
+    table["computes"] = frame.computes.where(frame.status == "ok", reasons)
+    result = frame.result.iloc[0]
+    gemms, dtype = result["products"], result["workload"]["dtype"]
+    if gemms:
+        about = f"the GEMM-only lower bound, {gemms['operations']['total'] / 1e9:.4g} GFLOP"
+        if dtype != "float32":
+            about += f"; in {dtype} alone {seconds(gemms['input_dtype_total'])}"
+        row = dict.fromkeys(table, NOTHING) | {"provider": GEMMS, "computes": about}
+        row |= {"forward": seconds(gemms["forward"]), "forward + backward": seconds(gemms["total"])}
+        table = pd.concat([table, pd.DataFrame([row])], ignore_index=True)
+    return table
+
+
+def tables(record: dict[str, Any]) -> list[tuple[Workload, pd.DataFrame]]:
+    """Each workload with its table of texts."""
+    found = figures(record).groupby("workload", sort=False)
+    return [
+        (Workload.from_json(frame.result.iloc[0]["workload"]), texts(frame)) for _, frame in found
+    ]
+
+
+def exponent(x: pd.Series, y: pd.Series) -> float:
+    """The power with which y grows with x, by least squares in logarithms; NaN below two points."""
+    there = (x > 0) & (y > 0)
+    if x[there].nunique() < 2:
+        return float("nan")
+    return float(np.polyfit(np.log(x[there]), np.log(y[there]), 1)[0])
+
+
+def growth(frame: pd.DataFrame) -> pd.DataFrame:
+    """For each scaling sweep and provider the exponents of time and memory."""
+    found = []
+    for (field, name), points in frame.groupby(["sweep", "provider"], sort=False):
+        powers = {what: exponent(points.point, points[what]) for what in ("total", "memory")}
+        found.append({"sweep": field, "provider": name} | powers)
+    return pd.DataFrame(found, columns=["sweep", "provider", "total", "memory"])
+
+
+def notes(record: dict[str, Any]) -> list[str]:
+    """Growth, threads, flatness of memory and errors of predictions, one line each."""
+    frame, lines = figures(record), []
+    for sweep in growth(frame).itertuples():
+        powers = (("time", sweep.total), ("memory", sweep.memory))
+        parts = [f"{what} grows as {sweep.sweep}^{p:.2f}" for what, p in powers if not np.isnan(p)]
+        lines += [f"scaling, {sweep.provider}: {', '.join(parts)}"] if parts else []
+    timed = frame[(frame.group == "threads") & frame.total.notna()].sort_values("threads")
+    for name, runs in timed.groupby("provider", sort=False):
+        if len(runs) > 1:
+            few, many = runs.iloc[0], runs.iloc[-1]
+            speed = f"{few.total / many.total:.2f} times as fast on {many.threads:.0f}"
+            lines.append(f"threads, {name}: {speed} as on {few.threads:.0f}")
+    for run in frame[(frame.group == "flatness") & frame.memory.notna()].itertuples():
+        rest = f"{memory(run.memory - run.gradients)} of it not gradients"
+        what = f"memory, {run.provider}, R={run.tokens:.0f}"
+        lines.append(f"{what}: {memory(run.memory)} beyond inputs, {rest}")
+    predicted = frame[frame.off.notna()]
+    if len(predicted):
+        worst, within = predicted.loc[predicted.off.abs().idxmax()], predicted.off.abs() <= 0.1
+        off = f"the worst is off by {worst.off:+.0%} ({worst.workload}, {worst.provider})"
+        lines.append(
+            f"planner: {within.sum()} of {len(predicted)} predictions of memory within 10%; {off}"
+        )
+    return lines
+
+
+def conditions(record: dict[str, Any]) -> str:
+    """Suite, date, processor, versions and commit, in one sentence."""
+    machine, versions, git = record["machine"], record["versions"], record["git"]
+    cores = f"{record['threads']} of {machine['cores']} cores"
+    where = machine.get("gpu") or f"{machine['processor']}, {cores}"
+    sets = ", ".join(machine.get("instructions", [])) or "no vector extensions known"
+    revision = git["revision"][:10] + (" with uncommitted changes" if git["changed"] else "")
+    times = record.get("interruptions")
+    parts = [f"Suite {record['suite']}, {record['date'][:10]}, {where} ({sets})"]
+    parts += [f"torch {versions['torch']}", f"fdd_kernels {versions['fdd_kernels']} at {revision}"]
+    return ", ".join(parts + ([f"interrupted {times} time(s)"] if times else [])) + "."

@@ -1,0 +1,53 @@
+"""A record and a comparison as tables in the terminal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.report import SHOWN, conditions, memory, notes, seconds, tables
+from benchmarks.report.compare import Comparison
+
+
+def print_record(record: dict[str, Any]) -> None:
+    """A table per workload, then the notes and the conditions."""
+    console = Console()
+    if not console.is_terminal:  # a file has no width, and the table needs some
+        console.width = 160
+    for workload, texts in tables(record):
+        title = f"{workload.name}: {workload.text}; {workload.describe()}"
+        table = Table(title=title, title_justify="left")
+        shown = [name for name in texts if name != "predicted"]
+        for name in shown:
+            number = name in SHOWN
+            justify, width = ("right", 8) if number else ("left", 12)
+            table.add_column(name, justify=justify, overflow="fold", min_width=width)
+        for row in texts[shown].itertuples(index=False):
+            table.add_row(*row)
+        console.print(table)
+    for line in [*notes(record), conditions(record)]:
+        console.print(line, highlight=False)
+
+
+def print_comparison(result: Comparison) -> None:
+    """Changes beyond noise, the figures that one record lacks, and other differences."""
+    console, changed = Console(), result.changes[result.changes.beyond_noise]
+    title = f"{len(changed)} of {len(result.changes)} figures changed beyond noise"
+    table = Table(title=title, title_justify="left")
+    for column in ("workload", "provider", "figure", "before", "after", "change"):
+        table.add_column(column)
+    for c in changed.sort_values("ratio", ascending=False).itertuples():
+        show = memory if c.figure == "memory" else seconds
+        outcome = f"{c.ratio - 1:+.1%} {'REGRESSION' if c.ratio > 1 else 'better'}"
+        table.add_row(c.workload, c.provider, c.figure, show(c.before), show(c.after), outcome)
+    console.print(table)
+    for title, lines in (
+        ("lost", result.lost),
+        ("only before", result.only_old),
+        ("only after", result.only_new),
+        ("note", result.caveats),
+    ):
+        for line in lines:
+            console.print(f"{title}: {line}", highlight=False)

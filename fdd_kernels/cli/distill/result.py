@@ -1,0 +1,122 @@
+"""The end of a run: the last evaluation, the student, the metrics."""
+
+from __future__ import annotations
+
+import json
+import platform
+from typing import Any
+
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError
+
+from fdd_kernels.cli.distill.model_card import model_card
+from fdd_kernels.cli.distill.options import DistillOptions
+from fdd_kernels.cli.distill.prepare import Run
+from fdd_kernels.cli.distill.processes import Processes
+from fdd_kernels.cli.distill.run_folder import ADAPTER_FOLDER, METRICS_FILE, STUDENT_FOLDER
+from fdd_kernels.cli.distill.trainer import TERMS, shown_terms
+from fdd_kernels.cli.loading import first_line
+from fdd_kernels.common.atomic import atomic_directory, write_text
+from fdd_kernels.common.errors import UserError
+from fdd_kernels.common.progress import Activity
+from fdd_kernels.integrations.checkpoints import last_checkpoint
+from fdd_kernels.integrations.finite import as_json, require_finite
+from fdd_kernels.version import __version__
+
+
+def evaluations_of(run: Run, console: Console) -> list[dict[str, float]]:
+    """The terms of the loss at every evaluation of a run, the last one after its last step; empty
+    without a validation split.
+
+    Raises:
+        NonFiniteLossError: the last loss is not finite.
+    """
+    trainer = run.trainer
+    logs = [log for log in trainer.state.log_history if "eval_loss" in log]
+    if run.windows.held_out and logs[-1]["step"] != trainer.state.global_step:
+        with Activity(console, "evaluating"):
+            logs.append(trainer.evaluate())
+    found = [{name: log[f"eval_{name}"] for name in TERMS if f"eval_{name}" in log} for log in logs]
+    if found:
+        require_finite("the last evaluation", found[-1])
+    return found
+
+
+def write_result(
+    options: DistillOptions,
+    run: Run,
+    evaluations: list[dict[str, float]],
+    processes: Processes,
+    console: Console,
+) -> dict[str, Any]:
+    """Write the student and then the metrics, in the first process; print both.
+
+    Returns:
+        The content of metrics.json.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    trainer, windows = run.trainer, run.windows
+    metrics = {
+        "steps": trainer.state.global_step,
+        "epochs": round(trainer.state.epoch or 0.0, 4),
+        "train_windows": len(windows.train),
+        "train_tokens": windows.train_tokens,
+        "held_out_windows": len(windows.held_out),
+        "max_length": run.max_length,
+        "student_layers": trainer.distiller.student_layers,
+        "teacher_layers": trainer.distiller.teacher_layers,
+        "vocab_size": run.config.vocab_size,
+        "held_out_before": evaluations[0] if evaluations else None,
+        "held_out": evaluations[-1] if evaluations else None,
+        "history": trainer.state.log_history,
+        "versions": {
+            "fdd_kernels": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
+    with Activity(console, "writing the student"):
+        processes.first(lambda: _write(options, run, metrics))
+    if windows.held_out:
+        table = Table("validation", "before", "after", title=f"after {metrics['steps']} steps")
+        before, after = metrics["held_out_before"], metrics["held_out"]
+        for name in shown_terms(run.config):
+            if name in after:
+                table.add_row(name, f"{before[name]:.4f}", f"{after[name]:.4f}")
+        console.print(table)
+    console.print(
+        f"wrote {options.output / STUDENT_FOLDER} and {options.output / METRICS_FILE}",
+        soft_wrap=True,
+    )
+    return metrics
+
+
+def _write(options: DistillOptions, run: Run, metrics: dict[str, Any]) -> None:
+    """Write the adapter, the student with its card, and the metrics, each completely or not at
+    all.
+    """
+    output, student = options.output, run.trainer.accelerator.unwrap_model(run.trainer.model)
+    try:
+        if options.lora_rank:
+            with atomic_directory(output / ADAPTER_FOLDER) as folder:
+                student.save_pretrained(folder)
+            student = student.merge_and_unload()
+        with atomic_directory(output / STUDENT_FOLDER) as folder:
+            student.save_pretrained(folder)
+            run.tokenizer.save_pretrained(folder)
+            card = model_card(options, run.trainer.distiller, metrics, shown_terms(run.config))
+            card.save(folder / "README.md")
+        write_text(
+            output / METRICS_FILE, json.dumps(as_json(metrics), indent=1, allow_nan=False) + "\n"
+        )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(
+            f"{output}: the student could not be written ({first_line(error)}); "
+            f"{last_checkpoint(output).name} is complete. Make room and run the same command again"
+        ) from error

@@ -1,0 +1,234 @@
+"""Find a causal LM's blocks, and what it does between the last block and its head.
+
+No model family is known here. What follows the last block (norms, projections, scales, the
+transform of a head) is recorded in one forward pass over two tokens (`tail.py`); soft cap and scale
+are measured by replacing the head's output by known numbers (`transform.py`). `ModelReader` then
+compares the result with the model's own logits of other tokens, and refuses a model that does
+something else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fdd_kernels.hf.tail import Recording, Steps
+from fdd_kernels.hf.transform import (
+    PROBE,
+    LogitTransform,
+    configured_transform,
+    measured_transform,
+    probing,
+)
+from fdd_kernels.hf.wrappers import refuse_partitioned
+
+REMEDY = (
+    "Call fused_fdd_loss yourself with the hidden states (the last one after the final norm) and "
+    "the head's weight, bias, soft cap and logit scale"
+)
+SUPPORTED = (
+    "Supported are models that predict the next token: transformers' causal LMs, and "
+    "vision-language models that write text. Not supported are masked LMs (encoders), "
+    "sequence-to-sequence models and classifiers"
+)
+# Prefixes of the names of inputs other than text.
+_MEDIA = ("pixel_", "image_", "video_", "audio_", "input_features", "input_audio")
+# A model is no causal LM if a prediction changes with later tokens by this part of its largest
+# logit.
+_LOOKING_AHEAD = 0.02
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the states of one model are obtained.
+
+    Attributes:
+        backbone: the module to run: the base model, or the model itself.
+        blocks: its blocks, in order.
+        backbone_steps: what the backbone does to a block's state before it returns it.
+        head_steps: what the model does to that before its head.
+        ends_at_head: the backbone is the whole model, whose forward is ended where the head begins.
+    """
+
+    backbone: nn.Module
+    blocks: nn.ModuleList
+    backbone_steps: Steps
+    head_steps: Steps
+    ends_at_head: bool
+
+    def __str__(self) -> str:
+        steps = (self.backbone_steps, self.head_steps)
+        return f"{steps[0]} and {steps[1]}" if steps[1].steps else f"{steps[0]}"
+
+
+def find_head(name: str, model: nn.Module) -> nn.Module:
+    """Return the LM head of a model.
+
+    Raises:
+        TypeError: it has none with a weight (V, width).
+        RuntimeError: DeepSpeed ZeRO-3 has partitioned it.
+    """
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
+    weight = getattr(head, "weight", None)
+    refuse_partitioned(f"the {name}'s head", weight)
+    if head is None or not isinstance(weight, Tensor) or weight.ndim != 2:
+        raise TypeError(
+            f"{name}: {type(model).__name__}.get_output_embeddings() gives "
+            f"{type(head).__name__}, but an LM head with a weight of shape (vocabulary, width) is "
+            f"needed. Pass a causal LM. {SUPPORTED}. {REMEDY}"
+        )
+    return head
+
+
+def refuse_encoder_decoder(name: str, model: nn.Module) -> None:
+    """Raise TypeError for an encoder-decoder."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise TypeError(
+            f"{name}: {type(model).__name__} is an encoder-decoder (config.is_encoder_decoder). "
+            f"{SUPPORTED}. {REMEDY}"
+        )
+
+
+def own_logits(model: nn.Module, tokens: dict[str, Tensor]) -> Tensor:
+    """Return the logits that the model's own forward computes, without making a cache."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    options = {"use_cache": False} if takes_any or "use_cache" in parameters else {}
+    return model(**tokens, **options).logits
+
+
+def require_causal(name: str, model: nn.Module, logits: Tensor, eps: float) -> None:
+    """Refuse masked LMs, by transformers' own lists and by the model's logits.
+
+    Args:
+        logits: (2, 3, V) of two rows of tokens that differ in their last token alone.
+        eps: of the head's dtype.
+
+    Warns:
+        UserWarning: a model for causal LM whose config lets it look ahead.
+
+    Raises:
+        TypeError: a masked LM.
+    """
+    from transformers.models.auto import modeling_auto as auto
+
+    causal = {
+        *auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+        *auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(),
+    }
+    kind, largest = type(model).__name__, logits.abs().max()
+    masked = kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() and not getattr(
+        model.config, "is_decoder", False
+    )
+    bound = max(_LOOKING_AHEAD, 8 * eps) * largest
+    looks_ahead = (logits[0, :2] - logits[1, :2]).abs().max() > bound
+    if kind not in causal and (masked or looks_ahead):
+        why = (
+            "its predictions change with the tokens after them"
+            if looks_ahead
+            else "transformers lists it as a masked LM"
+        )
+        raise TypeError(f"{name}: {kind} is no causal LM ({why}). {SUPPORTED}. {REMEDY}")
+    if looks_ahead:
+        warnings.warn(
+            f"{name}: the predictions of {kind}, as its config is (is_decoder, attn_type), change "
+            "with the tokens after them. It is compared all the same, but at every position it "
+            "has seen what it is to predict",
+            stacklevel=2,
+        )
+
+
+def observe(
+    name: str, model: nn.Module, head: nn.Module, tokens: dict[str, Tensor], vocabulary: int
+) -> tuple[Recording, LogitTransform]:
+    """Run one forward pass to record the steps between blocks and head, and to measure soft cap
+    and scale.
+
+    Args:
+        tokens: a batch of two tokens.
+
+    Raises:
+        TypeError: no list of modules that may be the model's blocks.
+        ValueError: the model does something else to its head's output.
+    """
+    # Neither on mps, which has no float64, nor with less room than numbers. The comparison with the
+    # model's own logits follows in any case.
+    device = tokens["input_ids"].device
+    measurable = device.type != "mps" and 2 * vocabulary >= len(PROBE)
+    base = getattr(model, "base_model", None)
+    lists = _lists_of_blocks(name, model)
+    recording = Recording(model, head, lists, None if base is model else base)
+    with recording.watching(), probing(head) if measurable else contextlib.nullcontext([]) as seen:
+        logits = own_logits(model, tokens)
+    configured = configured_transform(model.config)
+    if len(seen) != 1 or seen[0].shape != logits.shape:
+        return recording, configured
+    probe, logits = seen[0].flatten().cpu(), logits.double().flatten().cpu()
+    transform = measured_transform(configured, probe, logits)
+    if transform is None:
+        raise ValueError(
+            f"{name}: {type(model).__name__} turns {PROBE} at its head into "
+            f"{logits[: len(PROBE)].tolist()}, which is no scale and soft cap (read from its "
+            f"config: {configured}). {REMEDY}"
+        )
+    return recording, transform
+
+
+def _lists_of_blocks(name: str, model: nn.Module) -> list[nn.ModuleList]:
+    """Return every list of as many modules as the model is deep; without one, outermost lists whose
+    length divides the depth, since some models count the parts of their blocks.
+    """
+    config = model.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    depth = getattr(config, "num_hidden_layers", None)
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    fitting = [blocks for blocks in lists if len(blocks) == depth]
+    if not fitting and isinstance(depth, int):
+        inner = {id(m) for blocks in lists for m in blocks.modules() if m is not blocks}
+        outer = [blocks for blocks in lists if id(blocks) not in inner and len(blocks) > 1]
+        fitting = [blocks for blocks in outer if depth % len(blocks) == 0]
+    if not fitting:
+        raise TypeError(
+            f"{name}: looked in {type(model).__name__} for a ModuleList of "
+            f"config.num_hidden_layers={depth} blocks, found lists of "
+            f"{[len(blocks) for blocks in lists]}. {REMEDY}"
+        )
+    return fitting
+
+
+def readings(
+    model: nn.Module, recording: Recording
+) -> Iterator[tuple[nn.ModuleList, Reading | None]]:
+    """Yield each list of blocks, the last to run first, with the `Reading` through it; None if the
+    head's input does not follow from its last state alone.
+    """
+    for blocks, source in reversed(recording.ended.items()):
+        backbone = recording.steps(source, recording.output)
+        # A head that is not called as a module leaves no record: assume no step before it.
+        after = (
+            Steps()
+            if recording.head_input is None
+            else recording.steps(recording.output, recording.head_input)
+        )
+        if backbone is not None and after is not None and _base_takes_media(model):
+            yield blocks, Reading(model.base_model, blocks, backbone, after, ends_at_head=False)
+            continue
+        steps = recording.steps(source, recording.head_input)
+        if steps is None:
+            yield blocks, None
+        else:
+            yield blocks, Reading(model, blocks, steps, Steps(), ends_at_head=True)
+
+
+def _base_takes_media(model: nn.Module) -> bool:
+    """Whether the base model takes all inputs beside text that the model takes; otherwise the model
+    processes them first.
+    """
+    own, base = (inspect.signature(m.forward).parameters for m in (model, model.base_model))
+    return not any(name.startswith(_MEDIA) and name not in base for name in own)
