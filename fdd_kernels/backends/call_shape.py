@@ -1,4 +1,4 @@
-"""The shape of a call, as the backends' `memory` functions take it."""
+"""The shape of a call: the argument of the backends' `memory` and of Triton's strategy rule."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ FLOAT = 4
 
 @dataclass(frozen=True)
 class CallShape:
-    """What decides how much memory a backend allocates, and how it cuts the work.
+    """The numbers that decide how much memory a backend allocates, and how it cuts the work.
 
     Attributes:
         layers: L, of the layers that a request or a pair uses.

@@ -5,7 +5,7 @@ in order of use:
 
     operations.py   the operations: the strategy of a call, and its walk over row blocks
     strategy.py     the rule, a plain function of shape, device and memory
-    memory.py       what a call allocates by each strategy
+    memory.py       the bytes that a call allocates by each strategy
     refusal.py      specs that the kernels cannot compute
     problem.py      a call as every strategy sees it
     gather_rows.py  valid rows gathered side by side, gradients put back

@@ -78,9 +78,9 @@ class RowLaunch:
         return options | {"maxnreg": 255} if architecture.startswith("sm_") else options
 
 
-# Chosen by what compiles without a stack on every target (benchmarks/aot), not by timing. One
-# warp needs no barriers: its reductions are shuffles; masks and the gradient have too many values
-# in flight for that.
+# The launches that compile without a stack on every target (benchmarks/aot); they are not timed.
+# One warp needs no barriers: its reductions are shuffles. Masks and the gradient need too many
+# registers for one warp.
 ROW_LAUNCHES = {
     "stats": RowLaunch(1024, 1, 2),
     "second_pass": RowLaunch(1024, 2, 2),
@@ -127,7 +127,7 @@ def f32_precision(architecture: str) -> str:
     F32_PRECISIONS by the environment variable FDD_KERNELS_TRITON_F32.
 
     Raises:
-        ValueError: the architecture does not have what the environment variable says.
+        ValueError: the architecture does not have the one that the environment variable names.
     """
     precision = os.environ.get(F32_PRECISION, "ieee")
     if precision not in f32_precisions(architecture):
@@ -187,7 +187,7 @@ def choose(
 def candidates(
     shape: tuple[int, ...], dtype: torch.dtype, architecture: str, mixed: bool = False
 ) -> list[LaunchConfig]:
-    """List what autotuning tries: the default and its neighbours in tile and pipeline depth."""
+    """List the candidates of autotuning: the default, its neighbours in tile and pipeline depth."""
     default = choose(shape, dtype, architecture, mixed)
     found, limit = [default], default.max_registers
     for block_rows, block_columns, num_warps in (

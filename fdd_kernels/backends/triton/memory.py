@@ -1,4 +1,4 @@
-"""What a call allocates by each strategy, and the byte budgets of the one-pass kernels.
+"""The bytes that a call allocates by each strategy, and the budgets of the one-pass kernels.
 
 `one_pass/blocks.py` cuts its work by the functions of this file, the other strategies by those of
 `strategy.py`; the planner adds up `memory`. Needs no triton.
@@ -24,7 +24,7 @@ BLOCK_BYTES = 256 * MIB  # hidden states of a block of rows, with the student's 
 GRAD_BYTES = 128 * MIB  # dL/dlogits of that block and a chunk of tokens
 HEAD_BYTES = 128 * MIB  # the head's gradient of those tokens
 RING = 3  # layers whose tiles a program of the gradient parks
-# What is planned for where no device is at hand: an H100.
+# The device that is planned for where none is at hand: an H100.
 PLANNED_ARCHITECTURE, PLANNED_MULTIPROCESSORS = "sm_90", 132
 
 
