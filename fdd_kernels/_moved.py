@@ -65,7 +65,7 @@ MOVED = {
     "distill_command.options": "cli.distill.options",
     "distill_command.processes": "cli.distill.processes",
     "distill_command.identity": "cli.distill.identity",
-    "distill_command.model_card": "cli.distill.model_card",
+    "distill_command.model_card": "integrations.model_card",
     "distill_command": "cli.distill",
     "teacher_cache.cache": "teacher_cache.hidden",
     "teacher_cache.command": "cli.cache_teacher",
@@ -78,7 +78,11 @@ MOVED = {
 }
 # Further modules with names of an old one that was split.
 SPLIT = {
+    "functions": ("engine.cached_logits", "engine.log_sum_exps"),
+    "plan": ("objectives.validation",),
     "spec": ("lens.layout", "lens.inputs"),
+    "terms": ("objectives.fdd.objective", "objectives.reduction"),
+    "vocab_parallel": ("engine.shards", "engine.agreement"),
     "models.lens": ("hf.transform",),
     "distill_command.run": ("cli.distill.trainer",),
     "teacher_cache.cache": ("teacher_cache.reader",),
@@ -88,7 +92,11 @@ RENAMED = {
     "models.positions.counted_positions": "hf.positions.valid_positions",
     "distill_command.run._ResumableTrainer": "cli.distill.trainer.ResumableTrainer",
     "spec.Read": "lens.spec.Request",
-    "vocab_parallel.second_pass_reads": "engine.vocab_parallel.second_pass_requests",
+    "functions.LossAndGradient": "engine.cached_logits.OutputsAndGradients",
+    "functions.tensors_of": "engine.autograd.flatten",
+    "terms.combine": "objectives.fdd.objective.reduce_terms",
+    "terms.normaliser_of": "objectives.reduction.loss_denominator",
+    "vocab_parallel.second_pass_reads": "engine.shards.second_pass_requests",
 }
 
 

@@ -42,8 +42,10 @@ if INTERPRETED:
         ]
 
     def _patch_builtin(module: object, *how, patch=interpreter._patch_builtin) -> None:
-        """Triton's own, but not again at every call of a device function in a kernel, which took a
-        third of all time.
+        """Call Triton's own at a kernel's first device function alone: again at each of them it
+        took a third of all time.
+
+        The patch stays for the session: processes with TRITON_INTERPRET=1 test nothing else.
         """
         if any(language.core.is_builtin(getattr(module, name)) for name in _builtins(module)):
             patch(module, *how)

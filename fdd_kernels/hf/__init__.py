@@ -1,10 +1,11 @@
-"""Reading Hugging Face causal LMs: their states, norms and heads, wherever the weights are, and
-what stands for a teacher.
+"""The FDD loss for Hugging Face causal LMs.
 
-`lens.py` finds a model's blocks, head, soft cap and scale (`heads.py`: one weight from any kind of
-head) and what is done between blocks and head (`tail.py`); `capture.py` takes its sampled states,
-of models that are offloaded (`offload.py`), compiled (`compiled.py`) or spread over processes
-(`parallel.py`). `positions.py` says which positions of a batch count; `teachers.py` is what a
-`Distiller` asks of a teacher, live or cached. Everything here is above the loss (`api.py`) and
-below `distiller.py`.
+`distiller.py` computes the loss of a batch: `model_reader.py` runs the student's backbone,
+`teachers.py` gives the teacher's targets, live or cached, and `loss.py` compares them.
+
+A model's blocks and head are found by `discovery.py`, which records the steps between them
+(`tail.py`) and measures soft cap and scale (`transform.py`). `heads.py` computes the effective
+weight of any kind of head; `capture.py` captures the sampled states of models that are offloaded
+(`offload.py`), compiled (`compiled.py`) or data-parallel (`wrappers.py`). `positions.py` finds the
+valid positions of a batch.
 """

@@ -1,6 +1,4 @@
-"""Refuse what no model can run, before any work: batches of another shape, and tokens that a model
-does not have.
-"""
+"""Refuse batches that no model can run, before any work: wrong shapes, unknown tokens."""
 
 from __future__ import annotations
 
@@ -14,10 +12,10 @@ from fdd_kernels.hf.positions import SHIFT_LABELS, token_shape
 
 
 def check_batch(batch: Mapping[str, Any]) -> None:
-    """Raise unless a batch is what a causal LM takes.
+    """Check that a batch has the tensors and shapes that a causal LM takes.
 
     Raises:
-        TypeError: not a mapping, or its tokens or labels are no tensors.
+        TypeError: not a mapping, or its tokens or labels are not tensors.
         ValueError: no tokens, tokens that are not (batch, sequence), or labels or a 2-D mask of
             another shape.
     """
@@ -54,34 +52,30 @@ def check_batch(batch: Mapping[str, Any]) -> None:
         if batch.get(name) is not None and batch[name].shape != rows:
             raise ValueError(
                 f"{name} has shape {tuple(batch[name].shape)}, but {tokens} is of {tuple(rows)} "
-                "(batch, sequence): give every "
-                f"token {remedy}, and -100 where there is nothing to learn"
+                f"(batch, sequence): give every token {remedy}, and -100 where there is nothing to "
+                "learn"
             )
     if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape != rows:
         raise ValueError(
             f"attention_mask has shape {tuple(mask.shape)}, but {tokens} is of {tuple(rows)} "
-            "(batch, sequence): give every "
-            "token a 1, and padding a 0"
+            "(batch, sequence): give every token a 1, and padding a 0"
         )
 
 
 def check_tokens(name: str, model: nn.Module, batch: Mapping[str, Any]) -> None:
-    """Refuse tokens that a model has no embedding for: at once on a CPU, without a host sync
-    elsewhere.
+    """Refuse tokens that a model has no embedding for, without a host sync on devices other than
+    the CPU.
 
-    A model that reads more than text may take other ids, which stand for images or sound; it checks
-    them itself.
+    A model of more than text may take other ids, which stand for images or sound. It checks them
+    itself.
 
     Raises:
         ValueError: on a CPU; on other devices an assertion fails at run time.
     """
     ids, find = batch.get("input_ids"), getattr(model, "get_input_embeddings", None)
     rows = getattr(find() if find is not None else None, "num_embeddings", None)
-    if (
-        not isinstance(ids, Tensor)
-        or rows is None
-        or model.config.get_text_config() is not model.config
-    ):
+    is_text_only = model.config.get_text_config() is model.config
+    if not isinstance(ids, Tensor) or rows is None or not is_text_only:
         return
     legal = (ids >= 0) & (ids < rows)
     if ids.device.type != "cpu":
@@ -91,20 +85,17 @@ def check_tokens(name: str, model: nn.Module, batch: Mapping[str, Any]) -> None:
     elif not legal.all():
         raise ValueError(
             f"input_ids contains {int(ids[~legal][0])}, but the {name} has embeddings for the "
-            f"tokens [0, {rows}) only: "
-            "tokenize for a vocabulary that student and teacher share, and pad with a token that "
-            "both have"
+            f"tokens [0, {rows}) only: tokenize for a vocabulary that student and teacher share, "
+            "and pad with a token that both have"
         )
 
 
 def check_positions(name: str, model: nn.Module, batch: Mapping[str, Any]) -> None:
-    """Raise ValueError if a batch is longer than a model's positions: asked after an IndexError, as
-    some have no limit.
+    """Raise ValueError if a batch is longer than a model's positions. Call it after an IndexError:
+    some models have no limit.
     """
-    positions, length = (
-        getattr(model.config.get_text_config(), "max_position_embeddings", None),
-        token_shape(batch)[1],
-    )
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    length = token_shape(batch)[1]
     if isinstance(positions, int) and length > positions:
         raise ValueError(
             f"the batch has {length} tokens a row, but the {name} has only {positions} positions "

@@ -1,4 +1,4 @@
-"""Running a backbone once for the states of chosen blocks, no further than asked for."""
+"""Run a backbone once for the states of chosen blocks, and no further than the last of them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from fdd_kernels.hf.wrappers import FSDPModule
 
 
 class _Enough(Exception):
-    """Raised in the place of the first module that is not needed, and caught where the backbone was
-    called.
-    """
+    """Raised before the first module that is not needed, and caught by `capture_states`."""
 
 
 def capture_states(
@@ -29,18 +27,17 @@ def capture_states(
     read: Callable[[Tensor], Tensor] | None = None,
     head: nn.Module | None = None,
 ) -> tuple[dict[int, Tensor], Tensor | None]:
-    """The states (batch, sequence, width) after the given numbers of blocks (0: the embeddings),
-    and the final state.
+    """Return the states (batch, sequence, width) of `layers` by number, and the final state.
 
     Args:
-        inputs: what the backbone is called with; what it does not take is left out, and so is
-            `use_cache`: no cache is made.
-        final: whether the final state is asked for. If not, it is None, and blocks after the last
-            of `layers` do not run (unless FSDP shards the backbone, whose bookkeeping needs whole
-            forwards).
-        read: applied to each state as it is captured, so that the raw ones are freed one by one.
-        head: of a `backbone` that is the whole model. Its input is the final state, and the forward
-            ends there.
+        inputs: arguments of the backbone; those that it does not take are dropped.
+            `use_cache=False` is added.
+        layers: numbers of blocks, 0 for the embeddings.
+        final: False returns None for the final state, and does not run blocks after the last of
+            `layers` (unless FSDP shards the backbone, which needs complete forwards).
+        read: applied to each state when it is captured, which frees the raw state.
+        head: the head of a `backbone` that is the whole model. Its input is the final state, and
+            the forward ends there.
     """
     if not layers and not final:
         return {}, None
@@ -50,7 +47,7 @@ def capture_states(
         k: v for k, v in (inputs | {"use_cache": False}).items() if takes_any or k in parameters
     }
     sharded = any(isinstance(module, FSDPModule) for module in backbone.modules())
-    # not the next one alone: it may be left out
+    # All later blocks, not the next one only: the model may skip that.
     unneeded = [] if final or sharded else list(blocks[max(layers) :])
     state = last = None
 
@@ -63,11 +60,11 @@ def capture_states(
     with _hooks(blocks, layers, read) as captured, contextlib.ExitStack() as end:
         for module in unneeded:
             end.enter_context(module.register_forward_pre_hook(stop))
-        if head is not None:  # before what else changes its input there
+        if head is not None:  # before other hooks that change the head's input
             end.enter_context(head.register_forward_pre_hook(stop, prepend=True))
         try:
-            # A whole model may be called from its own forward (see `inside_forward`), whose hooks
-            # run already.
+            # The whole model may be called from within its own forward (see `inside_forward`),
+            # whose hooks have run.
             output = (backbone if head is None else backbone.forward)(**accepted)
             if head is None:
                 state = final_state(output)
@@ -80,11 +77,11 @@ def capture_states(
 def _hooks(
     blocks: nn.ModuleList, layers: tuple[int, ...], read: Callable[[Tensor], Tensor] | None
 ) -> Iterator[dict[int, Tensor]]:
-    """Collects states by layer while the backbone runs."""
+    """Collect states by layer while the backbone runs."""
     captured: dict[int, Tensor] = {}
 
-    def keep(layer: int, value) -> None:
-        # Recomputation under gradient checkpointing runs the hooks again: the first state is the
+    def store(layer: int, value) -> None:
+        # Recomputation under gradient checkpointing runs the hooks again; the first state is the
         # one in the graph.
         if layer not in captured:
             state = first_tensor(value)
@@ -94,16 +91,13 @@ def _hooks(
         for layer in layers:
             if layer > 0:
                 after = blocks[layer - 1].register_forward_hook(
-                    lambda _m, _a, out, layer=layer: keep(layer, out)
+                    lambda _m, _a, out, layer=layer: store(layer, out)
                 )
                 hooks.enter_context(after)
-            if (
-                layer < len(blocks)
-                # the embeddings; or a block was left out, as those for images are where there is
-                # only text
-            ):
+            # For the embeddings, and for a block that was skipped, as those of images in text.
+            if layer < len(blocks):
                 before = blocks[layer].register_forward_pre_hook(
-                    lambda _m, args, kwargs, layer=layer: keep(layer, [*args, *kwargs.values()]),
+                    lambda _m, args, kwargs, layer=layer: store(layer, [*args, *kwargs.values()]),
                     with_kwargs=True,
                 )
                 hooks.enter_context(before)

@@ -1,5 +1,5 @@
-"""torch.compile of a model of which only the backbone runs: its blocks are compiled, as the whole
-was asked to be.
+"""Compile each block of a model that came from torch.compile: its own forward, which computes
+logits, never runs.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from torch import nn
 
 
 def compile_blocks(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
-    """If `model` came from `torch.compile`, compile each block's forward in place with the same
-    options; once.
+    """If `model` came from `torch.compile`, compile each block's forward in place, once, with the
+    same options.
 
-    The compiled whole never runs, since it computes logits; and hooks, which capture states, must
-    stay outside of what is compiled, so it is each forward and not the module's call.
+    It compiles the forward and not the module's call: the hooks that capture states must stay
+    outside.
     """
-    # of the OptimizedModule: applies torch.compile's options to a function
+    # An attribute of OptimizedModule: compiles a function with the options of torch.compile.
     compiler = getattr(model, "dynamo_ctx", None)
     if compiler is None:
         return

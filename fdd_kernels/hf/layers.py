@@ -1,4 +1,4 @@
-"""Which layers are compared: each model has its own grid, and layers are paired by rank."""
+"""Choose the layers to compare: each model has its own grid, and layers are paired by rank."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from fdd_kernels.objectives.fdd.options import FDDConfig
 
 
 def layer_grid(depth: int, num_layers: int, grid: str) -> tuple[int, ...]:
-    """`num_layers` 1-based layers of a model with `depth` blocks; layer k is the state after k
-    blocks.
+    """Return `num_layers` 1-based layers of a model with `depth` blocks; layer k is the state after
+    k blocks.
 
-    "floor" is the paper's rule: Q, 2Q, ..., with Q = depth // (num_layers + 1). "linspace" rounds
-    the inner points of num_layers + 2 evenly spaced ones over 0..depth.
+    "floor" is the paper's rule: Q, 2Q, ..., with Q = depth // (num_layers + 1). "linspace" takes
+    num_layers + 2 evenly spaced points over 0..depth and rounds the inner ones.
 
     Raises:
         ValueError: the model is too shallow for so many distinct layers.
@@ -25,14 +25,14 @@ def layer_grid(depth: int, num_layers: int, grid: str) -> tuple[int, ...]:
     if len({0, *layers}) != num_layers + 1:
         raise ValueError(
             f"num_layers={num_layers} with layer_grid={grid!r} needs a deeper model: one of depth "
-            f"{depth} gives layers "
-            f"{list(layers)}; lower num_layers or name student_layers and teacher_layers"
+            f"{depth} gives layers {list(layers)}; lower num_layers or name student_layers and "
+            "teacher_layers"
         )
     return layers
 
 
 def require_layers(name: str, layers: Sequence[int], depth: int) -> None:
-    """Refuse explicit layers that a model with `depth` blocks does not have.
+    """Check explicit layers against a model with `depth` blocks.
 
     Raises:
         ValueError: a layer does not exist or is out of order.
@@ -47,7 +47,7 @@ def require_layers(name: str, layers: Sequence[int], depth: int) -> None:
 def paired_layers(
     config: FDDConfig, student_depth: int, teacher_depth: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The sampled layers of student and teacher, in depth order and paired by rank.
+    """Return the sampled layers of student and teacher, in depth order and paired by rank.
 
     Raises:
         ValueError: a model is too shallow for the grid, or an explicit layer does not exist or is

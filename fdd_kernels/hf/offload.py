@@ -1,10 +1,9 @@
-"""Models that have been given their place: accelerate's device maps and offloading, and quantised
-models.
+"""Models with a placement of their own: accelerate's device maps and offloading, and quantisation.
 
-accelerate keeps weights on the CPU or on disk, leaves their modules on the meta device, and brings
-them in before a module's forward and out after it, by a hook on the module (`_hf_hook`). What reads
-a weight beside the module's forward, or leaves a forward before its end, goes through the same
-hook.
+accelerate stores weights on the CPU or on disk and leaves the modules on the meta device. A hook on
+the module (`_hf_hook`) loads them before its forward and removes them after it. Code that uses a
+weight outside of the forward, or ends a forward early, calls the same hook. accelerate's own
+`has_offloaded_params` and `align_module_device` do not see a module with several hooks.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from fdd_kernels.hf.wrappers import DTensor
 
 
 def has_place(model: nn.Module) -> bool:
-    """Whether a model must not be moved by `.to(device)`: spread over devices, offloaded, or
+    """Whether `.to(device)` must not move a model: it is spread over devices, offloaded or
     quantised.
     """
     if getattr(model, "is_quantized", False) or getattr(model, "hf_device_map", None):
@@ -28,10 +27,10 @@ def has_place(model: nn.Module) -> bool:
 
 
 def device_of(module: nn.Module) -> torch.device | None:
-    """Where a module computes: its hook's execution device, otherwise where its first weight is.
+    """Return the device that a module computes on: its hook's execution device, otherwise that of
+    its first weight.
 
-    None if FSDP shards every weight: it gathers them where it computes, which need not be where the
-    shards are.
+    None if FSDP shards every weight: it may gather them on another device than that of the shards.
     """
     for part in module.modules():
         for hook in _hooks(part):
@@ -44,7 +43,7 @@ def device_of(module: nn.Module) -> torch.device | None:
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether a module's own weights are elsewhere until its hook brings them in."""
+    """Whether a module's own weights are offloaded and not loaded now."""
     return bool(_hooks(module)) and any(
         parameter.is_meta for parameter in module.parameters(recurse=False)
     )
@@ -52,9 +51,8 @@ def is_offloaded(module: nn.Module) -> bool:
 
 @contextmanager
 def materialised(module: nn.Module) -> Iterator[None]:
-    """An offloaded module's own weights in their place, as they are during its forward.
-
-    A tensor that was read inside stays valid; the module is back on the meta device afterwards.
+    """Load an offloaded module's own weights, as during its forward; afterwards the module is back
+    on the meta device. Tensors that were taken inside stay valid.
     """
     if not is_offloaded(module):
         yield
@@ -67,8 +65,8 @@ def materialised(module: nn.Module) -> Iterator[None]:
 
 
 def end_forward(root: nn.Module, interrupted: nn.Module) -> None:
-    """Let the hooks of the modules around `interrupted` take their weights out, after an exception
-    ended their forward.
+    """Run the post-forward hooks of all modules around `interrupted`, after an exception ended
+    their forward: they remove loaded weights.
     """
     path = next(name for name, module in root.named_modules() if module is interrupted)
     while path:
@@ -79,7 +77,6 @@ def end_forward(root: nn.Module, interrupted: nn.Module) -> None:
 
 
 def _hooks(module: nn.Module) -> tuple:
-    """accelerate's hooks on a module itself."""
+    """Return accelerate's hooks on a module itself; a SequentialHook has several."""
     hook = getattr(module, "_hf_hook", None)
-    # a SequentialHook has several
     return () if hook is None else tuple(getattr(hook, "hooks", (hook,)))

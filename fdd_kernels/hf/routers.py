@@ -1,9 +1,8 @@
-"""The auxiliary loss of a mixture of experts, which keeps its routers in balance: as the model
-itself computes it.
+"""The load balancing loss of a mixture of experts, as the model itself computes it.
 
 transformers' models add it to the loss of their own forward if `config.output_router_logits` is
-set, with the coefficient `config.router_aux_loss_coef`. Only the backbone runs here, so its part
-after the backbone is run on what the backbone gave.
+set, with the coefficient `config.router_aux_loss_coef`. Here only the backbone has run, so the
+model's forward runs once more with the backbone replaced by its output.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ _COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 
 def router_coefficient(model: nn.Module) -> float:
-    """What a model's router loss is weighted by in its own loss; 0 if it has none or it is not
-    asked for.
+    """Return the weight of the router loss in a model's own loss; 0 if `output_router_logits` is
+    not set.
 
     Raises:
-        ValueError: it is asked for, and there is no coefficient.
+        ValueError: it is set, and there is no coefficient.
     """
     config = model.config.get_text_config()
     if not getattr(config, "output_router_logits", False):
@@ -38,59 +37,51 @@ def router_coefficient(model: nn.Module) -> float:
     if not found:
         raise ValueError(
             f"{type(model).__name__} has config.output_router_logits=True and no coefficient for "
-            "their loss (looked for "
-            f"{' and '.join(_COEFFICIENTS)}): set config.router_aux_loss_coef, or "
-            "output_router_logits=False to leave it out"
+            f"their loss (looked for {' and '.join(_COEFFICIENTS)}): set "
+            "config.router_aux_loss_coef, or output_router_logits=False to leave it out"
         )
     return float(found[0])
 
 
 class RouterLoss:
-    """`with RouterLoss(lens) as router:` run the backbone; then `router(batch)` is its router loss,
-    a scalar.
+    """`with RouterLoss(reader) as router:` run the backbone; then `router(batch)` is its router
+    loss, a scalar.
     """
 
-    def __init__(self, lens: ModelReader) -> None:
-        self.lens, self._output = lens, None
+    def __init__(self, reader: ModelReader) -> None:
+        self.reader, self._output = reader, None
 
     def __enter__(self) -> RouterLoss:
-        """Raises ValueError for a model that is run as a whole (see `ModelReader`): nothing of its
-        own forward is left over.
+        """Raise ValueError for a model that runs as a whole (see `ModelReader`): it has no part of
+        its forward after the backbone.
         """
-        if self.lens.backbone is self.lens.model:
+        if self.reader.backbone is self.reader.model:
             raise ValueError(
-                f"the router loss of {type(self.lens.model).__name__} cannot be computed apart "
-                "from its logits: set "
-                "config.output_router_logits=False to leave it out"
+                f"the router loss of {type(self.reader.model).__name__} cannot be computed apart "
+                "from its logits: set config.output_router_logits=False to leave it out"
             )
-        self._hook = self.lens.backbone.register_forward_hook(self._keep)
+        self._hook = self.reader.backbone.register_forward_hook(self._store)
         return self
 
     def __exit__(self, *_error) -> None:
         self._hook.remove()
 
-    def _keep(self, _module, _args, output) -> None:
+    def _store(self, _module, _args, output) -> None:
         self._output = output
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """Raises ValueError if the model gives no routers' logits, or makes no loss of them."""
+        """Raise ValueError if there are no router logits, or the model makes no loss of them."""
         output, self._output = self._output, None
         if getattr(output, "router_logits", None) is None:
             raise self._missing("its backbone gives no router_logits")
-        model, mask = (
-            self.lens.model,
-            batch["attention_mask"] if attended_positions(batch) is not None else None,
-        )
-        tokens = {
-            name: batch[name]
-            for name in ("input_ids", "inputs_embeds")
-            if batch.get(name) is not None
-        }
-        # Its own forward, with the backbone's output in the place of the backbone and of logits
-        # what costs nothing.
+        model = self.reader.model
+        mask = batch["attention_mask"] if attended_positions(batch) is not None else None
+        names = ("input_ids", "inputs_embeds")
+        tokens = {name: batch[name] for name in names if batch.get(name) is not None}
+        # Replace the backbone by its output, and the head by a function that costs nothing.
         with (
-            forward_replaced(self.lens.backbone, lambda *_args, **_kwargs: output),
-            forward_replaced(self.lens.head, lambda state: state[..., :1]),
+            forward_replaced(self.reader.backbone, lambda *_args, **_kwargs: output),
+            forward_replaced(self.reader.head, lambda state: state[..., :1]),
         ):
             answer = type(model).forward(
                 model, **tokens, attention_mask=mask, output_router_logits=True, use_cache=False
@@ -102,7 +93,6 @@ class RouterLoss:
 
     def _missing(self, what: str) -> ValueError:
         return ValueError(
-            f"{type(self.lens.model).__name__} has config.output_router_logits=True, but {what}: "
-            "set "
-            "output_router_logits=False to train without the loss of its routers"
+            f"{type(self.reader.model).__name__} has config.output_router_logits=True, but {what}: "
+            "set output_router_logits=False to train without the loss of its routers"
         )

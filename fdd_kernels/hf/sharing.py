@@ -1,8 +1,6 @@
-"""A teacher that is made of its student's modules: one peft model, with its adapters and without
-them.
+"""A teacher that shares its student's modules: one peft model, with and without its adapters.
 
-Both passes set modules to what they need (evaluation mode, adapters off) and back, so that neither
-leaves a trace on the other.
+Each pass sets the modules to what it needs (evaluation mode, adapters off) and restores them.
 """
 
 from __future__ import annotations
@@ -17,15 +15,14 @@ from fdd_kernels.hf.wrappers import evaluating, unwrap
 
 
 def shares_modules(teacher: nn.Module, student: nn.Module) -> bool:
-    """Whether a teacher runs modules of its student.
+    """Whether a teacher and its student have modules in common.
 
     Raises:
         ValueError: the teacher is another peft model around the student's base model, whose layers
             hold the adapters of both.
 
     Warns:
-        UserWarning: parameters that train belong to both, so that the teacher changes with its
-        student.
+        UserWarning: parameters that train belong to both, so the teacher changes with its student.
     """
     if not set(student.modules()) & set(teacher.modules()):
         return False
@@ -33,11 +30,9 @@ def shares_modules(teacher: nn.Module, student: nn.Module) -> bool:
     if layers and wrapper is not None and wrapper is not _peft_model(student):
         raise ValueError(
             f"the teacher is a {type(wrapper).__name__} around a base model that the student "
-            "shares: peft puts the adapters of "
-            "both into the same layers, and neither could be run without the other's. Load the "
-            "base model twice; or, if the "
-            "teacher is the student without its adapters, pass the student's own peft model as the "
-            "teacher"
+            "shares: peft puts the adapters of both into the same layers, and neither could be run "
+            "without the other's. Load the base model twice; or, if the teacher is the student "
+            "without its adapters, pass the student's own peft model as the teacher"
         )
     own = {id(p) for layer in layers for p in _adapters_of(layer)}
     trained = {id(p) for p in student.parameters() if p.requires_grad}
@@ -45,11 +40,9 @@ def shares_modules(teacher: nn.Module, student: nn.Module) -> bool:
     if common:
         warnings.warn(
             f"{len(common)} parameters that train, {common[0]} for one, belong to student and "
-            "teacher: the teacher changes "
-            "with its student (and if they are one model without adapters, there is nothing to "
-            "learn from it). Give the "
-            "teacher weights of its own (copy.deepcopy), or freeze what they share and train "
-            "adapters (peft)",
+            "teacher: the teacher changes with its student (and if they are one model without "
+            "adapters, there is nothing to learn from it). Give the teacher weights of its own "
+            "(copy.deepcopy), or freeze what they share and train adapters (peft)",
             stacklevel=5,
         )
     return True
@@ -57,11 +50,11 @@ def shares_modules(teacher: nn.Module, student: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def as_teacher_of_itself(model: nn.Module, student: nn.Module) -> Iterator[None]:
-    """A model in evaluation mode and without its student's adapters; every module as it was
+    """Run a model in evaluation mode and without the student's adapters; restore every module
     afterwards.
 
-    peft's own `enable_adapters` also makes adapters trainable and not, of which FSDP2 would keep
-    what it sees first.
+    peft's own `enable_adapters` would also change `requires_grad` of adapters, which FSDP2 records
+    at its first forward.
     """
     layers = [layer for layer in _shared_adapters(model, student) if not layer.disable_adapters]
     with evaluating(model):
@@ -80,7 +73,7 @@ def as_teacher_of_itself(model: nn.Module, student: nn.Module) -> Iterator[None]
 
 
 def _peft_model(model: nn.Module) -> nn.Module | None:
-    """The peft model inside torch.compile and DistributedDataParallel."""
+    """Return the peft model inside torch.compile and DistributedDataParallel, or None."""
     while not hasattr(model, "get_base_model"):
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod
@@ -92,19 +85,18 @@ def _peft_model(model: nn.Module) -> nn.Module | None:
 
 
 def _shared_adapters(teacher: nn.Module, student: nn.Module) -> list[nn.Module]:
-    """peft's layers in both: they, and not the models that hold them, have `disable_adapters` as a
-    property.
+    """Return peft's layers in both models. In a layer `disable_adapters` is a property; in a model
+    it is a method.
     """
-    ours = set(student.modules())
-    layers = [
-        m
-        for m in teacher.modules()
-        if isinstance(getattr(type(m), "disable_adapters", None), property)
+    both = set(student.modules())
+    return [
+        module
+        for module in teacher.modules()
+        if module in both and isinstance(getattr(type(module), "disable_adapters", None), property)
     ]
-    return [layer for layer in layers if layer in ours]
 
 
 def _adapters_of(layer: nn.Module) -> list[nn.Parameter]:
-    """The parameters that a layer has beside those of the layer that it adapts."""
+    """Return the parameters of a layer without those of the layer that it adapts."""
     names = ("base_layer.", "original_module.")
     return [parameter for name, parameter in layer.named_parameters() if not name.startswith(names)]

@@ -1,10 +1,9 @@
-"""What a model does between its last block and its head, seen in one forward pass and done again
-for any state.
+"""Record what a model does between its last block and its head, and repeat it for any state.
 
-The pass is recorded as a list of steps: calls of whole modules (norms, projections, the transform
-of a head) and, between them, single functions of torch (scales, activations, permutations). A step
-knows which of its arguments come from the state; everything else is kept as it was. So steps are
-right for other tokens only if nothing else depends on these, which whoever records has to try out.
+One forward pass is recorded as a list of steps: calls of whole modules (norms, projections, the
+transform of a head) and, between them, single torch functions (scales, activations, permutations).
+A step knows which of its arguments come from the state; all others are constants. Steps are correct
+for other tokens only if no constant depends on the tokens, so the caller must check the result.
 """
 
 from __future__ import annotations
@@ -25,15 +24,13 @@ _IN_PLACE = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", 
 
 @dataclass(frozen=True)
 class Slot:
-    """Stands for a tensor that is computed from a state."""
+    """A placeholder for a tensor that is computed from the state."""
 
     number: int
 
 
 class Step(NamedTuple):
-    """One call. `results` are the leaves of what it returned: slots, and None for what is no
-    tensor.
-    """
+    """One call. `results` has a slot for each leaf of its result, None if it is no tensor."""
 
     function: Callable
     args: tuple
@@ -42,14 +39,12 @@ class Step(NamedTuple):
 
     @property
     def is_norm(self) -> bool:
-        """Whether leaving it out gives a state of the same width: any module but a projection
-        (peft's linear layers too).
+        """Whether the step counts as a norm and can be skipped: any module but a projection (peft's
+        linear layers too), which changes the width.
         """
-        if isinstance(self.function, nn.Module):
-            return not (
-                isinstance(self.function, nn.Linear) or hasattr(self.function, "base_layer")
-            )
-        return self.function in _NORMS
+        if not isinstance(self.function, nn.Module):
+            return self.function in _NORMS
+        return not (isinstance(self.function, nn.Linear) or hasattr(self.function, "base_layer"))
 
     @property
     def in_place(self) -> bool:
@@ -59,12 +54,12 @@ class Step(NamedTuple):
 
     @property
     def slots(self) -> list[Slot]:
-        """What it takes from the state."""
+        """The arguments that come from the state."""
         return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Slot)]
 
 
 class Steps:
-    """Steps from one tensor to another; without any, the tensor itself."""
+    """The steps from one tensor to another; without steps, the identity."""
 
     def __init__(
         self, steps: Iterable[Step] = (), source: Slot | None = None, target: Slot | None = None
@@ -72,7 +67,7 @@ class Steps:
         self.steps, self.source, self.target = tuple(steps), source, target
 
     def __call__(self, state: Tensor, *, norms: bool = True) -> Tensor:
-        """The steps done to `state`; with `norms=False` without the norms among them."""
+        """Apply the steps to `state`; with `norms=False` skip the norms among them."""
         values = {self.source: state}
         for step in self.steps:
             if step.is_norm and not norms:
@@ -82,40 +77,33 @@ class Steps:
                 lambda leaf: values[leaf] if isinstance(leaf, Slot) else leaf,
                 (step.args, step.kwargs),
             )
-            if step.in_place:  # on a copy: the state may be needed as it was
+            if step.in_place:  # on a copy: the caller may still need the state
                 args = (args[0].clone(), *args[1:])
             result = step.function(*args, **kwargs)
             leaves = [args[0]] if step.in_place else tree_leaves(result)
-            values.update(
-                (slot, leaf) for slot, leaf in zip(step.results, leaves) if slot is not None
-            )
+            pairs = zip(step.results, leaves)
+            values.update((slot, leaf) for slot, leaf in pairs if slot is not None)
         return values[self.target]
 
     def __str__(self) -> str:
-        names = [
-            type(step.function).__name__
-            if isinstance(step.function, nn.Module)
-            else step.function.__name__
-            for step in self.steps
-        ]
-        return str(names) if names else "no norm"
+        functions = [step.function for step in self.steps]
+        named = [type(f) if isinstance(f, nn.Module) else f for f in functions]
+        return str([f.__name__ for f in named]) if named else "no norm"
 
 
 class Recording(TorchFunctionMode):
-    """Watches a forward pass from the last block of any of some lists on, until something enters
-    the head.
+    """Record a forward pass from the end of the first list of blocks to the head's input.
 
     Args:
-        model: what will run, within `with recording.watching():`.
-        head: the module whose input is the end.
+        model: the module that runs within `with recording.watching():`.
+        head: the module whose input ends the record.
         lists: the lists of modules that may be the model's blocks.
-        backbone: the module whose output is looked for on the way, or None.
+        backbone: the module whose output is recorded on the way, or None.
 
     Attributes:
-        ended: for each list that ran, in the order of their ends, where its last module's state is
-            in the record.
-        output, head_input: where the backbone's output and the head's input are; None if they do
-            not come from a state.
+        ended: for each list that ran, in the order of their ends, the slot of its last state.
+        output, head_input: the slots of the backbone's output and of the head's input; None if they
+            do not come from a block's state.
     """
 
     def __init__(
@@ -132,15 +120,15 @@ class Recording(TorchFunctionMode):
         self.head_input: Slot | None = None
         self._steps: list[Step] = []
         self._known: dict[int, Slot] = {}
-        self._alive: list[Tensor] = []  # so that no other tensor gets the id of a known one
+        self._alive: list[Tensor] = []  # referenced, so that no other tensor gets a known id
         self._within: Step | None = None
         self._on = contextlib.ExitStack()
         self._recording = self._over = False
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch the forward pass that runs in the block."""
-        # Modules around the head or around blocks are looked into; all others are one step each.
+        """Record the forward pass that runs in the `with` block."""
+        # Record the inside of modules around the head or blocks; any other module is one step.
         around = {module for module in self._model.modules() if self._is_around(module)}
         with contextlib.ExitStack() as hooks:
             for module in self._model.modules():
@@ -160,8 +148,9 @@ class Recording(TorchFunctionMode):
         return self._head in inside or not inside.isdisjoint(self._lists)
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        call = Step(function, *tree_map(self._as_slot, (args, kwargs or {})), ())
-        result = function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        call = Step(function, *tree_map(self._as_slot, (args, kwargs)), ())
+        result = function(*args, **kwargs)
         if self._within is None:
             first = next((a for a in args if isinstance(a, Tensor)), None)
             if id(first) in self._known and not call.in_place and _same(first, result):
@@ -181,12 +170,9 @@ class Recording(TorchFunctionMode):
         for blocks in self._lists:
             if module is blocks[-1] and not self._over:
                 state = first_tensor(result)
-                self.ended.pop(blocks, None)
-                self.ended[blocks] = (
-                    self._as_slot(state)
-                    if id(state) in self._known
-                    else self._name(state, self._new())
-                )
+                slot = self._known.get(id(state)) or self._name(state, self._new())
+                self.ended.pop(blocks, None)  # so that lists stay in the order of their last end
+                self.ended[blocks] = slot
                 if not self._recording:
                     self._recording = True
                     self._on.enter_context(self)
@@ -221,8 +207,8 @@ class Recording(TorchFunctionMode):
                 self._steps.append(step._replace(results=tuple(named)))
 
     def steps(self, source: Slot | None, target: Slot | None) -> Steps | None:
-        """The steps that lead from `source` to `target`; None if that needs more than `source`, or
-        there are none.
+        """Return the steps from `source` to `target`; None if `target` depends on other states
+        than `source`, or a slot is None.
         """
         if source is None or target is None:
             return None
@@ -236,9 +222,7 @@ class Recording(TorchFunctionMode):
 
 
 def _same(one: Tensor, other) -> bool:
-    """Whether a function gave back what it was given: a view of the whole, a cast to the dtype it
-    had.
-    """
+    """Whether a function returned its argument: a view of all of it, a cast to its own dtype."""
     if type(one) not in (Tensor, nn.Parameter) or type(other) is not Tensor:
         return False
     alike = one.shape == other.shape and one.stride() == other.stride() and one.dtype == other.dtype
@@ -246,14 +230,11 @@ def _same(one: Tensor, other) -> bool:
 
 
 def first_tensor(value) -> Tensor:
-    """A tensor, or the first one among several: the state in what a block takes or returns."""
-    return (
-        value
-        if isinstance(value, Tensor)
-        else next(one for one in value if isinstance(one, Tensor))
-    )
+    """Return a tensor, or the first one of several: the state in a block's arguments or result."""
+    values = (value,) if isinstance(value, Tensor) else value
+    return next(one for one in values if isinstance(one, Tensor))
 
 
 def final_state(output) -> Tensor:
-    """A backbone's final state in what it returns."""
+    """Return the final state in a backbone's result."""
     return output.last_hidden_state if hasattr(output, "last_hidden_state") else output[0]

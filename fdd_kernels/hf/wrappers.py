@@ -1,8 +1,8 @@
-"""Models that are spread over processes: where the loss runs, and which part of a head is here.
+"""Wrappers around models: run the loss inside a data-parallel forward, take local parts of a head.
 
-DistributedDataParallel prepares the exchange of gradients in its own forward, and FSDP2 gathers the
-parameters there; a loss computed from parts of the model beside it would train every process on its
-own, or meet parameters that are not there. So the loss runs inside that forward.
+DistributedDataParallel prepares the all-reduce of gradients in its own forward, and FSDP2 gathers
+the parameters there. A loss that is computed outside of it would not reduce gradients, or would
+find no parameters. So the loss runs inside that forward.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ else:
 
 
 def refuse_flattened(model: nn.Module) -> None:
-    """Refuse a model whose parameters FullyShardedDataParallel has flattened.
+    """Refuse a model under FSDP1.
 
     Raises:
         TypeError: naming what to use instead.
@@ -29,14 +29,13 @@ def refuse_flattened(model: nn.Module) -> None:
     if isinstance(model, FullyShardedDataParallel):
         raise TypeError(
             "FullyShardedDataParallel (FSDP1) flattens parameters, and the loss cannot find the "
-            "head among them: use FSDP2 "
-            "(torch.distributed.fsdp.fully_shard; in accelerate fsdp_version=2) or "
-            "DistributedDataParallel"
+            "head among them: use FSDP2 (torch.distributed.fsdp.fully_shard; in accelerate "
+            "fsdp_version=2) or DistributedDataParallel"
         )
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The transformers model inside torch.compile, DistributedDataParallel and peft wrappers.
+    """Return the transformers model inside torch.compile, DistributedDataParallel and peft.
 
     Raises:
         TypeError: a peft model with virtual tokens, which its base model alone would not see;
@@ -52,10 +51,9 @@ def unwrap(model: nn.Module) -> nn.Module:
             if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
                 raise TypeError(
                     f"{type(model).__name__} uses {model.active_peft_config.peft_type}: prompt, "
-                    "prefix and p-tuning put "
-                    "virtual tokens before the text, and positions of student and teacher would no "
-                    "longer match. Use an "
-                    "adapter that changes weights, such as LoRA"
+                    "prefix and p-tuning put virtual tokens before the text, and positions of "
+                    "student and teacher would no longer match. Use an adapter that changes "
+                    "weights, such as LoRA"
                 )
             model = model.get_base_model()
         else:
@@ -63,8 +61,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def data_parallel(model: nn.Module) -> nn.Module | None:
-    """The DistributedDataParallel or FSDP2 module that `model` is, also under torch.compile; None
-    for any other.
+    """Return `model`, also inside torch.compile, if it is DistributedDataParallel or FSDP2; else
+    None.
     """
     model = getattr(model, "_orig_mod", model)
     refuse_flattened(model)
@@ -73,9 +71,7 @@ def data_parallel(model: nn.Module) -> nn.Module | None:
 
 @contextmanager
 def inside_forward(model: nn.Module, function: Callable) -> Iterator[Callable]:
-    """`function`, to be called as often as wanted; if `model` is data-parallel, from inside its
-    forward.
-    """
+    """Yield a callable that runs `function`, inside the forward of a data-parallel `model`."""
     wrapper = data_parallel(model)
     if wrapper is None:
         yield function
@@ -93,7 +89,7 @@ def inside_forward(model: nn.Module, function: Callable) -> Iterator[Callable]:
 
 @contextmanager
 def forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
-    """A module that runs `forward` in the place of its own; its hooks run as ever."""
+    """Replace a module's forward; its hooks still run."""
     own = module.__dict__.get("forward")
     module.forward = forward
     try:
@@ -118,28 +114,26 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def require_gathered(name: str, parameter) -> None:
-    """Refuse a head whose rows are spread over processes.
+    """Refuse a head whose rows are sharded over processes.
 
     Raises:
-        RuntimeError: says how to keep it in one piece.
+        RuntimeError: says how to have it whole.
     """
     if isinstance(parameter, DTensor):
         raise RuntimeError(
             f"{name} is a DTensor with placements {parameter.placements}: the loss needs it whole. "
-            "Under FSDP2, make the "
-            "Distiller before fully_shard, do not fully_shard the LM head by itself (the call on "
-            "the whole model gathers it "
-            "during forward), and pass the sharded model as `distiller(batch, student=model)`. If "
-            "tensor parallelism has "
-            "split its rows, so that all processes of the group see the same batch, pass "
+            "Under FSDP2, make the Distiller before fully_shard, do not fully_shard the LM head by "
+            "itself (the call on the whole model gathers it during forward), and pass the sharded "
+            "model as `distiller(batch, student=model)`. If tensor parallelism has split its rows, "
+            "so that all processes of the group see the same batch, pass "
             "Distiller(..., vocab_group=group)"
         )
     refuse_partitioned(name, parameter)
 
 
 def refuse_partitioned(name: str, parameter) -> None:
-    """Refuse a head that DeepSpeed ZeRO-3 has taken apart and not gathered (its marks: `ds_id`, and
-    no elements).
+    """Refuse a head that DeepSpeed ZeRO-3 has partitioned and not gathered: it has a `ds_id` and no
+    elements.
 
     Raises:
         RuntimeError: says how to gather it.
@@ -147,19 +141,18 @@ def refuse_partitioned(name: str, parameter) -> None:
     if hasattr(parameter, "ds_id") and parameter.numel() == 0:
         raise RuntimeError(
             f"{name} is partitioned by DeepSpeed ZeRO-3, and none of it is here: make the "
-            "Distiller before "
-            "deepspeed.initialize, and keep the partitioned heads gathered for both passes: `with "
-            "deepspeed.zero.GatheredParameters([head.weight]): terms = distiller(...); "
-            "engine.backward(terms.loss)`"
+            "Distiller before deepspeed.initialize, and keep the partitioned heads gathered for "
+            "both passes: `with deepspeed.zero.GatheredParameters([head.weight]): terms = "
+            "distiller(...); engine.backward(terms.loss)`"
         )
 
 
 def own_rows(name: str, head: Tensor | None, group, vocabulary: int) -> Tensor | None:
-    """This process's rows of a head's weight or bias that tensor parallelism splits over `group`.
+    """Return this process's rows of a head's weight or bias under vocabulary parallelism.
 
-    A DTensor that is split over its rows gives its local part; of a tensor that is whole on every
-    process, the rows are taken where the same split of `vocabulary` rows puts them, so that they
-    fit the other model's.
+    Of a DTensor split over its rows they are the local part. Of a tensor that is whole on every
+    process they are the rows that the same split of `vocabulary` rows gives, so that both models'
+    shards match.
 
     Raises:
         RuntimeError: a DTensor on other processes, or in another layout; a whole head that needs a
@@ -173,21 +166,20 @@ def own_rows(name: str, head: Tensor | None, group, vocabulary: int) -> Tensor |
         if mesh.ndim != 1 or mesh.mesh.tolist() != ranks or tuple(head.placements) != (Shard(0),):
             raise RuntimeError(
                 f"{name} is a DTensor on {mesh} with placements {head.placements}, but vocab_group "
-                f"has the ranks {ranks}: its "
-                "rows must be split over that group alone (Shard(0) on a mesh of one dimension)"
+                f"has the ranks {ranks}: its rows must be split over that group alone (Shard(0) on "
+                "a mesh of one dimension)"
             )
         return head.to_local()
     if torch.is_grad_enabled() and head.requires_grad:
         raise RuntimeError(
             f"{name} is whole on every process of vocab_group and requires grad, but each would "
-            "get the gradient of its own "
-            "rows alone: split it (parallelize_module with ColwiseParallel), freeze it, or set "
-            "FDDConfig(train_head=False)"
+            "get the gradient of its own rows alone: split it (parallelize_module with "
+            "ColwiseParallel), freeze it, or set FDDConfig(train_head=False)"
         )
     rows = -(-vocabulary // group.size())
     return head[group.rank() * rows : (group.rank() + 1) * rows]
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A DTensor gathered from all processes; any other tensor as it is."""
+    """Gather a DTensor from all processes; return any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,6 +1,4 @@
-"""Drop-ins for existing trainers; each is imported, with the library that it builds on, when it is
-asked for.
-"""
+"""The FDD loss in existing trainers. Each is imported on first use, with the library it needs."""
 
 import importlib
 

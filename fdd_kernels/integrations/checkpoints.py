@@ -1,9 +1,9 @@
-"""Checkpoints of a transformers Trainer that are there completely or not at all, also after a kill
-or a full disk.
+"""Atomic checkpoints of a transformers Trainer: complete or absent, also after a kill or a full
+disk.
 
 Trainer writes a checkpoint file by file under its final name, removes old ones file by file, and
-resumes from the highest number: killed in the middle it may later go on without optimizer state,
-from other random numbers, or not at all.
+resumes from the highest number. After a kill it may resume without optimizer state, with other
+random numbers, or fail.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from fdd_kernels.common.atomic import (
 from fdd_kernels.integrations.finite import as_json
 
 PREFIX = "checkpoint-"
-# What is added to the name of a checkpoint whose weights give a loss that is no number: nothing
-# resumes from it.
+# Suffix of a checkpoint whose weights give a loss that is not finite: nothing resumes from it.
 NOT_FINITE = "-not-finite"
 
 
@@ -42,7 +41,7 @@ class CheckpointError(RuntimeError):
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The folders checkpoint-N of a run, by step."""
+    """Return the folders checkpoint-N of a run, by step."""
     folders = [
         path
         for path in run.glob(f"{PREFIX}*")
@@ -52,33 +51,34 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def last_checkpoint(run: Path) -> Path | None:
+    """Return the checkpoint of the highest step, or None."""
     return next(reversed(checkpoints(run)), None)
 
 
 class AtomicCheckpoints:
-    """Mixed into a `transformers.Trainer` it writes and removes checkpoints at once and resumes
-    from complete ones only.
+    """Mixin for a `transformers.Trainer`: write and remove checkpoints atomically, and resume from
+    complete ones only.
     """
 
-    # Where Trainer finds the run's folder while a checkpoint is being written.
+    # The folder that Trainer writes into while a checkpoint is unfinished.
     _writing: Path | None = None
 
     def _get_output_dir(self, trial) -> str:
         return super()._get_output_dir(trial) if self._writing is None else str(self._writing)
 
     def _save_checkpoint(self, model, trial) -> None:
-        """Write checkpoint-N beside its place and move it there; then remove those that
-        save_total_limit leaves out.
+        """Write checkpoint-N under another name and rename it; then remove checkpoints beyond
+        save_total_limit.
 
         Raises:
-            CheckpointError: it could not be written; those before it are intact.
+            CheckpointError: it could not be written; earlier ones are intact.
         """
         run = Path(self._get_output_dir(trial))
         target = run / f"{PREFIX}{self.state.global_step}"
         folder = run / UNFINISHED / target.name
         try:
-            # One process makes the folder and moves it (with save_on_each_node one on each node);
-            # all write into it.
+            # One process (with save_on_each_node one per node) makes and renames the folder; all
+            # write into it.
             with atomic_directory(target) if self.args.should_save else contextlib.nullcontext():
                 self.accelerator.wait_for_everyone()
                 self._writing = folder.parent
@@ -89,9 +89,9 @@ class AtomicCheckpoints:
                 self.accelerator.wait_for_everyone()
         except (OSError, RuntimeError, SafetensorError) as error:
             last = last_checkpoint(run)
-            kept = "nothing was saved before" if last is None else f"{last.name} is complete"
+            left = "nothing was saved before" if last is None else f"{last.name} is complete"
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise CheckpointError(f"{target} could not be written ({reason}); {kept}") from error
+            raise CheckpointError(f"{target} could not be written ({reason}); {left}") from error
         finally:
             self._writing = None
         if self.args.should_save:
@@ -101,25 +101,25 @@ class AtomicCheckpoints:
             self._push_from_checkpoint(str(target))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        # uploads go on in the background: not from a folder that will move
+        # Uploads run in the background: do not start one from a folder that will be renamed.
         if self._writing is None:
             super()._push_from_checkpoint(checkpoint_folder)
 
     def save_state(self) -> None:
-        """As the trainer's own, in JSON."""
+        """Write the trainer's state as valid JSON."""
         if self.is_world_process_zero():
             self._save_state(Path(self.args.output_dir) / TRAINER_STATE_NAME)
 
     def _save_state(self, file: Path) -> None:
-        """The trainer's state as JSON, which knows no infinity and no NaN: null stands for them."""
+        """Write the trainer's state, with null for infinities and NaN, which JSON does not have."""
         numbers = {
             name: as_json(getattr(self.state, name)) for name in ("log_history", "best_metric")
         }
         dataclasses.replace(self.state, **numbers).save_to_json(str(file))
 
     def _name_best_checkpoint(self, target: Path) -> None:
-        """In every process the best checkpoint under the name that it will have, where Trainer, in
-        the unfinished folder, found another or none.
+        """Set the path of the best checkpoint, in every process, to its final name: Trainer looked
+        for it in the unfinished folder.
         """
         if self.state.best_global_step:
             best = target.with_name(f"{PREFIX}{self.state.best_global_step}")
@@ -127,13 +127,13 @@ class AtomicCheckpoints:
                 self.state.best_model_checkpoint = str(best)
 
     def _rotate(self, run: Path) -> None:
-        """Remove the oldest checkpoints beyond save_total_limit, as Trainer does: never the newest
-        or the best.
+        """Remove the oldest checkpoints beyond save_total_limit, but never the newest or the best,
+        as Trainer does.
         """
         limit = self.args.save_total_limit
         if limit is None or limit <= 0:
             return
-        # a resumed run may count lower
+        # By time: a run that resumed from an earlier step writes lower numbers later.
         saved = sorted(checkpoints(run), key=lambda path: path.stat().st_mtime_ns)
         kept = {saved[-1], Path(self.state.best_model_checkpoint or saved[-1])}
         excess = len(saved) - max(limit, len(kept))
@@ -141,30 +141,28 @@ class AtomicCheckpoints:
             remove_directory(old)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As `transformers.Trainer.train`, but only a complete checkpoint is gone on from.
+        """As `transformers.Trainer.train`, but resume from a complete checkpoint only.
 
         Raises:
-            ValueError: the checkpoint that was named lacks files; or, with True, there is no
-                complete one.
+            ValueError: the named checkpoint lacks files; or, with True, none is complete.
         """
         run = Path(self.args.output_dir)
         if self.args.should_save:
-            clear_unfinished(run)  # which may bring back a checkpoint that was being replaced
+            clear_unfinished(run)  # may restore a checkpoint that was being replaced
         self.accelerator.wait_for_everyone()
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self._last_complete(run)
         elif resume_from_checkpoint and (missing := self._missing(Path(resume_from_checkpoint))):
             raise ValueError(
                 f"resume_from_checkpoint={str(resume_from_checkpoint)!r} lacks "
-                f"{', '.join(missing)}: it was not written "
-                "completely, or with save_only_model. Give another checkpoint, or True for the "
-                "last complete one"
+                f"{', '.join(missing)}: it was not written completely, or with save_only_model. "
+                "Give another checkpoint, or True for the last complete one"
             )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def get_batch_samples(self, *args, **kwargs):
-        """The micro-batches of the next step; none for a run that was resumed at its end, where
-        Trainer would take one more.
+        """Return the micro-batches of the next step; none for a run that resumed at its end, where
+        Trainer would take one more step.
         """
         if self._is_at_its_end:
             self.control.should_training_stop = True
@@ -173,7 +171,7 @@ class AtomicCheckpoints:
 
     @property
     def _is_at_its_end(self) -> bool:
-        """Whether training is on with no step left to take: a run that was resumed at its end."""
+        """Whether training runs with no step left: a run that resumed at its end."""
         return self.is_in_train and self.state.global_step >= self.state.max_steps
 
     def _last_complete(self, run: Path) -> str:
@@ -192,16 +190,14 @@ class AtomicCheckpoints:
         )
 
     def _missing(self, folder: Path) -> list[str]:
-        """What a checkpoint lacks of what training goes on from; without it Trainer would silently
-        start that part anew.
+        """Return the files that a checkpoint lacks for resuming. Without one of them Trainer would
+        silently restart that part of its state.
         """
         missing = [] if any(folder.glob("rng_state*.pth")) else ["rng_state.pth"]
         names = [TRAINER_STATE_NAME]
-        # those have formats of their own
+        # FSDP and DeepSpeed have formats of their own.
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             names += [OPTIMIZER_NAME, SCHEDULER_NAME]
-            if not (
-                any(folder.glob("**/*model*.safetensors")) or any(folder.glob("**/*model*.bin"))
-            ):
+            if not any(any(folder.glob(f"**/*model*.{end}")) for end in ("safetensors", "bin")):
                 missing.append("weights")
         return missing + [name for name in names if not (folder / name).is_file()]

@@ -1,5 +1,5 @@
-"""What is checked of a step's loss: that it is a number, before the step is taken, and that
-anything counts in it.
+"""Check the loss of a step before the optimizer uses it: that it is finite, and that the step has
+valid positions.
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ from torch import Tensor
 
 _REMEDY = (
     "The student has diverged, or the models give such numbers themselves: lower the learning "
-    "rate, warm up longer, clip "
-    "gradients, or compute in float32"
+    "rate, warm up longer, clip gradients, or compute in float32"
 )
 
 
 class NonFiniteLossError(FloatingPointError):
-    """The loss, or the student's weights, became infinite or no number; `problem` says where and
-    with which terms.
+    """The loss, or the student's weights, became infinite or NaN; `problem` says where and with
+    which terms.
     """
 
     def __init__(self, problem: str) -> None:
@@ -35,9 +34,9 @@ def require_finite(
     """Raise unless the loss of a step is finite: call it before `optimizer.step()`.
 
     Args:
-        when: how the error calls the step, as in "step 12".
-        terms: by name, as `DistillerTerms.named()` gives them; scalars, read from their device.
-        kept: what is left to go on from.
+        when: name of the step in the error, as in "step 12".
+        terms: scalars by name, as from `DistillerTerms.named()`; copied from their device.
+        kept: what is left to resume from, for the error.
 
     Raises:
         NonFiniteLossError: names the terms and their values.
@@ -54,19 +53,18 @@ def require_finite(
 
 
 def warn_of_nothing(step: int) -> None:
-    """Say that no position counts in a step, and why that may be."""
+    """Warn that a step has no valid position, and name likely causes."""
     warnings.warn(
         f"no position counts in step {step}, so that its loss is 0 and nothing is learnt: every "
-        "label is -100 (or masked, or "
-        "a first token's). Look at the labels of your data: a response template that is not found, "
-        "prompts as long as "
-        "max_length, or a collator that masks too much give such batches",
+        "label is -100 (or masked, or a first token's). Look at the labels of your data: a "
+        "response template that is not found, prompts as long as max_length, or a collator that "
+        "masks too much give such batches",
         stacklevel=3,
     )
 
 
 def all_finite(parameters: Iterable[Tensor]) -> bool:
-    """Whether every weight is finite, of a sharded model those that are here."""
+    """Whether every weight is finite; of a sharded model, every local one."""
     local = [
         getattr(p, "_local_tensor", p).detach()
         for p in parameters
@@ -76,7 +74,7 @@ def all_finite(parameters: Iterable[Tensor]) -> bool:
 
 
 def as_json(value: Any) -> Any:
-    """`value` with null in the place of numbers that JSON does not know: infinities and NaN."""
+    """Replace infinities and NaN, which JSON does not have, by None."""
     if isinstance(value, Mapping):
         return {key: as_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

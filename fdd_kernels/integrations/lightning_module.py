@@ -41,27 +41,27 @@ class FDDLightningModule(pl.LightningModule):
         student: a transformers causal LM. Only it is a submodule: the teacher is in no parameter
             list, state dict or checkpoint, and is never trained.
         teacher: as for `FDDTrainer`: a transformers causal LM, which `fit`, `validate` or `test`
-            move to their device unless it has a place of its own; or a teacher cache, whose windows
-            `fdd_kernels.data.pad_windows` makes batches of.
+            move to their device unless it has a placement of its own; or a teacher cache, whose
+            windows `fdd_kernels.data.pad_windows` collates.
         fdd_config: layers and loss options.
-        optimizer: makes, from the student's trainable parameters, what `configure_optimizers` may
-            return; default AdamW with a learning rate of 1e-4.
+        optimizer: maps the student's trainable parameters to the result of `configure_optimizers`;
+            default AdamW with a learning rate of 1e-4.
 
     Batches are mappings as `Distiller` takes them. Every term is logged as `train_loss`,
-    `train_output_kd`, ... each step and as `val_...`, `test_...`, means over all tokens that count,
-    in evaluation.
+    `train_output_kd`, ... each step and as `val_...`, `test_...`, means over all valid tokens, in
+    evaluation.
 
-    An optimizer step follows the mean over all tokens that count in its micro-batches, on all
-    processes: Lightning's division by `accumulate_grad_batches` and its averaging over processes,
-    both of which weigh tokens of short batches more, are taken back before gradients are clipped.
-    Rows that a DistributedSampler repeats do not count in evaluation.
+    The gradient of an optimizer step is that of the mean over all valid tokens of its
+    micro-batches, on all processes. Lightning divides by `accumulate_grad_batches` and averages
+    over processes, both of which weigh tokens of short batches more; this is undone before
+    gradients are clipped. Evaluation ignores rows that a DistributedSampler repeats.
     `module.student.save_pretrained(...)` writes the student.
 
     Raises:
         ModuleNotFoundError: neither `lightning` nor `pytorch_lightning` is installed.
         ValueError: at `fit`, a strategy other than one device or DDP; DDP without
-            `find_unused_parameters` for a loss that does not reach every parameter that trains.
-        NonFiniteLossError: while training, the loss is infinite or no number.
+            `find_unused_parameters` for a loss that gives some parameters no gradient.
+        NonFiniteLossError: while training, the loss is infinite or NaN.
         TypeError, ValueError: see `Distiller`.
     """
 
@@ -75,19 +75,18 @@ class FDDLightningModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.student = student
-        # Neither a Distiller nor a tuple is a module: so the teacher stays out of parameters() and
-        # state_dict().
+        # In a tuple, which is no module: keeps the teacher out of parameters() and state_dict().
         self._teacher = (teacher,)
         self.distiller = Distiller(student, teacher, fdd_config)
         self._optimizer = optimizer
         self._begin_step()
 
     def _begin_step(self) -> None:
-        # Of an optimizer step, on all processes: tokens that count, each micro-batch's at least 1,
-        # in all and in the first.
+        # Valid tokens of an optimizer step on all processes, at least 1 per micro-batch: of all
+        # micro-batches, and of the first.
         self._tokens: Tensor | None = None
         self._first_tokens: Tensor | None = None
-        # Tokens as they are counted, and the terms that go into the gradient, in this process.
+        # The same without that minimum, and this process's terms that the gradient comes from.
         self._counted: Tensor | int = 0
         self._sums: dict[str, Tensor] = {}
 
@@ -96,16 +95,16 @@ class FDDLightningModule(pl.LightningModule):
         if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
             raise ValueError(
                 f"strategy={type(strategy).__name__}: FDDLightningModule runs on one device or "
-                "with DDPStrategy. For "
-                "models that are sharded use FDDTrainer or an accelerate loop with FSDP2"
+                "with DDPStrategy. For models that are sharded use FDDTrainer or an accelerate "
+                "loop with FSDP2"
             )
         names = self.distiller.parameters_without_gradient() if stage == "fit" else []
         kwargs = getattr(strategy, "_ddp_kwargs", {})
         if isinstance(strategy, DDPStrategy) and names and not kwargs.get("find_unused_parameters"):
             raise ValueError(
                 f"{len(names)} parameters that train, {names[0]} for one, get no gradient from "
-                "this loss (train_head=False, or "
-                "no term of the final state), and DDP would wait for it: give Trainer("
+                "this loss (train_head=False, or no term of the final state), and DDP would wait "
+                "for it: give Trainer("
                 'strategy="ddp_find_unused_parameters_true"), or freeze them with '
                 "requires_grad_(False)"
             )
@@ -122,14 +121,14 @@ class FDDLightningModule(pl.LightningModule):
     def forward(
         self, batch: Mapping[str, Tensor], num_items_in_batch: Tensor | float | None = None
     ) -> DistillerTerms:
-        """The loss of one batch: see `Distiller`."""
+        """Compute the loss of one batch: see `Distiller`."""
         return self.distiller(batch, num_items_in_batch=num_items_in_batch)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         count, processes = self.distiller.count_positions(batch), self.trainer.world_size
         counted = self.trainer.strategy.reduce(count.to(self.device), reduce_op="sum")
         tokens = counted.clamp(min=1)
-        # its mean over processes is the mean over their tokens
+        # The average of these losses over processes is the mean over their tokens.
         terms = self(batch, tokens / processes)
         self._log("train", terms, len(next(iter(batch.values()))), sync_dist=processes > 1)
         if self._tokens is None:
@@ -137,28 +136,25 @@ class FDDLightningModule(pl.LightningModule):
         else:
             self._tokens = self._tokens + tokens
         self._counted = self._counted + counted
-        # Sums over tokens may be added up over micro-batches. Their common divisor keeps them of
-        # the size of a mean.
+        # Make the denominator of all micro-batches that of the first, so that they can be added.
         share = (tokens / self._first_tokens).to(terms.loss.dtype)
         for name, term in terms.named().items():
             self._sums[name] = self._sums.get(name, 0.0) + term.detach() * share
         return terms.loss * share
 
     def on_before_optimizer_step(self, optimizer) -> None:
-        """Make the gradient that of the mean over the step's tokens, and see that there is one.
+        """Rescale the gradient to that of the mean over the step's tokens, and check the loss.
 
         Raises:
-            NonFiniteLossError: the loss is infinite or no number, on any process; no step is taken.
+            NonFiniteLossError: the loss is not finite on some process; no step is taken.
         """
         mean = self._first_tokens / self._tokens
-        sums = torch.stack([value.double() for value in self._sums.values()]) * mean.to(
-            torch.float64
-        )
+        sums = torch.stack([value.double() for value in self._sums.values()]) * mean.double()
         means = dict(zip(self._sums, self.trainer.strategy.reduce(sums, reduce_op="mean").tolist()))
         if not self._counted:
             warn_of_nothing(self.trainer.global_step + 1)
         self._begin_step()
-        # float16's scaler skips such a step
+        # float16's scaler skips a step that is not finite.
         if getattr(self.trainer.precision_plugin, "scaler", None) is None:
             require_finite(f"step {self.trainer.global_step + 1}", means)
         scale = self.trainer.accumulate_grad_batches * mean
@@ -193,11 +189,11 @@ class FDDLightningModule(pl.LightningModule):
 def _without_repeats(
     batch: Mapping[str, Tensor], index: int, loader: Any, ignore_index: int
 ) -> Mapping[str, Tensor]:
-    """The batch with nothing that counts in rows that a DistributedSampler repeats, so that all
-    processes have as many.
+    """Return the batch without valid positions in rows that a DistributedSampler repeats to give
+    every process as many.
 
-    It deals rows out in turn and fills up with the first ones: row i of process r is the data set's
-    i * processes + r.
+    Row i of process r is row i * processes + r of the data set; the sampler repeats the first rows
+    at the end.
     """
     sampler, size = getattr(loader, "sampler", None), getattr(loader, "batch_size", None)
     if not isinstance(sampler, DistributedSampler) or size is None:

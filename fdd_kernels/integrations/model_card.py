@@ -1,9 +1,13 @@
-"""What a model card says about a distillation."""
+"""Model cards of distilled students."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
 
 from fdd_kernels.hf.distiller import Distiller
 from fdd_kernels.objectives.fdd.options import FDDConfig
@@ -13,37 +17,87 @@ TAGS = ["distillation", "fdd"]
 
 
 def public_name(name: str) -> str:
-    """A model's name; of a path only the last part, since the rest is this machine's."""
+    """Return a model's name, of a path the last part only: the rest is private to this machine."""
     path = Path(name)
     return path.name if path.is_absolute() or path.exists() else name
 
 
 def distillation_section(distiller: Distiller) -> str:
-    """Markdown: from which teacher, over which layers, with which options other than the
-    defaults.
-    """
+    """Return Markdown on the teacher, the layers, and the options other than the defaults."""
     defaults, config = FDDConfig(), distiller.config
     options = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
         if getattr(config, field.name) != getattr(defaults, field.name)
     }
-    layers = ", ".join(
-        f"{s} with {t}" for s, t in zip(distiller.student_layers, distiller.teacher_layers)
+    pairs = zip(distiller.student_layers, distiller.teacher_layers)
+    layers = ", ".join(f"{s} with {t}" for s, t in pairs)
+    weights = (config.output_kd_weight, config.alpha, config.beta, config.ce_weight)
+    names = ("output KD", "trajectory", "derivative", "cross-entropy")
+    loss = " + ".join(f"{weight:g} · {name}" for weight, name in zip(weights, names))
+    others = ", ".join(f"{name}={value!r}" for name, value in options.items())
+    return f"""## Distillation
+
+Trained by Feature Dynamics Distillation (FDD; Gong et al., *Beyond Logits: Aligning Feature
+Dynamics for Effective Knowledge Distillation*, ACL 2025) with fdd_kernels {__version__}.
+
+- Teacher: {public_name(distiller.teacher.name)}
+- Layers of student with teacher: {layers or "none"}
+- Loss: {loss}
+- Options other than the defaults: {others or "none"}
+"""
+
+
+def model_card(
+    student: str,
+    distiller: Distiller,
+    *,
+    data: Sequence[str],
+    training: Mapping[str, Any],
+    metrics: Mapping[str, Any],
+    terms: Sequence[str],
+) -> ModelCard:
+    """Return the card of a finished `fdd-kernels distill`, with metadata for the hub.
+
+    Args:
+        student: name or path of the model that was distilled.
+        data: names of files or data sets.
+        training: options of the run to show; None is left out.
+        metrics: the contents of metrics.json.
+        terms: the terms of the loss to show.
+    """
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=list(TAGS),
+        base_model=None if Path(student).exists() else student,
     )
     lines = [
-        "## Distillation",
+        f"# {public_name(student)} distilled from {public_name(distiller.teacher.name)}",
         "",
-        "Trained by Feature Dynamics Distillation (FDD; Gong et al., *Beyond Logits: Aligning "
-        "Feature Dynamics for "
-        f"Effective Knowledge Distillation*, ACL 2025) with fdd_kernels {__version__}.",
+        'A causal LM: `AutoModelForCausalLM.from_pretrained("...")` loads it, `AutoTokenizer` its '
+        "tokenizer.",
         "",
-        f"- Teacher: {public_name(distiller.teacher.name)}",
-        f"- Layers of student with teacher: {layers or 'none'}",
-        f"- Loss: {config.output_kd_weight:g} · output KD + {config.alpha:g} · trajectory + "
-        f"{config.beta:g} · derivative"
-        f" + {config.ce_weight:g} · cross-entropy",
-        "- Options other than the defaults: "
-        f"{', '.join(f'{name}={value!r}' for name, value in options.items()) or 'none'}",
+        distillation_section(distiller),
+        "## Training",
+        "",
+        f"- Data: {', '.join(data) or 'not named'}; {metrics['train_windows']} windows of at most "
+        f"{metrics['max_length']} tokens, {metrics['train_tokens']} tokens; "
+        f"{metrics['held_out_windows']} validation windows",
+        f"- Steps: {metrics['steps']}, {metrics['epochs']:g} epochs",
+        *(f"- {name}: {value}" for name, value in training.items() if value is not None),
+        *(f"- {name} {version}" for name, version in metrics["versions"].items()),
     ]
-    return "\n".join(lines) + "\n"
+    before, after = metrics["held_out_before"], metrics["held_out"]
+    if after is not None:
+        lines += [
+            "",
+            "## On the validation split",
+            "",
+            "Means over tokens, in nats (derivative: 1 - cosine).",
+            "",
+            "| | before | after |",
+            "|---|---|---|",
+            *(f"| {n} | {before[n]:.4f} | {after[n]:.4f} |" for n in terms if n in after),
+        ]
+    return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n")

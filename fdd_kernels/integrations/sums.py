@@ -1,5 +1,5 @@
-"""Means of loss terms: over tokens, for logs and evaluations, and over the micro-batches and
-processes of an optimizer step.
+"""Means of loss terms: over tokens, for logs and evaluations; over the micro-batches and processes
+of an optimizer step.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ Reduce = Callable[[Tensor, str], Tensor]
 
 
 class WeightedSums:
-    """Sums of weight * term by name, float64 on their device, and of the weights."""
+    """Sums of weight * term by name, and of the weights; float64 on the terms' device."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -23,29 +23,27 @@ class WeightedSums:
     def add(self, terms: Mapping[str, Tensor], weight: Tensor) -> None:
         """Add this process's weight * terms."""
         for name, term in terms.items():
-            self._sums[name] = self._sums.get(name, 0.0) + term.detach().double() * weight.to(
-                term.device
-            )
+            weighted = term.detach().double() * weight.to(term.device)
+            self._sums[name] = self._sums.get(name, 0.0) + weighted
         self._weight = self._weight + weight.to(term.device, torch.float64)
 
     def means(self, reduce: Reduce) -> tuple[dict[str, float], float]:
-        """The mean of each term over all processes, 0 where nothing has weight, and the weight in
-        all.
+        """Return the mean of each term over all processes, 0 for a weight of 0, and the total
+        weight.
         """
         if not self._sums:
             return {}, 0.0
         *sums, weight = reduce(torch.stack([*self._sums.values(), self._weight]), "sum").tolist()
-        return {
-            name: value / weight if weight else 0.0 for name, value in zip(self._sums, sums)
-        }, weight
+        means = [value / weight if weight else 0.0 for value in sums]
+        return dict(zip(self._sums, means)), weight
 
 
 class StepSums:
-    """The micro-batches of one optimizer step in this process, whose terms are shares that add up
-    to the step's mean.
+    """The micro-batches of one optimizer step in this process; their terms add up to the step's
+    mean.
 
     Attributes:
-        returned: the losses of micro-batches that the trainer has been given.
+        returned: the losses of micro-batches that the trainer has received.
     """
 
     def __init__(self) -> None:
@@ -62,8 +60,8 @@ class StepSums:
         """Add a micro-batch.
 
         Args:
-            terms: sums over its positions, divided by `items`.
-            positions: how many of its positions count.
+            terms: sums over its valid positions, divided by `items`.
+            positions: number of its valid positions.
         """
         for name, term in terms.items():
             self._sums[name] = self._sums.get(name, 0.0) + term.detach().double()
@@ -71,12 +69,11 @@ class StepSums:
         self._items = items
 
     def finish(self, reduce: Reduce) -> tuple[dict[str, Tensor], float, bool]:
-        """The step over all processes.
+        """Reduce the step over all processes.
 
         Returns:
-            The means of the terms over the positions that were used; what a gradient is to be
-                multiplied by to be the mean's:
-            1 unless `items` are not those positions; and whether the loss is finite.
+            The means of the terms over the valid positions that were used; the factor that makes a
+            gradient that of the mean (1 if `items` is their number); whether the loss is finite.
         """
         *sums, positions = reduce(torch.stack([*self._sums.values(), self._positions]), "sum")
         means = dict(zip(self._sums, sums))

@@ -1,5 +1,5 @@
-"""TRL's SFTTrainer with the FDD loss: its data preparation, packing and completion-only labels, our
-loss.
+"""TRL's SFTTrainer with the FDD loss; data preparation, packing and completion-only labels are
+TRL's.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ class FDDSFTTrainer(FDDTrainerMixin, SFTTrainer):
     Args:
         *args, **kwargs: as for `trl.SFTTrainer`; `model` is the student, `peft_config` makes it a
             LoRA student.
-        teacher: as for `FDDTrainer`. A teacher cache holds windows that TRL must leave as they are:
-            give `args=SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, ...)`,
+        teacher: as for `FDDTrainer`. TRL must not change the windows of a teacher cache: give
+            `args=SFTConfig(dataset_kwargs={"skip_prepare_dataset": True}, ...)`,
             `data_collator=fdd_kernels.data.pad_windows` and
             `train_dataset=datasets.Dataset.from_list(cache.dataset("train"))`.
         fdd_config: layers and loss options.
 
-    Positions whose label is -100 do not count: prompts with completion-only or assistant-only loss,
-    padding, and the first token of each packed sequence. The router loss of a student with experts
-    is weighted by SFTConfig's `router_aux_loss_coef`, or by the model's own coefficient if that is
-    None. TRL's own metrics (entropy, token accuracy) are not computed, since they need logits.
+    Positions whose label is -100 are not valid: prompts with completion-only or assistant-only
+    loss, padding, and the first token of each packed sequence. The router loss of a student with
+    experts is weighted by SFTConfig's `router_aux_loss_coef`, or by the model's own coefficient if
+    that is None. TRL's own metrics (entropy, token accuracy) need logits and are not computed.
 
     Raises:
         ValueError: an option of SFTConfig that changes the loss (`loss_type`); a teacher cache
@@ -39,13 +39,11 @@ class FDDSFTTrainer(FDDTrainerMixin, SFTTrainer):
         self, model, args=None, data_collator=None, *rest, teacher: nn.Module | Teacher, **kwargs
     ) -> None:
         prepared = getattr(args, "dataset_kwargs", None) or {}
-        if isinstance(teacher, Teacher) and not (
-            prepared.get("skip_prepare_dataset") and data_collator
-        ):
+        is_ready = prepared.get("skip_prepare_dataset") and data_collator
+        if isinstance(teacher, Teacher) and not is_ready:
             raise ValueError(
                 f"dataset_kwargs={prepared}, data_collator={data_collator}: TRL would prepare and "
-                "collate data of its own, "
-                f"which a {type(teacher).__name__} does not hold. Give "
+                f"collate data of its own, which a {type(teacher).__name__} does not hold. Give "
                 "SFTConfig(dataset_kwargs={'skip_prepare_dataset': True}), "
                 "data_collator=fdd_kernels.data.pad_windows and "
                 "train_dataset=Dataset.from_list(cache.dataset('train'))"

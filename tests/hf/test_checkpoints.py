@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,7 +75,10 @@ def test_killed_at_random_moments():
     assert found.stdout.count("2 kills") == 2
 
 
-@pytest.mark.parametrize("moment", ["model", "optimizer", "state", "moving"])
+@pytest.mark.parametrize(
+    "moment",
+    ["moving", *[pytest.param(m, marks=pytest.mark.slow) for m in ("model", "optimizer", "state")]],
+)
 def test_a_checkpoint_that_was_not_finished_is_not_seen(tmp_path, monkeypatch, whole, moment):
     """Stopped for good in the middle of saving, as by a kill: no clean-up of ours runs."""
 
@@ -93,8 +97,8 @@ def test_a_checkpoint_that_was_not_finished_is_not_seen(tmp_path, monkeypatch, w
             raise Killed
 
     with monkeypatch.context() as patch:
-        # in this module alone: a dead process cleans nothing up
-        patch.setattr(atomic.shutil, "rmtree", lambda *args, **kwargs: None)
+        # of this module alone: a dead process cleans nothing up
+        patch.setattr(atomic, "shutil", SimpleNamespace(rmtree=lambda *args, **kwargs: None))
         if moment == "moving":
             patch.setattr(atomic, "_sync_tree", die)
         else:

@@ -2,9 +2,11 @@
 why not.
 """
 
+import shutil
 import subprocess
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,11 +28,12 @@ def cache(tmp_path, monkeypatch):
 
 
 class Compiler:
-    """In the place of the process that compiles: writes a file, or fails with a message."""
+    """Replace the compiler's process: write a file, or fail with a message."""
 
     def __init__(self, monkeypatch, message=None):
         self.calls, self.message = 0, message
-        monkeypatch.setattr(extension.subprocess, "run", self)
+        named = {name: getattr(subprocess, name) for name in ("DEVNULL", "PIPE", "STDOUT")}
+        monkeypatch.setattr(extension, "subprocess", SimpleNamespace(run=self, **named))
 
     def __call__(self, command, **options):
         self.calls += 1
@@ -44,7 +47,7 @@ class Compiler:
 
 @pytest.fixture
 def loaded(monkeypatch):
-    """Files that would have been loaded."""
+    """Record the files to load."""
     files = []
     monkeypatch.setattr(extension, "_loaded", lambda file: (files.append(file), str(file)))
     return files
@@ -101,7 +104,8 @@ def test_reasons_name_the_remedy(cache, monkeypatch, tmp_path):
         extension._at_first_use()
     monkeypatch.delenv("FDD_KERNELS_BUILD")
     monkeypatch.delenv("CXX")
-    monkeypatch.setattr(extension.shutil, "which", lambda name: None)
+    without = SimpleNamespace(which=lambda name: None, rmtree=shutil.rmtree)
+    monkeypatch.setattr(extension, "shutil", without)
     with pytest.raises(Missing, match=r"there is no C.. compiler .* install a C.. compiler"):
         extension._at_first_use()
     (tmp_path / "file").write_text("")
@@ -130,7 +134,7 @@ def test_kernels_of_another_torch_are_not_loaded(monkeypatch, tmp_path):
     spec = type("Spec", (), {"origin": str(file)})
     monkeypatch.setattr(extension.importlib.util, "find_spec", lambda name: spec)
     monkeypatch.delenv("FDD_KERNELS_BUILD", raising=False)
-    assert extension._ahead_of_time() is None  # goes on to compile them
+    assert extension._ahead_of_time() is None  # compiles them next
     monkeypatch.setenv("FDD_KERNELS_BUILD", "0")
     with pytest.raises(
         Missing, match=r"compiled for torch 2.1.7, and this is torch .* install the package again"
@@ -151,7 +155,7 @@ def test_a_broken_file_is_a_reason(tmp_path):
 
 
 def test_first_use_under_torch_compile(monkeypatch):
-    """What looks for the kernels, and may compile them, is run at once, not traced."""
+    """torch.compile does not trace the search for the kernels, which may compile them."""
     found = []
 
     def find():
@@ -172,9 +176,9 @@ def test_first_use_under_torch_compile(monkeypatch):
 
 
 def test_the_sources_compile_in_one_place():
-    """csrc of the checkout is what setup.py and the first use compile."""
+    """setup.py and the first use compile the same csrc."""
     names = {path.name for path in _build.sources(_build.source_folder())}
-    assert {"module.cpp", "lens.h", "row_kernels.inc"} <= names
+    assert {"module.cpp", "problem.h", "row_kernels_impl.h"} <= names
 
 
 def test_a_sign_of_life_every_ten_seconds():

@@ -1,6 +1,4 @@
-"""What the Triton backend's default strategy moves and launches, on recorded launches: bounds that
-need no GPU.
-"""
+"""Bound the bytes and launches of Triton's default strategy by recorded launches, without a GPU."""
 
 from __future__ import annotations
 
@@ -22,12 +20,12 @@ def test_every_product_once_and_few_bytes_and_kernels(pair, trained):
     assert found["gemms_per_head_and_block"] == 1
     kinds = {"student logits", "teacher logits", "dH"} | ({"dW"} if trained else set())
     assert found["covered"] == dict.fromkeys(kinds, 1.0)
-    # Logits written (8), read by statistics and gradient (8 + 8), dL/dx written (2) and read by dH
-    # and dW (2 + 2).
+    # Logits written (8), loaded for statistics and gradient (8 + 8), dL/dx written (2) and loaded
+    # for dH and dW (2 + 2).
     assert found["bytes_per_element"] <= (30 if trained else 28) + 1e-9
     assert found["state_bytes_per_element"] <= 1
     assert found["kernels_per_block"] <= 60
-    # What the model says, and the state of the tiles.
+    # The model's bytes, and the state of the tiles.
     predicted = cached(DEVICES["H100"], Call(PAIRS[pair], 4096, trained=trained))
     assert found["block_rows"] * 5 == predicted.block_rows
     assert found["peak_scratch_bytes"] <= 1.1 * predicted.kept + 2**27

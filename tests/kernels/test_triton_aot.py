@@ -1,8 +1,7 @@
-"""The Triton kernels compile ahead of time without spills, within shared memory, onto tensor cores:
-the subset `--quick`.
+"""Compile the Triton kernels ahead of time: no spills, within shared memory, onto tensor cores.
 
-Compilers run in processes of their own: others may have set TRITON_INTERPRET, which Triton reads
-when it is imported.
+Each compiler has a process of its own: Triton looks at TRITON_INTERPRET when it is imported, and
+another test may have set it.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
-"""The Triton kernels in Triton's interpreter, through the public functions, on CPU tensors.
+"""Run the Triton kernels in Triton's interpreter, through the public functions, on CPU tensors.
 
-The interpreter is chosen by an environment variable that Triton reads when it is imported, so
-everything here happens in processes of its own: the tests of every backend
-(tests/numerics/test_backends.py) once more for "triton", and the checks of
-tests/kernels/triton_interpreted.py and tests/kernels/triton_strategies.py that only these kernels
-need.
+Triton looks at TRITON_INTERPRET when it is imported, so every test here starts a process: for
+tests/numerics/test_backends.py with the backend "triton", and for the files of tests/kernels/ that
+test these kernels alone.
 """
 
 from __future__ import annotations

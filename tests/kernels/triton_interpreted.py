@@ -1,4 +1,4 @@
-"""What only the Triton kernels need checked; run by tests/kernels/test_triton_interpreter.py with
+"""Test what Triton alone needs; tests/kernels/test_triton_interpreter.py runs this file with
 TRITON_INTERPRET=1.
 """
 
@@ -31,7 +31,7 @@ OPTIONS = {"trajectory": "jsd", "ce_weight": 0.5, "temperature": 2.0}
 
 @pytest.fixture
 def shuffled(monkeypatch):
-    """Programs of every launch run in a random order, and memory that nobody wrote holds NaN."""
+    """Run the programs of every launch in a random order, with NaN in unwritten memory."""
     builder = interpreter.interpreter_builder
     in_order, orders = builder.set_grid_idx, {}
 
@@ -46,7 +46,7 @@ def shuffled(monkeypatch):
 
     monkeypatch.setattr(builder, "set_grid_idx", set_grid_idx)
     before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # fills what torch.empty returns with NaN
+    torch.use_deterministic_algorithms(True)  # fills the tensors of torch.empty with NaN
     yield orders
     torch.use_deterministic_algorithms(before)
 
@@ -100,9 +100,7 @@ def test_several_blocks_of_rows_and_chunks_of_columns(monkeypatch):
     ids=str,
 )
 def test_nothing_of_the_heads_size_is_allocated_but_its_gradient(monkeypatch, dtype):
-    """Budgets of 64 columns; wide heads beside few rows, so that a head is by far the largest
-    tensor.
-    """
+    """Budgets of 64 tokens of the vocabulary; few rows, so a head is by far the largest tensor."""
     columns, width, backend = 300, 64, BACKENDS["triton"]
     monkeypatch.setenv(strategy.STRATEGY, "one_pass")
     monkeypatch.setattr(memory, "GRAD_BYTES", 1)
@@ -158,8 +156,8 @@ def test_memory_is_what_a_call_allocates(monkeypatch, each_strategy):
 
 
 def test_float16_gradients_below_its_smallest_number(each_strategy):
-    """Elements of dL/dx near 1e-7, where float16 has no digits left, still add up to gradients that
-    it can hold.
+    """Elements of dL/dx near 1e-7, where float16 has no digits, still sum to gradients within
+    its range.
     """
     problem = random_problem(dtype=torch.float16)
     found, expected = (
@@ -278,7 +276,7 @@ def test_autotuning_is_kept_on_disk(monkeypatch, tmp_path):
 def test_what_another_process_adds_meanwhile_is_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("FDD_KERNELS_CACHE", str(tmp_path))
     configuration = config.choose((300, 1000, 64, 64), torch.bfloat16, "sm_90")
-    # as a process that is adding "theirs" holds it
+    # as another process does while it adds "theirs"
     with filelock.FileLock(autotune.cache_file().with_suffix(".lock")):
         ours = threading.Thread(target=autotune._write, args=("ours", configuration))
         ours.start()
@@ -305,9 +303,7 @@ def test_the_device_decides_by_the_median_of_runs_with_an_empty_cache(monkeypatc
 
 
 def test_rows_of_many_layers_are_moved_by_few_launches():
-    """Ten layers, one of them strided: gathered and put back, but for the one that wants no
-    gradient.
-    """
+    """Gather ten layers, one of them strided, and scatter all but one without a gradient."""
     states = [torch.randn(7, 5, generator=torch.Generator().manual_seed(i)) for i in range(10)]
     states[4] = torch.stack([states[4], states[4]], -1)[..., 0]
     order = torch.tensor([6, 2, 0, 5, 1, 3, 4], dtype=torch.int32)

@@ -49,7 +49,7 @@ STRATEGIES = strategy.STRATEGIES[1:]
 
 @pytest.fixture(autouse=True)
 def small_slabs(monkeypatch):
-    """Slabs of one tile, so that few tokens make several."""
+    """Use slabs of one tile: few tokens make several."""
     monkeypatch.setattr(strategy, "SLAB_TOKENS", TOKENS)
 
 
@@ -63,6 +63,7 @@ def run(problem, upstream=None, **options):
     return evaluate(problem, fused_fdd_loss, upstream, backend="triton", **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [1, TOKENS - 1, TOKENS, TOKENS + 1])
 @pytest.mark.parametrize(("rows", "layers"), [(1, 1), (3, 6)])
 def test_shapes(named, columns, rows, layers):
@@ -71,6 +72,7 @@ def test_shapes(named, columns, rows, layers):
     assert_within_budget(problem, run(problem, **options), None, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [2, 17])
 def test_rows_that_are_masked_are_not_computed(named, rows):
     problem = random_problem((rows,), TOKENS + 3, layers=2, dtype=torch.bfloat16, labels=True)
@@ -99,6 +101,7 @@ def test_the_strategies_agree(monkeypatch):
             assert (gradient - other.gradients[name]).norm() <= 2e-5 * gradient.norm()
 
 
+@pytest.mark.slow
 def test_several_blocks_and_slabs(monkeypatch):
     """Scratch for three rows: every loop on the host turns more than once, and each dtype of a head
     is summed.
@@ -118,9 +121,10 @@ def test_several_blocks_and_slabs(monkeypatch):
             assert_within_budget(masked, run(masked, trajectory="jsd"), None, trajectory="jsd")
 
 
+@pytest.mark.slow
 def test_mixed_dtypes_and_odd_layouts(named):
-    """Hidden states in float32 under heads in bfloat16, converted part by part, and a head that is
-    a transposed view.
+    """Hidden states in float32 with heads in bfloat16, converted part by part, one a transposed
+    view.
     """
     problem = random_problem((4,), TOKENS + 9, dtype=torch.bfloat16)
     wide = tuple([h.detach().float().requires_grad_() for h in problem.student_hidden])
@@ -148,23 +152,16 @@ def recorded_gemms(rows: int, columns: int, **options) -> list:
 
 
 def _inputs(student, student_weight, teacher, teacher_weight, **options):
-    from fdd_kernels.lens.inputs import LensInputs
+    from fdd_kernels.objectives.fdd.loss import prepare, used_by
     from fdd_kernels.objectives.fdd.options import LossOptions
-    from fdd_kernels.objectives.fdd.plan import make_plan
+    from fdd_kernels.objectives.inputs import LossInputs
 
     weights = [w.detach().to("meta") for w in (student_weight, teacher_weight)]
-    plan, *_ = make_plan(
+    plan, tensors = prepare(
+        LossInputs(student, weights[0], teacher, weights[1]),
         LossOptions(backend="torch", **options),
-        student,
-        weights[0],
-        teacher,
-        weights[1],
-        *[None] * 5,
     )
-    chosen = [[states[i] for i in plan.layers] for states in (student, teacher)]
-    return LensInputs(
-        chosen[0], weights[0], None, chosen[1], weights[1], None, None, None
-    ), plan.spec
+    return used_by(plan, tensors), plan.spec
 
 
 def _upstream(rows, shifts, requests, moments):
@@ -213,6 +210,7 @@ def test_scratch_that_does_not_fit_is_said_once(monkeypatch):
         assert (gradient - found.gradients[name]).norm() <= 2e-5 * gradient.norm()
 
 
+@pytest.mark.slow
 def test_not_a_number_shows(named):
     """NaN in a row's states gives NaN in its loss and gradients, whatever the objective; other rows
     stay as they are.
@@ -230,6 +228,7 @@ def test_not_a_number_shows(named):
             assert rows.isnan().any(-1).tolist() == [False, True, False], (options, side)
 
 
+@pytest.mark.slow
 def test_biases_of_minus_infinity(named):
     problem = random_problem((2,), 2 * TOKENS + 9, dtype=torch.float32, bias="plain")
     with torch.no_grad():
@@ -241,6 +240,7 @@ def test_biases_of_minus_infinity(named):
         )
 
 
+@pytest.mark.slow
 def test_invalid_rows_under_large_biases(named):
     """Their logits are the biases alone, whose exponentials overflow at this temperature."""
     problem = random_problem((3,), TOKENS + 9, layers=2, dtype=torch.float32, bias="plain")
@@ -469,6 +469,7 @@ def shard_of_a_vocabulary(rank: int, path: str, name: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["cached", "slabbed"])
 def test_heads_that_are_split_over_processes(name, tmp_path):
     torch.multiprocessing.spawn(

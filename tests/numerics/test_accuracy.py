@@ -1,8 +1,8 @@
-"""How accurate every backend is where float32 is put to the test, per row, against float64.
+"""Accuracy of every backend in hard cases for float32, per row, against float64.
 
 The budgets of fdd_kernels.testing are twice the error of the dense computation with float32 logits
-plus a derived floor; the last tests show that they are narrow enough to catch the mistakes that
-they are for.
+plus a derived floor. The last tests show that budgets are narrow enough to catch the mistakes they
+are for.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ from fdd_kernels.testing import (
     unit_roundoff,
 )
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+DTYPES = pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)],
+    ids=str,
+)
 BIG = {"leading": (24,), "columns": 1111, "student_width": 48, "teacher_width": 80, "layers": 4}
 SAME_WIDTHS = BIG | {"teacher_width": 48}
 
@@ -82,7 +86,10 @@ def test_feature_space_with_a_common_offset(backend, device):
 
 
 @pytest.mark.trap("bf16 logits rounded before the softmax")
-@pytest.mark.parametrize("near", [1e-1, 1e-2, 1e-3])
+@pytest.mark.parametrize(
+    "near",
+    [pytest.param(1e-1, marks=pytest.mark.slow), 1e-2, pytest.param(1e-3, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("trajectory", ["kl", "reverse_kl", "jsd", "skew_kl"])
 @DTYPES
 def test_models_that_nearly_agree(backend, device, dtype, trajectory, near):
@@ -108,11 +115,10 @@ def test_huge_common_shift_of_the_logits(backend, device, dtype, offset):
 
 @DTYPES
 def test_layers_with_very_different_log_sum_exps(backend, device, dtype):
-    """A direction of the hidden states that moves all logits alike, by hundreds, from layer to
-    layer.
+    """Shift all logits alike, by hundreds, differently for each layer.
 
-    The deltas' common part is then far larger than their spread; centred, or with it inside the
-    log-sum-exp, it cancels.
+    The common part of a delta is then far larger than its spread. It cancels when deltas are
+    centred, or through the log-sum-exp.
     """
     problem = random_problem(**BIG, dtype=dtype, device=device)
 
@@ -170,7 +176,10 @@ def test_a_sharp_teacher(backend, device, trajectory):
 
 
 @pytest.mark.trap("logits that overflow")
-@pytest.mark.parametrize("temperature", [0.1, 0.3, 3.0, 10.0])
+@pytest.mark.parametrize(
+    "temperature",
+    [0.1, 3.0, *[pytest.param(t, marks=pytest.mark.slow) for t in (0.3, 10.0)]],
+)
 @pytest.mark.parametrize(
     ("spread", "near", "dtype"),
     [
@@ -182,8 +191,8 @@ def test_a_sharp_teacher(backend, device, trajectory):
     ids=str,
 )
 def test_confident_models_at_any_temperature(backend, device, temperature, spread, near, dtype):
-    """Logits / temperature up to 10^5 whose largest is not among the first columns: the row's own
-    scale is what counts.
+    """Logits / temperature up to 10^5 with a maximum far from the first tile: needs each row's
+    own shift.
     """
     problem = random_problem(
         (12,), 200, 48, 48, 3, spread=spread, near=near, dtype=dtype, device=device
@@ -240,8 +249,8 @@ def test_value_of_models_that_nearly_agree(of, trajectory, near, most):
 @pytest.mark.parametrize("trajectory", [*TRAJECTORIES, None])
 @pytest.mark.parametrize("derivative", DERIVATIVES)
 def test_nan_stays_nan(of, where, trajectory, derivative):
-    """A row of states with a NaN has a loss of NaN, whichever terms read it, also beside columns of
-    -inf; others have not.
+    """A NaN in a row's states gives NaN in its loss, whichever terms are on; other rows stay
+    finite.
     """
     if why_unavailable(of, torch.device("cpu")):
         pytest.skip("not built")
@@ -259,7 +268,7 @@ def test_nan_stays_nan(of, where, trajectory, derivative):
 @pytest.mark.parametrize("trajectory", ["kl", "reverse_kl", "jsd", "skew_kl", "mse", "cosine"])
 @pytest.mark.parametrize("derivative", ["cosine", "centered_cosine", "mse"])
 def test_identical_models(backend, device, dtype, trajectory, derivative):
-    """Every term is 0 and so is every gradient, up to the rounding of what cancels."""
+    """Every term and gradient is 0 up to the rounding of cancelling sums."""
     problem = random_problem(**SAME_WIDTHS, dtype=dtype, device=device, near=0.0)
     outcome = evaluate(
         problem, backend=backend, trajectory=trajectory, derivative=derivative, reduction="none"
@@ -294,7 +303,7 @@ def test_static_layers(backend, device, derivative, side):
     outcome = evaluate(problem, backend=backend, **options)
     truth = exact(problem, **options)
     if derivative == "mse":
-        # The squared difference of two deltas, one or both of which are 0: budgets as everywhere.
+        # The squared difference of deltas, one or both of them 0: budgets as everywhere.
         assert_within_budget(problem, outcome, **options)
         return
     assert (outcome.terms.derivative == 1).all()
@@ -305,7 +314,7 @@ def test_static_layers(backend, device, derivative, side):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_static_layers_of_any_shape(backend, dtype):
-    """Equal states in other memory, whose products round differently in a stacked product: still no
+    """Equal states in other memory, whose logits round differently in a stacked GEMM: still no
     length, no gradient.
     """
     options = {
@@ -345,12 +354,12 @@ def test_a_head_of_zeros_has_no_deltas(backend, derivative):
     assert not any(gradient.any() for gradient in outcome.gradients.values())
 
 
-# That the budgets are narrow.
+# Budgets are narrow.
 
 
 def rounded_logits(bits_of: torch.dtype):
-    """The dense loss with logits rounded to a low precision, as a product in that precision would
-    give them.
+    """Return the dense loss with logits rounded to 16 bits, as a GEMM with 16-bit output gives
+    them.
     """
 
     def loss(*, student_hidden, student_weight, teacher_hidden, teacher_weight, **keywords):
@@ -372,7 +381,7 @@ def rounded_logits(bits_of: torch.dtype):
 def test_budget_catches_rounded_logits(bits_of):
     problem = random_problem((24,), 400, 48, 48, layers=3, near=1e-2)
     caught = excesses(problem, evaluate(problem, rounded_logits(bits_of)))
-    if bits_of is torch.bfloat16:  # a value moves by the square of what its gradient moves by
+    if bits_of is torch.bfloat16:  # a value moves by the square of its gradient's change
         assert caught["trajectory"].fraction > 1
     for name in ("student_hidden[0]", "student_hidden[1]", "student_hidden[2]", "student_weight"):
         assert caught[name].fraction > 10, name

@@ -1,8 +1,8 @@
-"""Every backend of the registry that runs here against the float64 reference: every term and
-gradient, every option.
+"""Compare every backend available here with the float64 reference: every term, gradient and
+option.
 
-Problems are tiny, so that an interpreted kernel can take part; tests/numerics/test_accuracy.py has
-the larger ones.
+Problems are tiny, so an interpreted kernel can take part; tests/numerics/test_accuracy.py has
+larger ones.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fdd_kernels import fused_fdd_loss
-from fdd_kernels.backends import torch_stream
+from fdd_kernels.backends.torch_stream import tiling
 from fdd_kernels.lens.divergences import DERIVATIVES, TRAJECTORIES
 from fdd_kernels.testing import Problem, assert_within_budget, evaluate, random_problem
 
@@ -33,7 +33,7 @@ def check(problem: Problem, backend: str, upstream=None, **options) -> None:
     assert_within_budget(problem, outcome, upstream, **options)
 
 
-# Together every option of the loss, each with a value that is not its default.
+# Together: every option of the loss, each once with a value other than its default.
 SMOKE = {
     "weights": {
         "alpha": 0.3,
@@ -80,7 +80,7 @@ def test_smoke_has_every_option():
 
 @pytest.mark.parametrize("name", SMOKE)
 def test_smoke(backend, device, name):
-    """Few calls that have every option once: all that `make test` runs of an interpreted kernel."""
+    """Use every option in few calls: `make test` runs no more of an interpreted kernel."""
     options, features = SMOKE[name], name == "features"
     problem = random_problem(
         device=device,
@@ -271,11 +271,11 @@ def test_gradcheck_feature_space(device):
 @pytest.mark.parametrize("accumulator_bytes", [0, 2**20])
 @pytest.mark.parametrize("low", [F32, torch.bfloat16], ids=str)
 def test_torch_tiles_of_every_kind(device, monkeypatch, resident, accumulator_bytes, low):
-    """Tiles that divide neither rows nor columns, several sets of resident rows, both ways to sum a
-    head's gradient.
+    """Tiles that divide neither rows nor vocabulary, several sets of resident rows, both sums of
+    a head's gradient.
     """
-    monkeypatch.setattr(torch_stream, "choose_tiles", lambda *_: torch_stream.Tiles(2, 5, resident))
-    monkeypatch.setattr(torch_stream, "ACCUMULATOR_BYTES", accumulator_bytes)
+    monkeypatch.setattr(tiling, "choose_tiles", lambda *_: tiling.Tiles(2, 5, resident))
+    monkeypatch.setattr(tiling, "ACCUMULATOR_BYTES", accumulator_bytes)
     problem = random_problem((11,), dtype=low, device=device, labels=True, bias="padded", layers=4)
     check(problem, "torch", ce_weight=0.5, trajectory="jsd", reduction="none")
     check(problem, "torch", ce_weight=0.5, vocab_size=33, derivative="mse", reduction="none")

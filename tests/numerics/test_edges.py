@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fdd_kernels import fdd_loss_reference, fused_fdd_loss
 from fdd_kernels.backends import BACKENDS
-from fdd_kernels.objectives.fdd import api
+from fdd_kernels.objectives.fdd import loss as fdd_loss
 from fdd_kernels.testing import (
     Problem,
     assert_same_sums,
@@ -96,7 +96,7 @@ def test_no_valid_row_gives_zeros(backend, how, reduction, dense):
 def test_micro_batches_of_unequal_size_add_up():
     """Divide each micro-batch by the tokens of all: the sum is the whole batch.
 
-    In float64, where sums can be compared closely, which the torch backend alone computes.
+    In float64, computed by the torch backend alone, sums can be compared closely.
     """
     problem = random_problem((4, 6), labels=True, dtype=torch.float64)
     labels = problem.labels.clone()
@@ -159,7 +159,7 @@ def test_rows_not_a_multiple_of_the_tile(backend, rows):
     "what", ["student_hidden", "teacher_hidden", "student_weight", "teacher_weight"]
 )
 def test_rows_more_than_2_31_elements_apart(backend, what):
-    """Two rows more than 2^31 elements apart, in memory that nobody touches between them."""
+    """Two rows more than 2^31 elements apart; the memory between them is never touched."""
     problem = random_problem((2,), 2 if "weight" in what else 37, 4, 4, layers=2)
 
     def apart(tensor):
@@ -175,9 +175,13 @@ def test_rows_more_than_2_31_elements_apart(backend, what):
     options = {"output_in_dynamics": False}
     near_outcome = evaluate(half, backend=backend, **options)
     far_outcome = evaluate(replace(half, **{what: far}), backend=backend, **options)
-    assert torch.equal(far_outcome.terms.loss, near_outcome.terms.loss)
+    # up to rounding: a matrix library may take other kernels for other strides
+    torch.testing.assert_close(far_outcome.terms.loss, near_outcome.terms.loss)
     for name, gradient in near_outcome.gradients.items():
-        assert torch.equal(far_outcome.gradients[name], gradient), name
+        size = float(gradient.abs().max())
+        torch.testing.assert_close(
+            far_outcome.gradients[name], gradient, rtol=2e-3, atol=1e-4 * size, msg=name
+        )
 
 
 @pytest.mark.trap("frozen head still allocating a gradient")
@@ -258,7 +262,7 @@ def test_mixed_dtypes_between_layers(backend):
 
 
 class Syncs(TorchDispatchMode):
-    """Record the operators that make an accelerator's host wait."""
+    """Record the operators for which an accelerator's host waits."""
 
     WAITING = ("_local_scalar_dense", "nonzero", "item", "is_nonzero", "equal")
 
@@ -299,8 +303,8 @@ def test_host_waits_for_nothing_but_the_number_of_valid_rows(monkeypatch):
     inside.clear()
     evaluate(replace(problem, labels=None, mask=None), backend="torch")
     assert inside == [[], []]
-    # Labels are checked on a CPU alone, where that waits for nothing.
-    monkeypatch.setattr(api, "check_labels", lambda *_: None)
+    # Labels are checked on a CPU alone, where the host waits for nothing.
+    monkeypatch.setattr(fdd_loss, "check_labels", lambda *_: None)
     monkeypatch.setitem(BACKENDS, "torch", real)
     for reduction in ("mean", "sum", "none"):
         with Syncs() as syncs:

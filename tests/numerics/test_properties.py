@@ -39,8 +39,7 @@ def feature_calls(draw):
         "beta": draw(WEIGHTS),
     }
     if problem.student_weight.shape[1] == 1:
-        # The image of one number has one direction: gradients of angles are 0, and what comes out
-        # is rounding.
+        # A projection of width 1 has one direction: gradients of angles are 0 up to rounding.
         options |= {"trajectory": "mse", "derivative": "mse"}
     return problem, options, upstream
 

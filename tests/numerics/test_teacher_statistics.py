@@ -28,7 +28,7 @@ OPTIONS = [
 
 
 def _split(options: dict) -> tuple[dict, dict]:
-    """What is for `random_problem`, and what is for the loss."""
+    """Split settings into those of `random_problem` and those of the loss."""
     mine = ("bias", "labels")
     return {k: v for k, v in options.items() if k in mine}, {
         k: v for k, v in options.items() if k not in mine
@@ -36,7 +36,7 @@ def _split(options: dict) -> tuple[dict, dict]:
 
 
 def _rows(problem):
-    """The problem with only the rows that count, as (R, D)."""
+    """Return the problem with its valid rows alone, as (R, D)."""
     keep = (
         torch.ones(problem.leading_shape, dtype=torch.bool)
         if problem.labels is None
@@ -95,8 +95,8 @@ def test_errors_are_those_of_float32(way, columns, options):
 
 def test_many_columns_are_read_in_tiles(monkeypatch):
     problem = _problem({}, columns=701)
-    monkeypatch.setattr("fdd_kernels.backends.torch_stream.TILE_BYTES", {"cpu": 2**15})
-    monkeypatch.setattr("fdd_kernels.backends.torch_stream.OPERAND_BYTES", 2**12)
+    monkeypatch.setattr("fdd_kernels.backends.torch_stream.tiling.TILE_BYTES", {"cpu": 2**15})
+    monkeypatch.setattr("fdd_kernels.backends.torch_stream.tiling.OPERAND_BYTES", 2**12)
     monkeypatch.setattr("fdd_kernels.objectives.fdd.summary._HEAD_BYTES", 2**12)
     assert torch_stream.choose_tiles(4, 1, 701, 8, 8, 4, "cpu").columns < 701, (
         "this test sees one tile"
@@ -131,8 +131,8 @@ def test_widths_are_those_of_the_arrays():
 
 
 def test_a_maker_serves_one_teacher_after_another():
-    """What is kept of the student's head depends on the columns that the teacher's bias leaves
-    out.
+    """The cached part of the student's head depends on the tokens that the teacher's bias
+    excludes.
     """
     plain, padded = _problem({}), _problem({"bias": "padded"})
     make = StatisticsMaker(LossOptions(), plain.student_weight)
@@ -204,7 +204,7 @@ def test_other_heads_are_refused():
 
 
 def test_columns_that_the_teachers_bias_alone_leaves_out_are_refused():
-    """At whichever call they come, also after one of no rows and one that is right."""
+    """At any call, also after an empty one and a correct one."""
     plain, padded = _problem({}), _problem({"bias": "padded"})
     make = StatisticsMaker(LossOptions(), plain.student_weight)
     right, wrong = (

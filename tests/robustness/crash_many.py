@@ -117,7 +117,7 @@ def distill(folder: Path, keep_all: bool, **source) -> None:
 
 
 def texts(folder: Path) -> dict:
-    """What is read, with and without a cache."""
+    """Return the options of the data, with and without a cache."""
     models = folder.parent / "models"
     return {
         "teacher": str(models / "teacher"),
@@ -215,7 +215,7 @@ def trained(folder: Path, whole: Path) -> None:
 
 
 def cache_left(folder: Path, whole: Path) -> list[str]:
-    """A cache that opens is the whole one; anything else is refused."""
+    """Check that the cache opens only if it is complete."""
     try:
         TeacherCache(folder)
     except (FileNotFoundError, ValueError) as error:
@@ -235,8 +235,8 @@ def cached(folder: Path, whole: Path) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """What is killed, and what must hold of its folder, beside that of a run without kills, after
-    each kill and at the end.
+    """A run to kill, and checks of its folder against a run without kills: after each kill, and
+    at the end.
     """
 
     run: Callable[..., None]

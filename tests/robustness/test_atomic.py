@@ -1,5 +1,5 @@
-"""What is written is there completely or not at all: killed before any change of the file system,
-something whole is left.
+"""Files are complete or absent: kill before each change of the file system and look for a whole
+one.
 """
 
 import errno
@@ -21,8 +21,9 @@ class Killed(BaseException):
 
 
 class Mortal:
-    """Dies before the file system's change number `moment`, or lets only that one fail if it is to
-    survive.
+    """Die before change number `moment` of the file system, or let that one fail and survive.
+
+    `os` is patched for the whole process: shutil and safetensors change files through it too.
     """
 
     def __init__(self, patch, moment, survives=False):
@@ -141,8 +142,8 @@ class TestKilled:
         moments(at)
 
     def test_while_a_directory_is_removed(self, tmp_path):
-        """Also one that was replaced before and whose old one is still there: nothing old comes
-        back, nothing is left half.
+        """Also of a target replaced before with its old version still there: nothing old
+        returns, nothing is partial.
         """
 
         def at(moment, left_over=False):

@@ -1,4 +1,4 @@
-"""Which layers are compared."""
+"""Choice of the compared layers."""
 
 import pytest
 

@@ -80,7 +80,7 @@ def naive(
     vocab_size=None,
     return_terms=True,
 ) -> FDDLossTerms:
-    """The loss with a plain loop over the positions that count, every one of them on its own."""
+    """Compute the loss in a plain loop over the valid positions."""
     leading = student_hidden[0].shape[:-1]
     counts = torch.ones(leading, dtype=torch.bool)
     if labels is not None:
@@ -223,7 +223,7 @@ def test_leading_shapes(leading, reduction):
 def test_shift_compares_position_t_with_the_next_label(leading):
     problem = double(leading, labels=True)
     problem = replace(problem, labels=torch.arange(math.prod(leading)).reshape(leading) % 37)
-    if leading[-1] == 1:  # the only position is the last: nothing counts
+    if leading[-1] == 1:  # the only position is the last: none is valid
         assert float(evaluate(problem, fdd_loss_reference, shift=True).terms.loss) == 0
         return
     agree(problem, shift=True, ce_weight=1.0, reduction="none")
@@ -341,7 +341,7 @@ def test_reference_can_be_differentiated_twice():
 
 
 def test_impossible_tokens_are_as_if_they_were_not_there():
-    # A bias of -inf in both models: the loss of the vocabulary without those columns, for every
+    # A bias of -inf in both models: the loss of the vocabulary without these tokens, for every
     # divergence.
     problem = double(bias="padded")
     live = int(problem.student_bias.isfinite().sum())

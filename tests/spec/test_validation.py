@@ -1,4 +1,4 @@
-"""What bad input gets: an error that names the argument, before any work."""
+"""Errors for bad input name the argument, before any work."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fdd_kernels import FDDConfig, FusedFDDLoss, backends, fdd_loss_reference, fused_fdd_loss
-from fdd_kernels.objectives.fdd import api
+from fdd_kernels.objectives.fdd import loss
 from fdd_kernels.objectives.fdd.plan import DEBUG_SWITCH
 from fdd_kernels.testing import evaluate, random_problem
 
@@ -27,9 +27,8 @@ def _no_work(monkeypatch):
     def fail(*_, **__):
         raise AssertionError("work was done before the arguments were checked")
 
-    monkeypatch.setattr(api.LensStatistics, "apply", fail)
-    monkeypatch.setattr(api.LossAndGradient, "apply", fail)
-    monkeypatch.setattr(api, "dense_row_terms", fail)
+    monkeypatch.setattr(loss, "evaluate", fail)
+    monkeypatch.setattr(loss, "dense_row_terms", fail)
 
 
 def at(states, index, state):
@@ -37,7 +36,7 @@ def at(states, index, state):
 
 
 WRONG_TENSORS = [
-    # changed arguments, error, what its message must say
+    # changed arguments, error, part of its message
     ({"student_hidden": ()}, ValueError, "student_hidden is empty"),
     (
         {"student_hidden": 3},
@@ -361,7 +360,7 @@ def test_debug_switch_names_the_tensor_that_is_not_finite(monkeypatch, name, bad
     tensor = tensor[int(index[:-1])] if index else tensor
     tensor.data.view(-1)[3] = bad
     monkeypatch.setenv(DEBUG_SWITCH, "1")
-    if name == "teacher_bias" and bad == -INF:  # a token that cannot occur
+    if name == "teacher_bias" and bad == -INF:  # an impossible token
         fused_fdd_loss(**problem.arguments)
         return
     with pytest.raises(
@@ -389,7 +388,7 @@ class TestBackendThatCannotRun:
 
     @pytest.fixture
     def broken(self, monkeypatch):
-        """A registry in which the "triton" backend exists, is preferred and cannot run."""
+        """Make a registry whose "triton" backend is preferred and cannot run."""
         monkeypatch.setitem(
             backends.BACKENDS,
             "triton",

@@ -1,4 +1,4 @@
-"""What a computation allocates, seen from within the process: the same on every processor."""
+"""Measure a computation's allocations within the process: the same on every processor."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def allocated_peak(function: Callable[[], object]) -> int:
-    """The most bytes that torch's allocator had given out at a time while `function` ran: the same
-    on every processor, where resident memory also has pages and the buffers of the matrix library
-    in it."""
-    kept = []  # what it returns, so that it counts to the end
+    """Return the peak of bytes that torch's allocator holds while `function` runs.
+
+    It is the same on every processor; resident memory also has pages and the matrix library's
+    buffers in it.
+    """
+    kept = []  # its result stays allocated to the end
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
     ) as profile:
@@ -29,9 +31,7 @@ def allocated_peak(function: Callable[[], object]) -> int:
 
 
 class Allocations(TorchDispatchMode):
-    """The shape of everything that is computed into memory of its own, and every one's number of
-    elements.
-    """
+    """Record shapes and sizes of tensors computed into memory of their own."""
 
     def __init__(self):
         super().__init__()
@@ -51,8 +51,8 @@ class Allocations(TorchDispatchMode):
         return out
 
     def watching(self, operation: Callable) -> Callable:
-        """An operation of a backend that is watched: a mode around an operator of torch sees
-        nothing within it.
+        """Watch a backend's operation: a mode around an operator of torch sees nothing within
+        it.
         """
 
         def run(*args):

@@ -59,8 +59,8 @@ def same_loss_and_gradients(student, distiller, live, batch, **live_options):
     terms, gradients = loss_and_gradients(student, distiller, batch)
     expected_terms, expected = loss_and_gradients(student, live, batch, **live_options)
     for name, term, value in zip(terms._fields, terms, expected_terms):
-        # Two evaluations that add up to 9 x 97 numbers in another order, each rounded by half a
-        # unit in either.
+        # Two evaluations with up to 9 x 97 addends in another order, each rounded by half a unit in
+        # either.
         torch.testing.assert_close(
             term, value, rtol=873 * 2.0**-23, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
         )

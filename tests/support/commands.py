@@ -1,12 +1,16 @@
-"""Tiny models in folders, and options of the commands that use them."""
+"""Write tiny models to folders; make options of the commands."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from fdd_kernels import FDDConfig
@@ -79,9 +83,25 @@ def cache_options(inputs, output, **changes):
 FROM_CACHE = {"teacher": None, "data": None, "max_length": None, "eval_fraction": None}
 
 
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int):
+    """Mount a file system of `size` bytes at `folder`; skip the test where that is not allowed."""
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting a small file system needs root")
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    mounted = subprocess.run(command, capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
 class FullDisk:
-    """Where `when(path)`, writing a file to disk says that no space is left, as it does under
-    delayed allocation.
+    """Fail with "no space left" when a file with `when(path)` is synced, as under delayed
+    allocation.
     """
 
     def __init__(self, monkeypatch, when):

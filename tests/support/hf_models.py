@@ -12,8 +12,8 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-# Never ask the hub, also in processes that tests start; the variable alone is only read at the
-# first import.
+# Never ask the hub, nor in processes that tests start; the variable has an effect before the first
+# import only.
 os.environ["HF_HUB_OFFLINE"] = "1"
 huggingface_hub.constants.HF_HUB_OFFLINE = True
 
@@ -98,7 +98,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "stablelm": ("stablelm", {**_LLAMA_LIKE}),
     "olmo2": ("olmo2", {**_LLAMA_LIKE}),
     "nemotron": ("nemotron", {**_LLAMA_LIKE}),
-    # What stands before the head is more than a final norm.
+    # More than a final norm precedes the head.
     "bert": ("bert", {**_BERT_LIKE}),
     "roberta": ("roberta", {**_BERT_LIKE}),
     "electra": ("electra", {**_BERT_LIKE, "embedding_size": 16}),
@@ -162,10 +162,10 @@ def tiny_model(
     spread: float = 1.0,
     **changes,
 ):
-    """A randomly initialised causal LM in evaluation mode, without dropout.
+    """Make a randomly initialised causal LM in evaluation mode, without dropout.
 
-    Every parameter gets noise of standard deviation 0.1 * spread, so that norms and biases are not
-    at their initial 1 and 0.
+    Every parameter gets noise of standard deviation 0.1 * spread: norms and biases leave their
+    initial 1 and 0.
     """
     config = tiny_config(family, **changes)
     for name in (
@@ -204,8 +204,8 @@ def tiny_batch(
 
 
 def pad_left(batch: dict) -> dict:
-    """The same sequences with their padding on the left and the positions that they had; labels as
-    Trainers' collators give them, so the first token has one too.
+    """Move padding to the left, positions unchanged; as Trainers' collators do, the first token
+    has a label.
     """
     right = batch["attention_mask"].bool()
     left = right.flip(1)

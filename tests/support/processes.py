@@ -20,7 +20,7 @@ def start(worker: str, kind: str, world: int, folder: Path) -> list[subprocess.P
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     processes = []
     for rank in range(world):
-        # a pipe that nobody reads would stop a talkative process
+        # a full pipe would stop a talkative process
         messages = folder / f"{kind}-{rank}-messages.txt"
         command = [sys.executable, "-m", worker, kind, str(rank), str(world), str(folder)]
         with messages.open("w") as file:
@@ -33,10 +33,10 @@ def start(worker: str, kind: str, world: int, folder: Path) -> list[subprocess.P
 
 
 def finish(processes: list[subprocess.Popen], seconds: float = 240) -> list[tuple[int, str]]:
-    """Exit status and messages of each process; none is left running.
+    """Wait; return each process's exit status and messages, leaving none running.
 
-    One that takes longer is asked for its stack (`show_stack_when_asked`) and ends with that among
-    its messages.
+    A process that takes longer is aborted and adds its stacks to its messages
+    (`show_stack_when_asked`).
     """
     end = time.monotonic() + seconds
     while time.monotonic() < end and any(process.poll() is None for process in processes):
@@ -55,9 +55,10 @@ def finish(processes: list[subprocess.Popen], seconds: float = 240) -> list[tupl
 
 
 def leave() -> None:
-    """End a worker whose work is done: when all are, and without the destructors of stores and
-    groups, which may wait for processes that are gone (seen under load: about one run of DDP in
-    thirty hung after its results were complete).
+    """End a worker when all are done, without destructors of stores and groups.
+
+    These may wait for processes that are gone: under load about one DDP run in thirty hung after
+    its results were complete.
     """
     torch.distributed.barrier()
     sys.stdout.flush()

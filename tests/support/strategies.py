@@ -78,8 +78,7 @@ def calls(draw):
         "output_kd_weight": draw(st.sampled_from([0.5, 1.0])),
     }
     if problem.student_bias is not None and problem.student_bias.isinf().any():
-        # A cap makes -inf finite, for one model alone perhaps: an infinite loss, which has no
-        # gradient.
+        # A cap makes -inf finite, perhaps for one model alone: an infinite loss without a gradient.
         options["student_softcap"] = options["teacher_softcap"] = None
     live = options.get("vocab_size", columns)
     if problem.student_bias is not None:

@@ -90,7 +90,7 @@ def lora_student() -> torch.nn.Module:
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    """What a checkpoint or a student's folder holds, in one dictionary."""
+    """Load the weights in a checkpoint's or student's folder into one dictionary."""
     return {
         f"{file.name}:{name}": t
         for file in folder.glob("*.safetensors")

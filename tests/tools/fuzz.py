@@ -22,14 +22,14 @@ from fdd_kernels.backends import BACKENDS, why_unavailable
 from fdd_kernels.lens.divergences import DERIVATIVES, FEATURE_DISTANCES, TRAJECTORIES
 from fdd_kernels.testing import Problem, evaluate, excesses, random_problem
 
-# The floor of a gradient is the largest of three random movements, which some of thousands of rows
-# exceed; and it is linear in them, which rows of probabilities next to nothing are not: these count
-# relative to the largest row.
+# The floor of a gradient is the largest of three random changes, which some of thousands of rows
+# exceed. It is linear in them, which rows of tiny probabilities are not: compare these with the
+# largest row.
 SLACK, NOTHING = 2.0, 2.0**-48
 
 
 def configuration(seed: int) -> tuple[Problem, dict, str]:
-    """A problem, the options of the loss, and a line that says what is unusual about them."""
+    """Make a problem, the options of the loss, and a line that describes it."""
     draw = random.Random(seed)
 
     def some(*choices):
@@ -93,9 +93,7 @@ def configuration(seed: int) -> tuple[Problem, dict, str]:
 
 
 def failures(seed: int, backends: list[str]) -> list[str]:
-    """One line for each backend's term or gradient of the seed's configuration that is not within
-    its budget.
-    """
+    """Return one line for each backend's term or gradient of this seed outside its budget."""
     problem, options, what = configuration(seed)
     found = []
     for backend in backends:

@@ -1,11 +1,10 @@
-"""Install the package as a user does, by a plain `pip install .`, and run the C++ kernels from
-another directory.
+"""Install the package by a plain `pip install .` and run the C++ kernels from another directory.
 
     python tests/tools/plain_install.py        (part of .ci/run)
 
-A fresh environment sees the torch of this one, so that nothing large is fetched; pip fetches
-setuptools for its isolated build. The kernels are compiled at their first use, into a cache of
-their own; where there is no compiler, the reason is told.
+A fresh environment uses the torch of this one, so nothing large is fetched; pip fetches setuptools
+for its isolated build. The kernels are compiled at their first use, into a separate cache. Without
+a compiler the message says why.
 """
 
 from __future__ import annotations
@@ -92,6 +91,9 @@ def main() -> None:
             ],
             folder,
         )
+        demo = Path(packages, "fdd_kernels", "demo")
+        assert (demo / "report.html.jinja").is_file()
+        assert not (demo / "assets").exists()  # 9.8 MB, in the repository only
         print(f"installed, {time.monotonic() - started:.0f} s", flush=True)
         cache = {"FDD_KERNELS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
         told = run(

@@ -51,7 +51,7 @@ def build() -> None:
 
 
 def run_tests() -> int:
-    """The exit status of the first test run that fails, or 0."""
+    """Run the tests; return the exit status of the first failing run, or 0."""
     runtimes = [
         subprocess.run(
             ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True

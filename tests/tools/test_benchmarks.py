@@ -218,15 +218,13 @@ def test_an_unfinished_run_of_other_settings_is_not_mixed_in(unfinished, tmp_pat
     [
         "fdd_kernels/lens/divergences.py",
         "fdd_kernels/testing/__init__.py",
-        "csrc/lens.h",
+        "csrc/problem.h",
         "benchmarks/measure.py",
         "fdd_kernels/_C.so",
     ],
 )
 def test_an_unfinished_run_of_other_sources_is_not_continued(tmp_path, monkeypatch, path):
-    """Of the package, whatever part of it: budgets and divergences decide what is refused and what
-    is computed.
-    """
+    """Any source of the package: budgets and divergences decide results and refusals."""
     monkeypatch.setattr(record, "ROOT", tmp_path)
     for name in ("fdd_kernels/backends/cpu/operations.py", "benchmarks/README.md", path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -468,7 +466,7 @@ def test_tables_are_generated_and_staleness_is_found(paths):
     assert "| dense | 8 s | 1.00x | 8.00 |" in text
     assert "| cpu | 2 s | 4.00x | 2.00 |" in text
     assert "| GEMMs only | 1 s | - | - |" in text
-    assert not paths.image.exists()  # that is of the suite "full"
+    assert not paths.image.exists()  # of the suite "full"
     newer = copy.deepcopy(synthetic(cpu=entry(3.0)))
     newer["date"] = "2026-02-02T03:04:05+00:00"
     write(paths.results / "0.json", newer)
@@ -516,7 +514,7 @@ def test_records_are_checked_against_planner_and_tables(paths, capsys):
     measured = int(1.05 * loss_memory(loss_shape(GPT2), "cpu", threads=2).total)
     right = entry(memory=measured)
     right["memory"]["measure"] = MEMORY_IN_USE["cpu"]
-    # the other has another measure, and says nothing
+    # the other entry has another measure and is skipped
     write(paths.results / "a.json", synthetic(cpu=right, dense=entry()))
     assert main(["check-records", *paths.options]) == 1
     assert capsys.readouterr().err.count("is stale") == 1

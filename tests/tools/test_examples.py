@@ -1,4 +1,4 @@
-"""Every example runs as it is, goes on where it was stopped, and writes a student that plain
+"""Every example runs unchanged, resumes after a stop, and writes a student that plain
 transformers loads.
 """
 
@@ -56,14 +56,14 @@ def test_it_runs_and_resumes(tmp_path, monkeypatch, name):
     if name != "accelerate_loop":
         assert len(AutoTokenizer.from_pretrained(tmp_path / "whole" / "student")) == 97
     if name == "lightning_module":
-        # Lightning restores no random numbers (see docs/training.md), so only that it takes the two
-        # steps that are left.
+        # Lightning restores no random numbers (see docs/training.md): check that it takes the two
+        # steps left.
         before = student(tmp_path / "whole")
         run(name, tmp_path / "whole", monkeypatch, "--steps", "8", "--save-steps", "2")
         assert torch.load(tmp_path / "whole" / "last.ckpt", weights_only=True)["global_step"] == 8
         assert any(not torch.equal(t, before[n]) for n, t in student(tmp_path / "whole").items())
         return
-    # A run that was killed after its second checkpoint: the later ones are not there.
+    # Imitate a run killed after its second checkpoint: remove the later ones.
     copy = tmp_path / "copy"
     copy.mkdir()
     kept = {"plain_loop": "step-000004", "accelerate_loop": "step-000004"}.get(name, "checkpoint-4")

@@ -141,7 +141,7 @@ def divergence_value(log_q, log_p, DIVERGENCE: tl.constexpr):
 
 @triton.jit
 def divergence_grad(log_q, log_p, DIVERGENCE: tl.constexpr):
-    """Return the derivative of a token's part with respect to log_q."""
+    """Return the derivative with respect to log_q, up to the registry's multiple of q."""
     if DIVERGENCE == "kl":
         grad = -tl.exp(log_p)
     elif DIVERGENCE == "reverse_kl":
@@ -150,8 +150,11 @@ def divergence_grad(log_q, log_p, DIVERGENCE: tl.constexpr):
         grad = -0.5 * times(tl.exp(log_q), log_mixture(log_p - log_q, 0.5))
     else:
         tl.static_assert(DIVERGENCE == "skew_kl")
-        # -p sigmoid(x + log((1 - SKEW) / SKEW))
-        grad = -times(tl.exp(log_p), 1.0 / (1.0 + tl.exp(log_p - log_q) * (SKEW / (1.0 - SKEW))))
+        # (1 - SKEW)^2 q (q - p) / m, as in lens/divergences.py
+        x = log_q - log_p
+        gap = expm1_negative(-tl.abs(x))
+        ratio = tl.where(x > 0, -gap / (1.0 + SKEW * gap), gap / (1.0 + (1.0 - SKEW) * gap))
+        grad = (1.0 - SKEW) * (1.0 - SKEW) * times(tl.exp(log_q), ratio)
     return grad
 
 

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fdd_kernels.backends.triton.refusal import layer_pairs
-from fdd_kernels.lens.divergences import DIVERGENCES
+from fdd_kernels.lens.divergences import needs_second_pass
 from fdd_kernels.lens.spec import NLL, LensSpec
 
 SLOT_BEGIN = tl.constexpr(0)
@@ -147,8 +147,7 @@ def _built_table(spec: LensSpec, layers: int, device: torch.device) -> Table:
     second_pass = [
         (index, request)
         for index, request in enumerate(spec.requests)
-        if request.divergence in DIVERGENCES
-        and DIVERGENCES[request.divergence].expectation_of is None
+        if needs_second_pass(request.divergence)
     ]
 
     rows: list[list[int]] = [[] for _ in range(TABLE_ROWS)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 
-from fdd_kernels.cli.distill.model_card import model_card
 from fdd_kernels.cli.distill.options import DistillOptions
 from fdd_kernels.cli.distill.prepare import Run
 from fdd_kernels.cli.distill.processes import Processes
@@ -22,9 +22,20 @@ from fdd_kernels.cli.loading import first_line
 from fdd_kernels.common.atomic import atomic_directory, write_text
 from fdd_kernels.common.errors import UserError
 from fdd_kernels.common.progress import Activity
+from fdd_kernels.data.sources import open_source
 from fdd_kernels.integrations.checkpoints import last_checkpoint
 from fdd_kernels.integrations.finite import as_json, require_finite
+from fdd_kernels.integrations.model_card import model_card
 from fdd_kernels.version import __version__
+
+_ON_THE_CARD = (
+    "learning_rate",
+    "batch_size",
+    "gradient_accumulation",
+    "dtype",
+    "seed",
+    "lora_rank",
+)
 
 
 def evaluations_of(run: Run, console: Console) -> list[dict[str, float]]:
@@ -97,6 +108,13 @@ def write_result(
     return metrics
 
 
+def _data_names(options: DistillOptions, run: Run) -> list[str]:
+    """Return the names of the files or data sets of a run, of paths the last part."""
+    if options.teacher_cache is None:
+        return list(open_source(options.data).names())
+    return [Path(file).name for file in run.trainer.distiller.teacher.reader.contents["data"] or ()]
+
+
 def _write(options: DistillOptions, run: Run, metrics: dict[str, Any]) -> None:
     """Write the adapter, the student with its card, and the metrics, each completely or not at
     all.
@@ -110,7 +128,14 @@ def _write(options: DistillOptions, run: Run, metrics: dict[str, Any]) -> None:
         with atomic_directory(output / STUDENT_FOLDER) as folder:
             student.save_pretrained(folder)
             run.tokenizer.save_pretrained(folder)
-            card = model_card(options, run.trainer.distiller, metrics, shown_terms(run.config))
+            card = model_card(
+                str(options.student),
+                run.trainer.distiller,
+                data=_data_names(options, run),
+                training={name: getattr(options, name) for name in _ON_THE_CARD},
+                metrics=metrics,
+                terms=shown_terms(run.config),
+            )
             card.save(folder / "README.md")
         write_text(
             output / METRICS_FILE, json.dumps(as_json(metrics), indent=1, allow_nan=False) + "\n"
