@@ -23,7 +23,6 @@ MOVED = {
     "spec": "lens.spec",
     "divergences": "lens.divergences",
     "distances": "lens.distances",
-    "backends.triton.cached.host": "backends.triton.cached.blocks",
     "_extension": "backends.cpu.extension",
     "ops": "engine.ops",
     "functions": "engine.autograd",
