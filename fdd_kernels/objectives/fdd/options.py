@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:  # without torch the command line can show its options
     from torch import Tensor
 
-BACKENDS = ("auto", "reference", "torch", "cpu", "triton")
 REDUCTIONS = ("mean", "sum", "none")
 LAYER_GRIDS = ("floor", "linspace")
 
@@ -107,6 +106,7 @@ class LossOptions:
             "teacher_logit_scale",
         ):
             _require_number(name, getattr(self, name), positive=True, optional="softcap" in name)
+        from fdd_kernels.backends import backend_names
         from fdd_kernels.lens.divergences import DERIVATIVES, TRAJECTORIES
 
         _require_int("ignore_index", self.ignore_index, minimum=-(2**63))
@@ -115,7 +115,7 @@ class LossOptions:
         _require_choice("trajectory", self.trajectory, TRAJECTORIES)
         _require_choice("derivative", self.derivative, (*DERIVATIVES, None))
         _require_choice("reduction", self.reduction, REDUCTIONS)
-        _require_choice("backend", self.backend, BACKENDS)
+        _require_choice("backend", self.backend, backend_names())
 
     @property
     def compares_dynamics(self) -> bool:
