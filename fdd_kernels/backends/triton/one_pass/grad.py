@@ -1,11 +1,10 @@
 """The gradient with respect to x = h W^T + b, one block of rows and tokens at a time.
 
 A program owns a tile of rows and tokens and walks all layers. It computes the tiles of u - shift of
-both models again and parks them in a ring of three layers in its scratch: a pair's moments make
-dL/du of a layer depend on the layers beside it. With per-row coefficients from the upstream
-gradients, dL/dz of a slot is a q + b p + d grad(log_q, log_p) + n [token = label], and dL/ds of a
-pair, about the means, 2 g_SS s + g_ST t + g_MEAN / count + 2 g_DD (s - t), with sign - at its first
-layer (`elementwise.py`).
+both models again and parks them in a ring of three layers in its scratch: the moments of a pair tie
+dL/du of a layer to the layers beside it. With coefficients per row (`elementwise.py`), dL/dz of a
+slot is a q + b p + d grad(log_q, log_p) + n [token = label], and dL/ds of a pair, about the means,
+2 g_SS s + g_ST t + g_MEAN / count + 2 g_DD (s - t), with sign - at its first layer.
 
 Shape suffixes: r rows of a tile, c tokens of a tile, e tokens of a sub-tile.
 """
