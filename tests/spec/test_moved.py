@@ -31,7 +31,7 @@ NAMES = {
     "merge": "merge_statistics",
     "vocab_parallel": "VocabShard first_pass part_statistics second_pass_reads second_pass_sums",
     "api": "FusedFDDLoss fdd_loss_reference fused_fdd_loss",
-    "config": "BACKENDS FDDConfig FDDLossTerms LossOptions",
+    "config": "FDDConfig FDDLossTerms LossOptions",
     "plan": "DEBUG_SWITCH Plan check_labels make_plan",
     "terms": "combine normaliser_of row_terms_from_statistics term_weights upstream_gradients",
     "reference": "dense_logits",
