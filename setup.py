@@ -1,12 +1,12 @@
-"""Build script: everything declarative is in pyproject.toml; this compiles the C++ kernels where
-torch can be imported.
+"""Compile the C++ kernels if torch can be imported; all other settings are in pyproject.toml.
 
-pip's build isolation hides torch from this script: then the kernels are compiled when they are
-first used, from the sources that the package brings (fdd_kernels/backends/cpu/extension.py). `pip
-install --no-build-isolation .` and the Makefile compile them here.
+pip's build isolation hides torch from this script. Then the kernels are compiled at first use from
+the sources in the package (fdd_kernels/backends/cpu/extension.py). `pip install
+--no-build-isolation .` and the Makefile compile them here.
 
-FDD_KERNELS_BUILD=auto (default) compiles them and goes on without them if that fails; 1 fails; 0
-does not try. FDD_KERNELS_SANITIZE=1 compiles with AddressSanitizer and UndefinedBehaviorSanitizer.
+FDD_KERNELS_BUILD=auto (default) compiles them and continues without them if that fails; 1 makes a
+failure an error; 0 does not try. FDD_KERNELS_SANITIZE=1 compiles with AddressSanitizer and
+UndefinedBehaviorSanitizer.
 """
 
 import os
@@ -26,7 +26,7 @@ if BUILD not in ("auto", "0", "1"):
 
 
 def extension() -> dict:
-    """The arguments of setup() that build fdd_kernels._C."""
+    """Make the arguments of setup() that build fdd_kernels._C."""
     from torch.utils.cpp_extension import BuildExtension
 
     class OptionalBuild(BuildExtension):
@@ -47,7 +47,7 @@ def extension() -> dict:
 
 
 class BuildWithSources(build_py):
-    """Puts the sources of the kernels into the package, to be compiled at first use."""
+    """Copy the sources of the kernels into the package, to be compiled at first use."""
 
     def run(self):
         super().run()
@@ -63,10 +63,9 @@ if BUILD != "0":
         if BUILD == "1":
             sys.exit(
                 "FDD_KERNELS_BUILD=1 compiles the C++ kernels now, which needs torch here "
-                f"({error}): install torch and add "
-                "--no-build-isolation, or leave FDD_KERNELS_BUILD unset and they are compiled when "
-                "they are first used"
+                f"({error}): install torch and add --no-build-isolation, or leave "
+                "FDD_KERNELS_BUILD unset, and they are compiled at first use"
             )
-        print("fdd_kernels: the C++ kernels are compiled when they are first used", file=sys.stderr)
+        print("fdd_kernels: the C++ kernels are compiled at first use", file=sys.stderr)
 arguments["cmdclass"]["build_py"] = BuildWithSources
 setup(**arguments)

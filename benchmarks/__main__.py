@@ -20,7 +20,7 @@ Command = Callable[[argparse.Namespace], int]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser; each subcommand sets `run` to its function."""
+    """Build the parser; each subcommand sets `run` to its function."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description="Speed, memory and accuracy of the FDD loss."
     )
@@ -144,7 +144,9 @@ def _show(path: Path, *, plots: bool) -> None:
 
 
 def do_compare(arguments: argparse.Namespace) -> int:
-    """Exit status 1 if anything became slower or larger beyond noise and threshold, or was lost."""
+    """Compare two records. Exit status 1 if anything became slower or larger beyond noise and
+    threshold, or was lost.
+    """
     from benchmarks.report.compare import compare
     from benchmarks.report.terminal import print_comparison
 
@@ -185,8 +187,9 @@ def _stale(arguments: argparse.Namespace) -> bool:
 
 
 def do_check(arguments: argparse.Namespace) -> int:
-    """Exit status 1 if tables or picture are stale, or if the planner of today is off by more than
-    10% of a peak on record. No test does this: a record is of one machine.
+    """Check docs and planner. Exit status 1 if tables or picture are stale, or if the planner of
+    today is off by more than 10% of a peak on record. No test does this: a record is of one
+    machine.
     """
     from benchmarks.runner import peaks_on_record
 
@@ -210,7 +213,7 @@ def do_report(arguments: argparse.Namespace) -> int:
 
 
 def do_gpu(arguments: argparse.Namespace) -> int:
-    """Measure on one GPU, in the order of what decides; print measured beside predicted and the
+    """Measure on one GPU, the most decisive steps first; print measured beside predicted and the
     verdict. Exit status 3: wrong numbers.
     """
     from benchmarks.gpu import supervisor, verdict

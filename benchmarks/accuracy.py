@@ -39,7 +39,7 @@ COARSE, COARSE_ROUNDED = 0.02, 0.2
 
 
 def sample_shape(workload: Workload) -> tuple[int, int]:
-    """Rows and columns of the small check."""
+    """Choose rows and columns of the small check."""
     columns = workload.columns
     if not workload.feature_space:
         columns = min(columns, HEAD_ELEMENTS // (workload.student_width + workload.teacher_width))
@@ -57,14 +57,14 @@ class SmallCheck:
         self._budgets: dict[tuple[str, float], dict[str, Tensor]] = {}
 
     def truth(self, options: dict[str, Any]) -> Outcome:
-        """Terms per row and gradients of the mean, in float64."""
+        """Compute terms per row and gradients of the mean, in float64."""
         key = repr(sorted(options.items()))
         if key not in self._truth:
             self._truth[key] = exact(self.problem, 1 / self.rows, reduction="none", **options)
         return self._truth[key]
 
     def budgets(self, options: dict[str, Any], unit: float) -> dict[str, Tensor]:
-        """Allowed error of the value per row, and of each gradient per row."""
+        """Compute the allowed error of the value per row, and of each gradient per row."""
         key = (repr(sorted(options.items())), unit)
         if key not in self._budgets:
             truth, call = self.truth(options), options | {"reduction": "none"}
@@ -79,9 +79,7 @@ class SmallCheck:
         return self._budgets[key]
 
     def run(self, provider: Provider) -> dict[str, Any]:
-        """Errors of a provider, and the largest as a fraction of its budget, in the form of
-        records.
-        """
+        """Measure errors, and the largest as a fraction of its budget, in the form of records."""
         options = provider.options(self.workload)
         rounded = getattr(torch, self.workload.dtype if provider.rounds_logits else "float32")
         truth, budgets = self.truth(options), self.budgets(options, unit_roundoff(rounded))
@@ -127,13 +125,13 @@ def _largest(fraction: Tensor, error: Tensor) -> float:
 
 
 def _relative(error: Tensor, norm: Tensor) -> float:
-    """The largest relative error of a row; rows without error may have norm 0."""
+    """Return the largest relative error of a row; rows without error may have norm 0."""
     smallest = torch.finfo(torch.float64).tiny
     return float((error / norm.clamp(min=smallest)).where(error > 0, 0.0).max())
 
 
 def _rows_of(problem: Problem, rows: slice) -> Problem:
-    """The same problem on some of its rows."""
+    """Cut some rows out of a problem."""
 
     def cut(states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple([h.detach()[rows].requires_grad_(h.requires_grad) for h in states])
@@ -152,7 +150,7 @@ class TimedCallCheck:
         self._truth: dict[str, dict[str, Tensor]] = {}
 
     def run(self, provider: Provider, gradients: dict[str, Tensor]) -> dict[str, Any]:
-        """The largest relative error of a row and whether it is small enough."""
+        """Find the largest relative error of a row and whether it is small enough."""
         options = provider.options(self.workload)
         key = repr(sorted(options.items()))
         if key not in self._truth:

@@ -23,7 +23,7 @@ def row_losses(
     *,
     upcast: bool = False,
 ) -> Tensor:
-    """Output KD + trajectory (KL) + derivative (cosine) per row, (R,), at temperature 1.
+    """Compute output KD + trajectory (KL) + derivative (cosine) per row, (R,), at temperature 1.
 
     `upcast` makes the logits float32 before the softmax, as `.float()` in most training code does.
     """
@@ -58,7 +58,9 @@ def row_losses(
 def feature_row_losses(
     student_hidden: list[Tensor], projection: Tensor, teacher_hidden: list[Tensor]
 ) -> Tensor:
-    """MSE of projected states and of their differences from layer to layer, per row, (R,)."""
+    """Compute MSE of projected states and of their differences from layer to layer, per row,
+    (R,).
+    """
     student = [F.linear(h, projection).float() for h in student_hidden]
     teacher = [h.float() for h in teacher_hidden]
     loss = sum((s - t).square().mean(-1) for s, t in zip(student, teacher)) / len(student)
@@ -69,7 +71,7 @@ def feature_row_losses(
 
 
 def dense_rows(problem: Problem, options: dict, rows: slice = slice(None)) -> Tensor:
-    """The rows' losses of a problem, (R,)."""
+    """Compute the rows' losses of a problem, (R,)."""
     student = [h[rows] for h in problem.student_hidden]
     teacher = [h[rows] for h in problem.teacher_hidden]
     if problem.teacher_weight is None:
@@ -78,7 +80,9 @@ def dense_rows(problem: Problem, options: dict, rows: slice = slice(None)) -> Te
 
 
 def chunked_rows(problem: Problem, options: dict) -> Tensor:
-    """The same, each chunk of rows under gradient checkpointing: backward recomputes its logits."""
+    """Compute the same, each chunk of rows under gradient checkpointing: backward recomputes
+    logits.
+    """
     count = problem.student_hidden[0].shape[0]
     chunks = [slice(first, first + CHUNK_ROWS) for first in range(0, count, CHUNK_ROWS)]
     return torch.cat(

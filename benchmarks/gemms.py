@@ -21,7 +21,7 @@ FORWARD = ("student", "teacher")
 
 
 def gemm_shapes(workload: Workload) -> dict[str, tuple[int, int, int]]:
-    """(rows, inner, columns) of each GEMM of one layer."""
+    """Return (rows, inner, columns) of each GEMM of one layer."""
     rows, columns, width = workload.rows, workload.columns, workload.student_width
     shapes = {"student": (rows, width, columns)}
     if not workload.feature_space:
@@ -33,7 +33,7 @@ def gemm_shapes(workload: Workload) -> dict[str, tuple[int, int, int]]:
 
 
 def operations(workload: Workload) -> dict[str, int]:
-    """Floating-point operations of these GEMMs, all layers."""
+    """Count the floating-point operations of these GEMMs, all layers."""
     shapes = gemm_shapes(workload).items()
     each = {name: 2 * m * k * n * workload.projected_layers for name, (m, k, n) in shapes}
     return {"forward": sum(each.get(name, 0) for name in FORWARD), "total": sum(each.values())}
@@ -75,7 +75,9 @@ class GemmTimes:
             del values[0]
 
     def summary(self) -> dict:
-        """Sums of the best variants by their medians, all layers, in seconds; the record's form."""
+        """Sum the best variants by their medians, all layers, in seconds; in the form of
+        records.
+        """
         medians: dict[str, dict[str, float]] = {}
         for (name, variant), values in self.seconds.items():
             medians.setdefault(name, {})[variant] = statistics.median(values)

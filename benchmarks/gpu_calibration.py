@@ -112,12 +112,14 @@ CACHED += ((128256, 1024, 2.52), (128256, 2048, 4.85))
 def _chunks(
     d: Device, columns: int, tokens: int, width: int, head: float, work: Callable[[int], float]
 ) -> float:
-    """Chunks of CHUNK tokens: the head's gradient `head`, dH of `width`, `work(elements)`."""
+    """Time chunks of CHUNK tokens: `head` for the head's gradient, dH of `width`,
+    `work(elements)`.
+    """
     return tokens / CHUNK * (work(CHUNK * columns) + gemm(d, CHUNK, width, columns) + head)
 
 
 def calibration() -> list[Row]:
-    """Every published time, and the model's."""
+    """List every published time, and the model's."""
     found = [row for loss in EAGER for row in loss.rows()]
     for name, d, moved, measured in CHUNKS:
         head = gemm(d, CHUNK, VOCABULARY, WIDTH) + gemm(d, CHUNK, VOCABULARY, HALF)
@@ -143,7 +145,7 @@ def calibration() -> list[Row]:
 
 
 def _cut_cross_entropy() -> list[Row]:
-    """Gemma 2 2B, 8192 tokens, on an A100."""
+    """List the times of cut-cross-entropy: Gemma 2 2B, 8192 tokens, on an A100."""
     d, tokens, columns, width = A100, 8192, 256000, 2304
     n = tokens * columns
     gemms = gemm(d, tokens, columns, width) + gemm(d, tokens, width, columns)
@@ -159,7 +161,7 @@ def _cut_cross_entropy() -> list[Row]:
 
 
 def fit(rows: list[Row]) -> dict[str, float]:
-    """Predicted over measured: median, least, most, and root mean square of its logarithm."""
+    """Summarise predicted over measured: median, least, most, root mean square of its logarithm."""
     ratios = [row.predicted / row.measured for row in rows]
     spread = math.sqrt(sum(math.log(r) ** 2 for r in ratios) / len(ratios))
     ends = {"least": min(ratios), "most": max(ratios), "rms": math.exp(spread)}
@@ -167,7 +169,7 @@ def fit(rows: list[Row]) -> dict[str, float]:
 
 
 def printed() -> str:
-    """The calibration as a table."""
+    """Format the calibration as a table."""
     rows = calibration()
     lines = ["Calibration: measured by others, and this model of the same; ms.\n"]
     for row in rows:

@@ -65,8 +65,8 @@ def _kernel(arithmetic: float, traffic: float, gaps: float) -> float:
 def gemm(
     d: Device, m: int, n: int, k: int, *, out: int = 2, accumulate: bool = False, odd: float = 1.0
 ) -> float:
-    """Seconds of one (m, k) x (k, n) GEMM of 16-bit operands; `out` bytes an output element, which
-    is read too if accumulated.
+    """Predict seconds of one (m, k) x (k, n) GEMM of 16-bit operands; an output element has `out`
+    bytes, and is read too if accumulated.
     """
     tiles = min(math.ceil(a / d.tile) * math.ceil(b / 256) for a, b in ((m, n), (n, m)))
     split = max(1, min(d.units // tiles, k // 1024)) if tiles < d.units else 1
@@ -87,8 +87,8 @@ def elementwise(
     kernels: int = 1,
     fraction: float | None = None,
 ) -> float:
-    """Seconds of `kernels` kernels that together move `moved` bytes and issue `instructions` an
-    element.
+    """Predict seconds of `kernels` kernels that together move `moved` bytes and issue
+    `instructions` an element.
     """
     traffic = elements * moved / (d.memory * (fraction or d.stream))
     issue = elements * instructions / (d.units * d.lanes * d.clock * 0.75)
@@ -96,7 +96,7 @@ def elementwise(
 
 
 def softmax_misses(d: Device, columns: int, item: int) -> float:
-    """The part of the second and third pass of PyTorch's softmax that finds its row no longer in
+    """Return the part of the later passes of PyTorch's softmax that finds its row no longer in
     L2.
     """
     return max(0.0, 1 - 0.7 * d.l2_bytes / (2 * d.units * columns * item))

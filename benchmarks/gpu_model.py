@@ -75,7 +75,7 @@ class Call:
 
     @property
     def head(self) -> int:
-        """Elements of the head's gradient; 0 where it is frozen."""
+        """Count the elements of the head's gradient; 0 where it is frozen."""
         return self.columns * self.student if self.trained else 0
 
 
@@ -91,7 +91,7 @@ class Prediction:
 
 
 def _gemms(d: Device, call: Call, rows: int, odd: float = 1.0) -> float:
-    """Both models' logits, dH and a trained head's dW, one GEMM a layer each."""
+    """Sum both models' logits, dH and a trained head's dW, one GEMM a layer each."""
     one = sum(gemm(d, rows, call.columns, width, odd=odd) for width in (call.student, call.teacher))
     one += gemm(d, rows, call.student, call.columns, odd=odd)
     if call.trained:
@@ -104,8 +104,8 @@ def _odd(call: Call, slowed: float) -> float:
 
 
 def dense(d: Device, call: Call, how: str = "log_softmax") -> Prediction:
-    """Plain PyTorch: `log_softmax(dtype=float32)` as in dense.py, or `.float()` ("float") before
-    it.
+    """Predict plain PyTorch: `log_softmax(dtype=float32)` as in dense.py, or `.float()` ("float")
+    before it.
     """
     forward, forward_later, backward, backward_later = DENSE_BYTES[how]
     forward += forward_later * softmax_misses(d, call.columns, 4 if how == "float" else 2)
@@ -122,7 +122,7 @@ def dense(d: Device, call: Call, how: str = "log_softmax") -> Prediction:
 
 
 def compiled(d: Device, call: Call, moved: float = COMPILED_BYTES) -> Prediction:
-    """torch.compile of dense.py; holds two 16-bit logits and float32 deltas."""
+    """Predict torch.compile of dense.py, which holds two 16-bit logits and float32 deltas."""
     fraction = min(d.stream, d.eager + 0.03)
     seconds = _gemms(d, call, call.rows, _odd(call, 0.9))
     seconds += elementwise(d, call.elements, moved, kernels=20, fraction=fraction)
@@ -132,7 +132,9 @@ def compiled(d: Device, call: Call, moved: float = COMPILED_BYTES) -> Prediction
 
 
 def chunked(d: Device, call: Call, moved: float = COMPILED_BYTES) -> Prediction:
-    """The same by chunks of rows whose head gradients are added up, as Liger-Kernel does it."""
+    """Predict the same by chunks of rows whose head gradients are added up, as Liger-Kernel does
+    it.
+    """
     rows, fraction = min(CHUNK_ROWS, call.rows), min(d.stream, d.eager + 0.03)
     elements = call.layers * rows * call.columns
     one = _gemms(d, call, rows, _odd(call, 0.9))
@@ -143,7 +145,9 @@ def chunked(d: Device, call: Call, moved: float = COMPILED_BYTES) -> Prediction:
 
 
 def one_pass(d: Device, call: Call) -> Prediction:
-    """Tiles of both models by `tl.dot`, for the statistics and again for the gradient, in L2."""
+    """Predict tiles of both models by `tl.dot`, for the statistics and again for the gradient, in
+    L2.
+    """
     operations = 2 * call.elements * (call.student + call.teacher)
     issue = call.elements * 50 / (d.units * d.lanes * d.clock * 0.6)
     tiles = operations / (d.gemms * d.dot) + issue + call.elements * 8 * 4 / d.l2
@@ -160,8 +164,8 @@ def one_pass(d: Device, call: Call) -> Prediction:
 
 
 def rows_a_block(call: Call, budget: float) -> int:
-    """Rows a block: as many as `budget` bytes of both models' logits hold, just under whole tiles
-    of 128 rows of a GEMM.
+    """Choose rows a block: as many as `budget` bytes of both models' logits hold, just under whole
+    tiles of 128 rows of a GEMM.
     """
     padded = math.ceil(call.columns / 8) * 8
     fitting = int(budget // (8 * call.layers * padded))
@@ -174,20 +178,9 @@ def rows_a_block(call: Call, budget: float) -> int:
     return rows
 
 
-def cached(
-    d: Device,
-    call: Call,
-    budget: float = CACHE_BYTES,
-    *,
-    per_row_kernels: int = PER_ROW_KERNELS,
-    float32_out: float = 1.0,
-    hidden: float = 0.0,
-) -> Prediction:
-    """Logits of a block of rows stay in float32 between statistics and gradient: every GEMM runs
-    once.
-
-    `float32_out`: the speed of a GEMM with float32 output over that with 16-bit output; `hidden`:
-    the part of the elementwise kernels that a second stream hides behind GEMMs.
+def cached(d: Device, call: Call, budget: float = CACHE_BYTES) -> Prediction:
+    """Predict logits of a block of rows that stay in float32 between statistics and gradient: every
+    GEMM runs once.
     """
     rows = rows_a_block(call, budget)
     blocks, m = math.ceil(call.rows / rows), call.layers * rows
@@ -196,7 +189,7 @@ def cached(
     slabs = math.ceil(padded / max(1024, SLAB_BYTES // (2 * m)))
     slab, elements = math.ceil(padded / slabs), m * call.columns * filled
     widths = call.student, call.teacher
-    gemms = {"logits": sum(gemm(d, m, call.columns, w, out=4) for w in widths) / float32_out}
+    gemms = {"logits": sum(gemm(d, m, call.columns, w, out=4) for w in widths)}
     gemms["dH"] = elementwise(d, m * call.student, 6) + slabs * (
         gemm(d, m, call.student, slab, out=4, accumulate=True)
         + elementwise(d, slab * call.student, 4)
@@ -204,23 +197,22 @@ def cached(
     if call.trained:
         gemms["dW"] = slabs * gemm(d, slab, call.student, m, out=4, accumulate=blocks > 1)
     parts = {name: blocks * filled * seconds for name, seconds in gemms.items()}
-    behind = 0.8 * sum(parts.values())
     parts["statistics"] = blocks * elementwise(d, elements, 8, instructions=38)
     parts["gradient"] = blocks * slabs * elementwise(d, elements / slabs, 8 + 2, instructions=24)
     state = elementwise(d, rows * (call.columns / 4096), 66 * 4 * 2)
-    parts["per row"] = blocks * ((3 + per_row_kernels) * d.gap + state)
+    parts["per row"] = blocks * ((3 + PER_ROW_KERNELS) * d.gap + state)
     gathered = call.layers * call.rows * (call.student + call.teacher)
     parts["gather"] = elementwise(d, gathered, 4, kernels=2 * call.layers)
     if call.trained:
         parts["dW rounded"] = elementwise(d, call.head, 6)
-    seconds = sum(parts.values()) - hidden * min(parts["statistics"] + parts["gradient"], behind)
+    seconds = sum(parts.values())
     kept = 8 * m * padded + 2 * m * slab + 4 * m * call.student + 2 * slab * call.student
     return Prediction(seconds, kept + (4 * call.head if blocks > 1 else 0), parts, blocks, m)
 
 
 def slabbed(d: Device, call: Call, budget: float = SLABBED_BYTES) -> Prediction:
-    """The two operations apart: the logits of a slab of the vocabulary for the statistics, and
-    again for dL/dlogits.
+    """Predict the two operations apart: the logits of a slab of the vocabulary for the statistics,
+    and again for dL/dlogits.
     """
     blocks = max(1, math.ceil(call.layers * call.rows / 16384))
     m = math.ceil(call.layers * call.rows / blocks)
@@ -251,8 +243,8 @@ WAYS: dict[str, Callable[[Device, Call], Prediction]] = {
 }
 
 
-def table(devices: list[Device], rows: int, layers: int, trained: bool) -> list[dict]:
-    """One entry a pair, device and way: predicted milliseconds and bytes in use."""
+def predictions(devices: list[Device], rows: int, layers: int, trained: bool) -> list[dict]:
+    """List predicted milliseconds and bytes in use, one entry a pair, device and way."""
     found, about = [], {"rows": rows, "layers": layers, "head": "trained" if trained else "frozen"}
     for name, pair in PAIRS.items():
         for d in devices:
@@ -266,6 +258,8 @@ def table(devices: list[Device], rows: int, layers: int, trained: bool) -> list[
 
 
 def main() -> None:
+    import pandas as pd
+
     from benchmarks.gpu_calibration import printed
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -278,15 +272,17 @@ def main() -> None:
     arguments = parser.parse_args()
     print(printed())
     devices = [DEVICES[name] for name in arguments.device or DEVICES]
-    found = table(devices, arguments.rows, arguments.layers, not arguments.frozen)
+    found = predictions(devices, arguments.rows, arguments.layers, not arguments.frozen)
     about = f"{arguments.rows} tokens, {arguments.layers} layers, bf16, head {found[0]['head']}"
     print(f"PREDICTED, NOT MEASURED: {about}.")
     print("ms, and GB in use beside inputs and gradients; *: more than the device has.\n")
-    print(f"{'pair':8}{'device':8}" + "".join(f"{way:>19}" for way in WAYS))
-    for i in range(0, len(found), len(WAYS)):
-        row = found[i : i + len(WAYS)]
-        cells = [f"{e['ms']:.1f} ({e['kept_bytes'] / 1e9:.1f}{'*' * (not e['fits'])})" for e in row]
-        print(f"{row[0]['pair']:8}{row[0]['device']:8}" + "".join(f"{c:>19}" for c in cells))
+    table = pd.DataFrame(found)
+    full = table.fits.map({True: "", False: "*"})
+    table["cell"] = [
+        f"{ms:.1f} ({b / 1e9:.1f}{f})" for ms, b, f in zip(table.ms, table.kept_bytes, full)
+    ]
+    cells = table.pivot(index=["pair", "device"], columns="way", values="cell")
+    print(cells.loc[list(PAIRS), list(WAYS)].to_string())
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 

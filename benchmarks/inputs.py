@@ -22,7 +22,6 @@ def build_problem(
     *,
     rows: int | None = None,
     columns: int | None = None,
-    seed: int = 0,
     draw_on: torch.device | str = "cpu",
 ) -> Problem:
     """Draw the workload's tensors, the same at every call; `rows` and `columns` limit their sizes.
@@ -36,7 +35,7 @@ def build_problem(
     columns = min(columns, workload.columns)
 
     def normal(count: int, width: int, scale: float, stream: int) -> Tensor:
-        generator = torch.Generator(draw_on).manual_seed(seed * 1000 + stream)
+        generator = torch.Generator(draw_on).manual_seed(stream)
         out = torch.empty(count, width, dtype=dtype, device=draw_on)
         for piece in out.split(max(1, PIECE // width)):
             drawn = torch.randn(piece.shape, generator=generator, device=draw_on)

@@ -43,7 +43,7 @@ def _synchronize(device: torch.device) -> None:
 def step(
     provider: Provider, problem: Problem, options: dict, device: torch.device
 ) -> tuple[float, float, dict]:
-    """One forward and backward pass: seconds of the forward, seconds of both, gradients by name."""
+    """Run one forward and backward pass: seconds of the forward, of both, gradients by name."""
     middle = 0.0
 
     def loss_of(problem: Problem, options: dict) -> torch.Tensor:
@@ -62,7 +62,7 @@ def step(
 
 
 def spread(values: list[float]) -> dict[str, Any]:
-    """Median, smallest, largest and all of them."""
+    """Summarise times: median, smallest, largest and all of them."""
     ends = {"min": min(values), "max": max(values), "all": values}
     return {"median": statistics.median(values)} | ends
 
@@ -115,7 +115,7 @@ def time_workload(
 def check_accuracy(
     workload: Workload, providers: list[Provider], device: torch.device, report: Report
 ) -> None:
-    """The small check of every provider; calls `report(provider, result)`."""
+    """Run the small check of every provider; call `report(provider, result)`."""
     check = SmallCheck(workload, device)
     for provider in providers:
         report("running", provider.name)
@@ -124,7 +124,7 @@ def check_accuracy(
 
 
 def status_bytes(field: str) -> int:
-    """A field of /proc/self/status in bytes."""
+    """Read a field of /proc/self/status in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
@@ -147,7 +147,7 @@ def give_back_memory() -> None:
 def measure_memory(
     workload: Workload, provider: Provider, device: torch.device, report: Report
 ) -> None:
-    """Peak memory of one forward and backward pass beyond the inputs, in a fresh process.
+    """Measure peak memory of one forward and backward pass beyond the inputs, in a fresh process.
 
     A call of tiny shape comes first, so that libraries, their code and their threads do not count.
     On a CPU the peak is of resident memory, in a process whose allocator gives freed memory back

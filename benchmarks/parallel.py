@@ -4,16 +4,15 @@ with its head split.
     python -m benchmarks.parallel [--worlds 1 2 4] [--repeats 5] [--rows 64] [--json FILE]
 
 - "DDP step": weak scaling. Every process trains the same Llama-style student (8.6 M parameters)
-  from its teacher on a batch of its own; efficiency is the time of one process over that of all.
-- "vocabulary": strong scaling. One call of the loss on the shapes of GPT-2 from GPT-2 XL, forward
-  and backward, its columns divided among the processes; efficiency is the time of one process over
-  the number of processes times theirs.
+from its teacher on a batch of its own; efficiency is the time of one process over that of all.
+"vocabulary": strong scaling. One call of the loss on the shapes of GPT-2 from GPT-2 XL, forward and
+backward, its vocabulary divided among the processes; efficiency is the time of one process over the
+number of processes times theirs.
 
-"plain" is one process outside of any group; a group of one shows what the group's own work costs.
+"plain" is one process outside of any group; a group of one shows the cost of the group's own work.
 Processes that share a core, or the machine's memory bandwidth, cannot be twice as fast: with more
-processes than cores elapsed seconds say little. Processor seconds do not count waiting for the
-others, nor other users of the machine: their efficiency says how much work the split adds. Not part
-of any suite.
+processes than cores elapsed seconds say little. CPU time does not count waiting, nor other users of
+the machine: its efficiency says how much work the split adds. Not part of any suite.
 """
 
 from __future__ import annotations
@@ -26,24 +25,26 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.inputs import build_problem
+from benchmarks.report import markdown
 from benchmarks.workloads import GPT2
 from fdd_kernels import Distiller, FDDConfig, fused_fdd_loss
-from fdd_kernels.testing import Problem
 
 VOCABULARY, SEQUENCE, BATCH = 8192, 64, 4
 
 
 def seconds_of(step: Callable[[], None], repeats: int) -> list[float]:
-    """Seconds and processor seconds, each of the slowest process, the processes started together;
-    the best after a warm-up.
+    """Time a step: elapsed seconds and CPU time, each of the slowest process, the processes started
+    together; the best after a warm-up.
     """
     found = []
     for _ in range(repeats + 1):
@@ -57,19 +58,11 @@ def seconds_of(step: Callable[[], None], repeats: int) -> list[float]:
 
 
 def _model(width: int, depth: int) -> torch.nn.Module:
-    config = AutoConfig.for_model(
-        "llama",
-        hidden_size=width,
-        intermediate_size=3 * width,
-        num_hidden_layers=depth,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=SEQUENCE,
-        tie_word_embeddings=False,
-    )
+    shape = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": depth}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": VOCABULARY}
+    shape |= {"max_position_embeddings": SEQUENCE, "tie_word_embeddings": False}
     torch.manual_seed(depth)
-    return AutoModelForCausalLM.from_config(config)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape))
 
 
 def data_parallel_step(rank: int) -> Callable[[], None]:
@@ -77,9 +70,8 @@ def data_parallel_step(rank: int) -> Callable[[], None]:
     distiller = Distiller(student, teacher, FDDConfig())
     wrapped = DistributedDataParallel(student)
     optimizer = torch.optim.AdamW(student.parameters())
-    tokens = torch.randint(
-        0, VOCABULARY, (BATCH, SEQUENCE), generator=torch.Generator().manual_seed(rank)
-    )
+    generator = torch.Generator().manual_seed(rank)
+    tokens = torch.randint(0, VOCABULARY, (BATCH, SEQUENCE), generator=generator)
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
 
     def step() -> None:
@@ -90,21 +82,14 @@ def data_parallel_step(rank: int) -> Callable[[], None]:
     return step
 
 
-def _part(problem: Problem, rank: int, world: int) -> Problem:
-    """This process's rows of both heads."""
+def vocabulary_step(rank: int, world: int, rows: int, *, group) -> Callable[[], None]:
+    """Make the step of one loss with its gradients on this process's rows of both heads."""
+    problem = build_problem(GPT2, rows=rows)
     columns = len(problem.student_weight)
     own = slice(columns * rank // world, columns * (rank + 1) // world)
-    return Problem(
-        **problem.arguments
-        | {
-            "student_weight": problem.student_weight.detach()[own].clone().requires_grad_(),
-            "teacher_weight": problem.teacher_weight[own].clone(),
-        }
-    )
-
-
-def vocabulary_step(rank: int, world: int, rows: int, *, group) -> Callable[[], None]:
-    problem = _part(build_problem(GPT2, rows=rows), rank, world)
+    student = problem.student_weight.detach()[own].clone().requires_grad_()
+    teacher = problem.teacher_weight[own].clone()
+    problem = replace(problem, student_weight=student, teacher_weight=teacher)
     leaves = list(problem.leaves.values())
 
     def step() -> None:
@@ -114,39 +99,29 @@ def vocabulary_step(rank: int, world: int, rows: int, *, group) -> Callable[[], 
 
 
 def work(rank: int, world: int, rows: int, repeats: int, folder: Path) -> None:
+    """Be one process of the group."""
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
-    )
-    found = {"DDP step": seconds_of(data_parallel_step(rank), repeats)}
+    meeting = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)
+    steps = {"DDP step": data_parallel_step(rank)}
     if world == 1:
-        found["vocabulary, plain"] = seconds_of(vocabulary_step(0, 1, rows, group=None), repeats)
-    found["vocabulary"] = seconds_of(
-        vocabulary_step(rank, world, rows, group=dist.group.WORLD), repeats
-    )
+        steps["vocabulary, plain"] = vocabulary_step(0, 1, rows, group=None)
+    steps["vocabulary"] = vocabulary_step(rank, world, rows, group=dist.group.WORLD)
+    found = {name: seconds_of(step, repeats) for name, step in steps.items()}
     if rank == 0:
         (folder / "found.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
 def measure(world: int, rows: int, repeats: int) -> dict[str, list[float]]:
-    """Seconds and processor seconds by name with `world` processes."""
+    """Measure elapsed seconds and CPU time by name with `world` processes."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     with tempfile.TemporaryDirectory() as folder:
-        numbers = [
-            "--world",
-            str(world),
-            "--rows",
-            str(rows),
-            "--repeats",
-            str(repeats),
-            "--folder",
-            folder,
-        ]
-        command = [sys.executable, "-m", "benchmarks.parallel", *numbers]
+        numbers = {"world": world, "rows": rows, "repeats": repeats, "folder": folder}
+        command = [sys.executable, "-m", "benchmarks.parallel"]
+        command += [f"--{name}={value}" for name, value in numbers.items()]
         processes = [
-            subprocess.Popen([*command, "--rank", str(rank)], env=environment)
-            for rank in range(world)
+            subprocess.Popen([*command, f"--rank={rank}"], env=environment) for rank in range(world)
         ]
         try:
             codes = [process.wait() for process in processes]
@@ -162,39 +137,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument(
-        "--rows", type=int, default=64, help="tokens of the loss whose head is split"
-    )
+    parser.add_argument("--rows", type=int, default=64, help="tokens of the loss with a split head")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--world", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    for name, kind in (("--rank", int), ("--world", int), ("--folder", Path)):
+        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    rows, repeats = arguments.rows, arguments.repeats
     if arguments.rank is not None:
-        work(arguments.rank, arguments.world, arguments.rows, arguments.repeats, arguments.folder)
+        work(arguments.rank, arguments.world, rows, repeats, arguments.folder)
         return
-    found = {
-        world: measure(world, arguments.rows, arguments.repeats)
-        for world in sorted({1, *arguments.worlds})
-    }
-    print(
-        f"{len(os.sched_getaffinity(0))} cores, one thread a process, best of {arguments.repeats}; "
-        "vocabulary: "
-        f"{arguments.rows} tokens, float32, GPT-2's head and GPT-2 XL's, trainable\n"
-    )
-    print(
-        "| processes | what | seconds | efficiency | processor seconds | efficiency "
-        "|\n|---|---|---|---|---|---|"
-    )
+    found = {w: measure(w, rows, repeats) for w in sorted({1, *arguments.worlds})}
+    table = []
     for world, of_world in found.items():
         for name, seconds in of_world.items():
             # into which the work of one process is divided
             parts = 1 if name == "DDP step" else world
-            efficiencies = [f"{a / b / parts:.0%}" for a, b in zip(found[1][name], seconds)]
-            columns = [
-                f"{value:.2f} | {efficiency}" for value, efficiency in zip(seconds, efficiencies)
+            cells = [
+                cell
+                for alone, here in zip(found[1][name], seconds)
+                for cell in (f"{here:.2f}", f"{alone / here / parts:.0%}")
             ]
-            print(f"| {world} | {name} | {' | '.join(columns)} |")
+            table.append([f"{world}", name, *cells])
+    headings = ["processes", "what", "seconds", "efficiency", "CPU time", "efficiency"]
+    about = f"{len(os.sched_getaffinity(0))} cores, one thread a process, best of {repeats}"
+    heads = "float32, GPT-2's head and GPT-2 XL's, trainable"
+    print(f"{about}; vocabulary: {rows} tokens, {heads}\n")
+    print(*markdown(pd.DataFrame(table, columns=headings)), sep="\n")
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -17,13 +17,13 @@ LIGER_CHUNK = 128  # rows; its default of 1024 would be one chunk here
 
 
 def _labels(problem: Problem) -> Tensor:
-    """Zeros (R,): the packages use labels only to skip ignored positions."""
+    """Make zeros (R,): the packages use labels only to skip ignored positions."""
     states = problem.student_hidden[0]
     return torch.zeros(len(states), dtype=torch.long, device=states.device)
 
 
 def over_layers(divergence: Callable[[Tensor, Tensor], Tensor], problem: Problem) -> Tensor:
-    """Output KD plus the mean over the sampled layers, from one call per layer."""
+    """Add output KD and the mean over the sampled layers, from one call per layer."""
     losses = [divergence(s, t) for s, t in zip(problem.student_hidden, problem.teacher_hidden)]
     *sampled, output = losses
     return output + sum(sampled) / len(sampled) if sampled else output
@@ -32,7 +32,7 @@ def over_layers(divergence: Callable[[Tensor, Tensor], Tensor], problem: Problem
 def liger(
     problem: Problem, options: dict, *, compiled: bool = False, chunk_rows: int = LIGER_CHUNK
 ) -> Tensor:
-    """Liger-Kernel's LigerFusedLinearJSDLoss at beta=0, which is KL(teacher || student)."""
+    """Call Liger-Kernel's LigerFusedLinearJSDLoss at beta=0, which is KL(teacher || student)."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     weights = {"weight_hard_loss": 0.0, "weight_soft_loss": 1.0, "beta": 0.0}
@@ -42,7 +42,7 @@ def liger(
 
 
 def trl(problem: Problem, options: dict) -> Tensor:
-    """The chunked divergence of TRL's DistillationTrainer at beta=0."""
+    """Call the chunked divergence of TRL's DistillationTrainer at beta=0."""
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
     heads, mask = (problem.student_weight, problem.teacher_weight), _labels(problem)[None] + 1
@@ -58,7 +58,7 @@ def trl(problem: Problem, options: dict) -> Tensor:
 
 
 def orda(problem: Problem, options: dict) -> Tensor:
-    """orda-kernel's distillation_loss with a separate teacher, forward KL alone."""
+    """Call orda-kernel's distillation_loss with a separate teacher, forward KL alone."""
     from orda_kernel import SeparateTeacher, distillation_loss
 
     head, labels = problem.student_weight, _labels(problem)

@@ -55,7 +55,7 @@ class Provider:
     unavailable_on: Callable[[torch.device], str | None] = lambda device: None
 
     def unavailable(self, device: torch.device) -> str | None:
-        """Why it cannot run on this machine; None if it can."""
+        """Say why it cannot run on this machine; None if it can."""
         if self.module is not None:
             try:
                 importlib.import_module(self.module)
@@ -66,7 +66,7 @@ class Provider:
         return self.unavailable_on(device)
 
     def unsupported(self, workload: Workload) -> str | None:
-        """Why it cannot compute any part of this workload's loss; None if it can."""
+        """Say why it cannot compute any part of this workload's loss; None if it can."""
         if workload.feature_space and not self.feature_space:
             return "has no feature space"
         if not self.softcap and any("softcap" in name for name in workload.loss_options):
@@ -74,7 +74,7 @@ class Provider:
         return None
 
     def part(self, workload: Workload) -> str:
-        """The part of this workload's loss that it computes."""
+        """Describe the part of this workload's loss that it computes."""
         text = WHOLE if workload.feature_space else self.computes
         if workload.layers == 1 and not workload.loss_options.get("output_in_dynamics"):
             text = "output KD, which is all there is"
@@ -82,11 +82,11 @@ class Provider:
         return f"{text}; {note}" if note else text
 
     def options(self, workload: Workload) -> dict[str, Any]:
-        """The options of the part that it computes."""
+        """Return the options of the part that it computes."""
         return workload.loss_options | self.drops
 
     def version(self) -> str | None:
-        """The installed version of its package; None if there is none."""
+        """Return the installed version of its package; None if there is none."""
         try:
             return version(self.package) if self.package else None
         except PackageNotFoundError:
@@ -96,7 +96,9 @@ class Provider:
 def gradients_of(
     loss_of: Loss, problem: Problem, options: dict[str, Any]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """One forward and backward pass: the loss, and the gradients of `problem.leaves` by name."""
+    """Run one forward and backward pass: the loss, and the gradients of `problem.leaves` by
+    name.
+    """
     leaves = problem.leaves
     loss = loss_of(problem, options)
     # In feature space the final state has no term and so no gradient.
@@ -183,12 +185,14 @@ PROVIDERS: dict[str, Provider] = {provider.name: provider for provider in _ALL}
 
 
 def default_backend(device: str) -> str:
-    """The backend that "auto" prefers on a device."""
+    """Name the backend that "auto" prefers on a device."""
     return preference(device)[0]
 
 
 def of_workload(workload: Workload, providers: list[Provider], device: str) -> list[Provider]:
-    """The providers that a workload names, by name, kind, or "default": `default_backend`."""
+    """Choose the providers that a workload names, by name, kind, or "default":
+    `default_backend`.
+    """
     if workload.providers is None:
         return providers
     names = {default_backend(device) if n == "default" else n for n in workload.providers}
@@ -196,7 +200,7 @@ def of_workload(workload: Workload, providers: list[Provider], device: str) -> l
 
 
 def choose(names: list[str] | None) -> list[Provider]:
-    """The providers of these names, all if None.
+    """Choose providers by name, all if None.
 
     Raises:
         ValueError: an unknown name; lists the known ones.

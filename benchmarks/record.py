@@ -29,7 +29,7 @@ class RecordError(Exception):
 
 
 def machine(device: str) -> dict[str, Any]:
-    """What the figures depend on besides the code."""
+    """Describe the machine, as far as figures depend on it."""
     name, flags = processor()
     info: dict[str, Any] = {"processor": name, "cores": os.cpu_count()}
     info |= {
@@ -49,7 +49,7 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of every package that computes something here."""
+    """List the versions of Python and of every package that computes something here."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -65,7 +65,7 @@ def _git(*arguments: str) -> str:
 
 
 def git_revision() -> dict[str, Any]:
-    """The commit, and whether tracked files of package, kernels or benchmarks differ from it."""
+    """Name the commit, and whether package, kernels or benchmarks differ from it."""
     parts = ("fdd_kernels", "csrc", "benchmarks")
     try:
         changed = _git("status", "--porcelain", "--untracked-files=no", *parts)
@@ -75,7 +75,7 @@ def git_revision() -> dict[str, Any]:
 
 
 def source_digest() -> str:
-    """A digest of the package with its extension, of csrc, and of these benchmarks."""
+    """Hash the package with its extension, csrc, and these benchmarks."""
     package, digest = ROOT / "fdd_kernels", hashlib.sha256()
     files = [*package.rglob("*.py"), *package.glob("_C*"), *(ROOT / "csrc").glob("*")]
     files += (ROOT / "benchmarks").rglob("*.py")
@@ -128,7 +128,7 @@ def save(path: Path, data: dict[str, Any]) -> None:
 
 
 def newest_of_each_suite(folder: Path) -> list[Path]:
-    """The newest finished record of each suite in a folder, by their own dates, oldest first.
+    """Find the newest finished record of each suite in a folder, by their own dates, oldest first.
 
     Raises:
         RecordError: there is none.

@@ -38,7 +38,7 @@ def record_loss(
     options: dict[str, Any],
     changes: Callable[[Backend, list[Launch]], dict[str, Callable]],
 ) -> list[Launch]:
-    """The launches of `fused_fdd_loss` with its gradients.
+    """Record the launches of `fused_fdd_loss` with its gradients.
 
     `changes(entry, launches)` returns functions that take the place of the entry's; the list has
     the launches so far when they run.

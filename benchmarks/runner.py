@@ -54,7 +54,7 @@ class Run:
         self.record = self._resume() or self._start()
 
     def _settings(self) -> dict[str, Any]:
-        """An unfinished run is resumed only if all of this is the same."""
+        """Return the settings that must be the same for an unfinished run to be resumed."""
         return {
             "format": record.FORMAT,
             "suite": self.suite,
@@ -101,7 +101,7 @@ class Run:
         record.save(self.path, self.record)
 
     def execute(self) -> Path:
-        """Measure what is missing; the path of the finished record."""
+        """Measure everything that is missing; the path of the finished record."""
         self.save()
         for number, workload in enumerate(self.workloads, 1):
             self.say(f"[{number}/{len(self.workloads)}] {workload.name}: {workload.describe()}")
@@ -113,7 +113,7 @@ class Run:
         return final
 
     def _result(self, workload: Workload) -> dict[str, Any]:
-        """The workload's entry in the record, begun if there is none."""
+        """Find the workload's entry in the record, or begin it."""
         for result in self.record["results"]:
             if result["workload"]["name"] == workload.name:
                 return result
@@ -128,7 +128,7 @@ class Run:
         return result
 
     def _entry(self, provider: Provider, workload: Workload) -> dict[str, Any]:
-        """An empty result, with the reason if there will be none."""
+        """Make an empty result, with the reason if there will be none."""
         reason, status = self.missing[provider.name], "missing"
         if reason is None:
             reason, status = provider.unsupported(workload), "unsupported"
@@ -244,7 +244,7 @@ class Run:
 
 
 def _run_job(job: Path, environment: dict[str, str]) -> tuple[int, str]:
-    """The exit status of a measuring process and the last line that it printed."""
+    """Run a measuring process; its exit status and the last line that it printed."""
     command = [sys.executable, "-m", "benchmarks.measure", str(job)]
     with job.with_name("output.txt").open("w+", errors="replace") as output:
         process = subprocess.Popen(
@@ -261,7 +261,7 @@ def _run_job(job: Path, environment: dict[str, str]) -> tuple[int, str]:
 
 
 def loss_shape(workload: Workload) -> LossShape:
-    """The workload's loss as the memory planner sees it."""
+    """Describe the workload's loss for the memory planner."""
     options = workload.loss_options
     return LossShape(
         rows=workload.rows,
@@ -280,7 +280,7 @@ def loss_shape(workload: Workload) -> LossShape:
 
 
 def memory_limit(device: str) -> int:
-    """Bytes that a measurement may take here."""
+    """Count the bytes that a measurement may take here."""
     if device == "cuda":
         return torch.cuda.get_device_properties(0).total_memory
     limits = [record.machine(device).get("memory", 0) or 2**63]
@@ -294,7 +294,7 @@ def memory_limit(device: str) -> int:
 
 
 def peaks_on_record(data: dict[str, Any]) -> list[tuple[str, int, int]]:
-    """(workload / provider, predicted bytes, measured bytes) of every peak of memory in use.
+    """List (workload / provider, predicted bytes, measured bytes) of every peak of memory in use.
 
     The oldest records count memory that an allocator cached besides, and are left out.
     """

@@ -1,27 +1,30 @@
-"""What a teacher costs in memory and time, each way of keeping it in a process of its own: python
+"""Memory and time of a teacher, each way of holding it in a process of its own: python
 -m benchmarks.teacher_memory
 
-The example is fixed: a randomly initialised Llama-like teacher of 358 MiB in float32, a small
-student, 256 tokens. Memory is resident memory beyond what the process had before the teacher was
-loaded: after loading, at the peak of the teacher's part of a step (its states, then its head, both
-held), and at the peak of whole steps (with loss and backward, most of the rest). Pages of a mapped
-file, which the system takes back when it needs memory, are part of it: safetensors maps a
-checkpoint that keeps its dtype, and "own" leaves them out.
+A randomly initialised Llama-like teacher of 358 MiB in float32, a small student, 256 tokens. Memory
+is resident memory beyond that of the process before the teacher was loaded: after loading, at the
+peak of the teacher's part of a step (its states, then its head, both in memory), and at the peak of
+whole steps (loss and backward included, most of the rest). It counts pages of a mapped file, which
+the system takes back when it needs memory: safetensors maps a checkpoint of unchanged dtype. "own"
+leaves them out.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-MIB = 2**20
+import pandas as pd
+
+from benchmarks.report import markdown
+from fdd_kernels.common.sizes import MIB
+
 MEASURES = {
     "float32": "the whole teacher in memory",
     "float32, no output KD": "stops after its last sampled layer, 4 of 6",
@@ -30,41 +33,16 @@ MEASURES = {
     "disk offload": "from_pretrained(device_map={'': 'disk'})",
     "disk offload, no output KD": "both",
 }
-TEACHER = {
-    "hidden_size": 1024,
-    "intermediate_size": 2816,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 16,
-    "vocab_size": 8192,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
-}
-STUDENT = TEACHER | {
-    "hidden_size": 256,
-    "intermediate_size": 704,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-}
-BATCH, LENGTH, STEPS = 2, 128, 3
+BATCH, LENGTH, STEPS, VOCABULARY = 2, 128, 3, 8192
 
 
-def _status(field: str) -> float:
-    """A field of /proc/self/status in MiB."""
-    line = next(
-        line
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith(field + ":")
-    )
-    return int(line.split()[1]) / 1024
+def _model(width: int, inner: int, layers: int, heads: int):
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-
-def _settle() -> None:
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    shape = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers}
+    shape |= {"num_attention_heads": heads, "num_key_value_heads": heads}
+    shape |= {"max_position_embeddings": 512, "tie_word_embeddings": False}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **shape))
 
 
 def _load(measure: str, folder: Path):
@@ -73,96 +51,81 @@ def _load(measure: str, folder: Path):
 
     checkpoint = folder / "teacher"
     if measure.startswith("disk"):
-        return AutoModelForCausalLM.from_pretrained(
-            checkpoint, device_map={"": "disk"}, offload_folder=folder / "offload"
-        )
+        offload = {"device_map": {"": "disk"}, "offload_folder": folder / "offload"}
+        return AutoModelForCausalLM.from_pretrained(checkpoint, **offload)
     dtype = torch.bfloat16 if measure == "bfloat16" else torch.float32
     teacher = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
     if measure == "int8 weights":
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
         quantize_(teacher, Int8WeightOnlyConfig())
-        for parameter in (
-            teacher.get_input_embeddings().weight,
-            *(p for p in teacher.parameters() if p.ndim == 1),
-        ):
-            # or they keep the whole float32 checkpoint mapped
+        others = [p for p in teacher.parameters() if p.ndim == 1]
+        for parameter in (teacher.get_input_embeddings().weight, *others):
+            # or the whole float32 checkpoint stays mapped
             parameter.data = parameter.data.clone()
     return teacher
 
 
-def run(measure: str, folder: Path, threads: int) -> dict:
-    """One measure, in this process."""
+def run(measure: str, folder: Path, threads: int) -> dict[str, float]:
+    """Take one measure, in this process: MiB, and seconds of the head and of a step."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
+    from benchmarks.measure import give_back_memory, reset_high_water, status_bytes
     from fdd_kernels import Distiller, FDDConfig
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     config = FDDConfig(num_layers=2, output_kd_weight=0.0 if "no output KD" in measure else 1.0)
-    student = LlamaForCausalLM(LlamaConfig(**STUDENT))
-    ids = torch.randint(0, TEACHER["vocab_size"], (BATCH, LENGTH))
+    student = _model(256, 704, 4, 4)
+    ids = torch.randint(0, VOCABULARY, (BATCH, LENGTH))
     batch = {"input_ids": ids, "labels": ids}
 
     def step(distiller) -> None:
         distiller(batch).loss.backward()
         student.zero_grad(set_to_none=False)
 
-    # Code, threads and the student's gradients are there before the teacher comes: it is not to be
-    # charged with them.
-    small = LlamaForCausalLM(
-        LlamaConfig(**(TEACHER | {"hidden_size": 64, "intermediate_size": 64}))
-    )
-    step(Distiller(student, small, config))
-    del small
-    _settle()
-    before = _status("VmRSS"), _status("RssAnon")
+    # Code, threads and the student's gradients are there before the teacher comes: they are not its
+    # cost.
+    step(Distiller(student, _model(64, 64, 6, 16), config))
+    give_back_memory()
+    before, own_before = status_bytes("VmRSS"), status_bytes("RssAnon")
     teacher = _load(measure, folder).eval().requires_grad_(False)
     distiller = Distiller(student, teacher, config)
-    _settle()
-    loaded = _status("VmRSS") - before[0], _status("RssAnon") - before[1]
+    give_back_memory()
+    loaded, own = status_bytes("VmRSS") - before, status_bytes("RssAnon") - own_before
+
+    def watch(function: Callable[[], float | None]) -> tuple[float, float]:
+        """Return the shortest call in seconds (the function's own figure, or its time), and the
+        peak.
+        """
+        give_back_memory()
+        reset_high_water()
+        seconds = []
+        for _ in range(STEPS):
+            start = time.perf_counter()
+            reported = function()
+            seconds.append(time.perf_counter() - start if reported is None else reported)
+        return min(seconds), status_bytes("VmHWM") - before
 
     def teachers_part() -> float:
-        """Seconds for reading the head."""
+        """Time the fetch of the head."""
         states = distiller.teacher_states(batch)
         start = time.perf_counter()
-        head = distiller.teacher.reader.read_head()
+        head = distiller.teacher.lens.read_head()
         seconds = time.perf_counter() - start
         del states, head
         return seconds
 
-    head, part = _watch(teachers_part, before[0])
-    step_seconds, whole = _watch(lambda: step(distiller), before[0])
-    return {
-        "loaded": loaded[0],
-        "own": loaded[1],
-        "part": part,
-        "whole": whole,
-        "head": head,
-        "seconds": step_seconds,
-    }
-
-
-def _watch(function, before: float) -> tuple[float, float]:
-    """The shortest of some calls in seconds (what the function says, or else its own time), and the
-    peak in MiB.
-    """
-    _settle()
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again
-    seconds = []
-    for _ in range(STEPS):
-        start = time.perf_counter()
-        said = function()
-        seconds.append(time.perf_counter() - start if said is None else said)
-    return min(seconds), _status("VmHWM") - before
+    head, part = watch(teachers_part)
+    seconds, whole = watch(lambda: step(distiller))
+    sizes = {"loaded": loaded, "own": own, "part": part, "whole": whole}
+    return {name: size / MIB for name, size in sizes.items()} | {"head": head, "seconds": seconds}
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument(
-        "--threads", type=int, default=1, help="threads of each process (default 1)"
-    )
+    threads = "threads of each process (default 1)"
+    parser.add_argument("--threads", type=int, default=1, help=threads)
     parser.add_argument("--measure", choices=MEASURES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -171,41 +134,26 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
 
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    headings = ["teacher", "how", "MiB after loading", "own", "peak of its part"]
+    headings += ["peak of a step", "head, ms", "step, s"]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
-        LlamaForCausalLM(LlamaConfig(**TEACHER)).save_pretrained(folder / "teacher")
-        print(
-            "| teacher | how | MiB after loading | own | peak of its part | peak of a step | head, "
-            "ms | step, s |"
-        )
-        print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+        _model(1024, 2816, 6, 16).save_pretrained(Path(folder) / "teacher")
         for measure, how in MEASURES.items():
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.teacher_memory",
-                "--measure",
-                measure,
-                "--folder",
-                name,
-            ]
-            done = subprocess.run(
-                [*command, "--threads", str(options.threads)], capture_output=True, text=True
-            )
+            command = [sys.executable, "-m", "benchmarks.teacher_memory", f"--measure={measure}"]
+            command += [f"--folder={folder}", f"--threads={options.threads}"]
+            done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
-                reason = done.stderr.strip().splitlines()[-1:] or ["no message"]
-                print(f"| {measure} | {how} | missing: {reason[0]} | | | | | |", flush=True)
+                reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+                rows.append([measure, how, f"missing: {reason}", *[""] * 5])
                 continue
             row = json.loads(done.stdout.splitlines()[-1])
-            memory = " | ".join(f"{row[key]:.0f}" for key in ("loaded", "own", "part", "whole"))
-            print(
-                f"| {measure} | {how} | {memory} | {1e3 * row['head']:.1f} | {row['seconds']:.2f} "
-                "|",
-                flush=True,
-            )
+            sizes = [f"{row[key]:.0f}" for key in ("loaded", "own", "part", "whole")]
+            times = [f"{1e3 * row['head']:.1f}", f"{row['seconds']:.2f}"]
+            rows.append([measure, how, *sizes, *times])
+    print(*markdown(pd.DataFrame(rows, columns=headings)), sep="\n")
     return 0
 
 

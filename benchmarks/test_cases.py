@@ -28,7 +28,7 @@ CASES = [
 
 @pytest.fixture(autouse=True)
 def _threads():
-    """The threads asked for; tiny problems run on one."""
+    """Set the threads asked for; tiny problems run on one."""
     before = torch.get_num_threads()
     default = 1 if SUITE == "tiny" else before
     torch.set_num_threads(int(os.environ.get("FDD_BENCH_THREADS", default)))

@@ -1,4 +1,4 @@
-"""What the default strategy moves and launches, counted without a GPU: GEMMs, bytes an element,
+"""Count the traffic and launches of the default strategy, without a GPU: GEMMs, bytes an element,
 scratch, kernels a block.
 
     python -m benchmarks traffic [--json FILE]
@@ -11,7 +11,6 @@ states, which every block reads once a GEMM, are not counted among its bytes.
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -106,7 +105,7 @@ class Traffic:
         return any_launched
 
     def _add_gemm(self, out: Tensor, a: Tensor, b: Tensor) -> None:
-        """One (m, k) x (k, n) GEMM: logits write a block's elements, dH and dW read their
+        """Count one (m, k) x (k, n) GEMM: logits write a block's elements, dH and dW read their
         gradient.
         """
         inner, n = b.shape
@@ -120,8 +119,8 @@ class Traffic:
         self.moved[kind] += moved.nbytes
 
     def _add_kernel(self, name: str, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
-        """One kernel. Those over logits read both models' and write the gradient's; every kernel
-        moves its state.
+        """Count one kernel. Kernels over logits read both models' and write the gradient's; every
+        kernel moves its state.
         """
         self.launches[name] += 1
         if "logits_s" not in arguments:  # a merge reads the state of all tiles of its block
@@ -142,7 +141,9 @@ class Traffic:
 
 
 def elements_of(grid: tuple[int, ...], arguments: dict[str, Any]) -> int:
-    """Rows x layers x tokens of the vocabulary that a launch of a kernel over logits visits."""
+    """Count rows x layers x tokens of the vocabulary that a launch of a kernel over logits
+    visits.
+    """
     block, first = arguments["BLOCK_C"], arguments["first_tile"]
     columns = min(arguments["columns"], (first + grid[1]) * block) - first * block
     return grid[0] * columns * arguments["layers"]
@@ -181,7 +182,7 @@ def recorded_call(call: Call) -> Traffic:
 
 
 def count(pair: str, rows: int, *, trained: bool) -> dict[str, Any]:
-    """The counts of one call of the default strategy."""
+    """Count one call of the default strategy."""
     call = Call(PAIRS[pair], rows, trained=trained)
     traffic = recorded_call(call)
     watch, blocks = traffic.watch, -(-rows // traffic.block_rows)
@@ -211,26 +212,26 @@ def count(pair: str, rows: int, *, trained: bool) -> dict[str, Any]:
 
 # Heading: key and format.
 COLUMNS = {
-    "pair": ("pair", "8"),
-    "rows": ("rows", "7"),
-    "head": ("head", "9"),
-    "blocks": ("blocks", "7"),
-    "GEMMs a head and block": ("gemms_per_head_and_block", "24g"),
-    "bytes an element": ("bytes_per_element", "18.2f"),
-    "state": ("state_bytes_per_element", "7.2f"),
-    "scratch bytes": ("peak_scratch_bytes", "16.3g"),
-    "kernels a block": ("kernels_per_block", "17.1f"),
+    "pair": ("pair", ""),
+    "rows": ("rows", ""),
+    "head": ("head", ""),
+    "blocks": ("blocks", ""),
+    "GEMMs a head and block": ("gemms_per_head_and_block", "g"),
+    "bytes an element": ("bytes_per_element", ".2f"),
+    "state": ("state_bytes_per_element", ".2f"),
+    "scratch bytes": ("peak_scratch_bytes", ".3g"),
+    "kernels a block": ("kernels_per_block", ".1f"),
 }
 
 
 def run(path: Path | None) -> int:
     """Print the counts of every pair, and write them to `path`."""
+    import pandas as pd
+
     calls = [(p, rows, t) for p in PAIRS for rows in ROWS for t in (True, False)]
     found = [count(pair, rows, trained=trained) for pair, rows, trained in calls]
-    widths = {heading: int(re.match(r"\d+", f)[0]) for heading, (_, f) in COLUMNS.items()}
-    print("".join(f"{heading:>{width}}" for heading, width in widths.items()))
-    for e in found:
-        print("".join(f"{e[key]:>{width}}" for key, width in COLUMNS.values()))
+    cells = [{h: format(e[key], f) for h, (key, f) in COLUMNS.items()} for e in found]
+    print(pd.DataFrame(cells).to_string(index=False))
     print("counted on recorded launches; nothing is measured")
     if path is not None:
         path.write_text(json.dumps(found, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""What is measured: named problems with the shapes of real pairs of models, and suites of them.
+"""The measured problems: named calls with the shapes of real pairs of models, and suites of them.
 
 Tokens are few enough for two cores; vocabularies and widths are the models' own. Hidden states are
 random with the structure of a residual stream: time and memory depend on shapes and dtypes alone.
@@ -17,12 +17,12 @@ SWEPT = {"rows": "tokens R", "columns": "vocabulary V", "layers": "layers L"}
 
 @dataclass(frozen=True)
 class Workload:
-    """One problem: a call of the loss and what is measured of it.
+    """One problem: a call of the loss and the measures taken of it.
 
     `layers` counts the final state. `options` are those of `fused_fdd_loss`. `providers` are names
-    or kinds of providers, all if None (`providers.chosen`); `repeats` and `threads` are the run's
-    if None. `sweep` is the field that a scaling sweep varies. `near` makes the teacher the student
-    plus noise of this relative size.
+    or kinds of providers, all if None (`providers.of_workload`); `repeats` and `threads` are the
+    run's if None. `sweep` is the field that a scaling sweep varies. `near` makes the teacher the
+    student plus noise of this relative size.
     """
 
     name: str
@@ -60,18 +60,18 @@ class Workload:
 
     @property
     def projected_layers(self) -> int:
-        """Layers multiplied by a head. The final state has no term in feature space."""
+        """Count the layers multiplied by a head. The final state has no term in feature space."""
         if self.feature_space and not self.loss_options.get("output_in_dynamics"):
             return self.layers - 1
         return self.layers
 
     @property
     def in_overview(self) -> bool:
-        """Whether the workload stands for itself, and is not one point of a curve."""
+        """Tell whether the workload stands for itself, and is not one point of a curve."""
         return not self.sweep and self.group not in ("flatness", "threads")
 
     def describe(self) -> str:
-        """Shapes in one line."""
+        """Describe the shapes in one line."""
         head = f"{'trainable' if self.train_head else 'frozen'} "
         head += "projection" if self.feature_space else "head"
         columns = f"{'C' if self.feature_space else 'V'}={self.columns}"
@@ -83,7 +83,7 @@ class Workload:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Workload:
-        """The inverse of `to_json`."""
+        """Invert `to_json`."""
         lists = {n: tuple(data[n]) for n in ("providers", "measures") if data.get(n) is not None}
         return cls(**(data | lists | {"options": tuple(data["options"].items())}))
 
@@ -144,8 +144,8 @@ def _full() -> list[Workload]:
 
 
 def _limits() -> list[Workload]:
-    """The CPU kernels' limits: speed, flat memory, threads, accuracy, and a batch whose dense loss
-    cannot run.
+    """List the CPU kernels' limits: speed, flat memory, threads, accuracy, and a batch whose dense
+    loss cannot run.
     """
     large = replace(GPT2, rows=1024, group="limits", providers=DEFAULT)
     workloads = [
@@ -175,7 +175,7 @@ SUITES = tuple(_SUITES)
 
 
 def suite(name: str) -> list[Workload]:
-    """The workloads of a suite.
+    """List the workloads of a suite.
 
     Raises:
         ValueError: no such suite.
@@ -186,7 +186,7 @@ def suite(name: str) -> list[Workload]:
 
 
 def select(workloads: list[Workload], patterns: list[str] | None) -> list[Workload]:
-    """Workloads whose name (shell wildcards) or group matches one of the patterns, in order.
+    """Select workloads whose name (shell wildcards) or group matches one of the patterns, in order.
 
     Raises:
         ValueError: a pattern matches nothing; lists the names.

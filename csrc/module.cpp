@@ -1,4 +1,5 @@
-// The Python module fdd_kernels._C: both operations on tensors that fdd_kernels/backends/cpu.py has checked and cut.
+// The Python module fdd_kernels._C: both operations on tensors that fdd_kernels/backends/cpu/ has
+// checked and cut.
 #include <ATen/core/grad_mode.h>
 #include <torch/extension.h>
 #include <torch/version.h>
@@ -7,79 +8,98 @@
 #include <limits>
 #include <map>
 #include <string>
+#include <utility>
 
-#include "lens.h"
+#include "problem.h"
 
 namespace {
 
-// Read from the file before it is loaded (fdd_kernels/backends/cpu/extension.py): with another torch, loading may crash.
+// Found in the file before it is loaded (fdd_kernels/backends/cpu/extension.py): with another
+// torch, loading may crash.
 constexpr char kBuiltFor[] = "fdd_kernels built for torch " TORCH_VERSION ";";
 
-using fdd::Divergence;
-
 // (hidden states, weight, bias, logit scale, soft cap or 0)
-using SideArguments = std::tuple<std::vector<at::Tensor>, std::optional<at::Tensor>, std::optional<at::Tensor>, double, double>;
-// (layer, temperature, name of the divergence)
-using ReadArguments = std::tuple<int64_t, double, std::string>;
-
-const std::map<std::string, Divergence> kDivergences = {
-    {"", Divergence::kNone},   {"kl", Divergence::kKl},          {"reverse_kl", Divergence::kReverseKl},
-    {"jsd", Divergence::kJsd}, {"skew_kl", Divergence::kSkewKl}, {"nll", Divergence::kNll}};
-
-Divergence divergence(const std::string& name) {
-  const auto found = kDivergences.find(name);
-  TORCH_CHECK_VALUE(found != kDivergences.end(), "the C++ kernels know no divergence '", name, "'");
-  return found->second;
-}
+using ModelArguments = std::tuple<std::vector<at::Tensor>, std::optional<at::Tensor>,
+                                  std::optional<at::Tensor>, double, double>;
+// (student layer, teacher layer, temperature, name of the divergence, its expectation_of or "", its
+// parameters)
+using RequestArguments =
+    std::tuple<int64_t, int64_t, double, std::string, std::string, std::vector<float>>;
+// (first, second), as PairMoments of lens/spec.py
+using PairArguments = std::tuple<std::optional<fdd::Layers>, fdd::Layers>;
 
 std::vector<std::string> divergences() {
   std::vector<std::string> names;
-  for (const auto& [name, _] : kDivergences) names.push_back(name);
+  for (const auto& [name, _] : fdd::kDivergences) names.push_back(name);
   return names;
 }
 
-// -inf where a bias is, which leaves a column out of the moments; empty if none is. A soft cap makes such a value finite.
+fdd::Request request(const RequestArguments& arguments) {
+  const auto& [student_layer, teacher_layer, temperature, name, expectation, parameters] =
+      arguments;
+  const auto found = std::find_if(std::begin(fdd::kDivergences), std::end(fdd::kDivergences),
+                                  [&](const auto& known) { return name == known.first; });
+  TORCH_CHECK_VALUE(found != std::end(fdd::kDivergences), "the C++ kernels know no divergence '",
+                    name, "'");
+  const std::map<std::string, fdd::Expectation> expectations = {
+      {"", fdd::Expectation::kNone},
+      {"teacher", fdd::Expectation::kTeacher},
+      {"student", fdd::Expectation::kStudent}};
+  return {{student_layer, teacher_layer},
+          float(1 / temperature),
+          found->second,
+          expectations.at(expectation),
+          parameters};
+}
+
+// -inf at tokens with a bias of -inf, which moments leave out; empty if none has one. A soft cap
+// makes such a logit finite.
 std::vector<float> excluded_columns(const fdd::Problem& p) {
   std::vector<float> excluded;
-  for (const fdd::Side* side : {&p.student, &p.teacher})
-    for (int64_t c = 0; side->softcap == 0.f && !side->bias.empty() && c < p.columns; ++c) {
-      if (side->bias[c] != -std::numeric_limits<float>::infinity()) continue;
+  for (const fdd::Model* model : {&p.student, &p.teacher})
+    for (int64_t c = 0; model->softcap == 0.f && !model->bias.empty() && c < p.columns; ++c) {
+      if (model->bias[c] != -std::numeric_limits<float>::infinity()) continue;
       excluded.resize(fdd::round_up(p.columns, fdd::kPadding) + fdd::kPadding);
-      excluded[c] = side->bias[c];
+      excluded[c] = model->bias[c];
     }
   return excluded;
 }
 
-fdd::Side side(const SideArguments& arguments, int64_t columns) {
+fdd::Model model(const ModelArguments& arguments, int64_t columns) {
   const auto& [hidden, weight, bias, scale, softcap] = arguments;
-  fdd::Side side;
-  for (const at::Tensor& layer : hidden) side.hidden.emplace_back(layer);
-  if (weight) side.weight = fdd::Matrix(*weight);
+  fdd::Model model;
+  for (const at::Tensor& layer : hidden) model.hidden.emplace_back(layer);
+  if (weight) model.weight = fdd::Matrix(*weight);
   if (bias) {
-    side.bias.resize(fdd::round_up(columns, fdd::kPadding));
-    const at::Tensor values = bias->to(at::kFloat).contiguous();
-    std::copy_n(values.const_data_ptr<float>(), columns, side.bias.begin());
+    model.bias.resize(fdd::round_up(columns, fdd::kPadding));
+    const at::Tensor floats = bias->to(at::kFloat).contiguous();
+    std::copy_n(floats.const_data_ptr<float>(), columns, model.bias.begin());
   }
-  // Pairs of columns, and neither a float32 head nor float32 states beside bfloat16.
-  side.narrow = fdd::narrow_products() && side.weight.defined() && side.weight.is_bfloat16() && side.width() % 2 == 0 &&
-                std::all_of(side.hidden.begin(), side.hidden.end(), [](const fdd::Matrix& h) { return h.is_bfloat16(); });
-  side.scale = float(scale);
-  side.softcap = float(softcap);
-  return side;
+  // A bf16 operand B takes an even depth, and neither operand may be float32.
+  model.bf16 = fdd::bf16_gemm() && model.weight.defined() && model.weight.is_bfloat16() &&
+               model.width() % 2 == 0 &&
+               std::all_of(model.hidden.begin(), model.hidden.end(),
+                           [](const fdd::Matrix& h) { return h.is_bfloat16(); });
+  model.scale = float(scale);
+  model.softcap = float(softcap);
+  return model;
 }
 
 std::vector<int64_t> integers(const at::Tensor& tensor) {
-  const at::Tensor values = tensor.to(at::kLong).contiguous();
-  return {values.const_data_ptr<int64_t>(), values.const_data_ptr<int64_t>() + values.numel()};
+  const at::Tensor longs = tensor.to(at::kLong).contiguous();
+  const int64_t* data = longs.const_data_ptr<int64_t>();
+  return {data, data + longs.numel()};
 }
 
-fdd::Problem problem(const SideArguments& student, const SideArguments& teacher, bool needs_teacher, int64_t columns,
-                     const at::Tensor& rows, const std::optional<at::Tensor>& labels,
-                     const std::vector<ReadArguments>& reads, const std::vector<std::pair<int64_t, int64_t>>& moments,
-                     double moment_temperature, const std::array<int64_t, 3>& tiles) {
+fdd::Problem problem(const ModelArguments& student, const ModelArguments& teacher,
+                     bool needs_teacher, int64_t columns, const at::Tensor& rows,
+                     const std::optional<at::Tensor>& labels,
+                     const std::vector<RequestArguments>& requests,
+                     const std::vector<PairArguments>& moments, double moment_temperature,
+                     const std::array<int64_t, 3>& tiles) {
   fdd::Problem p;
-  p.student = side(student, columns);
-  p.teacher = side(teacher, columns);
+  p.student = model(student, columns);
+  p.teacher = model(teacher, columns);
   p.needs_teacher = needs_teacher;
   p.layers = int64_t(p.student.hidden.size());
   p.columns = columns;
@@ -88,7 +108,7 @@ fdd::Problem problem(const SideArguments& student, const SideArguments& teacher,
     const std::vector<int64_t> all = integers(*labels);
     for (int64_t row : p.rows) p.labels.push_back(all[row]);
   }
-  for (const auto& [layer, temperature, name] : reads) p.reads.push_back({layer, float(1 / temperature), divergence(name)});
+  for (const RequestArguments& arguments : requests) p.requests.push_back(request(arguments));
   for (const auto& [first, second] : moments) p.moments.push_back({first, second});
   p.moment_inv_temperature = float(1 / moment_temperature);
   p.tiles = {tiles[0], tiles[1], tiles[2]};
@@ -102,17 +122,18 @@ void check_signals() {
   if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
-fdd::Statistics statistics(const at::Tensor& pivots, const at::Tensor& reads, const at::Tensor& moments) {
-  return {pivots.data_ptr<float>(), reads.data_ptr<float>(), moments.data_ptr<float>(), pivots.size(2)};
+fdd::Statistics statistics(const at::Tensor& shifts, const at::Tensor& requests,
+                           const at::Tensor& moments) {
+  return {shifts.data_ptr<float>(), requests.data_ptr<float>(), moments.data_ptr<float>(),
+          shifts.size(2)};
 }
 
-void stats(const fdd::Problem& p, const at::Tensor& pivots, const at::Tensor& reads, const at::Tensor& moments) {
-  py::gil_scoped_release release;
-  at::NoGradGuard no_grad;
-  fdd::compute_statistics(p, statistics(pivots, reads, moments), check_signals);
+fdd::Upstream upstream(const at::Tensor& requests, const at::Tensor& moments) {
+  return {requests.const_data_ptr<float>(), moments.const_data_ptr<float>()};
 }
 
-fdd::Gradients gradients(const std::optional<at::Tensor>& hidden, const std::optional<at::Tensor>& weight,
+fdd::Gradients gradients(const std::optional<at::Tensor>& hidden,
+                         const std::optional<at::Tensor>& weight,
                          const std::optional<at::Tensor>& bias) {
   fdd::Gradients out;
   if (hidden) out.hidden = hidden->data_ptr<float>();
@@ -121,38 +142,50 @@ fdd::Gradients gradients(const std::optional<at::Tensor>& hidden, const std::opt
   return out;
 }
 
-void grad(const fdd::Problem& p, const at::Tensor& pivots, const at::Tensor& reads, const at::Tensor& moments,
-          const at::Tensor& grad_reads, const at::Tensor& grad_moments, const std::optional<at::Tensor>& grad_hidden,
-          const std::optional<at::Tensor>& grad_weight, const std::optional<at::Tensor>& grad_bias) {
-  py::gil_scoped_release release;
-  at::NoGradGuard no_grad;
-  const fdd::Upstream upstream{grad_reads.const_data_ptr<float>(), grad_moments.const_data_ptr<float>()};
-  fdd::compute_gradients(p, statistics(pivots, reads, moments), upstream, gradients(grad_hidden, grad_weight, grad_bias),
-                         check_signals);
-}
-
-fdd::KeptValues kept_values(const fdd::Problem& p, const at::Tensor& memory) {
-  TORCH_CHECK(memory.is_contiguous() && memory.numel() >= fdd::KeptValues::size(p), "memory too small for the values");
+fdd::CachedLogits cached_logits(const fdd::Problem& p, const at::Tensor& memory) {
+  TORCH_CHECK(memory.is_contiguous() && memory.numel() >= fdd::CachedLogits::size(p),
+              "memory too small for the logits");
   return {p, memory.data_ptr<float>()};
 }
 
-void stats_and_keep(const fdd::Problem& p, const at::Tensor& memory, const at::Tensor& pivots, const at::Tensor& reads,
-                    const at::Tensor& moments) {
+void stats(const fdd::Problem& p, const at::Tensor& shifts, const at::Tensor& requests,
+           const at::Tensor& moments) {
   py::gil_scoped_release release;
   at::NoGradGuard no_grad;
-  fdd::KeptValues kept = kept_values(p, memory);
-  kept.compute();
-  fdd::statistics_of(kept, statistics(pivots, reads, moments));
+  fdd::compute_statistics(p, statistics(shifts, requests, moments), check_signals);
 }
 
-void grad_of_kept(const fdd::Problem& p, const at::Tensor& memory, const at::Tensor& pivots, const at::Tensor& reads,
-                  const at::Tensor& moments, const at::Tensor& grad_reads, const at::Tensor& grad_moments,
-                  const std::optional<at::Tensor>& grad_hidden, const std::optional<at::Tensor>& grad_weight,
-                  const std::optional<at::Tensor>& grad_bias) {
+void grad(const fdd::Problem& p, const at::Tensor& shifts, const at::Tensor& requests,
+          const at::Tensor& moments, const at::Tensor& grad_requests,
+          const at::Tensor& grad_moments, const std::optional<at::Tensor>& grad_hidden,
+          const std::optional<at::Tensor>& grad_weight,
+          const std::optional<at::Tensor>& grad_bias) {
   py::gil_scoped_release release;
   at::NoGradGuard no_grad;
-  const fdd::Upstream upstream{grad_reads.const_data_ptr<float>(), grad_moments.const_data_ptr<float>()};
-  fdd::gradients_of(kept_values(p, memory), statistics(pivots, reads, moments), upstream,
+  fdd::compute_gradients(p, statistics(shifts, requests, moments),
+                         upstream(grad_requests, grad_moments),
+                         gradients(grad_hidden, grad_weight, grad_bias), check_signals);
+}
+
+void stats_and_cache(const fdd::Problem& p, const at::Tensor& memory, const at::Tensor& shifts,
+                     const at::Tensor& requests, const at::Tensor& moments) {
+  py::gil_scoped_release release;
+  at::NoGradGuard no_grad;
+  fdd::CachedLogits cached = cached_logits(p, memory);
+  cached.compute();
+  fdd::statistics_of(cached, statistics(shifts, requests, moments));
+}
+
+void grad_of_cached(const fdd::Problem& p, const at::Tensor& memory, const at::Tensor& shifts,
+                    const at::Tensor& requests, const at::Tensor& moments,
+                    const at::Tensor& grad_requests, const at::Tensor& grad_moments,
+                    const std::optional<at::Tensor>& grad_hidden,
+                    const std::optional<at::Tensor>& grad_weight,
+                    const std::optional<at::Tensor>& grad_bias) {
+  py::gil_scoped_release release;
+  at::NoGradGuard no_grad;
+  fdd::gradients_of(cached_logits(p, memory), statistics(shifts, requests, moments),
+                    upstream(grad_requests, grad_moments),
                     gradients(grad_hidden, grad_weight, grad_bias));
 }
 
@@ -163,11 +196,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("built_for") = kBuiltFor;
   m.def("stats", &stats);
   m.def("grad", &grad);
-  m.def("kept_size", &fdd::KeptValues::size);
-  m.def("stats_and_keep", &stats_and_keep);
-  m.def("grad_of_kept", &grad_of_kept);
+  m.def("cache_size", &fdd::CachedLogits::size);
+  m.def("stats_and_cache", &stats_and_cache);
+  m.def("grad_of_cached", &grad_of_cached);
   m.def("divergences", &divergences);
   m.def("instruction_set", [] { return std::string(fdd::row_kernels().name); });
-  m.def("product_library", [] { return std::string(fdd::product_library()); });
-  m.def("narrow_products", &fdd::narrow_products);
+  m.def("gemm_library", [] { return std::string(fdd::gemm_library()); });
+  m.def("bf16_gemm", &fdd::bf16_gemm);
 }

@@ -1,30 +1,32 @@
-// The elementwise part of both operations on one row of a tile, compiled once per instruction set.
+// The elementwise part of both operations on one row of a tile, compiled per instruction set.
 //
-// u is a row of raw values f(x) of one layer; z = (u - pivot) * inv_temperature. Rows are padded to a multiple of
-// kPadding floats, so that a kernel may load, never use, what lies behind n.
+// A row holds the logits u = softcap(scale * (h W^T + b)) of one layer; z = (u - shift) *
+// inv_temperature. Rows are padded to a multiple of kPadding floats: a kernel may load elements
+// behind n but must not use them.
 #pragma once
 
 #include <cstdint>
 #include <utility>
 
+#include "divergences.h"
+#include "layout.h"
+
 namespace fdd {
 
 constexpr int64_t kPadding = 16;
 
-enum class Divergence : int { kNone, kKl, kReverseKl, kJsd, kSkewKl, kNll };
-
-// One model's view of a row: its raw values, and what turns them into log-probabilities. The pivot is the row's largest
-// value: z is then small where probabilities are not, and rounding it, once or in a fused multiply-add, moves no
-// probability by more than its own last digits.
+// One model's view of a row: its logits, and the numbers that turn them into log-probabilities. The
+// shift is the row's largest logit: z is then small where probabilities are not, and rounding it
+// moves no probability by more than its own last digits.
 struct RowView {
-  const float* u;
-  float pivot;
+  const float* logits;
+  float shift;
   float log_sum_exp;  // of z
 };
 
-// Running softmax of a row: the largest values of u, which the sums are relative to, and sums of e_s = e^z_s and e_t.
-// With e the exponentials of the model under whose distribution the divergence is an expectation, e' the other's and
-// x = z' - z the difference of their logits:
+// Running softmax of a row: the largest logits, which the sums are relative to, and sums of
+// e_s = e^z_s and e_t. With e the exponentials of the model under whose distribution the divergence
+// is an expectation, e' the other's, and x = z' - z:
 struct SoftmaxState {
   float max_s, max_t;
   double total_s, total_t;
@@ -33,7 +35,7 @@ struct SoftmaxState {
   double difference;  // sum of e' - e
 };
 
-// Running moments of a pair of vectors (s, t) about their means, over the columns seen so far; d = s - t.
+// Running moments of a pair of vectors (s, t) about their means, over the tokens so far; d = s - t.
 struct MomentState {
   double count, mean_s, mean_t, m_ss, m_tt, m_st, m_dd;
 };
@@ -42,47 +44,53 @@ struct MomentState {
 struct VectorView {
   const float* second;
   const float* first;
-  float pivot_second, pivot_first;
+  float shift_second, shift_first;
 };
 
-struct ReadGradient {
-  float log_sum_exp, value;  // upstream gradients of the two statistics
-  float slope;               // the statistic SLOPE
+struct RequestGradient {
+  float log_sum_exp, value;  // upstream gradients of LSE_S and VALUE
+  float grad_sum;            // the statistic GRAD_SUM
 };
 
 struct MomentGradient {
   float mean_s, mean_t;                // the statistics
-  float of_mean, of_ss, of_st, of_dd;  // upstream gradients; of_mean is already divided by the count
+  float of_mean, of_ss, of_st, of_dd;  // upstream gradients; of_mean is divided by the count
 };
 
 struct RowKernels {
   const char* name;
   // u = softcap(scale * (x + bias)) in place; bias may be null, softcap 0 is none.
   void (*transform)(float* x, int64_t n, const float* bias, float scale, float softcap);
-  // Largest finite value, 0 if there is none.
-  float (*largest)(const float* u, int64_t n);
-  // Adds a tile to the running softmax. Teacher null: the student alone. The last three sums are of kKl and kReverseKl.
-  void (*softmax)(const float* student, const float* teacher, float inv_temperature, int64_t n, Divergence kind,
-                  SoftmaxState* state);
-  // `excluded` (n) is -inf at columns that do not count, 0 elsewhere; null: all of them count.
-  void (*moments)(VectorView s, VectorView t, const float* excluded, float inv_temperature, int64_t n, MomentState* state);
-  // Sums of the divergence's value and slope, with both log-sum-exps known.
-  void (*divergence)(RowView student, RowView teacher, float inv_temperature, int64_t n, Divergence kind, double* value,
-                     double* slope);
-  // grad += dL/du of one read.
-  void (*read_gradient)(float* grad, RowView student, const RowView* teacher, float inv_temperature, int64_t n,
-                        Divergence kind, ReadGradient upstream);
-  // grad_second += dL/du, grad_first -= dL/du of one moment target; grad_first may be null.
-  void (*moment_gradient)(float* grad_second, float* grad_first, VectorView s, VectorView t, const float* excluded,
-                          float inv_temperature, int64_t n, MomentGradient upstream);
-  // dL/du -> dL/dx in place, from u before any pivot.
+  // Largest finite element, 0 if there is none.
+  float (*largest)(const float* logits, int64_t n);
+  // Adds a tile to the running softmax. Teacher null: the student alone. The last three sums are
+  // those of the expectation.
+  void (*softmax)(const float* student, const float* teacher, float inv_temperature, int64_t n,
+                  Expectation of, SoftmaxState* state);
+  // `excluded` (n) is -inf at tokens to leave out, 0 elsewhere; null: none.
+  void (*moments)(VectorView s, VectorView t, const float* excluded, float inv_temperature,
+                  int64_t n, MomentState* state);
+  // Adds the sums of the divergence's value and grad, with both log-sum-exps known.
+  void (*divergence)(RowView student, RowView teacher, float inv_temperature, int64_t n,
+                     Divergence divergence, const float* parameters, double* value,
+                     double* grad_sum);
+  // grad += dL/du of one request.
+  void (*request_gradient)(float* grad, RowView student, const RowView* teacher,
+                           float inv_temperature, int64_t n, Divergence divergence,
+                           const float* parameters, RequestGradient upstream);
+  // grad_second += dL/du, grad_first -= dL/du of one pair of vectors; grad_first may be null.
+  void (*moment_gradient)(float* grad_second, float* grad_first, VectorView s, VectorView t,
+                          const float* excluded, float inv_temperature, int64_t n,
+                          MomentGradient upstream);
+  // dL/du -> dL/dx in place, from u before any shift.
   void (*chain)(float* grad, const float* u, int64_t n, float scale, float softcap);
   void (*from_bfloat16)(const uint16_t* in, float* out, int64_t n);
   void (*from_half)(const uint16_t* in, float* out, int64_t n);
-  // Rounded to the nearest bfloat16, ties to even; `low` is the difference, rounded likewise. Finite values.
+  // Rounds finite numbers to the nearest bfloat16, ties to even; `low` is the rest, rounded too.
   void (*to_bfloat16)(const float* in, uint16_t* high, uint16_t* low, int64_t n);
-  // out (columns, rows) = in (rows, columns) transposed, with leading dimensions; any 4-byte words.
-  void (*transpose)(const float* in, int64_t ld_in, int64_t rows, int64_t columns, float* out, int64_t ld_out);
+  // out (columns, rows) = in (rows, columns) transposed, with leading dimensions; 4-byte words.
+  void (*transpose)(const float* in, int64_t ld_in, int64_t rows, int64_t columns, float* out,
+                    int64_t ld_out);
   // out (n, 2) from two rows of n.
   void (*interleave)(const uint16_t* first, const uint16_t* second, uint16_t* out, int64_t n);
 };
@@ -91,7 +99,8 @@ const RowKernels& row_kernels_generic();
 const RowKernels& row_kernels_avx2();
 const RowKernels& row_kernels_avx512();
 
-// The widest set that this processor runs, or the one that FDD_KERNELS_ISA names (generic, avx2, avx512).
+// The widest set that this processor runs, or the one that FDD_KERNELS_ISA names (generic, avx2,
+// avx512).
 const RowKernels& row_kernels();
 
 }  // namespace fdd

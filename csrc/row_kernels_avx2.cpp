@@ -12,7 +12,7 @@
 #define FDD_ISA isa_avx2
 #define FDD_ISA_NAME "avx2"
 #define FDD_LANES 8
-#include "row_kernels.inc"
+#include "row_kernels_impl.h"
 
 #if defined(__x86_64__) && defined(__clang__)
 #pragma clang attribute pop

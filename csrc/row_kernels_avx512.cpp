@@ -3,7 +3,9 @@
 
 #if defined(__x86_64__)
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(                                                    \
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), \
+    apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #endif
@@ -12,7 +14,7 @@
 #define FDD_ISA isa_avx512
 #define FDD_ISA_NAME "avx512"
 #define FDD_LANES 16
-#include "row_kernels.inc"
+#include "row_kernels_impl.h"
 
 #if defined(__x86_64__) && defined(__clang__)
 #pragma clang attribute pop

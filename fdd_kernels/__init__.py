@@ -1,4 +1,4 @@
-"""Fused Feature Dynamics Distillation losses: the whole vocabulary, every sampled layer, bounded
+"""Fused Feature Dynamics Distillation losses: full vocabulary, every sampled layer, bounded
 memory.
 """
 
@@ -27,7 +27,7 @@ __all__ = [
 
 _moved.install()
 
-# Imported when asked for, so that `fdd-kernels --help` does not wait for torch.
+# Imported on first use, so that `fdd-kernels --help` does not import torch.
 _HOMES = {
     "FusedFDDLoss": "objectives.fdd.api",
     "fdd_loss_reference": "objectives.fdd.api",

@@ -1,4 +1,4 @@
-"""python -m fdd_kernels: the command line."""
+"""Run the command line as `python -m fdd_kernels`."""
 
 import sys
 

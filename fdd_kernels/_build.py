@@ -1,5 +1,5 @@
-"""How the C++ kernels are compiled: by setup.py ahead of time, or by `python -m fdd_kernels._build
-FOLDER` at first use.
+"""Compile the C++ kernels: setup.py ahead of time, or `python -m fdd_kernels._build FOLDER` at
+first use.
 
 FDD_KERNELS_SANITIZE=1 compiles with AddressSanitizer and UndefinedBehaviorSanitizer.
 """
@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent
-# Instruction sets of products and row kernels are chosen at run time: no flag depends on this
-# machine. A divergence that a switch leaves out would be computed as another: that must not
-# compile.
+# The instruction sets of GEMMs and row kernels are chosen at run time, so no flag depends on this
+# machine. -Werror=switch: a divergence missing in a switch would be computed as another one.
 FLAGS = (
     "-O3",
     "-std=c++20",
@@ -36,18 +35,18 @@ SANITIZERS = (
 
 
 def source_folder() -> Path:
-    """csrc: in the installed package, or beside the package in a checkout."""
+    """The folder csrc: in the installed package, or beside the package in a checkout."""
     inside = PACKAGE / "csrc"
     return inside if inside.is_dir() else PACKAGE.parent / "csrc"
 
 
 def sources(folder: Path) -> list[Path]:
-    """Everything that the kernels are made of, in a fixed order."""
-    return sorted(path for path in folder.glob("*") if path.suffix in (".cpp", ".h", ".inc"))
+    """All source files of the kernels, in a fixed order."""
+    return sorted(path for path in folder.glob("*") if path.suffix in (".cpp", ".h"))
 
 
 def flags() -> tuple[list[str], list[str]]:
-    """What the compiler and the linker are told."""
+    """Flags of the compiler and of the linker."""
     compiling, linking = [*FLAGS, *OPENMP], list(OPENMP)
     if os.environ.get("FDD_KERNELS_SANITIZE", "0") == "1":
         compiling += [*SANITIZERS, "-O1"]
@@ -56,7 +55,7 @@ def flags() -> tuple[list[str], list[str]]:
 
 
 def extension(folder: Path, **options: Any):
-    """The setuptools extension fdd_kernels._C of the sources in `folder`. Imports torch."""
+    """Make the setuptools extension fdd_kernels._C from the sources in `folder`. Imports torch."""
     from torch.utils.cpp_extension import CppExtension
 
     compiling, linking = flags()

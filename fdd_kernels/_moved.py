@@ -77,7 +77,11 @@ MOVED = {
 }
 # Further modules with names of an old one that was split.
 SPLIT = {
+    "functions": ("engine.cached_logits", "engine.log_sum_exps"),
+    "plan": ("objectives.validation",),
     "spec": ("lens.layout", "lens.inputs"),
+    "terms": ("objectives.fdd.objective", "objectives.reduction"),
+    "vocab_parallel": ("engine.shards", "engine.agreement"),
     "models.lens": ("hf.transform",),
     "distill_command.run": ("cli.distill.trainer",),
     "teacher_cache.cache": ("teacher_cache.reader",),
@@ -87,7 +91,11 @@ RENAMED = {
     "models.positions.counted_positions": "hf.positions.valid_positions",
     "distill_command.run._ResumableTrainer": "cli.distill.trainer.ResumableTrainer",
     "spec.Read": "lens.spec.Request",
-    "vocab_parallel.second_pass_reads": "engine.vocab_parallel.second_pass_requests",
+    "functions.LossAndGradient": "engine.cached_logits.OutputsAndGradients",
+    "functions.tensors_of": "engine.autograd.flatten",
+    "terms.combine": "objectives.fdd.objective.reduce_terms",
+    "terms.normaliser_of": "objectives.reduction.loss_denominator",
+    "vocab_parallel.second_pass_reads": "engine.shards.second_pass_requests",
 }
 
 

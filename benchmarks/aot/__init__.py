@@ -1,9 +1,9 @@
-"""Compile every Triton kernel ahead of time, without a GPU, and report what the machine code takes.
+"""Compile every Triton kernel ahead of time, without a GPU, and report the resources of its code.
 
     python -m benchmarks.aot --target cuda:80 cuda:90 cuda:100 hip:gfx942 --json aot.json [--quick]
 
 cases.py     the cases, and the launches that each leads to
-compile.py   the compilations of launches, and what is wrong with the machine code
+compile.py   the compilation of a launch, and problems in its machine code
 """
 
 from benchmarks.aot.cases import HEAVY, Case, Job, cases, job, jobs, launches

@@ -30,7 +30,7 @@ HEADINGS = [
 
 
 def line(report: Report) -> str:
-    """A report in one line."""
+    """Format a report in one line."""
     numbers = (report.num_warps, report.registers, report.spilled_bytes, report.shared_bytes)
     numbers += (report.exponentials_a_tile, report.programs_a_multiprocessor)
     names = report.target, report.kernel.removesuffix("_kernel"), report.case, report.tile

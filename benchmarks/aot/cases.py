@@ -4,7 +4,7 @@ Each case calls the public loss on recorded tensors (`benchmarks.recorded`), by 
 and by the row kernels over cached logits. A launch is specialised as at run time: on dtypes, on
 integers that are 1 or divisible by 16, and on constexprs. All options that reach a constexpr are
 enumerated; every other option (temperatures, soft caps, scales, labels, masks, numbers of layers)
-is a run-time value of the same code. Combinations of what is enumerated one at a time are left out
+is a run-time value of the same code. Combinations of options enumerated one at a time are left out
 (both 16-bit types in one call, one width of the two that 16 divides, heads at odd addresses): each
 mixes the loads of two kernels that are here.
 
@@ -67,21 +67,23 @@ FEATURES = {"trajectory": "mse", "derivative": "mse", "output_kd_weight": 0.0}
 
 
 def every_option(label: str = "", **inputs: Any) -> Iterator[Case]:
-    """Each way through the options for one kind of inputs."""
+    """List each way through the options for one kind of inputs."""
     for name, options in LENS.items():
         yield Case(name + label, options, **inputs)
     yield Case("features" + label, FEATURES, features=True, **inputs)
 
 
 def row_variants(**inputs: Any) -> Iterator[Case]:
-    """Options that change a constexpr of the row kernels but nothing of the tiles."""
+    """List options that change a constexpr of the row kernels but nothing of the tiles."""
     yield Case("kl, biases and labels", {"ce_weight": 1.0}, biases=True, **inputs)
     yield Case("kl, soft caps and scales", CAPPED, **inputs)
     yield Case("kl, whole tiles", {}, columns=49152, **inputs)
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """Inputs that change a specialisation or a tile, with every option; `quick`: the subset."""
+    """List inputs that change a specialisation or a tile, with every option; `quick`: the
+    subset.
+    """
     bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
     few, ragged = {"rows": 48}, {"student_width": 250, "teacher_width": 333}
     floats = {"student": f32, "teacher": f32}
@@ -105,7 +107,7 @@ def cases(quick: bool) -> Iterator[Case]:
 
 
 def _problem(case: Case) -> dict[str, Any]:
-    """Arguments of the public loss on the device "meta"."""
+    """Make arguments of the public loss on the device "meta"."""
 
     def new(*shape: int, dtype: torch.dtype, trained: bool = False) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta", requires_grad=trained)
@@ -160,7 +162,7 @@ def launches(case: Case, architecture: str) -> list[Launch]:
 
 
 def plain_gemm(case: Case) -> Launch:
-    """The plain GEMM, which stands in where the vendor's cannot write float32."""
+    """Record the plain GEMM, which stands in where the vendor's cannot write float32."""
     half = torch.float16 if case.student == torch.float16 else torch.bfloat16
     a, b = (torch.empty(shape, dtype=half, device="meta") for shape in ((512, 768), (768, 4096)))
     with recorded() as found:
@@ -185,7 +187,7 @@ class Job:
 
     @property
     def function(self) -> Any:
-        """The Triton kernel."""
+        """Look up the Triton kernel."""
         return getattr(sys.modules[self.module], self.kernel)
 
 
@@ -198,7 +200,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def job(target: str, case: Case, launch: Launch) -> Job:
-    """The compilation of a launch: Triton's own rules of specialisation."""
+    """Describe the compilation of a launch by Triton's own rules of specialisation."""
     signature, constants, divisible = [], [], []
     for parameter in launch.kernel.params:
         name, value = parameter.name, launch.arguments[parameter.name]
@@ -227,7 +229,7 @@ def job(target: str, case: Case, launch: Launch) -> Job:
 
 
 def jobs(targets: list[str], quick: bool) -> list[Job]:
-    """Each compilation once, under the name of the first case that needs it."""
+    """List each compilation once, under the name of the first case that needs it."""
     found: dict[tuple, Job] = {}
     for target in targets:
         architecture = target.removeprefix("hip:").replace("cuda:", "sm_")

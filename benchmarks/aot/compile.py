@@ -145,7 +145,7 @@ def compile_job(one: Job) -> Report:
 
 
 def multiplies_16_bits(one: Job) -> bool:
-    """Whether the kernel multiplies matrices of which one is 16-bit."""
+    """Tell whether the kernel multiplies matrices of which one is 16-bit."""
     operands, kinds = ["student_hidden", "teacher_hidden"], dict(one.signature)
     if dict(one.constants).get("IDENTITY"):
         operands.pop()
@@ -154,7 +154,7 @@ def multiplies_16_bits(one: Job) -> bool:
 
 
 def row_kernel_problems(one: Job, threads: int, per_element: float, wide: int) -> list[str]:
-    """Full tiles that are read by less than 128 bits at a time, or take more instructions than
+    """Find full tiles that are read by less than 128 bits at a time, or take more instructions than
     their variant may.
     """
     constants, kinds = dict(one.constants), dict(one.signature)
@@ -174,7 +174,7 @@ def row_kernel_problems(one: Job, threads: int, per_element: float, wide: int) -
 
 
 def _disassembled(cubin: bytes, tool: str, option: str) -> str:
-    """The output of one of the binary tools that Triton brings."""
+    """Run one of the binary tools that Triton brings; its output."""
     path = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -184,7 +184,7 @@ def _disassembled(cubin: bytes, tool: str, option: str) -> str:
 
 
 def cuda_instructions(cubin: bytes) -> tuple[int, int]:
-    """Machine instructions of a cubin, and its loads of 128 bits."""
+    """Count the machine instructions of a cubin, and its loads of 128 bits."""
     text = _disassembled(cubin, "nvdisasm", "-c")
     lines = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*)$", text, flags=re.MULTILINE)
     instructions = [line for line in lines if not re.match(r"(?:@!?U?P\w+ )?NOP\b", line)]
@@ -193,19 +193,21 @@ def cuda_instructions(cubin: bytes) -> tuple[int, int]:
 
 
 def shorten(instruction: str) -> str:
-    """The family of a tensor-core instruction: mma, wgmma, tcgen05 or mfma."""
+    """Name the family of a tensor-core instruction: mma, wgmma, tcgen05 or mfma."""
     return "mfma" if instruction.startswith("v_mfma") else instruction.split(".")[0]
 
 
 def exponentials(ttir: str, constants: dict) -> int:
-    """Elements that the exponentials of Triton's intermediate code take, a strip's once a strip."""
+    """Count the elements of all exponentials in Triton's intermediate code, a strip's once a
+    strip.
+    """
     strips = constants["BLOCK_C"] // constants["BLOCK_E"] if "BLOCK_E" in constants else 1
     shapes = re.findall(r"math\.exp2? .*tensor<([\dx]+)xf32>", ttir)
     return strips * sum(math.prod(map(int, shape.split("x"))) for shape in shapes)
 
 
 def cuda_resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread and spilled bytes (local memory and stack) of a cubin."""
+    """Read registers a thread and spilled bytes (local memory and stack) of a cubin."""
     text = _disassembled(cubin, "cuobjdump", "--dump-resource-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
     registers, stack, local = map(int, found.groups())
@@ -213,8 +215,8 @@ def cuda_resources(cubin: bytes) -> tuple[int, int]:
 
 
 def hip_resources(assembly: str) -> tuple[int, int]:
-    """Vector registers a thread (accumulation registers included) and spilled bytes, from the code
-    object's metadata.
+    """Read vector registers a thread (accumulation registers included) and spilled bytes from the
+    code object's metadata.
     """
 
     def entry(name: str) -> int:

@@ -1,32 +1,60 @@
-"""What a step is given: the card, problems of the pairs' shapes, and a place for its results."""
+"""A step's context: card, problems of the pairs' shapes, strategies, and a place for results."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
+
 from benchmarks.gpu.card import Card
-from benchmarks.gpu_model import DEVICES, PAIRS, Call, Device
+from benchmarks.gpu_devices import DEVICES, Device
+from benchmarks.gpu_model import PAIRS, Call
 from benchmarks.inputs import build_problem
+from benchmarks.providers import gradients_of
+from benchmarks.recorded import CACHE_BYTES, STRATEGY, environment
 from benchmarks.workloads import Workload
+from fdd_kernels import fused_fdd_loss
 from fdd_kernels.testing import Problem
 
 LAYERS = 5
+STRATEGIES = ("auto", "cached", "slabbed", "one_pass")
+Gradients = tuple[Tensor, list[Tensor]]
 
 
 class WrongNumbersError(Exception):
-    """A result that is wrong: nothing that comes after it is worth measuring."""
+    """A result that is wrong: nothing after it is worth measuring."""
 
 
 class NotHere(Exception):
     """A step that cannot be taken here; the message says why."""
 
 
+@contextmanager
+def chosen(strategy: str, cache_bytes: int | None = None) -> Iterator[None]:
+    """Use this strategy within, with this many bytes of scratch (None: the default)."""
+    scratch = None if cache_bytes is None else str(cache_bytes)
+    with environment({STRATEGY: strategy, CACHE_BYTES: scratch}):
+        yield
+
+
+def ours(problem: Problem, options: dict[str, Any]) -> Tensor:
+    """Compute the loss of this package by the Triton backend."""
+    return fused_fdd_loss(**problem.arguments, **options, backend="triton")
+
+
+def gradients(loss_of: Callable, problem: Problem, options: dict[str, Any]) -> Gradients:
+    """Run one forward and backward pass: the loss and the gradients of `problem.leaves`."""
+    loss, found = gradients_of(loss_of, problem, options)
+    return loss, list(found.values())
+
+
 @dataclass
 class Bench:
-    """`report(key, value)` records a result of the running step at once; `compiled` is for the
-    workload being measured.
+    """`report(key, value)` records a result of the running step at once; `compiled` is the dense
+    loss compiled for the workload being measured.
     """
 
     card: Card
@@ -36,37 +64,27 @@ class Bench:
 
     @property
     def model(self) -> Device:
-        """The modelled device that the card is, or is nearest to."""
+        """Return the modelled device that the card is, or is nearest to."""
         return next((d for name, d in DEVICES.items() if name in self.card.name), DEVICES["H100"])
 
     def workload(
         self, pair: str, rows: int = 4096, *, trained: bool = True, layers: int = LAYERS
     ) -> Workload:
-        """A pair's shapes in bfloat16; in a dry run, a few of everything, the same for all pairs of
-        the same options.
+        """Take a pair's shapes in bfloat16; in a dry run tiny shapes, the same for all pairs of the
+        same options.
         """
         full = replace(PAIRS[pair], rows=rows, layers=layers, train_head=trained, dtype="bfloat16")
         if not self.card.dry:
             return full
-        return replace(
-            full,
-            name="toy",
-            text="",
-            rows=2,
-            columns=21,
-            student_width=4,
-            teacher_width=6,
-            layers=min(layers, 3),
-        )
+        toy = {"rows": 2, "columns": 21, "student_width": 4, "teacher_width": 6}
+        return replace(full, name="toy", text="", layers=min(layers, 3), **toy)
 
     def call(self, workload: Workload) -> Call:
-        """The same for the model."""
+        """Describe the call for the model."""
         return Call(workload, workload.rows, workload.layers, workload.train_head)
 
     def problem(self, workload: Workload) -> Problem:
-        """Random tensors of a workload on the card; the last one asked for stays there until
-        another is.
-        """
+        """Draw a workload's tensors on the card; they stay there until another is asked for."""
         key = (workload, self.card.device)
         if self._problem is None or self._problem[0] != key:
             self.forget()

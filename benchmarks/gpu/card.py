@@ -1,48 +1,38 @@
-"""What the steps ask of a GPU: events, memory, streams, graphs, profiles, clocks. `HostCuda` stands
+"""The steps' view of a GPU: times, memory, streams, graphs, profiles, clocks. `HostCuda` stands
 in for all of it.
 
 A dry run goes through every line of every step on a CPU, at toy size, with Triton's interpreter.
-Whatever a CPU does not have is replaced here and nowhere else: its figures mean nothing.
+The stand-ins are here and nowhere else. Their figures mean nothing.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-QUERY = (
-    "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,"
-    "temperature.gpu,memory.used"
-)
+QUERY = "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit"
+QUERY += ",temperature.gpu,memory.used"
 
 
-class HostEvent:
-    def __init__(self, enable_timing: bool = True) -> None:
-        self.at = 0.0
-
-    def record(self) -> None:
-        self.at = time.perf_counter()
-
-    def elapsed_time(self, end: HostEvent) -> float:
-        return (end.at - self.at) * 1e3
+def _nothing(*_: Any) -> None:
+    return None
 
 
 class HostStream:
-    def wait_stream(self, other: HostStream) -> None:
-        pass
+    wait_stream = _nothing
 
 
 class HostGraph:
-    """Cannot capture: what a replay runs is set from outside."""
+    """Cannot capture: its replay is set from outside."""
 
     replay: Callable[[], object]
 
@@ -52,37 +42,13 @@ class HostCuda:
     all rows of a dense loss.
     """
 
-    Event, Stream, CUDAGraph = HostEvent, HostStream, HostGraph
-
-    @staticmethod
-    def synchronize() -> None:
-        pass
-
-    empty_cache = reset_peak_memory_stats = synchronize
-
-    @staticmethod
-    def memory_allocated() -> int:
-        return 0
-
-    max_memory_allocated = memory_allocated
-
-    @staticmethod
-    def mem_get_info() -> tuple[int, int]:
-        return 2**10, 2**10
-
-    @staticmethod
-    def get_device_name() -> str:
-        return "H100 of a dry run: nothing is measured"
-
-    @staticmethod
-    def current_stream() -> HostStream:
-        return HostStream()
-
-    @staticmethod
-    def stream(stream: HostStream) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext()
-
-    graph = stream
+    Stream, CUDAGraph = HostStream, HostGraph
+    synchronize = empty_cache = reset_peak_memory_stats = staticmethod(lambda: None)
+    memory_allocated = max_memory_allocated = staticmethod(lambda: 0)
+    mem_get_info = staticmethod(lambda: (2**10, 2**10))
+    get_device_name = staticmethod(lambda: "H100 of a dry run: nothing is measured")
+    current_stream = staticmethod(HostStream)
+    stream = graph = staticmethod(nullcontext)
 
 
 class Card:
@@ -100,68 +66,52 @@ class Card:
         self._results: dict[Any, Callable[[], Any]] = {}
 
     def size(self, real: Any, toy: Any) -> Any:
-        """`real`, or in a dry run `toy`."""
+        """Return `real`, or in a dry run `toy`."""
         return toy if self.dry else real
 
     def once(self, run: Callable[[], Any], *key: Any) -> Callable[[], Any]:
-        """`run`; in a dry run, for the interpreter is slow, what gives the result of its first
-        call, or of that with `key`.
+        """Return `run`. In a dry run, where the interpreter is slow, it returns the result of its
+        first call, or of the first with `key`.
         """
         if not self.dry:
             return run
         return self._results.setdefault(key, functools.cache(run)) if key else functools.cache(run)
 
     def smi(self) -> str:
-        """What the driver says of clocks, power and temperature; in a dry run, of nothing."""
-        command = (
-            ["echo", "dry run"]
-            if self.dry
-            else ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
-        )
+        """Ask the driver for clocks, power and temperature; not in a dry run."""
+        command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
+        command = self.size(command, ["echo", "dry run"])
+        about = {"capture_output": True, "text": True, "timeout": 20, "check": True}
         try:
-            return subprocess.run(
-                command, capture_output=True, text=True, timeout=20, check=True
-            ).stdout.strip()
+            return subprocess.run(command, **about).stdout.strip()
         except (OSError, subprocess.SubprocessError) as error:
             return f"{command[0]} does not answer ({error})"
 
     def compile(self, function: Callable) -> Callable:
-        """torch.compile for the shapes at hand; in a dry run the function as it is."""
+        """Compile for the shapes at hand; in a dry run return the function as it is."""
         torch._dynamo.reset()
         return torch.compile(function, dynamic=False, disable=self.dry)
 
     def free(self) -> None:
-        """Give back what nothing holds any more, cycles included."""
+        """Free unreachable tensors, cycles included, and give cached memory back."""
         gc.collect()
         self.cuda.empty_cache()
 
-    def seconds(
-        self, run: Callable[[], object], *, repeats: int = 10, warm_up: int = 3, most: float = 3.0
-    ) -> list[float]:
-        """Seconds of each of `repeats` runs by events, after warm-up; fewer, but three, where they
-        would take over `most`.
+    def seconds(self, run: Callable[[], object], *, most: float = 1.5) -> list[float]:
+        """Time each run by `triton.testing.do_bench`, which clears L2 before each: at least one,
+        and as many as `most` seconds take after a warm-up.
         """
-        run = self.once(run)
-        for _ in range(warm_up):
-            run()
-        self.cuda.synchronize()
-        start = time.perf_counter()
-        run()
-        self.cuda.synchronize()
-        repeats = min(repeats, max(3, int(most / max(time.perf_counter() - start, 1e-6))))
-        events = [
-            (self.cuda.Event(enable_timing=True), self.cuda.Event(enable_timing=True))
-            for _ in range(repeats)
-        ]
-        for first, last in events:
-            first.record()
-            run()
-            last.record()
-        self.cuda.synchronize()
-        return [first.elapsed_time(last) / 1e3 for first, last in events]
+        if self.dry:
+            start = time.perf_counter()
+            self.once(run)()
+            return [time.perf_counter() - start]
+        from triton.testing import do_bench
+
+        times = do_bench(run, warmup=100 * most, rep=1000 * most, return_mode="all")
+        return [ms / 1e3 for ms in times]
 
     def host_seconds(self, run: Callable[[], object]) -> float:
-        """Seconds until `run` has queued its work, with nothing queued before."""
+        """Time `run` until it has queued its work, with nothing queued before."""
         self.cuda.synchronize()
         start = time.perf_counter()
         run()
@@ -170,7 +120,7 @@ class Card:
         return seconds
 
     def peak(self, run: Callable[[], Any]) -> tuple[Any, int]:
-        """The result, and the most bytes that were in use beyond those before."""
+        """Return the result, and the most bytes that were in use beyond those before."""
         self.cuda.empty_cache()
         self.cuda.synchronize()
         self.cuda.reset_peak_memory_stats()
@@ -180,25 +130,21 @@ class Card:
         return result, self.cuda.max_memory_allocated() - before
 
     def memory(self) -> int:
-        """Bytes that are free once the cache is given back."""
+        """Count bytes that are free once the cache is given back."""
         self.cuda.empty_cache()
         return self.cuda.mem_get_info()[0]
 
-    @contextlib.contextmanager
+    @contextmanager
     def on(self, stream: Any) -> Iterator[None]:
-        """Work queued within goes to `stream`, behind what is queued so far, and what follows waits
-        for it.
-        """
+        """Queue work within on `stream`, after everything before and before everything after."""
         outer = self.cuda.current_stream()
         stream.wait_stream(outer)
         with self.cuda.stream(stream):
             yield
         outer.wait_stream(stream)
 
-    def captured(
-        self, run: Callable[[], list[Tensor]]
-    ) -> tuple[Callable[[], object], list[Tensor]]:
-        """`run` as a CUDA graph: its replay, and the tensors that a replay writes anew."""
+    def captured(self, run: Callable[[], list[Tensor]]) -> tuple[Callable, list[Tensor]]:
+        """Capture `run` as a CUDA graph: its replay, and the tensors that a replay writes anew."""
         again, run = run, self.once(run)
         # everything is compiled, and cuBLAS has its workspace, before the capture
         with self.on(self.cuda.Stream()):
@@ -211,33 +157,22 @@ class Card:
         return graph.replay, result
 
     def kernels(self, run: Callable[[], object]) -> tuple[list[dict[str, Any]], float]:
-        """Every kernel of `run` by name with its seconds and number, longest first, and the seconds
-        from first to last.
+        """List every kernel of `run` by name with its seconds and number, longest first; and the
+        seconds from the first start to the last end.
         """
-        with profile(
-            activities=[ProfilerActivity.CPU if self.dry else ProfilerActivity.CUDA]
-        ) as found:
+        activity = self.size(ProfilerActivity.CUDA, ProfilerActivity.CPU)
+        with profile(activities=[activity]) as found:
             run()
             self.cuda.synchronize()
-        kind = torch.autograd.DeviceType.CPU if self.dry else torch.autograd.DeviceType.CUDA
+        kind = self.size(torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU)
         # Ranges that code has named are no kernels.
-        events = [
-            e
-            for e in found.events()
-            if e.device_type == kind and not e.name.startswith("fdd_kernels::")
-        ]
-        sums: dict[str, list[float]] = {}
+        events = [e for e in found.events() if e.device_type == kind]
+        events = [e for e in events if not e.name.startswith("fdd_kernels::")]
+        rows: dict[str, dict[str, Any]] = {}
         for event in events:
-            entry = sums.setdefault(event.name, [0.0, 0])
-            entry[0] += event.time_range.elapsed_us() / 1e6
-            entry[1] += 1
-        span = (
-            max(e.time_range.end for e in events) - min(e.time_range.start for e in events)
-            if events
-            else 0.0
-        )
-        rows = [
-            {"name": name, "seconds": seconds, "count": count}
-            for name, (seconds, count) in sums.items()
-        ]
-        return sorted(rows, key=lambda row: -row["seconds"]), span / 1e6
+            row = rows.setdefault(event.name, {"name": event.name, "seconds": 0.0, "count": 0})
+            row["seconds"] += event.time_range.elapsed_us() / 1e6
+            row["count"] += 1
+        first = min((e.time_range.start for e in events), default=0.0)
+        last = max((e.time_range.end for e in events), default=0.0)
+        return sorted(rows.values(), key=lambda row: -row["seconds"]), (last - first) / 1e6

@@ -1,4 +1,4 @@
-"""Right before fast: the public loss on the card against float64, held to the budgets of
+"""Right before fast: the public loss on the card against float64, held to the error budgets of
 `fdd_kernels.testing`.
 """
 
@@ -6,32 +6,26 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.gpu import ours
-from benchmarks.gpu.bench import Bench, NotHere, WrongNumbersError
+from benchmarks.gpu.bench import STRATEGIES, Bench, WrongNumbersError, chosen, gradients, ours
+from fdd_kernels.common.sizes import MIB
 from fdd_kernels.testing import Problem, evaluate, exact, excesses, random_problem
 
-PLAIN = {
-    "leading": (2, 40),
-    "columns": 5003,
-    "student_width": 96,
-    "teacher_width": 160,
-    "layers": 5,
-}
-TOY = {"leading": (1, 2), "columns": 37, "student_width": 8, "teacher_width": 12, "layers": 3}
+PLAIN = {"leading": (2, 40), "columns": 5003, "layers": 5}
+PLAIN |= {"student_width": 96, "teacher_width": 160}
+TOY = {"leading": (1, 2), "columns": 37, "layers": 3, "student_width": 8, "teacher_width": 12}
 CAPS = {"student_softcap": 30.0, "teacher_softcap": 20.0, "student_logit_scale": 0.5}
 LABELS = {"ce_weight": 0.5, "temperature": 2.0, "output_in_dynamics": True}
+SCALED = LABELS | {"output_temperature": 3.0, "scale_by_t2": True}
+FEATURES = {"trajectory": "mse", "derivative": "mse"}
 
-# Name: (changes of the problem, options). Of the first three every step that follows is made.
+# Name: (changes of the problem, options).
 PROBLEMS: dict[str, tuple[dict, dict]] = {
     "plain": ({}, {}),
     "vocabulary of 32001": ({"columns": 32001, "leading": (32,)}, {}),
     "frozen head": ({"frozen": True}, {}),
     "near-equal models": ({"near": 0.01}, {}),
     "mask": ({"mask": True}, {}),
-    "labels, temperatures": (
-        {"labels": True},
-        LABELS | {"output_temperature": 3.0, "scale_by_t2": True},
-    ),
+    "labels, temperatures": ({"labels": True}, SCALED),
     "soft caps, scale": ({}, CAPS),
     "bias": ({"bias": "plain"}, {}),
     "bias of -inf, labels": ({"bias": "padded", "labels": True}, LABELS),
@@ -44,10 +38,7 @@ PROBLEMS: dict[str, tuple[dict, dict]] = {
     "few columns": ({"columns": 127}, {}),
     "one row, 1025 columns": ({"leading": (1,), "columns": 1025}, {}),
     "strided views": ({"contiguous": False}, {}),
-    "feature space": (
-        {"feature_space": True, "columns": 160},
-        {"trajectory": "mse", "derivative": "mse"},
-    ),
+    "feature space": ({"feature_space": True, "columns": 160}, FEATURES),
     "reverse_kl": ({}, {"trajectory": "reverse_kl"}),
     "jsd": ({}, {"trajectory": "jsd"}),
     "skew_kl": ({}, {"trajectory": "skew_kl"}),
@@ -58,7 +49,7 @@ ESSENTIAL = ("plain", "vocabulary of 32001", "frozen head", "near-equal models",
 
 
 def build(bench: Bench, name: str) -> tuple[Problem, dict]:
-    """The problem of this name on the card, and its options."""
+    """Build the problem of this name on the card, and its options."""
     changes, options = PROBLEMS[name]
     changes = dict(changes)
     frozen = changes.pop("frozen", False)
@@ -74,13 +65,13 @@ def build(bench: Bench, name: str) -> tuple[Problem, dict]:
 
 
 def check(bench: Bench, strategy: str, name: str) -> float:
-    """The largest error as a fraction of its budget.
+    """Return the largest error as a fraction of its budget.
 
     Raises:
         WrongNumbersError: it is above 1; the message names what is wrong.
     """
     problem, options = build(bench, name)
-    with ours.chosen(strategy):
+    with chosen(strategy):
         outcome = evaluate(problem, backend="triton", **options)
     found = excesses(problem, outcome, None, **options)
     worst = max(found, key=lambda leaf: found[leaf].fraction)
@@ -90,9 +81,7 @@ def check(bench: Bench, strategy: str, name: str) -> float:
 
 
 def essential(bench: Bench) -> dict:
-    """What everything after it rests on: the default strategy, its second backward pass, and its
-    bound on memory.
-    """
+    """Check the basis of every later step: the default strategy and its second backward pass."""
     for name in ESSENTIAL:
         bench.report(name, {"auto": check(bench, "auto", name)})
     bench.report("second backward", second_backward(bench))
@@ -100,34 +89,25 @@ def essential(bench: Bench) -> dict:
 
 
 def every_problem(strategy: str):
-    """The step of one strategy: all problems."""
+    """Make the step of one strategy: all problems."""
 
     def step(bench: Bench) -> dict:
-        _require(strategy)
-        for name in PROBLEMS if not bench.card.dry else ESSENTIAL[:2]:
+        for name in bench.card.size(PROBLEMS, ESSENTIAL[:2]):
             bench.report(name, {strategy: check(bench, strategy, name)})
         return {}
 
     return step
 
 
-def _require(strategy: str) -> None:
-    reason = ours.missing(strategy)
-    if reason is not None:
-        raise NotHere(f"the strategy {strategy!r} is {reason}")
-
-
 def second_backward(bench: Bench) -> dict:
-    """Backward through one graph twice, with other upstream gradients: the second is the first
-    times their quotient.
+    """Run backward through one graph twice, the second time with four times the upstream
+    gradient.
     """
     problem, options = build(bench, "plain")
-    leaves = list(problem.leaves.values())
-    loss = ours.loss(problem, options)
-    first = torch.autograd.grad(
-        loss, leaves, torch.tensor(0.5, device=loss.device), retain_graph=True
-    )
-    second = torch.autograd.grad(loss, leaves, torch.tensor(2.0, device=loss.device))
+    leaves, loss = list(problem.leaves.values()), ours(problem, options)
+    upstream = [torch.tensor(x, device=loss.device) for x in (0.5, 2.0)]
+    first = torch.autograd.grad(loss, leaves, upstream[0], retain_graph=True)
+    second = torch.autograd.grad(loss, leaves, upstream[1])
     worst = max(
         float((b.double() - 4 * a.double()).norm() / b.double().norm())
         for a, b in zip(first, second)
@@ -138,29 +118,22 @@ def second_backward(bench: Bench) -> dict:
 
 
 def memory_bound(bench: Bench) -> dict:
-    """Peak memory beside inputs and gradients, with a quarter of a GiB of scratch, against what the
-    strategy may take.
+    """Compare peak memory beside inputs and gradients, with 256 MiB of scratch, with the bound of
+    each strategy.
     """
-    workload = bench.workload("Llama", bench.card.size(8192, 512))
+    workload = bench.workload("Llama", 8192)
     problem, call = bench.problem(workload), bench.call(workload)
-    budget = bench.card.size(256 * 2**20, 2**14)
-    for strategy in ours.STRATEGIES:
-        if ours.missing(strategy):
-            bench.report(strategy, "not in this version")
-            continue
-        with ours.chosen(strategy, budget):
-            run = bench.card.once(lambda: ours.gradients(ours.loss, problem, workload.loss_options))
+    budget = bench.card.size(256 * MIB, 2**14)
+    # Besides the scratch: dL/dlogits of a slab, dH of a block and the head's gradient in float32,
+    # states of a block.
+    states = 8 * call.layers * workload.rows * (call.student + call.teacher)
+    bound = budget + 96 * MIB + states + 4 * call.columns * call.student + 64 * MIB
+    for strategy in STRATEGIES:
+        with chosen(strategy, budget):
+            run = bench.card.once(lambda: gradients(ours, problem, workload.loss_options))
             run()
             (_, found), peak = bench.card.peak(run)
-        outputs = sum(g.numel() * g.element_size() for g in found)
-        # Besides the scratch: dL/dx of a slab, dH of a block and the head's gradient in float32,
-        # states of a block.
-        slack = (
-            96 * 2**20
-            + 8 * call.layers * workload.rows * (call.student + call.teacher)
-            + 4 * call.columns * call.student
-        )
-        bound = budget + slack + 64 * 2**20
+        outputs = sum(gradient.nbytes for gradient in found)
         found = {"peak_bytes": peak, "gradient_bytes": outputs, "bound_bytes": bound}
         bench.report(strategy, found)
         if strategy in ("cached", "slabbed") and peak - outputs > bound:
@@ -169,8 +142,8 @@ def memory_bound(bench: Bench) -> dict:
 
 
 def near_equal(bench: Bench) -> dict:
-    """Where rounding shows: 64 rows of models 1% apart; the error of a row's gradient, for every
-    way.
+    """Measure the error of a row's gradient for every way where rounding shows: 64 rows of models
+    1% apart.
     """
     from benchmarks.gpu.end_to_end import WAYS
 
@@ -179,16 +152,14 @@ def near_equal(bench: Bench) -> dict:
     problem = random_problem(**shape, dtype=torch.bfloat16, device=bench.card.device)
     truth = exact(problem).gradients
     for name, way in WAYS.items():
-        # another loss; another budget of the same strategy
-        if not way.whole or "GiB" in name or way.missing(bench):
+        # not another loss, nor another budget of the same strategy
+        if not way.whole or "GiB" in name or way.missing():
             continue
         _, found = way.run(bench, problem, {})
         errors = {}
         for (leaf, true), got in zip(truth.items(), found):
             norms = true.norm(dim=-1).clamp(min=1e-30)
             errors[leaf] = float(((got.double() - true).norm(dim=-1) / norms).max())
-        bench.report(
-            name,
-            {"worst_row": max(v for k, v in errors.items() if "hidden" in k), "leaves": errors},
-        )
+        worst = max(error for leaf, error in errors.items() if "hidden" in leaf)
+        bench.report(name, {"worst_row": worst, "leaves": errors})
     return {}

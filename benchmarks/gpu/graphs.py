@@ -1,6 +1,4 @@
-"""What the strategies may gain yet, and what they promise: a second stream, masked rows, CUDA
-graphs.
-"""
+"""Further gains and promises of the strategies: a second stream, masked rows, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -11,98 +9,83 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from benchmarks.gpu import ours
-from benchmarks.gpu.bench import Bench, WrongNumbersError
-from benchmarks.gpu.kernels import moved_bytes, watched_call
-from benchmarks.gpu.products import multiplier
+from benchmarks.gpu.bench import Bench, WrongNumbersError, gradients, ours
+from benchmarks.gpu.kernels import heavy_launches
+from fdd_kernels.backends.triton.gemm import multiply
 from fdd_kernels.testing import Problem
 
 
 def second_stream(pair: str) -> Callable[[Bench], dict]:
-    """The step that runs a block's elementwise kernels beside the products of another block, each
+    """Make the step that runs a block's elementwise kernels beside the GEMM of another block, each
     on its own stream.
 
-    `hidden` is the part of the shorter of the two that the longer hides; the model's
-    `cached(hidden=...)` takes it.
+    `hidden` is the part of the shorter of the two that the longer hides.
     """
 
     def step(bench: Bench) -> dict:
         card, workload = bench.card, bench.workload(pair)
-        problem, multiply = bench.problem(workload), multiplier()
-        largest = watched_call(bench, workload, "auto" if ours.missing("cached") else "cached")
-        heavy = [started for started in largest.values() if moved_bytes(started) is not None]
-        heavy = heavy or list(largest.values())[:1]
-        m = card.size(1660, 4)
-        hidden = torch.randn(m, workload.teacher_width, dtype=torch.bfloat16, device=card.device)
+        problem, heavy = bench.problem(workload), list(heavy_launches(bench, workload).values())
+        m, width = card.size(1660, 4), workload.teacher_width
+        hidden = torch.randn(m, width, dtype=torch.bfloat16, device=card.device)
         logits = torch.empty(m, workload.columns, device=card.device)
         second = card.cuda.Stream()
 
-        def products() -> None:
+        def gemm() -> None:
             multiply(logits, hidden, problem.teacher_weight.t())
 
         def kernels() -> None:
             for started in heavy:
                 started.again()
 
-        def both() -> None:
+        def in_turn() -> None:
             with card.on(second):
                 kernels()
-            products()
+            gemm()
 
         def beside() -> None:
             second.wait_stream(card.cuda.current_stream())
             with card.cuda.stream(second):
                 kernels()
-            products()
+            gemm()
             card.cuda.current_stream().wait_stream(second)
 
-        found = {}
-        for name, run in (
-            ("products", products),
-            ("kernels", kernels),
-            ("in turn", both),
-            ("beside each other", beside),
-        ):
-            found[name] = statistics.median(card.seconds(run, most=0.5))
-        shorter = min(found["products"], found["kernels"])
-        hidden_part = (found["products"] + found["kernels"] - found["beside each other"]) / max(
-            shorter, 1e-12
-        )
+        runs = {"GEMM": gemm, "kernels": kernels, "in turn": in_turn, "beside each other": beside}
+        found = {n: statistics.median(card.seconds(run, most=0.3)) for n, run in runs.items()}
+        gained = found["GEMM"] + found["kernels"] - found["beside each other"]
         return {
-            "ms": {k: v * 1e3 for k, v in found.items()},
-            "hidden": hidden_part,
-            "of": [s.name for s in heavy],
+            "ms": {name: seconds * 1e3 for name, seconds in found.items()},
+            "hidden": gained / max(min(found["GEMM"], found["kernels"]), 1e-12),
+            "of": [started.name for started in heavy],
         }
 
     return step
 
 
 def masks(bench: Bench) -> dict:
-    """Half of the rows masked, as prompts are: eager calls may count the rows, a captured one
-    cannot.
+    """Time calls with half of the rows masked, as prompts are: eager calls may count the valid
+    rows, a captured one cannot.
     """
     card, workload = bench.card, bench.workload("Llama")
     whole = bench.problem(workload)
-    mask = torch.arange(workload.rows, device=card.device) % 2 == 0
-    half = replace(whole, mask=mask)
+    half = replace(whole, mask=torch.arange(workload.rows, device=card.device) % 2 == 0)
     options = workload.loss_options
     for name, problem in (("all rows", whole), ("half of the rows", half)):
-        run = card.once(lambda problem=problem: ours.gradients(ours.loss, problem, options)[1])
+        run = card.once(lambda problem=problem: gradients(ours, problem, options)[1])
         replay, _ = card.captured(run)
-        eager, captured = (statistics.median(card.seconds(r, most=1.0)) for r in (run, replay))
+        eager, captured = (statistics.median(card.seconds(r, most=0.7)) for r in (run, replay))
         bench.report(name, {"eager_ms": eager * 1e3, "captured_ms": captured * 1e3})
     return {}
 
 
 def whole_step(bench: Bench) -> dict:
-    """Forward and backward in one CUDA graph: its replays give the same bits, and see new
+    """Capture forward and backward in one CUDA graph: replays give the same bits, and see new
     inputs.
     """
-    card, workload = bench.card, bench.workload("GPT-2", bench.card.size(2048, 2048))
+    card, workload = bench.card, bench.workload("GPT-2", 2048)
     problem = bench.problem(workload)
 
     def run() -> list[Tensor]:
-        loss, found = ours.gradients(ours.loss, problem, workload.loss_options)
+        loss, found = gradients(ours, problem, workload.loss_options)
         return [loss, *found]
 
     eager = [t.clone() for t in run()]
@@ -119,18 +102,12 @@ def whole_step(bench: Bench) -> dict:
         float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(found[0], eager)
     )
     if not (equal["replays"] and apart < 1e-3):
-        raise WrongNumbersError(
-            f"replays of a captured step: same bits {equal}, relative difference from eager "
-            f"{apart:.2e}"
-        )
-    seconds = [statistics.median(card.seconds(r, most=1.0)) for r in (run, replay)]
-    return {
-        "same_bits": equal,
-        "apart": apart,
-        "eager_ms": seconds[0] * 1e3,
-        "replay_ms": seconds[1] * 1e3,
-        "new_states": new_states(bench, problem),
-    }
+        difference = f"same bits {equal}, relative difference from eager {apart:.2e}"
+        raise WrongNumbersError(f"replays of a captured step: {difference}")
+    seconds = [statistics.median(card.seconds(r, most=0.7)) for r in (run, replay)]
+    times = {"eager_ms": seconds[0] * 1e3, "replay_ms": seconds[1] * 1e3}
+    states = {"new_states": new_states(bench, problem)}
+    return {"same_bits": equal, "apart": apart} | times | states
 
 
 def _same_bits(first: list[Tensor], second: list[Tensor]) -> bool:
@@ -138,11 +115,9 @@ def _same_bits(first: list[Tensor], second: list[Tensor]) -> bool:
 
 
 def new_states(bench: Bench, problem: Problem) -> str:
-    """A captured step sees what is written into its inputs: the gradients of other states are other
-    gradients.
-    """
+    """Check that a captured step sees new values of its inputs: other states, another loss."""
     states = problem.student_hidden[0].detach()
-    replay, captured = bench.card.captured(lambda: [ours.gradients(ours.loss, problem, {})[0]])
+    replay, captured = bench.card.captured(lambda: [gradients(ours, problem, {})[0]])
     replay()
     before = captured[0].clone()
     states.mul_(1.5)

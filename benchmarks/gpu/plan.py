@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks.gpu import correctness, graphs, kernels, machine, products, training
+from benchmarks.gpu import correctness, gemms, graphs, kernels, training
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.end_to_end import step as end_to_end
 
-# The pairs that the verdict is about, the ones that decide it first; the rest of the order is the
-# plan's.
-PAIRS = ("Llama", "Qwen", "GPT-2")
+PAIRS = ("Llama", "Qwen", "GPT-2")  # of the verdict, the most decisive first
 
 
 @dataclass(frozen=True)
 class Step:
-    """`run(bench)` returns what it found beside what it reported on its way."""
+    """`run(bench)` returns its results beside those that it reported on its way."""
 
     name: str
     run: Callable[[Bench], dict]
@@ -26,25 +24,27 @@ class Step:
 def measured(
     way: str, *pairs: str, cap: float, rows: int = 4096, trained: bool = True
 ) -> list[Step]:
-    """One way at the shapes of some pairs."""
+    """Make the steps of one way at the shapes of some pairs."""
     kind = ("" if trained else ", frozen") + ("" if rows == 4096 else f", {rows} rows")
-    return [
-        Step(f"{pair}: {way}{kind}", end_to_end(pair, way, rows, trained=trained), cap)
-        for pair in pairs
-    ]
+    runs = {pair: end_to_end(pair, way, rows, trained=trained) for pair in pairs}
+    return [Step(f"{pair}: {way}{kind}", run, cap) for pair, run in runs.items()]
+
+
+def _each(ways: tuple[str, ...], *pairs: str, cap: float) -> list[Step]:
+    return [step for way in ways for step in measured(way, *pairs, cap=cap)]
 
 
 def steps() -> list[Step]:
-    """The plan: what the verdict needs, then why, then the rest."""
+    """List the steps: for the verdict, for its reasons, then the rest."""
     return [
-        Step("machine", machine.machine, 20),
-        Step("products: probe", products.probe, 20),
+        Step("machine", gemms.machine, 20),
+        Step("GEMMs: probe", gemms.probe, 20),
         Step("correct: essentials", correctness.essential, 60),
         *measured("auto", *PAIRS, cap=20),
         *measured("dense", *PAIRS, cap=15),
         *measured("torch.compile", *PAIRS, cap=60),
         # Why.
-        Step("products: alone", products.alone, 30),
+        Step("GEMMs: alone", gemms.alone, 30),
         Step("kernels: Llama", kernels.elementwise("Llama"), 40),
         Step("kernels: Qwen", kernels.elementwise("Qwen"), 25),
         Step("profile: Llama", kernels.profiled("Llama"), 12),
@@ -58,13 +58,9 @@ def steps() -> list[Step]:
         *measured("auto", "Llama", "Qwen", cap=15, trained=False),
         *measured("torch.compile", "Gemma", cap=60),
         *measured("dense", "Gemma", cap=15),
-        *[
-            s
-            for way in ("cached 0.5 GiB", "cached 1 GiB", "slabbed")
-            for s in measured(way, "Llama", "Qwen", cap=15)
-        ],
+        *_each(("cached 0.5 GiB", "cached 1 GiB", "slabbed"), "Llama", "Qwen", cap=15),
         *measured("one_pass", "Llama", cap=20),
-        *[s for way in ("chunked", "liger", "trl") for s in measured(way, "Llama", cap=40)],
+        *_each(("chunked", "liger", "trl"), "Llama", cap=40),
         Step("graph of a whole step", graphs.whole_step, 15),
         Step("masked rows", graphs.masks, 15),
         Step("training step", training.training_step, 40),
@@ -75,11 +71,7 @@ def steps() -> list[Step]:
         *measured("torch.compile", "Llama", "Qwen", cap=60, trained=False),
         *measured("torch.compile", "Llama", cap=60, rows=16384),
         *measured("dense .float()", "Llama", "Qwen", cap=15),
-        *[
-            s
-            for way in ("one_pass", "cached 4 GiB")
-            for s in measured(way, "Qwen", "GPT-2", cap=15)
-        ],
+        *_each(("one_pass", "cached 4 GiB"), "Qwen", "GPT-2", cap=15),
         *measured("chunked", "Qwen", "GPT-2", cap=40),
         *measured("slabbed", "GPT-2", "Gemma", cap=15),
         Step("correct: one_pass", correctness.every_problem("one_pass"), 120),

@@ -11,7 +11,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class Runner:
         save(self.path, self.record)
 
     def run(self) -> int:
-        """All steps that have no result, in order; an exit status for the supervisor."""
+        """Run all steps that have no result, in order; an exit status for the supervisor."""
         for step in self.plan:
             before = self.record["steps"].get(step.name, {"status": CUT})["status"]
             if before == "wrong":
@@ -59,7 +60,7 @@ class Runner:
                 continue
             left = self.until - time.time()
             if left < min(LEAST, step.cap):
-                print("the time is up; the same command goes on", flush=True)
+                print("the time is up; the same command measures the rest", flush=True)
                 break
             cap = self.card.size(step.cap, 20 * step.cap)  # the interpreter is slow
             status = self._take(step, min(cap, left), cut=left < cap)
@@ -70,10 +71,10 @@ class Runner:
         return DONE
 
     def _take(self, step: Step, cap: float, *, cut: bool) -> str:
-        """One step; its status. A step that the end of the time cuts short is taken again by the
-        next run.
+        """Run one step; its status. The next run takes a step again that the end of the time cut
+        short.
         """
-        since = time.time()
+        since, reason = time.time(), {}
         self.entry = self.record["steps"][step.name] = {"status": "killed", "results": {}}
         self.record["running"] = {"step": step.name, "since": since, "until": since + cap}
         save(self.path, self.record)
@@ -83,19 +84,16 @@ class Runner:
                 found = step.run(self.bench)
             status = "ok"
         except NotHere as error:
-            status, found = "not here", {"reason": str(error)}
+            status, reason = "not here", {"reason": str(error)}
         except WrongNumbersError as error:
-            status, found = "wrong", {"reason": str(error)}
+            status, reason = "wrong", {"reason": str(error)}
         except torch.OutOfMemoryError as error:
-            status, found = "out of memory", {"reason": str(error).splitlines()[0]}
+            status, reason = "out of memory", {"reason": str(error).splitlines()[0]}
         except Exception as error:
             over = isinstance(error, OverTime) or time.time() - since >= cap
             status = (CUT if cut else "over time") if over else "failed"
-            found = {
-                "reason": f"{type(error).__name__}: {error}"[:400],
-                "traceback": traceback.format_exc(limit=-12),
-            }
-        reason = {name: found.pop(name) for name in ("reason", "traceback") if name in found}
+            reason = {"reason": f"{type(error).__name__}: {error}"[:400]}
+            reason |= {"traceback": traceback.format_exc(limit=-12)}
         self.entry |= {"status": status, "seconds": round(time.time() - since, 2), **reason}
         for key, value in found.items():
             self._report(key, value)
@@ -107,7 +105,7 @@ class Runner:
         return status
 
     def _alive(self) -> bool:
-        """Whether the device still takes orders from this process."""
+        """Tell whether the device still takes orders from this process."""
         try:
             self.card.cuda.synchronize()
         except RuntimeError:
@@ -115,29 +113,20 @@ class Runner:
         return True
 
 
-class _alarm:
+@contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
     """Raise OverTime within after this many seconds."""
 
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def ring(*_: object) -> None:
+        raise OverTime(f"more than {seconds:.0f} s")
 
-    def __enter__(self) -> None:
-        def ring(*_: object) -> None:
-            raise OverTime(f"more than {self.seconds:.0f} s")
-
-        self.before = signal.signal(signal.SIGALRM, ring)
-        signal.setitimer(signal.ITIMER_REAL, self.seconds)
-
-    def __exit__(self, *_: object) -> None:
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, self.before)
-
-
-def chosen(plan: Sequence[Step], patterns: Sequence[str]) -> list[Step]:
-    """The steps whose name fits one of the patterns; all without a pattern."""
-    return [
-        s for s in plan if not patterns or any(fnmatch.fnmatchcase(s.name, p) for p in patterns)
-    ]
+        signal.signal(signal.SIGALRM, before)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -148,9 +137,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--step", action="append", default=[])
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1 if arguments.dry_run else torch.get_num_threads())
-    return Runner(
-        arguments.record, arguments.until, Card(arguments.dry_run), chosen(steps(), arguments.step)
-    ).run()
+    patterns = arguments.step or ["*"]
+    plan = [s for s in steps() if any(fnmatch.fnmatchcase(s.name, p) for p in patterns)]
+    return Runner(arguments.record, arguments.until, Card(arguments.dry_run), plan).run()
 
 
 if __name__ == "__main__":

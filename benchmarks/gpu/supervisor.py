@@ -1,14 +1,13 @@
 """The process around the measuring one. It imports no torch: it starts the runner, kills it where a
-step hangs, and goes on.
+step hangs, and starts another for the next steps.
 
 A kernel that hangs cannot be interrupted, and one that reads where it may not leaves the device
-unusable to its process. So the steps run in a child; the record says which step is running and
-until when, and a new child takes the steps after it.
+unusable to its process. So the steps run in a child. The record names the running step and its end,
+and a new child takes the steps after it.
 """
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import ROOT, RecordError, read_json, save
+from benchmarks.record import ROOT, RecordError, read_json, save, source_digest
 
 RECORD = "gpu.json"
 FORMAT = 1
@@ -26,32 +25,17 @@ STARTING = 90.0  # seconds a child may take to its first step
 DONE, FAILED, WRONG, RESTART = 0, 1, 3, 75
 
 
-def sources() -> str:
-    """A digest of every file whose code is measured or measures."""
-    digest = hashlib.sha256()
-    for folder in ("fdd_kernels", "benchmarks"):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def continued(path: Path, *, dry: bool, fresh: bool) -> dict[str, Any]:
-    """The record to go on with; one of other code is put aside under another name."""
-    new = {
-        "format": FORMAT,
-        "sources": sources(),
-        "dry_run": dry,
-        "device": None,
-        "running": None,
-        "steps": {},
-    }
+def resumed(path: Path, *, dry: bool, fresh: bool) -> dict[str, Any]:
+    """Load the record to resume; one of other code is put aside under another name."""
+    about = {"format": FORMAT, "sources": source_digest(), "dry_run": dry}
+    new = about | {"device": None, "running": None, "steps": {}}
     if not path.exists():
         return new
     try:
         old = read_json(path)
     except RecordError:
         old = {}
-    if not fresh and all(old.get(key) == new[key] for key in ("format", "sources", "dry_run")):
+    if not fresh and all(old.get(key) == value for key, value in about.items()):
         return old
     set_aside(path)
     return new
@@ -64,6 +48,16 @@ def set_aside(path: Path) -> None:
         number += 1
     path.rename(aside)
     print(f"{path} is of other code, another device or unwanted: it is {aside.name} now")
+
+
+def _environment(dry: bool) -> dict[str, str]:
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    # no step needs the C++ kernels, which a first use would compile
+    environment = os.environ | {"PYTHONPATH": path, "FDD_KERNELS_BUILD": "0"}
+    if dry:  # triton reads it when it is imported; the interpreter warns of masked elements
+        environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        environment |= {"PYTHONWARNINGS": "ignore::RuntimeWarning"}
+    return environment
 
 
 def supervise(
@@ -81,25 +75,12 @@ def supervise(
     wrong numbers.
     """
     path, until = output / RECORD, time.time() + 60 * minutes
-    save(path, continued(path, dry=dry, fresh=fresh) | {"running": None})
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    }
-    # no step needs the C++ kernels, which a first use would compile
-    environment |= {"FDD_KERNELS_BUILD": "0"}
-    if dry:  # read when triton is imported
-        environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        # the interpreter's, of masked elements
-        environment |= {"PYTHONWARNINGS": "ignore::RuntimeWarning"}
-    arguments = [
-        str(path),
-        str(until),
-        *(["--dry-run"] if dry else []),
-        *[f"--step={name}" for name in only],
-    ]
-    command = command or [sys.executable, "-m", "benchmarks.gpu.runner"]
+    save(path, resumed(path, dry=dry, fresh=fresh) | {"running": None})
+    arguments = [str(path), str(until), *(["--dry-run"] if dry else [])]
+    arguments += [f"--step={name}" for name in only]
+    command = [*(command or [sys.executable, "-m", "benchmarks.gpu.runner"]), *arguments]
     while time.time() < until:
-        child = subprocess.Popen([*command, *arguments], env=environment, cwd=Path.cwd())
+        child = subprocess.Popen(command, env=_environment(dry), cwd=Path.cwd())
         try:
             code = _watch(child, path, time.time() + starting, grace)
         except BaseException:
@@ -115,7 +96,7 @@ def supervise(
 
 
 def _watch(child: subprocess.Popen, path: Path, until: float, grace: float) -> int:
-    """The child's exit status; it is killed when the step that its record names is over time, or
+    """Wait for the child; its exit status. It is killed when its running step is over time, or when
     none has begun by `until`.
     """
     while True:
@@ -126,9 +107,8 @@ def _watch(child: subprocess.Popen, path: Path, until: float, grace: float) -> i
             if time.time() > (running["until"] + grace if running else until):
                 child.kill()
                 return child.wait()
-            if running is None:
-                continue
-            until = time.time() + grace  # between two steps
+            if running is not None:
+                until = time.time() + grace  # between two steps
 
 
 def _blame(path: Path, code: int) -> bool:
@@ -138,11 +118,8 @@ def _blame(path: Path, code: int) -> bool:
     if running is None:
         return code == RESTART
     entry = data["steps"].setdefault(running["step"], {"results": {}})
-    why = (
-        "it hung: its process was killed"
-        if time.time() > running["until"]
-        else f"its process ended with {code}"
-    )
+    hung = time.time() > running["until"]
+    why = "it hung: its process was killed" if hung else f"its process ended with {code}"
     entry |= {"status": "killed", "reason": why, "seconds": time.time() - running["since"]}
     print(f"{running['step']:34} killed: {why}", flush=True)
     save(path, data)

@@ -21,15 +21,23 @@ NOTHING = "-"
 
 
 def seconds(value: float) -> str:
-    """A time with three digits and its unit."""
+    """Write a time with three digits and its unit."""
     if value < 1e-3:
         return f"{value * 1e6:.3g} us"
     return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"
 
 
 def memory(value: float) -> str:
-    """Bytes with three digits and a binary unit."""
+    """Write bytes with three digits and a binary unit."""
     return f"{value / GIB:.3g} GiB" if value >= GIB else f"{value / MIB:.3g} MiB"
+
+
+def markdown(table: pd.DataFrame) -> list[str]:
+    """Write a frame of texts as the lines of a Markdown table."""
+    lines = ["| " + " | ".join(table.columns) + " |", "|" + " --- |" * len(table.columns)]
+    for row in table.itertuples(index=False):
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
+    return lines
 
 
 def _row(result: dict[str, Any], name: str, entry: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +64,7 @@ _TEXTS = ("group", "sweep", "status", "reason", "computes", "workload", "provide
 
 
 def figures(record: dict[str, Any]) -> pd.DataFrame:
-    """One row per workload and provider: seconds, bytes, errors, NaN where not measured.
+    """Make one row per workload and provider: seconds, bytes, errors, NaN where not measured.
 
     `of_gemms`: time over the GEMM-only lower bound; `vs_dense`: how many times as fast as dense
     eager PyTorch; `off`: predicted over measured memory, minus 1; `point`: the value of the swept
@@ -88,7 +96,7 @@ SHOWN = {
 
 
 def texts(frame: pd.DataFrame) -> pd.DataFrame:
-    """The figures of one workload as texts under the headings "provider", SHOWN and "computes".
+    """Write the figures of one workload under the headings "provider", SHOWN and "computes".
 
     A provider without figures has its reason instead; the GEMM-only lower bound comes last.
     """
@@ -110,7 +118,7 @@ def texts(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def tables(record: dict[str, Any]) -> list[tuple[Workload, pd.DataFrame]]:
-    """Each workload with its table of texts."""
+    """Pair each workload with its table of texts."""
     found = figures(record).groupby("workload", sort=False)
     return [
         (Workload.from_json(frame.result.iloc[0]["workload"]), texts(frame)) for _, frame in found
@@ -118,7 +126,7 @@ def tables(record: dict[str, Any]) -> list[tuple[Workload, pd.DataFrame]]:
 
 
 def exponent(x: pd.Series, y: pd.Series) -> float:
-    """The power with which y grows with x, by least squares in logarithms; NaN below two points."""
+    """Fit the power of x in y by least squares in logarithms; NaN below two points."""
     there = (x > 0) & (y > 0)
     if x[there].nunique() < 2:
         return float("nan")
@@ -126,7 +134,7 @@ def exponent(x: pd.Series, y: pd.Series) -> float:
 
 
 def growth(frame: pd.DataFrame) -> pd.DataFrame:
-    """For each scaling sweep and provider the exponents of time and memory."""
+    """Fit the exponents of time and memory for each scaling sweep and provider."""
     found = []
     for (field, name), points in frame.groupby(["sweep", "provider"], sort=False):
         powers = {what: exponent(points.point, points[what]) for what in ("total", "memory")}
@@ -135,7 +143,7 @@ def growth(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def notes(record: dict[str, Any]) -> list[str]:
-    """Growth, threads, flatness of memory and errors of predictions, one line each."""
+    """Write growth, threads, flatness of memory and errors of predictions, one line each."""
     frame, lines = figures(record), []
     for sweep in growth(frame).itertuples():
         powers = (("time", sweep.total), ("memory", sweep.memory))
@@ -162,7 +170,7 @@ def notes(record: dict[str, Any]) -> list[str]:
 
 
 def conditions(record: dict[str, Any]) -> str:
-    """Suite, date, processor, versions and commit, in one sentence."""
+    """Write suite, date, processor, versions and commit in one sentence."""
     machine, versions, git = record["machine"], record["versions"], record["git"]
     cores = f"{record['threads']} of {machine['cores']} cores"
     where = machine.get("gpu") or f"{machine['processor']}, {cores}"

@@ -12,7 +12,7 @@ from fdd_kernels.common.sizes import MIB
 
 TIMES = {"forward": "forward", "total": "forward + backward"}
 KEY = ["workload", "provider"]
-# Fields of a workload that only choose what is measured of it.
+# Fields of a workload that only choose its measures.
 CHOICES = ("text", "group", "providers", "measures", "repeats", "sweep")
 
 

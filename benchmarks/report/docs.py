@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from benchmarks import record
 from benchmarks.providers import PROVIDERS, default_backend
-from benchmarks.report import conditions, figures, memory, notes, seconds, tables
+from benchmarks.report import conditions, figures, markdown, memory, notes, seconds, tables
 from benchmarks.report.page import TEMPLATES
 from benchmarks.workloads import Workload
 
@@ -20,16 +18,8 @@ HEADINGS = {"x GEMMs": "times the GEMM-only lower bound", "memory": "memory beyo
 PICTURED = "full"  # the suite of the picture
 
 
-def markdown(table: pd.DataFrame) -> list[str]:
-    """A frame of texts as the lines of a Markdown table."""
-    lines = ["| " + " | ".join(table.columns) + " |", "|" + " --- |" * len(table.columns)]
-    for row in table.itertuples(index=False):
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |")
-    return lines
-
-
 def details(data: dict[str, Any]) -> str:
-    """Every figure of a record's own workloads; of its sweeps the exponents."""
+    """Write every figure of a record's own workloads, and the exponents of its sweeps."""
     lines = [f"## Suite {data['suite']}", "", conditions(data), ""]
     for workload, table in tables(data):
         if workload.in_overview:
@@ -40,7 +30,7 @@ def details(data: dict[str, Any]) -> str:
 
 
 def updated(page: str, results: Path) -> str:
-    """A page with the tables of the newest records of a folder between its markers.
+    """Put the tables of the newest records of a folder between the page's markers.
 
     Raises:
         RecordError: there is no record, or the markers are not there, once each and in order.
@@ -55,7 +45,7 @@ def updated(page: str, results: Path) -> str:
 
 
 def pictured(data: dict[str, Any]) -> tuple[list[tuple[str, str]], list[dict[str, Any]]]:
-    """The legend (text, colour) and the workloads of the picture: time and memory of this package's
+    """Collect the picture's legend (text, colour) and workloads: time and memory of this package's
     default backend, torch.compile of the dense loss, dense PyTorch, and the fastest other package.
     """
     ours, kinds = default_backend(data["device"]), {n: p.kind for n, p in PROVIDERS.items()}
@@ -92,7 +82,7 @@ def pictured(data: dict[str, Any]) -> tuple[list[tuple[str, str]], list[dict[str
 
 
 def picture(results: Path) -> str | None:
-    """The README's picture as SVG, of the newest record of the suite "full"; None if there is none.
+    """Draw the README's picture (SVG) of the newest record of the suite "full"; None without one.
 
     Its text is in a grey that light and dark backgrounds both show.
     """
@@ -115,6 +105,6 @@ def picture(results: Path) -> str | None:
 
 
 def generated(page: Path, image: Path, results: Path) -> dict[Path, str]:
-    """The contents that the page and the picture should have."""
+    """Return the contents that the page and the picture should have."""
     contents, drawn = {page: updated(page.read_text(), results)}, picture(results)
     return contents if drawn is None else contents | {image: drawn}

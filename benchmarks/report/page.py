@@ -31,7 +31,7 @@ def write_report(record: dict[str, Any], folder: Path) -> Path:
 
 
 def render(record: dict[str, Any], plots: list[Path]) -> str:
-    """The page."""
+    """Render the page."""
     workloads = []
     for (workload, table), result in zip(tables(record), record["results"]):
         kinds = [_kind(name, result) for name in table.provider]
@@ -48,7 +48,7 @@ def render(record: dict[str, Any], plots: list[Path]) -> str:
 
 
 def _embedded(path: Path) -> str:
-    """The <svg> element of a file, its ids prefixed: several drawings share one page."""
+    """Cut out the <svg> element of a file, its ids prefixed: several drawings share one page."""
     svg = path.read_text(encoding="utf-8")
     svg = svg[svg.index("<svg") :]
     return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{path.stem}-", svg)

@@ -53,7 +53,7 @@ def write_plots(record: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def color(name: str) -> str:
-    """A provider's colour, the same in every plot; grey for one of an older version."""
+    """Return a provider's colour, the same in every plot; grey for one of an older version."""
     return PROVIDERS[name].color if name in PROVIDERS else "#ced4da"
 
 
@@ -71,7 +71,7 @@ def _grid(count: int, height: float) -> tuple[Figure, list]:
 
 
 def _overview(frame: pd.DataFrame, column: str) -> list[tuple[Workload, pd.DataFrame]]:
-    """Workloads that stand for themselves, with the providers that have this figure."""
+    """List workloads that stand for themselves, with the providers that have this figure."""
     found = []
     for _, rows in frame[frame[column].notna()].groupby("workload", sort=False):
         workload = Workload.from_json(rows.result.iloc[0]["workload"])
@@ -80,7 +80,9 @@ def _overview(frame: pd.DataFrame, column: str) -> list[tuple[Workload, pd.DataF
 
 
 def bars(frame: pd.DataFrame, column: str) -> Figure | None:
-    """Time (the GEMM-only lower bound dashed) or memory of each provider, a panel per workload."""
+    """Plot time (the GEMM-only lower bound dashed) or memory of each provider, a panel per
+    workload.
+    """
     panels = _overview(frame, column)
     if not panels:
         return None
@@ -110,7 +112,7 @@ def bars(frame: pd.DataFrame, column: str) -> Figure | None:
 
 
 def scaling(frame: pd.DataFrame) -> Figure | None:
-    """Time and memory against R, V and L in logarithmic axes, with the fitted exponents."""
+    """Plot time and memory against R, V and L in logarithmic axes, with the fitted exponents."""
     curves, panels = growth(frame), []
     for field in SWEPT:
         for column in ("total", "memory"):
@@ -137,7 +139,7 @@ def scaling(frame: pd.DataFrame) -> Figure | None:
 
 
 def flatness(frame: pd.DataFrame) -> Figure | None:
-    """Memory beyond inputs and gradients against rows."""
+    """Plot memory beyond inputs and gradients against rows."""
     points = frame[(frame.group == "flatness") & frame.memory.notna()].sort_values("tokens")
     if points.empty:
         return None
@@ -153,7 +155,7 @@ def flatness(frame: pd.DataFrame) -> Figure | None:
 
 
 def accuracy(frame: pd.DataFrame) -> Figure | None:
-    """Error of the gradient of the hidden states against float64, worst row."""
+    """Plot the error of the gradient of the hidden states against float64, worst row."""
     panels = _overview(frame, "gradient_error")
     if not panels:
         return None
@@ -169,7 +171,7 @@ def accuracy(frame: pd.DataFrame) -> Figure | None:
 
 
 def planner(frame: pd.DataFrame) -> Figure | None:
-    """Predicted against measured memory."""
+    """Plot predicted against measured memory."""
     points = frame[frame.off.notna()]
     if points.empty:
         return None

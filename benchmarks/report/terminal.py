@@ -12,7 +12,7 @@ from benchmarks.report.compare import Comparison
 
 
 def print_record(record: dict[str, Any]) -> None:
-    """A table per workload, then the notes and the conditions."""
+    """Print a table per workload, then the notes and the conditions."""
     console = Console()
     if not console.is_terminal:  # a file has no width, and the table needs some
         console.width = 160
@@ -32,7 +32,7 @@ def print_record(record: dict[str, Any]) -> None:
 
 
 def print_comparison(result: Comparison) -> None:
-    """Changes beyond noise, the figures that one record lacks, and other differences."""
+    """Print changes beyond noise, the figures that one record lacks, and other differences."""
     console, changed = Console(), result.changes[result.changes.beyond_noise]
     title = f"{len(changed)} of {len(result.changes)} figures changed beyond noise"
     table = Table(title=title, title_justify="left")

@@ -83,6 +83,7 @@ BACKENDS: dict[str, Backend] = {
         cpu.stats,
         cpu.grad,
         cpu.unavailable,
+        cpu.refusal,
         devices=("cpu",),
         priority=2,
         color="#d1495b",

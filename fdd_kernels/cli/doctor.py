@@ -83,7 +83,7 @@ def _processor() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "instruction_sets": [flag for flag in INSTRUCTION_SETS if flag in flags],
         "torch_uses": torch.backends.cpu.get_cpu_capability(),
-        "bfloat16_products": extension.kernels is not None and extension.kernels.narrow_products(),
+        "bfloat16_products": extension.kernels is not None and extension.kernels.bf16_gemm(),
     }
 
 

@@ -74,7 +74,14 @@ def _add_demo(commands) -> None:
         help="the directory for the report (%(default)s)",
     )
     demo.add_argument("--quick", action="store_true", help="fewer steps, one seed")
-    demo.add_argument(
+    source = demo.add_mutually_exclusive_group()
+    source.add_argument(
+        "--teacher",
+        type=Path,
+        metavar="DIR",
+        help="the demo's teacher (default: the one in the repository)",
+    )
+    source.add_argument(
         "--retrain-teacher",
         action="store_true",
         help="train the teacher again (over an hour; minutes with --quick)",
@@ -149,10 +156,16 @@ def _add_doctor(commands) -> None:
 
 def run_demo(arguments: argparse.Namespace) -> None:
     """Train students of one size and budget under five objectives and compare them."""
-    with _needs("transformers", "tokenizers", "rich"):
+    with _needs("transformers", "tokenizers", "rich", "matplotlib"):
         from fdd_kernels.demo.run import run_demo as run
     try:
-        run(arguments.output, arguments.quick, arguments.retrain_teacher, arguments.seeds)
+        run(
+            arguments.output,
+            arguments.quick,
+            arguments.retrain_teacher,
+            arguments.seeds,
+            arguments.teacher,
+        )
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
 
@@ -219,9 +232,8 @@ def _needs(*packages: str) -> Iterator[None]:
         name = (error.name or "").split(".")[0]
         if name not in (*packages, "torch"):
             raise
-        remedy = (
-            "pip install torch" if name in ("torch", "numpy") else 'pip install "fdd_kernels[hf]"'
-        )
+        alone = name in ("torch", "numpy", "matplotlib")
+        remedy = f"pip install {name}" if alone else 'pip install "fdd_kernels[hf]"'
         raise UserError(f"this command needs {error.name}: {remedy}") from error
 
 

@@ -1,3 +1,3 @@
-"""Helpers that know nothing of models or losses: files, progress, sizes, errors of the command
-line.
+"""Helpers that depend on no other part of the package: files, progress, sizes, errors of
+commands.
 """

@@ -1,5 +1,5 @@
-"""Files and directories that are there completely or not at all, also after a kill, a power cut or
-a full disk.
+"""Write files and directories completely or not at all, also across a kill, a power cut or a full
+disk.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ import filelock
 
 from fdd_kernels.common.errors import UserError
 
-# Beside what is being written, on the same file system, so that a rename is atomic.
+# The folder for unfinished files, beside the target: on the same file system a rename is atomic.
 UNFINISHED = ".unfinished"
-# What is moved there gets these endings: a whole directory while another takes its place, and one
-# that is being deleted.
+# Endings of directories moved there: an old one while it is replaced, and one being deleted.
 _REPLACED, _REMOVED = ".replaced", ".removed"
 
 
@@ -27,7 +26,7 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some network file systems know no sync of a directory, which is complete there without.
+        # Some network file systems cannot sync a directory and do not need to.
         if not (path.is_dir() and error.errno in (errno.EINVAL, errno.ENOTSUP)):
             raise
     finally:
@@ -41,11 +40,10 @@ def _sync_tree(folder: Path) -> None:
 
 
 def clear_unfinished(folder: Path) -> None:
-    """Complete what an earlier process had nearly finished in `folder`, and remove what it left
-    unfinished.
+    """Complete or remove what an earlier process left unfinished in `folder`.
 
-    A directory that was being replaced when the process was killed is put back under its name, the
-    new one where that was complete.
+    A directory that was being replaced when the process was killed gets its name back: the new one
+    if it was complete, else the old one.
     """
     for old in (folder / UNFINISHED).glob(f"*{_REPLACED}"):
         target = folder / old.name.removesuffix(_REPLACED)
@@ -55,10 +53,9 @@ def clear_unfinished(folder: Path) -> None:
 
 
 def _complete_replacement(target: Path) -> None:
-    """Put a directory under its name again if a replacement of it was interrupted between its two
-    renames.
+    """Finish a replacement of `target` that was interrupted between its two renames.
 
-    The old one is moved away only when the new one is complete and on disk.
+    The old directory is moved away only when the new one is complete and on disk.
     """
     old, new = _beside(target, _REPLACED), _beside(target)
     if old.exists() and not target.exists():
@@ -67,18 +64,18 @@ def _complete_replacement(target: Path) -> None:
 
 
 def _beside(target: Path, suffix: str = "") -> Path:
-    """Where a directory is kept that is not `target` yet, or no more."""
+    """The path of a directory that is not yet, or no longer, `target`."""
     return target.parent / UNFINISHED / f"{target.name}{suffix}"
 
 
 @contextlib.contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
-    """An empty directory to fill; after the block it is `target`, on disk. After an exception there
-    is no trace of it.
+    """Yield an empty directory to fill; after the block it is `target`, on disk. After an exception
+    no trace of it is left.
 
-    A directory `target` that was there is replaced: moved away, and deleted when the new one has
-    its name and is on disk. A process that is killed in between leaves both, and the next
-    `atomic_directory(target)` or `clear_unfinished` puts the new one under its name.
+    An existing `target` is moved away and deleted once the new directory has its name and is on
+    disk. A process killed in between leaves both, and the next `atomic_directory(target)` or
+    `clear_unfinished` gives the new one its name.
 
     Raises:
         OSError: it could not be written; an earlier `target` is intact.
@@ -88,32 +85,32 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     _delete(old, target)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    there = True
+    existed = True
     try:
         yield folder
         _sync_tree(folder)
-        there = target.exists()
-        if there:
+        existed = target.exists()
+        if existed:
             target.rename(old)
             _sync(old.parent)
         folder.rename(target)
         _sync(target.parent)
     except BaseException:
-        if target.exists() and (old.exists() or not there):  # the new one has its name already
+        if target.exists() and (old.exists() or not existed):  # the new one has its name already
             target.rename(folder)
         if old.exists():
             old.rename(target)
         shutil.rmtree(folder, ignore_errors=True)
         _remove_if_empty(folder.parent)
         raise
-    with contextlib.suppress(OSError):  # what is left of it the next start deletes
+    with contextlib.suppress(OSError):  # the next start deletes what is left of it
         _delete(old, target)
     _remove_if_empty(folder.parent)
 
 
 def remove_directory(target: Path) -> None:
-    """Remove a directory so that no half of it is ever seen under its name, nor an older one that
-    it had replaced.
+    """Remove a directory, and an older one that it replaced, so that a part of it is never seen
+    under its name.
     """
     _beside(target).parent.mkdir(exist_ok=True)
     _delete(_beside(target, _REPLACED), target)
@@ -122,14 +119,14 @@ def remove_directory(target: Path) -> None:
 
 
 def _delete(folder: Path, target: Path) -> None:
-    """Delete `target` or what it replaced, if it is there, under a name by which nothing takes it
-    for a whole directory.
+    """Delete `folder` (`target` or the directory it replaced), if it exists, under a name that
+    marks it as incomplete.
     """
-    grave = _beside(target, _REMOVED)
-    shutil.rmtree(grave, ignore_errors=True)
+    removed = _beside(target, _REMOVED)
+    shutil.rmtree(removed, ignore_errors=True)
     if folder.exists():
-        folder.rename(grave)
-        shutil.rmtree(grave)
+        folder.rename(removed)
+        shutil.rmtree(removed)
 
 
 def _remove_if_empty(folder: Path) -> None:
@@ -139,10 +136,10 @@ def _remove_if_empty(folder: Path) -> None:
 
 @contextlib.contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
-    """A path to write to; after the block the file is `target`, on disk. After an exception there
-    is no trace of it.
+    """Yield a path to write to; after the block the file is `target`, on disk. After an exception
+    no trace of it is left.
 
-    The path is in a directory of its own, for what libraries put beside the files that they write.
+    The path lies in a directory of its own, since libraries may write further files beside it.
 
     Raises:
         OSError: it could not be written; an earlier `target` is intact.
@@ -160,7 +157,7 @@ def atomic_file(target: Path) -> Iterator[Path]:
 
 
 def write_text(target: Path, text: str) -> None:
-    """Write a file that is there completely or not at all.
+    """Write a text file completely or not at all.
 
     Raises:
         OSError: it could not be written; an earlier `target` is intact.
@@ -171,10 +168,10 @@ def write_text(target: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def only_process(folder: Path) -> Iterator[None]:
-    """Refuse to share `folder` with a process that is still at work; a killed one holds nothing.
+    """Lock `folder` while the block runs. The lock of a killed process is released.
 
     Raises:
-        UserError: the directory cannot be written to, or another process works there.
+        UserError: the directory cannot be written to, or another process holds the lock.
     """
     lock = filelock.FileLock(folder / ".lock")
     try:

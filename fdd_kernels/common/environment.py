@@ -1,4 +1,4 @@
-"""What the environment decides: where things are kept between processes."""
+"""Settings from environment variables."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """FDD_KERNELS_CACHE, or ~/.cache/fdd_kernels."""
+    """The folder for compiled kernels and tuning results: FDD_KERNELS_CACHE, or
+    ~/.cache/fdd_kernels.
+    """
     named = os.environ.get("FDD_KERNELS_CACHE")
     return Path(named).expanduser() if named else Path.home() / ".cache" / "fdd_kernels"

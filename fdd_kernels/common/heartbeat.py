@@ -1,6 +1,4 @@
-"""A sign of life while something takes long: a line every ten seconds. Needs the standard library
-only.
-"""
+"""Report regularly while something takes long. Needs the standard library only."""
 
 from __future__ import annotations
 
@@ -8,17 +6,16 @@ import threading
 import time
 from collections.abc import Callable
 
-EVERY = 10.0
+EVERY = 10.0  # seconds
 
 
 class Heartbeat:
-    """Call `beat(seconds since the start)` every ten seconds, from a thread of its own, while the
-    block runs.
+    """Call `beat(seconds since the start)` every ten seconds from another thread while the block
+    runs.
 
     Args:
-        wait: waits that many seconds and says whether the block has ended; for tests without
-            sleeping.
-        clock: seconds, likewise.
+        wait: wait that many seconds and return whether the block has ended; for tests.
+        clock: the time in seconds; for tests.
     """
 
     def __init__(
@@ -34,7 +31,7 @@ class Heartbeat:
 
     @property
     def seconds(self) -> float:
-        """Since the start."""
+        """Seconds since the start."""
         return self._clock() - self._started
 
     def __enter__(self) -> Heartbeat:

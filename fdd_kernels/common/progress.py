@@ -1,6 +1,4 @@
-"""What a command is doing: a bar on a terminal, elsewhere a line every ten seconds, so that nothing
-is silent for longer.
-"""
+"""Show the progress of a command: a bar on a terminal, elsewhere a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -19,13 +17,13 @@ TIME_WIDTH = 8
 
 
 class Activity:
-    """Show how far something is, while the block runs.
+    """Show the progress of a task while the block runs.
 
     Args:
-        what: in the words of a user, as in "distilling".
-        total: steps, or None where only the time is known.
-        count: how to show a number of steps.
-        wait, clock: see `Heartbeat`; for tests.
+        what: the task in words, as in "distilling".
+        total: number of steps; None: show the time only.
+        count: format a number of steps.
+        wait, clock: see `Heartbeat`.
     """
 
     def __init__(
@@ -71,8 +69,8 @@ class Activity:
             self._heartbeat.__exit__()
 
     def start_at(self, done: int, total: int) -> None:
-        """Begin in the middle, as a resumed run does: what was done before says nothing of the time
-        that is left.
+        """Begin at a later step, as a resumed run does; earlier steps do not enter the estimate of
+        the remaining time.
         """
         self._first_done = done
         self.update(done, total=total)
@@ -84,9 +82,7 @@ class Activity:
         total: int | None = None,
         terms: Sequence[str] | None = None,
     ) -> None:
-        """How many steps are done, of how many, and what to show beside them, the most important
-        first.
-        """
+        """Set the number of steps done, the total, and terms to show, the most important first."""
         self.done = self.done if done is None else done
         self.total = self.total if total is None else total
         self.terms = self.terms if terms is None else tuple(terms)
@@ -94,10 +90,11 @@ class Activity:
             self._bar.update(self._task, completed=self.done, total=self.total)
 
     def counted(self) -> str:
+        """Steps done and in all, or nothing without a total."""
         return f"{self.count(self.done)}/{self.count(self.total)}" if self.total is not None else ""
 
     def line(self, seconds: float) -> str:
-        """Where it stands `seconds` after the start, in one line."""
+        """The progress `seconds` after the start, in one line."""
         elapsed = timedelta(seconds=round(seconds))
         parts = [f"{self.what}:", self.counted() or f"{elapsed} so far"]
         made = self.done - self._first_done
@@ -111,7 +108,7 @@ class Activity:
 
 
 class _Count(ProgressColumn):
-    """Steps done and in all."""
+    """A column with the steps done and in all."""
 
     def __init__(self, activity: Activity) -> None:
         super().__init__()
@@ -122,7 +119,7 @@ class _Count(ProgressColumn):
 
 
 class _Terms(ProgressColumn):
-    """As many terms as there is room for beside the rest."""
+    """A column with as many terms as fit beside the others."""
 
     def __init__(self, activity: Activity) -> None:
         super().__init__()

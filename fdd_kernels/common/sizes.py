@@ -1,4 +1,4 @@
-"""Amounts of memory and of tokens in words, read and written."""
+"""Parse and format amounts of memory and numbers of tokens."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from fdd_kernels.common.errors import UserError
 
 MIB, GIB = 2**20, 2**30
 _UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
-# A number without a unit means bytes, and one below this was not meant to.
+# A number without a unit means bytes; a smaller one is taken for a mistake.
 _FEWEST_PLAIN_BYTES = MIB
 
 
 def parse_size(text: str, option: str = "") -> int:
-    """Bytes from "24GiB", "24G", "512 MB", or a plain number of bytes from 1 MiB on.
+    """Parse "24GiB", "24G", "512 MB", or a plain number of bytes of at least 1 MiB, into bytes.
 
     Raises:
         UserError: it is none of these; names `option`.
@@ -31,10 +31,10 @@ def parse_size(text: str, option: str = "") -> int:
 
 
 def parse_count(text: str, option: str) -> int:
-    """A whole number from "8192" or "8k" (of 1024), at least 1.
+    """Parse "8192" or "8k" (times 1024) into a whole number of at least 1.
 
     Raises:
-        UserError: it is none; names `option`.
+        UserError: it is no such number; names `option`.
     """
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([km]?)\s*", text.lower())
     number = float(match[1]) * _UNITS[match[2]] if match else 0.5
@@ -46,5 +46,5 @@ def parse_count(text: str, option: str) -> int:
 
 
 def show(size: float) -> str:
-    """Bytes in words."""
+    """Format bytes in MiB or GiB."""
     return f"{size / GIB:.2f} GiB" if abs(size) >= GIB else f"{size / MIB:.1f} MiB"

@@ -1,8 +1,8 @@
-"""The demo's text: the source of the Python standard library on this machine, so nothing is
+"""The demo's text: the source of the Python standard library on this machine. Nothing is
 downloaded.
 
-Files are assigned to the training or the held-out part by a hash of their path, so a file that a
-shipped teacher was trained on is never held out on another machine, whatever its Python version.
+A hash of its path puts a file into the training or the validation split. So a file that the teacher
+was trained on is in no validation split, on any machine and Python version.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
-# Tables, generated text and vendored copies: long, and nothing that a language model would be asked
-# to write.
+# Tables, generated text and vendored copies: long, and not typical code.
 SKIPPED_FOLDERS = {
     "site-packages",
     "test",
@@ -32,13 +31,13 @@ HELD_OUT_EVERY = 25
 
 
 def is_held_out(relative_path: Path) -> bool:
-    """Whether the file with this path below the standard library belongs to the held-out part."""
+    """Whether the file with this path below the standard library is in the validation split."""
     digest = hashlib.sha256(relative_path.as_posix().encode()).digest()
     return int.from_bytes(digest[:8], "big") % HELD_OUT_EVERY == 0
 
 
 def standard_library_texts(*, held_out: bool) -> list[str]:
-    """The source files of one part, in a fixed order that mixes packages."""
+    """The source files of one split, in a fixed order that mixes packages."""
     root = Path(sysconfig.get_paths()["stdlib"])
     relative = [path.relative_to(root) for path in root.rglob("*.py")]
     chosen = [
@@ -52,7 +51,7 @@ def standard_library_texts(*, held_out: bool) -> list[str]:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of exactly `vocab_size` entries."""
+    """Train a byte-level BPE tokenizer of exactly `vocab_size` entries."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -72,7 +71,7 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFas
 
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
-    """All texts as one int64 tensor of token ids (tokens,), each text closed by the end-of-text
+    """Tokenize all texts into one int64 tensor (tokens,), each text followed by the end-of-text
     token.
     """
     end = tokenizer.eos_token_id
@@ -83,6 +82,6 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.
 def random_windows(
     stream: torch.Tensor, count: int, length: int, generator: torch.Generator
 ) -> torch.Tensor:
-    """`count` windows of `length` tokens drawn uniformly from the stream: (count, length)."""
+    """Draw windows (count, length) of tokens uniformly from the stream."""
     starts = torch.randint(0, len(stream) - length + 1, (count,), generator=generator)
     return stream[starts[:, None] + torch.arange(length)]

@@ -1,16 +1,16 @@
-"""The demo's result: a table in the terminal, metrics.json, and one self-contained HTML page with
-curves.
+"""Write the demo's result: a table in the terminal, metrics.json, and one self-contained HTML
+page.
 """
 
 from __future__ import annotations
 
-import html
 import io
 import json
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import jinja2
 import matplotlib
 from rich.console import Console
 from rich.table import Table
@@ -24,7 +24,7 @@ import matplotlib.pyplot as plt
 
 @dataclass(frozen=True)
 class Result:
-    """Everything the report shows."""
+    """The contents of the report."""
 
     budget: Budget
     runs: list[Run]
@@ -43,7 +43,7 @@ class Result:
         return [run for run in self.runs if run.objective == objective]
 
     def rows(self) -> list[dict]:
-        """Per objective: means over seeds, and the spread (largest - smallest) between seeds."""
+        """One row per objective: means over seeds, and the spread (largest - smallest)."""
         rows = []
         for objective in dict.fromkeys(run.objective for run in self.runs):
             runs = self.of(objective)
@@ -62,7 +62,7 @@ class Result:
         return rows
 
     def noise(self) -> str:
-        """How far the comparison can be trusted, in words."""
+        """Say in words which differences are larger than the spread between seeds."""
         rows = self.rows()
         if len(self.seeds) < 2:
             return (
@@ -85,8 +85,8 @@ class Result:
 
 
 def print_table(result: Result, console: Console) -> None:
-    """The table of objectives in the terminal."""
-    table = Table(title="Held-out results, nats per token", caption=result.noise())
+    """Print the table of objectives."""
+    table = Table(title="Validation results, nats per token", caption=result.noise())
     table.add_column("objective")
     for column in ("loss", "+/-", "KL to teacher", "+/-", "s per step"):
         table.add_column(column, justify="right")
@@ -112,11 +112,11 @@ def print_table(result: Result, console: Console) -> None:
 
 
 def _curves(result: Result) -> str:
-    """Held-out KL and loss against steps for every objective, as an SVG element."""
+    """Plot validation KL and loss against steps for every objective, as an SVG element."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for axis, name, title in (
-        (axes[0], "held_out_kl", "KL to the teacher (held out)"),
-        (axes[1], "held_out_loss", "loss (held out)"),
+        (axes[0], "held_out_kl", "KL to the teacher (validation)"),
+        (axes[1], "held_out_loss", "loss (validation)"),
     ):
         for colour, row in zip(plt.cm.tab10.colors, result.rows()):
             runs = result.of(row["objective"])
@@ -139,39 +139,6 @@ def _curves(result: Result) -> str:
     return text.getvalue()[text.getvalue().index("<svg") :]
 
 
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Feature Dynamics Distillation: demo</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 72rem;
-  margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }}
-table {{ border-collapse: collapse }}
-th, td {{ padding: .35rem .9rem; border-bottom: 1px solid #ddd; text-align: right }}
-th:first-child, td:first-child {{ text-align: left }}
-tr.best {{ background: #e8f6e8; font-weight: 600 }}
-pre {{ background: #f6f6f6; padding: .8rem; overflow-x: auto; font-size: 13px }}
-svg {{ max-width: 100%; height: auto }}
-.note {{ color: #555 }}
-</style></head><body>
-<h1>One teacher, five ways to learn from it</h1>
-<p>{summary}</p>
-{curves}
-<h2>After {steps} steps</h2>
-<table><tr><th>objective</th><th>loss</th><th>±</th><th>KL to teacher</th>
-<th>±</th><th>s per step</th></tr>{rows}</table>
-<p class="note">Nats per held-out token, mean over seeds {seeds}; ± is half the
-distance between the best and the worst seed,
-the bands in the plots span all seeds. {noise}</p>
-<h2>What they write</h2>
-<p class="note">Greedy continuations of the same held-out beginning, first seed.</p>
-{samples}
-<h2>How this was made</h2>
-<pre>{setting}</pre>
-</body></html>
-"""
-
-
 def write_report(result: Result, output: Path) -> None:
     """Write `metrics.json` and `report.html` to `output`."""
     output.mkdir(parents=True, exist_ok=True)
@@ -189,36 +156,13 @@ def write_report(result: Result, output: Path) -> None:
         "runs": [asdict(run) for run in result.runs],
     }
     write_text(output / "metrics.json", json.dumps(metrics, indent=1) + "\n")
-    best = min(row["held_out_kl"] for row in result.rows())
-    rows = "".join(
-        f"<tr{' class=best' if row['held_out_kl'] == best else ''}><td>{row['objective']}</td>"
-        f"<td>{row['held_out_loss']:.3f}</td><td>{row['loss_spread'] / 2:.3f}</td>"
-        f"<td>{row['held_out_kl']:.3f}</td>"
-        f"<td>{row['kl_spread'] / 2:.3f}</td><td>{row['seconds_per_step']:.3f}</td></tr>"
-        for row in result.rows()
-    )
-    tokens = result.budget.steps * result.budget.batch_size
-    summary = (
-        f"A {result.teacher['parameters'] / 1e6:.1f} M parameter teacher of Python source "
-        "(held-out loss "
-        f"{result.teacher_held_out_loss:.3f}) and students of {result.budget.num_layers} layers "
-        "and width "
-        f"{result.budget.hidden_size}, each trained on the same {tokens} windows of the standard "
-        "library from the same "
-        "random weights; only the objective differs."
-    )
-    samples = "".join(
-        f"<h3>{html.escape(name)}</h3><pre>{html.escape(text)}</pre>"
-        for name, text in result.samples.items()
-    )
-    page = _PAGE.format(
-        summary=summary,
+    environment = jinja2.Environment(autoescape=True)
+    template = (Path(__file__).parent / "report.html.jinja").read_text("utf-8")
+    page = environment.from_string(template).render(
+        result=result,
+        budget=result.budget,
+        rows=result.rows(),
         curves=_curves(result),
-        steps=result.budget.steps,
-        rows=rows,
-        seeds=result.seeds,
-        noise=html.escape(result.noise()),
-        samples=samples,
-        setting=html.escape(json.dumps(setting, indent=1)),
+        setting=json.dumps(setting, indent=1),
     )
     write_text(output / "report.html", page)

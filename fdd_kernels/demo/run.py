@@ -1,5 +1,5 @@
-"""`fdd-kernels demo`: distil the shipped teacher into small students on the standard library's
-source, and report.
+"""`fdd-kernels demo`: distil a small teacher into smaller students on the source of Python's
+standard library, and report.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from fdd_kernels.backends import resolve_backend
+from fdd_kernels.common.processor import processor
 from fdd_kernels.common.progress import Activity
 from fdd_kernels.demo import report
 from fdd_kernels.demo.corpus import standard_library_texts, token_stream
@@ -34,63 +35,65 @@ PROMPT_TOKENS, SAMPLE_TOKENS = 48, 64
 
 
 def run_demo(
-    output: Path, quick: bool = False, retrain_teacher: bool = False, seeds: int | None = None
+    output: Path,
+    quick: bool = False,
+    retrain_teacher: bool = False,
+    seeds: int | None = None,
+    teacher: Path | None = None,
 ) -> report.Result:
     """Train students under five objectives and write `metrics.json` and `report.html` to `output`.
 
     Args:
         output: a directory, created if missing.
         quick: fewer steps and one seed.
-        retrain_teacher: train tokenizer and teacher again, to output/teacher (over an hour; minutes
-            with `quick`), instead of using the shipped one.
-        seeds: how many seeds; each has its own initial weights and batches.
+        retrain_teacher: train tokenizer and teacher again, in output/teacher (over an hour; minutes
+            with `quick`).
+        seeds: number of seeds; each has its own initial weights and batches.
+        teacher: a directory written by `python -m fdd_kernels.demo.teacher`; None: the one in the
+            repository.
 
     Raises:
-        ValueError: `seeds` below 1.
+        ValueError: `seeds` is below 1, or there is no teacher.
         OSError: `output` cannot be written.
     """
     seeds = DEFAULT_SEEDS[quick] if seeds is None else seeds
     if seeds < 1:
         raise ValueError(f"seeds={seeds} must be at least 1")
     started, console, budget = time.monotonic(), Console(), QUICK if quick else FULL
-    told = Console(stderr=True)  # what it is doing, beside its results
+    told = Console(stderr=True)  # progress; results go to stdout
     transformers_logging.disable_progress_bar()
+    folder = output / "teacher" if retrain_teacher else _find_teacher(teacher)
     output.mkdir(parents=True, exist_ok=True)
-    folder = SHIPPED_TEACHER
     if retrain_teacher:
-        folder = output / "teacher"
         train_teacher(folder, TEACHER_STEPS[quick])
-    teacher = (
-        LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().requires_grad_(False)
-    )
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.eval().requires_grad_(False)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     record = json.loads((folder / RECORD_FILE).read_text())
     console.print(
         f"Teacher: {record['parameters'] / 1e6:.1f} M parameters, trained on "
-        f"{record['tokens_seen'] / 1e6:.1f} M tokens of "
-        f"{record['text']}"
+        f"{record['tokens_seen'] / 1e6:.1f} M tokens of {record['text']}"
     )
     with Activity(told, "reading the standard library"):
         stream = token_stream(tokenizer, standard_library_texts(held_out=False))
         held_out = token_stream(tokenizer, standard_library_texts(held_out=True))
-        evaluation = Evaluation(teacher, held_out_windows(held_out, budget.evaluation_windows))
+        evaluation = Evaluation(model, held_out_windows(held_out, budget.evaluation_windows))
     console.print(
-        f"Text: {len(stream):,} training and {len(held_out):,} held-out tokens of Python "
-        f"{platform.python_version()}'s "
-        f"standard library; the teacher's held-out loss is {evaluation.teacher_loss:.3f} nats per "
-        "token"
+        f"Text: {len(stream):,} training and {len(held_out):,} validation tokens of Python "
+        f"{platform.python_version()}'s standard library; the teacher's validation loss is "
+        f"{evaluation.teacher_loss:.3f} nats per token"
     )
     runs, samples = [], {}
     for seed in range(seeds):
         with Activity(
             told, f"training {len(OBJECTIVES)} students, seed {seed}", budget.steps
         ) as activity:
-            new_runs, students = train_students(teacher, stream, evaluation, budget, seed, activity)
+            new_runs, students = train_students(model, stream, evaluation, budget, seed, activity)
         runs += new_runs
         if seed == 0:
             prompt = held_out_windows(held_out, 1)[:, :PROMPT_TOKENS]
-            with Activity(told, "letting the models write"):
-                samples = _continuations({"teacher": teacher, **students}, tokenizer, prompt)
+            with Activity(told, "generating samples"):
+                samples = _continuations({"teacher": model, **students}, tokenizer, prompt)
     result = report.Result(
         budget=budget,
         runs=runs,
@@ -98,7 +101,7 @@ def run_demo(
         teacher_held_out_loss=evaluation.teacher_loss,
         backend=resolve_backend("auto", torch.device("cpu")),
         machine=(
-            f"{_processor()}, {torch.get_num_threads()} threads, Python "
+            f"{processor()[0]}, {torch.get_num_threads()} threads, Python "
             f"{platform.python_version()}, torch {torch.__version__}"
         ),
         seconds=time.monotonic() - started,
@@ -113,10 +116,27 @@ def run_demo(
     return result
 
 
+def _find_teacher(given: Path | None) -> Path:
+    """The directory of the given teacher, or of the one in the repository."""
+    folder = given or SHIPPED_TEACHER
+    if (folder / RECORD_FILE).is_file():
+        return folder
+    if given is not None:
+        raise ValueError(
+            f"{given} holds no {RECORD_FILE}: give a directory that python -m "
+            "fdd_kernels.demo.teacher --output DIR has written"
+        )
+    raise ValueError(
+        "the demo's teacher (9.8 MB) is in the repository and not in the installed package: run "
+        "`make demo` in a clone of the repository, or give --teacher CLONE/fdd_kernels/demo/assets/"
+        "teacher, or train one with --retrain-teacher (over an hour; minutes with --quick)"
+    )
+
+
 def _continuations(
     models: dict[str, LlamaForCausalLM], tokenizer, prompt: torch.Tensor
 ) -> dict[str, str]:
-    """The prompt and each model's greedy continuation of it."""
+    """The prompt, and each model's greedy continuation of it."""
     samples = {"the beginning": tokenizer.decode(prompt[0])}
     length = min(SAMPLE_TOKENS, CONTEXT - prompt.shape[1])
     for name, model in models.items():
@@ -130,14 +150,3 @@ def _continuations(
         )
         samples[name] = tokenizer.decode(tokens[0, prompt.shape[1] :])
     return samples
-
-
-def _processor() -> str:
-    """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(
-            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
-        )
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

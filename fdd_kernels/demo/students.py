@@ -29,7 +29,7 @@ OBJECTIVES: dict[str, FDDConfig] = {
 
 @dataclass(frozen=True)
 class Budget:
-    """What every student gets."""
+    """Size and training of every student."""
 
     steps: int
     batch_size: int = 4
@@ -43,8 +43,8 @@ class Budget:
 
 @dataclass
 class Run:
-    """One student's record: held-out loss and KL to the teacher, both in nats per token, at each
-    evaluation.
+    """The record of one student: validation loss and KL to the teacher at each evaluation, in nats
+    per token.
     """
 
     objective: str
@@ -56,7 +56,7 @@ class Run:
 
 
 class Evaluation:
-    """Held-out windows with the teacher's predictions on them."""
+    """Validation windows with the teacher's predictions on them."""
 
     def __init__(self, teacher: LlamaForCausalLM, windows: Tensor) -> None:
         self.windows = windows
@@ -64,8 +64,8 @@ class Evaluation:
 
     @torch.no_grad()
     def _predict(self, model: LlamaForCausalLM) -> tuple[Tensor, float]:
-        """Log-probabilities (windows, CONTEXT - 1, V) and the cross-entropy, by the model's own
-        forward.
+        """Log-probabilities (windows, CONTEXT - 1, V) and cross-entropy, from the model's own
+        forward pass.
         """
         logits = torch.cat(
             [model(input_ids=part).logits[:, :-1].float() for part in self.windows.split(8)]
@@ -75,8 +75,8 @@ class Evaluation:
         return log_p, loss.item()
 
     def __call__(self, student: LlamaForCausalLM) -> tuple[float, float]:
-        """Held-out cross-entropy and KL(teacher || student) per token, with dense logits,
-        independent of our kernels.
+        """Validation cross-entropy and KL(teacher || student) per token, from dense logits, without
+        our kernels.
         """
         student.eval()
         log_q, loss = self._predict(student)
@@ -89,7 +89,7 @@ class Evaluation:
 
 
 class _Student:
-    """A student, its objective and its optimiser."""
+    """A student with its objective and optimizer."""
 
     def __init__(
         self, objective: str, seed: int, teacher: LlamaForCausalLM, budget: Budget
@@ -140,7 +140,10 @@ def train_students(
 ) -> tuple[list[Run], dict[str, LlamaForCausalLM]]:
     """Train one student per objective from the same initial weights on the same batches.
 
-    The teacher runs once a batch for all of them. Returns the records and the models by objective.
+    The teacher runs once per batch for all of them.
+
+    Returns:
+        The records, and the models by objective.
     """
     students = [_Student(objective, seed, teacher, budget) for objective in OBJECTIVES]
     generator = torch.Generator().manual_seed(1000 + seed)
@@ -160,7 +163,7 @@ def train_students(
         kl = students[-1].run.held_out_kl
         terms = [
             f"full FDD loss {losses[-1]:.3f}",
-            *(f"held-out KL {value:.3f}" for value in kl[-1:]),
+            *(f"validation KL {value:.3f}" for value in kl[-1:]),
         ]
         activity.update(step, terms=terms)
     return [student.run for student in students], {s.run.objective: s.model for s in students}

@@ -1,5 +1,5 @@
-"""The demo's teacher: a small Llama-style model of Python source, shipped with the package and made
-by this file.
+"""Train the demo's teacher: a small Llama-style model of Python source. The result is in the
+repository, in assets/teacher.
 
 python -m fdd_kernels.demo.teacher --output DIR --steps 6000
 """
@@ -40,7 +40,7 @@ RECORD_FILE = "record.json"
 def llama(
     hidden_size: int, num_layers: int, num_heads: int, vocab_size: int = VOCAB_SIZE
 ) -> LlamaForCausalLM:
-    """A randomly initialised Llama-style model with tied embeddings, sized for a CPU."""
+    """Make a random Llama-style model with tied embeddings."""
     config = LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,
@@ -71,7 +71,7 @@ def held_out_loss(model: LlamaForCausalLM, windows: torch.Tensor, batch_size: in
 
 
 def held_out_windows(stream: torch.Tensor, count: int) -> torch.Tensor:
-    """The same `count` evaluation windows (count, CONTEXT) at every call."""
+    """Draw validation windows (count, CONTEXT), the same at every call."""
     return random_windows(stream, count, CONTEXT, torch.Generator().manual_seed(7))
 
 
@@ -83,11 +83,14 @@ def train_teacher(
     seed: int = 0,
     start_from: Path | None = None,
 ) -> dict:
-    """Train tokenizer and teacher on the training part and write both, with a record, to `output`.
+    """Train tokenizer and teacher on the training split and write both, with a record, to `output`.
 
-    `start_from` goes on from a teacher written earlier (weights and tokenizer; the optimiser starts
-    anew). Returns the record: sizes, steps, tokens seen, held-out loss in nats per token, seconds,
-    versions.
+    Args:
+        start_from: a teacher written earlier, whose weights and tokenizer are used; the optimizer
+            starts anew.
+
+    Returns:
+        The record: sizes, steps, tokens seen, validation loss in nats per token, seconds, versions.
     """
     torch.manual_seed(seed)
     train_texts, held_out_texts = (
@@ -166,8 +169,8 @@ def train_teacher(
 
 
 def save_teacher(output: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Write a bfloat16 copy of the weights and the tokenizer in Hugging Face's layout (safetensors,
-    no pickle).
+    """Write a bfloat16 copy of the weights, and the tokenizer, in Hugging Face's layout
+    (safetensors, no pickle).
     """
     copy = LlamaForCausalLM(model.config).to(torch.bfloat16)
     copy.load_state_dict(model.state_dict())
@@ -184,6 +187,6 @@ if __name__ == "__main__":
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start-from", type=Path, metavar="DIR", help="a teacher to go on from")
+    parser.add_argument("--start-from", type=Path, metavar="DIR", help="a teacher to train further")
     arguments = parser.parse_args()
     print(json.dumps(train_teacher(**vars(arguments)), indent=1))

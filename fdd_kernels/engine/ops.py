@@ -18,9 +18,8 @@ from fdd_kernels.lens.spec import LensSpec, count_parts
 
 # LensInputs, an encoded LensSpec, a key of BACKENDS.
 _ARGUMENTS = (
-    "Tensor[] student_hidden, Tensor student_weight, Tensor? student_bias, "
-    "Tensor[] teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, Tensor? valid, Tensor? "
-    "labels, "
+    "Tensor[] student_hidden, Tensor student_weight, Tensor? student_bias, Tensor[] "
+    "teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, Tensor? valid, Tensor? labels, "
     "str structure, Tensor numbers, SymInt columns, str backend"
 )
 _STATISTICS = "Tensor shifts, Tensor requests, Tensor moments"

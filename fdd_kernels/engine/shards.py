@@ -1,22 +1,24 @@
-"""Statistics of all columns from those of disjoint parts of them: the mathematics of vocabulary
-parallelism.
+"""Statistics of the whole vocabulary from those of disjoint parts: the mathematics of shards.
 
-With P_k and Q_k the teacher's and the student's probability of the columns of part k:
+With P_k and Q_k the teacher's and the student's probability of the tokens of part k:
 
     KL(p || q) = sum_k P_k KL_k + KL(P || Q)         the chain rule; no difference of large numbers
-    -log q[label] = -log q_k[label] - log Q_k        of the part k that has the label's column
+    -log q[label] = -log q_k[label] - log Q_k        of the part k that has the label
     moments: sums about the common mean from those about the parts' own (Chan, Golub and LeVeque)
 
 Everything is merged in float64, whatever the parts' dtype is. Shape suffixes: N parts, L layers, n
-reads, m moment targets, k numbers of one of them, R rows.
+requests, m pair moments, k numbers of one of them, R rows.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fdd_kernels.lens.divergences import DIVERGENCES
+from fdd_kernels.lens.inputs import LensInputs
 from fdd_kernels.lens.layout import (
     COUNT,
     GRAD_SUM,
@@ -35,14 +37,48 @@ from fdd_kernels.lens.layout import (
 )
 from fdd_kernels.lens.spec import NLL, LensSpec, Request, of_pair, of_request
 
+# LSE_S, LSE_T and VALUE are exchanged; GRAD_SUM follows from VALUE.
+SENT_REQUEST_STATS = 3
+
+
+def second_pass_requests(spec: LensSpec) -> list[int]:
+    """List the requests whose VALUE and GRAD_SUM need the whole vocabulary's log-sum-exps."""
+    return [
+        index
+        for index, request in enumerate(spec.requests)
+        if request.divergence in DIVERGENCES
+        and DIVERGENCES[request.divergence].expectation_of is None
+    ]
+
+
+def first_pass(spec: LensSpec) -> LensSpec:
+    """Drop the second pass, which would be over a process's own tokens."""
+    later = second_pass_requests(spec)
+    requests = [
+        request._replace(divergence=None) if index in later else request
+        for index, request in enumerate(spec.requests)
+    ]
+    return replace(spec, requests=tuple(requests))
+
+
+def part_statistics(inputs: LensInputs, spec: LensSpec, own: Statistics) -> Statistics:
+    """Select the part of the local statistics that is all-gathered.
+
+    VALUE is -inf for labels that another rank owns, and unused for two-pass divergences.
+    """
+    requests = own.requests[:, :SENT_REQUEST_STATS].clone()
+    for index, request in enumerate(spec.requests):
+        if request.divergence == NLL:
+            requests[index, VALUE].masked_fill_(inputs.labels < 0, -torch.inf)
+    return own._replace(requests=requests)
+
 
 def merge_statistics(
     spec: LensSpec, shifts: Tensor, requests: Tensor, moments: Tensor
 ) -> Statistics:
-    """The statistics of all columns from `part_statistics` of disjoint parts of them, stacked along
-    a first dimension N.
+    """Merge `part_statistics` of disjoint parts, stacked along a first dimension N.
 
-    Those of the second pass are left at 0. A part whose columns are all -inf takes no part.
+    Those of the second pass are left at 0. A part whose tokens are all -inf is left out.
     """
     dtype = shifts.dtype
     shifts_N2LR, requests_NnkR, moments_NmkR = (t.double() for t in (shifts, requests, moments))
@@ -69,8 +105,9 @@ def merge_statistics(
 def _common_shifts(
     spec: LensSpec, shifts: Tensor, requests: Tensor, moments: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The largest shift of the parts with a finite column (2, L, R), and how far each part's lies
-    above it (N, 2, L, R).
+    """Find the largest shift of the parts with a finite token.
+
+    Returns it (2, L, R), and how far each part's lies above it (N, 2, L, R).
     """
     live = torch.zeros_like(shifts, dtype=torch.bool)
     for index, request in enumerate(spec.requests):
@@ -87,7 +124,7 @@ def _common_shifts(
 
 
 def _merge_request(request: Request, parts_NkR: Tensor, offset_N2R: Tensor, out_kR: Tensor) -> None:
-    """One reading: log-sum-exps, and what follows from those of the parts for its divergence."""
+    """Merge one request: its log-sum-exps, and with them its divergence."""
     parts_s = parts_NkR[:, LSE_S] + offset_N2R[:, 0]
     out_kR[LSE_S] = parts_s.logsumexp(0)
     log_q, value = parts_s - out_kR[LSE_S], parts_NkR[:, VALUE]
@@ -107,8 +144,9 @@ def _merge_request(request: Request, parts_NkR: Tensor, offset_N2R: Tensor, out_
 
 
 def _chain_rule(log_p_NR: Tensor, log_q_NR: Tensor, within_NR: Tensor) -> Tensor:
-    """KL(p || q) over all columns, (R,), from the parts' probabilities and the divergences within
-    them.
+    """Compute KL(p || q) of the whole vocabulary, (R,).
+
+    Takes the parts' probabilities and the divergences within them.
     """
     p = log_p_NR.exp()
     within = torch.where((p > 0) & (log_q_NR > -torch.inf), p * within_NR, 0.0)
@@ -117,9 +155,7 @@ def _chain_rule(log_p_NR: Tensor, log_q_NR: Tensor, within_NR: Tensor) -> Tensor
 
 
 def _merge_moments(parts_NkR: Tensor, offset_N2R: Tensor, out_kR: Tensor) -> None:
-    """Moments of the union of the parts' columns, their vectors restated about the common
-    shifts.
-    """
+    """Merge one pair's moments, the parts' vectors restated about the common shifts."""
     count = parts_NkR[:, COUNT]
     out_kR[COUNT] = count.sum(0)
     share = count / out_kR[COUNT].clamp(min=1)

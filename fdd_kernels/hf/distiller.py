@@ -21,7 +21,7 @@ from fdd_kernels.hf.targets import StudentSide, Targets
 from fdd_kernels.hf.teachers import Teacher, as_teacher, model_states, require_model
 from fdd_kernels.hf.wrappers import data_parallel, inside_forward, own_rows
 from fdd_kernels.objectives.fdd.options import FDDConfig, FDDLossTerms, LossOptions
-from fdd_kernels.objectives.fdd.terms import divisor_of
+from fdd_kernels.objectives.reduction import safe_denominator
 
 
 class DistillerTerms(FDDLossTerms):
@@ -312,5 +312,5 @@ class Distiller:
         """
         count = self.count_positions(batch).float()
         if num_items_in_batch is not None:
-            return (count / divisor_of(num_items_in_batch)).to(count.dtype)
+            return (count / safe_denominator(num_items_in_batch)).to(count.dtype)
         return count if self.options.reduction == "sum" else count.clamp(max=1)

@@ -43,6 +43,7 @@ class Distance:
         write_grad: `write_grad(sums, of_ss, of_st, of_dd)` writes its derivatives with respect to
             s.s, s.t and |s - t|^2 into tensors of zeros (P, R).
         centred: whether the vectors are taken about their means over the vocabulary.
+        of_features: whether it may be the trajectory's distance, between features as they are.
         directional: whether it depends on the vectors' directions, of which a difference of two
             equal hidden states has none.
     """
@@ -51,6 +52,7 @@ class Distance:
     write_grad: Callable[[Sums, Tensor, Tensor, Tensor], None]
     centred: bool = False
     directional: bool = False
+    of_features: bool = False
 
 
 def _inverse_lengths(sums: Sums) -> tuple[Tensor, Tensor]:
@@ -112,7 +114,7 @@ def _write_mse_grad(sums: Sums, of_ss: Tensor, of_st: Tensor, of_dd: Tensor) -> 
 
 
 DISTANCES: dict[str, Distance] = {
-    "cosine": Distance(_cosine_value, _write_cosine_grad, directional=True),
+    "cosine": Distance(_cosine_value, _write_cosine_grad, directional=True, of_features=True),
     "centered_cosine": Distance(_cosine_value, _write_cosine_grad, centred=True, directional=True),
-    "mse": Distance(_mse_value, _write_mse_grad),
+    "mse": Distance(_mse_value, _write_mse_grad, of_features=True),
 }

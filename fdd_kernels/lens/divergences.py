@@ -1,23 +1,28 @@
-"""The divergences of the trajectory term: one entry each, used by the plan, the reference tests and
-every backend.
+"""The divergences of two distributions: one entry each, for the plan, the tests and every backend.
 
-With p the teacher's and q the student's distribution, a divergence is a sum over columns of an
-elementwise `value(log_q, log_p)`. Each is made of KL(p || r) as the sum of p (e^x - 1 - x), x = log
-r - log p: the columns' sum of r - p is 0, so it may be added, and what is left has no negative
-summand and no large ones that cancel where the models nearly agree. `grad(log_q, log_p)` is the
-derivative of the plain sum, without what was added, with respect to log_q. Since log_q = z -
-logsumexp(z), the gradient with respect to the student's logits is `grad - q * sum(grad)`, for
-either. A column of probability zero (a logit of -inf) contributes its limit, never NaN.
+With p the teacher's and q the student's distribution, a divergence is the sum over the vocabulary
+of an elementwise `value(log_q, log_p)`. Each is made of KL(p || r) as the sum of p (e^x - 1 - x)
+with x = log r - log p. The sum of r - p over the vocabulary is 0 and may be added; what is left has
+no negative summand, and no large ones that cancel where the models nearly agree.
+
+`grad(log_q, log_p)` is the derivative of the sum with respect to log_q, up to a multiple of q.
+Since log_q = z - logsumexp(z), the gradient with respect to the student's logits is
+`grad - q * sum(grad)`, and a multiple of q cancels in it. A token of probability 0 (a logit of
+-inf) contributes its limit, never NaN.
+
+csrc/divergences_impl.h and triton/elementwise.py repeat the formulas; tests compare them. Every
+backend must use the same multiple of q, since the sum of `grad` may come from another one.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from fdd_kernels.lens.distances import DISTANCES
 
 SKEW = 0.1  # weight of the teacher in the mixture of skew_kl
 
@@ -28,7 +33,8 @@ class Divergence:
 
     Attributes:
         value: `value(log_q, log_p, *parameters)`, elementwise.
-        grad: `grad(log_q, log_p, *parameters)`, its derivative with respect to log_q.
+        grad: `grad(log_q, log_p, *parameters)`, the derivative of the sum with respect to log_q,
+            up to a multiple of q; elementwise.
         expectation_of: the model ("teacher" or "student") under whose distribution the divergence
             is a plain expectation of the difference of logits plus log-sum-exps. One pass over the
             vocabulary is then enough. With None, a second pass sums `value` and `grad` once both
@@ -47,30 +53,54 @@ class Divergence:
         return tuple([default for _, default in self.parameters])
 
 
+def expectation_of(name: str | None) -> str | None:
+    """Return the model of `Divergence.expectation_of`; None also for a request without divergence
+    or for NLL.
+    """
+    return DIVERGENCES[name].expectation_of if name in DIVERGENCES else None
+
+
+def needs_second_pass(name: str | None) -> bool:
+    """Whether a request's divergence is summed once both log-sum-exps are known."""
+    return name in DIVERGENCES and expectation_of(name) is None
+
+
+def __getattr__(name: str) -> tuple[str, ...]:
+    """Derive the lists of names from the registries, which may have grown at run time."""
+    if name == "DERIVATIVES":
+        return tuple(DISTANCES)
+    of_features = tuple([key for key, distance in DISTANCES.items() if distance.of_features])
+    if name == "FEATURE_DISTANCES":
+        return of_features
+    if name == "TRAJECTORIES":
+        return (*DIVERGENCES, *of_features)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def _where_weighted(weight: Tensor, x: Tensor) -> Tensor:
-    """x, and 0 where the weight it is about to get is 0: 0 * anything = 0, for autograd too, which
-    would meet 0 * NaN.
+    """Return x, but 0 where its weight is 0: 0 * anything = 0, for autograd too, which would meet
+    0 * NaN.
     """
     return torch.where(weight == 0, 0.0, x)
 
 
 def _far_where_weightless(weight: Tensor, x: Tensor) -> Tensor:
-    """x, and a number that is not near 0 where the weight is 0: what such a column adds to KL(p ||
-    r) is r.
+    """Return x, but a number that is not near 0 where the weight is 0: such a token adds r to
+    KL(p || r).
     """
     return torch.where(weight == 0, 100.0, x)
 
 
 def is_near(x: Tensor) -> Tensor:
-    """Where a few terms of e^x - 1 - x = x^2 / 2 + x^3 / 6 + ... are more accurate than the
+    """Whether a few terms of e^x - 1 - x = x^2 / 2 + x^3 / 6 + ... are more accurate than the
     difference.
     """
     return x.abs() < (1e-2 if x.dtype == torch.float64 else 0.25)
 
 
 def _series(x: Tensor) -> Tensor:
-    """e^x - 1 - x where `is_near(x)`: off by the first term left out, below 2^-24 of it in float32,
-    2^-48 in float64.
+    """e^x - 1 - x where `is_near(x)`, with a relative error below 2^-24 in float32, 2^-48 in
+    float64.
     """
     total = 1 + x / 7
     for k in (6, 5, 4, 3):
@@ -79,7 +109,7 @@ def _series(x: Tensor) -> Tensor:
 
 
 def kl_of(p: Tensor, r: Tensor, x: Tensor) -> Tensor:
-    """What each column adds to KL(p || r), given x = log r - log p: p (e^x - 1 - x), never
+    """The part of each token in KL(p || r), given x = log r - log p: p (e^x - 1 - x), never
     negative.
     """
     near = is_near(x)
@@ -130,8 +160,16 @@ def _skew_kl_value(log_q: Tensor, log_p: Tensor) -> Tensor:
 
 
 def _skew_kl_grad(log_q: Tensor, log_p: Tensor) -> Tensor:
-    p = log_p.exp()
-    return -p * torch.sigmoid(_where_weighted(p, log_q - log_p) + math.log((1 - SKEW) / SKEW))
+    """(1 - SKEW) q - p (1 - SKEW) q / m = (1 - SKEW)^2 q (q - p) / m, m = SKEW p + (1 - SKEW) q.
+
+    The added (1 - SKEW) q makes it small where the models nearly agree. With r the smaller of q and
+    p over the larger, (q - p) / m is 1 - r over the larger's weight plus r times the smaller's.
+    """
+    q = log_q.exp()
+    x = _where_weighted(q, log_q - log_p)
+    gap = torch.expm1(-x.abs())  # r - 1
+    ratio = torch.where(x > 0, -gap / (1 + SKEW * gap), gap / (1 + (1 - SKEW) * gap))
+    return (1 - SKEW) ** 2 * q * ratio
 
 
 DIVERGENCES: dict[str, Divergence] = {
@@ -140,7 +178,3 @@ DIVERGENCES: dict[str, Divergence] = {
     "jsd": Divergence(_jsd_value, _jsd_grad),
     "skew_kl": Divergence(_skew_kl_value, _skew_kl_grad),
 }
-
-FEATURE_DISTANCES = ("mse", "cosine")
-TRAJECTORIES = (*DIVERGENCES, *FEATURE_DISTANCES)
-DERIVATIVES = ("cosine", "centered_cosine", "mse")

@@ -1,3 +1,1 @@
-"""How much memory a distillation takes: of the loss (`loss.py`), of a step with two models
-(`models.py`, `step.py`).
-"""
+"""Predict memory: of the loss (`loss.py`) and of a training step (`models.py`, `step.py`)."""

@@ -1,12 +1,12 @@
-"""How much memory the loss and a training step around it will take, from shapes alone. Needs no
-model and no transformers.
+"""Predict the memory of one call of the loss from shapes alone. Needs no model and no transformers.
 
-The loss: gradients it returns, plus what the backend allocates besides, as it states itself
-(`Backend.memory`). For "cpu" and "triton" that is what the code allocates, for "torch" and the
-dense loss what is alive at its peak. No GPU has measured it. What an allocator keeps of freed
-memory comes on top: with glibc's defaults up to 1.7 times as much resident memory was measured
-where one (rows x columns) tensor of the dense loss has less than 32 MiB. `python -m benchmarks`
-prints how far every prediction of a run is off.
+It is the gradients that the loss returns plus the buffers that the backend states
+(`Backend.memory`). For "cpu" and "triton" these are all buffers the code allocates, for "torch" and
+the dense loss the ones alive at the peak. No GPU has measured it. Memory that an allocator does not
+return comes on
+top: with glibc's defaults up to 1.7 times as much resident memory was measured where one (rows x
+vocabulary) tensor of the dense loss has less than 32 MiB. `python -m benchmarks` prints the error
+of every prediction of a run.
 """
 
 from __future__ import annotations
@@ -16,20 +16,26 @@ from typing import TYPE_CHECKING
 
 from fdd_kernels.common.sizes import MIB, show
 
-if TYPE_CHECKING:  # without torch the command line can show its options
+if TYPE_CHECKING:  # the options of the command line need no torch
     from fdd_kernels.backends.call_shape import CallShape
     from fdd_kernels.objectives.fdd.plan import Plan
 
 FLOAT = 4
-DENSE_RUNTIME_BYTES = 4 * MIB  # buffers of the matrix library
-# MKL's own buffers in the product that is the head's gradient, of 10 to 31 MiB that were seen
-HEAD_PRODUCT_BYTES = 16 * MIB
+DENSE_RUNTIME_BYTES = 4 * MIB  # buffers of the BLAS library
+# Buffers of MKL in the GEMM of the head's gradient; 10 to 31 MiB were measured
+HEAD_GEMM_BYTES = 16 * MIB
 
 
 @dataclass(frozen=True)
 class LossShape:
-    """One call of the loss: shapes as in `fused_fdd_loss`, `layers` counting the final state; None:
-    no such term.
+    """The shapes of one call of the loss, as in `fused_fdd_loss`.
+
+    Args:
+        rows: valid tokens.
+        columns: tokens of the vocabulary.
+        layers: hidden states of each model, the final state included.
+        itemsize: bytes of a number of states and heads.
+        trajectory, derivative: the term's kind, or None without it.
     """
 
     rows: int
@@ -45,10 +51,10 @@ class LossShape:
     derivative: str | None = "cosine"
     softcap: bool = False
 
-    def plan(self) -> Plan:
-        """What the call reads and sums."""
+    def fdd_plan(self) -> Plan:
+        """The requests and pair moments of the call."""
         from fdd_kernels.objectives.fdd.options import LossOptions
-        from fdd_kernels.objectives.fdd.plan import lay_out
+        from fdd_kernels.objectives.fdd.plan import build_plan
 
         options = LossOptions(
             alpha=float(self.trajectory is not None),
@@ -57,15 +63,19 @@ class LossShape:
             beta=float(self.derivative is not None),
             output_in_dynamics=self.output_in_dynamics,
         )
-        return lay_out(
-            options, self.columns, self.layers, (self.rows,), self.feature_space, "torch"
+        return build_plan(
+            options,
+            self.columns,
+            self.layers,
+            leading_shape=(self.rows,),
+            feature_space=self.feature_space,
         )
 
     def call(self, threads: int, device: str, device_memory: int | None) -> CallShape:
-        """The call as a backend sees it."""
+        """The sizes of the call that a backend's memory depends on."""
         from fdd_kernels.backends.call_shape import CallShape
 
-        plan = self.plan()
+        plan = self.fdd_plan()
         return CallShape(
             layers=len(plan.layers),
             rows=self.rows,
@@ -84,8 +94,8 @@ class LossShape:
 
 @dataclass(frozen=True)
 class LossMemory:
-    """Predicted bytes of one forward and backward pass by part; `inputs` are the caller's and not
-    in `total`.
+    """Predicted bytes of one forward and backward pass by part. `inputs` belong to the caller and
+    are not in `total`.
     """
 
     parts: dict[str, int]
@@ -96,13 +106,13 @@ class LossMemory:
         return sum(self.parts.values())
 
     def arithmetic(self) -> str:
-        """The sum in words, largest first."""
+        """The sum of the parts in words, largest first."""
         parts = sorted([*self.parts.items(), ("inputs", self.inputs)], key=lambda item: -item[1])
         return " + ".join(f"{name} {show(size)}" for name, size in parts if size >= MIB)
 
 
 def input_bytes(shape: LossShape) -> int:
-    """Hidden states and heads of both models."""
+    """Bytes of the hidden states and heads of both models."""
     width = shape.student_width + shape.teacher_width
     heads = shape.columns * (shape.student_width if shape.feature_space else width)
     return shape.itemsize * (shape.layers * shape.rows * width + heads)
@@ -115,7 +125,9 @@ def _gradients(shape: LossShape) -> dict[str, int]:
 
 
 def _statistics(plan: Plan, rows: int) -> int:
-    """Statistics, their gradients and what autograd keeps between them and the loss."""
+    """Bytes of row statistics, their gradients and the tensors autograd saves between them and the
+    loss.
+    """
     from fdd_kernels.lens.layout import MOMENT_STATS, REQUEST_STATS
 
     numbers = (
@@ -127,10 +139,10 @@ def _statistics(plan: Plan, rows: int) -> int:
 
 
 def dense_tensors(shape: LossShape) -> int:
-    """How many float32 tensors of (rows x columns) the dense loss in plain PyTorch holds before the
-    head's gradient.
+    """The number of float32 tensors (rows x vocabulary) that the dense loss in plain PyTorch holds
+    before the head's gradient.
     """
-    plan = shape.plan()
+    plan = shape.fdd_plan()
     layers = len(plan.layers)
     if shape.feature_space:
         return 3 * layers + 1
@@ -140,15 +152,17 @@ def dense_tensors(shape: LossShape) -> int:
 
 
 def _dense(shape: LossShape) -> dict[str, int]:
-    """The larger of two moments: all layers' logits are there, but no gradient; or, later, few of
-    them, none in feature space, and the head's gradient as the sum so far, one layer's, and their
-    new sum."""
-    tensor, layers = FLOAT * shape.rows * shape.columns, len(shape.plan().layers)
+    """Bytes of the dense loss at the larger of two peaks.
+
+    Early: the logits of all layers and no gradient. Late: the logits of few layers, none in feature
+    space, with three tensors of the head's size: the gradient so far, that of one layer, their sum.
+    """
+    tensor, layers = FLOAT * shape.rows * shape.columns, len(shape.fdd_plan().layers)
     gradients = _gradients(shape)
     head = gradients["gradient of the head"]
     early = dense_tensors(shape) * tensor - sum(gradients.values())
     few = 0 if shape.feature_space else 2 * (layers - 2)
-    late = (few * tensor + 2 * head if layers > 1 else tensor) + HEAD_PRODUCT_BYTES
+    late = (few * tensor + 2 * head if layers > 1 else tensor) + HEAD_GEMM_BYTES
     return {"logits and what is made of them": max(early, late, 0)}
 
 
@@ -160,16 +174,16 @@ def loss_memory(
     device: str = "cpu",
     device_memory: int | None = None,
 ) -> LossMemory | None:
-    """Predicted memory of one forward and backward pass of the loss.
+    """Predict the memory of one forward and backward pass of the loss.
 
     Args:
-        provider: a backend, each of which states its own memory, or "dense".
+        provider: a backend or "dense".
         threads: of the cpu backend.
-        device_memory: bytes of the GPU, which decide how much scratch the triton backend takes;
-            None: enough.
+        device_memory: bytes of the GPU, which limit the scratch of the triton backend; None: no
+            limit.
 
     Returns:
-        The parts, or None for a provider that is not modelled.
+        The parts, or None for a provider without a memory model.
     """
     from fdd_kernels.backends import BACKENDS
 
@@ -177,7 +191,7 @@ def loss_memory(
         parts = _dense(shape) | {"runtime": DENSE_RUNTIME_BYTES}
     elif provider in BACKENDS and BACKENDS[provider].memory is not None:
         parts = BACKENDS[provider].memory(shape.call(threads, device, device_memory))
-        parts |= {"statistics": _statistics(shape.plan(), shape.rows)}
+        parts |= {"statistics": _statistics(shape.fdd_plan(), shape.rows)}
     else:
         return None
     return LossMemory(_gradients(shape) | parts, input_bytes(shape))

@@ -1,4 +1,4 @@
-"""What of a causal LM decides its memory, from its config or from three numbers."""
+"""The sizes of a causal LM that its memory depends on, from its config or from three numbers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from fdd_kernels.common.errors import UserError
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What of a causal LM decides its memory.
+    """The sizes of a causal LM that its memory depends on.
 
     Args:
         vocabulary, width: of its head.
-        blocks: weights of everything but embedding and head.
-        embeddings: weights of the embedding and the head, once if they are tied.
-        linear: inputs plus outputs of every matrix of the blocks, added up.
-        experts: likewise of the experts that one token goes through.
+        depth: number of blocks.
+        blocks: number of weights outside embedding and head.
+        embeddings: number of weights of embedding and head, once if they are tied.
+        linear: inputs plus outputs of every matrix of the blocks, summed.
+        experts: likewise of the experts of one token.
     """
 
     vocabulary: int
@@ -35,38 +36,38 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        """All weights."""
+        """The number of all weights."""
         return self.blocks + self.embeddings
 
     def adapters(self, rank: int) -> int:
-        """Weights of LoRA adapters on every linear layer of the blocks, as `fdd-kernels distill
-        --lora-rank` adds them.
+        """The number of weights of LoRA adapters on every linear layer of the blocks, as in
+        `fdd-kernels distill --lora-rank`.
         """
         return rank * self.linear
 
     def activations(self, tokens: int, itemsize: int, *, checkpointing: bool) -> int:
-        """What the blocks keep for the backward pass, an estimate: inputs and outputs of the
-        matrices that a token meets.
+        """Estimate the bytes that the blocks save for the backward pass: inputs and outputs of the
+        matrices that a token passes.
 
-        Norms and nonlinearities keep about as much as is counted twice here. Attention is taken to
-        keep no (tokens x tokens) matrix, a scan no state of each token. With checkpointing one
-        block's, and every block's input.
+        Outputs that are inputs of the next matrix are counted twice; norms and nonlinearities save
+        about as much. Attention is assumed to save no (tokens x tokens) matrix, a scan no state of
+        each token. With checkpointing: those of one block, and the input of every block.
         """
-        kept = self.linear + self.experts
+        saved = self.linear + self.experts
         if checkpointing:
-            kept = kept // self.depth + self.depth * self.width
-        return itemsize * tokens * kept
+            saved = saved // self.depth + self.depth * self.width
+        return itemsize * tokens * saved
 
 
 def read_model(text: str, option: str) -> ModelShape:
-    """A model from "WIDTHxDEPTHxVOCABULARY", a config.json, a directory that holds one, or a name
-    that transformers knows.
+    """Get the sizes from "WIDTHxDEPTHxVOCABULARY", a config.json, a directory that holds one, or a
+    name that transformers knows.
 
-    The three numbers are read as a GPT-2 of that size. From a config the model is built without
-    memory (on torch's "meta" device) and its weights are counted.
+    Three numbers mean a GPT-2 of that size. From a config the model is built on torch's "meta"
+    device, which takes no memory, and its weights are counted.
 
     Raises:
-        UserError: it is none of these; says what was tried.
+        UserError: it is none of these.
     """
     numbers = re.fullmatch(r"(\d+)x(\d+)x(\d+)", text)
     if numbers:
@@ -75,7 +76,7 @@ def read_model(text: str, option: str) -> ModelShape:
             raise UserError(
                 f"{option} {text}: WIDTHxDEPTHxVOCABULARY must be positive, as in 768x12x50257"
             )
-        matrices = 12 * width**2  # query, key and value in one, output, and two of the MLP
+        matrices = 12 * width**2  # query, key and value in one; output; two of the MLP
         return ModelShape(
             vocabulary,
             width,
@@ -93,8 +94,7 @@ def read_model(text: str, option: str) -> ModelShape:
     except ModuleNotFoundError as error:
         raise UserError(
             f'{option} {text!r}: to read a config needs pip install "fdd_kernels[hf]"; without it '
-            "give WIDTHxDEPTHxVOCABULARY, "
-            "as in 768x12x50257"
+            "give WIDTHxDEPTHxVOCABULARY, as in 768x12x50257"
         ) from error
     if path.is_file():
         try:
@@ -104,9 +104,9 @@ def read_model(text: str, option: str) -> ModelShape:
         kind = data.get("model_type") if isinstance(data, dict) else None
         if kind not in CONFIG_MAPPING:
             raise UserError(
-                f"{option}: {path} has model_type {kind!r}, which the transformers here does not "
-                "know (code that comes with a "
-                "model is not run): update it, or give WIDTHxDEPTHxVOCABULARY, as in 768x12x50257"
+                f"{option}: {path} has model_type {kind!r}, which the installed transformers does "
+                "not know (code that comes with a model is not run): update it, or give "
+                "WIDTHxDEPTHxVOCABULARY, as in 768x12x50257"
             )
         return model_from_config(lambda: CONFIG_MAPPING[kind].from_dict(data), f"{option}: {path}")
     return model_from_config(
@@ -116,10 +116,10 @@ def read_model(text: str, option: str) -> ModelShape:
 
 
 def model_from_config(make_config: Callable[[], Any], where: str) -> ModelShape:
-    """The shape of the causal LM that transformers builds from a config.
+    """Get the sizes of the causal LM that transformers builds from a config.
 
     Raises:
-        UserError: it builds none; says why.
+        UserError: it cannot build one.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -137,8 +137,7 @@ def model_from_config(make_config: Callable[[], Any], where: str) -> ModelShape:
         first = (str(error).strip().splitlines() or [""])[0]
         raise UserError(
             f"{where}: no causal LM can be built from its config ({type(error).__name__}: "
-            f"{first}); check it, or give "
-            "WIDTHxDEPTHxVOCABULARY, as in 768x12x50257"
+            f"{first}); check it, or give WIDTHxDEPTHxVOCABULARY, as in 768x12x50257"
         ) from error
     embeddings = head.weight.numel() + (0 if tied else embedding.weight.numel())
     linear, experts = _matrices(model, head, _first_number(text_config, _EXPERTS_A_TOKEN))
@@ -170,10 +169,13 @@ def _first_number(config: Any, names: Sequence[str]) -> int | None:
 
 
 def _matrices(model: Any, head: Any, experts_a_token: int | None) -> tuple[int, int]:
-    """Inputs plus outputs of the matrices beside embeddings and head, and of the experts of one
-    token (None: all of them).
+    """Sum inputs plus outputs of all matrices outside embeddings and head, and of the experts of
+    one token.
 
     Experts are matrices stacked to three dimensions, or numbered modules of a list of that name.
+
+    Args:
+        experts_a_token: None: all of them.
     """
     from torch import nn
 

@@ -1,4 +1,4 @@
-"""The memory of a training step by part, and what to change if there is less."""
+"""Predict the memory of a training step by part, and suggest changes if it does not fit."""
 
 from __future__ import annotations
 
@@ -8,19 +8,25 @@ from fdd_kernels.memory.loss import LossShape, loss_memory
 from fdd_kernels.memory.models import ModelShape
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-# Of a quantised model: the blocks' weights; embedding and head stay as they are.
+# Bytes of a weight in the blocks of a quantised model; embedding and head are not quantised.
 QUANTISED_BYTES = {"int8": 1.0, "int4": 0.5}
-# Bytes an optimiser keeps for each trained weight.
+# Bytes of optimizer state for each trained weight.
 OPTIMIZERS = {"adamw": 8, "adamw8bit": 2, "lion": 4, "sgd-momentum": 4, "sgd": 0}
 
 
 @dataclass(frozen=True)
 class Setup:
-    """A training step to plan for.
+    """A training step.
 
-    `backend` "auto": the one that is taken on the device. `lora_rank` None: all weights are
-    trained. `teacher_dtype` None: that of the student. `teacher_elsewhere`: its states come from a
-    cache or another device. `device_memory`: of a GPU, in bytes.
+    Args:
+        tokens: of one micro-batch.
+        layers: compared layers without the final state.
+        backend: "auto" is the default one on the device.
+        checkpointing: gradient checkpointing in the student.
+        teacher_elsewhere: the teacher's states come from a cache or another device.
+        lora_rank: None: all weights are trained.
+        teacher_dtype: None: that of the student.
+        device_memory: bytes of the GPU.
     """
 
     student: ModelShape
@@ -40,7 +46,7 @@ class Setup:
 
     @property
     def chosen_backend(self) -> str:
-        """The backend whose memory counts."""
+        """The backend whose memory is predicted."""
         from fdd_kernels.backends import preference
 
         return preference(self.device)[0] if self.backend == "auto" else self.backend
@@ -51,7 +57,7 @@ class Setup:
 
     @property
     def trained(self) -> int:
-        """Weights that receive gradient."""
+        """The number of trained weights."""
         return (
             self.student.parameters
             if self.lora_rank is None
@@ -60,7 +66,7 @@ class Setup:
 
     @property
     def teacher_bytes(self) -> int:
-        """The teacher's weights."""
+        """Bytes of the teacher's weights."""
         kind = self.teacher_dtype or self.dtype
         of_blocks = QUANTISED_BYTES.get(kind) or DTYPE_BYTES[kind]
         return (
@@ -69,7 +75,7 @@ class Setup:
 
     @property
     def teacher_itemsize(self) -> int:
-        """Bytes of a number of the teacher's head and states."""
+        """Bytes of a number in the teacher's head and states."""
         return DTYPE_BYTES.get(self.teacher_dtype or self.dtype, self.itemsize)
 
     @property
@@ -87,8 +93,8 @@ class Setup:
 
 
 def step_memory(setup: Setup, *, dense: bool = False) -> dict[str, int]:
-    """Bytes of a training step by part, with the dense loss or with ours; they are taken to exist
-    at the same time.
+    """Predict the bytes of a training step by part, with the fused or the dense loss. All parts are
+    assumed to exist at the same time.
     """
     adapters = 0 if setup.lora_rank is None else setup.trained
     teacher_head = setup.teacher.vocabulary * setup.teacher.width * setup.teacher_itemsize
@@ -98,7 +104,7 @@ def step_memory(setup: Setup, *, dense: bool = False) -> dict[str, int]:
         device=setup.device,
         device_memory=setup.device_memory,
     )
-    # The head's gradient is among the gradients already.
+    # The head's gradient is already in "gradients".
     in_loss = loss.total - loss.parts["gradient of the head"]
     return {
         "student weights": (setup.student.parameters + adapters) * setup.itemsize,
@@ -119,7 +125,7 @@ def step_memory(setup: Setup, *, dense: bool = False) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Advice:
-    """A change and what the step takes with it."""
+    """A change, and the memory of the step with it."""
 
     change: str
     total: int
@@ -127,8 +133,8 @@ class Advice:
 
 
 def advise(setup: Setup, limit: int) -> list[Advice]:
-    """What to change so that the step with the fused loss fits, least intrusive first, each on top
-    of those before.
+    """Suggest changes until the step with the fused loss fits, the least intrusive first, each on
+    top of those before.
     """
     found: list[Advice] = []
 
@@ -154,10 +160,10 @@ def advise(setup: Setup, limit: int) -> list[Advice]:
 
 
 def most_tokens(setup: Setup, limit: int) -> int:
-    """The most tokens, a multiple of 64, whose step fits; 0 if none does.
+    """The largest multiple of 64 tokens whose step fits, found by bisection; 0 if none fits.
 
-    Scratch comes in whole blocks of rows, so that a little more can take a little less: what is
-    found fits, and in rare cases a few more tokens would.
+    Scratch comes in whole row blocks, so memory does not grow strictly with tokens: in rare cases a
+    few more tokens would fit.
     """
 
     def fits(blocks: int) -> bool:

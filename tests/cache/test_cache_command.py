@@ -2,9 +2,7 @@
 models.
 """
 
-import os
 import shutil
-import subprocess
 
 import pytest
 
@@ -14,7 +12,14 @@ from fdd_kernels.cli.main import main
 from fdd_kernels.common.errors import UserError
 from fdd_kernels.teacher_cache import TeacherCache
 from tests.support.cache_inputs import digests
-from tests.support.commands import FROM_CACHE, FullDisk, cache_options, options, quiet
+from tests.support.commands import (
+    FROM_CACHE,
+    FullDisk,
+    cache_options,
+    options,
+    quiet,
+    small_disk,
+)
 
 
 @pytest.fixture(scope="module")
@@ -172,41 +177,19 @@ class TestCommands:
 
     def test_a_really_full_file_system(self, inputs, cached, tmp_path):
         """Fill a small file system: an error, no signal, and a resume elsewhere."""
-        small, sizes = (
-            tmp_path / "small",
-            sorted(path.stat().st_size for path in cached.glob("shard-*")),
-        )
-        small.mkdir()
-        if os.geteuid() != 0 or shutil.which("mount") is None:
-            pytest.skip("mounting a small file system needs root")
+        largest = max(path.stat().st_size for path in cached.glob("shard-*"))
         once = sum(
             path.stat().st_size + 4096
             for path in cached.rglob("*")
             if path.is_file() and "shard" not in path.name
         )
-        mounted = subprocess.run(
-            [
-                "mount",
-                "-t",
-                "tmpfs",
-                "-o",
-                f"size={once + int(2.5 * sizes[-1])}",
-                "tmpfs",
-                str(small),
-            ],
-            capture_output=True,
-        )
-        if mounted.returncode:
-            pytest.skip(f"cannot mount a small file system here: {mounted.stderr.decode().strip()}")
-        try:
+        with small_disk(tmp_path / "small", once + int(2.5 * largest)) as small:
             with pytest.raises(UserError, match=r"could not be written .*No space left on device"):
                 cache_teacher(cache_options(inputs, small / "cache"), quiet())
             assert list((small / "cache").glob("shard-*"))
             with pytest.raises(ValueError, match="is not complete"):
                 TeacherCache(small / "cache")
             shutil.copytree(small / "cache", tmp_path / "moved")
-        finally:
-            subprocess.run(["umount", str(small)], check=True)
         cache_teacher(cache_options(inputs, tmp_path / "moved"), quiet())
         assert digests(tmp_path / "moved") == digests(cached)
 

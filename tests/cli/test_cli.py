@@ -79,10 +79,11 @@ def test_wrong_usage_has_exit_code_2(arguments, capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], (Path("runs/demo"), False, False, None)),
+        ([], (Path("runs/demo"), False, False, None, None)),
+        (["--teacher", "t"], (Path("runs/demo"), False, False, None, Path("t"))),
         (
             ["--output", "x", "--quick", "--retrain-teacher", "--seeds", "3"],
-            (Path("x"), True, True, 3),
+            (Path("x"), True, True, 3, None),
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""The demo: its text, the shipped teacher, and a run of a few steps with everything it writes."""
+"""The demo: its text, its teacher, and a run of a few steps with everything it writes."""
 
 from __future__ import annotations
 
@@ -94,6 +94,8 @@ def test_a_teacher_can_be_trained_and_resumed(tmp_path, monkeypatch):
 
 
 def test_a_short_run_writes_numbers_and_a_page(tmp_path, monkeypatch, capsys):
+    texts = standard_library_texts(held_out=True)[:20]
+    monkeypatch.setattr(demo, "standard_library_texts", lambda *, held_out: texts)
     budget = Budget(steps=2, batch_size=1, evaluations=2, evaluation_windows=2)
     monkeypatch.setattr(demo, "QUICK", budget)
     result = demo.run_demo(tmp_path / "out", quick=True, seeds=2)
@@ -113,6 +115,16 @@ def test_a_short_run_writes_numbers_and_a_page(tmp_path, monkeypatch, capsys):
     assert all(objective in page for objective in OBJECTIVES)
     assert not re.search(r'(src|href)="(?!#)', page)  # self-contained
     assert "full FDD" in capsys.readouterr().out
+
+
+def test_without_a_teacher_it_says_what_to_do(tmp_path, monkeypatch):
+    """As in an installed package, which does not hold it."""
+    monkeypatch.setattr(demo, "SHIPPED_TEACHER", tmp_path / "none")
+    with pytest.raises(ValueError, match=r"in a clone .*--teacher.*--retrain-teacher"):
+        demo.run_demo(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"none holds no record.json"):
+        demo.run_demo(tmp_path / "out", teacher=tmp_path / "none")
+    assert not (tmp_path / "out").exists()
 
 
 def test_seeds_must_be_positive(tmp_path):

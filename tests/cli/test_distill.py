@@ -26,7 +26,7 @@ from fdd_kernels.cli.main import main
 from fdd_kernels.common.errors import RunStopped, SaidElsewhere, UserError
 from fdd_kernels.integrations import FDDTrainer
 from fdd_kernels.integrations.checkpoints import checkpoints
-from tests.support.commands import TEXT, FullDisk, options, quiet
+from tests.support.commands import TEXT, FullDisk, options, quiet, small_disk
 from tests.support.hf_models import tiny_model, tiny_tokenizer
 
 
@@ -225,10 +225,15 @@ def test_kill_9_loses_nothing_that_was_reported_as_saved(inputs, whole, tmp_path
 @pytest.mark.parametrize(
     ("where", "kept"),
     [
-        ("checkpoint-2", None),
         ("checkpoint-4", "checkpoint-2"),
-        ("student", "checkpoint-6"),
-        (".unfinished/metrics.json", "checkpoint-6"),
+        *[
+            pytest.param(where, kept, marks=pytest.mark.slow)
+            for where, kept in (
+                ("checkpoint-2", None),
+                ("student", "checkpoint-6"),
+                (".unfinished/metrics.json", "checkpoint-6"),
+            )
+        ],
     ],
 )
 def test_a_full_disk_loses_nothing(inputs, whole, tmp_path, monkeypatch, where, kept):
@@ -251,18 +256,8 @@ def test_a_full_disk_loses_nothing(inputs, whole, tmp_path, monkeypatch, where, 
 
 def test_a_really_full_file_system(inputs, whole, tmp_path):
     """Fill a small file system: it has no room for two checkpoints."""
-    small = tmp_path / "small"
-    small.mkdir()
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("mounting a small file system needs root")
     checkpoint = sum(path.stat().st_size for path in (whole / "checkpoint-6").rglob("*"))
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={int(checkpoint * 1.5)}", "tmpfs", str(small)],
-        capture_output=True,
-    )
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.decode().strip()}")
-    try:
+    with small_disk(tmp_path / "small", int(checkpoint * 1.5)) as small:
         with pytest.raises(
             UserError, match=r"checkpoint-4 could not be written.*checkpoint-2 is complete"
         ):
@@ -271,8 +266,6 @@ def test_a_really_full_file_system(inputs, whole, tmp_path):
         assert not (small / "run" / ".unfinished").exists()
         moved = tmp_path / "moved"
         shutil.copytree(small / "run", moved)
-    finally:
-        subprocess.run(["umount", str(small)], check=True)
     distill(options(inputs, moved), quiet())
     same(weights(moved), weights(whole))
 

@@ -10,8 +10,6 @@ import torch
 
 from fdd_kernels import Distiller, FDDLossTerms, fused_fdd_loss
 from fdd_kernels.backends import why_unavailable
-from fdd_kernels.objectives.fdd.api import _rows_that_count
-from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.testing import Outcome, Problem, assert_within_budget, evaluate, unit_roundoff
 from tests.distributed.vocab_worker import (
     BOUNDS,
@@ -22,9 +20,9 @@ from tests.distributed.vocab_worker import (
     sequence_problem,
     tensor_parallel_models,
 )
-from tests.support.columns_in_parts import in_parts
 from tests.support.hf_models import tiny_batch
 from tests.support.processes import finish, start
+from tests.support.vocab_threads import in_parts
 
 WORKER = "tests.distributed.vocab_worker"
 KEEPS = why_unavailable("cpu", torch.device("cpu")) is None  # only the C++ backend keeps values
@@ -77,7 +75,7 @@ def blocks_of(name: str, way: str) -> list[int]:
 
 
 def rows_that_count(problem: Problem) -> int:
-    valid, _ = _rows_that_count(LossOptions(), problem.labels, problem.mask)
+    valid = problem.flattened(-100, ()).valid
     return math.prod(problem.leading_shape) if valid is None else int(valid.sum())
 
 
@@ -136,8 +134,13 @@ def check_bfloat16(problem, outcome: Outcome, options: dict, world: int) -> None
     """Each share of a hidden gradient is rounded before they are summed, and so is the sum."""
     truth, shares = in_parts(problem.to(torch.float64), BOUNDS[world], backend="torch", **options)
     unit = unit_roundoff(torch.bfloat16)
+    of_hidden = [name for name in truth.gradients if "hidden" in name]
+    assert [len(of_rank) for of_rank in shares] == [len(of_hidden)] * world
     for name, true in truth.gradients.items():
-        rounded = true.abs() + sum(share.abs() for share in shares.get(name, ()))
+        rounded = true.abs()
+        if name in of_hidden:
+            parts = [of_rank[of_hidden.index(name)] for of_rank in shares]
+            rounded = rounded + sum(part.abs() for part in parts).view_as(true)
         error = (outcome.gradients[name].double() - true).abs()
         assert (error <= 1.01 * unit * rounded + 1e-5 * true.abs().max()).all(), name
     torch.testing.assert_close(outcome.terms.loss.double(), truth.terms.loss, rtol=1e-5, atol=0)

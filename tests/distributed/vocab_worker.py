@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from fdd_kernels import Distiller, FDDConfig, fdd_loss_reference, fused_fdd_loss
 from fdd_kernels.backends import BACKENDS
-from fdd_kernels.backends.cpu import operations as cpu
+from fdd_kernels.backends.cpu import tiling
 from fdd_kernels.hf.wrappers import whole
 from fdd_kernels.testing import Problem, evaluate, random_problem
 from tests.support.processes import leave, show_stack_when_asked
@@ -115,7 +115,7 @@ def keeping(rows: int | None) -> Iterator[list[int]]:
     """Let the C++ backend keep `rows` rows at a time (None: as many as it chooses); the rows of
     each block that it kept.
     """
-    backend, block_rows, blocks = BACKENDS["cpu"], cpu.block_rows, []
+    backend, block_rows, blocks = BACKENDS["cpu"], tiling.block_rows, []
 
     def stats_and_grad(inputs, spec, block_rows, upstream_of, needed, refine):
         assert not refine  # a process's own part of the vocabulary gives no more accurate VALUE
@@ -128,11 +128,11 @@ def keeping(rows: int | None) -> Iterator[list[int]]:
 
     BACKENDS["cpu"] = replace(backend, stats_and_grad=stats_and_grad)
     if rows is not None:
-        cpu.block_rows = lambda layers, count, *_, **__: min(count, rows)
+        tiling.block_rows = lambda layers, count, *_, **__: min(count, rows)
     try:
         yield blocks
     finally:
-        BACKENDS["cpu"], cpu.block_rows = backend, block_rows
+        BACKENDS["cpu"], tiling.block_rows = backend, block_rows
 
 
 def run_cases(rank: int, world: int, group, way: str, names: tuple[str, ...] = ()) -> dict:

@@ -75,7 +75,10 @@ def test_killed_at_random_moments():
     assert found.stdout.count("2 kills") == 2
 
 
-@pytest.mark.parametrize("moment", ["model", "optimizer", "state", "moving"])
+@pytest.mark.parametrize(
+    "moment",
+    ["moving", *[pytest.param(m, marks=pytest.mark.slow) for m in ("model", "optimizer", "state")]],
+)
 def test_a_checkpoint_that_was_not_finished_is_not_seen(tmp_path, monkeypatch, whole, moment):
     """Stopped for good in the middle of saving, as by a kill: no clean-up of ours runs."""
 

@@ -8,24 +8,30 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from fdd_kernels import fused_fdd_loss
-from fdd_kernels.backends.cpu import extension
-from fdd_kernels.backends.cpu import operations as cpu
-from fdd_kernels.lens.divergences import DIVERGENCES
+from fdd_kernels import _build, fused_fdd_loss
+from fdd_kernels.backends import check_spec, cpu
+from fdd_kernels.backends.cpu import extension, tiling
+from fdd_kernels.engine import ops
+from fdd_kernels.lens import layout
+from fdd_kernels.lens.divergences import DIVERGENCES, SKEW
 from fdd_kernels.lens.inputs import LensInputs
-from fdd_kernels.lens.spec import NLL
+from fdd_kernels.lens.layout import COUNT, GRAD_SUM, LSE_T, M_TT, MEAN_T
+from fdd_kernels.lens.spec import NLL, Layers, LensSpec, PairMoments, Request
 from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.fdd.plan import make_plan
+from fdd_kernels.objectives.inputs import LossInputs
 from fdd_kernels.testing import assert_within_budget, evaluate, random_problem
 
 if extension.kernels is None:
@@ -150,7 +156,7 @@ def test_products_of_bfloat16_as_they_are():
         "from fdd_kernels.testing import evaluate, random_problem\n"
         "found = evaluate(random_problem((40,), 500, 32, 24, dtype=torch.bfloat16), "
         "fused_fdd_loss, backend='cpu')\n"
-        "print(kernels.narrow_products(), [float(g.double().sum()) for g in "
+        "print(kernels.bf16_gemm(), [float(g.double().sum()) for g in "
         "found.gradients.values()])"
     )
     processes = [python(code, FDD_KERNELS_BF16_PRODUCTS=switch) for switch in "01"]
@@ -310,9 +316,9 @@ while True:
 def test_rows_in_several_sets(monkeypatch, threads, dtype, weight_bytes):
     problem = random_problem((90,), 200, 16, 24, layers=3, dtype=dtype, labels=True, bias="plain")
     whole = gradients(problem)
-    monkeypatch.setattr(cpu, "KEPT_BYTES", 0)
-    monkeypatch.setattr(cpu, "HIDDEN_BYTES", 20 * 4 * 3 * 16)  # 20 rows a set
-    monkeypatch.setattr(cpu, "WEIGHT_BYTES", weight_bytes)
+    monkeypatch.setattr(tiling, "CACHED_BYTES", 0)
+    monkeypatch.setattr(tiling, "HIDDEN_BYTES", 20 * 4 * 3 * 16)  # 20 rows a set
+    monkeypatch.setattr(tiling, "WEIGHT_BYTES", weight_bytes)
     check(problem)
     for a, b in zip(whole, gradients(problem)):
         torch.testing.assert_close(a, b, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
@@ -337,8 +343,8 @@ def way(request, monkeypatch):
     up to 384 columns.
     """
     name, threads = request.param
-    monkeypatch.setattr(cpu, "KEPT_BYTES", KEPT[name])
-    monkeypatch.setattr(cpu, "KEPT_PRODUCT_ROWS", 0)
+    monkeypatch.setattr(tiling, "CACHED_BYTES", KEPT[name])
+    monkeypatch.setattr(tiling, "MIN_GEMM_ROWS", 0)
     with threads_of(threads):
         yield name
 
@@ -442,23 +448,21 @@ def test_gradients_of_single_terms_after_gradients_were_formed_for_the_loss(way)
         torch.testing.assert_close(again, 2 * before, rtol=0, atol=0)
 
 
-def test_values_are_kept_where_that_pays():
+def test_logits_are_cached_where_that_pays():
     def rows(dtype=torch.float32, count=512, columns=50257, train_head=True) -> int:
         states = [torch.empty(count, 8, dtype=dtype) for _ in range(5)]
         weight = torch.empty(columns, 8, dtype=dtype)
-        plan = make_plan(
-            LossOptions(), states, weight, states, weight, None, None, None, None, None
-        )[0]
+        plan, _ = make_plan(LossOptions(), LossInputs(states, weight, states, weight))
         inputs = LensInputs(states, weight, None, states, weight, None, None, None)
         return cpu.cached_rows(inputs, plan.spec, [True] * 5 + [train_head, False])
 
-    assert rows() * 10 * 50304 * 4 <= cpu.KEPT_BYTES
+    assert rows() * 10 * 50304 * 4 <= tiling.CACHED_BYTES
     assert rows() >= 40
     assert rows(count=3) == 3
     few = {"models": 2, "head_sum_bytes": 0, "threads": 4}
-    assert cpu.block_rows(5, 100, 4 * cpu.TILE_COLUMNS, 8, **few) > 0
+    assert tiling.block_rows(5, 100, 4 * tiling.TILE_COLUMNS, 8, **few) > 0
     # a thread would have nothing to do
-    assert cpu.block_rows(5, 100, 3 * cpu.TILE_COLUMNS, 8, **few) == 0
+    assert tiling.block_rows(5, 100, 3 * tiling.TILE_COLUMNS, 8, **few) == 0
     assert rows(torch.float16) == 0  # sums before the loss scale would underflow
     assert rows(torch.float64) == 0
     assert rows(columns=2**20) == 0  # too few rows at a time
@@ -466,10 +470,10 @@ def test_values_are_kept_where_that_pays():
 
 
 def test_the_head_gradient_in_half_precision_needs_no_float32_copy(monkeypatch):
-    monkeypatch.setattr(cpu, "WEIGHT_BYTES", 0)
+    monkeypatch.setattr(tiling, "WEIGHT_BYTES", 0)
     problem = random_problem((40,), 300, 24, 33, layers=3, dtype=BF16)
     check(problem)
-    monkeypatch.setattr(cpu, "KEPT_BYTES", 16 * 2 * 3 * 384 * 4)
+    monkeypatch.setattr(tiling, "CACHED_BYTES", 16 * 2 * 3 * 384 * 4)
     check(problem)
 
 
@@ -479,46 +483,111 @@ def test_the_head_gradient_in_half_precision_needs_no_float32_copy(monkeypatch):
 @pytest.mark.parametrize("width", [8, 4480, 32768])
 def test_tiles_stay_within_their_budgets(layers, rows, columns, width):
     for backward in (False, True):
-        tiles = cpu.choose_tiles(layers, rows, columns, width, threads=2, backward=backward)
+        tiles = tiling.choose_tiles(layers, rows, columns, width, threads=2, backward=backward)
         assert tiles.rows >= 1
         assert tiles.columns <= tiles.panel
         assert tiles.panel % tiles.columns == 0
         one_tile = tiles.panel == tiles.columns
-        assert one_tile or 4 * width * tiles.panel <= cpu.PACK_BYTES
+        assert one_tile or 4 * width * tiles.panel <= tiling.PACK_BYTES
         assert (
             tiles.panel <= 16
             or not backward
-            or 4 * layers * rows * tiles.panel <= cpu.GRADIENT_BYTES
+            or 4 * layers * rows * tiles.panel <= tiling.GRADIENT_BYTES
         )
-        assert tiles.rows == 8 or 2 * 4 * layers * tiles.rows * tiles.columns <= cpu.TILE_BYTES
+        assert tiles.rows == 8 or 2 * 4 * layers * tiles.rows * tiles.columns <= tiling.TILE_BYTES
 
 
-def test_every_divergence_of_the_registry_is_compiled(monkeypatch):
-    """One that is missing is said to be, and what to do; a switch that leaves one out does not
-    compile (-Werror=switch).
-    """
+def test_every_divergence_of_the_registry_is_compiled():
+    """A switch that leaves one out does not compile (-Werror=switch)."""
     assert set(extension.kernels.divergences()) == {"", NLL, *DIVERGENCES}
-    monkeypatch.setitem(DIVERGENCES, "new", DIVERGENCES["kl"])
-    with pytest.raises(RuntimeError, match=r"no divergence \['new'\].*install the package again"):
-        fused_fdd_loss(**random_problem().arguments, trajectory="kl", backend="cpu")
-    with pytest.raises(ValueError, match="know no divergence 'new'"):
-        extension.kernels.Problem(
-            ([], torch.empty(2, 2), None, 1.0, 0.0),
-            ([], torch.empty(2, 2), None, 1.0, 0.0),
-            False,
-            2,
-            torch.arange(0),
-            None,
-            [(0, 1.0, "new")],
-            [],
-            1.0,
-            (1, 1, 1),
-        )
+
+
+def test_divergences_and_parameters_that_are_not_compiled_are_refused():
+    spec = pairing_spec([1, 0])
+    assert cpu.refusal(spec) is None
+    for change, reason in (
+        ({"divergence": "new"}, "compiled without a divergence 'new'"),
+        ({"parameters": (0.1,)}, "no parameters of 'kl'"),
+    ):
+        other = replace(spec, requests=(spec.requests[0]._replace(**change),))
+        assert reason in cpu.refusal(other)
+        with pytest.raises(ValueError, match=f'backend="cpu" cannot compute this: .*{reason}'):
+            check_spec("cpu", other)
+
+
+def test_constants_of_the_cpp_side_are_those_of_python():
+    """csrc/layout.h repeats lens/layout.py and SKEW; csrc/problem.h the padding of row blocks."""
+    header = (_build.source_folder() / "layout.h").read_text()
+    for prefix, size in (("Request", "REQUEST_STATS"), ("Moment", "MOMENT_STATS")):
+        names = re.search(rf"enum {prefix}Stat {{([^}}]+)}};", header)[1].split(",")
+        expected = {  # kLseS: LSE_S; kMSS: M_SS
+            name.strip(): re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name.strip()[1:]).upper()
+            for name in names
+        }
+        expected |= {f"kM{pair}": f"M_{pair}" for pair in ("SS", "TT", "ST", "DD")}
+        for index, name in enumerate(names):
+            assert getattr(layout, expected[name.strip()]) == index, name
+        assert getattr(layout, size) == len(names) - 1
+    assert float(re.search(r"kSkew = ([0-9.]+)f;", header)[1]) == SKEW
+    problem = (_build.source_folder() / "problem.h").read_text()
+    assert f"kRowPadding = {tiling.ROW_PADDING};" in problem
+
+
+def pairing_spec(teacher_of: list[int]) -> LensSpec:
+    """Every kind of request and of pair moments; layer l of the student is compared with layer
+    `teacher_of[l]`.
+    """
+    layers = [Layers(student, teacher) for student, teacher in enumerate(teacher_of)]
+    kinds = ["kl", "reverse_kl", "jsd", "skew_kl", None]
+    requests = [Request(*layers[i % len(layers)], 2.0, kind) for i, kind in enumerate(kinds)]
+    requests.append(Request(*layers[-1], 1.0, NLL))
+    # every layer has a request: the shifts of the others may be any number
+    requests += [Request(layer, layer, 1.0, None) for layer in range(len(layers))]
+    moments = [
+        PairMoments(None, layers[0]),
+        PairMoments(Layers(1, 0), Layers(0, 1)),
+        PairMoments(layers[1], Layers(1, 0)),
+    ]
+    return LensSpec(19, tuple(requests), tuple(moments), 2.0, 0.5, 4.0, 1.0, None)
+
+
+@pytest.mark.parametrize("teacher_of", [[2, 0, 1], [1, 1, 1], [0, 2, 0]], ids=str)
+def test_any_pairing_of_layers(teacher_of):
+    """Against the backend "torch", with both ways to the gradients."""
+    p = random_problem((20,), 19, 8, 6, layers=3, labels=True, mask=True, bias="plain")
+    valid, labels = p.mask.bool() & (p.labels >= 0), p.labels.clamp(min=0)
+    states = [[h.detach() for h in side] for side in (p.student_hidden, p.teacher_hidden)]
+    student, teacher = (
+        [w.detach(), b.detach()]
+        for w, b in ((p.student_weight, p.student_bias), (p.teacher_weight, p.teacher_bias))
+    )
+    inputs = LensInputs(states[0], *student, states[1], *teacher, valid, labels)
+    spec, needed = pairing_spec(teacher_of), [True] * 5
+    arguments = (*inputs, *spec.encode())
+    expected = ops.lens_stats(*arguments, "torch")
+    found = ops.lens_stats(*arguments, "cpu")
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+    torch.manual_seed(0)
+    upstream = [torch.randn_like(s) * valid for s in expected[1:]]
+    upstream[0][:, [LSE_T, GRAD_SUM]] = 0  # of the teacher, and a constant
+    upstream[1][:, [COUNT, MEAN_T, M_TT]] = 0
+    gradients = ops.lens_grad(*arguments, "torch", *expected, *upstream, needed)
+    streamed = ops.lens_grad(*arguments, "cpu", *expected, *upstream, needed)
+
+    def upstream_of(rows, *statistics):
+        return *statistics, *[u[..., rows] for u in upstream]
+
+    cached, statistics = cpu.stats_and_grad(inputs, spec, 8, upstream_of, needed, True)
+    torch.testing.assert_close(statistics, found, rtol=2e-5, atol=2e-5)
+    for of_torch, *others in zip(gradients, streamed, cached):
+        for other in others:
+            atol = 1e-5 * float(of_torch.abs().max())
+            torch.testing.assert_close(other, of_torch, rtol=1e-4, atol=atol)
 
 
 def test_every_divergence_of_the_registry_is_in_the_triton_kernels():
     """Each is a branch of both device functions, whose last branch is a static assertion."""
-    folder = Path(cpu.__file__).parents[1] / "triton"
+    folder = Path(tiling.__file__).parents[1] / "triton"
     source = next(
         s for s in (p.read_text() for p in folder.rglob("*.py")) if "def divergence_grad(" in s
     )

@@ -178,7 +178,7 @@ def test_first_use_under_torch_compile(monkeypatch):
 def test_the_sources_compile_in_one_place():
     """setup.py and the first use compile the same csrc."""
     names = {path.name for path in _build.sources(_build.source_folder())}
-    assert {"module.cpp", "lens.h", "row_kernels.inc"} <= names
+    assert {"module.cpp", "problem.h", "row_kernels_impl.h"} <= names
 
 
 def test_a_sign_of_life_every_ten_seconds():

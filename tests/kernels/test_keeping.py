@@ -12,13 +12,15 @@ import torch
 
 from fdd_kernels import fused_fdd_loss
 from fdd_kernels.backends import BACKENDS, torch_stream
-from fdd_kernels.engine.autograd import LossAndGradient, tensors_of
+from fdd_kernels.engine.evaluate import evaluate as evaluate_objective
 from fdd_kernels.lens.inputs import LensInputs
 from fdd_kernels.lens.layout import VALUE
-from fdd_kernels.objectives.fdd.api import _rows_that_count
+from fdd_kernels.objectives.fdd.loss import used_by
+from fdd_kernels.objectives.fdd.objective import FDDObjective
 from fdd_kernels.objectives.fdd.options import LossOptions
-from fdd_kernels.objectives.fdd.plan import check_labels, make_plan
-from fdd_kernels.objectives.fdd.terms import normaliser_of
+from fdd_kernels.objectives.fdd.plan import make_plan
+from fdd_kernels.objectives.reduction import loss_denominator
+from fdd_kernels.objectives.validation import check_labels
 from fdd_kernels.testing import assert_within_budget, evaluate, exact, random_problem, unit_roundoff
 
 ROWS = 3  # of a block
@@ -155,29 +157,15 @@ def test_a_step_on_a_device_reads_nothing_back(monkeypatch):
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     p = random_problem(labels=True, mask=True, bias="plain", dtype=torch.bfloat16)
     options = LossOptions(**TERMS, backend="torch", shift=True)
-    plan, *_ = make_plan(
-        options,
-        p.student_hidden,
-        p.student_weight,
-        p.teacher_hidden,
-        p.teacher_weight,
-        p.labels,
-        p.student_bias,
-        p.teacher_bias,
-        p.mask,
-        None,
-    )
+    plan, _ = make_plan(options, p)
     p = replace(p.map(lambda t: t.to("meta")), labels=p.labels.to("meta"), mask=p.mask.to("meta"))
     for items in (None, 7, torch.empty((), dtype=torch.float64, device="meta")):
-        valid, labels = _rows_that_count(options, p.labels, p.mask)
-        check_labels(labels, -100, plan.spec.columns)
-        students, teachers = [
-            [h.flatten(0, -2) for h in side] for side in (p.student_hidden, p.teacher_hidden)
-        ]
-        heads = (p.student_weight, p.student_bias), (p.teacher_weight, p.teacher_bias)
-        inputs = LensInputs(students, *heads[0], teachers, *heads[1], valid, labels)
-        normaliser = normaliser_of(options, inputs.rows, valid, items, inputs.device)
-        loss = LossAndGradient.apply(plan, ROWS, None, normaliser, *tensors_of(plan, inputs))[0]
+        tensors = p.shifted(-100).flattened(-100, plan.layers)
+        check_labels(tensors.labels, -100, plan.spec.columns)
+        inputs = used_by(plan, tensors)
+        denominator = loss_denominator(options.reduction, inputs, items)
+        objective = FDDObjective.of(plan, inputs, denominator)
+        loss = evaluate_objective(objective, inputs, "torch", block_rows=ROWS)[0]
         leaves = list(p.leaves.values())
         for _ in range(2):  # the gradients formed in forward, and those formed anew
             found = torch.autograd.grad(

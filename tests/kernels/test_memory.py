@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fdd_kernels.backends import BACKENDS, torch_stream
+from fdd_kernels.backends.torch_stream import tiling
 from fdd_kernels.testing import evaluate, random_problem
 from tests.support.allocations import Allocations
 
@@ -53,6 +54,7 @@ MEASURE = textwrap.dedent("""
 """)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
     ("layers", "rows", "columns", "dtype", "train_head"),
@@ -103,16 +105,11 @@ def check_tiles(layers, rows, columns, widths, itemsize, device_type):
     # its gradient, once more where it is written in its own dtype
     head_tile = widths[0] * tiles.columns * itemsize
     resident = layers * min(tiles.resident_rows, rows) * widths[0] * itemsize
-    assert logits <= torch_stream.TILE_BYTES.get(device_type, torch_stream.ACCELERATOR_TILE_BYTES)
+    assert logits <= tiling.TILE_BYTES.get(device_type, tiling.ACCELERATOR_TILE_BYTES)
     # One layer's GEMM of a row block, and the accumulator of a 16-bit head.
     product_of_block = layers * tiles.rows * widths[0] * itemsize
     whole = (
-        logits
-        + operands
-        + 2 * head_tile
-        + resident
-        + product_of_block
-        + torch_stream.ACCUMULATOR_BYTES
+        logits + operands + 2 * head_tile + resident + product_of_block + tiling.ACCUMULATOR_BYTES
     )
     assert whole < LIMIT
 
@@ -120,7 +117,7 @@ def check_tiles(layers, rows, columns, widths, itemsize, device_type):
 @pytest.fixture
 def allocations(monkeypatch):
     """Record allocations of the torch backend's operations, with tiles of 4 rows and 16 columns."""
-    monkeypatch.setattr(torch_stream, "choose_tiles", lambda *_: torch_stream.Tiles(4, 16, 8))
+    monkeypatch.setattr(tiling, "choose_tiles", lambda *_: tiling.Tiles(4, 16, 8))
     seen = Allocations()
     own = replace(
         BACKENDS["torch"],

@@ -125,23 +125,16 @@ def recorded_gemms(rows: int, columns: int, **options) -> list:
 
 
 def _inputs(student, student_weight, teacher, teacher_weight, **options):
-    from fdd_kernels.lens.inputs import LensInputs
+    from fdd_kernels.objectives.fdd.loss import prepare, used_by
     from fdd_kernels.objectives.fdd.options import LossOptions
-    from fdd_kernels.objectives.fdd.plan import make_plan
+    from fdd_kernels.objectives.inputs import LossInputs
 
     weights = [w.detach().to("meta") for w in (student_weight, teacher_weight)]
-    plan, *_ = make_plan(
+    plan, tensors = prepare(
+        LossInputs(student, weights[0], teacher, weights[1]),
         LossOptions(backend="torch", **options),
-        student,
-        weights[0],
-        teacher,
-        weights[1],
-        *[None] * 5,
     )
-    chosen = [[states[i] for i in plan.layers] for states in (student, teacher)]
-    return LensInputs(
-        chosen[0], weights[0], None, chosen[1], weights[1], None, None, None
-    ), plan.spec
+    return used_by(plan, tensors), plan.spec
 
 
 def _upstream(rows, shifts, requests, moments):

@@ -176,7 +176,10 @@ def test_a_sharp_teacher(backend, device, trajectory):
 
 
 @pytest.mark.trap("logits that overflow")
-@pytest.mark.parametrize("temperature", [0.1, 0.3, 3.0, 10.0])
+@pytest.mark.parametrize(
+    "temperature",
+    [0.1, 3.0, *[pytest.param(t, marks=pytest.mark.slow) for t in (0.3, 10.0)]],
+)
 @pytest.mark.parametrize(
     ("spread", "near", "dtype"),
     [

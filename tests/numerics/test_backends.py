@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fdd_kernels import fused_fdd_loss
-from fdd_kernels.backends import torch_stream
+from fdd_kernels.backends.torch_stream import tiling
 from fdd_kernels.lens.divergences import DERIVATIVES, TRAJECTORIES
 from fdd_kernels.testing import Problem, assert_within_budget, evaluate, random_problem
 
@@ -274,8 +274,8 @@ def test_torch_tiles_of_every_kind(device, monkeypatch, resident, accumulator_by
     """Tiles that divide neither rows nor vocabulary, several sets of resident rows, both sums of
     a head's gradient.
     """
-    monkeypatch.setattr(torch_stream, "choose_tiles", lambda *_: torch_stream.Tiles(2, 5, resident))
-    monkeypatch.setattr(torch_stream, "ACCUMULATOR_BYTES", accumulator_bytes)
+    monkeypatch.setattr(tiling, "choose_tiles", lambda *_: tiling.Tiles(2, 5, resident))
+    monkeypatch.setattr(tiling, "ACCUMULATOR_BYTES", accumulator_bytes)
     problem = random_problem((11,), dtype=low, device=device, labels=True, bias="padded", layers=4)
     check(problem, "torch", ce_weight=0.5, trajectory="jsd", reduction="none")
     check(problem, "torch", ce_weight=0.5, vocab_size=33, derivative="mse", reduction="none")

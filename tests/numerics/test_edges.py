@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fdd_kernels import fdd_loss_reference, fused_fdd_loss
 from fdd_kernels.backends import BACKENDS
-from fdd_kernels.objectives.fdd import api
+from fdd_kernels.objectives.fdd import loss as fdd_loss
 from fdd_kernels.testing import (
     Problem,
     assert_same_sums,
@@ -304,7 +304,7 @@ def test_host_waits_for_nothing_but_the_number_of_valid_rows(monkeypatch):
     evaluate(replace(problem, labels=None, mask=None), backend="torch")
     assert inside == [[], []]
     # Labels are checked on a CPU alone, where the host waits for nothing.
-    monkeypatch.setattr(api, "check_labels", lambda *_: None)
+    monkeypatch.setattr(fdd_loss, "check_labels", lambda *_: None)
     monkeypatch.setitem(BACKENDS, "torch", real)
     for reduction in ("mean", "sum", "none"):
         with Syncs() as syncs:

@@ -9,7 +9,9 @@ import pytest
 from tests.tools.fuzz import failures
 
 
-@pytest.mark.parametrize("tens", range(10))
+@pytest.mark.parametrize(
+    "tens", [0, 1, *[pytest.param(tens, marks=pytest.mark.slow) for tens in range(2, 10)]]
+)
 def test_random_configurations(backend, tens):
     if backend == "triton":
         pytest.skip("its own files cover it: interpreted, these take an hour")

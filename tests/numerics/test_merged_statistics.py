@@ -23,8 +23,8 @@ from fdd_kernels.testing import (
     evaluate,
     random_problem,
 )
-from tests.support.columns_in_parts import in_parts
 from tests.support.strategies import calls
+from tests.support.vocab_threads import in_parts
 
 RAGGED = (0, 1, 17, 18, 37)
 

@@ -15,10 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fdd_kernels import FusedFDDLoss, fdd_loss_reference, fused_fdd_loss
 from fdd_kernels.engine import ops
-from fdd_kernels.objectives.fdd import api
-from fdd_kernels.objectives.fdd.api import _rows_that_count
+from fdd_kernels.objectives.fdd import loss
+from fdd_kernels.objectives.fdd.loss import prepare, used_by
 from fdd_kernels.objectives.fdd.options import LossOptions
-from fdd_kernels.objectives.fdd.plan import make_plan
 from fdd_kernels.testing import Problem, assert_within_budget, evaluate, exact, random_problem
 
 OPTIONS = {"ce_weight": 0.5, "trajectory": "jsd"}
@@ -59,19 +58,25 @@ class TestCompile:
         "options",
         [
             {"shift": True, "reduction": "none", "derivative": "mse"},
-            {
-                "trajectory": "jsd",
-                "derivative": "centered_cosine",
-                "student_softcap": 3.0,
-                "num_items_in_batch": 7,
-            },
-            {
-                "output_in_dynamics": True,
-                "vocab_size": 37,
-                "temperature": 2.0,
-                "trajectory": "cosine",
-                "ce_weight": 1.0,
-            },
+            pytest.param(
+                {
+                    "trajectory": "jsd",
+                    "derivative": "centered_cosine",
+                    "student_softcap": 3.0,
+                    "num_items_in_batch": 7,
+                },
+                marks=pytest.mark.slow,
+            ),
+            pytest.param(
+                {
+                    "output_in_dynamics": True,
+                    "vocab_size": 37,
+                    "temperature": 2.0,
+                    "trajectory": "cosine",
+                    "ce_weight": 1.0,
+                },
+                marks=pytest.mark.slow,
+            ),
         ],
         ids=",".join,
     )
@@ -81,6 +86,7 @@ class TestCompile:
             problem, evaluate(problem, compiled(), backend="torch", **options), **options
         )
 
+    @pytest.mark.slow
     def test_inductor(self):
         problem = full()
         assert_within_budget(
@@ -93,6 +99,7 @@ class TestCompile:
             problem, evaluate(problem, compiled(), backend="torch", **options), **options
         )
 
+    @pytest.mark.slow
     def test_changing_shapes_share_one_dynamic_graph(self):
         counter = CompileCounterWithBackend("aot_eager")
         function = compiled(counter)
@@ -103,6 +110,7 @@ class TestCompile:
             )
         assert counter.frame_count == 2  # the first shape alone, then all
 
+    @pytest.mark.slow
     def test_changing_numbers_share_one_graph(self):
         """Twelve values of each at once: the first alone, then one graph for all."""
         counter = CompileCounterWithBackend("aot_eager")
@@ -155,6 +163,7 @@ class TestCompile:
         with pytest.raises(Exception, match="temperature=-1"):  # Dynamo wraps the ValueError
             compiled("eager")(**full().arguments, temperature=-1.0, backend="torch")
 
+    @pytest.mark.slow
     def test_inside_a_training_step(self):
         """The loss at the end of a compiled model: its gradient meets the rest of the graph."""
         problem = random_problem()
@@ -181,35 +190,9 @@ class TestCompile:
 def test_operators_pass_torchs_own_checks(backend):
     problem = full()
     options = LossOptions(**OPTIONS, backend=backend)
-    plan, students, teachers = make_plan(
-        options,
-        problem.student_hidden,
-        problem.student_weight,
-        problem.teacher_hidden,
-        problem.teacher_weight,
-        problem.labels,
-        problem.student_bias,
-        problem.teacher_bias,
-        problem.mask,
-        None,
-    )
-    valid, labels = _rows_that_count(options, problem.labels, problem.mask)
-
-    def flat(states):
-        return [states[i].detach().reshape(-1, states[i].shape[-1]) for i in plan.layers]
-
-    arguments = (
-        flat(students),
-        problem.student_weight.detach(),
-        problem.student_bias.detach(),
-        flat(teachers),
-        problem.teacher_weight,
-        problem.teacher_bias,
-        valid,
-        labels,
-        *plan.spec.encode(),
-        backend,
-    )
+    frozen = problem.frozen("student_hidden", "student_weight", "student_bias")
+    plan, tensors = prepare(frozen, options)
+    arguments = (*used_by(plan, tensors), *plan.spec.encode(), backend)
     torch.library.opcheck(torch.ops.fdd_kernels.lens_stats.default, arguments)
     statistics = ops.lens_stats(*arguments)
     upstream = [torch.randn_like(s) for s in statistics[1:]]
@@ -255,9 +238,9 @@ class TestAutocast:
 
     def test_casts_no_layer_that_nothing_reads(self, backend, monkeypatch):
         problem, seen = full(), []
-        real = api.tensors_of
+        real = loss.used_by
         monkeypatch.setattr(
-            api, "tensors_of", lambda plan, inputs: seen.append(inputs) or real(plan, inputs)
+            loss, "used_by", lambda plan, inputs: seen.append(inputs) or real(plan, inputs)
         )
         with torch.autocast("cpu", torch.bfloat16):
             evaluate(problem, backend=backend, output_kd_weight=0.0, beta=0.0)

@@ -15,20 +15,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fdd_kernels import fused_fdd_loss
 from fdd_kernels.backends import BACKENDS, torch_stream
-from fdd_kernels.engine.autograd import _inputs, _loss_and_gradient, tensors_of
+from fdd_kernels.engine.cached_logits import outputs_and_gradients
 from fdd_kernels.lens.distances import DISTANCES, Sums
 from fdd_kernels.lens.divergences import DERIVATIVES, TRAJECTORIES
 from fdd_kernels.lens.inputs import LensInputs
 from fdd_kernels.lens.layout import LSE_S, M_DD, M_SS, M_ST, MEAN_S, VALUE
+from fdd_kernels.objectives.fdd.loss import prepare, used_by
+from fdd_kernels.objectives.fdd.objective import FDDObjective, reduce_terms
 from fdd_kernels.objectives.fdd.options import LossOptions
-from fdd_kernels.objectives.fdd.plan import Plan, make_plan
+from fdd_kernels.objectives.fdd.plan import Plan
 from fdd_kernels.objectives.fdd.terms import (
-    combine,
-    normaliser_of,
     row_terms_from_statistics,
     term_weights,
     upstream_gradients,
 )
+from fdd_kernels.objectives.reduction import safe_denominator
 from fdd_kernels.testing import Problem, random_problem
 
 F64 = torch.float64
@@ -37,26 +38,9 @@ OF_STUDENT_REQUESTS, OF_STUDENT_MOMENTS = [LSE_S, VALUE], [MEAN_S, M_SS, M_ST, M
 
 def inputs_of(problem: Problem, **options) -> tuple[LensInputs, Plan, Tensor | None]:
     """What the plan of a call reads, the plan, and the rows that count: those of the mask."""
-    p = problem
-    plan, students, teachers = make_plan(
-        LossOptions(**options, backend="torch"),
-        p.student_hidden,
-        p.student_weight,
-        p.teacher_hidden,
-        p.teacher_weight,
-        p.labels,
-        p.student_bias,
-        p.teacher_bias,
-        p.mask,
-        None,
-    )
-    valid = None if p.mask is None else p.mask.flatten()
-    flat = [[h.detach().flatten(0, -2) for h in states] for states in (students, teachers)]
-    labels = None if p.labels is None else p.labels.flatten()
-    inputs = LensInputs(
-        flat[0], p.student_weight.detach(), None, flat[1], p.teacher_weight, None, valid, labels
-    )
-    return _inputs(*tensors_of(plan, inputs)), plan, valid
+    frozen = problem.frozen("student_hidden", "student_weight", "student_bias")
+    plan, tensors = prepare(frozen, LossOptions(**options, backend="torch"))
+    return used_by(plan, tensors), plan, tensors.valid
 
 
 def statistics_of(problem: Problem, **options) -> tuple[Plan, tuple[Tensor, ...], Tensor | None]:
@@ -95,14 +79,14 @@ SCALES = [
 ]
 
 
-def by_autograd(plan: Plan, statistics, valid, normaliser, upstream) -> tuple[Tensor, Tensor]:
+def by_autograd(plan: Plan, statistics, valid, denominator, upstream) -> tuple[Tensor, Tensor]:
     shifts, requests, moments = [s.detach().requires_grad_() for s in statistics]
-    terms = combine(
+    terms = reduce_terms(
         row_terms_from_statistics(plan, shifts, requests, moments),
         plan.options,
         valid,
         plan.leading_shape,
-        normaliser,
+        denominator,
     )
     total = sum(
         ((g * term).sum() for g, term in zip(upstream, terms) if g is not None), 0 * requests.sum()
@@ -125,12 +109,10 @@ def test_closed_form_is_what_autograd_finds(name, options):
             ((None, None, torch.tensor(2.0, dtype=F64), -1.0, None), torch.tensor(7.0)),
             ((-0.5, 1.0, 2.0, 3.0, 4.0), 3),
         ):
-            normaliser = normaliser_of(
-                plan.options, len(valid) if valid is not None else 10, valid, items, "cpu"
-            )
-            expected = by_autograd(plan, statistics, valid, normaliser, upstream)
+            denominator = valid.sum() if items is None else safe_denominator(items)
+            expected = by_autograd(plan, statistics, valid, denominator, upstream)
             found = upstream_gradients(
-                plan, *statistics, valid, term_weights(plan, normaliser, upstream, F64)
+                plan, *statistics, valid, term_weights(plan, denominator, upstream, F64)
             )
             for of_student, a, b in zip((OF_STUDENT_REQUESTS, OF_STUDENT_MOMENTS), found, expected):
                 assert not a[:, [i for i in range(a.shape[1]) if i not in of_student]].any()
@@ -310,10 +292,9 @@ def test_operators_of_a_block(monkeypatch):
                 inputs, plan, _ = inputs_of(
                     problem, trajectory=trajectory, derivative=derivative, **options
                 )
-                normaliser = normaliser_of(
-                    plan.options, inputs.rows, None, torch.tensor(7.0), inputs.device
-                )
-                _loss_and_gradient(plan, 4, None, normaliser, [True] * (layers + 2), inputs)
+                objective = FDDObjective.of(plan, inputs, torch.tensor(7.0))
+                needed = [True] * (layers + 2)
+                outputs_and_gradients(objective, "torch", None, 4, needed, inputs)
             few, many = counts[-2:]
             assert len(few.kernels) <= 42, (trajectory, derivative, options, few.kernels)
             assert few.all == many.all

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fdd_kernels import FDDConfig, FusedFDDLoss, backends, fdd_loss_reference, fused_fdd_loss
-from fdd_kernels.objectives.fdd import api
+from fdd_kernels.objectives.fdd import loss
 from fdd_kernels.objectives.fdd.plan import DEBUG_SWITCH
 from fdd_kernels.testing import evaluate, random_problem
 
@@ -27,9 +27,8 @@ def _no_work(monkeypatch):
     def fail(*_, **__):
         raise AssertionError("work was done before the arguments were checked")
 
-    monkeypatch.setattr(api.LensStatistics, "apply", fail)
-    monkeypatch.setattr(api.LossAndGradient, "apply", fail)
-    monkeypatch.setattr(api, "dense_row_terms", fail)
+    monkeypatch.setattr(loss, "evaluate", fail)
+    monkeypatch.setattr(loss, "dense_row_terms", fail)
 
 
 def at(states, index, state):

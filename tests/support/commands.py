@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
+import pytest
 from rich.console import Console
 
 from fdd_kernels import FDDConfig
@@ -77,6 +81,22 @@ def cache_options(inputs, output, **changes):
 
 
 FROM_CACHE = {"teacher": None, "data": None, "max_length": None, "eval_fraction": None}
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int):
+    """Mount a file system of `size` bytes at `folder`; skip the test where that is not allowed."""
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting a small file system needs root")
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    mounted = subprocess.run(command, capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system here: {mounted.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 class FullDisk:

@@ -91,6 +91,9 @@ def main() -> None:
             ],
             folder,
         )
+        demo = Path(packages, "fdd_kernels", "demo")
+        assert (demo / "report.html.jinja").is_file()
+        assert not (demo / "assets").exists()  # 9.8 MB, in the repository only
         print(f"installed, {time.monotonic() - started:.0f} s", flush=True)
         cache = {"FDD_KERNELS_CACHE": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
         told = run(

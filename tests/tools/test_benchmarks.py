@@ -218,7 +218,7 @@ def test_an_unfinished_run_of_other_settings_is_not_mixed_in(unfinished, tmp_pat
     [
         "fdd_kernels/lens/divergences.py",
         "fdd_kernels/testing/__init__.py",
-        "csrc/lens.h",
+        "csrc/problem.h",
         "benchmarks/measure.py",
         "fdd_kernels/_C.so",
     ],

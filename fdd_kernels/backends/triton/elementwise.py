@@ -146,8 +146,11 @@ def divergence_grad(log_q, log_p, DIVERGENCE: tl.constexpr):
         slope = -0.5 * times(tl.exp(log_q), log_mixture(log_p - log_q, 0.5))
     else:
         tl.static_assert(DIVERGENCE == "skew_kl")
-        # -p sigmoid(x + log((1 - SKEW) / SKEW))
-        slope = -times(tl.exp(log_p), 1.0 / (1.0 + tl.exp(log_p - log_q) * (SKEW / (1.0 - SKEW))))
+        # (1 - SKEW)^2 q (q - p) / m, as in lens/divergences.py
+        x = log_q - log_p
+        gap = expm1_negative(-tl.abs(x))
+        ratio = tl.where(x > 0, -gap / (1.0 + SKEW * gap), gap / (1.0 + (1.0 - SKEW) * gap))
+        slope = (1.0 - SKEW) * (1.0 - SKEW) * times(tl.exp(log_q), ratio)
     return slope
 
 

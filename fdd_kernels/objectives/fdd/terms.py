@@ -1,12 +1,10 @@
-"""From per-row statistics to the loss, and back from the loss to the statistics: weights and
-reductions, once for all.
+"""From row statistics to terms per row, and back: the FDD terms and their closed-form gradients.
 
-The values are ordinary PyTorch on tensors of shape (R,) that autograd differentiates.
-`upstream_gradients` has the same derivatives in closed form, in a tenth of the operators, for those
-who form gradients one block of rows after another. Neither has a loop over layers or pairs of them,
-or waits for a device.
+The terms are ordinary PyTorch on tensors of shape (R,) that autograd differentiates.
+`upstream_gradients` has the same derivatives in closed form, in a tenth of the operators, for the
+cached-logits path. Neither has a loop over layers or pairs, or waits for a device.
 
-Shape suffixes: P pairs of vectors (one a moment target), R rows.
+Shape suffixes: P pairs of vectors (one per pair moments), R rows.
 """
 
 from __future__ import annotations
@@ -21,15 +19,15 @@ from torch import Tensor
 from fdd_kernels.lens.distances import DISTANCES, Distance, Sums
 from fdd_kernels.lens.divergences import FEATURE_DISTANCES
 from fdd_kernels.lens.layout import LSE_S, LSE_T, M_SS, M_TT, MEAN_S, MEAN_T, VALUE
-from fdd_kernels.objectives.fdd.options import FDDLossTerms, LossOptions
 from fdd_kernels.objectives.fdd.plan import Plan
 
 _COMPARED_ELEMENTS = 2**22  # of the hidden states that are compared at a time
 
 
 class RowTerms(NamedTuple):
-    """The four terms per row, (R,) each, before weights; None: not computed. Means over layers and
-    pairs are taken.
+    """The four terms per row, (R,) each, before weights; None for one that is not computed.
+
+    Trajectory and derivative are means over layers and pairs.
     """
 
     output_kd: Tensor | None
@@ -39,9 +37,7 @@ class RowTerms(NamedTuple):
 
 
 class TermWeights(NamedTuple):
-    """What each request or pair of vectors of a term counts for in a total: numbers, scalars or
-    (R,).
-    """
+    """The weight of each request or pair of a term in a total: a number, a scalar or (R,)."""
 
     output_kd: Tensor | float
     trajectory: Tensor | float
@@ -50,8 +46,9 @@ class TermWeights(NamedTuple):
 
 
 class _Vectors(NamedTuple):
-    """Sums of the vectors that are compared, and the offsets (P, R) from their centred moments to
-    them: mean - shift.
+    """Sums of the vectors that are compared, and count times their offset, (P, R) each.
+
+    The offset leads from a centred vector to the vector itself.
     """
 
     sums: Sums
@@ -61,23 +58,19 @@ class _Vectors(NamedTuple):
 
 
 def _run(positions: Sequence[int]) -> slice:
-    """Positions as a slice, whose reading needs neither an index on the device nor a copy: a plan's
-    follow one another.
-    """
+    """Turn a plan's positions, which follow one another, into a slice: a view, without a copy."""
     run = slice(positions[0], positions[-1] + 1)
     assert list(positions) == list(range(run.start, run.stop))
     return run
 
 
 def _part(tensor: Tensor, run: slice) -> Tensor:
-    """`tensor[run]`; the tensor itself where that is all of it, which spares an operator."""
+    """Slice a tensor; return the tensor itself where that is all of it, to save an operator."""
     return tensor if run == slice(0, len(tensor)) else tensor[run]
 
 
 def _compared_vectors(plan: Plan) -> dict[str, tuple[Distance, slice]]:
-    """Term: distance and moment targets, of the terms that compare vectors, in the order of the
-    targets.
-    """
+    """Map each term that compares vectors to its distance and its pairs, in the pairs' order."""
     found = {}
     if plan.trajectory and plan.options.trajectory in FEATURE_DISTANCES:
         found["trajectory"] = DISTANCES[plan.options.trajectory], _run(plan.trajectory)
@@ -87,7 +80,7 @@ def _compared_vectors(plan: Plan) -> dict[str, tuple[Distance, slice]]:
 
 
 def _layers_of_deltas(plan: Plan) -> slice:
-    """The reads of the layers between which deltas are taken, for their log-sum-exps."""
+    """Return the requests with the log-sum-exps of the layers between which deltas are taken."""
     first, second = zip(*plan.derivative_requests)
     assert list(first[1:]) == list(second[:-1])
     return _run([*first, second[-1]])
@@ -96,17 +89,16 @@ def _layers_of_deltas(plan: Plan) -> slice:
 def static_deltas(
     plan: Plan, student_hidden: Sequence[Tensor], teacher_hidden: Sequence[Tensor]
 ) -> Tensor | None:
-    """Where a model's delta has length 0 because its two hidden states are equal: (moment targets,
-    2, R) bool; None: no angle.
+    """Find the deltas of length 0, (P, 2, R) bool: those between two equal hidden states.
 
-    The hidden states are of the spec's layers. Products of equal states may differ in their last
-    bits, which would be the direction of a delta that has none; no bound on its length tells it
-    from a short one, but the states themselves do.
+    Logits of equal states may differ in their last bits, which would then be the delta's direction.
+    No bound on its length tells such a delta from a short one, but the states do. Returns None
+    where no distance depends on a direction. The hidden states are of the spec's layers.
     """
-    if not plan.derivative or plan.options.derivative == "mse":
+    if not plan.derivative or not DISTANCES[plan.options.derivative].directional:
         return None
     models = [[h.detach() for h in states] for states in (student_hidden, teacher_hidden)]
-    # of a layer's own values
+    # For vectors of a single layer, which are no deltas.
     other = student_hidden[0].new_zeros(len(student_hidden[0]), dtype=torch.bool)
     found = []
     for pair in plan.spec.moments:
@@ -119,7 +111,7 @@ def static_deltas(
 
 
 def _equal_rows(a: Tensor, b: Tensor) -> Tensor:
-    """(R,) bool: which rows of two (R, D) tensors are equal; a part of them at a time."""
+    """Compare the rows of two (R, D) tensors, a part of them at a time: (R,) bool."""
     rows = max(1, _COMPARED_ELEMENTS // a.shape[1])
     if torch.compiler.is_compiling() or len(a) <= rows:
         return (a == b).all(-1)
@@ -129,8 +121,8 @@ def _equal_rows(a: Tensor, b: Tensor) -> Tensor:
 def _vectors(
     plan: Plan, shifts: Tensor, requests: Tensor, moments: Tensor, static: Tensor | None
 ) -> _Vectors:
-    """The vectors of all moment targets: what the statistics are relative to is put back, so that
-    deltas are log q's.
+    """Restate all moments about 0: shifts and log-sum-exps are put back, so that deltas of log q
+    are compared.
     """
     means, offsets = moments[:, MEAN_S : MEAN_T + 1], []
     count, _, _, _, _, product, difference = moments.unbind(1)
@@ -138,7 +130,7 @@ def _vectors(
         offset = _part(means, run)
         if distance.centred:
             offset = torch.zeros_like(offset)
-        elif term == "trajectory":  # the features themselves: their shifts are put back
+        elif term == "trajectory":  # of the features themselves
             layers = _run([pair.second.student for pair in plan.spec.moments[run]])
             offset = offset + shifts[:, layers].transpose(0, 1) / plan.spec.moment_temperature
         elif plan.derivative_requests:
@@ -165,7 +157,7 @@ def _vectors(
 def row_terms_from_statistics(
     plan: Plan, shifts: Tensor, requests: Tensor, moments: Tensor, static: Tensor | None = None
 ) -> RowTerms:
-    """The terms of every row from the statistics of `spec.py`; `static` is of `static_deltas`."""
+    """Compute the terms of every row from row statistics; `static` is of `static_deltas`."""
     compared, values = _compared_vectors(plan), {}
     if compared:
         sums = _vectors(plan, shifts, requests, moments, static).sums
@@ -182,79 +174,18 @@ def row_terms_from_statistics(
     )
 
 
-def divisor_of(items: Tensor | float) -> Tensor | float:
-    """A number of items as a divisor; a tensor of 0, which nobody has looked at, becomes inf, so
-    that what it divides is 0.
-    """
-    return torch.where(items == 0, torch.inf, items) if isinstance(items, Tensor) else items
-
-
-def normaliser_of(
-    options: LossOptions,
-    rows: int,
-    valid: Tensor | None,
-    num_items_in_batch: Tensor | float | None,
-    device: torch.device,
-) -> Tensor | float | None:
-    """What divides the sum over rows; None: nothing does."""
-    if num_items_in_batch is None:
-        if options.reduction != "mean":
-            return None
-        return max(rows, 1) if valid is None else valid.sum().clamp(min=1)
-    if isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.reshape(()).to(device)
-    return divisor_of(num_items_in_batch)
-
-
-def combine(
-    terms: RowTerms,
-    options: LossOptions,
-    valid: Tensor | None,
-    leading_shape: tuple[int, ...],
-    normaliser: Tensor | float | None,
-) -> FDDLossTerms:
-    """Weights, temperature factor and reduction; rows with `valid` False count as 0. `normaliser`:
-    of `normaliser_of`.
-    """
-    like = next(term for term in terms if term is not None)
-
-    def reduce(term: Tensor | None) -> Tensor:
-        if term is None:
-            return like.new_zeros(leading_shape if options.reduction == "none" else ())
-        if valid is not None:
-            term = torch.where(valid, term, 0.0)
-        if options.reduction == "none":
-            return term.view(leading_shape)
-        return term.sum() if normaliser is None else (term.sum() / normaliser).to(term.dtype)
-
-    output_kd = reduce(terms.output_kd)
-    if options.scale_by_t2:
-        output_kd = output_kd * options.output_temperature**2
-    trajectory, derivative, ce = (
-        reduce(terms.trajectory),
-        reduce(terms.derivative),
-        reduce(terms.ce),
-    )
-    loss = (
-        options.output_kd_weight * output_kd
-        + options.alpha * trajectory
-        + options.beta * derivative
-        + options.ce_weight * ce
-    )
-    return FDDLossTerms(loss, output_kd, trajectory, derivative, ce)
-
-
 def term_weights(
     plan: Plan,
-    normaliser: Tensor | float | None,
+    denominator: Tensor | float | None,
     upstream: Sequence[Tensor | float | None],
     dtype: torch.dtype,
 ) -> TermWeights:
-    """The weights of the total sum of `upstream` * terms, with the terms of `combine` (None: no
-    gradient), in `dtype`.
+    """Compute the weights, in `dtype`, of the total sum(upstream * term).
+
+    `upstream` has the gradients of the loss and of the four terms; None stands for no gradient.
     """
-    if isinstance(normaliser, Tensor):
-        normaliser = normaliser.to(dtype)
+    if isinstance(denominator, Tensor):
+        denominator = denominator.to(dtype)
     options, (of_loss, *of_terms) = plan.options, upstream
     factors = (
         options.output_temperature**2 if options.scale_by_t2 else 1.0,
@@ -270,7 +201,7 @@ def term_weights(
     ):
         weight = 0.0 if of_loss is None else factor * in_loss * of_loss
         weight = weight if of_term is None else weight + factor * of_term
-        weights.append(weight if normaliser is None else weight / normaliser)
+        weights.append(weight if denominator is None else weight / denominator)
     return TermWeights(*weights)
 
 
@@ -284,8 +215,9 @@ def upstream_gradients(
     weights: TermWeights,
     static: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of requests and moments of the total that has these `weights`; those of the
-    teacher's statistics are 0.
+    """Compute the gradients of requests and moments for the total that has these `weights`.
+
+    Those of the teacher's statistics are 0.
     """
     of_requests, of_moments = torch.zeros_like(requests), torch.zeros_like(moments)
     of_value, compared = of_requests[:, VALUE], _compared_vectors(plan)

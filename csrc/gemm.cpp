@@ -1,4 +1,4 @@
-#include "products.h"
+#include "gemm.h"
 
 #include <ATen/native/CPUBlas.h>
 #include <ATen/ops/addmm.h>
@@ -18,13 +18,14 @@ namespace {
 constexpr int64_t kPieceDepth = 256;
 constexpr int64_t kPieceColumns = 256;
 
-// How many rows of a right operand of type T are interleaved.
+// How many rows of an operand B of type T are interleaved.
 template <class T>
 constexpr int64_t kTogether = sizeof(T) == 2 ? 2 : 1;
 
-// c (m, n) = a (m, k) b (k, n), or += with `add`, by oneDNN's kernels; throws if there is none for T.
+// c (m, n) = a (m, k) b (k, n), or += with `add`, by oneDNN's kernels; throws if none is for T.
 template <class T>
-void brgemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb, float* c, int64_t ldc, bool add) {
+void brgemm(int64_t m, int64_t n, int64_t k, const T* a, int64_t lda, const T* b, int64_t ldb,
+            float* c, int64_t ldc, bool add) {
 #if defined(CPUBLAS_BRGEMM_F32F32F32) && defined(CPUBLAS_BRGEMM_BF16BF16F32)
   at::native::cpublas::brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, kTogether<T> > 1);
 #else
@@ -39,7 +40,8 @@ void release_brgemm() {
 #endif
 }
 
-// Whether brgemm multiplies T on this processor, with instructions for it or without: tried once on a small product.
+// Whether brgemm multiplies T on this processor, with or without instructions for T: tried once on
+// a small GEMM.
 template <class T>
 bool brgemm_works() {
   static const bool works = [] {
@@ -56,7 +58,8 @@ bool brgemm_works() {
       for (int j = 0; j < 16; ++j) {
         float expected = 0;
         for (int k = 0; k < 32; ++k)
-          expected += float(a[32 * i + k]) * float(b[(k / kTogether<T> * 16 + j) * kTogether<T> + k % kTogether<T>]);
+          expected += float(a[32 * i + k]) *
+                      float(b[(k / kTogether<T> * 16 + j) * kTogether<T> + k % kTogether<T>]);
         if (c[16 * i + j] != expected) return false;
       }
     return true;
@@ -73,22 +76,23 @@ bool has_bfloat16_instructions() {
 #endif
 }
 
-// What brgemm_works does not multiply: bfloat16 for tests, on processors without such instructions.
-void multiply_without_brgemm(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda, const at::BFloat16* b,
-                             int64_t ldb, float* c, int64_t ldc, bool add) {
+// bfloat16 where brgemm does not run: for tests, on processors without such instructions.
+void gemm_without_brgemm(int64_t m, int64_t n, int64_t k, const at::BFloat16* a, int64_t lda,
+                         const at::BFloat16* b, int64_t ldb, float* c, int64_t ldc, bool add) {
   for (int64_t i = 0; i < m; ++i) {
     float* out = c + i * ldc;
     if (!add) std::memset(out, 0, sizeof(float) * n);
     for (int64_t p = 0; p < k; p += 2) {
       const float even = a[i * lda + p], odd = a[i * lda + p + 1];
       const at::BFloat16* pairs = b + p * ldb;
-      for (int64_t j = 0; j < n; ++j) out[j] += even * float(pairs[2 * j]) + odd * float(pairs[2 * j + 1]);
+      for (int64_t j = 0; j < n; ++j)
+        out[j] += even * float(pairs[2 * j]) + odd * float(pairs[2 * j + 1]);
     }
   }
 }
 
-void multiply_without_brgemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, const float* b, int64_t ldb,
-                             float* c, int64_t ldc, bool add) {
+void gemm_without_brgemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda,
+                         const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
   const auto view = [](const float* data, int64_t rows, int64_t columns, int64_t stride) {
     return at::from_blob(const_cast<float*>(data), {rows, columns}, {stride, 1}, at::kFloat);
   };
@@ -99,50 +103,55 @@ void multiply_without_brgemm(int64_t m, int64_t n, int64_t k, const float* a, in
     at::mm_out(out, view(a, m, k, lda), view(b, k, n, ldb));
 }
 
-// By pieces of b that stay in the second cache level while the rows of a pass by, and whose sums, one product after another,
-// are short enough to round no worse than a BLAS.
+// Takes pieces of B that stay in L2 while the rows of A stream by. The sums over the depth of a
+// piece are short enough to round no worse than a BLAS.
 template <class T>
-void multiply(int64_t m, int64_t n, int64_t k, Operand left, Operand right, float* c, int64_t ldc, bool add) {
-  const T *a = static_cast<const T*>(left.data), *b = static_cast<const T*>(right.data);
+void gemm_of(int64_t m, int64_t n, int64_t k, Operand operand_a, Operand operand_b, float* c,
+             int64_t ldc, bool add) {
+  const T *a = static_cast<const T*>(operand_a.data), *b = static_cast<const T*>(operand_b.data);
   k = round_up(k, kTogether<T>);
-  if (!brgemm_works<T>()) return multiply_without_brgemm(m, n, k, a, left.ld, b, right.ld, c, ldc, add);
+  if (!brgemm_works<T>())
+    return gemm_without_brgemm(m, n, k, a, operand_a.ld, b, operand_b.ld, c, ldc, add);
   for (int64_t column = 0; column < n; column += kPieceColumns) {
     const int64_t columns = std::min(kPieceColumns, n - column);
-    const int64_t pieces = (k + kPieceDepth - 1) / kPieceDepth, depth = round_up((k + pieces - 1) / pieces, 32);
+    const int64_t pieces = (k + kPieceDepth - 1) / kPieceDepth,
+                  depth = round_up((k + pieces - 1) / pieces, 32);
     for (int64_t first = 0; first < k; first += depth)
-      brgemm(m, columns, std::min(depth, k - first), a + first, left.ld, b + first * right.ld + kTogether<T> * column,
-             right.ld, c + column, ldc, add || first);
+      brgemm(m, columns, std::min(depth, k - first), a + first, operand_a.ld,
+             b + first * operand_b.ld + kTogether<T> * column, operand_b.ld, c + column, ldc,
+             add || first);
   }
 }
 
 }  // namespace
 
-void multiply(int64_t m, int64_t n, int64_t k, Operand a, Operand b, float* c, int64_t ldc, bool add) {
-  TORCH_INTERNAL_ASSERT_DEBUG_ONLY(a.narrow == b.narrow);
+void gemm(int64_t m, int64_t n, int64_t k, Operand a, Operand b, float* c, int64_t ldc, bool add) {
+  TORCH_INTERNAL_ASSERT_DEBUG_ONLY(a.bf16 == b.bf16);
   if (m == 0 || n == 0) return;
-  return b.narrow ? multiply<at::BFloat16>(m, n, k, a, b, c, ldc, add) : multiply<float>(m, n, k, a, b, c, ldc, add);
+  return b.bf16 ? gemm_of<at::BFloat16>(m, n, k, a, b, c, ldc, add)
+                : gemm_of<float>(m, n, k, a, b, c, ldc, add);
 }
 
-void Split::multiply(int64_t m, int64_t n, int64_t k, const float* values, int64_t ld, Operand b, float* c, int64_t ldc,
-                     bool add) {
-  if (!b.narrow) return fdd::multiply(m, n, k, {values, ld}, b, c, ldc, add);
+void SplitGemm::gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, Operand b,
+                     float* c, int64_t ldc, bool add) {
+  if (!b.bf16) return fdd::gemm(m, n, k, {a, lda}, b, c, ldc, add);
   const int64_t depth = round_up(k, 2);
   for (Scratch* part : {&high_, &low_}) part->resize(m * depth / 2);
   for (int64_t i = 0; i < m; ++i) {
     uint16_t *high = high_.halves() + i * depth, *low = low_.halves() + i * depth;
-    row_kernels().to_bfloat16(values + i * ld, high, low, k);
+    row_kernels().to_bfloat16(a + i * lda, high, low, k);
     if (depth > k) high[k] = low[k] = 0;
   }
-  fdd::multiply(m, n, k, {high_.get(), depth, true}, b, c, ldc, add);
-  fdd::multiply(m, n, k, {low_.get(), depth, true}, b, c, ldc, true);
+  fdd::gemm(m, n, k, {high_.get(), depth, true}, b, c, ldc, add);
+  fdd::gemm(m, n, k, {low_.get(), depth, true}, b, c, ldc, true);
 }
 
-void release_products() {
+void release_gemm() {
   if (brgemm_works<float>()) release_brgemm<float>();
-  if (narrow_products() && brgemm_works<at::BFloat16>()) release_brgemm<at::BFloat16>();
+  if (bf16_gemm() && brgemm_works<at::BFloat16>()) release_brgemm<at::BFloat16>();
 }
 
-bool narrow_products() {
+bool bf16_gemm() {
   static const bool chosen = [] {
     const char* wanted = std::getenv("FDD_KERNELS_BF16_PRODUCTS");
     if (wanted && *wanted) return std::strcmp(wanted, "0") != 0;
@@ -151,7 +160,7 @@ bool narrow_products() {
   return chosen;
 }
 
-const char* product_library() { return brgemm_works<float>() ? "brgemm" : "blas"; }
+const char* gemm_library() { return brgemm_works<float>() ? "brgemm" : "blas"; }
 
 Matrix::Matrix(const at::Tensor& tensor)
     : data_(static_cast<const char*>(tensor.const_data_ptr())),
@@ -159,17 +168,18 @@ Matrix::Matrix(const at::Tensor& tensor)
       columns_(tensor.size(1)),
       row_stride_(tensor.stride(0)),
       column_stride_(tensor.stride(1)) {
-  TORCH_CHECK(type_ == at::kFloat || type_ == at::kBFloat16 || type_ == at::kHalf, "unsupported dtype ", type_);
+  TORCH_CHECK(type_ == at::kFloat || type_ == at::kBFloat16 || type_ == at::kHalf,
+              "unsupported dtype ", type_);
 }
 
-const void* Matrix::direct(int64_t row, bool narrow) const {
-  if (type_ != (narrow ? at::kBFloat16 : at::kFloat)) return nullptr;
+const void* Matrix::direct(int64_t row, bool bf16) const {
+  if (type_ != (bf16 ? at::kBFloat16 : at::kFloat)) return nullptr;
   if ((column_stride_ != 1 && columns_ > 1) || row_stride_ < columns_) return nullptr;
-  return data_ + row * row_stride_ * (narrow ? 2 : 4);
+  return data_ + row * row_stride_ * (bf16 ? 2 : 4);
 }
 
-void Matrix::read_words(int64_t row, bool narrow, float* out) const {
-  if (!narrow) return read(row, 0, columns_, out);
+void Matrix::read_words(int64_t row, bool bf16, float* out) const {
+  if (!bf16) return read(row, 0, columns_, out);
   const uint16_t* in = reinterpret_cast<const uint16_t*>(data_) + row * row_stride_;
   uint16_t* halves = reinterpret_cast<uint16_t*>(out);
   for (int64_t i = 0; i < columns_; ++i) halves[i] = in[i * column_stride_];

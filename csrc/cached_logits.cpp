@@ -1,0 +1,171 @@
+// Logits cached between statistics and gradients, so that both head GEMMs run once.
+//
+// Threads divide the vocabulary. The rows of all layers, M = L r, share each GEMM: a head is loaded
+// once per pass and needs no packing. Its rows are operand A, and the hidden states, transposed
+// once, operand B.
+#include <ATen/Parallel.h>
+#include <ATen/ops/from_blob.h>
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <mutex>
+
+#include "problem.h"
+
+namespace fdd {
+namespace {
+
+// Copies row m of the stacked hidden states of all layers (M, D) as 4-byte words; returns `out`.
+float* read_stacked(const Problem& problem, const Model& model, int64_t padded, int64_t m,
+                    float* out) {
+  if (m % padded < problem.count())
+    model.hidden[m / padded].read_words(problem.rows[m % padded], model.bf16, out);
+  else
+    std::memset(out, 0, sizeof(float) * model.words());
+  return out;
+}
+
+// The stacked hidden states (M, D).
+Scratch stack(const Problem& problem, const Model& model, int64_t padded) {
+  const int64_t words = model.words(), all = problem.layers * padded;
+  Scratch out(all * words);
+  at::parallel_for(0, all, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m)
+      read_stacked(problem, model, padded, m, out.get() + m * words);
+  });
+  return out;
+}
+
+// The same as an operand B (M, D).
+Scratch stack_paired(const Problem& problem, const Model& model, int64_t padded) {
+  if (!model.bf16) return stack(problem, model, padded);
+  Scratch out;
+  interleaved(problem.layers * padded, model.width(), &out, [&](int64_t m, float* buffer) {
+    return read_stacked(problem, model, padded, m, buffer);
+  });
+  return out;
+}
+
+// The same as an operand B (D, M); empty for the identity.
+Scratch stack_transposed(const Problem& problem, const Model& model, int64_t padded) {
+  if (!model.weight.defined()) return Scratch();
+  const int64_t words = model.words(), all = problem.layers * padded;
+  const Scratch rows = stack(problem, model, padded);
+  Scratch out(words * all);
+  at::parallel_for(0, (words + kPadding - 1) / kPadding, 1, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kPadding, last = std::min(end * kPadding, words);
+    row_kernels().transpose(rows.get() + first, words, all, last - first, out.get() + first * all,
+                            all);
+  });
+  return out;
+}
+
+}  // namespace
+
+CachedLogits::CachedLogits(const Problem& problem, float* memory)
+    : problem_(problem),
+      memory_(memory),
+      width_(problem.tiles.columns),
+      ld_(round_up(width_, kPadding)),
+      rows_(round_up(problem.count(), kRowPadding)) {}
+
+int64_t CachedLogits::size(const Problem& problem) {
+  const CachedLogits cached(problem, nullptr);
+  return cached.tiles() * problem.layers * cached.rows_ * cached.ld_ *
+         (problem.needs_teacher ? 2 : 1);
+}
+
+void CachedLogits::compute() {
+  const Scratch student = stack_transposed(problem_, problem_.student, rows_);
+  const Scratch teacher =
+      problem_.needs_teacher ? stack_transposed(problem_, problem_.teacher, rows_) : Scratch();
+  at::parallel_for(0, tiles(), 1, [&](int64_t begin, int64_t end) {
+    Scratch weight, raw(width_ * problem_.layers * rows_);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      compute_model(problem_.student, tile, student.get(), &weight, raw.get(),
+                    logits(tile, kStudent));
+      if (problem_.needs_teacher)
+        compute_model(problem_.teacher, tile, teacher.get(), &weight, raw.get(),
+                      logits(tile, kTeacher));
+    }
+    release_gemm();
+  });
+}
+
+void CachedLogits::compute_model(const Model& model, int64_t tile, const float* hidden_DM,
+                                 Scratch* weight, float* raw_cM, float* out_Mc) const {
+  const int64_t all = problem_.layers * rows_, columns = count(tile);
+  if (model.weight.defined()) {
+    const Operand head = head_as_a(model, first(tile), columns, weight);
+    gemm(columns, all, model.width(), head, {hidden_DM, all, model.bf16}, raw_cM, all, false);
+    row_kernels().transpose(raw_cM, all, columns, all, out_Mc, ld_);
+  } else {
+    for (int64_t layer = 0; layer < problem_.layers; ++layer)
+      for (int64_t row = 0; row < problem_.count(); ++row)
+        model.hidden[layer].read(problem_.rows[row], first(tile), columns,
+                                 out_Mc + (layer * rows_ + row) * ld_);
+  }
+  const float* bias = model.bias.empty() ? nullptr : model.bias.data() + first(tile);
+  for (int64_t layer = 0; layer < problem_.layers; ++layer)
+    for (int64_t row = 0; row < problem_.count(); ++row)
+      row_kernels().transform(out_Mc + (layer * rows_ + row) * ld_, columns, bias, model.scale,
+                              model.softcap);
+}
+
+void gradients_of(const CachedLogits& cached, const Statistics& statistics,
+                  const Upstream& upstream, const Gradients& out) {
+  const Problem& problem = cached.problem();
+  const int64_t rows = problem.count(), padded = cached.padded_rows(),
+                all = problem.layers * padded;
+  const int64_t width = problem.student.width(), ld = cached.ld();
+  const Scratch hidden =
+      out.weight.defined() ? stack_paired(problem, problem.student, padded) : Scratch();
+  const bool in_place = out.weight.defined() && out.weight.scalar_type() == at::kFloat;
+  // dH of each thread's columns, by its first tile: added in that order at the end.
+  std::map<int64_t, Scratch> sums;
+  std::mutex guard;
+  at::parallel_for(0, cached.tiles(), 1, [&](int64_t begin, int64_t end) {
+    Scratch weight, grad_Mc(all * ld), grad_cM(problem.tiles.columns * all),
+        sum(out.hidden ? all * width : 0),
+        rounded_later(out.weight.defined() && !in_place ? problem.tiles.columns * width : 0);
+    SplitGemm split;
+    if (out.hidden) std::memset(sum.get(), 0, sizeof(float) * all * width);
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t first = cached.first(tile), columns = cached.count(tile);
+      std::memset(grad_Mc.get(), 0, sizeof(float) * all * ld);
+      for (int64_t row = 0; row < rows; ++row)
+        form_row(problem, statistics, upstream, cached.view(tile), grad_Mc.get(), row, row, first,
+                 columns);
+      if (out.hidden) {
+        const Operand head = head_as_b(problem.student, first, columns, &weight);
+        split.gemm(all, width, columns, grad_Mc.get(), ld, head, sum.get(), width, true);
+      }
+      if (!out.weight.defined() && !out.bias) continue;
+      row_kernels().transpose(grad_Mc.get(), ld, all, columns, grad_cM.get(), all);
+      if (out.weight.defined()) {
+        float* target =
+            in_place ? out.weight.data_ptr<float>() + first * width : rounded_later.get();
+        split.gemm(columns, width, all, grad_cM.get(), all,
+                   {hidden.get(), width, problem.student.bf16}, target, width, in_place);
+        if (!in_place)
+          out.weight.narrow(0, first, columns)
+              .copy_(at::from_blob(target, {columns, width}, at::kFloat));
+      }
+      if (out.bias) add_sums(grad_cM.get(), all, columns, all, out.bias + first);
+    }
+    release_gemm();
+    if (!out.hidden) return;
+    const std::lock_guard lock(guard);
+    sums.emplace(begin, std::move(sum));
+  });
+  at::parallel_for(0, out.hidden ? problem.layers * rows : 0, 16, [&](int64_t begin, int64_t end) {
+    for (const auto& [_, sum] : sums)
+      for (int64_t m = begin; m < end; ++m) {
+        const float* part = sum.get() + (m / rows * padded + m % rows) * width;
+        for (int64_t i = 0; i < width; ++i) out.hidden[m * width + i] += part[i];
+      }
+  });
+}
+
+}  // namespace fdd

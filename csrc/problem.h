@@ -1,0 +1,233 @@
+// One call of the operations: inputs, softmax requests and pair moments, and tiles of logits. See
+// fdd_kernels/lens/spec.py.
+//
+// Names carry shapes: L layers, R rows, r rows of a block, C tokens of the vocabulary (columns of
+// the logits), c tokens of a tile, p tokens of a panel, D a width.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <functional>
+#include <optional>
+#include <vector>
+
+#include "gemm.h"
+#include "row_kernels.h"
+
+namespace fdd {
+
+// Index of a model where both lie in an array.
+enum ModelIndex { kStudent, kTeacher };
+
+// A layer of each model, indexed by ModelIndex.
+using Layers = std::array<int64_t, 2>;
+
+struct Request {
+  Layers layers;
+  float inv_temperature;
+  Divergence divergence;
+  Expectation expectation;
+  std::vector<float> parameters;  // of the divergence
+
+  // Whether VALUE and GRAD_SUM are summed in a second pass, with both log-sum-exps known.
+  bool second_pass() const {
+    return divergence != Divergence::kNone && divergence != Divergence::kNll &&
+           expectation == Expectation::kNone;
+  }
+};
+
+struct PairMoments {
+  std::optional<Layers> first;  // none: the vectors are those of `second` alone
+  Layers second;
+};
+
+// Sizes chosen by fdd_kernels/backends/cpu/tiling.py: rows and columns of a tile, and columns of a
+// panel, whose head rows are packed at a time.
+struct Tiles {
+  int64_t rows, columns, panel;
+};
+
+struct Model {
+  std::vector<Matrix> hidden;  // per layer, (R, D)
+  Matrix weight;               // (C', D); undefined: the identity
+  std::vector<float> bias;     // (C) padded, or empty
+  float scale = 1.f, softcap = 0.f;
+  bool bf16 = false;  // head and hidden states are multiplied as bfloat16
+
+  int64_t width() const { return hidden[0].columns(); }
+  // 4-byte words of a row of W or of a hidden state as an operand. Transposing words also
+  // transposes a bf16 operand B, whose rows come in pairs.
+  int64_t words() const { return bf16 ? width() / 2 : width(); }
+  // Packs columns of W^T as an operand B (D, c).
+  void pack(int64_t first_column, int64_t count, int64_t ld, float* out_DC) const;
+};
+
+struct Problem {
+  Model student, teacher;
+  bool needs_teacher = false;
+  int64_t layers = 0, columns = 0;
+  std::vector<int64_t> rows;    // the valid rows, as positions in the tensors
+  std::vector<int64_t> labels;  // per position in `rows`; empty without NLL
+  std::vector<Request> requests;
+  std::vector<PairMoments> moments;
+  // (C) padded: -inf at tokens that moments leave out, 0 elsewhere; empty: none is left out.
+  std::vector<float> excluded;
+  float moment_inv_temperature = 1.f;
+  Tiles tiles{};
+
+  int64_t count() const { return int64_t(rows.size()); }
+  const float* excluded_from(int64_t column) const {
+    return excluded.empty() ? nullptr : excluded.data() + column;
+  }
+  // The vector of one model of a pair, from that model's logits and shifts of one row.
+  VectorView vector(const PairMoments& pair, ModelIndex model, const float* logits,
+                    int64_t layer_stride, const float* shifts, int64_t shift_stride) const;
+};
+
+// The packed heads of a panel of columns, shared by all threads.
+class Panel {
+ public:
+  // Packs columns [first, first + count) of both heads in parallel.
+  void pack(const Problem& problem, int64_t first, int64_t count);
+  int64_t first() const { return first_; }
+  int64_t count() const { return count_; }
+  const float* student(int64_t column) const { return student_.get() + column * student_words_; }
+  const float* teacher(int64_t column) const { return teacher_.get() + column * teacher_words_; }
+
+ private:
+  int64_t first_ = 0, count_ = 0, student_words_ = 0, teacher_words_ = 0;
+  Scratch student_, teacher_;
+};
+
+// Positions [begin, end) of problem.rows of one layer as an operand (r, D), A or B: a view where
+// memory allows it, else a copy in `copy`.
+Operand hidden_as_a(const Problem& problem, const Model& model, int64_t layer, int64_t begin,
+                    int64_t end, Scratch* copy);
+Operand hidden_as_b(const Problem& problem, const Model& model, int64_t layer, int64_t begin,
+                    int64_t end, Scratch* copy);
+// Rows [first, first + count) of a head as an operand (count, D), likewise.
+Operand head_as_a(const Model& model, int64_t first, int64_t count, Scratch* copy);
+Operand head_as_b(const Model& model, int64_t first, int64_t count, Scratch* copy);
+
+// Interleaves `count` bf16 rows in pairs (VNNI2) and pads an odd last row with zeros. `row(i,
+// buffer)` returns a pointer to row i and may use `buffer` as storage.
+Operand interleaved(int64_t count, int64_t width, Scratch* copy,
+                    const std::function<const void*(int64_t, float*)>& row);
+
+// The logits of a tile: all layers of a block of rows, both models.
+struct TileView {
+  const float *logits_s, *logits_t;
+  int64_t layer_stride, ld;
+  const float* student(int64_t layer, int64_t row) const {
+    return logits_s + layer * layer_stride + row * ld;
+  }
+  const float* teacher(int64_t layer, int64_t row) const {
+    return logits_t + layer * layer_stride + row * ld;
+  }
+};
+
+// Computes tiles of logits from a panel; one per thread.
+class TileLogits {
+ public:
+  explicit TileLogits(const Problem& problem);
+  // Selects a block of rows: positions [begin, end) of problem.rows.
+  void set_rows(int64_t begin, int64_t end);
+  // Computes the logits of `count` columns from `first`, which the panel holds.
+  void compute(const Panel& panel, int64_t first, int64_t count);
+  TileView view() const { return {logits_s_.get(), logits_t_.get(), layer_stride(), ld_}; }
+  int64_t layer_stride() const { return max_rows_ * ld_; }
+  int64_t ld() const { return ld_; }
+
+ private:
+  void compute_model(const Model& model, const std::vector<Operand>& operands, const float* packed,
+                     int64_t first, int64_t count, float* out);
+
+  const Problem& problem_;
+  int64_t max_rows_, ld_, begin_ = 0, end_ = 0;
+  Scratch logits_s_, logits_t_;
+  std::vector<Scratch> copies_s_, copies_t_;
+  std::vector<Operand> operands_s_, operands_t_;
+};
+
+// All logits of the problem's rows, in memory that the caller keeps between the two operations:
+// tiles of problem.tiles.columns columns, one after another.
+//
+// Rows are padded with zeros to a multiple of kRowPadding, so that the GEMM library meets few
+// shapes: it compiles a kernel for each. M = L * padded rows of all layers.
+class CachedLogits {
+ public:
+  static constexpr int64_t kRowPadding = 8;
+  // Floats of memory that a problem needs.
+  static int64_t size(const Problem& problem);
+  CachedLogits(const Problem& problem, float* memory);
+  void compute();
+  const Problem& problem() const { return problem_; }
+  int64_t tiles() const { return (problem_.columns + width_ - 1) / width_; }
+  int64_t first(int64_t tile) const { return tile * width_; }
+  int64_t count(int64_t tile) const { return std::min(width_, problem_.columns - first(tile)); }
+  TileView view(int64_t tile) const {
+    return {logits(tile, kStudent), logits(tile, kTeacher), rows_ * ld_, ld_};
+  }
+  int64_t ld() const { return ld_; }
+  int64_t padded_rows() const { return rows_; }
+
+ private:
+  void compute_model(const Model& model, int64_t tile, const float* hidden_DM, Scratch* weight,
+                     float* raw_cM, float* out_Mc) const;
+
+  float* logits(int64_t tile, ModelIndex model) const {
+    const int64_t models = problem_.needs_teacher ? 2 : 1;
+    return memory_ + (tile * models + model) * problem_.layers * rows_ * ld_;
+  }
+
+  const Problem& problem_;
+  float* memory_;
+  int64_t width_, ld_, rows_;
+};
+
+// Statistics as one float array each, in the layout of layout.h: shifts (2, L, R), requests
+// (requests, kRequestStats, R), moments (pairs, kMomentStats, R). R counts all rows of the tensors.
+struct Statistics {
+  float* shifts;
+  float* requests;
+  float* moments;
+  int64_t total_rows;
+};
+
+// Upstream gradients in the layout of the statistics.
+struct Upstream {
+  const float* requests;
+  const float* moments;
+};
+
+// Where gradients go, zeroed by the caller; undefined or null: not wanted.
+struct Gradients {
+  float* hidden = nullptr;  // (L, problem.count(), Ds), rows in the order of problem.rows; added to
+  // (C', Ds) contiguous; float32 is added to, any other dtype written once per column.
+  at::Tensor weight;
+  float* bias = nullptr;  // (C'); added to
+};
+
+// Called between panels from the calling thread; may throw to stop.
+using Interrupt = std::function<void()>;
+
+void compute_statistics(const Problem& problem, const Statistics& out, const Interrupt& interrupt);
+void compute_gradients(const Problem& problem, const Statistics& statistics,
+                       const Upstream& upstream, const Gradients& out, const Interrupt& interrupt);
+// The same from cached logits.
+void statistics_of(const CachedLogits& cached, const Statistics& out);
+void gradients_of(const CachedLogits& cached, const Statistics& statistics,
+                  const Upstream& upstream, const Gradients& out);
+
+// grad += dL/dx of one row of a tile, all layers: `row` counts within problem.rows, `local` within
+// the tile; grad has the tile's layout.
+void form_row(const Problem& problem, const Statistics& statistics, const Upstream& upstream,
+              const TileView& logits, float* grad, int64_t row, int64_t local, int64_t first_column,
+              int64_t count);
+
+// out[r] += the sum of row r of in (rows, columns).
+void add_sums(const float* in, int64_t ld, int64_t rows, int64_t columns, float* out);
+
+}  // namespace fdd

@@ -1,0 +1,120 @@
+"""A call as the C++ kernels take it, what they cannot compute, and the tensors they write to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fdd_kernels.backends.cpu import extension
+from fdd_kernels.backends.cpu.tiling import CpuTiles
+from fdd_kernels.lens.divergences import expectation_of
+from fdd_kernels.lens.inputs import LensInputs
+from fdd_kernels.lens.layout import MOMENT_STATS, REQUEST_STATS, Statistics
+from fdd_kernels.lens.spec import NLL, LensSpec
+
+F32 = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Say why these kernels cannot run on `device`, and the remedy."""
+    if device.type != "cpu":
+        return f'its kernels run on the CPU, not on "{device}"; use backend="auto"'
+    return extension.missing_reason()
+
+
+def compiled_divergences() -> tuple[str, ...]:
+    """List the divergences that the kernels know; empty without kernels."""
+    return () if extension.kernels is None else tuple(extension.kernels.divergences())
+
+
+# As of `extension.missing_reason`.
+compiled_divergences._dynamo_marked_constant = True
+
+
+def refusal(spec: LensSpec) -> str | None:
+    """Say which part of a spec the kernels cannot compute, or None."""
+    known = compiled_divergences()
+    for request in spec.requests:
+        if (request.divergence or "") not in known:
+            return f"its C++ kernels were compiled without a divergence {request.divergence!r}"
+        if request.parameters:
+            return f"its kernels take no parameters of {request.divergence!r}"
+    return None
+
+
+def problem_of(inputs: LensInputs, spec: LensSpec, rows: Tensor, tiles: CpuTiles):
+    """Build the C++ side's view of a call, restricted to some rows, int64 positions."""
+    student_scale = (spec.student_logit_scale, spec.student_softcap or 0.0)
+    teacher_scale = (spec.teacher_logit_scale, spec.teacher_softcap or 0.0)
+    return extension.kernels.Problem(
+        (inputs.student_hidden, inputs.student_weight, inputs.student_bias, *student_scale),
+        (inputs.teacher_hidden, inputs.teacher_weight, inputs.teacher_bias, *teacher_scale),
+        spec.needs_teacher,
+        spec.columns,
+        rows,
+        inputs.labels if any(request.divergence == NLL for request in spec.requests) else None,
+        [
+            (
+                request.student_layer,
+                request.teacher_layer,
+                request.temperature,
+                request.divergence or "",
+                expectation_of(request.divergence) or "",
+                request.parameters,
+            )
+            for request in spec.requests
+        ],
+        spec.moments,
+        spec.moment_temperature,
+        (tiles.rows, tiles.columns, tiles.panel),
+    )
+
+
+def valid_rows(inputs: LensInputs) -> Tensor:
+    """The valid rows as int64 positions, ascending."""
+    if inputs.valid is None:
+        return torch.arange(inputs.rows, device="cpu")
+    return inputs.valid.nonzero().squeeze(1)
+
+
+def zero_statistics(inputs: LensInputs, spec: LensSpec) -> Statistics:
+    """Statistics of zeros, for the kernels to write those of the valid rows into."""
+    return Statistics(
+        torch.zeros(2, len(inputs.student_hidden), inputs.rows, **F32),
+        torch.zeros(len(spec.requests), REQUEST_STATS, inputs.rows, **F32),
+        torch.zeros(len(spec.moments), MOMENT_STATS, inputs.rows, **F32),
+    )
+
+
+def zero_gradients(
+    inputs: LensInputs, needed: list[bool]
+) -> tuple[list[Tensor | None], Tensor | None, Tensor | None]:
+    """Zeros for the gradients wanted: one a layer, the head's, and the bias's in float32."""
+    *needs_hidden, needs_weight, needs_bias = needed
+    grad_hidden = [
+        torch.zeros_like(h, memory_format=torch.contiguous_format) if need else None
+        for h, need in zip(inputs.student_hidden, needs_hidden)
+    ]
+    grad_weight = (
+        torch.zeros_like(inputs.student_weight, memory_format=torch.contiguous_format)
+        if needs_weight
+        else None
+    )
+    grad_bias = torch.zeros(len(inputs.student_bias), **F32) if needs_bias else None
+    return grad_hidden, grad_weight, grad_bias
+
+
+def place(sums: Tensor, rows: Tensor, grad_hidden: list[Tensor | None]) -> None:
+    """Round the float32 sums (L, rows, width) into the gradients of those rows."""
+    for total, out in zip(sums, grad_hidden):
+        if out is not None:
+            out[rows] = total.to(out.dtype)
+
+
+def wanted(
+    inputs: LensInputs, grad_hidden: list, grad_weight: Tensor | None, grad_bias: Tensor | None
+) -> list[Tensor]:
+    """Collect the gradients that were asked for, in the order of `needed`."""
+    if grad_bias is not None:
+        grad_bias = grad_bias.to(inputs.student_bias.dtype)
+    return [g for g in (*grad_hidden, grad_weight, grad_bias) if g is not None]

@@ -1,0 +1,171 @@
+"""How the C++ kernels cut the work: tile sizes, row blocks of cached logits, and the memory they
+take.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fdd_kernels.backends.call_shape import FLOAT, CallShape
+
+MIB = 2**20
+TILE_COLUMNS = 128
+TILE_BYTES = MIB // 2  # of both models' logits of a tile, all layers: well inside a core's L2
+PACK_BYTES = 8 * MIB  # of both heads' rows of a panel
+GRADIENT_BYTES = 24 * MIB  # of dL/dlogits of a panel for all rows and layers
+CACHED_BYTES = 96 * MIB  # of the cached logits of a row block, all layers and columns
+ROW_PADDING = 8  # rows of a block are padded to a multiple of this (CachedLogits::kRowPadding)
+MAX_GEMM_ROWS = 512  # rows x layers of a block: more would leave the L2
+MIN_GEMM_ROWS = 32  # rows x layers of a block: fewer were slower than streaming (45, V = 262144)
+HIDDEN_BYTES = 48 * MIB  # of float32 sums of the hidden states' gradients
+WEIGHT_BYTES = 32 * MIB  # of a float32 sum of the head's gradient, where its dtype is narrower
+RUNTIME_BYTES = 2 * MIB  # of generated code and buffers of the GEMM library
+
+
+@dataclass(frozen=True)
+class CpuTiles:
+    """Rows and columns of a tile, and columns of a panel."""
+
+    rows: int
+    columns: int
+    panel: int
+
+
+def choose_tiles(
+    layers: int, rows: int, columns: int, packed_width: int, threads: int, *, backward: bool
+) -> CpuTiles:
+    """Choose tiles whose logits stay in a core's L2, with work for every thread and every buffer
+    within its budget.
+
+    A budget is exceeded only by a panel of the smallest tile, 16 columns: gradients of more than
+    78,000 rows of 5 layers.
+    """
+    tile_columns = min(TILE_COLUMNS, round_up(columns, 16))
+    most_columns = GRADIENT_BYTES // (FLOAT * layers * max(rows, 1)) if backward else columns
+    if most_columns < tile_columns:
+        tile_columns = max(16, most_columns // 16 * 16)
+    rows_in_cache = TILE_BYTES // (2 * FLOAT * layers * tile_columns)
+    # At least two blocks a thread where there are rows enough: no thread waits long for others.
+    tile_rows = max(8, min(rows_in_cache, 128, round_up(-(-rows // (2 * threads)), 8)))
+    panel = min(PACK_BYTES // (FLOAT * max(packed_width, 1)), most_columns)
+    # A whole number of tiles for every thread, since dW is reduced tile by tile.
+    panel = max(tile_columns, panel // tile_columns * tile_columns)
+    return CpuTiles(tile_rows, tile_columns, min(panel, round_up(columns, tile_columns)))
+
+
+def cached_tiles(block_rows: int, columns: int) -> CpuTiles:
+    """The tiles of cached logits: all rows of a block by `TILE_COLUMNS` columns."""
+    return CpuTiles(block_rows, min(TILE_COLUMNS, round_up(columns, 16)), columns)
+
+
+def round_up(n: int, multiple: int) -> int:
+    """The smallest multiple that is not below n."""
+    return -(-n // multiple) * multiple
+
+
+def block_rows(
+    layers: int,
+    rows: int,
+    columns: int,
+    width: int,
+    *,
+    models: int,
+    head_sum_bytes: int,
+    threads: int,
+) -> int:
+    """Choose the rows of a block whose logits fit the cache budget; 0 means recompute in backward.
+
+    Cached logits save the backward pass's GEMMs of both heads. But the heads are loaded once per
+    block and threads divide the vocabulary: blocks of few rows cost more than they save, and few
+    columns leave threads idle.
+
+    Args:
+        layers: L of each model.
+        rows: valid rows of the call.
+        columns: V.
+        width: the student's hidden width.
+        models: 2, or 1 where the teacher's logits are not needed.
+        head_sum_bytes: bytes that a float32 sum of the head's gradient over several blocks takes
+            beyond the gradient itself.
+        threads: threads of the kernels.
+    """
+    tiles = -(-columns // TILE_COLUMNS)
+    if rows == 0 or tiles < threads:
+        return 0
+    most = min(
+        CACHED_BYTES // (FLOAT * models * layers * tiles * TILE_COLUMNS),
+        # Operands and each thread's sum of the hidden states' gradients.
+        HIDDEN_BYTES // (FLOAT * layers * width * (threads + 3)),
+        MAX_GEMM_ROWS // layers,
+    )
+    most = most // ROW_PADDING * ROW_PADDING
+    if most == 0 or (
+        rows > most and (most * layers < MIN_GEMM_ROWS or head_sum_bytes > WEIGHT_BYTES)
+    ):
+        return 0
+    # blocks of nearly equal size
+    return min(rows, round_up(-(-rows // -(-rows // most)), ROW_PADDING))
+
+
+def memory(shape: CallShape) -> dict[str, int]:
+    """Bytes that a call allocates by part, beside gradients and statistics."""
+    head_sum = (
+        FLOAT * shape.columns * shape.student_width if shape.narrow and shape.train_head else 0
+    )
+    rows = block_rows(
+        shape.layers,
+        shape.rows,
+        shape.columns,
+        shape.student_width,
+        models=2,
+        head_sum_bytes=head_sum,
+        threads=shape.threads,
+    )
+    parts = _cached_memory(shape, rows, head_sum) if rows else _streamed_memory(shape, head_sum)
+    return parts | {"runtime": RUNTIME_BYTES}
+
+
+def _cached_memory(shape: CallShape, rows: int, head_sum: int) -> dict[str, int]:
+    width, teacher_width = shape.student_width, shape.teacher_width if shape.teacher_head else 0
+    all_rows, tile = shape.layers * round_up(rows, ROW_PADDING), min(TILE_COLUMNS, shape.columns)
+    head_rows = tile * max(width, teacher_width) if shape.narrow else 0
+    forward = all_rows * (width + teacher_width + max(width, teacher_width)) + shape.threads * (
+        tile * all_rows + head_rows
+    )
+    trained = all_rows * width if shape.train_head else 0
+    backward = (
+        all_rows * width
+        + trained
+        + shape.threads * (all_rows * width + 2 * tile * all_rows + head_rows)
+    )
+    return {
+        "cached logits": FLOAT * 2 * all_rows * round_up(shape.columns, tile),
+        "operands and sums of a block": FLOAT * max(forward, backward),
+        "sum of the head's gradient": head_sum if rows < shape.rows else 0,
+    }
+
+
+def _streamed_memory(shape: CallShape, head_sum: int) -> dict[str, int]:
+    layers, rows, width = shape.layers, shape.rows, shape.student_width
+    teacher_width = shape.teacher_width if shape.teacher_head else 0
+    tiles = choose_tiles(
+        layers, rows, shape.columns, 2 * width + teacher_width, shape.threads, backward=True
+    )
+    set_rows = min(rows, max(1, HIDDEN_BYTES // (FLOAT * layers * width)))
+    panel = min(tiles.panel, shape.columns)
+    tile = 3 * layers * tiles.rows * tiles.columns * FLOAT
+    if shape.narrow:
+        tile += layers * tiles.rows * (width + teacher_width) * FLOAT
+        tile += (256 + tiles.columns) * width * FLOAT if shape.train_head else 0
+    return {
+        "sums of hidden gradients": FLOAT * layers * set_rows * width
+        + (shape.itemsize * set_rows * width if shape.narrow else 0),
+        "sum of the head's gradient": head_sum
+        if set_rows < rows and head_sum <= WEIGHT_BYTES
+        else 0,
+        "packed heads": FLOAT * panel * (width + teacher_width + (width if shape.narrow else 0)),
+        "gradient of a panel": FLOAT * layers * panel * round_up(set_rows, 16)
+        if shape.train_head
+        else 0,
+        "tiles": shape.threads * tile,
+    }

@@ -1,0 +1,23 @@
+"""The backend "torch": the two operations in plain PyTorch, streamed over rows and vocabulary, on
+any device.
+
+GEMMs, sums and statistics are float32 (float64 for float64 inputs) whatever the inputs are, and
+logits are never rounded below that. Beyond inputs, outputs and statistics it allocates tiles and
+accumulators of bounded size.
+"""
+
+from fdd_kernels.backends.torch_stream.gradients import grad
+from fdd_kernels.backends.torch_stream.problem import scale_and_cap_
+from fdd_kernels.backends.torch_stream.statistics import add_second_pass, stats
+from fdd_kernels.backends.torch_stream.tiling import MIB, Tiles, choose_tiles, memory
+
+__all__ = [
+    "MIB",
+    "Tiles",
+    "add_second_pass",
+    "choose_tiles",
+    "grad",
+    "memory",
+    "scale_and_cap_",
+    "stats",
+]

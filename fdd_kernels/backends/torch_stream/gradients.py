@@ -1,0 +1,173 @@
+"""The gradients of a call: every tile's logits are computed again, and with them dL/dx."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fdd_kernels.backends.torch_stream import tiling
+from fdd_kernels.backends.torch_stream.problem import (
+    TorchProblem,
+    at_temperature,
+    log_probabilities,
+    pair_vectors,
+)
+from fdd_kernels.lens.divergences import DIVERGENCES
+from fdd_kernels.lens.inputs import LensInputs
+from fdd_kernels.lens.layout import COUNT, GRAD_SUM, LSE_S, M_DD, M_SS, M_ST, MEAN_S, MEAN_T, VALUE
+from fdd_kernels.lens.spec import NLL, LensSpec
+
+
+def grad(
+    inputs: LensInputs, spec: LensSpec, per_row: tuple[Tensor, ...], needed: list[bool]
+) -> list[Tensor]:
+    """Gradients of [*student_hidden, student_weight, student_bias] marked in `needed`.
+
+    `per_row` are the three statistics and the upstream gradients of the last two. The gradient of a
+    low-precision head is accumulated in float32. Where neither that of the whole head nor that of
+    all hidden states fits the accumulator budget, the vocabulary is walked twice, once for each.
+    """
+    problem = TorchProblem(inputs, spec)
+    student_hidden, student_weight = inputs.student_hidden, inputs.student_weight
+    *needs_hidden, needs_weight, needs_bias = needed
+    grad_hidden = [
+        torch.zeros_like(h, memory_format=torch.contiguous_format) if need else None
+        for h, need in zip(student_hidden, needs_hidden)
+    ]
+    grad_weight = (
+        torch.zeros_like(student_weight, memory_format=torch.contiguous_format)
+        if needs_weight
+        else None
+    )
+    grad_bias = torch.zeros_like(inputs.student_bias, dtype=problem.dtype) if needs_bias else None
+
+    all_rows = max(problem.count, 1)
+    resident = problem.tiles.resident_rows if any(needs_hidden) else all_rows
+    # Written once per set of resident rows: with one set, or in a dtype wide enough, no accumulator
+    # is needed.
+    summed_in_place = (
+        not needs_weight or problem.count <= resident or student_weight.dtype == problem.dtype
+    )
+    if summed_in_place:
+        _accumulate(problem, per_row, grad_hidden, grad_weight, grad_bias, resident)
+    elif student_weight.numel() * problem.dtype.itemsize <= tiling.ACCUMULATOR_BYTES:
+        accumulator = torch.zeros_like(grad_weight, dtype=problem.dtype)
+        _accumulate(problem, per_row, grad_hidden, accumulator, grad_bias, resident)
+        grad_weight.copy_(accumulator)
+    else:
+        _accumulate(problem, per_row, grad_hidden, None, None, resident)
+        _accumulate(problem, per_row, [], grad_weight, grad_bias, all_rows)
+    if grad_bias is not None:
+        grad_bias = grad_bias.to(inputs.student_bias.dtype)
+    return [g for g in (*grad_hidden, grad_weight, grad_bias) if g is not None]
+
+
+def _accumulate(
+    problem: TorchProblem,
+    per_row: tuple[Tensor, ...],
+    grad_hidden: list[Tensor | None],
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    resident_rows: int,
+) -> None:
+    """Add the gradients into the tensors given: one a layer, or an empty list, for the hidden
+    states; None is not computed.
+
+    For each set of resident rows the vocabulary is the outer loop. A tile of the head's gradient is
+    then summed over these rows in the working dtype and written once.
+    """
+    student, teacher = problem.student, problem.teacher
+    width = student.hidden[0].shape[-1]
+    want_hidden = any(g is not None for g in grad_hidden)
+    for start in range(0, problem.count, resident_rows):
+        stop = min(start + resident_rows, problem.count)
+        summed = None
+        if want_hidden:
+            summed = student.hidden[0].new_zeros(
+                (problem.layers, stop - start, width), dtype=problem.dtype
+            )
+        for columns in problem.column_tiles():
+            weight_cD = student.weight_tile(columns)
+            teacher_cD = teacher.weight_tile(columns) if problem.spec.needs_teacher else None
+            summed_cD = torch.zeros_like(weight_cD) if grad_weight is not None else None
+            for rows, first, last in problem.row_blocks(problem.tiles.rows, start, stop):
+                student_LrD = student.rows(rows)
+                teacher_LrD = teacher.rows(rows) if problem.spec.needs_teacher else None
+                grad_x = _tile_gradient(
+                    problem, per_row, rows, columns, student_LrD, weight_cD, teacher_LrD, teacher_cD
+                )
+                if grad_bias is not None:
+                    grad_bias[columns] += grad_x.sum((0, 1))
+                flat = grad_x.reshape(-1, grad_x.shape[-1])
+                if summed is not None:
+                    summed[:, first - start : last - start] += (flat @ weight_cD).view(
+                        problem.layers, -1, width
+                    )
+                if summed_cD is not None:
+                    summed_cD.addmm_(flat.T, student_LrD.reshape(-1, width))
+            if grad_weight is not None:
+                grad_weight[columns] += summed_cD
+        if want_hidden:
+            rows, _, _ = next(problem.row_blocks(stop - start, start, stop))
+            for layer, out in enumerate(grad_hidden):
+                if out is not None:
+                    out[rows] = summed[layer].to(out.dtype)
+
+
+def _tile_gradient(
+    problem: TorchProblem,
+    per_row: tuple[Tensor, ...],
+    rows: Tensor | slice,
+    columns: slice,
+    student_LrD: Tensor,
+    weight_cD: Tensor,
+    teacher_LrD: Tensor | None,
+    teacher_cD: Tensor | None,
+) -> Tensor:
+    """Compute dL/dx of one tile, x = h W^T + b of the student: (L, r, c)."""
+    spec, student, teacher = problem.spec, problem.student, problem.teacher
+    shifts, requests, moments, grad_requests, grad_moments = (stat[..., rows] for stat in per_row)
+    logits_s = student.logits(student_LrD, weight_cD, columns)
+    u_s = logits_s - shifts[0, ..., None]
+    u_t = None
+    if spec.needs_teacher:
+        u_t = teacher.logits(teacher_LrD, teacher_cD, columns)
+        u_t -= shifts[1, ..., None]
+    grad_u = torch.zeros_like(u_s)
+    for index, request in enumerate(spec.requests):
+        upstream, stat = grad_requests[index, ..., None], requests[index]
+        if request.divergence in (None, NLL):
+            z_s = at_temperature(u_s[request.student_layer], request.temperature)
+            q = (z_s - stat[LSE_S, :, None]).exp()
+            if request.divergence is None:
+                grad_z = q * upstream[LSE_S]
+            else:
+                inside, at = problem.label_columns(rows, columns)
+                of_label = torch.where(inside[:, None], -upstream[VALUE], 0.0)
+                grad_z = q * (upstream[LSE_S] + upstream[VALUE])
+                grad_z.scatter_add_(1, at[:, None], of_label)
+        else:
+            log_q, log_p = log_probabilities(request, u_s, u_t, stat)
+            q, divergence = log_q.exp(), DIVERGENCES[request.divergence]
+            grad_z = divergence.grad(log_q, log_p, *request.parameters)
+            grad_z = grad_z.sub_(q * stat[GRAD_SUM, :, None]).mul_(upstream[VALUE])
+            grad_z += q * upstream[LSE_S]
+        grad_u[request.student_layer].add_(grad_z, alpha=1 / request.temperature)
+    live = problem.live_tile(columns) if spec.moments else None
+    for index, pair in enumerate(spec.moments):
+        upstream, stat = grad_moments[index, ..., None], moments[index, ..., None]
+        s, t = pair_vectors(u_s, u_t, pair, spec.moment_temperature)
+        s -= stat[MEAN_S]
+        t -= stat[MEAN_T]
+        grad_vector = (
+            (2 * upstream[M_SS]) * s
+            + upstream[M_ST] * t
+            + upstream[MEAN_S] / stat[COUNT].clamp(min=1)
+        )
+        grad_vector += (2 * upstream[M_DD]) * s.sub_(t)
+        if live is not None:
+            grad_vector = torch.where(live, grad_vector, 0.0)
+        grad_u[pair.second.student].add_(grad_vector, alpha=1 / spec.moment_temperature)
+        if pair.first is not None:
+            grad_u[pair.first.student].sub_(grad_vector, alpha=1 / spec.moment_temperature)
+    return student.chain(grad_u, logits_s)

@@ -1,0 +1,74 @@
+"""How the backend "torch" cuts the work: tiles within byte budgets, and the memory they take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fdd_kernels.backends.call_shape import FLOAT, CallShape
+
+MIB = 2**20
+# Tiles of logits: inside the last cache level of a CPU; large enough to fill an accelerator.
+TILE_BYTES = {"cpu": 32 * MIB}
+ACCELERATOR_TILE_BYTES = 128 * MIB
+OPERAND_BYTES = 48 * MIB  # of a row block's hidden states, and of a tile's head rows
+ACCUMULATOR_BYTES = 96 * MIB  # of a gradient that is accumulated in a wider dtype than its own
+RUNTIME_BYTES = 6 * MIB  # of generated code and buffers of the GEMM library
+# Tiles of one layer that are held while gradients are formed: for each layer (the student's logits
+# before and after the shift, the teacher's, their gradient, and that of the tile before), for a
+# request's temporaries, for a pair's.
+LAYER_TILES, REQUEST_TILES, MOMENT_TILES = 5, 6, 4
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Rows and columns of a tile, and the number of resident rows: a set of rows whose gradient is
+    accumulated in one walk over the vocabulary.
+    """
+
+    rows: int
+    columns: int
+    resident_rows: int
+
+
+def choose_tiles(
+    layers: int,
+    rows: int,
+    columns: int,
+    student_width: int,
+    teacher_width: int,
+    itemsize: int,
+    device_type: str,
+) -> Tiles:
+    """Choose tiles that keep every buffer within the byte budgets of this file."""
+    # The student's logits twice (before and after the shift), the teacher's and the gradient for
+    # every layer, and about twelve temporaries of one layer.
+    elements = TILE_BYTES.get(device_type, ACCELERATOR_TILE_BYTES) // (itemsize * (4 * layers + 12))
+    width = student_width + teacher_width
+    most_columns = max(1, OPERAND_BYTES // (itemsize * width))
+    most_rows = max(1, OPERAND_BYTES // (itemsize * width * layers))
+    tile_columns = max(1, min(columns, 2048, most_columns))
+    tile_rows = max(1, min(rows, most_rows, elements // tile_columns))
+    tile_columns = max(1, min(columns, most_columns, max(tile_columns, elements // tile_rows)))
+    resident = max(tile_rows, ACCUMULATOR_BYTES // (itemsize * layers * student_width))
+    return Tiles(tile_rows, tile_columns, resident)
+
+
+def memory(shape: CallShape) -> dict[str, int]:
+    """Bytes that are in use at the peak of a call by part, beside gradients and statistics."""
+    layers, rows, width = shape.layers, shape.rows, shape.student_width
+    tiles = choose_tiles(
+        layers, rows, shape.columns, width, shape.teacher_width, FLOAT, shape.device
+    )
+    block, resident = min(tiles.rows, rows), min(rows, tiles.resident_rows)
+    converted = width + (shape.teacher_width if shape.teacher_head else 0) if shape.narrow else 0
+    head_sum = FLOAT * shape.columns * width
+    several = shape.narrow and shape.train_head and rows > resident
+    count = LAYER_TILES * layers + REQUEST_TILES + (MOMENT_TILES if shape.moments else 0)
+    return {
+        "sums of hidden gradients": FLOAT * layers * resident * width,
+        "sum of the head's gradient": head_sum if several and head_sum <= ACCUMULATOR_BYTES else 0,
+        "operands": FLOAT * layers * block * (width + shape.teacher_width)
+        + FLOAT * tiles.columns * ((width if shape.train_head else 0) + converted),
+        "tiles": FLOAT * block * tiles.columns * count,
+        "runtime": RUNTIME_BYTES,
+    }

@@ -1,0 +1,47 @@
+"""From terms per row to what a call returns: valid rows, denominators, sums and means."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fdd_kernels.lens.inputs import LensInputs
+
+
+def safe_denominator(items: Tensor | float) -> Tensor | float:
+    """Return a number of items as a denominator.
+
+    A tensor of 0, which nobody has looked at, becomes inf: what it divides is then 0.
+    """
+    return torch.where(items == 0, torch.inf, items) if isinstance(items, Tensor) else items
+
+
+def loss_denominator(
+    reduction: str, inputs: LensInputs, num_items_in_batch: Tensor | float | None
+) -> Tensor | float | None:
+    """Return the denominator of the sum over rows, or None for a plain sum."""
+    if num_items_in_batch is None:
+        if reduction != "mean":
+            return None
+        return max(inputs.rows, 1) if inputs.valid is None else inputs.valid.sum().clamp(min=1)
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.reshape(()).to(inputs.device)
+    return safe_denominator(num_items_in_batch)
+
+
+def reduce_rows(
+    term: Tensor,
+    valid: Tensor | None,
+    leading_shape: tuple[int, ...] | None,
+    denominator: Tensor | float | None,
+) -> Tensor:
+    """Reduce a term (R,) over its valid rows, in its own dtype.
+
+    With a `leading_shape` (reduction="none") the term is returned in that shape instead, 0 where a
+    row is not valid.
+    """
+    if valid is not None:
+        term = torch.where(valid, term, 0.0)
+    if leading_shape is not None:
+        return term.view(leading_shape)
+    return term.sum() if denominator is None else (term.sum() / denominator).to(term.dtype)

@@ -1,0 +1,313 @@
+"""Checks that every objective shares: made before any work, naming argument, value and remedy."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fdd_kernels.backends import is_recording
+from fdd_kernels.objectives.inputs import LossInputs
+
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+DEBUG_SWITCH = "FDD_KERNELS_DEBUG"
+
+
+def describe(tensor: Tensor) -> str:
+    """Say shape, dtype and device of a tensor, for error messages."""
+    return (
+        f"{str(tensor.dtype).removeprefix('torch.')} tensor of shape {tuple(tensor.shape)} on "
+        f"{tensor.device}"
+    )
+
+
+def check_tensors(inputs: LossInputs) -> LossInputs:
+    """Check hidden states and heads, and return them with the states as tuples.
+
+    Raises:
+        TypeError, ValueError: a wrong type, dtype, shape or device, or a teacher that asks for
+            gradient.
+    """
+    student = _as_states("student_hidden", inputs.student_hidden)
+    teacher = _as_states("teacher_hidden", inputs.teacher_hidden)
+    inputs = replace(inputs, student_hidden=student, teacher_hidden=teacher)
+    if len(teacher) != len(student):
+        raise ValueError(
+            f"student_hidden has {len(student)} layers and teacher_hidden {len(teacher)}: layers "
+            "are paired by rank, pass as many of each"
+        )
+    if tuple(teacher[0].shape[:-1]) != inputs.leading_shape:
+        raise ValueError(
+            f"teacher_hidden has leading shape {tuple(teacher[0].shape[:-1])}, student_hidden "
+            f"{inputs.leading_shape}: both models must have seen the same tokens"
+        )
+    if inputs.student_weight is None:
+        raise TypeError(
+            "student_weight is None: pass the student's LM head (V, width), or a projection to the "
+            "teacher's width"
+        )
+    _check_head("student", student, inputs.student_weight, inputs.student_bias)
+    _check_head("teacher", teacher, inputs.teacher_weight, inputs.teacher_bias)
+    named, device = inputs.named_floats(), inputs.device
+    for name, tensor in named.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(
+                f"{name} is on {tensor.device} and student_hidden[0] on {device}: move one of them"
+            )
+    if device.type == "meta" and not torch.compiler.is_compiling() and not is_recording():
+        raise ValueError(
+            f"student_hidden[0] is a {describe(student[0])}, which holds no numbers: make the "
+            "models on a device and load their values, or trace the loss under "
+            "torch._subclasses.FakeTensorMode"
+        )
+    _check_teacher_is_constant(named)
+    return inputs
+
+
+def check_tokens(inputs: LossInputs) -> None:
+    """Check labels and mask against the hidden states."""
+    integers = torch.int64, torch.int32
+    for name, tensor, dtypes in (
+        ("labels", inputs.labels, integers),
+        ("mask", inputs.mask, (torch.bool, *integers, torch.uint8)),
+    ):
+        if tensor is not None:
+            _check_tokens(name, tensor, inputs.leading_shape, inputs.device, dtypes)
+
+
+def check_numbers(inputs: LossInputs) -> None:
+    """Refuse NaN and infinities if FDD_KERNELS_DEBUG=1; a bias may be -inf (a padded vocabulary).
+
+    Raises:
+        ValueError: names the tensor, and how many of its entries are not finite.
+    """
+    if torch.compiler.is_compiling() or os.environ.get(DEBUG_SWITCH, "0") in ("", "0"):
+        return
+    for name, tensor in inputs.named_floats().items():
+        if tensor is None:
+            continue
+        bad = ~tensor.detach().isfinite()
+        if name.endswith("bias"):
+            bad &= ~tensor.detach().isneginf()
+        if bad.any():
+            raise ValueError(
+                f"{name} has {int(bad.sum())} entries that are NaN or infinite ({describe(tensor)})"
+            )
+
+
+def check_transforms(inputs: LossInputs, backend: str) -> None:
+    """Refuse torch.func's transforms and forward-mode AD, which only the reference supports.
+
+    Raises:
+        RuntimeError: names the tensor, the transform and the remedy.
+    """
+    if backend == "reference" or torch.compiler.is_compiling():
+        return
+    others = {"labels": inputs.labels, "mask": inputs.mask}
+    for name, tensor in (inputs.named_floats() | others).items():
+        wrapped = tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        dual = (
+            tensor is not None
+            and forward_ad._current_level >= 0
+            and forward_ad.unpack_dual(tensor).tangent is not None
+        )
+        if wrapped or dual:
+            way = (
+                "a transform of torch.func (vmap, jvp, grad, ...)" if wrapped else "forward-mode AD"
+            )
+            raise RuntimeError(
+                f'{name} is under {way}, which the backend "{backend}" does not support: use '
+                'backward() or torch.autograd.grad, or backend="reference"'
+            )
+
+
+def compared_tokens(inputs: LossInputs, vocab_size: int | None) -> int:
+    """Return how many tokens of the vocabulary are compared; features in feature space.
+
+    Raises:
+        ValueError: heads of different vocabularies, or a `vocab_size` that does not fit them.
+    """
+    student_weight, teacher_weight = inputs.student_weight, inputs.teacher_weight
+    teacher_width = inputs.teacher_hidden[0].shape[-1]
+    student_rows = student_weight.shape[0]
+    if teacher_weight is None:
+        if vocab_size is not None:
+            raise ValueError(
+                f"vocab_size={vocab_size} was given with teacher_weight=None: feature "
+                "space has no vocabulary"
+            )
+        if student_rows != teacher_width:
+            raise ValueError(
+                f"student_weight has shape {tuple(student_weight.shape)}, but with "
+                f"teacher_weight=None it must project to the teacher's width {teacher_width}: "
+                f"({teacher_width}, {student_weight.shape[1]})"
+            )
+        return teacher_width
+    smaller = min(student_rows, teacher_weight.shape[0])
+    if vocab_size is None:
+        if student_rows != teacher_weight.shape[0]:
+            raise ValueError(
+                f"student_weight has {student_rows} rows and teacher_weight "
+                f"{teacher_weight.shape[0]}: the vocabularies differ. If one is only padded, pass "
+                f"vocab_size=N (at most {smaller}) to compare the first N tokens"
+            )
+        return student_rows
+    if vocab_size > smaller:
+        raise ValueError(
+            f"vocab_size={vocab_size} is larger than a vocabulary (student {student_rows}, "
+            f"teacher {teacher_weight.shape[0]})"
+        )
+    return vocab_size
+
+
+def check_num_items(reduction: str, num_items_in_batch) -> None:
+    """Refuse what cannot divide a sum; a tensor, whose value would take a host sync, may be 0.
+
+    Raises:
+        TypeError, ValueError: not a number above 0, or a reduction that divides nothing.
+    """
+    if num_items_in_batch is None:
+        return
+    if reduction == "none":
+        raise ValueError(
+            'num_items_in_batch divides a sum, but reduction="none" returns one value per token'
+        )
+    if isinstance(num_items_in_batch, Tensor):
+        if num_items_in_batch.numel() != 1:
+            raise ValueError(
+                f"num_items_in_batch has shape {tuple(num_items_in_batch.shape)}: pass one number"
+            )
+    elif isinstance(num_items_in_batch, bool) or not isinstance(num_items_in_batch, (int, float)):
+        raise TypeError(
+            "num_items_in_batch must be a number or a tensor, got "
+            f"{type(num_items_in_batch).__name__}"
+        )
+    elif not 0 < num_items_in_batch < math.inf:
+        raise ValueError(
+            f"num_items_in_batch={num_items_in_batch} must be greater than 0: skip a batch without "
+            "valid tokens, or pass a tensor, for which 0 gives a loss of 0"
+        )
+
+
+def check_labels(labels: Tensor, ignore_index: int, columns: int) -> None:
+    """Refuse labels that are neither `ignore_index` nor a token below `columns`.
+
+    Raises:
+        ValueError: on a CPU in eager mode; on other devices and in compiled code an assertion fails
+            at run time.
+    """
+    legal = (labels == ignore_index) | ((labels >= 0) & (labels < columns))
+    if labels.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(legal.all(), f"labels outside [0, {columns}) that are not ignore_index")
+    elif not legal.all():
+        raise ValueError(
+            f"labels contains {int(labels[~legal][0])}, which is neither "
+            f"ignore_index={ignore_index} nor a token in [0, {columns}): mark the position with "
+            "ignore_index or correct the token"
+        )
+
+
+def _as_states(name: str, states) -> tuple[Tensor, ...]:
+    if isinstance(states, Tensor):
+        states = (states,)
+    if not isinstance(states, Sequence):
+        raise TypeError(
+            f"{name} must be a tensor or a sequence of tensors, got {type(states).__name__}"
+        )
+    if not len(states):
+        raise ValueError(f"{name} is empty: pass at least the final hidden state")
+    for index, state in enumerate(states):
+        _require_float(f"{name}[{index}]", state)
+        if state.ndim < 1 or state.shape != states[0].shape:
+            raise ValueError(
+                f"{name}[{index}] has shape {tuple(state.shape)}, {name}[0] has "
+                f"{tuple(states[0].shape)}: all layers of a model must have one shape (..., width)"
+            )
+    if states[0].shape[-1] == 0:
+        raise ValueError(f"{name} has width 0: shape {tuple(states[0].shape)}")
+    return tuple(states)
+
+
+def _require_float(name: str, tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(
+            f"{name} is a {describe(tensor)}: pass float32, bfloat16, float16 or float64 "
+            "(dequantise it first)"
+        )
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} has layout {tensor.layout}: pass a dense tensor (.to_dense())")
+    _require_plain(name, tensor)
+
+
+def _require_plain(name: str, tensor: Tensor) -> None:
+    """Refuse a DTensor, which stands for the tensors of several processes."""
+    if torch.compiler.is_compiling():
+        return
+    if hasattr(tensor, "placements"):  # a DTensor, whose module takes long to import
+        raise TypeError(
+            f"{name} is a DTensor with placements {tensor.placements}: pass all of it "
+            "(.full_tensor()), or, of heads that are split over their rows, this process's rows "
+            "(.to_local()) together with vocab_group"
+        )
+
+
+def _check_head(
+    side: str, states: tuple[Tensor, ...], weight: Tensor | None, bias: Tensor | None
+) -> None:
+    width = states[0].shape[-1]
+    if weight is not None:
+        _require_float(f"{side}_weight", weight)
+        if weight.ndim != 2 or weight.shape[1] != width or weight.shape[0] == 0:
+            raise ValueError(
+                f"{side}_weight has shape {tuple(weight.shape)}, but {side}_hidden has width "
+                f"{width}: it must be (vocabulary, {width}) as in torch.nn.Linear"
+            )
+    if bias is not None:
+        _require_float(f"{side}_bias", bias)
+        if weight is None:
+            raise ValueError(
+                f"{side}_bias was given without {side}_weight: add it to the hidden states instead"
+            )
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(
+                f"{side}_bias has shape {tuple(bias.shape)}, {side}_weight {tuple(weight.shape)}: "
+                f"it must be ({weight.shape[0]},)"
+            )
+
+
+def _check_tokens(
+    name: str, tensor, leading_shape: tuple[int, ...], device: torch.device, dtypes: tuple
+) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(
+            f"{name} is a {describe(tensor)}: expected "
+            f"{' or '.join(str(d).split('.')[1] for d in dtypes)}"
+        )
+    if tuple(tensor.shape) != leading_shape:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}, but the hidden states have {leading_shape} "
+            "before their width: one entry per hidden state"
+        )
+    _require_plain(name, tensor)
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device} and student_hidden on {device}: move it")
+
+
+def _check_teacher_is_constant(named: dict[str, Tensor | None]) -> None:
+    for name, tensor in named.items():
+        is_teacher = name.startswith("teacher") and tensor is not None
+        if is_teacher and torch.is_grad_enabled() and tensor.requires_grad:
+            raise ValueError(
+                f"{name} requires grad, but the loss never sends gradient to the teacher: run the "
+                "teacher under torch.no_grad() and call teacher.requires_grad_(False), or pass "
+                ".detach()"
+            )
