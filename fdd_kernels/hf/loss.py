@@ -12,9 +12,10 @@ from fdd_kernels.hf.positions import next_labels, token_shape, valid_positions
 from fdd_kernels.hf.targets import HiddenTargets, StudentSide, SummaryTargets, Targets
 from fdd_kernels.hf.teachers import Teacher
 from fdd_kernels.hf.wrappers import own_rows
-from fdd_kernels.objectives.fdd.api import fused_fdd_loss
+from fdd_kernels.objectives.fdd.loss import fdd_terms
 from fdd_kernels.objectives.fdd.options import FDDLossTerms, LossOptions
-from fdd_kernels.objectives.fdd.summary import StatisticsLoss
+from fdd_kernels.objectives.fdd.summary import SummaryLoss
+from fdd_kernels.objectives.inputs import LossInputs
 
 
 class DistillationLoss:
@@ -28,7 +29,7 @@ class DistillationLoss:
 
     def __init__(self, options: LossOptions, teacher: Teacher, vocab_group) -> None:
         self.options, self.teacher, self.vocab_group = options, teacher, vocab_group
-        self._summary_loss: StatisticsLoss | None = None
+        self._summary_loss: SummaryLoss | None = None
         self._summary_key: tuple | None = None  # the student's head and cache that it is for
 
     def __call__(
@@ -59,20 +60,18 @@ class DistillationLoss:
                 "the final state too"
             )
         weight, bias = self._teacher_head(device, student.vocabulary)
-        return fused_fdd_loss(
-            _complete(student.states, batch, student.weight),
-            student.weight,
-            _complete(targets, batch, weight),
-            weight,
-            next_labels(batch, options.ignore_index),
-            mask=valid_positions(batch, options.ignore_index).to(device),
+        inputs = LossInputs(
+            student_hidden=_complete(student.states, batch, student.weight),
+            student_weight=student.weight,
+            teacher_hidden=_complete(targets, batch, weight),
+            teacher_weight=weight,
+            labels=next_labels(batch, options.ignore_index),
             student_bias=student.bias,
             teacher_bias=bias,
+            mask=valid_positions(batch, options.ignore_index).to(device),
             num_items_in_batch=num_items_in_batch,
-            return_terms=True,
-            vocab_group=self.vocab_group,
-            **vars(options),
         )
+        return fdd_terms(inputs, options, self.vocab_group)
 
     @torch.no_grad()
     def _teacher_head(self, device: torch.device, vocabulary: int) -> tuple[Tensor, Tensor | None]:
@@ -107,7 +106,7 @@ class DistillationLoss:
         labels = next_labels(batch, ignore).flatten()[places]
         return loss(hidden, summary, labels, num_items_in_batch=num_items_in_batch)
 
-    def _loss_of_summary(self, student: StudentSide, targets: SummaryTargets) -> StatisticsLoss:
+    def _loss_of_summary(self, student: StudentSide, targets: SummaryTargets) -> SummaryLoss:
         """Return the loss for the student's head. Compares its SHA-256 with the summary's at the
         first call, and again whenever the head has moved or changed.
         """
@@ -119,7 +118,7 @@ class DistillationLoss:
                     "were made for (SHA-256 differs): statistics serve one frozen head. Freeze the "
                     "head and cache the teacher again, or use a cache of states"
                 )
-            self._summary_loss = StatisticsLoss(
+            self._summary_loss = SummaryLoss(
                 self.options, targets.layers, student.weight, student.bias
             )
             self._summary_key = key

@@ -19,7 +19,7 @@ from fdd_kernels.hf.model_reader import ModelReader
 from fdd_kernels.hf.targets import SummaryTargets
 from fdd_kernels.hf.teachers import LiveTeacher
 from fdd_kernels.objectives.fdd.options import FDDConfig, LossOptions
-from fdd_kernels.objectives.fdd.summary import StatisticsMaker, check_options, statistics_widths
+from fdd_kernels.objectives.fdd.summary import SummaryMaker, check_options, summary_widths
 from fdd_kernels.teacher_cache.format import ArraySpec
 from fdd_kernels.teacher_cache.reader import WindowCache
 from fdd_kernels.teacher_cache.writer import CachedQuantity, describe_teacher, write_cache
@@ -68,9 +68,9 @@ def teacher_summary(
     about = describe_teacher(teacher, layers, apply_final_norm)
 
     @cache
-    def maker(device: torch.device) -> StatisticsMaker:
+    def maker(device: torch.device) -> SummaryMaker:
         head = [None if t is None else t.detach().to(device) for t in (weight, bias)]
-        return StatisticsMaker(full, *head)
+        return SummaryMaker(full, *head)
 
     def rows(batch: Mapping[str, Tensor], places: Tensor) -> dict[str, Tensor]:
         states = teacher.targets(batch, tuple(layers), apply_final_norm=apply_final_norm)
@@ -79,7 +79,7 @@ def teacher_summary(
         device = teacher_weight.device  # the student's head is brought to the teacher's
         return maker(device)([h.to(device) for h in hidden], teacher_weight, teacher_bias)
 
-    widths = statistics_widths(full, len(layers) + 1, weight.shape[1])
+    widths = summary_widths(full, len(layers) + 1, weight.shape[1])
     return CachedQuantity(
         kind=KIND,
         arrays={name: ArraySpec(width, "float32") for name, width in widths.items()},
