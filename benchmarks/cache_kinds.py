@@ -26,7 +26,7 @@ from benchmarks.report import markdown
 from benchmarks.workloads import GPT2
 from fdd_kernels import fdd_loss_reference, fused_fdd_loss
 from fdd_kernels.objectives.fdd.options import LossOptions
-from fdd_kernels.objectives.fdd.summary import StatisticsLoss, StatisticsMaker, statistics_widths
+from fdd_kernels.objectives.fdd.summary import SummaryLoss, SummaryMaker, summary_widths
 from fdd_kernels.teacher_cache.codec import CODECS
 from fdd_kernels.testing import Problem
 
@@ -46,8 +46,8 @@ def states_loss(problem: Problem, codec: str | None) -> Loss:
 def statistics_loss(problem: Problem, _: None) -> Loss:
     """Make the loss with a summary of the teacher."""
     options, weight = LossOptions(), problem.student_weight
-    found = StatisticsMaker(options, weight)(problem.teacher_hidden, problem.teacher_weight)
-    loss = StatisticsLoss(options, len(problem.teacher_hidden), weight)
+    found = SummaryMaker(options, weight)(problem.teacher_hidden, problem.teacher_weight)
+    loss = SummaryLoss(options, len(problem.teacher_hidden), weight)
     return lambda hidden: loss(hidden, found).loss
 
 
@@ -82,7 +82,7 @@ def main() -> None:
     workload = replace(GPT2, rows=arguments.rows, train_head=False)
     problem, few = build_problem(workload), build_problem(workload, rows=EXACT_ROWS)
     layers, width = len(problem.teacher_hidden), problem.teacher_hidden[0].shape[-1]
-    widths = statistics_widths(LossOptions(), layers, workload.student_width)
+    widths = summary_widths(LossOptions(), layers, workload.student_width)
     ways = {"teacher's states, float32": (4 * layers * width, states_loss, None)}
     for name, codec in CODECS.items():
         ways[f"states, {name}"] = layers * codec.bytes_per_row(width), states_loss, name

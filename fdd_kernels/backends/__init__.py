@@ -104,6 +104,7 @@ BACKENDS: dict[str, Backend] = {
         triton.stats,
         triton.grad,
         triton.unavailable,
+        triton.refusal,
         devices=("cuda",),
         priority=2,
         color="#8d0801",
@@ -130,11 +131,6 @@ def why_unavailable(name: str, device: torch.device) -> str | None:
     """Say why the backend `name` cannot run on `device` and what to do about it; None if it can."""
     if name == "reference":
         return None
-    if name not in BACKENDS:
-        return (
-            f'this version of fdd_kernels contains no "{name}" kernels; '
-            'use backend="auto" or backend="torch"'
-        )
     return BACKENDS[name].unavailable(device)
 
 

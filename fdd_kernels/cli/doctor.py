@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 
-from fdd_kernels.backends import why_unavailable
+from fdd_kernels.backends import backend_names, why_unavailable
 from fdd_kernels.backends.cpu import extension
 from fdd_kernels.common.processor import processor
 from fdd_kernels.objectives.fdd.api import fused_fdd_loss
-from fdd_kernels.objectives.fdd.options import BACKENDS
 from fdd_kernels.version import __version__
 
 # Packages and the features that need them.
@@ -30,7 +29,7 @@ PACKAGES = {
     "tokenizers": "demo, distill",
     "rich": "demo, distill",
     "peft": "distill --lora-rank",
-    "matplotlib": "plots of benchmarks",
+    "matplotlib": "demo, plots of plan and benchmarks",
 }
 INSTRUCTION_SETS = (
     "avx2",
@@ -63,7 +62,7 @@ def examine() -> dict[str, Any]:
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
         "backends": {
             name: {d.type: examine_backend(name, d) for d in devices}
-            for name in BACKENDS
+            for name in backend_names()
             if name != "auto"
         },
     }

@@ -57,13 +57,13 @@ def _complete_replacement(target: Path) -> None:
 
     The old directory is moved away only when the new one is complete and on disk.
     """
-    old, new = _beside(target, _REPLACED), _beside(target)
+    old, new = _unfinished(target, _REPLACED), _unfinished(target)
     if old.exists() and not target.exists():
         (new if new.exists() else old).rename(target)
         _sync(target.parent)
 
 
-def _beside(target: Path, suffix: str = "") -> Path:
+def _unfinished(target: Path, suffix: str = "") -> Path:
     """The path of a directory that is not yet, or no longer, `target`."""
     return target.parent / UNFINISHED / f"{target.name}{suffix}"
 
@@ -80,7 +80,7 @@ def atomic_directory(target: Path) -> Iterator[Path]:
     Raises:
         OSError: it could not be written; an earlier `target` is intact.
     """
-    folder, old = _beside(target), _beside(target, _REPLACED)
+    folder, old = _unfinished(target), _unfinished(target, _REPLACED)
     _complete_replacement(target)
     _delete(old, target)
     shutil.rmtree(folder, ignore_errors=True)
@@ -112,17 +112,17 @@ def remove_directory(target: Path) -> None:
     """Remove a directory, and an older one that it replaced, so that a part of it is never seen
     under its name.
     """
-    _beside(target).parent.mkdir(exist_ok=True)
-    _delete(_beside(target, _REPLACED), target)
+    _unfinished(target).parent.mkdir(exist_ok=True)
+    _delete(_unfinished(target, _REPLACED), target)
     _delete(target, target)
-    _remove_if_empty(_beside(target).parent)
+    _remove_if_empty(_unfinished(target).parent)
 
 
 def _delete(folder: Path, target: Path) -> None:
     """Delete `folder` (`target` or the directory it replaced), if it exists, under a name that
     marks it as incomplete.
     """
-    removed = _beside(target, _REMOVED)
+    removed = _unfinished(target, _REMOVED)
     shutil.rmtree(removed, ignore_errors=True)
     if folder.exists():
         folder.rename(removed)

@@ -60,7 +60,7 @@ def run_demo(
     if seeds < 1:
         raise ValueError(f"seeds={seeds} must be at least 1")
     started, console, budget = time.monotonic(), Console(), QUICK if quick else FULL
-    told = Console(stderr=True)  # progress; results go to stdout
+    progress = Console(stderr=True)  # results go to stdout
     transformers_logging.disable_progress_bar()
     folder = output / "teacher" if retrain_teacher else _find_teacher(teacher)
     output.mkdir(parents=True, exist_ok=True)
@@ -74,7 +74,7 @@ def run_demo(
         f"Teacher: {record['parameters'] / 1e6:.1f} M parameters, trained on "
         f"{record['tokens_seen'] / 1e6:.1f} M tokens of {record['text']}"
     )
-    with Activity(told, "reading the standard library"):
+    with Activity(progress, "reading the standard library"):
         stream = token_stream(tokenizer, standard_library_texts(held_out=False))
         held_out = token_stream(tokenizer, standard_library_texts(held_out=True))
         evaluation = Evaluation(model, held_out_windows(held_out, budget.evaluation_windows))
@@ -86,13 +86,13 @@ def run_demo(
     runs, samples = [], {}
     for seed in range(seeds):
         with Activity(
-            told, f"training {len(OBJECTIVES)} students, seed {seed}", budget.steps
+            progress, f"training {len(OBJECTIVES)} students, seed {seed}", budget.steps
         ) as activity:
             new_runs, students = train_students(model, stream, evaluation, budget, seed, activity)
         runs += new_runs
         if seed == 0:
             prompt = held_out_windows(held_out, 1)[:, :PROMPT_TOKENS]
-            with Activity(told, "generating samples"):
+            with Activity(progress, "generating samples"):
                 samples = _continuations({"teacher": model, **students}, tokenizer, prompt)
     result = report.Result(
         budget=budget,

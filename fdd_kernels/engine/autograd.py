@@ -12,11 +12,7 @@ from torch import Tensor
 
 from fdd_kernels.engine import ops
 from fdd_kernels.lens.inputs import LensInputs
-from fdd_kernels.lens.layout import Statistics
 from fdd_kernels.lens.spec import LensSpec
-
-# A `LensSpec` as operator arguments, see `LensSpec.encode`.
-EncodedSpec = tuple[str, Tensor, int]
 
 
 class NoDoubleBackward(torch.autograd.Function):
@@ -116,24 +112,6 @@ def as_backward_result(
     return (None,) * before + tuple(gradients) + (None,) * after
 
 
-def statistics_of(spec: EncodedSpec, backend: str, shard, inputs: LensInputs) -> Statistics:
-    """Compute the statistics of the whole vocabulary."""
-    if shard is None:
-        return Statistics(*ops.lens_stats(*inputs, *spec, backend))
-    return shard.statistics(inputs, LensSpec.decode(*spec), backend)
-
-
-def gradients_of(
-    spec: EncodedSpec, backend: str, shard, inputs: LensInputs, per_row: tuple, needed: list[bool]
-) -> list[Tensor]:
-    """Compute the gradients marked in `needed`, a shard's hidden states' all-reduced.
-
-    `per_row` are the statistics and the upstream gradients of requests and moments.
-    """
-    found = ops.lens_grad(*inputs, *spec, backend, *per_row, needed)
-    return found if shard is None else shard.sum_gradients(found, sum(needed[:-2]))
-
-
 # Arguments in front of the tensors; of the module, since Dynamo traces no attribute of a Function.
 _BEFORE = 6
 
@@ -147,14 +125,16 @@ class LensStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, structure, numbers, columns, backend: str, shard, layers: int, *tensors):
-        statistics = statistics_of(
-            (structure, numbers, columns), backend, shard, unflatten(layers, tensors)
-        )
+        inputs, spec = unflatten(layers, tensors), (structure, numbers, columns)
+        if shard is None:
+            statistics = ops.lens_stats(*inputs, *spec, backend)
+        else:
+            statistics = shard.statistics(inputs, LensSpec.decode(*spec), backend)
         ctx.structure, ctx.columns, ctx.layers = structure, columns, layers
         ctx.backend, ctx.shard = backend, shard
         ctx.needed = list(ctx.needs_input_grad[_BEFORE : _BEFORE + layers + 2])
         save(ctx, numbers, *tensors, *statistics)
-        ctx.mark_non_differentiable(statistics.shifts)
+        ctx.mark_non_differentiable(statistics[0])
         return tuple(statistics)
 
     @staticmethod
@@ -164,12 +144,8 @@ class LensStatistics(torch.autograd.Function):
         *tensors, shifts, requests, moments = tensors
         inputs, upstream = unflatten(ctx.layers, tuple(tensors)), (grad_requests, grad_moments)
         with torch.no_grad():
-            found = gradients_of(
-                (ctx.structure, numbers, ctx.columns),
-                ctx.backend,
-                ctx.shard,
-                inputs,
-                (shifts, requests, moments, *upstream),
-                ctx.needed,
-            )
+            spec, per_row = (ctx.structure, numbers, ctx.columns), (shifts, requests, moments)
+            found = ops.lens_grad(*inputs, *spec, ctx.backend, *per_row, *upstream, ctx.needed)
+            if ctx.shard is not None:
+                found = ctx.shard.sum_gradients(found, sum(ctx.needed[:-2]))
         return as_backward_result(ctx, _BEFORE, found, inputs, upstream)

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from fdd_kernels.backends import BACKENDS
+from fdd_kernels.engine import ops
 from fdd_kernels.engine.autograd import (
     as_backward_result,
-    gradients_of,
     refuse_batches,
     save,
     saved,
-    statistics_of,
     unflatten,
 )
 from fdd_kernels.engine.objective import Objective
@@ -30,7 +29,7 @@ from fdd_kernels.lens.spec import LensSpec
 
 def row_block(objective: Objective, inputs: LensInputs, backend: str) -> int:
     """Choose the rows per block of the cached-logits path; 0 if it is slower or cannot run."""
-    if not objective.known_upstream:
+    if backend == "reference" or not objective.known_upstream:
         return 0
     student = (*inputs.student_hidden, inputs.student_weight, inputs.student_bias)
     needed = [t is not None and t.requires_grad for t in student]
@@ -140,12 +139,15 @@ def outputs_and_gradients(
 
 def _by_two_operations(ctx, inputs: LensInputs, upstream: tuple) -> list[Tensor]:
     """Compute the gradients of any outputs, with both heads multiplied anew."""
-    spec = ctx.objective.spec.encode()
-    statistics = statistics_of(spec, ctx.backend, ctx.shard, inputs)
-    of_statistics = ctx.objective.upstream(upstream, inputs.statistics_dtype)(statistics, None)
-    return gradients_of(
-        spec, ctx.backend, ctx.shard, inputs, (*statistics, *of_statistics), ctx.needed
-    )
+    objective, backend, shard = ctx.objective, ctx.backend, ctx.shard
+    spec = objective.spec.encode()
+    if shard is None:
+        statistics = Statistics(*ops.lens_stats(*inputs, *spec, backend))
+    else:
+        statistics = shard.statistics(inputs, objective.spec, backend)
+    of_statistics = objective.upstream(upstream, inputs.statistics_dtype)(statistics, None)
+    found = ops.lens_grad(*inputs, *spec, backend, *statistics, *of_statistics, ctx.needed)
+    return found if shard is None else shard.sum_gradients(found, sum(ctx.needed[:-2]))
 
 
 def _scales_exactly(of_loss: Tensor) -> bool:

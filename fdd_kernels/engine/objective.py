@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fdd_kernels.lens.inputs import LensInputs
 from fdd_kernels.lens.layout import Statistics
 from fdd_kernels.lens.spec import LensSpec
 
@@ -32,6 +33,9 @@ class Objective(Protocol):
 
     def outputs(self, statistics: Statistics) -> tuple[Tensor, ...]:
         """Compute the outputs of all rows in operations that autograd can differentiate."""
+
+    def dense_outputs(self, inputs: LensInputs) -> tuple[Tensor, ...]:
+        """Compute the outputs with dense (R, V) tensors, for the backend "reference"."""
 
     def upstream(
         self, grad_outputs: Sequence[Tensor | float | None], dtype: torch.dtype

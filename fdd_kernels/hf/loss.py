@@ -7,12 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fdd_kernels.engine.evaluate import evaluate
 from fdd_kernels.hf.heads import head_digest
 from fdd_kernels.hf.positions import next_labels, token_shape, valid_positions
 from fdd_kernels.hf.targets import HiddenTargets, StudentSide, SummaryTargets, Targets
 from fdd_kernels.hf.teachers import Teacher
 from fdd_kernels.hf.wrappers import own_rows
-from fdd_kernels.objectives.fdd.loss import fdd_terms
+from fdd_kernels.objectives.fdd.loss import fdd_call
 from fdd_kernels.objectives.fdd.options import FDDLossTerms, LossOptions
 from fdd_kernels.objectives.fdd.summary import SummaryLoss
 from fdd_kernels.objectives.inputs import LossInputs
@@ -61,17 +62,17 @@ class DistillationLoss:
             )
         weight, bias = self._teacher_head(device, student.vocabulary)
         inputs = LossInputs(
-            student_hidden=_complete(student.states, batch, student.weight),
-            student_weight=student.weight,
-            teacher_hidden=_complete(targets, batch, weight),
-            teacher_weight=weight,
-            labels=next_labels(batch, options.ignore_index),
+            _complete(student.states, batch, student.weight),
+            student.weight,
+            _complete(targets, batch, weight),
+            weight,
+            next_labels(batch, options.ignore_index),
             student_bias=student.bias,
             teacher_bias=bias,
             mask=valid_positions(batch, options.ignore_index).to(device),
             num_items_in_batch=num_items_in_batch,
         )
-        return fdd_terms(inputs, options, self.vocab_group)
+        return FDDLossTerms(*evaluate(fdd_call(inputs, options, self.vocab_group)))
 
     @torch.no_grad()
     def _teacher_head(self, device: torch.device, vocabulary: int) -> tuple[Tensor, Tensor | None]:

@@ -163,7 +163,7 @@ def _dense(shape: LossShape) -> dict[str, int]:
     early = dense_tensors(shape) * tensor - sum(gradients.values())
     few = 0 if shape.feature_space else 2 * (layers - 2)
     late = (few * tensor + 2 * head if layers > 1 else tensor) + HEAD_GEMM_BYTES
-    return {"logits and what is made of them": max(early, late, 0)}
+    return {"logits and tensors of their size": max(early, late, 0)}
 
 
 def loss_memory(

@@ -17,6 +17,7 @@ def run(kind, folder):
     return [torch.load(folder / f"found-{rank}.pt", weights_only=True) for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_every_process_has_the_best_student_and_evaluates_each_row_once(tmp_path):
     """Five rows for two processes with two at a time: three of the last four rows are there a
     second time.

@@ -12,7 +12,8 @@ import torch
 
 from fdd_kernels import fused_fdd_loss
 from fdd_kernels.backends import BACKENDS, torch_stream
-from fdd_kernels.engine.evaluate import evaluate as evaluate_objective
+from fdd_kernels.engine.evaluate import Call
+from fdd_kernels.engine.evaluate import evaluate as evaluate_call
 from fdd_kernels.lens.inputs import LensInputs
 from fdd_kernels.lens.layout import VALUE
 from fdd_kernels.objectives.fdd.loss import used_by
@@ -165,7 +166,7 @@ def test_a_step_on_a_device_reads_nothing_back(monkeypatch):
         inputs = used_by(plan, tensors)
         denominator = loss_denominator(options.reduction, inputs, items)
         objective = FDDObjective.of(plan, inputs, denominator)
-        loss = evaluate_objective(objective, inputs, "torch", block_rows=ROWS)[0]
+        loss = evaluate_call(Call(objective, inputs, "torch", ROWS))[0]
         leaves = list(p.leaves.values())
         for _ in range(2):  # the gradients formed in forward, and those formed anew
             found = torch.autograd.grad(

@@ -91,14 +91,8 @@ def test_several_blocks_of_rows_and_chunks_of_columns(monkeypatch):
         assert_within_budget(problem, run(problem), None)
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        torch.bfloat16,
-        *[pytest.param(d, marks=pytest.mark.slow) for d in (torch.float32, torch.float16)],
-    ],
-    ids=str,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_nothing_of_the_heads_size_is_allocated_but_its_gradient(monkeypatch, dtype):
     """Budgets of 64 tokens of the vocabulary; few rows, so a head is by far the largest tensor."""
     columns, width, backend = 300, 64, BACKENDS["triton"]
@@ -127,7 +121,7 @@ def test_memory_is_what_a_call_allocates(monkeypatch, each_strategy):
     """By the interpreter's tiles, and budgets under which no part is small beside the others."""
     monkeypatch.setattr(memory, "PLANNED_ARCHITECTURE", config.INTERPRETER)
     monkeypatch.setattr(
-        memory, "PLANNED_MULTIPROCESSORS", config.multiprocessors(torch.device("cpu"), True)
+        memory, "PLANNED_MULTIPROCESSORS", config.multiprocessors(torch.device("cpu"))
     )
     monkeypatch.setattr(memory, "BLOCK_BYTES", 1)
     monkeypatch.setattr(memory, "GRAD_BYTES", 2**13)

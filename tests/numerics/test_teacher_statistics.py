@@ -8,7 +8,7 @@ import torch
 from fdd_kernels import fused_fdd_loss
 from fdd_kernels.backends import torch_stream
 from fdd_kernels.objectives.fdd.options import FDDLossTerms, LossOptions
-from fdd_kernels.objectives.fdd.summary import StatisticsLoss, StatisticsMaker, statistics_widths
+from fdd_kernels.objectives.fdd.summary import SummaryLoss, SummaryMaker, summary_widths
 from fdd_kernels.testing import Outcome, assert_same_sums, assert_within_budget, random_problem
 
 OPTIONS = [
@@ -60,9 +60,9 @@ def _problem(options: dict, **changes):
 def _from_statistics(problem, **options) -> Outcome:
     options = LossOptions(**options)
     hidden = [h.detach().requires_grad_() for h in problem.student_hidden]
-    make = StatisticsMaker(options, problem.student_weight, problem.student_bias)
+    make = SummaryMaker(options, problem.student_weight, problem.student_bias)
     statistics = make(problem.teacher_hidden, problem.teacher_weight, problem.teacher_bias)
-    loss = StatisticsLoss(options, len(hidden), problem.student_weight, problem.student_bias)
+    loss = SummaryLoss(options, len(hidden), problem.student_weight, problem.student_bias)
     terms = loss(hidden, statistics, problem.labels)
     gradients = torch.autograd.grad(terms.loss, hidden, materialize_grads=True)
     names = [f"student_hidden[{i}]" for i in range(len(hidden))]
@@ -118,11 +118,9 @@ def test_a_common_shift_of_the_teachers_logits_changes_nothing():
 
 def test_widths_are_those_of_the_arrays():
     options, problem = LossOptions(output_temperature=2.0), _problem({})
-    make = StatisticsMaker(options, problem.student_weight)
+    make = SummaryMaker(options, problem.student_weight)
     found = make(problem.teacher_hidden, problem.teacher_weight)
-    assert {name: array.shape[1] for name, array in found.items()} == statistics_widths(
-        options, 4, 8
-    )
+    assert {name: array.shape[1] for name, array in found.items()} == summary_widths(options, 4, 8)
     assert len(found) == 4 + 2 + 1  # 3 sampled layers and the output, 2 pairs, scalars
     empty = make([h[:0] for h in problem.teacher_hidden], problem.teacher_weight)
     assert {name: array.shape for name, array in empty.items()} == {
@@ -135,20 +133,20 @@ def test_a_maker_serves_one_teacher_after_another():
     excludes.
     """
     plain, padded = _problem({}), _problem({"bias": "padded"})
-    make = StatisticsMaker(LossOptions(), plain.student_weight)
+    make = SummaryMaker(LossOptions(), plain.student_weight)
     for problem in (plain, padded, plain):
         teacher = (problem.teacher_hidden, problem.teacher_weight, problem.teacher_bias)
         found, expected = (
             make(*teacher),
-            StatisticsMaker(LossOptions(), plain.student_weight)(*teacher),
+            SummaryMaker(LossOptions(), plain.student_weight)(*teacher),
         )
         assert all(torch.equal(found[name], array) for name, array in expected.items())
 
 
 def test_no_rows_and_evaluation():
     problem = _problem({})
-    loss = StatisticsLoss(LossOptions(), 4, problem.student_weight)
-    make = StatisticsMaker(LossOptions(), problem.student_weight)
+    loss = SummaryLoss(LossOptions(), 4, problem.student_weight)
+    make = SummaryMaker(LossOptions(), problem.student_weight)
     statistics = make([h[:0] for h in problem.teacher_hidden], problem.teacher_weight)
     hidden = [h.detach()[:0].requires_grad_() for h in problem.student_hidden]
     terms = loss(hidden, statistics)
@@ -161,13 +159,11 @@ def test_no_rows_and_evaluation():
 
 def test_second_derivatives_are_refused():
     problem = _problem({})
-    statistics = StatisticsMaker(LossOptions(), problem.student_weight)(
+    statistics = SummaryMaker(LossOptions(), problem.student_weight)(
         problem.teacher_hidden, problem.teacher_weight
     )
     hidden = [h.detach().requires_grad_() for h in problem.student_hidden]
-    terms = StatisticsLoss(LossOptions(backend="torch"), 4, problem.student_weight)(
-        hidden, statistics
-    )
+    terms = SummaryLoss(LossOptions(backend="torch"), 4, problem.student_weight)(hidden, statistics)
     (gradient,) = torch.autograd.grad(terms.loss, hidden[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once"):
         gradient.sum().backward()
@@ -182,35 +178,35 @@ def test_second_derivatives_are_refused():
 )
 def test_objectives_that_cannot_be_served_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        StatisticsLoss(LossOptions(**options), 3, torch.zeros(5, 2))
+        SummaryLoss(LossOptions(**options), 3, torch.zeros(5, 2))
     with pytest.raises(ValueError, match=message):
-        StatisticsMaker(LossOptions(**options), torch.zeros(5, 2))
+        SummaryMaker(LossOptions(**options), torch.zeros(5, 2))
 
 
 def test_other_heads_are_refused():
     problem = _problem({})
     with pytest.raises(ValueError, match="student_weight requires grad"):
-        StatisticsLoss(LossOptions(), 4, problem.student_weight.clone().requires_grad_())
-    statistics = StatisticsMaker(LossOptions(), problem.student_weight)(
+        SummaryLoss(LossOptions(), 4, problem.student_weight.clone().requires_grad_())
+    statistics = SummaryMaker(LossOptions(), problem.student_weight)(
         problem.teacher_hidden, problem.teacher_weight
     )
     weight = problem.student_weight.clone()
-    loss = StatisticsLoss(LossOptions(), 4, weight)
+    loss = SummaryLoss(LossOptions(), 4, weight)
     weight.mul_(2)
     with pytest.raises(ValueError, match="has changed"):
         loss(problem.student_hidden, statistics)
     with pytest.raises(ValueError, match="needs labels"):
-        StatisticsLoss(LossOptions(ce_weight=1.0), 4, weight)(problem.student_hidden, statistics)
+        SummaryLoss(LossOptions(ce_weight=1.0), 4, weight)(problem.student_hidden, statistics)
 
 
 def test_columns_that_the_teachers_bias_alone_leaves_out_are_refused():
     """At any call, also after an empty one and a correct one."""
     plain, padded = _problem({}), _problem({"bias": "padded"})
-    make = StatisticsMaker(LossOptions(), plain.student_weight)
+    make = SummaryMaker(LossOptions(), plain.student_weight)
     right, wrong = (
         make(p.teacher_hidden, p.teacher_weight, p.teacher_bias) for p in (plain, padded)
     )
-    loss = StatisticsLoss(LossOptions(), 4, plain.student_weight)
+    loss = SummaryLoss(LossOptions(), 4, plain.student_weight)
     loss([h[:0] for h in plain.student_hidden], {name: array[:0] for name, array in wrong.items()})
     for _ in range(2):
         with pytest.raises(ValueError, match="leave out other columns"):
@@ -220,8 +216,8 @@ def test_columns_that_the_teachers_bias_alone_leaves_out_are_refused():
 
 def test_no_items_are_refused_or_a_loss_of_zero():
     problem = _problem({})
-    make = StatisticsMaker(LossOptions(), problem.student_weight)
-    loss = StatisticsLoss(LossOptions(), len(problem.student_hidden), problem.student_weight)
+    make = SummaryMaker(LossOptions(), problem.student_weight)
+    loss = SummaryLoss(LossOptions(), len(problem.student_hidden), problem.student_weight)
     arguments = problem.student_hidden, make(problem.teacher_hidden, problem.teacher_weight)
     with pytest.raises(ValueError, match="num_items_in_batch=0 must be greater than 0"):
         loss(*arguments, num_items_in_batch=0)

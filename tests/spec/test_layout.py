@@ -70,6 +70,13 @@ def test_the_engine_names_no_objective():
         assert "objectives" not in {name.split(".")[1] for name in imported(module)}
 
 
+def test_reading_text_needs_no_terminal_library():
+    """The teacher cache and every trainer import `data`; `rich` is for commands."""
+    for module in (ROOT / "data").rglob("*.py"):
+        assert "rich" not in module.read_text()
+        assert not [name for name in imported(module) if name.startswith("fdd_kernels.common.prog")]
+
+
 def test_files_fit_on_a_few_screens():
     long = {str(m.relative_to(ROOT)): len(m.read_text().splitlines()) for m in MODULES}
     assert {name: lines for name, lines in long.items() if lines > 350} == {}

@@ -11,9 +11,9 @@ import fdd_kernels
 from fdd_kernels import FDDConfig, _moved
 
 # Every module that has moved, with the names that tests, examples, benchmarks or documents used.
-# Modules that kept their path are not here. Of those, fdd_kernels.cli and fdd_kernels.testing have
-# become packages with the same public names; the names in fdd_kernels.backends are the kernels'
-# own and change with them.
+# Left out: constants of the kernel contract that changed their meaning (OWN, SLOPE), and modules
+# that kept their path. Of those, fdd_kernels.cli and fdd_kernels.testing are packages now with the
+# same public names; the names in fdd_kernels.backends are internal to the kernels.
 NAMES = {
     "atomic": "UNFINISHED _sync atomic_directory atomic_file clear_unfinished only_process "
     "remove_directory shutil write_text",
@@ -31,7 +31,7 @@ NAMES = {
     "merge": "merge_statistics",
     "vocab_parallel": "VocabShard first_pass part_statistics second_pass_reads second_pass_sums",
     "api": "FusedFDDLoss fdd_loss_reference fused_fdd_loss",
-    "config": "BACKENDS FDDConfig FDDLossTerms LossOptions",
+    "config": "FDDConfig FDDLossTerms LossOptions",
     "plan": "DEBUG_SWITCH Plan check_labels make_plan",
     "terms": "combine normaliser_of row_terms_from_statistics term_weights upstream_gradients",
     "reference": "dense_logits",

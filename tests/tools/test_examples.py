@@ -39,7 +39,15 @@ def same(found, expected, **tolerance):
 
 
 @pytest.mark.parametrize(
-    "name", ["plain_loop", "trainer", "sft", "accelerate_loop", "lightning_module"]
+    "name",
+    [
+        "plain_loop",
+        "trainer",
+        *[
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("sft", "accelerate_loop", "lightning_module")
+        ],
+    ],
 )
 def test_it_runs_and_resumes(tmp_path, monkeypatch, name):
     if name in NEEDS:
@@ -104,6 +112,7 @@ def torchrun(name, output, *arguments):
     assert found.returncode == 0, found.stderr[-3000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["accelerate_loop", "trainer"])
 def test_two_processes_equal_one(tmp_path, monkeypatch, name):
     """One micro-batch in each of two processes, or two in one: of unequal numbers of tokens, and

@@ -26,6 +26,7 @@ from benchmarks.record import read_json, save
 from fdd_kernels.testing import evaluate
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_dry_run_takes_every_step(tmp_path, capfd):
     assert main(["gpu", "--dry-run", "--minutes", "24", "--output", str(tmp_path)]) == 0, (

@@ -10,7 +10,8 @@ from dataclasses import fields
 import torch
 from torch import Tensor, nn
 
-from fdd_kernels.objectives.fdd.loss import fdd_terms
+from fdd_kernels.engine.evaluate import evaluate
+from fdd_kernels.objectives.fdd.loss import fdd_call
 from fdd_kernels.objectives.fdd.options import FDDLossTerms, LossOptions
 from fdd_kernels.objectives.inputs import LossInputs
 
@@ -156,7 +157,7 @@ def fused_fdd_loss(
         mask=mask,
         num_items_in_batch=num_items_in_batch,
     )
-    terms = fdd_terms(inputs, options, vocab_group)
+    terms = FDDLossTerms(*evaluate(fdd_call(inputs, options, vocab_group)))
     return terms if return_terms else terms.loss
 
 
@@ -220,7 +221,7 @@ class FusedFDDLoss(nn.Module):
             mask=mask,
             num_items_in_batch=num_items_in_batch,
         )
-        terms = fdd_terms(inputs, self.options, vocab_group)
+        terms = FDDLossTerms(*evaluate(fdd_call(inputs, self.options, vocab_group)))
         return terms if self.return_terms else terms.loss
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""One FDD call: check and plan, evaluate, return the terms."""
+"""One FDD call, from the caller's tensors and options to the engine's `Call`."""
 
 from __future__ import annotations
 
@@ -9,45 +9,34 @@ from torch import Tensor
 
 from fdd_kernels.engine.agreement import Answer, agree, check_group
 from fdd_kernels.engine.cached_logits import row_block
-from fdd_kernels.engine.evaluate import evaluate
-from fdd_kernels.engine.vocab_parallel import VocabShard
+from fdd_kernels.engine.evaluate import Call
 from fdd_kernels.lens.inputs import LensInputs
-from fdd_kernels.objectives.fdd.objective import FDDObjective, reduce_terms
-from fdd_kernels.objectives.fdd.options import FDDLossTerms, LossOptions
+from fdd_kernels.objectives.fdd.objective import FDDObjective
+from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.fdd.plan import Plan, make_plan
-from fdd_kernels.objectives.fdd.reference import dense_row_terms
 from fdd_kernels.objectives.inputs import LossInputs
 from fdd_kernels.objectives.reduction import loss_denominator
 from fdd_kernels.objectives.validation import check_labels
 
 
-def fdd_terms(
+def fdd_call(
     inputs: LossInputs,
     options: LossOptions,
     vocab_group: torch.distributed.ProcessGroup | None = None,
-) -> FDDLossTerms:
-    """Compute the loss and its terms; see `fused_fdd_loss` for tensors, options and errors."""
-    shard = block_rows = None
-    if vocab_group is None:
-        plan, tensors = prepare(inputs, options)
-        compared, vocabulary = plan.spec.columns, len(inputs.student_weight)
-    else:
-        shard, block_rows, plan, tensors = _prepare_shard(inputs, options, vocab_group)
-        compared, vocabulary = shard.bounds[-1], shard.vocabulary
+) -> Call:
+    """Check and plan a call of `fused_fdd_loss`; see there for tensors, options and errors."""
+    if vocab_group is not None:
+        return _call_of_shard(inputs, options, vocab_group)
+    plan, tensors = prepare(inputs, options)
+    labelled = plan.spec.columns if options.ce_weight else len(inputs.student_weight)
     if tensors.labels is not None and not plan.feature_space:
-        check_labels(
-            tensors.labels, options.ignore_index, compared if options.ce_weight else vocabulary
-        )
-        if shard is not None:
-            tensors = tensors._replace(labels=shard.own_labels(tensors.labels))
+        check_labels(tensors.labels, options.ignore_index, labelled)
     denominator = loss_denominator(options.reduction, tensors, inputs.num_items_in_batch)
     if plan.backend == "reference":
-        rows = dense_row_terms(plan, tensors)
-        return reduce_terms(rows, options, tensors.valid, plan.leading_shape, denominator)
-    tensors = used_by(plan, tensors)
-    objective = FDDObjective.of(plan, tensors, denominator)
-    terms = evaluate(objective, tensors, plan.backend, shard=shard, block_rows=block_rows)
-    return FDDLossTerms(*terms)
+        return Call(FDDObjective(plan, tensors.valid, denominator, None), tensors, plan.backend)
+    used = used_by(plan, tensors)
+    objective = FDDObjective.of(plan, used, denominator)
+    return Call(objective, used, plan.backend, row_block(objective, used, plan.backend))
 
 
 def prepare(inputs: LossInputs, options: LossOptions) -> tuple[Plan, LensInputs]:
@@ -64,29 +53,29 @@ def used_by(plan: Plan, tensors: LensInputs) -> LensInputs:
     return used._replace(labels=None) if plan.ce is None else used
 
 
-def _prepare_shard(
-    inputs: LossInputs, options: LossOptions, group
-) -> tuple[VocabShard, int, Plan, LensInputs]:
-    """Prepare this process's part of a call, once all processes of `group` agree to begin.
-
-    Returns its shard, the rows per block that all processes take, plan and tensors.
-    """
+def _call_of_shard(inputs: LossInputs, options: LossOptions, group) -> Call:
+    """Make this process's call, once all processes of `group` agree to begin."""
     check_group(group)
-    prepared: list[tuple[Plan, LensInputs]] = []
+    prepared: list[tuple[Plan, LensInputs, Tensor | float | None]] = []
 
     def answer() -> Answer:
         plan, tensors = prepare(inputs, _options_of_part(inputs, options))
-        prepared.append((plan, tensors))
         denominator = loss_denominator(options.reduction, tensors, inputs.num_items_in_batch)
+        prepared.append((plan, tensors, denominator))
         used = used_by(plan, tensors)
         block_rows = row_block(FDDObjective(plan, None, denominator, None), used, plan.backend)
         alike = replace(plan.spec, columns=0), replace(options, backend="auto"), plan.leading_shape
         return Answer.of(used, block_rows, alike)
 
     shard, block_rows = agree(group, answer, options.vocab_size)
-    plan, tensors = prepared[0]
-    spec = replace(plan.spec, columns=shard.columns)
-    return shard, block_rows, replace(plan, options=options, spec=spec), tensors
+    plan, tensors, denominator = prepared[0]
+    plan = replace(plan, options=options, spec=replace(plan.spec, columns=shard.columns))
+    if tensors.labels is not None:
+        labelled = shard.bounds[-1] if options.ce_weight else shard.vocabulary
+        check_labels(tensors.labels, options.ignore_index, labelled)
+        tensors = tensors._replace(labels=shard.own_labels(tensors.labels))
+    used = used_by(plan, tensors)
+    return Call(FDDObjective.of(plan, used, denominator), used, plan.backend, block_rows, shard)
 
 
 def _options_of_part(inputs: LossInputs, options: LossOptions) -> LossOptions:

@@ -14,6 +14,7 @@ from fdd_kernels.lens.layout import Statistics
 from fdd_kernels.lens.spec import LensSpec
 from fdd_kernels.objectives.fdd.options import FDDLossTerms, LossOptions
 from fdd_kernels.objectives.fdd.plan import Plan
+from fdd_kernels.objectives.fdd.reference import dense_row_terms
 from fdd_kernels.objectives.fdd.terms import (
     RowTerms,
     row_terms_from_statistics,
@@ -67,6 +68,13 @@ class FDDObjective:
     def outputs(self, statistics: Statistics) -> FDDLossTerms:
         """Compute the loss and its terms."""
         rows = row_terms_from_statistics(self.plan, *statistics, self.static)
+        return reduce_terms(
+            rows, self.plan.options, self.valid, self.plan.leading_shape, self.denominator
+        )
+
+    def dense_outputs(self, inputs: LensInputs) -> FDDLossTerms:
+        """Compute the loss and its terms with dense tensors; `inputs` are of all layers."""
+        rows = dense_row_terms(self.plan, inputs)
         return reduce_terms(
             rows, self.plan.options, self.valid, self.plan.leading_shape, self.denominator
         )

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:  # without torch the command line can show its options
     from torch import Tensor
 
-BACKENDS = ("auto", "reference", "torch", "cpu", "triton")
 REDUCTIONS = ("mean", "sum", "none")
 LAYER_GRIDS = ("floor", "linspace")
 
@@ -70,8 +69,9 @@ class LossOptions:
         scale_by_t2: multiply the output KD by its temperature squared.
         student_softcap, teacher_softcap: soft cap of the model's logits, if not its own.
         student_logit_scale, teacher_logit_scale: scale of the model's logits, if not its own.
-        output_in_dynamics: count the output among the layers of trajectory and derivative.
-        vocab_size: compare only the first tokens (found out where heads are padded unequally).
+        output_in_dynamics: include the output in the layers of trajectory and derivative.
+        vocab_size: compare the first tokens only (set automatically where heads are padded
+            unequally).
         backend: auto, torch, cpu, triton or reference.
     """
 
@@ -107,6 +107,7 @@ class LossOptions:
             "teacher_logit_scale",
         ):
             _require_number(name, getattr(self, name), positive=True, optional="softcap" in name)
+        from fdd_kernels.backends import backend_names
         from fdd_kernels.lens.divergences import DERIVATIVES, TRAJECTORIES
 
         _require_int("ignore_index", self.ignore_index, minimum=-(2**63))
@@ -115,7 +116,7 @@ class LossOptions:
         _require_choice("trajectory", self.trajectory, TRAJECTORIES)
         _require_choice("derivative", self.derivative, (*DERIVATIVES, None))
         _require_choice("reduction", self.reduction, REDUCTIONS)
-        _require_choice("backend", self.backend, BACKENDS)
+        _require_choice("backend", self.backend, backend_names())
 
     @property
     def compares_dynamics(self) -> bool:
@@ -130,19 +131,19 @@ class LossOptions:
 
 @dataclass(frozen=True)
 class FDDConfig(LossOptions):
-    """What to distil: the layers and the loss, for `Distiller` and `FDDTrainer`.
+    """Layers and loss of a distillation, for `Distiller` and `FDDTrainer`.
 
     Besides every option of `fused_fdd_loss` (soft caps, logit scales and vocab_size left at None
     are read from the models):
 
     Args:
-        num_layers: how many layers to sample in each model; 4 is the paper's L_D.
+        num_layers: number of layers to sample in each model; 4 is the paper's L_D.
         layer_grid: "floor" samples Q, 2Q, ..., num_layers * Q with Q = depth // (num_layers + 1),
             the paper's rule; "linspace" spreads num_layers evenly over 1..depth - 1.
         student_layers, teacher_layers: explicit 1-based layers (the state after that many blocks);
-            they win over the grid, must come together and are paired by rank.
-        apply_final_norm: read the sampled layers through the model's final norm and head, as the
-            output is.
+            they replace the grid, must be given together and are paired in order.
+        apply_final_norm: apply the model's final norm to the sampled layers before its head, as to
+            the output.
         train_head: whether the student's head receives gradient from the loss.
     """
 
