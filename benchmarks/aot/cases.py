@@ -27,9 +27,7 @@ import torch
 from benchmarks.recorded import STRATEGY, environment, record_loss
 from fdd_kernels.backends import Backend
 from fdd_kernels.backends.triton import config, gemm
-from fdd_kernels.backends.triton.cached import host as cached
 from fdd_kernels.backends.triton.launch import Launch, recorded
-from fdd_kernels.backends.triton.one_pass import host as one_pass
 
 HEAVY = ("lens_stats_kernel", "divergence_stats_kernel", "lens_grad_kernel")
 MOST_ROWS = 768  # rows a block where the backend would not cache logits (float16 gradients)
@@ -151,10 +149,8 @@ def launches(case: Case, architecture: str) -> list[Launch]:
 
         return {"cached_rows": cached_rows, "stats_and_grad": stats_and_grad}
 
-    named = {"architecture_of": lambda device, interpreting: architecture}
     with (
-        mock.patch.multiple(one_pass, **named),
-        mock.patch.multiple(cached, **named),
+        mock.patch.object(config, "architecture_of", return_value=architecture),
         environment({config.F32_PRECISION: case.precision}),
     ):
         found = record_loss(_problem(case), case.options, by_both)

@@ -104,6 +104,7 @@ BACKENDS: dict[str, Backend] = {
         triton.stats,
         triton.grad,
         triton.unavailable,
+        triton.refusal,
         devices=("cuda",),
         priority=2,
         color="#8d0801",

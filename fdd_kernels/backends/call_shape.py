@@ -1,4 +1,4 @@
-"""The shape of a call, as the backends' `memory` functions take it."""
+"""The shape of a call: the argument of the backends' `memory` and of Triton's strategy rule."""
 
 from __future__ import annotations
 
@@ -9,12 +9,19 @@ FLOAT = 4
 
 @dataclass(frozen=True)
 class CallShape:
-    """What of a call decides how much memory a backend takes.
+    """The numbers that decide how much memory a backend allocates, and how it cuts the work.
 
-    `layers` are those that something reads, `itemsize` is that of states and heads (2 is taken as
-    bfloat16). `teacher_head` False: the teacher's states are compared as they are. `moments` counts
-    the pairs of vectors whose moments are taken. `threads` are the CPU's, `device_memory` the GPU's
-    bytes, None where they are not known.
+    Attributes:
+        layers: L, of the layers that a request or a pair uses.
+        rows: R.
+        columns: V.
+        student_width, teacher_width: D of each model.
+        itemsize: bytes of an element of states and heads; 2 is taken as bfloat16.
+        train_head: the student's head gets a gradient.
+        teacher_head: the teacher has logits; False where its states are compared as they are.
+        moments: the pairs of vectors with moments.
+        threads: the CPU's.
+        device_memory: the GPU's bytes; None where they are not known.
     """
 
     layers: int
@@ -32,5 +39,10 @@ class CallShape:
 
     @property
     def narrow(self) -> bool:
-        """Inputs are 16-bit, and sums are not."""
+        """Tell whether inputs are 16-bit, so that sums are of another dtype."""
         return self.itemsize < FLOAT
+
+    @property
+    def heads(self) -> int:
+        """Count the models that have logits."""
+        return 2 if self.teacher_head else 1

@@ -33,7 +33,7 @@ def add_plan(commands) -> None:
     )
     config = "a Hugging Face config (name, directory or config.json), or WIDTHxDEPTHxVOCABULARY"
     plan.add_argument("--student", required=True, metavar="CONFIG", help=config)
-    plan.add_argument("--teacher", required=True, metavar="CONFIG", help="likewise")
+    plan.add_argument("--teacher", required=True, metavar="CONFIG", help="likewise, of the teacher")
     plan.add_argument("--tokens", required=True, metavar="N", help="of one micro-batch; 8k is 8192")
     plan.add_argument(
         "--vram",

@@ -121,7 +121,7 @@ def test_memory_is_what_a_call_allocates(monkeypatch, each_strategy):
     """By the interpreter's tiles, and budgets under which no part is small beside the others."""
     monkeypatch.setattr(memory, "PLANNED_ARCHITECTURE", config.INTERPRETER)
     monkeypatch.setattr(
-        memory, "PLANNED_MULTIPROCESSORS", config.multiprocessors(torch.device("cpu"), True)
+        memory, "PLANNED_MULTIPROCESSORS", config.multiprocessors(torch.device("cpu"))
     )
     monkeypatch.setattr(memory, "BLOCK_BYTES", 1)
     monkeypatch.setattr(memory, "GRAD_BYTES", 2**13)

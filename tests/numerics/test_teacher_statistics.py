@@ -93,7 +93,7 @@ def test_errors_are_those_of_float32(way, columns, options):
     assert_within_budget(problem, _from_statistics(problem, **loss, backend=way), **loss)
 
 
-def test_many_columns_are_read_in_tiles(monkeypatch):
+def test_a_large_vocabulary_in_tiles(monkeypatch):
     problem = _problem({}, columns=701)
     monkeypatch.setattr("fdd_kernels.backends.torch_stream.tiling.TILE_BYTES", {"cpu": 2**15})
     monkeypatch.setattr("fdd_kernels.backends.torch_stream.tiling.OPERAND_BYTES", 2**12)

@@ -1,9 +1,9 @@
-"""Opt-in search over launch configurations, kept on disk.
+"""Opt-in search over launch configurations, stored on disk.
 
 FDD_KERNELS_TRITON_AUTOTUNE=1 times every candidate the first time that a device meets a shape (rows
-rounded up to a power of two) with these layers, divergences and moments, and stores the best under
+rounded up to a power of two) with these layers, divergences and moments. It stores the best under
 FDD_KERNELS_CACHE (default ~/.cache/fdd_kernels). Without it the plain function of `config.py`
-decides, nothing is timed and nothing is read.
+decides, and nothing is timed or loaded.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ SWITCH = "FDD_KERNELS_TRITON_AUTOTUNE"
 
 
 def cache_file() -> Path:
+    """Return the path of the stored configurations."""
     return cache_folder() / "triton_configurations.json"
 
 
@@ -37,8 +38,7 @@ def _read() -> dict[str, dict]:
 
 
 def _write(key: str, config: LaunchConfig) -> None:
-    """Add an entry. The file is replaced as a whole, so that a reader never sees half of it, by one
-    process at a time, so that none undoes what another has added."""
+    """Add an entry, one process at a time, and replace the file as a whole."""
     path = cache_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(path.with_suffix(".lock")):
@@ -46,8 +46,9 @@ def _write(key: str, config: LaunchConfig) -> None:
 
 
 def seconds(run: Callable[[LaunchConfig], object], config: LaunchConfig) -> float:
-    """The median of timed runs, each with an empty L2; infinity for a configuration that the device
-    has no room for.
+    """Time `run`: the median of runs that each start with an empty L2, in seconds.
+
+    Infinity for a configuration that does not fit the device.
     """
     try:
         return triton.testing.do_bench(lambda: run(config), return_mode="median") / 1000
@@ -65,10 +66,9 @@ def tuned(
     mixed: bool = False,
     work: str = "",
 ) -> LaunchConfig:
-    """The configuration for `shape` = (rows, columns, widths): the default, or the fastest found by
-    timing `run`.
+    """Choose the configuration for `shape` = (R, V, widths): the default, or the fastest `run`.
 
-    `work` tells calls of the same shape apart: what is computed of how many layers.
+    `work` tells calls of the same shape apart: the number of layers and the structure of the spec.
     """
     rows = shape[0]
     if os.environ.get(SWITCH, "0") in ("", "0") or not rows:

@@ -1,13 +1,13 @@
 """Launch configurations: a plain function of operation, shape, dtype and architecture.
 
 How the numbers were argued (benchmarks/gpu_model.py prints the model, benchmarks/aot the
-resources; neither is a timing: no GPU has run these kernels yet). Products of this kind are bound
-by what the multiprocessors fetch from the second cache level: 2 / block_rows + 2 / block_columns
-bytes per 16-bit product and model. So the tile is the largest that compiles without a spill on
-every target: 128 x 128 with 8 warps, one program a multiprocessor. Tiles wait for their neighbours
-in scratch, not in registers, so the tile does not depend on what is computed of it; strips of 16
-columns keep the elementwise part within the registers that the product leaves. Float32 products at
-"ieee" precision run on the ordinary cores, from registers, and want small tiles.
+resources; neither is a timing: no GPU has run these kernels yet). GEMMs of this kind are bound by
+the multiprocessors' L2 reads: 2 / block_rows + 2 / block_columns bytes per 16-bit multiplication
+and model. So the tile is the largest that compiles without a spill on every target: 128 x 128 with
+8 warps, one program a multiprocessor. Tiles wait for their neighbours in scratch, not in registers,
+so one tile serves every request. Sub-tiles of 16 tokens keep the elementwise part within the
+registers that the GEMM leaves. Float32 GEMMs at "ieee" precision run on the ordinary cores, from
+registers, and want small tiles.
 """
 
 from __future__ import annotations
@@ -17,18 +17,27 @@ from dataclasses import dataclass
 
 import torch
 
-from fdd_kernels.backends.triton import interpreting
-
 F32_PRECISION = "FDD_KERNELS_TRITON_F32"
 F32_PRECISIONS = ("ieee", "tf32x3", "tf32")
 INTERPRETER = "interpreter"
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942", "gfx950")
 
 
+def interpreting() -> bool:
+    """Tell whether Triton's interpreter was asked for, which runs the kernels on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
 @dataclass(frozen=True)
 class LaunchConfig:
-    """Tile (block_rows x block_columns), step along the hidden width, columns of a strip in the
-    elementwise part.
+    """The launch of a heavy kernel.
+
+    Attributes:
+        block_rows, block_columns: the tile.
+        block_depth: step along the hidden width.
+        block_strip: tokens of a sub-tile in the elementwise part.
+        max_registers: of a thread; without a limit NVIDIA's assembler spills to make room for more
+            programs.
     """
 
     block_rows: int
@@ -37,28 +46,25 @@ class LaunchConfig:
     block_strip: int
     num_warps: int
     num_stages: int
-    max_registers: int | None = (
-        None  # a thread; without a limit NVIDIA's assembler spills to make room for more programs
-    )
+    max_registers: int | None = None
 
     @property
     def options(self) -> dict[str, int]:
-        """The compiler's options."""
+        """Return the compiler's options."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
         return options if self.max_registers is None else options | {"maxnreg": self.max_registers}
 
     @property
     def programs(self) -> int:
-        """Programs that are to be at work on a multiprocessor: as many as have the registers for
-        it.
-        """
+        """Count the programs that a multiprocessor has the registers for."""
         return max(1, 8 // self.num_warps)
 
 
 @dataclass(frozen=True)
 class RowLaunch:
-    """Launch of a kernel whose program owns one row: tokens of a tile, warps, and warps where
-    tokens are masked.
+    """The launch of a kernel whose program owns one row.
+
+    `block` is the tokens of a tile, `masked_warps` the warps where tokens are masked.
     """
 
     block: int
@@ -66,17 +72,15 @@ class RowLaunch:
     masked_warps: int
 
     def options(self, masked: bool, architecture: str) -> dict[str, int]:
-        """The compiler's options; `masked`: the tile is ragged or has biases, whose masks take
-        registers.
-        """
+        """Return the compiler's options; `masked` tiles are ragged or have biases."""
         options = {"num_warps": self.masked_warps if masked else self.num_warps, "num_stages": 1}
         # Without a limit NVIDIA's assembler spills to make room for more programs.
         return options | {"maxnreg": 255} if architecture.startswith("sm_") else options
 
 
-# Chosen by what compiles without a stack on every target (benchmarks/aot), not by timing. One
-# warp needs no barriers: its reductions are shuffles; masks and the gradient have too many values
-# in flight for that.
+# The launches that compile without a stack on every target (benchmarks/aot); they are not timed.
+# One warp needs no barriers: its reductions are shuffles. Masks and the gradient need too many
+# registers for one warp.
 ROW_LAUNCHES = {
     "stats": RowLaunch(1024, 1, 2),
     "second_pass": RowLaunch(1024, 2, 2),
@@ -86,17 +90,17 @@ INTERPRETED_ROW_LAUNCH = RowLaunch(128, 1, 1)
 
 
 def row_launch(operation: str) -> RowLaunch:
-    """The launch of a row kernel; small tiles in the interpreter, so that few tokens make
+    """Return the launch of a row kernel; in the interpreter small tiles, so that few tokens make
     several.
     """
     return INTERPRETED_ROW_LAUNCH if interpreting() else ROW_LAUNCHES[operation]
 
 
-def architecture_of(device: torch.device, interpreting: bool) -> str:
-    """The name of a device's architecture, as in ARCHITECTURES; those unknown are treated as their
-    nearest relative.
+def architecture_of(device: torch.device) -> str:
+    """Name a device's architecture, as in ARCHITECTURES; `choose` takes others as their nearest
+    relative.
     """
-    if interpreting or device.type != "cuda":
+    if interpreting() or device.type != "cuda":
         return INTERPRETER
     if torch.version.hip is not None:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
@@ -104,29 +108,26 @@ def architecture_of(device: torch.device, interpreting: bool) -> str:
     return f"sm_{major}{minor}"
 
 
-def multiprocessors(device: torch.device, interpreting: bool) -> int:
-    """How many programs' worth of hardware a device has; two in the interpreter, so that work is
-    always split.
-    """
-    if interpreting or device.type != "cuda":
+def multiprocessors(device: torch.device) -> int:
+    """Count a device's multiprocessors; two in the interpreter, so that work is always split."""
+    if interpreting() or device.type != "cuda":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def f32_precisions(architecture: str) -> tuple[str, ...]:
-    """The ways to multiply float32 inputs that Triton has for an architecture."""
+    """List the ways to multiply float32 inputs that Triton has for an architecture."""
     if architecture.startswith("gfx"):
         return ("ieee", "tf32") if architecture == "gfx942" else ("ieee",)
     return F32_PRECISIONS
 
 
 def f32_precision(architecture: str) -> str:
-    """How float32 inputs are multiplied: "ieee" (exact, no tensor cores), or by
-    FDD_KERNELS_TRITON_F32 "tf32x3", "tf32".
+    """Return how float32 inputs are multiplied: "ieee" (exact, no tensor cores), or another way of
+    F32_PRECISIONS by the environment variable FDD_KERNELS_TRITON_F32.
 
     Raises:
-        ValueError: the environment variable holds something else, or what the architecture does not
-            have.
+        ValueError: the architecture does not have the one that the environment variable names.
     """
     precision = os.environ.get(F32_PRECISION, "ieee")
     if precision not in f32_precisions(architecture):
@@ -140,10 +141,10 @@ def f32_precision(architecture: str) -> str:
 def choose(
     shape: tuple[int, ...], dtype: torch.dtype, architecture: str, mixed: bool = False
 ) -> LaunchConfig:
-    """The configuration of the three heavy kernels.
+    """Choose the configuration of the three heavy kernels.
 
-    `shape` is (rows, columns, student's width, teacher's width or 0 without one), `dtype` the wider
-    of the two models' products, `mixed` whether they differ.
+    `shape` is (R, V, student's width, teacher's width or 0 without one), `dtype` the wider of the
+    two models' GEMMs, `mixed` whether they differ.
     """
     rows, _, *widths = shape
     if architecture == INTERPRETER:
@@ -155,11 +156,11 @@ def choose(
     # take some 200 registers if left alone, and spill some 50 bytes if told that they may take 255.
     unlimited = amd or (datacenter_blackwell and not wide and not few and widths[1] > 0)
     registers = None if unlimited else 255
-    # rows that start anywhere are loaded number by number, through registers
+    # Rows that start anywhere are loaded number by number, through registers.
     ragged = any(width % 16 for width in widths)
     if wide:
         # Nothing is prefetched where registers are short: with ragged rows, and with two dtypes,
-        # whose products share them.
+        # whose GEMMs share them.
         return LaunchConfig(
             64,
             64,
@@ -186,7 +187,7 @@ def choose(
 def candidates(
     shape: tuple[int, ...], dtype: torch.dtype, architecture: str, mixed: bool = False
 ) -> list[LaunchConfig]:
-    """What autotuning tries: the default and its neighbours in tile and depth of the pipeline."""
+    """List the candidates of autotuning: the default, its neighbours in tile and pipeline depth."""
     default = choose(shape, dtype, architecture, mixed)
     found, limit = [default], default.max_registers
     for block_rows, block_columns, num_warps in (

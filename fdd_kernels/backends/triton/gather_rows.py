@@ -1,5 +1,6 @@
-"""Rows that count, gathered into contiguous blocks, and gradients put back; how many they are stays
-on the device.
+"""Gather valid rows into contiguous blocks, and put gradients back at the caller's rows.
+
+The number of valid rows stays on the device.
 
 Shape suffixes: L layers, R rows of the caller, r rows of a block, D a hidden width.
 """
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fdd_kernels.backends.triton.launch import SMALL, launch
+from fdd_kernels.backends.triton.launch import SMALL, Launch, launch
 
 TILE_ROWS, TILE_WIDTH = 16, 128
 LAYERS_A_LAUNCH = 8  # pointers of the kernel
@@ -21,7 +22,7 @@ LAYERS_A_LAUNCH = 8  # pointers of the kernel
 
 @triton.jit
 def layer_pointer(layer, h0, h1, h2, h3, h4, h5, h6, h7):
-    """The pointer of a layer: hidden states are tensors of their own."""
+    """Choose the pointer of a layer: the states of each layer are a tensor."""
     pointer = h0
     if layer == 1:
         pointer = h1
@@ -66,18 +67,18 @@ def move_rows_kernel(
     TILE_ROWS: tl.constexpr,
     TILE_WIDTH: tl.constexpr,
 ):
-    """Row i of a layer (axis 2) of the block is row order[first + i] of its states; beyond `count`
-    rows the block is 0 and
+    """Copy row order[first + i] of a layer's states (axis 2) to row i of the block, or back.
 
-    nothing is put back. Out of the block, values are divided by `scale` where SCALED.
+    Beyond `count` rows the block is 0 and nothing is put back. Numbers that are put back are
+    divided by `scale` where SCALED.
     """
     layer = tl.program_id(2)
     hidden_RD = layer_pointer(layer, h0, h1, h2, h3, h4, h5, h6, h7)
     block_rD = block_LrD + layer.to(tl.int64) * rows * width
     r = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     d = tl.program_id(1) * TILE_WIDTH + tl.arange(0, TILE_WIDTH)
-    counts = (r < rows) & (first + r < tl.load(count))
-    row = tl.load(order_R + first + r, mask=counts, other=0).to(tl.int64)
+    is_valid = (r < rows) & (first + r < tl.load(count))
+    row = tl.load(order_R + first + r, mask=is_valid, other=0).to(tl.int64)
     hidden = (
         hidden_RD
         + row[:, None] * hidden_row_stride
@@ -86,18 +87,18 @@ def move_rows_kernel(
     block = block_rD + r[:, None].to(tl.int64) * width + d[None, :]
     inside = d[None, :] < width
     if INTO_BLOCK:
-        values = tl.load(hidden, mask=counts[:, None] & inside, other=0.0)
+        values = tl.load(hidden, mask=is_valid[:, None] & inside, other=0.0)
         tl.store(block, values.to(block_LrD.dtype.element_ty), mask=(r < rows)[:, None] & inside)
     else:
-        values = tl.load(block, mask=counts[:, None] & inside, other=0.0)
+        values = tl.load(block, mask=is_valid[:, None] & inside, other=0.0)
         if SCALED:
             values = values / tl.load(scale)
-        tl.store(hidden, values.to(h0.dtype.element_ty), mask=counts[:, None] & inside)
+        tl.store(hidden, values.to(h0.dtype.element_ty), mask=is_valid[:, None] & inside)
 
 
 def order_of_rows(valid: Tensor | None, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The rows that count first, each part in its order (R,), and how many they are (1,): int32, on
-    the device.
+    """Return a stable permutation (R,) with valid rows first, and their count (1,): int32, on the
+    device.
     """
     if valid is None:
         return torch.arange(rows, dtype=torch.int32, device=device), torch.full(
@@ -117,11 +118,10 @@ def move_rows(
     into_block: bool,
     scale: Tensor | None = None,
 ) -> None:
-    """Copy rows of `states` (R, D) into the layers of a block, or out of it divided by `scale`,
-    converting between dtypes.
+    """Copy rows of `states` (R, D) into the layers of a block, or out of it divided by `scale`.
 
-    None stands for a layer that is left alone. Neighbours that are alike are moved by one launch,
-    LAYERS_A_LAUNCH of them.
+    Dtypes are converted. None stands for a layer that is left alone. One launch moves up to
+    LAYERS_A_LAUNCH neighbouring layers of one dtype and layout.
     """
     _, rows, width = block_LrD.shape
     begin = 0
@@ -136,25 +136,23 @@ def move_rows(
         if one is not None:
             pointers = [states[min(begin + i, stop - 1)] for i in range(LAYERS_A_LAUNCH)]
             grid = (triton.cdiv(rows, TILE_ROWS), triton.cdiv(width, TILE_WIDTH), stop - begin)
-            launch(
-                move_rows_kernel,
-                grid,
-                SMALL,
+            arguments = {
                 **{f"h{i}": pointer for i, pointer in enumerate(pointers)},
-                block_LrD=block_LrD[begin:stop],
-                order_R=order_R,
-                count=count,
-                scale=count if scale is None else scale,
-                first=first,
-                rows=rows,
-                width=width,
-                hidden_row_stride=one.stride(0),
-                hidden_column_stride=one.stride(1),
-                INTO_BLOCK=into_block,
-                SCALED=scale is not None,
-                TILE_ROWS=TILE_ROWS,
-                TILE_WIDTH=TILE_WIDTH,
-            )
+                "block_LrD": block_LrD[begin:stop],
+                "order_R": order_R,
+                "count": count,
+                "scale": count if scale is None else scale,
+                "first": first,
+                "rows": rows,
+                "width": width,
+                "hidden_row_stride": one.stride(0),
+                "hidden_column_stride": one.stride(1),
+                "INTO_BLOCK": into_block,
+                "SCALED": scale is not None,
+                "TILE_ROWS": TILE_ROWS,
+                "TILE_WIDTH": TILE_WIDTH,
+            }
+            launch(Launch(move_rows_kernel, grid, SMALL, arguments))
         begin = stop
 
 

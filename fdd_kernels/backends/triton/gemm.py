@@ -1,9 +1,8 @@
-"""Matrix products with float32 results, whatever the operands are: the vendor's GEMM, or a plain
-one where it cannot.
+"""GEMMs with float32 results for operands of any dtype: the vendor's, or a plain one elsewhere.
 
 PyTorch multiplies 16-bit matrices into a float32 result on NVIDIA devices where it has
 `aten::mm.dtype_out` (seen in 2.11 and 2.13). On AMD devices, and with an older PyTorch,
-`product_kernel` does. Elsewhere (Triton's interpreter) operands are widened.
+`product_kernel` does. Elsewhere (Triton's interpreter) operands are converted to float32.
 """
 
 from __future__ import annotations
@@ -16,13 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fdd_kernels.backends.triton.launch import launch, record
+from fdd_kernels.backends.triton.launch import Launch, launch, record
 
 OPTIONS = {"num_warps": 8, "num_stages": 3}
 
 
 def vendor_writes_float32(device: torch.device) -> bool:
-    """Whether PyTorch multiplies 16-bit matrices into a float32 result on `device`."""
+    """Tell whether PyTorch multiplies 16-bit matrices into a float32 result on `device`."""
     ops = torch.ops.aten
     return (
         device.type == "cuda"
@@ -33,10 +32,12 @@ def vendor_writes_float32(device: torch.device) -> bool:
 
 
 def multiply(out_MN: Tensor, a_MK: Tensor, b_KN: Tensor, *, accumulate: bool = False) -> None:
-    """out = a b, or out += a b; `out` is float32 and may have padded rows. Operands of two dtypes
-    are widened to float32.
+    """Compute out = a b, or out += a b, with one GEMM.
+
+    `out` is float32 and may have padded rows. Operands of two dtypes are converted to float32.
     """
-    if record(multiply, out=out_MN, a=a_MK, b=b_KN, accumulate=accumulate):
+    arguments = {"out": out_MN, "a": a_MK, "b": b_KN, "accumulate": accumulate}
+    if record(Launch(multiply, (), {}, arguments)):
         return
     if a_MK.dtype != b_KN.dtype:
         a_MK, b_KN = a_MK.float(), b_KN.float()
@@ -63,9 +64,7 @@ def _multiply_in(out_MN: Tensor, a_MK: Tensor, b_KN: Tensor, accumulate: bool) -
 
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
-    """Within the context float32 matrices are multiplied in float32, not in TF32 or bfloat16,
-    whatever the process allows.
-    """
+    """Multiply float32 matrices in float32 within the context, not in TF32 or bfloat16."""
     if device.type != "cuda":
         yield
         return
@@ -103,20 +102,20 @@ def product_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One tile of out (m, n) = a (m, k) b (k, n), or out += a b, summed in float32."""
+    """Compute a tile of out (m, n) = a (m, k) b (k, n), or out += a b, summed in float32."""
     rows_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inner_k = tl.arange(0, BLOCK_K)
-    # Rows and columns beyond the last are clamped to it: what is computed of them is not stored.
+    # Rows and columns beyond the last are clamped to it: their results are not stored.
     a += tl.minimum(rows_m, m - 1).to(tl.int64)[:, None] * a_row_stride
     b += tl.minimum(columns_n, n - 1).to(tl.int64)[None, :] * b_column_stride
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for start in range(0, k, BLOCK_K):
         at_k = (start + inner_k).to(tl.int64)
         inside = inner_k < k - start
-        left = tl.load(a + at_k[None, :] * a_column_stride, mask=inside[None, :], other=0.0)
-        right = tl.load(b + at_k[:, None] * b_row_stride, mask=inside[:, None], other=0.0)
-        total = tl.dot(left, right, total)
+        tile_a = tl.load(a + at_k[None, :] * a_column_stride, mask=inside[None, :], other=0.0)
+        tile_b = tl.load(b + at_k[:, None] * b_row_stride, mask=inside[:, None], other=0.0)
+        total = tl.dot(tile_a, tile_b, total)
     at = out + rows_m.to(tl.int64)[:, None] * out_stride + columns_n[None, :]
     stored = (rows_m < m)[:, None] & (columns_n < n)[None, :]
     if ACCUMULATE:
@@ -125,25 +124,24 @@ def product_kernel(
 
 
 def launch_product(out_MN: Tensor, a_MK: Tensor, b_KN: Tensor, accumulate: bool) -> None:
-    """`multiply` by `product_kernel`, for 16-bit operands of any strides."""
+    """Do `multiply` by `product_kernel`, for 16-bit operands of any strides."""
     (m, k), n = a_MK.shape, b_KN.shape[1]
-    launch(
-        product_kernel,
-        (triton.cdiv(m, 128), triton.cdiv(n, 128)),
-        OPTIONS,
-        out=out_MN,
-        a=a_MK,
-        b=b_KN,
-        m=m,
-        n=n,
-        k=k,
-        out_stride=out_MN.stride(0),
-        a_row_stride=a_MK.stride(0),
-        a_column_stride=a_MK.stride(1),
-        b_row_stride=b_KN.stride(0),
-        b_column_stride=b_KN.stride(1),
-        ACCUMULATE=accumulate,
-        BLOCK_M=128,
-        BLOCK_N=128,
-        BLOCK_K=32,
-    )
+    arguments = {
+        "out": out_MN,
+        "a": a_MK,
+        "b": b_KN,
+        "m": m,
+        "n": n,
+        "k": k,
+        "out_stride": out_MN.stride(0),
+        "a_row_stride": a_MK.stride(0),
+        "a_column_stride": a_MK.stride(1),
+        "b_row_stride": b_KN.stride(0),
+        "b_column_stride": b_KN.stride(1),
+        "ACCUMULATE": accumulate,
+        "BLOCK_M": 128,
+        "BLOCK_N": 128,
+        "BLOCK_K": 32,
+    }
+    grid = (triton.cdiv(m, 128), triton.cdiv(n, 128))
+    launch(Launch(product_kernel, grid, OPTIONS, arguments))

@@ -1,6 +1,4 @@
-"""The one place that launches a kernel, or records the launch so that it can be compiled ahead of
-time.
-"""
+"""The one place that launches a kernel, or records the launch to compile it ahead of time."""
 
 from __future__ import annotations
 
@@ -9,33 +7,34 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-SMALL = {"num_warps": 4, "num_stages": 1}  # options of a kernel that only moves
+SMALL = {"num_warps": 4, "num_stages": 1}  # options of a kernel with little arithmetic
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with everything that decides how it is compiled; or a GEMM, whose kernel is
-    `gemm.multiply`.
+    """A kernel with everything that decides how it is compiled and started.
+
+    `options` are the compiler's, as `LaunchConfig.options`. Of a GEMM the kernel is
+    `gemm.multiply`, without grid and options.
     """
 
     kernel: Any
-    arguments: dict[str, Any]
+    grid: tuple[int, ...]
     options: dict[str, int]
-    grid: tuple[int, ...] = ()
+    arguments: dict[str, Any]
 
 
 _recording: list[Launch] | None = None
 
 
 def is_recording() -> bool:
+    """Tell whether launches are being recorded."""
     return _recording is not None
 
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Within the context nothing is launched; the launches are collected. For tensors on the device
-    "meta".
-    """
+    """Collect launches within the context and start none. For tensors on the device "meta"."""
     global _recording
     before, _recording = _recording, []
     try:
@@ -44,19 +43,15 @@ def recorded() -> Iterator[list[Launch]]:
         _recording = before
 
 
-def record(
-    kernel: Any, grid: tuple[int, ...] = (), options: dict[str, int] | None = None, **arguments: Any
-) -> bool:
-    """Whether launches are being recorded; if so, this one is now among them."""
+def record(one: Launch) -> bool:
+    """Record a launch if launches are being recorded; tell whether they are."""
     if _recording is None:
         return False
-    _recording.append(Launch(kernel, arguments, options or {}, grid))
+    _recording.append(one)
     return True
 
 
-def launch(kernel: Any, grid: tuple[int, ...], options: dict[str, int], **arguments: Any) -> None:
-    """Launch `kernel` on the current device and stream; `options` are the compiler's, as
-    `LaunchConfig.options`.
-    """
-    if not record(kernel, grid, options, **arguments):
-        kernel[grid](**arguments, **options)
+def launch(one: Launch) -> None:
+    """Start a kernel on the current device and stream."""
+    if not record(one):
+        one.kernel[one.grid](**one.arguments, **one.options)

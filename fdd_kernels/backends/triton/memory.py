@@ -1,8 +1,7 @@
-"""What a call allocates by each strategy, and the byte budgets of the one-pass kernels. Needs no
-triton.
+"""The bytes that a call allocates by each strategy, and the budgets of the one-pass kernels.
 
-`one_pass/host.py` cuts its work by the functions of this file, the other strategies by those of
-`strategy.py`; the planner adds up `memory`.
+`one_pass/blocks.py` cuts its work by the functions of this file, the other strategies by those of
+`strategy.py`; the planner adds up `memory`. Needs no triton.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from fdd_kernels.backends.call_shape import FLOAT, CallShape
 from fdd_kernels.backends.triton.config import LaunchConfig, choose
 from fdd_kernels.backends.triton.strategy import (
     MIB,
-    Shape,
     cache_budget,
     chosen_strategy,
     gradient_tokens,
@@ -23,10 +21,10 @@ from fdd_kernels.backends.triton.strategy import (
 )
 
 BLOCK_BYTES = 256 * MIB  # hidden states of a block of rows, with the student's float32 gradient
-GRAD_BYTES = 128 * MIB  # dL/dlogits of that block and some tokens
+GRAD_BYTES = 128 * MIB  # dL/dlogits of that block and a chunk of tokens
 HEAD_BYTES = 128 * MIB  # the head's gradient of those tokens
 RING = 3  # layers whose tiles a program of the gradient parks
-# What is planned for where no device is at hand: an H100.
+# The device that is planned for where none is at hand: an H100.
 PLANNED_ARCHITECTURE, PLANNED_MULTIPROCESSORS = "sm_90", 132
 
 
@@ -37,8 +35,10 @@ def rows_of_a_block(
     teacher: tuple[int, int] | None,
     tile_rows: int,
 ) -> int:
-    """Rows of a block within BLOCK_BYTES, whole tiles, in blocks of nearly equal size; `student`
-    and `teacher` are (width, itemsize)."""
+    """Return the rows of a block within BLOCK_BYTES: whole tiles, blocks of nearly equal size.
+
+    `student` and `teacher` are (width, itemsize).
+    """
     bytes_a_row = student[0] * (student[1] + FLOAT) + (teacher[0] * teacher[1] if teacher else 0)
     most = max(1, BLOCK_BYTES // (layers * bytes_a_row * tile_rows))
     tiles = -(-rows // tile_rows)
@@ -48,48 +48,41 @@ def rows_of_a_block(
 def tiles_of_a_chunk(
     block_rows: int, layers: int, columns: int, width: int, itemsize: int, tile_columns: int
 ) -> int:
-    """Tiles of columns that go through the vendor's products at once, within GRAD_BYTES and
-    HEAD_BYTES.
+    """Return the tiles of a chunk of tokens, which goes through the vendor's GEMMs at once.
+
+    It is within GRAD_BYTES and HEAD_BYTES.
     """
     gradient, head = layers * block_rows * tile_columns * itemsize, width * tile_columns * FLOAT
     return min(max(1, min(GRAD_BYTES // gradient, HEAD_BYTES // head)), -(-columns // tile_columns))
 
 
 def memory(shape: CallShape) -> dict[str, int]:
-    """Bytes of forward and backward by part, by the strategy that training takes; gradients and
-    statistics are the caller's.
+    """Return the bytes that a training call allocates by part, by the strategy that it takes.
+
+    Gradients and statistics are the caller's.
     """
     asked, budget = chosen_strategy(), cache_budget(shape.device_memory)
-    call = Shape(
-        layers=shape.layers,
-        rows=shape.rows,
-        columns=shape.columns,
-        student_width=shape.student_width,
-        teacher_width=shape.teacher_width if shape.teacher_head else 0,
-        trained_head=shape.train_head,
-        narrow=shape.narrow,
-    )
-    rows = rows_of_cache(call, budget) if asked in ("auto", "cached") else 0
+    rows = rows_of_cache(shape, budget) if asked in ("auto", "cached") else 0
     if rows:
-        return _with_logits(shape, call, rows, padded(shape.columns))
-    slabs = slabs_of(call, budget) if asked != "one_pass" else None
-    return (
-        _one_pass(shape) if slabs is None else _with_logits(shape, call, slabs.rows, slabs.tokens)
-    )
+        return _with_logits(shape, rows, padded(shape.columns))
+    slabs = slabs_of(shape, budget) if asked != "one_pass" else None
+    return _one_pass(shape) if slabs is None else _with_logits(shape, slabs.rows, slabs.tokens)
 
 
-def _with_logits(shape: CallShape, call: Shape, rows: int, tokens: int) -> dict[str, int]:
-    """Cached or slabbed: scratch for the logits of `rows` rows and `tokens` tokens."""
+def _with_logits(shape: CallShape, rows: int, tokens: int) -> dict[str, int]:
+    """Return the bytes where scratch holds the logits of `rows` rows and `tokens` tokens."""
     layers, width, item = shape.layers, shape.student_width, shape.itemsize
     slab = min(gradient_tokens(rows, layers, shape.columns, item), tokens)
     trained = shape.narrow and shape.train_head
     return {
-        "logits": FLOAT * call.models * layers * rows * padded(tokens),
+        "logits": FLOAT * shape.heads * layers * rows * padded(tokens),
         "hidden states of a block": layers
         * rows
         * ((width + shape.teacher_width) * item + width * FLOAT),
         "gradient of a block's logits": layers * rows * slab * item,
-        "columns of the head": FLOAT * slab * width if trained and rows >= shape.rows else 0,
+        "chunk of the head's gradient": FLOAT * slab * width
+        if trained and rows >= shape.rows
+        else 0,
         "sum of the head's gradient": FLOAT * shape.columns * width
         if trained and rows < shape.rows
         else 0,
@@ -97,6 +90,7 @@ def _with_logits(shape: CallShape, call: Shape, rows: int, tokens: int) -> dict[
 
 
 def _one_pass(shape: CallShape) -> dict[str, int]:
+    """Return the bytes of the one-pass kernels."""
     tile = planned_tile(shape)
     layers, width, item = shape.layers, shape.student_width, shape.itemsize
     rows = rows_of_a_block(
@@ -111,14 +105,14 @@ def _one_pass(shape: CallShape) -> dict[str, int]:
         * layers
         * ((width + shape.teacher_width) * item + width * FLOAT),
         "gradient of a block's logits": rows * layers * chunk * item,
-        "columns of the head": FLOAT * chunk * width if shape.train_head else 0,
+        "chunk of the head's gradient": FLOAT * chunk * width if shape.train_head else 0,
         "sum of the head's gradient": FLOAT * shape.columns * width if summed else 0,
         "tiles": programs * RING * 2 * tile.block_rows * tile.block_columns * FLOAT,
     }
 
 
 def planned_tile(shape: CallShape) -> LaunchConfig:
-    """The launch configuration of the one-pass kernels on the device that is planned for."""
+    """Return the launch configuration of the one-pass kernels on the device that is planned for."""
     dtype = torch.bfloat16 if shape.narrow else torch.float32
     widths = shape.student_width, shape.teacher_width
     return choose((shape.rows, shape.columns, *widths), dtype, PLANNED_ARCHITECTURE)

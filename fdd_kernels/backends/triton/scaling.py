@@ -1,6 +1,4 @@
-"""The power of two that takes dL/dlogits through float16, for float16 models; bfloat16 and float32
-need none.
-"""
+"""The power of two that scales dL/dlogits of float16 models; bfloat16 and float32 need none."""
 
 from __future__ import annotations
 
@@ -10,7 +8,7 @@ from torch import Tensor
 from fdd_kernels.lens.layout import GRAD_SUM, LSE_S, M_DD, M_SS, M_ST, M_TT, MEAN_S, VALUE
 from fdd_kernels.lens.spec import LensSpec
 
-LARGEST_GRADIENT = 2.0**8  # what the scaled bound comes to: far from overflow, and from underflow
+LARGEST_GRADIENT = 2.0**8  # of the scaled bound: far from overflow, and from underflow
 
 
 def gradient_scale(
@@ -21,10 +19,10 @@ def gradient_scale(
     grad_requests: Tensor,
     grad_moments: Tensor,
 ) -> Tensor:
-    """(1,) on the device: what dL/dlogits of `dtype` is multiplied by; 1 but for float16.
+    """Return the factor of dL/dlogits of `dtype`, (1,) on the device; 1 but for float16.
 
-    float16 has no room for gradients of 1e-8, so a bound on |dL/dx| from the per-row statistics (|s
-    - mean| is at most sqrt(M_SS)) is brought to LARGEST_GRADIENT.
+    float16 has no room for gradients of 1e-8. So a bound on |dL/dx| from the per-row statistics
+    (|s - mean| is at most sqrt(M_SS)) is brought to LARGEST_GRADIENT.
     """
     if dtype != torch.float16:
         return torch.ones(1, dtype=torch.float32, device=requests.device)

@@ -1,19 +1,20 @@
-"""A `LensSpec` as a table of integers, so that one compiled kernel serves any number of layers,
-reads and moments.
+"""A `LensSpec` as a table of integers: one compiled kernel serves any layers, requests and pairs.
 
-A slot is a layer at a temperature: reads of the same layer and temperature share its exponentials.
-The rows of the table, padded to one width:
+A slot is a student layer at a temperature: softmax requests of the same slot share its
+exponentials. The rows of the table, padded to one width:
 
-    SLOT_BEGIN   (L + 1)  slots of layer l are SLOT_BEGIN[l] .. SLOT_BEGIN[l + 1]
-    SLOT_FLAGS   (slots)  WANTS_STUDENT, WANTS_TEACHER: whose expectation of the difference of
-                          logits is summed; WANTS_LABEL: the student's z at the label
-    SLOT_INVERSE (slots)  1 / temperature, the bits of a float32
-    READ_BEGIN   (slots + 1), READ_INDEX, READ_KIND: the requests of a slot
-    PART_BEGIN   (L + 1), PART_INDEX, PART_ROLE: the moment targets that a layer is part of:
-                          OWN_LAYER alone, SECOND of a pair (the walk over layers is complete for
-                          the pair there), or FIRST
-    SECOND_READ, SECOND_LAYER, SECOND_INVERSE: the requests that take a second pass
-    TEACHER_LAYER (L)     the teacher's layer that layer l of the student is compared with
+    SLOT_BEGIN     (L + 1)   layer l has the slots SLOT_BEGIN[l] .. SLOT_BEGIN[l + 1]
+    SLOT_FLAGS     (slots)   WANTS_STUDENT: the student's expectation of the difference of logits is
+                             summed; WANTS_LABEL: the student's z at the label is looked up
+    SLOT_INVERSE   (slots)   1 / temperature, the bits of a float32
+    REQUEST_BEGIN  (slots + 1), REQUEST_INDEX, REQUEST_KIND: the requests of a slot
+    PART_BEGIN     (L + 1), PART_INDEX, PART_ROLE: the pairs of `PairMoments` that a layer is part
+                             of: OWN_LAYER alone, SECOND of two layers, or FIRST. The walk over
+                             layers has the whole pair at the SECOND
+    SECOND_REQUEST, SECOND_LAYER, SECOND_INVERSE: the requests that take a second pass
+    TEACHER_LAYER  (L)       the teacher layer that student layer l is compared with
+    SHIFT_LAYER    (L)       the student layer whose state defines the shift of that teacher layer:
+                             one for all student layers that share it, with a slot if any has one
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fdd_kernels.lens.divergences import DIVERGENCES
+from fdd_kernels.backends.triton.refusal import layer_pairs
+from fdd_kernels.lens.divergences import needs_second_pass
 from fdd_kernels.lens.spec import NLL, LensSpec
 
 SLOT_BEGIN = tl.constexpr(0)
@@ -43,11 +45,11 @@ SECOND_REQUEST = tl.constexpr(9)
 SECOND_LAYER = tl.constexpr(10)
 SECOND_INVERSE = tl.constexpr(11)
 TEACHER_LAYER = tl.constexpr(12)
-TABLE_ROWS = 13
+SHIFT_LAYER = tl.constexpr(13)
+TABLE_ROWS = 14
 
 WANTS_STUDENT = tl.constexpr(1)
-WANTS_TEACHER = tl.constexpr(2)
-WANTS_LABEL = tl.constexpr(4)
+WANTS_LABEL = tl.constexpr(2)
 
 # Kinds of requests: log-sum-exps alone, a label's cross-entropy, KL(p || q), or the divergence
 # DIVERGENCE of the kernel.
@@ -63,20 +65,22 @@ FIRST = tl.constexpr(2)
 
 @triton.jit
 def table_entry(table, table_width, ROW: tl.constexpr, index):
+    """Load an integer of the table."""
     return tl.load(table + ROW * table_width + index)
 
 
 @triton.jit
 def table_float(table, table_width, ROW: tl.constexpr, index):
+    """Load a float32 of the table."""
     return tl.load(table + ROW * table_width + index).to(tl.float32, bitcast=True)
 
 
 @dataclass(frozen=True)
 class Table:
-    """The table on a device and what the launcher needs to know of it.
+    """The table on a device, and its facts for launches.
 
-    `divergence` is the one besides KL, else "kl"; `has_kl`, `has_labels`: whether there are reads
-    of KL, of the label's cross-entropy.
+    `second_pass` counts the requests that take one. `divergence` is the one besides KL, else "kl".
+    `has_kl` and `has_labels` tell whether a request is of KL, of the cross-entropy at the label.
     """
 
     values: Tensor
@@ -103,9 +107,9 @@ _captured: list[Table] = []  # tables whose addresses CUDA graphs hold: never fr
 
 
 def table_for(spec: LensSpec, layers: int, device: torch.device) -> Table:
-    """The table of a spec; built and uploaded once, kept for the next calls.
+    """Build and upload the table of a spec that `refusal` accepts; cached for the next calls.
 
-    The upload is the only host-to-device copy of the backend: capture a CUDA graph after a first,
+    The upload is the backend's only copy from host to device: capture a CUDA graph after a first,
     ordinary step.
     """
     table = _built_table(spec, layers, device)
@@ -114,26 +118,26 @@ def table_for(spec: LensSpec, layers: int, device: torch.device) -> Table:
     return table
 
 
+def _teacher_layers(spec: LensSpec, layers: int, with_slots: set[int]) -> tuple[list, list]:
+    """Fill the rows TEACHER_LAYER and SHIFT_LAYER; `with_slots` are student layers with a slot."""
+    teacher_of = dict(zip(range(layers), range(layers)))
+    teacher_of |= dict(layer_pairs(spec))
+    of_shift = []
+    for student in range(layers):
+        sharing = [other for other in range(layers) if teacher_of[other] == teacher_of[student]]
+        of_shift.append(min(sharing, key=lambda other: (other not in with_slots, other)))
+    return list(teacher_of.values()), of_shift
+
+
 @functools.lru_cache(maxsize=64)
 def _built_table(spec: LensSpec, layers: int, device: torch.device) -> Table:
-    """Build and upload the table.
-
-    Raises:
-        NotImplementedError: a spec that the public functions never build.
-    """
-    others = {request.divergence for request in spec.requests} - {NLL, None, "kl"}
-    if len(others) > 1:
-        raise NotImplementedError(f"one divergence besides kl a call, got {sorted(others)}")
-    if any(m.first is not None and m.first.student != m.second.student - 1 for m in spec.moments):
-        raise NotImplementedError(f"moments of consecutive layers alone, got {spec.moments}")
-
     slots = sorted({(request.student_layer, request.temperature) for request in spec.requests})
     requests_of = [
         [i for i, r in enumerate(spec.requests) if (r.student_layer, r.temperature) == slot]
         for slot in slots
     ]
     kinds = {None: KIND_LSE.value, NLL: KIND_NLL.value, "kl": KIND_KL.value}
-    flags = {NLL: WANTS_LABEL.value, "kl": WANTS_TEACHER.value, "reverse_kl": WANTS_STUDENT.value}
+    flags = {NLL: WANTS_LABEL.value, "reverse_kl": WANTS_STUDENT.value}
     parts: list[list[tuple[int, int]]] = [[] for _ in range(layers)]
     for index, pair in enumerate(spec.moments):
         second = pair.second.student
@@ -143,8 +147,7 @@ def _built_table(spec: LensSpec, layers: int, device: torch.device) -> Table:
     second_pass = [
         (index, request)
         for index, request in enumerate(spec.requests)
-        if request.divergence in DIVERGENCES
-        and DIVERGENCES[request.divergence].expectation_of is None
+        if needs_second_pass(request.divergence)
     ]
 
     rows: list[list[int]] = [[] for _ in range(TABLE_ROWS)]
@@ -171,18 +174,19 @@ def _built_table(spec: LensSpec, layers: int, device: torch.device) -> Table:
     rows[SECOND_REQUEST.value] = [index for index, _ in second_pass]
     rows[SECOND_LAYER.value] = [request.student_layer for _, request in second_pass]
     rows[SECOND_INVERSE.value] = [_bits(1.0 / request.temperature) for _, request in second_pass]
-    rows[TEACHER_LAYER.value] = list(range(layers))  # paired by rank
+    with_slots = {layer for layer, _ in slots}
+    rows[TEACHER_LAYER.value], rows[SHIFT_LAYER.value] = _teacher_layers(spec, layers, with_slots)
     width = max(len(row) for row in rows)
     values = torch.tensor(
         [row + [0] * (width - len(row)) for row in rows], dtype=torch.int32, device=device
     )
-    kinds_request = {request.divergence for request in spec.requests}
+    divergences = {request.divergence for request in spec.requests}
     return Table(
-        values,
-        width,
-        len(slots),
-        len(second_pass),
-        next(iter(others), "kl"),
-        "kl" in kinds_request,
-        NLL in kinds_request,
+        values=values,
+        width=width,
+        slots=len(slots),
+        second_pass=len(second_pass),
+        divergence=next(iter(divergences - {NLL, None, "kl"}), "kl"),
+        has_kl="kl" in divergences,
+        has_labels=NLL in divergences,
     )

@@ -69,8 +69,9 @@ class LossOptions:
         scale_by_t2: multiply the output KD by its temperature squared.
         student_softcap, teacher_softcap: soft cap of the model's logits, if not its own.
         student_logit_scale, teacher_logit_scale: scale of the model's logits, if not its own.
-        output_in_dynamics: count the output among the layers of trajectory and derivative.
-        vocab_size: compare only the first tokens (found out where heads are padded unequally).
+        output_in_dynamics: include the output in the layers of trajectory and derivative.
+        vocab_size: compare the first tokens only (set automatically where heads are padded
+            unequally).
         backend: auto, torch, cpu, triton or reference.
     """
 
@@ -130,19 +131,19 @@ class LossOptions:
 
 @dataclass(frozen=True)
 class FDDConfig(LossOptions):
-    """What to distil: the layers and the loss, for `Distiller` and `FDDTrainer`.
+    """Layers and loss of a distillation, for `Distiller` and `FDDTrainer`.
 
     Besides every option of `fused_fdd_loss` (soft caps, logit scales and vocab_size left at None
     are read from the models):
 
     Args:
-        num_layers: how many layers to sample in each model; 4 is the paper's L_D.
+        num_layers: number of layers to sample in each model; 4 is the paper's L_D.
         layer_grid: "floor" samples Q, 2Q, ..., num_layers * Q with Q = depth // (num_layers + 1),
             the paper's rule; "linspace" spreads num_layers evenly over 1..depth - 1.
         student_layers, teacher_layers: explicit 1-based layers (the state after that many blocks);
-            they win over the grid, must come together and are paired by rank.
-        apply_final_norm: read the sampled layers through the model's final norm and head, as the
-            output is.
+            they replace the grid, must be given together and are paired in order.
+        apply_final_norm: apply the model's final norm to the sampled layers before its head, as to
+            the output.
         train_head: whether the student's head receives gradient from the loss.
     """
 

@@ -1,11 +1,9 @@
-"""Cached logits: both models' logits of a block of rows by the vendor's GEMM into bounded scratch,
-then row kernels.
+"""Logits of a row block by the vendor's GEMM into bounded scratch, then row kernels over them.
 
-logits.py       where a block's logits come from: the whole vocabulary once ("cached"), or a slab of
-it at a time ("slabbed") row.py          one row's logits as every kernel here reads them
-stats.py        statistics of a tile of the vocabulary, all layers
-merge.py        tiles merged into the statistics of `spec.py`
-second_pass.py  value and slope of the divergences that need both log-sum-exps
-grad.py         dL/dlogits of a slab, all layers, and the accurate value of KL
-host.py         blocks of rows: products, kernels, gradients
+logits.py           the logits of a block: the whole vocabulary once ("cached"), or a slab of it at
+                    a time, as often as it is asked for ("slabbed")
+blocks.py           the walk over row blocks, and the launch of row kernels over a slab
+fill_statistics.py  the statistics of a block; stats.py, merge.py, second_pass.py: their kernels
+gradients.py        the gradients of a call; grad.py: its kernels
+row.py              device functions over one row of logits
 """

@@ -1,16 +1,15 @@
-"""dL/dlogits of one row and one tile of a slab of the vocabulary, all layers, and the accurate
-value of KL.
+"""dL/dlogits of one row and one tile of a slab of the vocabulary, all layers.
 
-With per-row coefficients from the upstream gradients (`elementwise.py`), per slot and per moment
-target,
+With per-row coefficients from the upstream gradients (`coefficients_kernel`), per slot and per
+pair,
 
-    dL/dz = a q + b p + d slope(log_q, log_p) + n [token = label]
+    dL/dz = a q + b p + d grad(log_q, log_p) + n [token = label]
     dL/ds = k_1 + k_s (s - mean_s) + k_t (t - mean_t) + k_d ((s - mean_s) - (t - mean_t))
 
 A program walks the layers with the logits of the layer before, and its unfinished gradient, in
-registers: a pair's moments give +dL/ds to its second layer and -dL/ds to its first. Both
-log-sum-exps are known here, so where KL is small its value is summed again on the way, in the
-accurate form (`elementwise.kl_of`).
+registers: a pair gives +dL/ds to its second layer and -dL/ds to its first. Both log-sum-exps are
+known here. So where KL is small, its value is summed again on the way in the accurate form
+(`elementwise.kl_of`).
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fdd_kernels.backends.triton.cached.row import live_tokens, row_logits
+from fdd_kernels.backends.triton.cached.row import pair_vectors, row_logits
 from fdd_kernels.backends.triton.elementwise import (
     MOMENT_FIELDS,
     REFINED_BELOW,
@@ -41,7 +40,7 @@ from fdd_kernels.backends.triton.work_table import (
     table_float,
 )
 
-ITEM_FIELDS = tl.constexpr(7)
+ITEM_FIELDS = tl.constexpr(7)  # of a slot or pair: its coefficients, see `coefficients_kernel`
 
 
 @triton.jit(
@@ -75,33 +74,35 @@ def coefficients_kernel(
     student_scale,
     BLOCK_R: tl.constexpr,
 ):
-    """coefficients (slots + moments, 7, rows) of dL/dx for `cached_grad_kernel`, times
-    `grad_scale`; 0 at invalid rows.
+    """Store coefficients (slots + pairs, 7, rows) of dL/dx, times `grad_scale`; 0 at invalid rows.
+
+    Of a slot: a, b, d, n, both log-sum-exps, the value of KL. Of a pair: k_1, k_s, k_t, k_d, both
+    means.
     """
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     item = tl.program_id(1)
-    counts = (row < rows) & (row < tl.load(count))
+    is_valid = (row < rows) & (row < tl.load(count))
     stored = row < rows
     field = rows.to(tl.int64)
     out = coefficients + item * ITEM_FIELDS * field + row
     scale = student_scale * tl.load(grad_scale)
     if item < slots:
-        q, p, slope, label, lse_s, lse_t, kl = slot_coefficients(
+        a, b, d, n, lse_s, lse_t, kl = slot_coefficients(
             requests + row,
             grad_requests + row,
             stride.to(tl.int64),
             grad_stride.to(tl.int64),
-            counts,
+            is_valid,
             table,
             table_width,
             item,
             BLOCK_R,
         )
         factor = scale * table_float(table, table_width, SLOT_INVERSE, item)
-        tl.store(out, q * factor, mask=stored)
-        tl.store(out + field, p * factor, mask=stored)
-        tl.store(out + 2 * field, slope * factor, mask=stored)
-        tl.store(out + 3 * field, label * factor, mask=stored)
+        tl.store(out, a * factor, mask=stored)
+        tl.store(out + field, b * factor, mask=stored)
+        tl.store(out + 2 * field, d * factor, mask=stored)
+        tl.store(out + 3 * field, n * factor, mask=stored)
         tl.store(out + 4 * field, lse_s, mask=stored)
         tl.store(out + 5 * field, lse_t, mask=stored)
         tl.store(out + 6 * field, kl, mask=stored)
@@ -112,7 +113,7 @@ def coefficients_kernel(
             grad_moments + index * grad_moment_stride.to(tl.int64) + row,
             moment_stride.to(tl.int64),
             grad_moment_stride.to(tl.int64),
-            counts,
+            is_valid,
         )
         factor = scale * moment_inverse
         tl.store(out, of_one * factor, mask=stored)
@@ -125,6 +126,7 @@ def coefficients_kernel(
 
 @triton.jit
 def store_gradient(at, gradient, inside, FULL: tl.constexpr):
+    """Store a tile in the dtype of `at`; unmasked where FULL."""
     if FULL:
         tl.store(at, gradient.to(at.dtype.element_ty))
     else:
@@ -190,8 +192,9 @@ def cached_grad_kernel(
     DIVERGENCE: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """grad (L, rows, grad_ld) = dL/dx of a row (axis 0) and a tile (axis 1) of the slab; values
-    (slots, rows, tiles).
+    """Store dL/dx of a row (axis 0) and a tile (axis 1) of the slab in grad (L, rows, grad_ld).
+
+    With VALUES also sum small values of KL again, into values (slots, rows, tiles).
     """
     EVERY: tl.constexpr = FULL and not (BIAS_S or BIAS_T)  # without a bias no logit is -inf
     row = tl.program_id(0)
@@ -210,25 +213,26 @@ def cached_grad_kernel(
     field = rows.to(tl.int64)
     stride = stride.to(tl.int64)
     nothing = tl.zeros((BLOCK_C,), tl.float32)
-    if row >= tl.load(count):  # the GEMMs of the gradients read it, and 0 e^z need not be 0
+    if row >= tl.load(count):  # GEMMs take it, and 0 e^z need not be 0
         for layer in range(layers):
             store_gradient(out + layer * out_stride, nothing, inside, FULL)
         return
     if LABELS:
         label = tl.load(labels + row) - first_column
-    t, before_s, before_t, before_g, before_slope = nothing, nothing, nothing, nothing, nothing
+    t, before_s, before_t, before_g, before_cap_grad = nothing, nothing, nothing, nothing, nothing
     for layer in range(layers):
-        s, slope = row_logits(
+        s, cap_grad = row_logits(
             row_s, bias_s, c, inside, scale_s, cap_s, BIAS_S, SCALE_S, CAP_S, FULL
         )
         s -= tl.load(shifts + layer * stride)
         row_s += stride_s
         if TEACHER:
-            at_t = row_t + table_entry(table, table_width, TEACHER_LAYER, layer) * stride_t
-            t, _slope_t = row_logits(
+            teacher_layer = table_entry(table, table_width, TEACHER_LAYER, layer)
+            at_t = row_t + teacher_layer * stride_t
+            t, _cap_grad_t = row_logits(
                 at_t, bias_t, c, inside, scale_t, cap_t, BIAS_T, SCALE_T, CAP_T, FULL
             )
-            t -= tl.load(shifts + (layers + layer) * stride)
+            t -= tl.load(shifts + (layers + teacher_layer) * stride)
         g = nothing
         if SOFTMAX:
             for slot in range(
@@ -265,14 +269,7 @@ def cached_grad_kernel(
             ):
                 role = table_entry(table, table_width, PART_ROLE, part)
                 if role != FIRST:
-                    of_s, of_t, live = s, t, inside
-                    if not EVERY:
-                        live = live_tokens(s, t)
-                    if role == SECOND:
-                        of_s = s - before_s
-                        of_t = t - before_t
-                        if not EVERY:
-                            live = live & live_tokens(before_s, before_t)
+                    of_s, of_t, live = pair_vectors(s, t, before_s, before_t, inside, role, EVERY)
                     k = (
                         coefficients
                         + (slots + table_entry(table, table_width, PART_INDEX, part))
@@ -294,16 +291,16 @@ def cached_grad_kernel(
                         before_g -= v
             if layer > 0:  # the layer before is finished only now
                 if CAP_S:
-                    before_g *= before_slope
+                    before_g *= before_cap_grad
                 store_gradient(out, before_g, inside, FULL)
                 out += out_stride
-            before_s, before_t, before_g, before_slope = s, t, g, slope
+            before_s, before_t, before_g, before_cap_grad = s, t, g, cap_grad
         else:
             if CAP_S:
-                g *= slope
+                g *= cap_grad
             store_gradient(out, g, inside, FULL)
             out += out_stride
     if MOMENTS:
         if CAP_S:
-            before_g *= before_slope
+            before_g *= before_cap_grad
         store_gradient(out, before_g, inside, FULL)

@@ -1,8 +1,7 @@
-"""Where the logits of a block of rows come from: scratch that holds all of them, or a slab at a
-time.
+"""The logits of a row block: all of them in scratch, or a slab of the vocabulary at a time.
 
-Both models' raw logits h W^T in float32, (L, rows, ld) each. In feature space the teacher's
-"logits" are its hidden states.
+They are both models' h W^T in float32, (L, rows, ld) each. In feature space the teacher's "logits"
+are its hidden states.
 """
 
 from __future__ import annotations
@@ -17,14 +16,12 @@ from fdd_kernels.backends.triton.gemm import multiply
 from fdd_kernels.backends.triton.problem import Head, Problem
 from fdd_kernels.backends.triton.strategy import padded
 
-WIDENED_BYTES = 64 * 2**20  # of a head whose dtype is not that of the products, converted at a time
+WIDENED_BYTES = 64 * 2**20  # of a head whose dtype is not that of the GEMM, converted at a time
 
 
 @dataclass(frozen=True)
 class Slab:
-    """Logits of the tokens start .. stop of a block: student (L, rows, ld), teacher likewise, None
-    without one.
-    """
+    """Logits of a block's tokens start .. stop, (L, rows, ld) each; teacher None if not needed."""
 
     start: int
     stop: int
@@ -32,18 +29,17 @@ class Slab:
     teacher: Tensor | None
 
     def tokens(self, start: int, stop: int) -> Slab:
-        """A part of it."""
+        """Take a part of the slab."""
         first, last = start - self.start, stop - self.start
         teacher = None if self.teacher is None else self.teacher[..., first:last]
         return Slab(start, stop, self.student[..., first:last], teacher)
 
 
 class BlockLogits:
-    """The logits of one block of rows. `student`, `teacher`: its hidden states (L, rows, D),
-    teacher None if not needed.
+    """The logits of a row block, from its hidden states (L, rows, D), teacher None if not needed.
 
-    With scratch for `tokens` >= the whole vocabulary they are computed once; with less, as often as
-    they are asked for.
+    With scratch for the whole vocabulary they are computed once. With fewer `tokens` they are
+    computed as often as they are asked for.
     """
 
     def __init__(
@@ -62,7 +58,7 @@ class BlockLogits:
         self._all: Slab | None = None
 
     def slabs(self, most: int) -> Iterator[Slab]:
-        """The vocabulary in slabs of at most `most` tokens."""
+        """Walk over the vocabulary in slabs of at most `most` tokens."""
         for start in range(0, self.columns, step := min(most, self.slab_tokens)):
             stop = min(start + step, self.columns)
             if self.slab_tokens < self.columns:
@@ -95,8 +91,9 @@ class BlockLogits:
 
 
 def fill_logits(out_MC: Tensor, hidden_MD: Tensor, head: Head, start: int, stop: int) -> None:
-    """out = h W^T for the rows start .. stop of the head; one GEMM, unless the head has to be
-    converted part by part.
+    """Compute out = h W^T for the rows start .. stop of the head.
+
+    One GEMM, unless the head has to be converted part by part.
     """
     if head.weight.dtype == hidden_MD.dtype:
         multiply(out_MC, hidden_MD, head.weight[start:stop].t())
@@ -109,7 +106,7 @@ def fill_logits(out_MC: Tensor, hidden_MD: Tensor, head: Head, start: int, stop:
 
 
 def new_scratch(problem: Problem, rows: int, tokens: int) -> Tensor:
-    """Float32 scratch for the logits of `rows` rows and `tokens` tokens."""
+    """Allocate float32 scratch for the logits of `rows` rows and `tokens` tokens."""
     models = 2 if problem.spec.needs_teacher and problem.teacher.weight is not None else 1
     return torch.empty(
         models * problem.layers * rows * padded(tokens), dtype=torch.float32, device=problem.device

@@ -1,8 +1,7 @@
-"""Tiles merged into the statistics of `spec.py`: one program a row and layer, all tiles in one
-vector.
+"""Merge a row's tiles into its statistics: one program a row and layer, all tiles in one vector.
 
-What a tile found is restated about the row's largest logit. Sums over a vector of tiles take a
-tree, so their error does not grow with the number of tiles.
+Numbers of a tile are about the tile's shift; here they are restated about the row's. Sums over a
+vector of tiles take a tree, so their error does not grow with the number of tiles.
 """
 
 from __future__ import annotations
@@ -13,18 +12,18 @@ import triton.language as tl
 from fdd_kernels.backends.triton.cached.stats import SLOT_FIELDS
 from fdd_kernels.backends.triton.elementwise import (
     GRAD_SUM,
-    LSE_S,
-    LSE_T,
     MOMENT_FIELDS,
     REFINED_BELOW,
     REQUEST_FIELDS,
     VALUE,
+    load_moments,
+    store_moments,
+    store_request,
 )
 from fdd_kernels.backends.triton.work_table import (
     FIRST,
     KIND_KL,
     KIND_NLL,
-    KIND_OTHER,
     PART_BEGIN,
     PART_INDEX,
     PART_ROLE,
@@ -33,24 +32,28 @@ from fdd_kernels.backends.triton.work_table import (
     REQUEST_KIND,
     SECOND,
     SECOND_REQUEST,
+    SHIFT_LAYER,
     SLOT_BEGIN,
     SLOT_INVERSE,
+    TEACHER_LAYER,
     table_entry,
     table_float,
 )
 
 
 @triton.jit
-def row_shift(state, shift, total, tile, tiles, has_slot):
-    """The largest of a row's tile shifts, 0 if none is finite; tiles of tokens that cannot occur
-    have none.
+def row_shift(state, layer, MODEL: tl.constexpr, layers, field, tile, tiles, table, table_width):
+    """Return a row's shift, the largest of its tiles' (0 if none is finite), and theirs about it.
 
-    Returns it with each tile's shift about it.
+    `layer` is a student layer; MODEL 1 takes its teacher layer instead. Tiles of tokens that cannot
+    occur have no say: their sums of exponentials are 0.
     """
     inside = tile < tiles
-    tile_shift = tl.load(state + shift + tile, mask=inside, other=0.0)
+    first_slot = table_entry(table, table_width, SLOT_BEGIN, layer)
+    tile_shift = tl.load(state + (2 * layer + MODEL) * field + tile, mask=inside, other=0.0)
     live = inside
-    if has_slot:
+    if first_slot < table_entry(table, table_width, SLOT_BEGIN, layer + 1):
+        total = (2 * layers + SLOT_FIELDS * first_slot + 2 * MODEL) * field
         live = live & (tl.load(state + total + tile, mask=inside, other=0.0) != 0.0)
     largest = tl.max(tl.where(live, tile_shift, float("-inf")), 0)
     largest = tl.where(tl.abs(largest) < float("inf"), largest, 0.0)
@@ -59,8 +62,8 @@ def row_shift(state, shift, total, tile, tiles, has_slot):
 
 @triton.jit
 def merged_sums(state, at, field, tile, tiles, own_shift, other_shift):
-    """The log-sum-exp of z about the row's shift, and the expectation of z - (the other model's
-    z).
+    """Return the log-sum-exp of z about the row's shift, and the expectation of the difference of
+    z from the other model's.
     """
     inside = tile < tiles
     total = tl.load(state + at + tile, mask=inside, other=0.0)
@@ -92,8 +95,9 @@ def cached_merge_kernel(
     DIVERGENCE: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Finish every statistic of a row (axis 0) and a layer (axis 1) that takes a single pass;
-    invalid rows are left alone.
+    """Store the statistics of a row (axis 0) and a student layer (axis 1) that take one pass.
+
+    Invalid rows are left alone. Student layers that share a teacher layer store the same shift.
     """
     row = tl.program_id(0)
     layer = tl.program_id(1)
@@ -109,17 +113,16 @@ def cached_merge_kernel(
     moments += row
     first_slot = table_entry(table, table_width, SLOT_BEGIN, layer)
     last_slot = table_entry(table, table_width, SLOT_BEGIN, layer + 1)
-    first_total = (2 * layers + SLOT_FIELDS * first_slot) * field
-    shift = 2 * layer * field
-    pivot_s, about_s = row_shift(state, shift, first_total, tile, tiles, first_slot < last_slot)
-    pivot_t = pivot_s * 0.0
+    shift_s, about_s = row_shift(state, layer, 0, layers, field, tile, tiles, table, table_width)
     about_t = about_s * 0.0
+    tl.store(shifts + layer * stride, shift_s)
     if TEACHER:
-        pivot_t, about_t = row_shift(
-            state, shift + field, first_total + 2 * field, tile, tiles, first_slot < last_slot
+        of_shift = table_entry(table, table_width, SHIFT_LAYER, layer)
+        shift_t, about_t = row_shift(
+            state, of_shift, 1, layers, field, tile, tiles, table, table_width
         )
-    tl.store(shifts + layer * stride, pivot_s)
-    tl.store(shifts + (layers + layer) * stride, pivot_t)
+        teacher_layer = table_entry(table, table_width, TEACHER_LAYER, layer)
+        tl.store(shifts + (layers + teacher_layer) * stride, shift_t)
     for slot in range(first_slot, last_slot):
         inverse = table_float(table, table_width, SLOT_INVERSE, slot)
         at = (2 * layers + SLOT_FIELDS * slot) * field
@@ -141,25 +144,15 @@ def cached_merge_kernel(
                 requests
                 + table_entry(table, table_width, REQUEST_INDEX, entry) * REQUEST_FIELDS * stride
             )
-            tl.store(request + LSE_S * stride, lse_s)
+            store_request(
+                request, stride, None, kind, lse_s, lse_t, expectation_s, expectation_t, DIVERGENCE
+            )
             if kind == KIND_NLL:
                 label_z = (
                     tl.load(state + at + 4 * field + tile, mask=inside, other=float("-inf"))
                     + about_s * inverse
                 )
                 tl.store(request + VALUE * stride, lse_s - tl.max(label_z, 0))
-            else:
-                tl.store(request + LSE_T * stride, lse_t)
-                if kind == KIND_KL:
-                    value = expectation_t + (lse_s - lse_t)
-                    # rounding, of near-equal models
-                    tl.store(request + VALUE * stride, tl.where(value < 0, 0.0, value))
-                    tl.store(request + GRAD_SUM * stride, -1.0)
-                if DIVERGENCE == "reverse_kl" and kind == KIND_OTHER:
-                    value = expectation_s + (lse_t - lse_s)
-                    value = tl.where(value < 0, 0.0, value)
-                    tl.store(request + VALUE * stride, value)
-                    tl.store(request + GRAD_SUM * stride, value + 1.0)
     for entry in range(
         table_entry(table, table_width, PART_BEGIN, layer),
         table_entry(table, table_width, PART_BEGIN, layer + 1),
@@ -168,41 +161,39 @@ def cached_merge_kernel(
         if role != FIRST:
             off_s, off_t = about_s, about_t
             if role == SECOND:
-                before = table_entry(table, table_width, SLOT_BEGIN, layer - 1)
-                before_total = (2 * layers + SLOT_FIELDS * before) * field
-                _largest, about = row_shift(
-                    state, shift - 2 * field, before_total, tile, tiles, before < first_slot
+                _shift, about = row_shift(
+                    state, layer - 1, 0, layers, field, tile, tiles, table, table_width
                 )
                 off_s -= about
-                _largest, about = row_shift(
-                    state, shift - field, before_total + 2 * field, tile, tiles, before < first_slot
-                )
-                off_t -= about
+                if TEACHER:
+                    of_shift = table_entry(table, table_width, SHIFT_LAYER, layer - 1)
+                    _shift, about = row_shift(
+                        state, of_shift, 1, layers, field, tile, tiles, table, table_width
+                    )
+                    off_t -= about
             index = table_entry(table, table_width, PART_INDEX, entry) * MOMENT_FIELDS
             at = state + (2 * layers + SLOT_FIELDS * slots + index) * field + tile
-            n = tl.load(at, mask=inside, other=0.0)
-            mean_s = tl.load(at + field, mask=inside, other=0.0) + off_s * moment_inverse
-            mean_t = tl.load(at + 2 * field, mask=inside, other=0.0) + off_t * moment_inverse
+            n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd = load_moments(at, field, inside)
+            mean_s += off_s * moment_inverse
+            mean_t += off_t * moment_inverse
             total = tl.sum(n, 0)
             divisor = tl.maximum(total, 1.0)
-            row_mean_s, row_mean_t = (
-                tl.sum(n * mean_s, 0) / divisor,
-                tl.sum(n * mean_t, 0) / divisor,
-            )
+            row_mean_s = tl.sum(n * mean_s, 0) / divisor
+            row_mean_t = tl.sum(n * mean_t, 0) / divisor
             between_s, between_t = mean_s - row_mean_s, mean_t - row_mean_t
             between_d = between_s - between_t
-            m_ss = tl.load(at + 3 * field, mask=inside, other=0.0) + n * between_s * between_s
-            m_tt = tl.load(at + 4 * field, mask=inside, other=0.0) + n * between_t * between_t
-            m_st = tl.load(at + 5 * field, mask=inside, other=0.0) + n * between_s * between_t
-            m_dd = tl.load(at + 6 * field, mask=inside, other=0.0) + n * between_d * between_d
-            out = moments + index * stride
-            tl.store(out, total)
-            tl.store(out + stride, row_mean_s)
-            tl.store(out + 2 * stride, row_mean_t)
-            tl.store(out + 3 * stride, tl.sum(m_ss, 0))
-            tl.store(out + 4 * stride, tl.sum(m_tt, 0))
-            tl.store(out + 5 * stride, tl.sum(m_st, 0))
-            tl.store(out + 6 * stride, tl.sum(m_dd, 0))
+            store_moments(
+                moments + index * stride,
+                stride,
+                None,
+                total,
+                row_mean_s,
+                row_mean_t,
+                tl.sum(m_ss + n * between_s * between_s, 0),
+                tl.sum(m_tt + n * between_t * between_t, 0),
+                tl.sum(m_st + n * between_s * between_t, 0),
+                tl.sum(m_dd + n * between_d * between_d, 0),
+            )
 
 
 @triton.jit(do_not_specialize=["rows", "stride", "tiles", "table_width"])
@@ -218,11 +209,11 @@ def merge_values_kernel(
     SECONDS: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Sums over tiles written as VALUE, one program a row and item.
+    """Sum tiles and store VALUE, one program a row and item.
 
-    With SECONDS the items are the requests of the second pass and sums (items, 2, rows, tiles) have
-    their GRAD_SUM too; without, they are slots, sums (items, rows, tiles), and the value is that of
-    the slot's request of KL, where it is small.
+    With SECONDS items are the requests of the second pass; sums (items, 2, rows, tiles) have their
+    GRAD_SUM too. Without, items are slots, sums (items, rows, tiles): the value replaces that of
+    the slot's request of KL where it is small.
     """
     row = tl.program_id(0)
     item = tl.program_id(1)
@@ -235,13 +226,13 @@ def merge_values_kernel(
     sums += row.to(tl.int64) * tiles + tile
     if SECONDS:
         value = tl.sum(tl.load(sums + 2 * item * field, mask=tile < tiles, other=0.0), 0)
-        slope = tl.sum(tl.load(sums + (2 * item + 1) * field, mask=tile < tiles, other=0.0), 0)
+        grad_sum = tl.sum(tl.load(sums + (2 * item + 1) * field, mask=tile < tiles, other=0.0), 0)
         request = (
             requests
             + table_entry(table, table_width, SECOND_REQUEST, item) * REQUEST_FIELDS * stride
         )
         tl.store(request + VALUE * stride, value)
-        tl.store(request + GRAD_SUM * stride, slope)
+        tl.store(request + GRAD_SUM * stride, grad_sum)
     else:
         value = tl.sum(tl.load(sums + item * field, mask=tile < tiles, other=0.0), 0)
         for entry in range(

@@ -1,6 +1,4 @@
-"""Value and slope of the divergences that need both log-sum-exps, summed per tile of logits that
-are there already.
-"""
+"""Second pass over logits in scratch, for divergences that need both log-sum-exps."""
 
 from __future__ import annotations
 
@@ -71,8 +69,9 @@ def cached_second_pass_kernel(
     DIVERGENCE: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """sums (reads of this pass, 2, rows, tiles) of a row (axis 0), a tile (axis 1) and a request
-    (axis 2).
+    """Store sums (requests of this pass, 2, rows, tiles): VALUE and GRAD_SUM of a tile.
+
+    The grid is (rows, tiles, requests of this pass).
     """
     row = tl.program_id(0)
     tile = first_tile + tl.program_id(1)
@@ -92,12 +91,16 @@ def cached_second_pass_kernel(
     )
     row_s = logits_s + (layer * rows.to(tl.int64) + row) * ld_s
     row_t = logits_t + (teacher_layer * rows.to(tl.int64) + row) * ld_t
-    s, _slope_s = row_logits(row_s, bias_s, c, inside, scale_s, cap_s, BIAS_S, SCALE_S, CAP_S, FULL)
-    t, _slope_t = row_logits(row_t, bias_t, c, inside, scale_t, cap_t, BIAS_T, SCALE_T, CAP_T, FULL)
+    s, _cap_grad_s = row_logits(
+        row_s, bias_s, c, inside, scale_s, cap_s, BIAS_S, SCALE_S, CAP_S, FULL
+    )
+    t, _cap_grad_t = row_logits(
+        row_t, bias_t, c, inside, scale_t, cap_t, BIAS_T, SCALE_T, CAP_T, FULL
+    )
     log_q = (s - tl.load(shifts + layer * stride + row)) * inverse - tl.load(
         request + LSE_S * stride
     )
-    log_p = (t - tl.load(shifts + (layers + layer) * stride + row)) * inverse - tl.load(
+    log_p = (t - tl.load(shifts + (layers + teacher_layer) * stride + row)) * inverse - tl.load(
         request + LSE_T * stride
     )
     field = rows.to(tl.int64) * tiles

@@ -1,17 +1,18 @@
-"""Statistics of one row and one tile of the vocabulary, all layers: a program loads every logit
-once.
+"""Statistics of one row and one tile of the vocabulary, all layers; each logit is loaded once.
 
-The program walks the layers with the logits of the layer before in registers, so the layer deltas
-cost no memory traffic. It sees its tile as a whole: row shifts are the tile's own maxima, means are
-taken before squares, nothing is updated online.
+A program walks the layers with the logits of the layer before in registers, so layer deltas cost no
+memory traffic. It holds its tile as a whole: the row's shifts are the tile's maxima, means are
+taken before squares, nothing is updated online. Student layer l is met with its teacher layer
+(TEACHER_LAYER of the work table).
 
-State (fields, r, tiles), float32, tiles adjacent; per row and tile:
+The state (fields, r, tiles) is float32, tiles adjacent. Per row and tile:
 
-    2 layer, 2 layer + 1             the tile's largest u: student, teacher; 0 where the call takes
-    no softmax 2 L + 5 slot + 0..4              about those: sum of e^z, expectation of z_s - z_t
-                                     under it; the same of the teacher, of z_t - z_s; z_s at the
-                                     label, -inf where the label is in another tile
-    2 L + 5 slots + 7 moment + 0..6  the moments of `spec.py`
+    2 l, 2 l + 1                  shifts of student layer l and of its teacher layer: the tile's
+                                  largest u, 0 where the call has no softmax request
+    2 L + 5 slot + 0, 1           student, about its shift: sum of e^z, sum of e^z (z_s - z_t)
+    2 L + 5 slot + 2, 3           teacher, about its shift: sum of e^z, sum of e^z (z_t - z_s)
+    2 L + 5 slot + 4              z_s at the label, -inf where the label is in another tile
+    2 L + 5 slots + 7 pair + ...  MOMENT_STATS of `lens/layout.py`
 """
 
 from __future__ import annotations
@@ -19,14 +20,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fdd_kernels.backends.triton.cached.row import live_tokens, row_logits
-from fdd_kernels.backends.triton.elementwise import MOMENT_FIELDS, exponential_sums, second_moments
+from fdd_kernels.backends.triton.cached.row import pair_vectors, row_logits
+from fdd_kernels.backends.triton.elementwise import (
+    MOMENT_FIELDS,
+    exponential_sums,
+    second_moments,
+    store_moments,
+)
 from fdd_kernels.backends.triton.work_table import (
     FIRST,
     PART_BEGIN,
     PART_INDEX,
     PART_ROLE,
-    SECOND,
     SLOT_BEGIN,
     SLOT_FLAGS,
     SLOT_INVERSE,
@@ -42,16 +47,14 @@ SLOT_FIELDS = tl.constexpr(5)
 
 @triton.jit
 def tile_shift(u):
-    """The largest u of the tile; 0 where that is not finite."""
+    """Return the largest u of the tile; 0 where that is not finite."""
     largest = tl.max(u, 0)
     return tl.where(tl.abs(largest) < float("inf"), largest, 0.0)
 
 
 @triton.jit
 def tile_moments(s, t, live, EVERY: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Count, means and second moments of s and t over the live tokens of a tile; EVERY: all of them
-    are.
-    """
+    """Return count, means and second moments of a tile's `live` tokens (EVERY: all of them)."""
     if EVERY:
         n = tl.full((), BLOCK_C, tl.float32)
         mean_s, mean_t = tl.sum(s, 0) / n, tl.sum(t, 0) / n
@@ -122,8 +125,9 @@ def cached_stats_kernel(
     FULL: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """State of a row (axis 0) and a tile (axis 1) of logits (L, rows, ld), whose first token is
-    `first_column`.
+    """Store the state of a row (axis 0) and a tile (axis 1).
+
+    Logits are (L, rows, ld); their first token is `first_column` of the vocabulary.
     """
     EVERY: tl.constexpr = FULL and not (BIAS_S or BIAS_T)  # without a bias no logit is -inf
     row = tl.program_id(0)
@@ -144,13 +148,13 @@ def cached_stats_kernel(
     before_t = before_s
     t = before_s
     for layer in range(layers):
-        s, _slope_s = row_logits(
+        s, _cap_grad_s = row_logits(
             row_s, bias_s, c, inside, scale_s, cap_s, BIAS_S, SCALE_S, CAP_S, FULL
         )
         row_s += stride_s
         if TEACHER:
             at_t = row_t + table_entry(table, table_width, TEACHER_LAYER, layer) * stride_t
-            t, _slope_t = row_logits(
+            t, _cap_grad_t = row_logits(
                 at_t, bias_t, c, inside, scale_t, cap_t, BIAS_T, SCALE_T, CAP_T, FULL
             )
         shift_s = tl.full((), 0.0, tl.float32)
@@ -195,31 +199,29 @@ def cached_stats_kernel(
             ):
                 role = table_entry(table, table_width, PART_ROLE, part)
                 if role != FIRST:
-                    of_s, of_t, live = s, t, inside
-                    if not EVERY:
-                        live = live_tokens(s, t)
-                    if role == SECOND:
-                        of_s = s - before_s
-                        of_t = t - before_t
-                        if not EVERY:
-                            live = live & live_tokens(before_s, before_t)
+                    of_s, of_t, live = pair_vectors(s, t, before_s, before_t, inside, role, EVERY)
                     n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd = tile_moments(
                         of_s, of_t, live, EVERY, BLOCK_C
                     )
                     square = moment_inverse * moment_inverse
                     at = state + (2 * layers + SLOT_FIELDS * slots) * field
                     at += table_entry(table, table_width, PART_INDEX, part) * MOMENT_FIELDS * field
-                    tl.store(at, n)
-                    tl.store(at + field, mean_s * moment_inverse)
-                    tl.store(at + 2 * field, mean_t * moment_inverse)
-                    tl.store(at + 3 * field, m_ss * square)
-                    tl.store(at + 4 * field, m_tt * square)
-                    tl.store(at + 5 * field, m_st * square)
-                    tl.store(at + 6 * field, m_dd * square)
+                    store_moments(
+                        at,
+                        field,
+                        None,
+                        n,
+                        mean_s * moment_inverse,
+                        mean_t * moment_inverse,
+                        m_ss * square,
+                        m_tt * square,
+                        m_st * square,
+                        m_dd * square,
+                    )
             before_s = s
             before_t = t
 
 
 def fields_of(layers: int, slots: int, moments: int) -> int:
-    """Float32 numbers of state per row and tile."""
+    """Count the float32 numbers of state per row and tile."""
     return 2 * layers + SLOT_FIELDS.value * slots + MOMENT_FIELDS.value * moments

@@ -1,23 +1,12 @@
-"""The gradient with respect to the student's values x = h W^T + b, one block of rows x columns at a
-time.
+"""The gradient with respect to x = h W^T + b, one block of rows and tokens at a time.
 
-A program owns tiles of rows x columns and walks all layers. It computes the tiles of u - shift of
-both models again and parks them in a ring of three layers in its scratch: dL/du of a layer, a strip
-at a time, needs the layers beside it (moments of pairs make the gradient tridiagonal). Per slot,
-with per-row coefficients from the upstream gradients,
+A program owns a tile of rows and tokens and walks all layers. It computes the tiles of u - shift of
+both models again and parks them in a ring of three layers in its scratch: the moments of a pair tie
+dL/du of a layer to the layers beside it. With coefficients per row (`elementwise.py`), dL/dz of a
+slot is a q + b p + d grad(log_q, log_p) + n [token = label], and dL/ds of a pair, about the means,
+2 g_SS s + g_ST t + g_MEAN / count + 2 g_DD (s - t), with sign - at its first layer.
 
-    dL/dz = a q + b p + d slope(log_q, log_p) + n [column = label]
-
-where KL(p || q) gives b, another divergence d, the label's cross-entropy n, and each of them and
-the log-sum-exp a; per moment target, about the means, 2 g_SS s + g_ST t + g_MEAN / count + 2 g_DD
-(s - t), with sign - at the first of a pair.
-
-G, in the dtype of the states and the head (float16 scaled: `scaling.py`), goes to a bounded buffer,
-and plain matrix products make dH and dW of it: accumulating dH in the kernel would send a float32
-row of the hidden width through atomics for every column tile, several times the traffic of G
-itself, in an order that changes from run to run.
-
-Shape suffixes: r rows of a tile, c columns of a tile, e columns of a strip.
+Shape suffixes: r rows of a tile, c tokens of a tile, e tokens of a sub-tile.
 """
 
 from __future__ import annotations
@@ -32,10 +21,10 @@ from fdd_kernels.backends.triton.elementwise import (
     slot_coefficients,
     softmax_gradient,
 )
-from fdd_kernels.backends.triton.launch import launch
+from fdd_kernels.backends.triton.launch import Launch
 from fdd_kernels.backends.triton.memory import RING
-from fdd_kernels.backends.triton.one_pass.stats import vectors
-from fdd_kernels.backends.triton.one_pass.tiles import park_features, park_tile, tile_values
+from fdd_kernels.backends.triton.one_pass.online import vectors
+from fdd_kernels.backends.triton.one_pass.tiles import park_features, park_tile, tile_logits
 from fdd_kernels.backends.triton.work_table import (
     FIRST,
     PART_BEGIN,
@@ -44,6 +33,7 @@ from fdd_kernels.backends.triton.work_table import (
     SECOND,
     SLOT_BEGIN,
     SLOT_INVERSE,
+    TEACHER_LAYER,
     table_entry,
     table_float,
 )
@@ -54,12 +44,12 @@ def slot_gradient(
     requests,
     grad_requests,
     stride,
-    counts,
+    is_valid,
     label_r,
     columns_e,
     u_s,
     tile_t,
-    strip_re,
+    at_re,
     table,
     table_width,
     slot,
@@ -67,19 +57,19 @@ def slot_gradient(
     DIVERGENCE: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """dL/du of one strip from the requests of one slot."""
-    q_r, p_r, slope_r, label_value_r, lse_s, lse_t, _kl_r = slot_coefficients(
-        requests, grad_requests, stride, stride, counts, table, table_width, slot, BLOCK_R
+    """Return dL/du of a sub-tile from the requests of one slot."""
+    a_r, b_r, d_r, n_r, lse_s, lse_t, _kl_r = slot_coefficients(
+        requests, grad_requests, stride, stride, is_valid, table, table_width, slot, BLOCK_R
     )
     inverse = table_float(table, table_width, SLOT_INVERSE, slot)
     log_q = u_s * inverse - lse_s[:, None]
     log_p = log_q
     if TEACHER:
-        log_p = tl.load(tile_t + strip_re) * inverse - lse_t[:, None]
+        log_p = tl.load(tile_t + at_re) * inverse - lse_t[:, None]
     grad = softmax_gradient(
-        log_q, log_p, q_r[:, None], p_r[:, None], slope_r[:, None], TEACHER, DIVERGENCE
+        log_q, log_p, a_r[:, None], b_r[:, None], d_r[:, None], TEACHER, DIVERGENCE
     )
-    grad += tl.where(columns_e[None, :] == label_r[:, None], label_value_r[:, None], 0.0)
+    grad += tl.where(columns_e[None, :] == label_r[:, None], n_r[:, None], 0.0)
     return grad * inverse
 
 
@@ -88,24 +78,24 @@ def part_gradient(
     moments,
     grad_moments,
     stride,
-    counts,
+    is_valid,
     tile_s,
     tile_t,
     before_s,
     before_t,
     after_s,
     after_t,
-    strip_re,
+    at_re,
     role,
     inverse,
 ):
-    """dL/du of one strip from one moment target that the layer is part of."""
+    """Return dL/du of a sub-tile from one pair that the layer is part of."""
     if role == FIRST:
-        s, t, live = vectors(after_s, after_t, tile_s, tile_t, strip_re, True, inverse)
+        s, t, live = vectors(after_s, after_t, tile_s, tile_t, at_re, True, inverse)
     else:
-        s, t, live = vectors(tile_s, tile_t, before_s, before_t, strip_re, role == SECOND, inverse)
+        s, t, live = vectors(tile_s, tile_t, before_s, before_t, at_re, role == SECOND, inverse)
     of_one, of_s, of_t, of_d, mean_s, mean_t = moment_coefficients(
-        moments, grad_moments, stride, stride, counts
+        moments, grad_moments, stride, stride, is_valid
     )
     s -= mean_s[:, None]
     t -= mean_t[:, None]
@@ -178,9 +168,7 @@ def lens_grad_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """grad (L, rows, grad_width) = grad_scale * dL/dx for the `tiles` column tiles from
-    `first_tile` on.
-    """
+    """Store grad (L, rows, grad_width) = grad_scale * dL/dx for `tiles` tiles from `first_tile`."""
     TILE: tl.constexpr = BLOCK_R * BLOCK_C
     RING: tl.constexpr = 3 if MOMENTS else 1
     LAG: tl.constexpr = 1 if MOMENTS else 0  # a layer is finished once the layer after it is there
@@ -189,7 +177,7 @@ def lens_grad_kernel(
     e = tl.arange(0, BLOCK_E)
     program = tl.program_id(0)
     ring = scratch + program.to(tl.int64) * (2 * RING * TILE)
-    strip_re = r[:, None] * BLOCK_C + e[None, :]
+    at_re = r[:, None] * BLOCK_C + e[None, :]
     live_rows = tl.minimum(tl.load(count) - first, rows)
     row_tiles = tl.cdiv(tl.maximum(live_rows, 0), BLOCK_R)
     row_stride = rows.to(tl.int64)
@@ -197,16 +185,17 @@ def lens_grad_kernel(
     scale_of_grad = tl.load(grad_scale)
     for item in range(program, row_tiles * tiles, tl.num_programs(0)):
         rows_r = (item % row_tiles) * BLOCK_R + r
-        counts = rows_r < live_rows
-        row_r = tl.load(order + first + rows_r, mask=counts, other=0)
-        label_r = tl.load(labels + first + rows_r, mask=counts, other=-1)
+        is_valid = rows_r < live_rows
+        row_r = tl.load(order + first + rows_r, mask=is_valid, other=0)
+        label_r = tl.load(labels + first + rows_r, mask=is_valid, other=-1)
         first_column = (first_tile + item // row_tiles) * BLOCK_C
         columns_c = first_column + c
         for step in tl.range(layers + LAG, disable_licm=True):
             if step < layers:
+                columns_f = first_column + e  # of the first sub-tile
                 tile_s = ring + (step % RING) * (2 * TILE)
                 tl.debug_barrier()  # the layer that stood here has been read
-                x = tile_values(
+                x = tile_logits(
                     student_hidden + step * row_stride * student_width,
                     student_weight,
                     student_bias,
@@ -222,26 +211,20 @@ def lens_grad_kernel(
                     BLOCK_C,
                     BLOCK_D,
                 )
-                pivot_r = tl.load(shifts + step * stride + row_r, mask=counts, other=0.0)
+                shift_r = tl.load(shifts + step * stride + row_r, mask=is_valid, other=0.0)
                 park_tile(
-                    tile_s,
-                    x,
-                    pivot_r,
-                    student_cap,
-                    first_column + e,
-                    columns,
-                    BLOCK_R,
-                    BLOCK_C,
-                    BLOCK_E,
+                    tile_s, x, shift_r, student_cap, columns_f, columns, BLOCK_R, BLOCK_C, BLOCK_E
                 )
                 if TEACHER:
-                    teacher_layer = teacher_hidden + step * row_stride * teacher_width
+                    tile_t = tile_s + TILE
+                    teacher_layer = table_entry(table, table_width, TEACHER_LAYER, step)
+                    hidden_t = teacher_hidden + teacher_layer * row_stride * teacher_width
                     if IDENTITY:
                         park_features(
-                            tile_s + TILE,
-                            teacher_layer,
+                            tile_t,
+                            hidden_t,
                             rows_r,
-                            first_column + e,
+                            columns_f,
                             columns,
                             teacher_width,
                             BLOCK_R,
@@ -249,8 +232,8 @@ def lens_grad_kernel(
                             BLOCK_E,
                         )
                     else:
-                        x = tile_values(
-                            teacher_layer,
+                        x = tile_logits(
+                            hidden_t,
                             teacher_weight,
                             teacher_bias,
                             rows_r,
@@ -265,16 +248,13 @@ def lens_grad_kernel(
                             BLOCK_C,
                             BLOCK_D,
                         )
-                        pivot_r = tl.load(
-                            shifts + (layers + step) * stride + row_r, mask=counts, other=0.0
-                        )
-                        tile_t = tile_s + TILE
+                        shift = shifts + (layers + teacher_layer) * stride + row_r
                         park_tile(
                             tile_t,
                             x,
-                            pivot_r,
+                            tl.load(shift, mask=is_valid, other=0.0),
                             teacher_cap,
-                            first_column + e,
+                            columns_f,
                             columns,
                             BLOCK_R,
                             BLOCK_C,
@@ -286,11 +266,11 @@ def lens_grad_kernel(
                 tile_s = ring + (layer % RING) * (2 * TILE)
                 before_s = ring + ((layer + 2) % RING) * (2 * TILE)
                 after_s = ring + ((layer + 1) % RING) * (2 * TILE)
-                pivot_r = tl.load(shifts + layer * stride + row_r, mask=counts, other=0.0)
+                shift_r = tl.load(shifts + layer * stride + row_r, mask=is_valid, other=0.0)
                 out_r = grad + (layer * row_stride + rows_r) * grad_width
                 for start in range(0, BLOCK_C, BLOCK_E):
                     columns_e = first_column + start + e
-                    u_s = tl.load(tile_s + strip_re + start)
+                    u_s = tl.load(tile_s + at_re + start)
                     g = tl.zeros((BLOCK_R, BLOCK_E), dtype=tl.float32)
                     for slot in range(
                         table_entry(table, table_width, SLOT_BEGIN, layer),
@@ -300,12 +280,12 @@ def lens_grad_kernel(
                             requests + row_r,
                             grad_requests + row_r,
                             stride,
-                            counts,
+                            is_valid,
                             label_r,
                             columns_e,
                             u_s,
                             tile_s + TILE + start,
-                            strip_re,
+                            at_re,
                             table,
                             table_width,
                             slot,
@@ -318,60 +298,53 @@ def lens_grad_kernel(
                             table_entry(table, table_width, PART_BEGIN, layer),
                             table_entry(table, table_width, PART_BEGIN, layer + 1),
                         ):
-                            at = (
-                                table_entry(table, table_width, PART_INDEX, part)
-                                * MOMENT_FIELDS
-                                * stride
-                            )
+                            moment = table_entry(table, table_width, PART_INDEX, part)
+                            at = moment * MOMENT_FIELDS * stride
                             g += part_gradient(
                                 moments + at + row_r,
                                 grad_moments + at + row_r,
                                 stride,
-                                counts,
+                                is_valid,
                                 tile_s + start,
                                 tile_s + TILE + start,
                                 before_s + start,
                                 before_s + TILE + start,
                                 after_s + start,
                                 after_s + TILE + start,
-                                strip_re,
+                                at_re,
                                 table_entry(table, table_width, PART_ROLE, part),
                                 moment_inverse,
                             )
                     if student_cap > 0:  # du/dx of the soft cap, from its value
-                        capped = (u_s + pivot_r[:, None]) / student_cap
+                        capped = (u_s + shift_r[:, None]) / student_cap
                         g *= 1.0 - capped * capped
                     g *= student_scale * scale_of_grad
-                    g = tl.where(counts[:, None], g, 0.0)
+                    g = tl.where(is_valid[:, None], g, 0.0)
                     out = out_r[:, None] + (columns_e - first_tile * BLOCK_C)[None, :]
                     tl.store(out, g.to(grad.dtype.element_ty), mask=(columns_e < columns)[None, :])
 
 
-def launch_grad(block, grad, per_row, grad_scale, first_tile: int, tiles: int) -> None:
-    """Fill `grad` for one block of rows and `tiles` column tiles; see `host.Block`."""
-    config = block.config
+def grad_launch(block, grad, per_row, grad_scale, first_tile: int, tiles: int) -> Launch:
+    """Fill `grad` for a `RowBlock` and `tiles` tiles."""
     shifts, requests, moments, grad_requests, grad_moments = per_row
-    launch(
-        lens_grad_kernel,
-        (block.programs(tiles),),
-        config.options,
-        grad=grad,
-        requests=requests,
-        moments=moments,
-        grad_requests=grad_requests,
-        grad_moments=grad_moments,
-        shifts=shifts,
-        grad_scale=grad_scale,
-        scratch=block.scratch(tiles, ring=RING),
-        order=block.order,
-        labels=block.labels,
-        total_rows=shifts.shape[-1],
-        moment_inverse=1.0 / block.spec.moment_temperature,
-        first_tile=first_tile,
-        tiles=tiles,
-        grad_width=grad.shape[-1],
-        MOMENTS=bool(block.spec.moments),
-        DIVERGENCE=block.table.divergence,
-        BLOCK_E=config.block_strip,
+    arguments = {
         **block.arguments(),
-    )
+        "grad": grad,
+        "requests": requests,
+        "moments": moments,
+        "grad_requests": grad_requests,
+        "grad_moments": grad_moments,
+        "shifts": shifts,
+        "grad_scale": grad_scale,
+        "scratch": block.scratch(tiles, ring=RING),
+        "order": block.order,
+        "labels": block.labels,
+        "total_rows": shifts.shape[-1],
+        "moment_inverse": 1.0 / block.spec.moment_temperature,
+        "first_tile": first_tile,
+        "tiles": tiles,
+        "grad_width": grad.shape[-1],
+        "MOMENTS": bool(block.spec.moments),
+        "DIVERGENCE": block.table.divergence,
+    }
+    return Launch(lens_grad_kernel, (block.programs(tiles),), block.config.options, arguments)

@@ -1,8 +1,9 @@
-"""Splits of the vocabulary merged into the statistics of `spec.py`, at the rows of the caller.
+"""Merge the splits of the vocabulary into the statistics, at the rows of the caller.
 
-Each split has row shifts of its own; what it found is restated about the largest logit of the row
-before it is merged, so that probable tokens lie near 0 and stay exact at any temperature. Shape
-suffix: r rows of a tile.
+Each split has row shifts of its own. Its numbers are restated about the largest logit of the row
+before they are merged: probable tokens lie near 0 and stay exact at any temperature.
+
+Shape suffix: r rows of a tile.
 """
 
 from __future__ import annotations
@@ -12,24 +13,23 @@ import triton.language as tl
 
 from fdd_kernels.backends.triton.elementwise import (
     GRAD_SUM,
-    LSE_S,
-    LSE_T,
     MOMENT_FIELDS,
     REQUEST_FIELDS,
     VALUE,
-)
-from fdd_kernels.backends.triton.launch import launch
-from fdd_kernels.backends.triton.one_pass.stats import (
-    SLOT_FIELDS,
     load_moments,
-    merge_moments,
     store_moments,
+    store_request,
+)
+from fdd_kernels.backends.triton.launch import Launch
+from fdd_kernels.backends.triton.one_pass.online import (
+    SLOT_FIELDS,
+    merge_moments,
+    merge_softmax,
+    row_shift,
 )
 from fdd_kernels.backends.triton.work_table import (
     FIRST,
-    KIND_KL,
     KIND_NLL,
-    KIND_OTHER,
     PART_BEGIN,
     PART_INDEX,
     PART_ROLE,
@@ -38,43 +38,17 @@ from fdd_kernels.backends.triton.work_table import (
     REQUEST_KIND,
     SECOND,
     SECOND_REQUEST,
+    SHIFT_LAYER,
     SLOT_BEGIN,
     SLOT_INVERSE,
+    TEACHER_LAYER,
     table_entry,
     table_float,
 )
 
-# One row a thread, and threads alone: for more of them the assembler spills to make room.
+# One warp, one row per thread: with more warps the assembler spills.
 TILE_ROWS = 32
 OPTIONS = {"num_warps": 1, "num_stages": 1}
-
-
-@triton.jit
-def merge_softmax(top, total, expectation, top_b, total_b, expectation_b):
-    """Sums of two sets of columns, restated about the larger of their `top`s."""
-    new_top = tl.maximum(top, top_b)
-    shift = tl.where(new_top > float("-inf"), new_top, 0.0)
-    a, b = tl.exp(top - shift), tl.exp(top_b - shift)
-    return new_top, total * a + total_b * b, expectation * a + expectation_b * b
-
-
-@triton.jit
-def row_shift(pivot, top, range_stride, ranges, inverse, counts, TILE_ROWS: tl.constexpr):
-    """The largest u of each row over all splits: of their shifts (`shift`).
-
-    `top` has each split's largest z at the temperature 1 / inverse; without a slot (inverse 0) the
-    first split's shift serves.
-    """
-    shift = tl.load(pivot, mask=counts, other=0.0)
-    if inverse > 0:
-        largest = tl.full((TILE_ROWS,), float("-inf"), tl.float32)
-        for part in range(ranges):
-            own = tl.load(pivot + part * range_stride, mask=counts, other=0.0)
-            largest = tl.maximum(
-                largest, own + tl.load(top + part * range_stride, mask=counts, other=0.0) / inverse
-            )
-        shift = tl.where(tl.abs(largest) < float("inf"), largest, shift)
-    return shift
 
 
 @triton.jit(
@@ -86,7 +60,7 @@ def row_shift(pivot, top, range_stride, ranges, inverse, counts, TILE_ROWS: tl.c
         "slots",
         "fields",
         "table_width",
-        "ranges",
+        "splits",
     ]
 )
 def merge_stats_kernel(
@@ -104,20 +78,18 @@ def merge_stats_kernel(
     table_width,
     slots,
     fields,
-    ranges,
+    splits,
     moment_inverse,
     TEACHER: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     TILE_ROWS: tl.constexpr,
 ):
-    """One program merges the ranges of a tile of rows and finishes every statistic that takes a
-    single pass.
-    """
+    """Merge the splits of a tile of rows; store every statistic that takes a single pass."""
     rows_r = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
-    counts = (rows_r < rows) & (first + rows_r < tl.load(count))
-    row_r = tl.load(order + first + rows_r, mask=counts, other=0)
+    is_valid = (rows_r < rows) & (first + rows_r < tl.load(count))
+    row_r = tl.load(order + first + rows_r, mask=is_valid, other=0)
     stride = rows.to(tl.int64)
-    range_stride = fields * stride
+    split_stride = fields * stride
     out_stride = total_rows.to(tl.int64)
     state += rows_r
     shifts += row_r
@@ -126,22 +98,37 @@ def merge_stats_kernel(
     before_s = tl.zeros((TILE_ROWS,), tl.float32)
     before_t = before_s
     for layer in range(layers):
-        first_slot = table_entry(table, table_width, SLOT_BEGIN, layer)
-        inverse = 0.0
-        if first_slot < table_entry(table, table_width, SLOT_BEGIN, layer + 1):
-            inverse = table_float(table, table_width, SLOT_INVERSE, first_slot)
-        top = state + (2 * layers + first_slot * SLOT_FIELDS) * stride
-        pivot_s = row_shift(
-            state + 2 * layer * stride, top, range_stride, ranges, inverse, counts, TILE_ROWS
+        shift_s = row_shift(
+            state,
+            layer,
+            0,
+            layers,
+            stride,
+            split_stride,
+            splits,
+            table,
+            table_width,
+            is_valid,
+            TILE_ROWS,
         )
-        pivot_t = tl.zeros((TILE_ROWS,), tl.float32)
+        tl.store(shifts + layer * out_stride, shift_s, mask=is_valid)
+        shift_t = tl.zeros((TILE_ROWS,), tl.float32)
         if TEACHER:
-            pivot = state + (2 * layer + 1) * stride
-            pivot_t = row_shift(
-                pivot, top + 3 * stride, range_stride, ranges, inverse, counts, TILE_ROWS
+            shift_t = row_shift(
+                state,
+                table_entry(table, table_width, SHIFT_LAYER, layer),
+                1,
+                layers,
+                stride,
+                split_stride,
+                splits,
+                table,
+                table_width,
+                is_valid,
+                TILE_ROWS,
             )
-        tl.store(shifts + layer * out_stride, pivot_s, mask=counts)
-        tl.store(shifts + (layers + layer) * out_stride, pivot_t, mask=counts)
+            teacher_layer = table_entry(table, table_width, TEACHER_LAYER, layer)
+            tl.store(shifts + (layers + teacher_layer) * out_stride, shift_t, mask=is_valid)
         for slot in range(
             table_entry(table, table_width, SLOT_BEGIN, layer),
             table_entry(table, table_width, SLOT_BEGIN, layer + 1),
@@ -151,32 +138,32 @@ def merge_stats_kernel(
             top_t, label_z = top_s, top_s
             total_s = tl.zeros((TILE_ROWS,), tl.float32)
             expectation_s, total_t, expectation_t = total_s, total_s, total_s
-            for part in range(ranges):
-                own = state + part * range_stride
+            for part in range(splits):
+                own = state + part * split_stride
                 at = own + (2 * layers + slot * SLOT_FIELDS) * stride
-                shift_s = (
-                    tl.load(own + 2 * layer * stride, mask=counts, other=0.0) - pivot_s
+                offset_s = (
+                    tl.load(own + 2 * layer * stride, mask=is_valid, other=0.0) - shift_s
                 ) * inverse
                 label_z = tl.maximum(
-                    label_z, tl.load(at + 6 * stride, mask=counts, other=0.0) + shift_s
+                    label_z, tl.load(at + 6 * stride, mask=is_valid, other=0.0) + offset_s
                 )
-                total_b = tl.load(at + stride, mask=counts, other=0.0)
-                expectation_b = tl.load(at + 2 * stride, mask=counts, other=0.0)
+                total_b = tl.load(at + stride, mask=is_valid, other=0.0)
+                expectation_b = tl.load(at + 2 * stride, mask=is_valid, other=0.0)
                 if TEACHER:
-                    shift_t = (
-                        tl.load(own + (2 * layer + 1) * stride, mask=counts, other=0.0) - pivot_t
+                    offset_t = (
+                        tl.load(own + (2 * layer + 1) * stride, mask=is_valid, other=0.0) - shift_t
                     ) * inverse
-                    expectation_b += total_b * (shift_s - shift_t)
-                top_b = tl.load(at, mask=counts, other=0.0) + shift_s
+                    expectation_b += total_b * (offset_s - offset_t)
+                top_b = tl.load(at, mask=is_valid, other=0.0) + offset_s
                 top_s, total_s, expectation_s = merge_softmax(
                     top_s, total_s, expectation_s, top_b, total_b, expectation_b
                 )
                 if TEACHER:
-                    total_b = tl.load(at + 4 * stride, mask=counts, other=0.0)
-                    expectation_b = tl.load(at + 5 * stride, mask=counts, other=0.0) + total_b * (
-                        shift_t - shift_s
+                    total_b = tl.load(at + 4 * stride, mask=is_valid, other=0.0)
+                    expectation_b = tl.load(at + 5 * stride, mask=is_valid, other=0.0) + total_b * (
+                        offset_t - offset_s
                     )
-                    top_b = tl.load(at + 3 * stride, mask=counts, other=0.0) + shift_t
+                    top_b = tl.load(at + 3 * stride, mask=is_valid, other=0.0) + offset_t
                     top_t, total_t, expectation_t = merge_softmax(
                         top_t, total_t, expectation_t, top_b, total_b, expectation_b
                     )
@@ -193,26 +180,19 @@ def merge_stats_kernel(
                     * REQUEST_FIELDS
                     * out_stride
                 )
-                tl.store(request + LSE_S * out_stride, lse_s, mask=counts)
+                store_request(
+                    request,
+                    out_stride,
+                    is_valid,
+                    kind,
+                    lse_s,
+                    lse_t,
+                    expectation_s / total_s,
+                    expectation_t / total_t,
+                    DIVERGENCE,
+                )
                 if kind == KIND_NLL:
-                    tl.store(request + VALUE * out_stride, lse_s - label_z, mask=counts)
-                else:
-                    tl.store(request + LSE_T * out_stride, lse_t, mask=counts)
-                    if kind == KIND_KL:
-                        value = expectation_t / total_t + (lse_s - lse_t)
-                        # rounding, where the models nearly agree
-                        value = tl.where(value < 0, 0.0, value)
-                        tl.store(request + VALUE * out_stride, value, mask=counts)
-                        tl.store(
-                            request + GRAD_SUM * out_stride,
-                            tl.full((TILE_ROWS,), -1.0, tl.float32),
-                            mask=counts,
-                        )
-                    if DIVERGENCE == "reverse_kl" and kind == KIND_OTHER:
-                        value = expectation_s / total_s - (lse_s - lse_t)
-                        value = tl.where(value < 0, 0.0, value)
-                        tl.store(request + VALUE * out_stride, value, mask=counts)
-                        tl.store(request + GRAD_SUM * out_stride, value + 1.0, mask=counts)
+                    tl.store(request + VALUE * out_stride, lse_s - label_z, mask=is_valid)
         for entry in range(
             table_entry(table, table_width, PART_BEGIN, layer),
             table_entry(table, table_width, PART_BEGIN, layer + 1),
@@ -221,34 +201,27 @@ def merge_stats_kernel(
             if role != FIRST:
                 moment = table_entry(table, table_width, PART_INDEX, entry)
                 nothing = tl.zeros((TILE_ROWS,), tl.float32)
-                n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd = (
-                    nothing,
-                    nothing,
-                    nothing,
-                    nothing,
-                    nothing,
-                    nothing,
-                    nothing,
-                )
-                for part in range(ranges):
-                    own = state + part * range_stride
+                n, mean_s, mean_t = nothing, nothing, nothing
+                m_ss, m_tt, m_st, m_dd = nothing, nothing, nothing, nothing
+                for part in range(splits):
+                    own = state + part * split_stride
                     at = own + (2 * layers + SLOT_FIELDS * slots + moment * MOMENT_FIELDS) * stride
                     n_b, mean_sb, mean_tb, m_ssb, m_ttb, m_stb, m_ddb = load_moments(
-                        at, stride, counts
+                        at, stride, is_valid
                     )
                     mean_sb += (
-                        tl.load(own + 2 * layer * stride, mask=counts, other=0.0) - pivot_s
+                        tl.load(own + 2 * layer * stride, mask=is_valid, other=0.0) - shift_s
                     ) * moment_inverse
                     mean_tb += (
-                        tl.load(own + (2 * layer + 1) * stride, mask=counts, other=0.0) - pivot_t
+                        tl.load(own + (2 * layer + 1) * stride, mask=is_valid, other=0.0) - shift_t
                     ) * moment_inverse
                     if role == SECOND:
                         before = own + 2 * (layer - 1) * stride
                         mean_sb -= (
-                            tl.load(before, mask=counts, other=0.0) - before_s
+                            tl.load(before, mask=is_valid, other=0.0) - before_s
                         ) * moment_inverse
                         mean_tb -= (
-                            tl.load(before + stride, mask=counts, other=0.0) - before_t
+                            tl.load(before + stride, mask=is_valid, other=0.0) - before_t
                         ) * moment_inverse
                     n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd = merge_moments(
                         n,
@@ -269,7 +242,7 @@ def merge_stats_kernel(
                 store_moments(
                     moments + moment * MOMENT_FIELDS * out_stride,
                     out_stride,
-                    counts,
+                    is_valid,
                     n,
                     mean_s,
                     mean_t,
@@ -278,10 +251,10 @@ def merge_stats_kernel(
                     m_st,
                     m_dd,
                 )
-        before_s, before_t = pivot_s, pivot_t
+        before_s, before_t = shift_s, shift_t
 
 
-@triton.jit(do_not_specialize=["first", "rows", "total_rows", "table_width", "ranges", "seconds"])
+@triton.jit(do_not_specialize=["first", "rows", "total_rows", "table_width", "splits", "seconds"])
 def merge_divergence_kernel(
     sums,
     requests,
@@ -292,76 +265,63 @@ def merge_divergence_kernel(
     rows,
     total_rows,
     table_width,
-    ranges,
+    splits,
     seconds,
     TILE_ROWS: tl.constexpr,
 ):
-    """Value and slope of the second pass: the ranges' sums, added in their order."""
+    """Store VALUE and GRAD_SUM of the second pass: the splits' sums, added in their order."""
     rows_r = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
     second = tl.program_id(1)
-    counts = (rows_r < rows) & (first + rows_r < tl.load(count))
-    row_r = tl.load(order + first + rows_r, mask=counts, other=0)
+    is_valid = (rows_r < rows) & (first + rows_r < tl.load(count))
+    row_r = tl.load(order + first + rows_r, mask=is_valid, other=0)
     stride = rows.to(tl.int64)
     value = tl.zeros((TILE_ROWS,), tl.float32)
-    slope = value
-    for part in range(ranges):
+    grad_sum = value
+    for part in range(splits):
         at = sums + (part * seconds + second) * 2 * stride + rows_r
-        value += tl.load(at, mask=counts, other=0.0)
-        slope += tl.load(at + stride, mask=counts, other=0.0)
+        value += tl.load(at, mask=is_valid, other=0.0)
+        grad_sum += tl.load(at + stride, mask=is_valid, other=0.0)
     out_stride = total_rows.to(tl.int64)
     request = (
         requests
         + table_entry(table, table_width, SECOND_REQUEST, second) * REQUEST_FIELDS * out_stride
         + row_r
     )
-    tl.store(request + VALUE * out_stride, value, mask=counts)
-    tl.store(request + GRAD_SUM * out_stride, slope, mask=counts)
+    tl.store(request + VALUE * out_stride, value, mask=is_valid)
+    tl.store(request + GRAD_SUM * out_stride, grad_sum, mask=is_valid)
 
 
-def launch_merge(block, state, shifts, requests, moments) -> None:
-    """Write the statistics of one block of rows from its `state`; see `host.Block`."""
-    launch(
-        merge_stats_kernel,
-        (triton.cdiv(block.rows, TILE_ROWS),),
-        OPTIONS,
-        state=state,
-        shifts=shifts,
-        requests=requests,
-        moments=moments,
-        table=block.table.values,
-        count=block.count,
-        order=block.order,
-        first=block.first,
-        rows=block.rows,
-        total_rows=shifts.shape[-1],
-        layers=shifts.shape[1],
-        table_width=block.table.width,
-        slots=block.table.slots,
-        fields=state.shape[1],
-        ranges=state.shape[0],
-        moment_inverse=1.0 / block.spec.moment_temperature,
-        TEACHER=block.spec.needs_teacher,
-        DIVERGENCE=block.table.divergence,
-        TILE_ROWS=TILE_ROWS,
-    )
+def merge_launch(block, state, shifts, requests, moments) -> Launch:
+    """Write the statistics of a `RowBlock` from its `state`."""
+    arguments = {
+        **block.merge_arguments(),
+        "state": state,
+        "shifts": shifts,
+        "requests": requests,
+        "moments": moments,
+        "total_rows": shifts.shape[-1],
+        "layers": shifts.shape[1],
+        "slots": block.table.slots,
+        "fields": state.shape[1],
+        "splits": state.shape[0],
+        "moment_inverse": 1.0 / block.spec.moment_temperature,
+        "TEACHER": block.spec.needs_teacher,
+        "DIVERGENCE": block.table.divergence,
+        "TILE_ROWS": TILE_ROWS,
+    }
+    return Launch(merge_stats_kernel, (triton.cdiv(block.rows, TILE_ROWS),), OPTIONS, arguments)
 
 
-def launch_merge_divergence(block, sums, requests) -> None:
-    """Write value and slope of the second pass from its `sums`."""
-    launch(
-        merge_divergence_kernel,
-        (triton.cdiv(block.rows, TILE_ROWS), block.table.second_pass),
-        OPTIONS,
-        sums=sums,
-        requests=requests,
-        table=block.table.values,
-        count=block.count,
-        order=block.order,
-        first=block.first,
-        rows=block.rows,
-        total_rows=requests.shape[-1],
-        table_width=block.table.width,
-        ranges=sums.shape[0],
-        seconds=block.table.second_pass,
-        TILE_ROWS=TILE_ROWS,
-    )
+def merge_divergence_launch(block, sums, requests) -> Launch:
+    """Write VALUE and GRAD_SUM of the second pass from its `sums`."""
+    grid = (triton.cdiv(block.rows, TILE_ROWS), block.table.second_pass)
+    arguments = {
+        **block.merge_arguments(),
+        "sums": sums,
+        "requests": requests,
+        "total_rows": requests.shape[-1],
+        "splits": sums.shape[0],
+        "seconds": block.table.second_pass,
+        "TILE_ROWS": TILE_ROWS,
+    }
+    return Launch(merge_divergence_kernel, grid, OPTIONS, arguments)

@@ -1,10 +1,10 @@
-"""One tile of u = softcap(scale * (h W^T + b)) of one layer of one model, f32 whatever the inputs
-are, parked in scratch.
+"""A tile of u = softcap(scale * (h W^T + b)) of one layer of one model, float32, parked in scratch.
 
-Shape suffixes: r rows of a tile, c columns of a tile, D the hidden width. Rows of the hidden states
-come in blocks whose number of rows is a multiple of the tile, so that rows need no mask; columns
-beyond the last are clamped to it and set to -inf, so that they weigh nothing in a softmax and are
-left out of moments.
+Hidden states come in blocks whose number of rows is a multiple of the tile's, so rows need no mask.
+Tokens beyond the last are clamped to it and set to -inf: they weigh nothing in a softmax and
+moments leave them out.
+
+Shape suffixes: r rows of a tile, c tokens of a tile, e tokens of a sub-tile, D the hidden width.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from fdd_kernels.backends.triton.elementwise import tanh
 
 
 @triton.jit
-def tile_values(
+def tile_logits(
     hidden,
     weight,
     bias,
@@ -32,8 +32,9 @@ def tile_values(
     BLOCK_C: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """scale * (h W^T + b) of the tile (r, c), before any soft cap. `hidden` points at the layer's
-    first row of the block.
+    """Return scale * (h W^T + b) of the tile (r, c), before any soft cap.
+
+    `hidden` points at the layer's first row of the block.
     """
     clamped_c = tl.minimum(columns_c, columns - 1)
     d = tl.arange(0, BLOCK_D)
@@ -53,14 +54,15 @@ def tile_values(
 
 @triton.jit
 def soft_capped(x, cap):
-    """cap * tanh(x / cap), or x where `cap` is 0."""
+    """Return cap * tanh(x / cap), or x where `cap` is 0."""
     return tl.where(cap > 0, cap * tanh(x / tl.where(cap > 0, cap, 1.0)), x)
 
 
 @triton.jit
-def pivot_of(x_rc, cap):
-    """The largest u of each row, 0 where that is not finite. With a soft cap 0: |u| is small, and
-    wanted to the last bit.
+def row_max(x_rc, cap):
+    """Return the largest u of each row, 0 where that is not finite.
+
+    0 under a soft cap: capped logits are small, and subtracting a shift would cost precision.
     """
     largest = tl.max(x_rc, 1)
     return tl.where((tl.abs(largest) < float("inf")) & (cap == 0), largest, 0.0)
@@ -70,7 +72,7 @@ def pivot_of(x_rc, cap):
 def park_tile(
     tile,
     x_rc,
-    pivot_r,
+    shift_r,
     cap,
     columns_e,
     columns,
@@ -78,20 +80,21 @@ def park_tile(
     BLOCK_C: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Store softcap(x) - shift at `tile`. A soft cap is applied a strip at a time: a whole tile of
-    it wants registers.
+    """Store softcap(x) - shift at `tile`.
+
+    A soft cap is applied a sub-tile at a time: over a whole tile it would spill.
     """
     r = tl.arange(0, BLOCK_R)
     c = tl.arange(0, BLOCK_C)
     e = tl.arange(0, BLOCK_E)
     tl.store(
-        tile + r[:, None] * BLOCK_C + c[None, :], x_rc - tl.where(cap > 0, 0.0, pivot_r)[:, None]
+        tile + r[:, None] * BLOCK_C + c[None, :], x_rc - tl.where(cap > 0, 0.0, shift_r)[:, None]
     )
     if cap > 0:
-        tl.debug_barrier()  # the strips are laid out over other threads than the tile
+        tl.debug_barrier()  # sub-tiles are laid out over other threads than the tile
         for start in range(0, BLOCK_C, BLOCK_E):
             at = tile + r[:, None] * BLOCK_C + (start + e)[None, :]
-            u = soft_capped(tl.load(at), cap) - pivot_r[:, None]
+            u = soft_capped(tl.load(at), cap) - shift_r[:, None]
             tl.store(at, tl.where((columns_e + start < columns)[None, :], u, float("-inf")))
 
 
@@ -107,7 +110,7 @@ def park_features(
     BLOCK_C: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Store u = h at `tile`: a teacher without a head, whose columns are its hidden width."""
+    """Store u = h at `tile`: a teacher without a head, whose hidden width stands for V."""
     r = tl.arange(0, BLOCK_R)
     e = tl.arange(0, BLOCK_E)
     hidden_r = hidden + rows_r.to(tl.int64)[:, None] * width

@@ -1,5 +1,5 @@
-"""The planner: shapes of models, arithmetic, advice, command, and its prediction of the loss
-against allocated peaks.
+"""Memory prediction: sizes of models, arithmetic, advice, the command `plan`, and the loss compared
+with allocated peaks.
 """
 
 import json
@@ -308,7 +308,7 @@ def test_bad_input_is_one_line(tmp_path, capsys, changes, message):
     assert error.count("\n") == 1
 
 
-def test_planner_needs_no_transformers():
+def test_plan_needs_no_transformers():
     code = (
         "import sys; sys.modules['transformers'] = None; from fdd_kernels.cli.main import main; "
         "sys.exit(main(['plan', '--student', '64x10x100', '--teacher', '64x10x100', '--tokens', "
