@@ -27,7 +27,7 @@ from tests.support.vocab_threads import in_parts
 # tests/numerics/test_merged_statistics.py runs the same code in threads
 pytestmark = pytest.mark.slow
 WORKER = "tests.distributed.vocab_worker"
-KEEPS = why_unavailable("cpu", torch.device("cpu")) is None  # only the C++ backend keeps values
+CACHES = why_unavailable("cpu", torch.device("cpu")) is None  # only the C++ backend caches logits
 WORLDS = (2, 4)
 
 
@@ -57,32 +57,32 @@ def results(request, processes) -> list[dict]:
 @pytest.mark.parametrize("name", list(cases()))
 def test_equals_one_process(results, name, way):
     check_case(results, name, way)
-    if KEEPS:
+    if CACHES:
         assert [result[way][name]["blocks"] for result in results] == [blocks_of(name, way)] * len(
             results
         )
 
 
-NOT_KEPT = ("per token", "float64", "no position counts", "no positions")
+NOT_CACHED = ("per token", "float64", "no position counts", "no positions")
 
 
 def blocks_of(name: str, way: str) -> list[int]:
-    """The rows of each block whose values are kept, the fewest that any process would take: 3 on
-    rank 0.
+    """Return the rows of each block with cached logits: the fewest that any process would take,
+    3 on rank 0.
     """
-    if name in NOT_KEPT:
+    if name in NOT_CACHED:
         return []
-    rows = rows_that_count(cases()[name][0])
+    rows = valid_rows(cases()[name][0])
     return [rows] if way == "at once" else [min(3, rows - first) for first in range(0, rows, 3)]
 
 
-def rows_that_count(problem: Problem) -> int:
+def valid_rows(problem: Problem) -> int:
     valid = problem.flattened(-100, ()).valid
     return math.prod(problem.leading_shape) if valid is None else int(valid.sum())
 
 
 @pytest.mark.parametrize("way", ["not on rank 0", "with another backend on rank 0"])
-def test_nobody_keeps_what_one_process_cannot_keep(results, way):
+def test_nobody_caches_logits_unless_all_can(results, way):
     check_case(results, "everything", way)
     assert not any(result[way]["everything"]["blocks"] for result in results)
 
@@ -93,8 +93,8 @@ def test_backward_passes_after_the_first(results):
     """
     problem, found = backwards_problem(), [result["backwards"] for result in results]
     check(found, problem, None, {"output_in_dynamics": True, "output_kd_weight": 0.0, "beta": 2.0})
-    blocks = -(-rows_that_count(problem) // 3)
-    if KEEPS:
+    blocks = -(-valid_rows(problem) // 3)
+    if CACHES:
         assert [of_rank["blocks"] for of_rank in found] == [[blocks, 2 * blocks, 2 * blocks]] * len(
             found
         )

@@ -256,7 +256,7 @@ def test_invalid_rows_under_large_biases(named):
 
 
 def test_features_in_several_blocks(monkeypatch):
-    """No softmax is asked for: statistics of blocks are views of those of all rows, and their
+    """Without a softmax request statistics of blocks are views of all rows' statistics; their
     gradients are not.
     """
     monkeypatch.setattr(strategy, "GEMM_TILE", 4)

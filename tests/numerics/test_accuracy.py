@@ -281,8 +281,8 @@ def test_identical_models(backend, device, dtype, trajectory, derivative):
         problem, backend=backend, trajectory=trajectory, derivative=derivative, reduction="none"
     )
     unit = unit_roundoff(torch.float32)
-    # KL: log-sum-exps of size log C + the shift; 1 - cos of vectors equal up to rounding: the
-    # square of that, plus u.
+    # KL: log-sum-exps of size log C + the shift. 1 - cos of vectors equal up to rounding: the
+    # square of the rounding, plus u.
     for name, term in outcome.terms._asdict().items():
         assert term.abs().max() <= unit * (math.sqrt(1111) + math.log(1111) + 4) * 4, name
     # (p - q) W with p and q equal up to the same relative error, over a head of rows of length
