@@ -150,7 +150,7 @@ def _timed(bench: Bench, out: Tensor, a: Tensor, b: Tensor, *, accumulate: bool 
         else:
             _multiply(out, a, b, accumulate=accumulate)
 
-    seconds = statistics.median(bench.card.seconds(run, most=0.2))
+    seconds = statistics.median(bench.card.seconds(run, most=0.05))
     predicted = gemm(bench.model, m, n, k, out=out.element_size(), accumulate=accumulate)
     rate = 2 * m * n * k / seconds / 1e12
     return {"ms": seconds * 1e3, "tflops": rate, "predicted_ms": predicted * 1e3}

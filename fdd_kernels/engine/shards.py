@@ -12,28 +12,26 @@ requests, m pair moments, k numbers of one of them, R rows.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from fdd_kernels.lens.divergences import DIVERGENCES
+from fdd_kernels.lens.divergences import expectation_of, needs_second_pass
 from fdd_kernels.lens.inputs import LensInputs
 from fdd_kernels.lens.layout import (
     COUNT,
     GRAD_SUM,
     LSE_S,
     LSE_T,
-    M_DD,
-    M_SS,
-    M_ST,
-    M_TT,
     MEAN_S,
     MEAN_T,
     MOMENT_STATS,
     REQUEST_STATS,
     VALUE,
     Statistics,
+    merge_moments,
 )
 from fdd_kernels.lens.spec import NLL, LensSpec, Request, of_pair, of_request
 
@@ -46,8 +44,7 @@ def second_pass_requests(spec: LensSpec) -> list[int]:
     return [
         index
         for index, request in enumerate(spec.requests)
-        if request.divergence in DIVERGENCES
-        and DIVERGENCES[request.divergence].expectation_of is None
+        if needs_second_pass(request.divergence)
     ]
 
 
@@ -135,10 +132,10 @@ def _merge_request(request: Request, parts_NkR: Tensor, offset_N2R: Tensor, out_
     parts_t = parts_NkR[:, LSE_T] + offset_N2R[:, 1]
     out_kR[LSE_T] = parts_t.logsumexp(0)
     log_p = parts_t - out_kR[LSE_T]
-    expectation_of = DIVERGENCES[request.divergence].expectation_of if request.divergence else None
-    if expectation_of == "teacher":
+    of = expectation_of(request.divergence)
+    if of == "teacher":
         out_kR[VALUE], out_kR[GRAD_SUM] = _chain_rule(log_p, log_q, value), -1.0
-    elif expectation_of == "student":
+    elif of == "student":
         out_kR[VALUE] = _chain_rule(log_q, log_p, value)
         out_kR[GRAD_SUM] = out_kR[VALUE] + 1.0
 
@@ -156,19 +153,6 @@ def _chain_rule(log_p_NR: Tensor, log_q_NR: Tensor, within_NR: Tensor) -> Tensor
 
 def _merge_moments(parts_NkR: Tensor, offset_N2R: Tensor, out_kR: Tensor) -> None:
     """Merge one pair's moments, the parts' vectors restated about the common shifts."""
-    count = parts_NkR[:, COUNT]
-    out_kR[COUNT] = count.sum(0)
-    share = count / out_kR[COUNT].clamp(min=1)
-    off = []
-    for mean, offset in ((MEAN_S, offset_N2R[:, 0]), (MEAN_T, offset_N2R[:, 1])):
-        of_parts = parts_NkR[:, mean] + offset
-        out_kR[mean] = (share * of_parts).sum(0)
-        off.append(of_parts - out_kR[mean])
-    off_s, off_t = off
-    for field, between in (
-        (M_SS, off_s * off_s),
-        (M_TT, off_t * off_t),
-        (M_ST, off_s * off_t),
-        (M_DD, (off_s - off_t).square()),
-    ):
-        out_kR[field] = (parts_NkR[:, field] + count * between).sum(0)
+    parts_NkR = parts_NkR.clone()
+    parts_NkR[:, MEAN_S : MEAN_T + 1] += offset_N2R
+    out_kR.copy_(functools.reduce(merge_moments, parts_NkR.unbind()))

@@ -44,15 +44,15 @@ _LOOKING_AHEAD = 0.02
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How the states of one model are obtained.
+class ModelParts:
+    """The parts of a model that give its states.
 
     Attributes:
         backbone: the module to run: the base model, or the model itself.
         blocks: its blocks, in order.
-        backbone_steps: what the backbone does to a block's state before it returns it.
-        head_steps: what the model does to that before its head.
-        ends_at_head: the backbone is the whole model, whose forward is ended where the head begins.
+        backbone_steps: from a block's state to the backbone's output.
+        head_steps: from the backbone's output to the head's input.
+        ends_at_head: the backbone is the whole model, and its forward ends where the head begins.
     """
 
     backbone: nn.Module
@@ -202,11 +202,11 @@ def _lists_of_blocks(name: str, model: nn.Module) -> list[nn.ModuleList]:
     return fitting
 
 
-def readings(
+def candidates(
     model: nn.Module, recording: Recording
-) -> Iterator[tuple[nn.ModuleList, Reading | None]]:
-    """Yield each list of blocks, the last to run first, with the `Reading` through it; None if the
-    head's input does not follow from its last state alone.
+) -> Iterator[tuple[nn.ModuleList, ModelParts | None]]:
+    """Yield each list of blocks, the last to run first, and the parts of a model with these blocks;
+    None if the head's input is computed from more than their last state.
     """
     for blocks, source in reversed(recording.ended.items()):
         backbone = recording.steps(source, recording.output)
@@ -217,13 +217,13 @@ def readings(
             else recording.steps(recording.output, recording.head_input)
         )
         if backbone is not None and after is not None and _base_takes_media(model):
-            yield blocks, Reading(model.base_model, blocks, backbone, after, ends_at_head=False)
+            yield blocks, ModelParts(model.base_model, blocks, backbone, after, ends_at_head=False)
             continue
         steps = recording.steps(source, recording.head_input)
         if steps is None:
             yield blocks, None
         else:
-            yield blocks, Reading(model, blocks, steps, Steps(), ends_at_head=True)
+            yield blocks, ModelParts(model, blocks, steps, Steps(), ends_at_head=True)
 
 
 def _base_takes_media(model: nn.Module) -> bool:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from fdd_kernels.hf.capture import capture_states
 from fdd_kernels.hf.discovery import (
     REMEDY,
-    Reading,
+    ModelParts,
+    candidates,
     find_head,
     observe,
     own_logits,
-    readings,
     refuse_encoder_decoder,
     require_causal,
 )
@@ -43,7 +43,7 @@ class ModelReader:
         model: the transformers model inside wrappers.
         vocabulary: V, the rows of its head.
         depth: number of blocks.
-        reading: what is run, its blocks, and the steps between them and the head.
+        parts: the backbone, its blocks, and the steps between them and the head.
         transform: soft cap and scale of its logits.
 
     Warns:
@@ -56,7 +56,7 @@ class ModelReader:
             is made of more than the last block's state; says how far off it is.
     """
 
-    reading: Reading
+    parts: ModelParts
     transform: LogitTransform
 
     def __init__(self, model: nn.Module, name: str = "model", *, split_head: bool = False) -> None:
@@ -64,18 +64,18 @@ class ModelReader:
         find_head(name, self.model)  # first: the error for a model without head is the clearest
         refuse_encoder_decoder(name, self.model)
         with evaluating(self.model), torch.no_grad():
-            self._find_reading()
+            self._find_parts()
         self.depth = len(self.blocks)
 
     @property
     def backbone(self) -> nn.Module:
         """The module that runs: the base model, or the model itself."""
-        return self.reading.backbone
+        return self.parts.backbone
 
     @property
     def blocks(self) -> nn.ModuleList:
         """The model's blocks; layer k is the state after k of them."""
-        return self.reading.blocks
+        return self.parts.blocks
 
     @property
     def head(self) -> nn.Module:
@@ -103,10 +103,11 @@ class ModelReader:
         """The device of the model's inputs; None if FSDP decides."""
         return device_of(self.backbone)
 
-    def _find_reading(self) -> None:
-        """Set `vocabulary`, `transform`, and a `reading` that reproduces the model's logits."""
-        (self.vocabulary, _), dtype = self.weight.shape, self.weight.dtype
-        device = device_of(self.model)
+    def _find_parts(self) -> None:
+        """Set `vocabulary`, `transform`, and `parts` that reproduce the model's logits."""
+        weight, device = self.weight, device_of(self.model)
+        self.vocabulary, eps = len(weight), torch.finfo(weight.dtype).eps
+        del weight  # perhaps a dequantised copy
 
         def batch(ids: list[list[int]]) -> dict[str, Tensor]:
             # The last token replaces those that a smaller vocabulary does not have.
@@ -115,22 +116,22 @@ class ModelReader:
 
         tokens = batch([[1, 0, 1], [1, 0, 0]])
         logits = whole(own_logits(self.model, tokens)).float()
-        require_causal(self.name, self.model, logits, torch.finfo(dtype).eps)
+        require_causal(self.name, self.model, logits, eps)
         recording, self.transform = observe(
             self.name, self.model, self.head, batch([[0, 1]]), self.vocabulary
         )
         failures = []
-        for blocks, reading in readings(self.model, recording):
+        for blocks, parts in candidates(self.model, recording):
             failure = "is not all that the head's input is made of"
-            if reading is not None:
-                self.reading = reading
+            if parts is not None:
+                self.parts = parts
                 try:
                     difference = self._difference(tokens, logits)
                 except Exception as error:  # an unknown model may raise anything on such a state
                     difference = f"raises {type(error).__name__}: {error}"
                 if difference is None:
                     return
-                failure = f"read through {reading} {difference}"
+                failure = f"read through {parts} {difference}"
             failures.append(f"the last {type(blocks[-1]).__name__} {failure}")
         raise ValueError(
             f"{self.name}: looked for the blocks whose output alone, through final norm, head and "
@@ -213,10 +214,10 @@ class ModelReader:
             layers,
             final=final,
             read=read if at_once else None,
-            head=self.head if self.reading.ends_at_head else None,
+            head=self.head if self.parts.ends_at_head else None,
         )
         if state is not None:
-            state = self.reading.head_steps(state)
+            state = self.parts.head_steps(state)
         missing = [layer for layer in layers if layer not in captured]
         if missing:
             raise RuntimeError(
@@ -247,8 +248,8 @@ class ModelReader:
         Without the norm the other steps still apply (projections, scales): they give the state the
         head's width.
         """
-        reading = self.reading
-        return reading.head_steps(reading.backbone_steps(state, norms=apply_final_norm))
+        parts = self.parts
+        return parts.head_steps(parts.backbone_steps(state, norms=apply_final_norm))
 
 
 ModelLens = ModelReader  # its name in earlier releases

@@ -1,8 +1,9 @@
-"""The distances of two vectors that need sums over their columns alone, each beside its derivative.
+"""The distances of two vectors that are functions of sums over the vocabulary, each beside its
+derivative.
 
-An entry of `DISTANCES` has the value for any number of pairs of vectors s (the student's) and t,
-and the derivative with respect to those sums that depend on s. Derivatives of t's own sums are not
-taken: the teacher is a constant.
+An entry of `DISTANCES` computes the value for any number of pairs of vectors, s the student's and t
+the teacher's, and the derivatives by the sums that depend on s. The teacher is a constant: there is
+no derivative by t.t.
 
 Shape suffixes: P pairs of vectors, R rows.
 """
@@ -18,20 +19,18 @@ from torch import Tensor
 
 
 class Sums(NamedTuple):
-    """Sums over the columns of each pair of vectors: (P, R), `squares` (P, 2, R)."""
+    """Sums over the vocabulary for each pair of vectors: (P, R), `squares` (P, 2, R)."""
 
-    count: Tensor  # how many columns there are
+    count: Tensor  # of tokens
     squares: Tensor  # s.s and t.t
     product: Tensor  # s.t
     difference: Tensor  # |s - t|^2, which s.s + t.t - 2 s.t would lose where s and t nearly agree
 
     def at(self, pairs: slice) -> Sums:
-        """The sums of some of the pairs."""
-        return (
-            self
-            if pairs == slice(0, len(self.count))
-            else Sums(*[of_all[pairs] for of_all in self])
-        )
+        """Select some of the pairs; all of them cost no operator."""
+        if pairs == slice(0, len(self.count)):
+            return self
+        return Sums(*[of_all[pairs] for of_all in self])
 
 
 @dataclass(frozen=True)
@@ -56,18 +55,17 @@ class Distance:
 
 
 def _inverse_lengths(sums: Sums) -> tuple[Tensor, Tensor]:
-    """1 / |s| and 1 / |t|; 0, with derivative 0, for a vector of length 0 (or whose square was
-    rounded below it).
+    """Compute 1 / |s| and 1 / |t|; 0, with derivative 0, for a vector of length 0, also where
+    rounding made its square negative.
     """
     return sums.squares.masked_fill(sums.squares <= 0, torch.inf).rsqrt().unbind(1)
 
 
 def _cosine_value(sums: Sums) -> Tensor:
-    """1 - cos of s and t; 1 where either has length 0.
+    """Compute 1 - cos(s, t); 1 where either vector has length 0. NaN stays NaN.
 
-    For vectors that nearly agree 1 - s.t / (|s||t|) would lose every digit, while
-    (|s - t|^2 - (|s| - |t|)^2) / (2 |s||t|), the same number, keeps them. NaN is nowhere near, and
-    passes.
+    Where the vectors nearly agree, 1 - s.t / (|s||t|) would lose every digit. The same number as
+    (|s - t|^2 - (|s| - |t|)^2) / (2 |s||t|) keeps them.
     """
     per_s, per_t = _inverse_lengths(sums)
     ss, tt = sums.squares.unbind(1)
@@ -83,14 +81,13 @@ def _cosine_value(sums: Sums) -> Tensor:
 
 
 def _write_cosine_grad(sums: Sums, of_ss: Tensor, of_st: Tensor, of_dd: Tensor) -> None:
-    """The derivatives of either form of `_cosine_value`, of each where it is used; 0 where a vector
-    has length 0.
+    """Write the derivatives of the form that `_cosine_value` uses; 0 where a vector has length 0.
 
     far:  s.t / (2 |s|^3 |t|)                            -1 / (|s||t|)    0
     near: (t.t - s.s - |s - t|^2) / (4 |s|^3 |t|)        0                1 / (2 |s||t|)
 
-    Where the vectors nearly agree, the first of the near form is small and the gradient is a
-    multiple of s - t; the far form would leave that to the difference of a multiple of s and one of
+    Where the vectors nearly agree, the first of the near form is small and the gradient is nearly a
+    multiple of s - t. The far form would compute it as the difference of a multiple of s and one of
     t.
     """
     per_s, per_t = _inverse_lengths(sums)
@@ -105,7 +102,7 @@ def _write_cosine_grad(sums: Sums, of_ss: Tensor, of_st: Tensor, of_dd: Tensor) 
 
 
 def _mse_value(sums: Sums) -> Tensor:
-    """|s - t|^2 / columns."""
+    """Compute |s - t|^2 / count."""
     return sums.difference / sums.count.clamp(min=1)
 
 

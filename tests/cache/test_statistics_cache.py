@@ -15,7 +15,13 @@ from fdd_kernels.common.errors import UserError
 from fdd_kernels.data import pad_windows
 from fdd_kernels.integrations import FDDTrainer
 from fdd_kernels.objectives.fdd.options import LossOptions
-from fdd_kernels.teacher_cache import StatisticsCache, open_teacher_cache, write_statistics_cache
+from fdd_kernels.teacher_cache import (
+    StatisticsCache,
+    SummaryCache,
+    open_teacher_cache,
+    write_statistics_cache,
+    write_summary_cache,
+)
 from tests.support.cache_inputs import (
     LAYERS,
     batch_of,
@@ -36,7 +42,7 @@ def write(folder, windows, teacher=None, student=None, options=None, **changes):
         "shard_size": 60_000,
         "tokenizer": tiny_tokenizer(),
     }
-    return write_statistics_cache(
+    return write_summary_cache(
         folder,
         teacher or teacher_model(),
         student or student_model(),
@@ -209,7 +215,26 @@ class TestRefusals:
             ValueError, match="is a cache of statistics, but one of states is needed"
         ):
             TeacherCache(cache.path)
-        assert isinstance(open_teacher_cache(cache.path), StatisticsCache)
+        assert isinstance(open_teacher_cache(cache.path), SummaryCache)
+
+    def test_the_names_of_earlier_releases(self):
+        assert StatisticsCache is SummaryCache
+        assert write_statistics_cache is write_summary_cache
+
+
+def test_targets_for_several_students(cache):
+    """Each distiller has the loss for its own student: one's head is not taken for another's."""
+    batch, students = batch_of(cache), [student_model(), student_model(), student_model()]
+    with torch.no_grad():
+        students[1].model.layers[0].mlp.up_proj.weight.mul_(1.5)
+        students[2].lm_head.weight.mul_(1.5)
+    distillers = [Distiller(student, cache, CONFIG) for student in students]
+    targets = distillers[0].teacher_states(batch)
+    losses = [float(d(batch, teacher_states=targets).loss) for d in distillers[:2]]
+    assert losses == [float(d(batch).loss) for d in distillers[:2]]
+    assert losses[0] != losses[1]
+    with pytest.raises(ValueError, match="head is not the one that the statistics in"):
+        distillers[2](batch, teacher_states=targets)
 
 
 class TestCommand:

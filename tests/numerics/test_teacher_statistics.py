@@ -93,11 +93,11 @@ def test_errors_are_those_of_float32(way, columns, options):
     assert_within_budget(problem, _from_statistics(problem, **loss, backend=way), **loss)
 
 
-def test_many_columns_are_read_in_tiles(monkeypatch):
+def test_a_large_vocabulary_in_tiles(monkeypatch):
     problem = _problem({}, columns=701)
     monkeypatch.setattr("fdd_kernels.backends.torch_stream.tiling.TILE_BYTES", {"cpu": 2**15})
     monkeypatch.setattr("fdd_kernels.backends.torch_stream.tiling.OPERAND_BYTES", 2**12)
-    monkeypatch.setattr("fdd_kernels.objectives.fdd.summary._HEAD_BYTES", 2**12)
+    monkeypatch.setattr("fdd_kernels.objectives.fdd.summary.maker._HEAD_BYTES", 2**12)
     assert torch_stream.choose_tiles(4, 1, 701, 8, 8, 4, "cpu").columns < 701, (
         "this test sees one tile"
     )

@@ -1,10 +1,10 @@
-"""The compiled C++ kernels: those that the package brings, else compiled at first use, else the
-reason why there are none.
+"""Find the compiled C++ kernels: in the package, else compiled at first use, else a reason why
+there are none.
 
-Compiled at first use they lie under FDD_KERNELS_CACHE (default ~/.cache/fdd_kernels), one folder
-for each version of torch, Python and the sources; FDD_KERNELS_BUILD=0 never compiles, 1 tries again
-what failed in an earlier process. `kernels`, `why_missing` and `origin` are found when they are
-first asked for.
+Kernels compiled at first use lie under FDD_KERNELS_CACHE (default ~/.cache/fdd_kernels), one folder
+per version of torch, Python and the sources. FDD_KERNELS_BUILD=0 never compiles; 1 retries a build
+that failed in an earlier process. The search runs at the first use of `kernels`, `why_missing` or
+`origin`.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _loading = threading.Lock()
 
 
 class _Missing(Exception):
-    """Why there are no kernels, and the remedy."""
+    """Says why there are no kernels, and the remedy."""
 
 
 def missing_reason() -> str | None:
-    """Why there are no C++ kernels, and the remedy; None if there are. Compiles them if they have
-    not been yet.
+    """Say why there are no C++ kernels, and the remedy; None if there are. Compiles them if
+    needed.
     """
     if "why_missing" not in globals():
         with _loading:
@@ -50,8 +50,8 @@ def missing_reason() -> str | None:
     return globals()["why_missing"]
 
 
-# What torch.compiler.assume_constant_result sets, which would import half of torch: run while
-# tracing, not traced.
+# As torch.compiler.assume_constant_result, which would import half of torch: the function runs
+# while tracing and is not traced.
 missing_reason._dynamo_marked_constant = True
 
 
@@ -73,22 +73,20 @@ def _find() -> None:
 
 
 def built_for(file: Path) -> str | None:
-    """The version of torch that an extension was compiled for, read without loading it; None where
-    it does not say.
+    """Find the version of torch that an extension was compiled for, without loading it; None if
+    the file does not say.
     """
     found = re.search(rb"fdd_kernels built for torch ([0-9.]+)", file.read_bytes())
     return found and found[1].decode()
 
 
 def _release(version: str) -> str:
-    """2.13.0 of 2.13.0+cpu."""
+    """Drop a local version label: 2.13.0 of 2.13.0+cpu."""
     return re.match(r"[0-9.]*[0-9]", version)[0]
 
 
 def _ahead_of_time() -> tuple[ModuleType, str] | None:
-    """The extension that was compiled when the package was installed, if it was, and for this
-    torch.
-    """
+    """Load the extension that the installation compiled, if there is one for this torch."""
     spec = importlib.util.find_spec("fdd_kernels._C")
     if spec is None or spec.origin is None:
         return None
@@ -123,7 +121,7 @@ def _forbidden() -> bool:
 
 
 def _key(sources: list[Path]) -> str:
-    """Of what a compiled file depends on."""
+    """Name the folder of a compiled file by everything that it depends on."""
     digest = hashlib.sha256()
     for part in (
         torch.__version__,
@@ -138,11 +136,11 @@ def _key(sources: list[Path]) -> str:
 
 
 def _at_first_use() -> tuple[ModuleType, str]:
-    """The extension from the cache, compiled now if need be; one process compiles, others wait for
-    it.
+    """Load the extension from the cache; compile it first if needed. One process compiles, others
+    wait.
 
     Raises:
-        _Missing: compiling is forbidden, cannot be done, or failed.
+        _Missing: compiling is forbidden, impossible, or failed.
     """
     if _forbidden():
         raise _Missing(
@@ -171,7 +169,7 @@ def _at_first_use() -> tuple[ModuleType, str]:
 
 
 def _require_own(file: Path) -> None:
-    """Refuse a file that somebody else could have put there: it is about to be run.
+    """Refuse to load a file that another user could have written.
 
     Raises:
         OSError: it belongs to another user than this one and root, or others may write it.
@@ -202,7 +200,7 @@ def _compile_once(folder: Path, file: Path) -> None:
 
 
 def compiler() -> str | None:
-    """The command of the C++ compiler, if one is found."""
+    """Find the command of the C++ compiler."""
     return (
         os.environ.get("CXX")
         or shutil.which("c++")
@@ -227,7 +225,7 @@ def _compile(folder: Path, file: Path) -> None:
             known = None
         if known is not None:
             raise _Missing(known)
-    # Of its own: the compiler of a process that was killed may still be writing.
+    # A new folder: the compiler of a killed process may still write into its own.
     work = Path(tempfile.mkdtemp(prefix="work-", dir=folder))
     _say(
         f"compiling the C++ kernels for torch {torch.__version__}, once, with {command} "
@@ -263,9 +261,7 @@ def _compile(folder: Path, file: Path) -> None:
 
 
 def _environment(command: str) -> dict[str, str]:
-    """For the compiling process: it imports what this one does, and finds this environment's
-    ninja.
-    """
+    """Let the compiling process import the same modules and find this environment's ninja."""
     path = [str(Path(sys.executable).parent), os.environ.get("PATH", "")]
     modules = [str(_build.PACKAGE.parent), *filter(None, sys.path)]
     return os.environ | {

@@ -154,20 +154,3 @@ def restate_means(moments: Tensor, spec: LensSpec, rise: Tensor) -> None:
         moment[MEAN_S : MEAN_T + 1] -= torch.where(
             moment[COUNT] > 0, of_vectors / spec.moment_temperature, 0.0
         )
-
-
-def merge_moments(a: Tensor, b: Tensor) -> Tensor:
-    """Moments of the union of two disjoint sets of tokens, (MOMENT_STATS, r) each (Chan, Golub and
-    LeVeque's update).
-    """
-    count = a[COUNT] + b[COUNT]
-    weight_b = b[COUNT] / count.clamp(min=1)
-    cross = a[COUNT] * weight_b
-    delta_s, delta_t = b[MEAN_S] - a[MEAN_S], b[MEAN_T] - a[MEAN_T]
-    out = a + b
-    out[MEAN_S], out[MEAN_T] = a[MEAN_S] + delta_s * weight_b, a[MEAN_T] + delta_t * weight_b
-    out[M_SS] += cross * delta_s * delta_s
-    out[M_TT] += cross * delta_t * delta_t
-    out[M_ST] += cross * delta_s * delta_t
-    out[M_DD] += cross * (delta_s - delta_t).square()
-    return out

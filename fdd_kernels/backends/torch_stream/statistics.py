@@ -17,7 +17,6 @@ from fdd_kernels.backends.torch_stream.running import (
     Expectation,
     RowMax,
     Softmax,
-    merge_moments,
     restate_means,
     tile_moments,
 )
@@ -31,6 +30,7 @@ from fdd_kernels.lens.layout import (
     REQUEST_STATS,
     VALUE,
     Statistics,
+    merge_moments,
 )
 from fdd_kernels.lens.spec import NLL, LensSpec, Request
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fdd_kernels.backends import check_spec, resolve_backend
+from fdd_kernels.lens import divergences
 from fdd_kernels.lens.distances import DISTANCES
-from fdd_kernels.lens.divergences import DIVERGENCES, FEATURE_DISTANCES
+from fdd_kernels.lens.divergences import DIVERGENCES
 from fdd_kernels.lens.spec import NLL, Layers, LensSpec, PairMoments, Request
 from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.inputs import LossInputs
@@ -222,10 +223,11 @@ def _check_space(options: LossOptions, inputs: LossInputs) -> None:
         raise ValueError(
             f"ce_weight={options.ce_weight} needs logits: pass teacher_weight, or ce_weight=0"
         )
-    if options.alpha and options.trajectory not in FEATURE_DISTANCES:
+    if options.alpha and options.trajectory in DIVERGENCES:
+        names = divergences.FEATURE_DISTANCES
         raise ValueError(
             f"trajectory={options.trajectory!r} compares distributions, but teacher_weight=None "
-            f"means feature space: pass one of {', '.join(map(repr, FEATURE_DISTANCES))}, or a "
+            f"means feature space: pass one of {', '.join(map(repr, names))}, or a "
             "teacher_weight"
         )
     if len(inputs.student_hidden) == 1 and not options.output_in_dynamics:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from fdd_kernels.lens.distances import DISTANCES, Distance, Sums
-from fdd_kernels.lens.divergences import FEATURE_DISTANCES
 from fdd_kernels.lens.layout import LSE_S, LSE_T, M_SS, M_TT, MEAN_S, MEAN_T, VALUE
 from fdd_kernels.objectives.fdd.plan import Plan
 
@@ -72,7 +71,7 @@ def _part(tensor: Tensor, run: slice) -> Tensor:
 def _compared_vectors(plan: Plan) -> dict[str, tuple[Distance, slice]]:
     """Map each term that compares vectors to its distance and its pairs, in the pairs' order."""
     found = {}
-    if plan.trajectory and plan.options.trajectory in FEATURE_DISTANCES:
+    if plan.trajectory and plan.options.trajectory in DISTANCES:
         found["trajectory"] = DISTANCES[plan.options.trajectory], _run(plan.trajectory)
     if plan.derivative:
         found["derivative"] = DISTANCES[plan.options.derivative], _run(plan.derivative)

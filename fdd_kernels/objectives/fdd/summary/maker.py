@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fdd_kernels.backends.torch_stream import MIB, choose_tiles
+from fdd_kernels.backends.torch_stream import MIB, choose_tiles, scale_and_cap_
 from fdd_kernels.lens.spec import LensSpec
 from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.fdd.plan import Plan, build_plan
@@ -178,9 +178,7 @@ class SummaryMaker:
                 u = hidden_LrD @ teacher_weight[tile].to(dtype).T
                 if teacher_bias is not None:
                     u += teacher_bias[tile].to(dtype)
-                u *= options.teacher_logit_scale
-                if options.teacher_softcap is not None:
-                    u.div_(options.teacher_softcap).tanh_().mul_(options.teacher_softcap)
+                scale_and_cap_(u, options.teacher_logit_scale, options.teacher_softcap)
                 block.add(tile, head_cD, u)
             blocks.append(block.finish())
         if not blocks:
