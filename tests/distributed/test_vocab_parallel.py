@@ -24,9 +24,11 @@ from tests.support.hf_models import tiny_batch
 from tests.support.processes import finish, start
 from tests.support.vocab_threads import in_parts
 
+# tests/numerics/test_merged_statistics.py runs the same code in threads
+pytestmark = pytest.mark.slow
 WORKER = "tests.distributed.vocab_worker"
 KEEPS = why_unavailable("cpu", torch.device("cpu")) is None  # only the C++ backend keeps values
-WORLDS = (2, pytest.param(4, marks=pytest.mark.slow))
+WORLDS = (2, 4)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +155,6 @@ def test_sequence_parallel_rows_equal_one_process(results):
     check_shares(found, expected, dim=1)
 
 
-@pytest.mark.slow
 def test_data_parallel_beside_vocabulary_parallel(processes):
     expected = evaluate(grid_problem(), fused_fdd_loss, ce_weight=0.5)
     grid = [result["grid"] for result in processes("results", 4)[0]]
@@ -190,7 +191,6 @@ def test_distiller_with_split_heads(results, kind):
         check_model(result["distillers"][kind], student, loss)
 
 
-@pytest.mark.slow
 def test_distiller_with_split_heads_under_fsdp(processes):
     student, teacher = tensor_parallel_models()["both heads"]
     distiller = Distiller(student, teacher, CONFIG)
@@ -254,7 +254,6 @@ def test_split_heads_without_their_group_and_whole_heads_that_train_are_refused(
         )
 
 
-@pytest.mark.slow
 def test_refusals_come_on_every_process_and_leave_nothing_behind(processes):
     results, _ = processes("refusals", 2)
     for found in [result["refusals"] for result in results]:

@@ -289,6 +289,7 @@ def test_in_forked_data_loader_workers_after_use_in_the_parent():
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow
 def test_can_be_interrupted():
     # A shell starts background jobs with SIGINT ignored, which children inherit.
     code = """

@@ -54,6 +54,7 @@ def test_rows_that_are_masked_are_not_computed(named, rows):
     assert_within_budget(problem, run(problem, ce_weight=1.0), None, ce_weight=1.0)
 
 
+@pytest.mark.slow
 def test_the_strategies_agree(monkeypatch):
     """To the rounding of sums of float32, far below any budget."""
     problem = random_problem((4,), 2 * TOKENS + 5, dtype=torch.float32, labels=True)
@@ -161,6 +162,7 @@ def test_every_product_is_done_once(monkeypatch):
     assert sum(of_head) == sum(of_states) == columns
 
 
+@pytest.mark.slow
 def test_scratch_that_does_not_fit_is_said_once(monkeypatch):
     problem = replace(
         random_problem((4,), TOKENS + 9, dtype=torch.float32), mask=torch.arange(4) != 1

@@ -175,6 +175,7 @@ def test_a_column_tile_of_nothing_but_minus_infinity(backend, device):
     check(problem, backend, trajectory="jsd", derivative="centered_cosine")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trajectory", ["kl", "reverse_kl", "jsd", "skew_kl", "mse", "cosine"])
 def test_a_sharp_teacher(backend, device, trajectory):
     """Logits of standard deviation 40: nearly all probabilities underflow."""
