@@ -11,7 +11,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from fdd_kernels import FDDConfig
 from fdd_kernels.cli.cache_teacher import CacheOptions
@@ -112,3 +114,51 @@ class FullDisk:
         if self.when(str(path)):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         return self.own(path)
+
+
+def weights(output):
+    return load_file(output / "student" / "model.safetensors")
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=0, msg=name)
+
+
+COMMAND = [
+    "--max-steps",
+    "6",
+    "--learning-rate",
+    "3e-3",
+    "--batch-size",
+    "4",
+    "--max-length",
+    "24",
+    "--eval-fraction",
+    "0.2",
+    "--save-steps",
+    "2",
+    "--log-steps",
+    "1",
+    "--dtype",
+    "float32",
+    "--num-layers",
+    "2",
+]
+
+
+def command(inputs, output, *more):
+    return [
+        "distill",
+        "--teacher",
+        str(inputs / "teacher"),
+        "--student",
+        str(inputs / "student"),
+        "--data",
+        str(inputs / "data.txt"),
+        "--output",
+        str(output),
+        *COMMAND,
+        *more,
+    ]
