@@ -146,7 +146,7 @@ def test_an_unknown_instruction_set_is_refused():
     assert "FDD_KERNELS_ISA=mmx" in err
 
 
-def test_products_of_bfloat16_as_they_are():
+def test_gemms_of_bfloat16_operands():
     """Multiply bfloat16 as processors with AMX or AVX512_BF16 do; here perhaps without the
     instructions.
     """
@@ -168,7 +168,7 @@ def test_products_of_bfloat16_as_they_are():
 
 
 @pytest.mark.slow
-def test_many_products_of_bfloat16_as_they_are():
+def test_many_gemms_of_bfloat16_operands():
     chosen = "bfloat16 and (ragged or low_precision or several_sets or every_way)"
     run = subprocess.run(
         [sys.executable, "-m", "pytest", __file__, "-k", chosen, "-q", "-p", "no:cacheprovider"],
@@ -324,13 +324,13 @@ def test_rows_in_several_sets(monkeypatch, threads, dtype, weight_bytes):
         torch.testing.assert_close(a, b, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
 
 
-KEPT = {"kept at once": 2**40, "kept in blocks": 16 * 2 * 3 * 384 * 4, "streamed": 0}
+CACHED = {"cached at once": 2**40, "cached in blocks": 16 * 2 * 3 * 384 * 4, "streamed": 0}
 
 
 THREADS = [
-    ("kept at once", 1),
-    ("kept at once", 3),
-    ("kept in blocks", 2),
+    ("cached at once", 1),
+    ("cached at once", 3),
+    ("cached in blocks", 2),
     ("streamed", 1),
     ("streamed", 2),
     ("streamed", 3),
@@ -343,7 +343,7 @@ def way(request, monkeypatch):
     up to 384 columns.
     """
     name, threads = request.param
-    monkeypatch.setattr(tiling, "CACHED_BYTES", KEPT[name])
+    monkeypatch.setattr(tiling, "CACHED_BYTES", CACHED[name])
     monkeypatch.setattr(tiling, "MIN_GEMM_ROWS", 0)
     with threads_of(threads):
         yield name
