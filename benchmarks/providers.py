@@ -111,6 +111,10 @@ def _compiled() -> Callable:
     return torch.compile(dense.dense_rows)
 
 
+def _compiled_rows(problem: Problem, options: dict[str, Any]) -> Tensor:
+    return _compiled()(problem, options)
+
+
 def _no_compiler(device: torch.device) -> str | None:
     found = any(map(shutil.which, ("g++", "c++", "clang++")))
     return None if device.type != "cpu" or found else "torch.compile needs a C++ compiler on a CPU"
@@ -140,26 +144,25 @@ def _backend(name: str) -> Provider:
     return Provider(name, title, "backends", backend.color, loss, rows, **about)
 
 
-def _package(name: str, title: str, color: str, loss: Loss, part: str, **about: Any) -> Provider:
+def _package(name: str, title: str, color: str, loss: Loss, *, part: str, **about: Any) -> Provider:
     about |= {"computes": f"{NO_DERIVATIVE}{part}", "drops": {"beta": 0.0}}
     return Provider(name, title, "packages", color, loss, feature_space=False, **about)
 
 
+_CHUNKED = f"checkpointed over {dense.CHUNK_ROWS} rows"
 _ALL = (
     _dense("dense", "eager", "#6c757d", dense.dense_rows),
     _dense(
-        *("dense-compile", "torch.compile", "#5b7db1"),
-        lambda problem, options: _compiled()(problem, options),
-        unavailable_on=_no_compiler,
+        "dense-compile", "torch.compile", "#5b7db1", _compiled_rows, unavailable_on=_no_compiler
     ),
-    _dense(
-        *("dense-chunked", f"checkpointed over {dense.CHUNK_ROWS} rows", "#adb5bd"),
-        dense.chunked_rows,
-    ),
+    _dense("dense-chunked", _CHUNKED, "#adb5bd", dense.chunked_rows),
     *map(_backend, sorted(BACKENDS)),
     _package(
-        *("liger", "Liger-Kernel, chunked JSD loss, not compiled", "#00798c", peers.liger),
-        "; its forward computes the gradients",
+        "liger",
+        "Liger-Kernel, chunked JSD loss, not compiled",
+        "#00798c",
+        peers.liger,
+        part="; its forward computes the gradients",
         rounds_logits=True,
         package="liger-kernel",
         module="liger_kernel.chunked_loss",
@@ -167,14 +170,20 @@ _ALL = (
         frozen_head_note="computes the head's gradient all the same",
     ),
     _package(
-        *("trl", "TRL, chunked divergence", "#30638e", peers.trl),
-        ", plus the student's entropy",
+        "trl",
+        "TRL, chunked divergence",
+        "#30638e",
+        peers.trl,
+        part=", plus the student's entropy",
         package="trl",
         module="trl.trainer.distillation_trainer",
     ),
     _package(
-        *("orda", "orda-kernel", "#003d5b", peers.orda),
-        "; on a CPU its dense fallback",
+        "orda",
+        "orda-kernel",
+        "#003d5b",
+        peers.orda,
+        part="; on a CPU its dense fallback",
         rounds_logits=True,
         package="orda-kernel",
         module="orda_kernel",

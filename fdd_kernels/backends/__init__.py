@@ -134,8 +134,8 @@ def why_unavailable(name: str, device: torch.device) -> str | None:
     return BACKENDS[name].unavailable(device)
 
 
-def resolve_backend(name: str, device: torch.device) -> str:
-    """Choose the backend that runs on `device` for the option `backend=name`.
+def resolve_backend(name: str, device: torch.device, spec: LensSpec | None = None) -> str:
+    """Choose the backend that runs on `device`, and computes `spec`, for the option `backend=name`.
 
     "auto" warns once about each backend of higher priority that is passed over.
 
@@ -149,6 +149,8 @@ def resolve_backend(name: str, device: torch.device) -> str:
         return name
     for preferred in preference(device.type):
         reason = why_unavailable(preferred, device)
+        if reason is None and spec is not None:
+            reason = BACKENDS[preferred].refusal(spec)
         if reason is None:
             return preferred
         if reason not in _warned:

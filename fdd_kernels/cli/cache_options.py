@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from fdd_kernels.cli.parsing import require_at_least, require_choice, require_fraction
 from fdd_kernels.cli.teacher_options import DTYPES, TeacherOptions
 from fdd_kernels.common.errors import UserError
 from fdd_kernels.objectives.fdd.options import LAYER_GRIDS
@@ -73,30 +74,9 @@ class CacheOptions(TeacherOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (
-            ("num_layers", 0),
-            ("max_length", 2),
-            ("batch_size", 1),
-            ("seed", 0),
-            ("shard_size", 1),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{name}={value} must be at least {least}")
-        if not 0 <= self.eval_fraction < 1:
-            raise UserError(f"eval_fraction={self.eval_fraction} must be at least 0 and below 1")
-        named = {
-            "kind": KINDS,
-            "dtype": (None, *STORED),
-            "teacher_dtype": DTYPES,
-            "layer_grid": LAYER_GRIDS,
-        }
-        for name, choices in named.items():
-            if getattr(self, name) not in choices:
-                raise UserError(
-                    f"{name}={getattr(self, name)!r} is not one of "
-                    f"{', '.join(c for c in choices if c)}"
-                )
+        require_at_least(self, num_layers=0, max_length=2, batch_size=1, seed=0, shard_size=1)
+        require_fraction(self, "eval_fraction")
+        require_choice(self, kind=KINDS, dtype=STORED, teacher_dtype=DTYPES, layer_grid=LAYER_GRIDS)
         if self.kind == "statistics":
             if self.student is None:
                 raise UserError(

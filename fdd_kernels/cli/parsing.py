@@ -96,6 +96,32 @@ def option_fields(cls: type) -> Iterator[tuple[dataclasses.Field, str]]:
             yield field, kind
 
 
+def require_at_least(options: Any, **bounds: int) -> None:
+    """Raise UserError for a field below its bound; None passes."""
+    for name, bound in bounds.items():
+        value = getattr(options, name)
+        if value is not None and value < bound:
+            raise UserError(f"{name}={value} must be at least {bound}")
+
+
+def require_choice(options: Any, **choices: Collection[str]) -> None:
+    """Raise UserError for a field that is not among its choices; None passes if it is the
+    default.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(options)}
+    for name, allowed in choices.items():
+        value = getattr(options, name)
+        if value not in allowed and not (value is None and defaults[name] is None):
+            raise UserError(f"{name}={value!r} is not one of {', '.join(allowed)}")
+
+
+def require_fraction(options: Any, name: str) -> None:
+    """Raise UserError for a field outside of [0, 1); None passes."""
+    value = getattr(options, name)
+    if value is not None and not 0 <= value < 1:
+        raise UserError(f"{name}={value} must be at least 0 and below 1")
+
+
 def add_options(
     group: argparse._ActionsContainer,
     cls: type,

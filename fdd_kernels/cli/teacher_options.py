@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fdd_kernels.cli.parsing import require_choice
 from fdd_kernels.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,10 +41,7 @@ class TeacherOptions:
 
     def __post_init__(self) -> None:
         quantization, place = self.teacher_quantization, self.teacher_device_map
-        if quantization is not None and quantization not in QUANTIZATIONS:
-            raise UserError(
-                f"teacher_quantization={quantization!r} is not one of {', '.join(QUANTIZATIONS)}"
-            )
+        require_choice(self, teacher_quantization=QUANTIZATIONS)
         if (
             quantization is not None
             and importlib.util.find_spec(QUANTIZATIONS[quantization]) is None

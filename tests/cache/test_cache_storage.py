@@ -350,6 +350,7 @@ def unusable_or_whole(folder, whole):
             TeacherCache(folder)
 
 
+@pytest.mark.slow
 def test_a_kill_before_or_after_any_write_loses_only_unfinished_shards(windows, tmp_path):
     """Every write goes through `atomic._sync`: die at each of its calls, then resume."""
     teacher, calls, shards = teacher_model(), [], {"shard_size": 60_000}

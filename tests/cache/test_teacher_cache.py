@@ -20,11 +20,11 @@ from fdd_kernels.teacher_cache.codec import CODECS
 from tests.support.cache_inputs import (
     CONFIG,
     batch_of,
-    counted,
     loss_and_gradients,
     same_loss_and_gradients,
     student_model,
     teacher_model,
+    valid_rows,
     write,
 )
 from tests.support.hf_models import pad_left, tiny_tokenizer
@@ -42,7 +42,7 @@ def test_float32_equals_the_live_teacher(windows, tmp_path, family):
     batch = batch_of(cache)
     terms = same_loss_and_gradients(student, cached, live, batch)
     assert min(terms) > 1e-2  # every term is there to be compared
-    mask = counted(batch)
+    mask = valid_rows(batch)
     for mine, theirs in zip(cached.teacher_states(batch), live.teacher_states(batch), strict=True):
         torch.testing.assert_close(mine[mask], theirs[mask], rtol=1e-5, atol=1e-5)
         assert mine.dtype == torch.float32
@@ -57,7 +57,7 @@ def test_each_codec_gives_the_states_rounded_as_it_says(caches, codec):
     cache, teacher, student = caches[codec], teacher_model(), student_model()
     cached, live = Distiller(student, cache, CONFIG), Distiller(student, teacher, CONFIG)
     batch = batch_of(cache)
-    mask = counted(batch)
+    mask = valid_rows(batch)
     exact = live.teacher_states(batch)
     stored = cached.teacher_states(batch)
     rounded = []
@@ -151,7 +151,7 @@ def test_padding_on_the_left(caches):
     distiller, live = Distiller(student, cache, CONFIG), Distiller(student, teacher_model(), CONFIG)
     assert distiller.count_positions(left) == distiller.count_positions(right)
     for a, b in zip(distiller.teacher_states(left), distiller.teacher_states(right)):
-        torch.testing.assert_close(a[counted(left)], b[counted(right)], rtol=0, atol=0)
+        torch.testing.assert_close(a[valid_rows(left)], b[valid_rows(right)], rtol=0, atol=0)
     terms = same_loss_and_gradients(student, distiller, live, left)
     torch.testing.assert_close(
         torch.stack(terms), torch.stack(distiller(right)), rtol=1e-5, atol=1e-6

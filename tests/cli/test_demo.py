@@ -66,6 +66,7 @@ def test_a_tokenizer_gives_the_text_back():
     assert tokenizer.decode(stream).split(tokenizer.eos_token)[:2] == texts
 
 
+@pytest.mark.slow
 def test_the_shipped_teacher_is_small_and_good(held_out):
     size = sum(path.stat().st_size for path in SHIPPED_TEACHER.rglob("*") if path.is_file())
     assert size <= 12e6

@@ -17,11 +17,11 @@ WORKER = "tests.distributed.parallel_worker"
 
 KINDS = [
     ("ddp", 2),
-    ("fsdp", 2),
     *[
         pytest.param(kind, world, marks=pytest.mark.slow)
         for kind, world in (
             ("ddp", 4),
+            ("fsdp", 2),
             ("fsdp-tied", 2),
             ("fsdp-self", 2),
             ("zero2", 2),

@@ -24,9 +24,11 @@ from tests.support.hf_models import tiny_batch
 from tests.support.processes import finish, start
 from tests.support.vocab_threads import in_parts
 
+# tests/numerics/test_merged_statistics.py runs the same code in threads
+pytestmark = pytest.mark.slow
 WORKER = "tests.distributed.vocab_worker"
-KEEPS = why_unavailable("cpu", torch.device("cpu")) is None  # only the C++ backend keeps values
-WORLDS = (2, pytest.param(4, marks=pytest.mark.slow))
+CACHES = why_unavailable("cpu", torch.device("cpu")) is None  # only the C++ backend caches logits
+WORLDS = (2, 4)
 
 
 @pytest.fixture(scope="module")
@@ -55,32 +57,32 @@ def results(request, processes) -> list[dict]:
 @pytest.mark.parametrize("name", list(cases()))
 def test_equals_one_process(results, name, way):
     check_case(results, name, way)
-    if KEEPS:
+    if CACHES:
         assert [result[way][name]["blocks"] for result in results] == [blocks_of(name, way)] * len(
             results
         )
 
 
-NOT_KEPT = ("per token", "float64", "no position counts", "no positions")
+NOT_CACHED = ("per token", "float64", "no position counts", "no positions")
 
 
 def blocks_of(name: str, way: str) -> list[int]:
-    """The rows of each block whose values are kept, the fewest that any process would take: 3 on
-    rank 0.
+    """Return the rows of each block with cached logits: the fewest that any process would take,
+    3 on rank 0.
     """
-    if name in NOT_KEPT:
+    if name in NOT_CACHED:
         return []
-    rows = rows_that_count(cases()[name][0])
+    rows = valid_rows(cases()[name][0])
     return [rows] if way == "at once" else [min(3, rows - first) for first in range(0, rows, 3)]
 
 
-def rows_that_count(problem: Problem) -> int:
+def valid_rows(problem: Problem) -> int:
     valid = problem.flattened(-100, ()).valid
     return math.prod(problem.leading_shape) if valid is None else int(valid.sum())
 
 
 @pytest.mark.parametrize("way", ["not on rank 0", "with another backend on rank 0"])
-def test_nobody_keeps_what_one_process_cannot_keep(results, way):
+def test_nobody_caches_logits_unless_all_can(results, way):
     check_case(results, "everything", way)
     assert not any(result[way]["everything"]["blocks"] for result in results)
 
@@ -91,8 +93,8 @@ def test_backward_passes_after_the_first(results):
     """
     problem, found = backwards_problem(), [result["backwards"] for result in results]
     check(found, problem, None, {"output_in_dynamics": True, "output_kd_weight": 0.0, "beta": 2.0})
-    blocks = -(-rows_that_count(problem) // 3)
-    if KEEPS:
+    blocks = -(-valid_rows(problem) // 3)
+    if CACHES:
         assert [of_rank["blocks"] for of_rank in found] == [[blocks, 2 * blocks, 2 * blocks]] * len(
             found
         )
@@ -153,7 +155,6 @@ def test_sequence_parallel_rows_equal_one_process(results):
     check_shares(found, expected, dim=1)
 
 
-@pytest.mark.slow
 def test_data_parallel_beside_vocabulary_parallel(processes):
     expected = evaluate(grid_problem(), fused_fdd_loss, ce_weight=0.5)
     grid = [result["grid"] for result in processes("results", 4)[0]]
@@ -190,7 +191,6 @@ def test_distiller_with_split_heads(results, kind):
         check_model(result["distillers"][kind], student, loss)
 
 
-@pytest.mark.slow
 def test_distiller_with_split_heads_under_fsdp(processes):
     student, teacher = tensor_parallel_models()["both heads"]
     distiller = Distiller(student, teacher, CONFIG)
@@ -254,7 +254,6 @@ def test_split_heads_without_their_group_and_whole_heads_that_train_are_refused(
         )
 
 
-@pytest.mark.slow
 def test_refusals_come_on_every_process_and_leave_nothing_behind(processes):
     results, _ = processes("refusals", 2)
     for found in [result["refusals"] for result in results]:

@@ -112,8 +112,8 @@ def rows_of(problem: Problem, first: int, last: int) -> Problem:
 
 @contextlib.contextmanager
 def keeping(rows: int | None) -> Iterator[list[int]]:
-    """Let the C++ backend keep `rows` rows at a time (None: as many as it chooses); the rows of
-    each block that it kept.
+    """Cap the row block of the C++ backend's cached logits at `rows` (None: its own choice);
+    yield the rows of each block.
     """
     backend, block_rows, blocks = BACKENDS["cpu"], tiling.block_rows, []
 

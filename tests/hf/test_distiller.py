@@ -191,7 +191,7 @@ def test_options_equal_the_dense_loss(pair, options):
     compare_with_dense(*models(*pair), tiny_batch(), config, rtol=1e-6, atol=1e-8)
 
 
-def test_without_labels_every_attended_position_counts():
+def test_without_labels_every_attended_position_is_valid():
     config = FDDConfig(num_layers=3)
     batch = tiny_batch(labels=False)
     terms = compare_with_dense(*models(), batch, config, rtol=1e-6, atol=1e-8)
@@ -204,7 +204,7 @@ def test_without_labels_every_attended_position_counts():
     assert abs(Distiller(student, teacher, config)(other).loss - terms.loss) > 1e-4
 
 
-def test_without_mask_and_labels_every_position_counts():
+def test_without_mask_and_labels_every_position_is_valid():
     batch = tiny_batch(labels=False)
     batch["attention_mask"][:] = 1
     distiller = Distiller(*models(), FDDConfig(num_layers=3))

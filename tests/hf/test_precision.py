@@ -74,7 +74,9 @@ def test_a_step_that_overflows_is_skipped_and_the_scale_halved():
             scaler.update(2.0**10)
 
 
-@pytest.mark.parametrize("dtype", [{}, {"bf16": True}], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", [{}, pytest.param({"bf16": True}, marks=pytest.mark.slow)], ids=["float32", "bfloat16"]
+)
 def test_lora_accumulation_checkpointing_and_evaluation_together(tmp_path, dtype):
     rows, held_out = examples([12, 7, 9, 5] * 16), examples([12] * 8, seed=5)
     run = trainer(
@@ -133,6 +135,7 @@ def test_a_compiled_student_computes_the_same(where):
         )
 
 
+@pytest.mark.slow
 def test_trainer_compiles(tmp_path):
     rows = examples([9] * 8)
     plain = trainer(tmp_path, train=rows, max_steps=2)

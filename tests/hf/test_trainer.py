@@ -17,7 +17,7 @@ from tests.support.hf_models import VOCAB, pad_left, tiny_model
 from tests.support.training import CONFIG, TERMS, examples, pad, same_parameters, trainer
 
 
-@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize("labels", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_accumulation_over_unequal_micro_batches_equals_one_big_batch(tmp_path, labels):
     rows = examples([4, 17, 6, 12, 5, 16, 9, 11], labels=labels)
     config = CONFIG if labels else FDDConfig(num_layers=2)

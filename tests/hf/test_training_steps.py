@@ -112,7 +112,7 @@ def test_a_stream_that_ends_in_the_middle_of_a_step(tmp_path):
     found = [log["loss"] for log in run.state.log_history if "loss" in log]
     assert found == pytest.approx(losses, rel=1e-4)
     assert run.state.global_step == 5
-    resumed = trainer(tmp_path, **options)  # in the first epoch, which has one batch left
+    resumed = trainer(tmp_path, **options)  # in the first epoch, with one batch left
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     same_parameters(resumed.model, run.model, rtol=0, atol=0)
 

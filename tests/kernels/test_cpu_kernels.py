@@ -146,7 +146,7 @@ def test_an_unknown_instruction_set_is_refused():
     assert "FDD_KERNELS_ISA=mmx" in err
 
 
-def test_gemms_of_bfloat16_operands():
+def test_bfloat16_gemms():
     """Multiply bfloat16 as processors with AMX or AVX512_BF16 do; here perhaps without the
     instructions.
     """
@@ -168,7 +168,7 @@ def test_gemms_of_bfloat16_operands():
 
 
 @pytest.mark.slow
-def test_many_gemms_of_bfloat16_operands():
+def test_many_bfloat16_gemms():
     chosen = "bfloat16 and (ragged or low_precision or several_sets or every_way)"
     run = subprocess.run(
         [sys.executable, "-m", "pytest", __file__, "-k", chosen, "-q", "-p", "no:cacheprovider"],
@@ -289,6 +289,7 @@ def test_in_forked_data_loader_workers_after_use_in_the_parent():
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=0)
 
 
+@pytest.mark.slow
 def test_can_be_interrupted():
     # A shell starts background jobs with SIGINT ignored, which children inherit.
     code = """

@@ -1,5 +1,5 @@
-"""What the engine asks of a backend that forms gradients in the forward pass: `cached_rows` and
-`stats_and_grad`.
+"""Test the engine's use of `cached_rows` and `stats_and_grad`: gradients formed in the forward
+pass.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def test_gradients_of_16_bits_are_rounded_once(keep, wide, upstream):
     truth = exact(problem, upstream).gradients
     for gradient, second, true in zip(found, again, truth.values()):
         half = unit_roundoff(torch.bfloat16) / 2 * 2.0 ** torch.frexp(true).exponent.double()
-        # The float32 error moves what lies next to a midpoint to its other side.
+        # The float32 error may move a number over a midpoint beside it.
         bound = half + 1e-5 * true.abs().amax()
         assert (gradient.double() - true).abs().le(bound).all()
         assert torch.equal(second, gradient)
@@ -168,7 +168,7 @@ def test_a_step_on_a_device_reads_nothing_back(monkeypatch):
         objective = FDDObjective.of(plan, inputs, denominator)
         loss = evaluate_call(Call(objective, inputs, "torch", ROWS))[0]
         leaves = list(p.leaves.values())
-        for _ in range(2):  # the gradients formed in forward, and those formed anew
+        for _ in range(2):  # the gradients formed in forward, then recomputed ones
             found = torch.autograd.grad(
                 loss, leaves, torch.empty((), device="meta"), retain_graph=True
             )

@@ -32,7 +32,7 @@ def interpreted_tests(*arguments: str) -> None:
     assert " passed" in done.stdout
 
 
-KERNELS = ["tests/kernels/triton_interpreted.py", "tests/kernels/triton_strategies.py"]
+KERNELS = [f"tests/kernels/triton_{name}.py" for name in ("interpreted", "strategies", "layers")]
 BACKENDS = "tests/numerics/test_backends.py"
 
 

@@ -118,7 +118,7 @@ def test_nothing_of_the_heads_size_is_allocated_but_its_gradient(monkeypatch, dt
 
 @pytest.mark.slow
 def test_memory_is_what_a_call_allocates(monkeypatch, each_strategy):
-    """By the interpreter's tiles, and budgets under which no part is small beside the others."""
+    """With the interpreter's tiles, and budgets that make no part small beside the others."""
     monkeypatch.setattr(memory, "PLANNED_ARCHITECTURE", config.INTERPRETER)
     monkeypatch.setattr(
         memory, "PLANNED_MULTIPROCESSORS", config.multiprocessors(torch.device("cpu"))
@@ -241,7 +241,7 @@ def test_precision_of_float32_is_one_that_the_architecture_has(monkeypatch):
         config.f32_precision("gfx942")
 
 
-def test_autotuning_is_kept_on_disk(monkeypatch, tmp_path):
+def test_autotuning_is_cached_on_disk(monkeypatch, tmp_path):
     monkeypatch.setenv(autotune.SWITCH, "1")
     monkeypatch.setenv("FDD_KERNELS_CACHE", str(tmp_path))
     timed = []
@@ -267,7 +267,7 @@ def test_autotuning_is_kept_on_disk(monkeypatch, tmp_path):
     )
 
 
-def test_what_another_process_adds_meanwhile_is_kept(monkeypatch, tmp_path):
+def test_entries_that_another_process_adds_meanwhile_survive(monkeypatch, tmp_path):
     monkeypatch.setenv("FDD_KERNELS_CACHE", str(tmp_path))
     configuration = config.choose((300, 1000, 64, 64), torch.bfloat16, "sm_90")
     # as another process does while it adds "theirs"

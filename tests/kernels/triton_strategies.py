@@ -12,35 +12,9 @@ import pytest
 import torch
 
 from fdd_kernels import fused_fdd_loss
-from fdd_kernels.backends import BACKENDS, check_spec
 from fdd_kernels.backends.call_shape import CallShape
 from fdd_kernels.backends.triton import config, gemm, operations, strategy
 from fdd_kernels.backends.triton.launch import recorded
-from fdd_kernels.lens.divergences import DIVERGENCES
-from fdd_kernels.lens.inputs import LensInputs
-from fdd_kernels.lens.layout import (
-    COUNT,
-    GRAD_SUM,
-    LSE_T,
-    M_DD,
-    M_SS,
-    M_ST,
-    M_TT,
-    MEAN_S,
-    MEAN_T,
-    MOMENT_STATS,
-    REQUEST_STATS,
-    Statistics,
-)
-from fdd_kernels.lens.spec import (
-    NLL,
-    Layers,
-    LensSpec,
-    PairMoments,
-    Request,
-    of_pair,
-    of_request,
-)
 from fdd_kernels.testing import assert_within_budget, evaluate, exact, random_problem
 
 TOKENS = config.INTERPRETED_ROW_LAUNCH.block  # of a tile
@@ -80,6 +54,7 @@ def test_rows_that_are_masked_are_not_computed(named, rows):
     assert_within_budget(problem, run(problem, ce_weight=1.0), None, ce_weight=1.0)
 
 
+@pytest.mark.slow
 def test_the_strategies_agree(monkeypatch):
     """To the rounding of sums of float32, far below any budget."""
     problem = random_problem((4,), 2 * TOKENS + 5, dtype=torch.float32, labels=True)
@@ -187,6 +162,7 @@ def test_every_product_is_done_once(monkeypatch):
     assert sum(of_head) == sum(of_states) == columns
 
 
+@pytest.mark.slow
 def test_scratch_that_does_not_fit_is_said_once(monkeypatch):
     problem = replace(
         random_problem((4,), TOKENS + 9, dtype=torch.float32), mask=torch.arange(4) != 1
@@ -254,7 +230,7 @@ def test_invalid_rows_under_large_biases(named):
 
 
 def test_features_in_several_blocks(monkeypatch):
-    """No softmax is asked for: statistics of blocks are views of those of all rows, and their
+    """Without a softmax request statistics of blocks are views of all rows' statistics; their
     gradients are not.
     """
     monkeypatch.setattr(strategy, "GEMM_TILE", 4)
@@ -337,111 +313,6 @@ def test_bad_environment_is_named(monkeypatch):
     monkeypatch.setenv(strategy.CACHE_BYTES, "2GiB")
     with pytest.raises(ValueError, match="FDD_KERNELS_CACHE_BYTES='2GiB' is not a number of bytes"):
         run(problem)
-
-
-def lens_problem(teacher_of: tuple[int, ...], **options) -> tuple[LensInputs, LensSpec]:
-    """Build a small call that compares student layer i with teacher layer teacher_of[i].
-
-    Every request, in two temperatures; a layer alone, and two pairs.
-    """
-    problem = random_problem((3,), TOKENS + 9, layers=3, dtype=torch.float32, labels=True)
-    layers = [Layers(i, teacher) for i, teacher in enumerate(teacher_of)]
-    requests = (
-        Request(*layers[0], 1.0, "kl"),
-        Request(*layers[0], 2.0, "jsd"),
-        Request(*layers[2], 2.0, "jsd"),
-        Request(*layers[2], 1.0, None),
-        Request(2, 0, 1.0, NLL),
-    )
-    moments = (
-        PairMoments(None, layers[0]),
-        PairMoments(layers[0], layers[1]),
-        PairMoments(layers[1], layers[2]),
-    )
-    numbers = {"student_softcap": None, "teacher_softcap": None}
-    spec = LensSpec(TOKENS + 9, requests, moments, 2.0, 1.0, teacher_logit_scale=0.5, **numbers)
-    spec = replace(spec, **options)
-    student, teacher = (
-        [h.detach() for h in states[:3]]
-        for states in (problem.student_hidden, problem.teacher_hidden)
-    )
-    heads = problem.student_weight.detach(), None, teacher, problem.teacher_weight.detach(), None
-    valid = torch.tensor([True, False, True])
-    return LensInputs(student, *heads, valid, problem.labels), spec
-
-
-def comparable(inputs: LensInputs, spec: LensSpec, statistics: Statistics) -> list[torch.Tensor]:
-    """Take what does not depend on the shifts of layers without a request."""
-    _, requests, moments = statistics
-    means = []
-    for pair, found in zip(spec.moments, moments):
-        shifts = of_pair(statistics.shifts, pair) / spec.moment_temperature
-        means.append(found[[MEAN_S, MEAN_T]] + shifts)
-    shifts = [of_request(statistics.shifts, r) for r in spec.requests if r.divergence == "kl"]
-    rest = [COUNT, M_SS, M_TT, M_ST, M_DD]
-    found = [requests, moments[:, rest], torch.stack(means), torch.stack(shifts)]
-    return [t[..., inputs.valid] for t in found]
-
-
-def found_by(name: str, inputs: LensInputs, spec: LensSpec, upstream: tuple, needed: list[bool]):
-    """Compute statistics and gradients by a backend, or by a strategy of "triton"."""
-    if name == "cached":
-        gradients, statistics = BACKENDS["triton"].stats_and_grad(
-            inputs,
-            spec,
-            2,
-            lambda rows, *own: (*own, *[t[..., rows] for t in upstream]),
-            needed,
-            True,
-        )
-        return comparable(inputs, spec, Statistics(*statistics)), gradients
-    backend = BACKENDS["torch" if name == "torch" else "triton"]
-    statistics = Statistics(*backend.stats(inputs, spec))
-    gradients = backend.grad(inputs, spec, (*statistics, *upstream), needed)
-    return comparable(inputs, spec, statistics), gradients
-
-
-@pytest.mark.parametrize("teacher_of", [(2, 0, 1), (1, 1, 0), (0, 2, 2)], ids=str)
-def test_each_student_layer_may_have_any_teacher_layer(named, teacher_of):
-    """Also a teacher layer that two student layers share, one of them without a softmax request."""
-    inputs, spec = lens_problem(teacher_of)
-    assert BACKENDS["triton"].refusal(spec) is None
-    generator = torch.Generator().manual_seed(0)
-    upstream = (
-        torch.randn(len(spec.requests), REQUEST_STATS, inputs.rows, generator=generator),
-        torch.randn(len(spec.moments), MOMENT_STATS, inputs.rows, generator=generator),
-    )
-    # Of the student's statistics alone: no gradient flows to the teacher, nor to a constant.
-    upstream[0][:, [LSE_T, GRAD_SUM]] = 0
-    upstream[1][:, [COUNT, MEAN_T, M_TT]] = 0
-    needed = [True] * 4 + [False]
-    expected, of_torch = found_by("torch", inputs, spec, upstream, needed)
-    found, of_triton = found_by(named, inputs, spec, upstream, needed)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
-    for a, b in zip(of_triton, of_torch, strict=True):
-        assert (a - b).norm() <= 1e-5 * b.norm()
-
-
-def test_specs_that_are_refused_by_name(monkeypatch):
-    _, spec = lens_problem((0, 1, 2))
-    refusal = BACKENDS["triton"].refusal
-    first, *others = spec.requests
-
-    def with_first(**changes) -> LensSpec:
-        return replace(spec, requests=(first._replace(**changes), *others))
-
-    monkeypatch.setitem(DIVERGENCES, "alpha", DIVERGENCES["kl"])
-    assert "'alpha' has no Triton kernel" in refusal(with_first(divergence="alpha"))
-    assert "'kl' with parameters (0.5,)" in refusal(with_first(parameters=(0.5,)))
-    assert "besides kl in one call, jsd and reverse_kl" in refusal(
-        with_first(divergence="reverse_kl")
-    )
-    assert "student layer 0 with teacher layers" in refusal(with_first(teacher_layer=2))
-    apart = replace(spec, moments=(PairMoments(Layers(0, 0), Layers(2, 2)),))
-    assert "student layers 0 and 2, which are not consecutive" in refusal(apart)
-    with pytest.raises(ValueError, match=r'backend="triton" cannot compute this: .* reference, '):
-        check_spec("triton", apart)
 
 
 def shard_of_a_vocabulary(rank: int, path: str, name: str) -> None:

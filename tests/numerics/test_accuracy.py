@@ -175,6 +175,7 @@ def test_a_column_tile_of_nothing_but_minus_infinity(backend, device):
     check(problem, backend, trajectory="jsd", derivative="centered_cosine")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trajectory", ["kl", "reverse_kl", "jsd", "skew_kl", "mse", "cosine"])
 def test_a_sharp_teacher(backend, device, trajectory):
     """Logits of standard deviation 40: nearly all probabilities underflow."""
@@ -280,8 +281,8 @@ def test_identical_models(backend, device, dtype, trajectory, derivative):
         problem, backend=backend, trajectory=trajectory, derivative=derivative, reduction="none"
     )
     unit = unit_roundoff(torch.float32)
-    # KL: log-sum-exps of size log C + the shift; 1 - cos of vectors equal up to rounding: the
-    # square of that, plus u.
+    # KL: log-sum-exps of size log C + the shift. 1 - cos of vectors equal up to rounding: the
+    # square of the rounding, plus u.
     for name, term in outcome.terms._asdict().items():
         assert term.abs().max() <= unit * (math.sqrt(1111) + math.log(1111) + 4) * 4, name
     # (p - q) W with p and q equal up to the same relative error, over a head of rows of length

@@ -135,7 +135,7 @@ def test_every_trajectory_and_derivative(backend, device, precision, trajectory,
     ],
     ids=lambda options: ",".join(options) or "defaults",
 )
-@pytest.mark.parametrize("bias", [None, "padded"])
+@pytest.mark.parametrize("bias", [pytest.param(None, marks=pytest.mark.slow), "padded"])
 def test_every_option(backend, device, precision, options, bias):
     problem = random_problem(dtype=precision, device=device, bias=bias, labels=True, mask=True)
     if "ignore_index" in options:
@@ -228,6 +228,7 @@ def test_float64_inputs_are_computed_in_float64(device):
     assert_within_budget(problem, outcome)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -1,5 +1,5 @@
-"""Statistics of all columns from those of parts of them, and gradients from these: against float64,
-part by part.
+"""Split the vocabulary into parts, one thread a rank: merged statistics and gradients against
+float64.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def test_models_that_nearly_agree(backend, trajectory):
     "offsets", [(0.0, 1e4, -1e4, 30.0), (-1e4, -1e4, 0.0, -1e4), (50.0, 0.0, 0.0, 0.0)]
 )
 def test_parts_far_apart(backend, offsets):
-    """Pivots that differ by 1e4: by then most parts have no probability left, and the deltas still
-    count all of them.
+    """Shifts that differ by 1e4: most parts then have no probability left, and deltas still use
+    all of them.
     """
     problem = random_problem(bias="plain", labels=True)
     far = torch.cat([torch.full((b - a,), o) for a, b, o in zip(RAGGED, RAGGED[1:], offsets)])
@@ -120,7 +120,7 @@ def test_a_part_that_is_possible_for_the_teacher_alone():
         assert_same_sums(parts.gradients[name], gradient, 400, name)
 
 
-def test_a_part_without_a_finite_column_does_not_move_the_pivot():
+def test_a_part_without_a_finite_column_does_not_move_the_shift():
     """Its shift is 0 because there is none: taken for real, it would cost numbers around -1e4 their
     digits.
     """
@@ -154,8 +154,8 @@ def calls_in_parts(draw):
         options, upstream = options | {"reduction": "mean"}, torch.tensor(1.5)
     columns = min(options.get("vocab_size", math.inf), len(problem.student_weight))
     if columns == 1 and options["trajectory"] in ("jsd", "skew_kl"):
-        # Of one column every divergence is exactly 0, and its budget too; their second pass has
-        # products of its own.
+        # With one token every divergence is exactly 0, and its budget too; their second pass has
+        # GEMMs of its own.
         options["trajectory"] = "kl"
     cuts = draw(st.sets(st.integers(1, columns - 1), max_size=4)) if columns > 1 else ()
     return problem, options, upstream, (0, *sorted(cuts), columns)

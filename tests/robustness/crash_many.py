@@ -192,8 +192,8 @@ def killed(pid: int, seconds: float) -> bool:
 
 
 def checkpoints_left(folder: Path, whole: Path) -> list[str]:
-    """Every checkpoint loads, without pickle, and holds the weights of the whole run's; what else
-    is worth counting.
+    """Check that every checkpoint loads without pickle and holds the whole run's weights; return
+    further events to count.
     """
     saved = checkpoints(folder)
     for checkpoint in saved:

@@ -394,8 +394,8 @@ def test_first_and_second_derivatives_where_models_agree(trajectory, teacher):
 
 @pytest.mark.parametrize("name", list(DIVERGENCES))
 def test_grad_is_the_derivative_of_the_value(name):
-    """As a gradient with respect to logits: slope - q sum(slope), also with columns of probability
-    0.
+    """Compare gradients with respect to logits, grad - q sum(grad), also for tokens of
+    probability 0.
     """
     z = torch.tensor([[0.0, 3, -1, 40, -800, -torch.inf]], dtype=torch.float64, requires_grad=True)
     log_p = torch.tensor([[0.5, 3, -9, 39, -1, -torch.inf]], dtype=torch.float64).log_softmax(-1)

@@ -37,7 +37,7 @@ OF_STUDENT_REQUESTS, OF_STUDENT_MOMENTS = [LSE_S, VALUE], [MEAN_S, M_SS, M_ST, M
 
 
 def inputs_of(problem: Problem, **options) -> tuple[LensInputs, Plan, Tensor | None]:
-    """What the plan of a call reads, the plan, and the rows that count: those of the mask."""
+    """Return the layers that the plan of a call uses, the plan, and the valid rows of the mask."""
     frozen = problem.frozen("student_hidden", "student_weight", "student_bias")
     plan, tensors = prepare(frozen, LossOptions(**options, backend="torch"))
     return used_by(plan, tensors), plan, tensors.valid
@@ -97,8 +97,8 @@ def by_autograd(plan: Plan, statistics, valid, denominator, upstream) -> tuple[T
 @pytest.mark.parametrize("options", SCALES, ids=lambda o: ",".join(o) or "defaults")
 @pytest.mark.parametrize("name", PROBLEMS)
 def test_closed_form_is_what_autograd_finds(name, options):
-    """Of the loss and of single terms, for every distance, divided or not: float64, to the rounding
-    of what cancels.
+    """Differentiate the loss and single terms, for every distance, divided or not: float64, to
+    the rounding of cancelling sums.
     """
     for trajectory, derivative in itertools.product(TRAJECTORIES, [*DERIVATIVES, None]):
         plan, statistics, valid = statistics_of(
@@ -163,7 +163,7 @@ def slopes_of(distance, sums: Sums) -> list[Tensor]:
 
 
 def gradient(slopes: list[Tensor], s: Tensor, t: Tensor) -> Tensor:
-    """What the backends make of the slopes."""
+    """Return the gradients that backends form from the upstream gradients."""
     of_ss, of_st, of_dd = [slope[0, :, None] for slope in slopes]
     return 2 * of_ss * s + of_st * t + 2 * of_dd * (s - t)
 
@@ -204,7 +204,7 @@ def test_distances_of_vectors_of_no_length():
     for slope in slopes_of(DISTANCES["cosine"], sums):
         assert not slope[0, :3].any()
         assert slope.isfinite().all()
-    # as a sum of products may come out for no length at all
+    # as rounding may leave for a length of zero
     rounded = sums._replace(squares=-sums.squares.abs())
     assert (DISTANCES["cosine"].value(rounded) == 1).all()
     assert not any(slope.any() for slope in slopes_of(DISTANCES["cosine"], rounded))
@@ -220,11 +220,11 @@ def test_nan_passes(kind):
 
 @pytest.mark.parametrize("near", [None, 1e-1, 1e-2, 1e-3, 1e-4])
 def test_closed_form_in_float32(near):
-    """Against float64 on the same sums: each slope has a relative error of a few roundings, the
-    near form's first one
+    """Compare with float64 on the same sums.
 
-    of those of t.t - s.s and |s - t|^2, from which it is formed; so the gradient keeps its digits
-    where the models agree.
+    Each upstream gradient has a relative error of a few roundings; the first one of the near form
+    those of t.t - s.s and |s - t|^2, from which it is formed. So the gradient has its digits where
+    the models agree.
     """
     generator = torch.Generator().manual_seed(5)
     s, noise = torch.randn(2, 200, 300, dtype=F64, generator=generator)
@@ -233,8 +233,7 @@ def test_closed_form_in_float32(near):
     exact = slopes_of(DISTANCES["cosine"], Sums(*[of_all.double() for of_all in sums]))
     unit, (ss, tt) = 2.0**-24, sums.squares.double().unbind(1)
     found = [slope.double() for slope in slopes_of(DISTANCES["cosine"], sums)]
-    # Inverse square roots of one or two roundings each, taken three times together, and five
-    # products and sums.
+    # Three inverse square roots of one or two roundings each, and five multiplications and sums.
     relative, per_product = 12 * unit, 1 / (ss * tt).sqrt()
     is_near = exact[2] > 0
     assert is_near.all() if near else not is_near.any()
@@ -243,8 +242,8 @@ def test_closed_form_in_float32(near):
     for a, b, bound in zip(found, exact, bounds):
         assert (a - b).abs().le(relative * bound).all()
     if near:
-        # The gradient's own length is that of s - t; multiples of s and of t would be off by the
-        # roundoff of s.
+        # The gradient's length is of the size of s - t; multiples of s and of t alone would be off
+        # by the roundoff of s.
         error = (gradient(found, s, t) - gradient(exact, s, t)).norm(dim=-1)
         assert error.le(
             2 * relative * gradient(exact, s, t).norm(dim=-1) * (1 + 300**0.5 * near)
@@ -252,7 +251,7 @@ def test_closed_form_in_float32(near):
 
 
 class Operators(TorchDispatchMode):
-    """The operators dispatched; `kernels`: those that are no views of a tensor."""
+    """Record dispatched operators; `kernels` are those that return no view."""
 
     def __init__(self):
         super().__init__()
@@ -269,9 +268,7 @@ class Operators(TorchDispatchMode):
 
 
 def test_operators_of_a_block(monkeypatch):
-    """What the engine does for each block of rows is at most 42 operators beside views, however
-    many layers there are.
-    """
+    """A row block takes at most 42 operators beside views, however many layers there are."""
     counts: list[Operators] = []
 
     def stats_and_grad(inputs, spec, block_rows, upstream_of, needed, refine):

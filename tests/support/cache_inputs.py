@@ -41,7 +41,7 @@ def batch_of(cache, rows=5, start=0):
     return pad_windows([dataset[(start + 3 * row) % len(dataset)] for row in range(rows)])
 
 
-def counted(batch):
+def valid_rows(batch):
     mask = torch.zeros_like(batch["labels"], dtype=torch.bool)
     mask[:, :-1] = batch["labels"][:, 1:] != -100
     return mask & batch["attention_mask"].bool()

@@ -12,8 +12,8 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-# Never ask the hub, nor in processes that tests start; the variable has an effect before the first
-# import only.
+# Never ask the hub, here or in processes that tests start; set before the first import of its
+# library.
 os.environ["HF_HUB_OFFLINE"] = "1"
 huggingface_hub.constants.HF_HUB_OFFLINE = True
 

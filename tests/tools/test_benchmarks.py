@@ -156,6 +156,7 @@ def test_a_wrong_answer_has_no_figures(tmp_path, monkeypatch, capsys):
     assert "12 times the budget" in refused["reason"]
 
 
+@pytest.mark.slow
 def test_a_dead_process_marks_its_provider_and_spares_the_others(tmp_path, monkeypatch):
     """The first worker is killed as soon as it works on a provider; the next one ends well."""
     from benchmarks import runner

@@ -64,8 +64,8 @@ def process_group():
 
 
 class Deepspeed:
-    """What the block on ZeRO-3 calls, with nothing partitioned: deepspeed itself is tested where it
-    is installed.
+    """Stand in for deepspeed in the block on ZeRO-3, with nothing partitioned; test_parallel.py
+    runs deepspeed itself.
     """
 
     class zero:
@@ -85,7 +85,7 @@ class Deepspeed:
 
 
 def namespace(folder):
-    """The names that the pages use without making them."""
+    """Make the objects that the pages use without making them."""
     import datasets
     import trl
     from torch.distributed.device_mesh import init_device_mesh

@@ -42,10 +42,9 @@ def same(found, expected, **tolerance):
     "name",
     [
         "plain_loop",
-        "trainer",
         *[
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("sft", "accelerate_loop", "lightning_module")
+            for name in ("trainer", "sft", "accelerate_loop", "lightning_module")
         ],
     ],
 )

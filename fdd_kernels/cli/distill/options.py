@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fdd_kernels.cli.parsing import require_at_least, require_choice, require_fraction
 from fdd_kernels.cli.teacher_options import DTYPES, TeacherOptions
 from fdd_kernels.common.errors import UserError
 from fdd_kernels.objectives.fdd.options import FDDConfig
@@ -95,19 +96,8 @@ class DistillOptions(TeacherOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, least in (
-            ("batch_size", 1),
-            ("gradient_accumulation", 1),
-            ("max_length", 2),
-            ("max_steps", 1),
-            ("save_steps", 1),
-            ("log_steps", 1),
-            ("lora_rank", 0),
-            ("seed", 0),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"{name}={value} must be at least {least}")
+        require_at_least(self, batch_size=1, gradient_accumulation=1, max_length=2, max_steps=1)
+        require_at_least(self, save_steps=1, log_steps=1, lora_rank=0, seed=0)
         for name in ("epochs", "learning_rate", "lora_alpha"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -116,21 +106,17 @@ class DistillOptions(TeacherOptions):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise UserError(f"{name}={value} must be at least 0")
-        if self.scheduler not in SCHEDULERS:
-            raise UserError(f"scheduler={self.scheduler!r} is not one of {', '.join(SCHEDULERS)}")
+        require_choice(self, scheduler=SCHEDULERS)
         self._check_source()
         self._check_loss()
-        if self.eval_fraction is not None and not 0 <= self.eval_fraction < 1:
-            raise UserError(f"eval_fraction={self.eval_fraction} must be at least 0 and below 1")
+        require_fraction(self, "eval_fraction")
         for name in ("dtype", "teacher_dtype"):
-            value = getattr(self, name)
-            if value == "float16":
+            if getattr(self, name) == "float16":
                 raise UserError(
                     f"{name}=float16 has not been tried with this command: use bfloat16 (--bf16) "
                     "or float32"
                 )
-            if value not in (*DTYPES, None if name == "teacher_dtype" else "auto"):
-                raise UserError(f"{name}={value!r} is not one of {', '.join(DTYPES)}")
+        require_choice(self, dtype=DTYPES, teacher_dtype=DTYPES)
         if not self.lora_rank:
             for name in ("lora_alpha", "lora_targets"):
                 value = getattr(self, name)

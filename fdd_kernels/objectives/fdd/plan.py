@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fdd_kernels.backends import check_spec, resolve_backend
 from fdd_kernels.lens import divergences
@@ -71,8 +71,8 @@ def make_plan(options: LossOptions, inputs: LossInputs) -> tuple[Plan, LossInput
         len(inputs.student_hidden),
         leading_shape=inputs.leading_shape,
         feature_space=inputs.feature_space,
-        backend=resolve_backend(options.backend, inputs.device),
     )
+    plan = replace(plan, backend=resolve_backend(options.backend, inputs.device, plan.spec))
     check_spec(plan.backend, plan.spec)
     check_transforms(inputs, plan.backend)
     check_numbers(inputs)
