@@ -55,7 +55,7 @@ class CacheReader:
         if not index["complete"]:
             raise ValueError(
                 f"{self.folder} is not complete ({len(index['shards'])} shards are written): run "
-                "the same fdd-kernels cache-teacher again, which goes on from there"
+                "the same fdd-kernels cache-teacher again, which resumes"
             )
         self._refuse(damaged_files(self.folder, self._files, checksums=False))
         self.digest = file_digest(self.folder / INDEX_FILE)
