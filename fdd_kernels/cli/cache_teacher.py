@@ -159,7 +159,7 @@ def _report(cache: WindowCache, console: Console) -> None:
     logits = 2 * cache.vocabulary * (len(cache.layers) + 1)
     console.print(
         f"{len(cache)} windows, {rows} valid tokens, {show(cache.reader.bytes)}; {per_position} "
-        f"bytes a token, where bfloat16 logits would take {logits}. Train with fdd-kernels distill "
-        f"--teacher-cache {cache.path}",
+        f"bytes a token, where bfloat16 logits would take {logits}. Train with fdd-kernels "
+        f"distill --teacher-cache {cache.path}",
         soft_wrap=True,
     )

@@ -166,9 +166,8 @@ def _print(
 ) -> None:
     print(
         f"student {setup.student.parameters / 1e9:.2f}B, teacher "
-        f"{setup.teacher.parameters / 1e9:.2f}B weights, "
-        f"{setup.tokens} tokens, {setup.layers} layers + output, {setup.dtype}, {setup.optimizer}, "
-        f"backend {setup.chosen_backend}"
+        f"{setup.teacher.parameters / 1e9:.2f}B weights, {setup.tokens} tokens, {setup.layers} "
+        f"layers + output, {setup.dtype}, {setup.optimizer}, backend {setup.chosen_backend}"
     )
     print(f"{'':<18} {'dense loss':>12} {'fused loss':>12}")
     for part in fused:

@@ -76,8 +76,8 @@ class Result:
         ]
         unclear = [f"{a} and {b}" for gap, a, b in gaps if gap <= spread]
         text = (
-            f"{len(self.seeds)} seeds; the same objective differs by up to {spread:.3f} nats "
-            "of KL between seeds. "
+            f"{len(self.seeds)} seeds; the same objective differs by up to {spread:.3f} nats of KL "
+            "between seeds. "
         )
         if unclear:
             return text + f"Not separated by more than that: {'; '.join(unclear)}."

@@ -36,8 +36,8 @@ def check_batch(batch: Mapping[str, Any]) -> None:
         if batch.get(name) is not None and not isinstance(batch[name], Tensor):
             raise TypeError(
                 f"{name} is a {type(batch[name]).__name__}, but a tensor (batch, sequence) is "
-                "needed: collate windows with "
-                'fdd_kernels.data.pad_windows, or tokenize with return_tensors="pt"'
+                "needed: collate windows with fdd_kernels.data.pad_windows, or tokenize with "
+                'return_tensors="pt"'
             )
     wanted = {"input_ids": 2, "inputs_embeds": 3}[tokens]
     if batch[tokens].ndim != wanted:

@@ -79,9 +79,9 @@ def find_head(name: str, model: nn.Module) -> nn.Module:
     refuse_partitioned(f"the {name}'s head", weight)
     if head is None or not isinstance(weight, Tensor) or weight.ndim != 2:
         raise TypeError(
-            f"{name}: {type(model).__name__}.get_output_embeddings() gives "
-            f"{type(head).__name__}, but an LM head with a weight of shape (vocabulary, width) is "
-            f"needed. Pass a causal LM. {SUPPORTED}. {REMEDY}"
+            f"{name}: {type(model).__name__}.get_output_embeddings() gives {type(head).__name__}, "
+            "but an LM head with a weight of shape (vocabulary, width) is needed. Pass a causal "
+            f"LM. {SUPPORTED}. {REMEDY}"
         )
     return head
 

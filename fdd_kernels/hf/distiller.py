@@ -115,8 +115,8 @@ class Distiller:
         if self.config.vocab_size is None and vocabularies[0] != vocabularies[1]:
             raise ValueError(
                 f"the student's vocabulary has {vocabularies[0]} entries and the teacher's "
-                f"{vocabularies[1]}: if one is only padded, set FDDConfig(vocab_size=N) with "
-                f"N <= {min(vocabularies)} to compare the first N tokens"
+                f"{vocabularies[1]}: if one is only padded, set FDDConfig(vocab_size=N) with N <= "
+                f"{min(vocabularies)} to compare the first N tokens"
             )
         if (self.config.vocab_size or 0) > min(vocabularies):
             raise ValueError(

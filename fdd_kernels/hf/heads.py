@@ -157,8 +157,8 @@ def _read_adapted(module: nn.Module, name: str) -> Head:
         dropout = getattr(module.lora_dropout[adapter], "p", 0.0)
         if module.training and dropout:
             warnings.warn(
-                f"{name}: lora_dropout={dropout} of the LM head's adapter is not applied: the loss "
-                "reads the head as one weight. Set lora_dropout=0 for the head to make this "
+                f"{name}: lora_dropout={dropout} of the LM head's adapter is not applied: the "
+                "loss reads the head as one weight. Set lora_dropout=0 for the head to make this "
                 "warning go away",
                 stacklevel=2,
             )

@@ -125,8 +125,8 @@ def require_gathered(name: str, parameter) -> None:
             "Under FSDP2, make the Distiller before fully_shard, do not fully_shard the LM head by "
             "itself (the call on the whole model gathers it during forward), and pass the sharded "
             "model as `distiller(batch, student=model)`. If tensor parallelism has split its rows, "
-            "so that all processes of the group see the same batch, pass "
-            "Distiller(..., vocab_group=group)"
+            "so that all processes of the group see the same batch, pass Distiller(..., "
+            "vocab_group=group)"
         )
     refuse_partitioned(name, parameter)
 

@@ -35,7 +35,7 @@ class CheckpointError(RuntimeError):
     def __init__(self, problem: str) -> None:
         self.problem = problem
         super().__init__(
-            f"{problem}. Make room, then train(resume_from_checkpoint=True) goes on from the last "
+            f"{problem}. Make room, then train(resume_from_checkpoint=True) resumes from the last "
             "complete one"
         )
 

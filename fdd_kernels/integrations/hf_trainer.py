@@ -228,9 +228,9 @@ class FDDTrainerMixin(ProvenCheckpoints):
             return inputs
         if state.remainder < 0:
             warnings.warn(
-                "the data of this evaluation has no length, and accelerate does not say which rows "
-                f"of its last batch repeat earlier ones for the sake of {processes} processes: "
-                "they count twice. Give data with a length, or "
+                "the data of this evaluation has no length, and accelerate does not say which "
+                f"rows of its last batch repeat earlier ones for the sake of {processes} "
+                "processes: they count twice. Give data with a length, or "
                 'accelerator_config={"dispatch_batches": True}',
                 stacklevel=2,
             )

@@ -104,9 +104,8 @@ class FDDLightningModule(pl.LightningModule):
             raise ValueError(
                 f"{len(names)} parameters that train, {names[0]} for one, get no gradient from "
                 "this loss (train_head=False, or no term of the final state), and DDP would wait "
-                "for it: give Trainer("
-                'strategy="ddp_find_unused_parameters_true"), or freeze them with '
-                "requires_grad_(False)"
+                'for it: give Trainer(strategy="ddp_find_unused_parameters_true"), or freeze them '
+                "with requires_grad_(False)"
             )
         place_teacher(*self._teacher, strategy.root_device)
 

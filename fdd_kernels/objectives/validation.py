@@ -138,8 +138,8 @@ def compared_tokens(inputs: LossInputs, vocab_size: int | None) -> int:
     if teacher_weight is None:
         if vocab_size is not None:
             raise ValueError(
-                f"vocab_size={vocab_size} was given with teacher_weight=None: feature "
-                "space has no vocabulary"
+                f"vocab_size={vocab_size} was given with teacher_weight=None: feature space has no "
+                "vocabulary"
             )
         if student_rows != teacher_width:
             raise ValueError(
@@ -159,8 +159,8 @@ def compared_tokens(inputs: LossInputs, vocab_size: int | None) -> int:
         return student_rows
     if vocab_size > smaller:
         raise ValueError(
-            f"vocab_size={vocab_size} is larger than a vocabulary (student {student_rows}, "
-            f"teacher {teacher_weight.shape[0]})"
+            f"vocab_size={vocab_size} is larger than a vocabulary (student {student_rows}, teacher "
+            f"{teacher_weight.shape[0]})"
         )
     return vocab_size
 

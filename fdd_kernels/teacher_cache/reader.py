@@ -55,8 +55,7 @@ class CacheReader:
         if not index["complete"]:
             raise ValueError(
                 f"{self.folder} is not complete ({len(index['shards'])} shards are written): run "
-                "the same "
-                "fdd-kernels cache-teacher again, which goes on from there"
+                "the same fdd-kernels cache-teacher again, which resumes"
             )
         self._refuse(damaged_files(self.folder, self._files, checksums=False))
         self.digest = file_digest(self.folder / INDEX_FILE)
@@ -225,16 +224,14 @@ class WindowCache(Teacher):
         if missing:
             raise ValueError(
                 f"the run compares teacher layers {list(layers)}, but the cache {self.path} holds "
-                f"{list(self.layers)}: choose "
-                "among these with student_layers and teacher_layers, or cache the teacher again "
-                "with the layers wanted"
+                f"{list(self.layers)}: choose among these with student_layers and teacher_layers, "
+                "or cache the teacher again with the layers wanted"
             )
         if layers and config.apply_final_norm != self.apply_final_norm:
             raise ValueError(
                 f"the run has apply_final_norm={config.apply_final_norm}, but the cache "
-                f"{self.path} was made with "
-                f"apply_final_norm={self.apply_final_norm}: give the same, or cache the teacher "
-                "again"
+                f"{self.path} was made with apply_final_norm={self.apply_final_norm}: give the "
+                "same, or cache the teacher again"
             )
         if config.ignore_index != IGNORED:
             raise ValueError(

@@ -58,8 +58,8 @@ def _sized(name: str, windows: Sequence[Window]) -> Sequence[Window]:
     if not hasattr(windows, "__len__"):
         raise TypeError(
             f"windows.{name} is a {type(windows).__name__}, which has no length, but a cache "
-            "numbers its windows: give a "
-            "list or a datasets.Dataset; fdd_kernels.data.load_windows makes one of a stream"
+            "numbers its windows: give a list or a datasets.Dataset; fdd_kernels.data.load_windows "
+            "makes one of a stream"
         )
     return windows
 
@@ -115,8 +115,8 @@ class WindowTable:
             missing = [TEACHER_INDEX] * (TEACHER_INDEX not in batch) + ["labels"] * (not labelled)
             raise ValueError(
                 f"the batch has no {' and no '.join(missing)} (it has {', '.join(batch)}): make "
-                "batches of the cache's own "
-                "windows, cache.dataset('train'), with fdd_kernels.data.pad_windows as the collator"
+                "batches of the cache's own windows, cache.dataset('train'), with "
+                "fdd_kernels.data.pad_windows as the collator"
             )
         windows = batch[TEACHER_INDEX].tolist()
         ids, valid = batch["input_ids"].cpu(), valid_positions(batch, IGNORED).cpu()
@@ -148,18 +148,17 @@ class WindowTable:
         if not torch.equal(found.int(), own_ids):
             raise ValueError(
                 f"row {row} of the batch should be window {window} of the cache, but input_ids "
-                "differ: the cache has "
-                f"{len(own_ids)} tokens {own_ids[:_SHOWN].tolist()}..., the batch "
-                f"{found[:_SHOWN].tolist()}...: train on "
-                "cache.dataset(...) as it is, not truncated, packed or tokenized again"
+                f"differ: the cache has {len(own_ids)} tokens {own_ids[:_SHOWN].tolist()}..., the "
+                f"batch {found[:_SHOWN].tolist()}...: train on cache.dataset(...) as it is, not "
+                "truncated, packed or tokenized again"
             )
         positions = precedes_label(own_labels, IGNORED).nonzero().flatten() + first
         unknown = valid.index_fill(0, positions, False)
         if unknown.any():
             raise ValueError(
                 f"row {row} of the batch has a label at position {int(unknown.nonzero()[0]) + 1}, "
-                f"for which window {window} of "
-                "the cache holds no prediction: use the labels of cache.dataset(...), or fewer"
+                f"for which window {window} of the cache holds no prediction: use the labels of "
+                "cache.dataset(...), or fewer"
             )
         return positions
 

@@ -229,7 +229,7 @@ EVERYWHERE = {
     "other positions": (
         "RuntimeError: ranks 0 and 1 of vocab_group were called with different options, shapes"
     ),
-    "other labels": "RuntimeError: the processes of vocab_group have [7, 0] positions that count",
+    "other labels": "RuntimeError: the processes of vocab_group have [7, 0] valid tokens",
     "other gradients": (
         "RuntimeError: ranks 0 and 1 of vocab_group were called with different options"
     ),

@@ -67,7 +67,7 @@ def cases() -> dict[str, tuple[Problem, float | None, dict]]:
             {"trajectory": "jsd", "derivative": "centered_cosine", "output_in_dynamics": True},
         ),
         "skew_kl, soft caps": (random_problem(bias="plain"), None, capped),
-        "raw values": (
+        "logits": (
             random_problem(layers=4),
             None,
             {"trajectory": "cosine", "derivative": "mse"},

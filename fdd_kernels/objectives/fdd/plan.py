@@ -227,8 +227,7 @@ def _check_space(options: LossOptions, inputs: LossInputs) -> None:
         names = divergences.FEATURE_DISTANCES
         raise ValueError(
             f"trajectory={options.trajectory!r} compares distributions, but teacher_weight=None "
-            f"means feature space: pass one of {', '.join(map(repr, names))}, or a "
-            "teacher_weight"
+            f"means feature space: pass one of {', '.join(map(repr, names))}, or a teacher_weight"
         )
     if len(inputs.student_hidden) == 1 and not options.output_in_dynamics:
         raise ValueError(

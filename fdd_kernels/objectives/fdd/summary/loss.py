@@ -68,9 +68,8 @@ class SummaryLoss:
             if tensor is not None and tensor.requires_grad:
                 raise ValueError(
                     f"{name} requires grad, but the teacher's statistics hold for one head only: "
-                    "freeze it "
-                    "(train_head=False, or LoRA without the head), or use a cache of the teacher's "
-                    "hidden states"
+                    "freeze it (train_head=False, or LoRA without the head), or use a cache of the "
+                    "teacher's hidden states"
                 )
         self.options, self.layers = options, layers
         self.columns = options.vocab_size or len(student_weight)
@@ -90,8 +89,7 @@ class SummaryLoss:
         if bool((count != self._gram[0]).any()):
             raise ValueError(
                 "the teacher's statistics leave out other columns than the student's bias does "
-                "(-inf in the teacher's bias "
-                "alone): use a cache of the teacher's hidden states"
+                "(-inf in the teacher's bias alone): use a cache of the teacher's hidden states"
             )
         return self._gram[1:]
 

@@ -28,14 +28,13 @@ def check_options(options: LossOptions) -> None:
     if options.alpha and options.trajectory != "kl":
         raise ValueError(
             f"trajectory={options.trajectory!r} needs more of the teacher than its statistics: "
-            'only "kl" can be computed from '
-            "them. Use the teacher, or a cache of its hidden states"
+            'only "kl" can be computed from them. Use the teacher, or a cache of its hidden states'
         )
     if options.student_softcap is not None:
         raise ValueError(
             f"student_softcap={options.student_softcap}: a soft-capped head is not linear, and the "
-            "teacher's statistics for "
-            "it do not exist. Use the teacher, or a cache of its hidden states"
+            "teacher's statistics for it do not exist. Use the teacher, or a cache of its hidden "
+            "states"
         )
 
 
