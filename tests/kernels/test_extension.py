@@ -154,6 +154,13 @@ def test_a_broken_file_is_a_reason(tmp_path):
         extension._loaded(tmp_path / "_C.so")
 
 
+def test_a_file_of_other_sources_is_a_reason(tmp_path):
+    """Of an installation in place whose sources changed, and that was not built again."""
+    (tmp_path / "_C.py").write_text("def stats(): ...")
+    with pytest.raises(Missing, match=r"_C.py was compiled from other sources: install the pack"):
+        extension._loaded(tmp_path / "_C.py")
+
+
 def test_first_use_under_torch_compile(monkeypatch):
     """torch.compile does not trace the search for the kernels, which may compile them."""
     found = []

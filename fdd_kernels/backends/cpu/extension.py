@@ -35,6 +35,10 @@ LOG_FILE, FAILURE_FILE = "build.log", "failed.json"
 _loading = threading.Lock()
 
 
+# Of csrc/module.cpp: an extension without one of them is of another version.
+_FUNCTIONS = ("bf16_gemm", "cache_size", "divergences", "grad", "grad_of_cached", "stats")
+
+
 class _Missing(Exception):
     """Says why there are no kernels, and the remedy."""
 
@@ -112,6 +116,8 @@ def _loaded(file: Path) -> tuple[ModuleType, str]:
         raise _Missing(
             f"the C++ kernels do not load ({error}): remove {file} and install the package again"
         ) from None
+    if not all(hasattr(module, name) for name in _FUNCTIONS):
+        raise _Missing(f"{file} was compiled from other sources: install the package again")
     sys.modules["fdd_kernels._C"] = module
     return module, str(file)
 
