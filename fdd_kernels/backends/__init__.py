@@ -172,6 +172,6 @@ def check_spec(name: str, spec: LensSpec) -> None:
     if reason is not None:
         able = [other for other, entry in BACKENDS.items() if entry.refusal(spec) is None]
         raise ValueError(
-            f'backend="{name}" cannot compute this: {reason}. '
-            f"Backends that can: {', '.join(['reference', *able])}"
+            f'backend="{name}" cannot compute this: {reason}. Backends that can: '
+            f"{', '.join(['reference', *able])}"
         )

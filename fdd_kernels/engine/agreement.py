@@ -125,8 +125,8 @@ def _agreed_bounds(vocab_size: int | None, answers: list[Answer]) -> tuple[tuple
     _, student_rows, teacher_rows, positions, _, fingerprints = zip(*answers)
     if len(set(positions)) > 1:
         raise RuntimeError(
-            f"the processes of vocab_group have {list(positions)} valid tokens: hidden "
-            "states, labels and mask must be the same on all"
+            f"the processes of vocab_group have {list(positions)} valid tokens: hidden states, "
+            "labels and mask must be the same on all"
         )
     if len(set(fingerprints)) > 1:
         other = next(rank for rank, f in enumerate(fingerprints) if f != fingerprints[0])

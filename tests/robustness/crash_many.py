@@ -279,8 +279,8 @@ def crash(name: str, base: Path, kills: int, draw: random.Random) -> str:
         runs += 1
     counted = "".join(f", {count} {note}" for note, count in sorted(notes.items()))
     return (
-        f"{name}: {done} kills in {runs} runs{counted}; all that was left and all results "
-        "equal bit for bit"
+        f"{name}: {done} kills in {runs} runs{counted}; all that was left and all results equal "
+        "bit for bit"
     )
 
 

@@ -99,9 +99,8 @@ def _ahead_of_time() -> tuple[ModuleType, str] | None:
         if _forbidden():
             raise _Missing(
                 f"the package's C++ kernels were compiled for torch {version}, and this is torch "
-                f"{torch.__version__}: "
-                "install the package again, or leave FDD_KERNELS_BUILD unset and they are compiled "
-                "at their first use"
+                f"{torch.__version__}: install the package again, or leave FDD_KERNELS_BUILD unset "
+                "and they are compiled at their first use"
             )
         return None
     return _loaded(Path(spec.origin))
@@ -254,8 +253,8 @@ def _compile(folder: Path, file: Path) -> None:
         (folder / LOG_FILE).write_text(done.stdout)
         reason = (
             f"the C++ kernels could not be compiled ({_first_error(done.stdout)}; all messages: "
-            f"{folder / LOG_FILE}): they "
-            f"need {NEEDED} and Python's headers; FDD_KERNELS_BUILD=1 tries again"
+            f"{folder / LOG_FILE}): they need {NEEDED} and Python's headers; FDD_KERNELS_BUILD=1 "
+            "tries again"
         )
         failure.write_text(json.dumps({"compiler": command, "reason": reason}))
         shutil.rmtree(work, ignore_errors=True)

@@ -209,7 +209,7 @@ def _warn_of_scratch(asked: int) -> None:
         _warned.add("scratch")
         warnings.warn(
             f"fdd_kernels: {asked / MIB:.0f} MiB of scratch for cached logits do not fit the "
-            "device; they are computed twice instead, slab by slab. Set "
-            f"{CACHE_BYTES} to a smaller number of bytes, or free memory",
+            f"device; they are computed twice instead, slab by slab. Set {CACHE_BYTES} to a "
+            "smaller number of bytes, or free memory",
             stacklevel=2,
         )
