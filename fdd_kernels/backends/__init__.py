@@ -141,11 +141,14 @@ def resolve_backend(name: str, device: torch.device, spec: LensSpec | None = Non
 
     Raises:
         RuntimeError: a backend was named that cannot run here; says why and what to do.
+        ValueError: a backend was named that cannot compute `spec`; names those that can.
     """
     if name != "auto":
         reason = why_unavailable(name, device)
         if reason is not None:
             raise RuntimeError(f'backend="{name}" cannot run on device "{device}": {reason}')
+        if spec is not None:
+            check_spec(name, spec)
         return name
     for preferred in preference(device.type):
         reason = why_unavailable(preferred, device)

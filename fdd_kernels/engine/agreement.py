@@ -34,7 +34,7 @@ class Answer(NamedTuple):
     @staticmethod
     def of(inputs: LensInputs, block_rows: int, description: object) -> Answer:
         """Accept; `description` is of whatever must be the same on every process."""
-        waits = inputs.valid is None or inputs.device.type != "cpu"
+        counts_all = inputs.valid is None or inputs.device.type != "cpu"
         students = inputs.student_hidden
         of_grad = [h.requires_grad for h in students] if torch.is_grad_enabled() else None
         heads = inputs.student_weight, inputs.teacher_weight
@@ -44,7 +44,7 @@ class Answer(NamedTuple):
             accepts=1,
             student_rows=len(inputs.student_weight),
             teacher_rows=len(inputs.teacher_weight),
-            valid_rows=inputs.rows if waits else int(inputs.valid.sum()),
+            valid_rows=inputs.rows if counts_all else int(inputs.valid.sum()),
             block_rows=block_rows,
             fingerprint=zlib.crc32(repr(common).encode()),
         )
@@ -60,7 +60,7 @@ def check_group(group) -> None:
     if torch.compiler.is_compiling():
         raise RuntimeError(
             "with vocab_group the processes talk to one another in Python, which cannot be "
-            "compiled: call fused_fdd_loss outside of the compiled function, or decorate its "
+            "compiled: call the loss outside of the compiled function, or decorate its "
             "caller with torch.compiler.disable"
         )
     if not (dist.is_available() and isinstance(group, dist.ProcessGroup)):
@@ -122,17 +122,17 @@ def _agreed_bounds(vocab_size: int | None, answers: list[Answer]) -> tuple[tuple
             f"ranks {refused} of vocab_group refused their arguments (see their own errors): "
             "nothing was computed"
         )
-    _, student_rows, teacher_rows, positions, _, fingerprints = zip(*answers)
-    if len(set(positions)) > 1:
+    _, student_rows, teacher_rows, valid_rows, _, fingerprints = zip(*answers)
+    if len(set(valid_rows)) > 1:
         raise RuntimeError(
-            f"the processes of vocab_group have {list(positions)} valid tokens: hidden states, "
+            f"the processes of vocab_group have {list(valid_rows)} valid tokens: hidden states, "
             "labels and mask must be the same on all"
         )
     if len(set(fingerprints)) > 1:
         other = next(rank for rank, f in enumerate(fingerprints) if f != fingerprints[0])
         raise RuntimeError(
             f"ranks 0 and {other} of vocab_group were called with different options, shapes, "
-            "dtypes or requires_grad of the hidden states: call fused_fdd_loss alike on all"
+            "dtypes or requires_grad of the hidden states: call the loss alike on all"
         )
     vocabularies = sum(student_rows), sum(teacher_rows)
     columns = vocab_size

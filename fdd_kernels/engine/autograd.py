@@ -30,7 +30,7 @@ class NoDoubleBackward(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *_):
         raise RuntimeError(
-            "fused_fdd_loss can be differentiated once: for second derivatives (create_graph=True) "
+            "the loss can be differentiated once: for second derivatives (create_graph=True) "
             'use backend="reference", which keeps dense tensors'
         )
 
@@ -81,7 +81,7 @@ def refuse_batches(*upstream: Tensor | None) -> None:
     batched = functorch.is_batchedtensor, functorch.is_legacy_batchedtensor
     if any(g is not None and is_one(g) for g in upstream for is_one in batched):
         raise RuntimeError(
-            "fused_fdd_loss cannot be differentiated for a batch of upstream gradients at once "
+            "the loss cannot be differentiated for a batch of upstream gradients at once "
             "(is_grads_batched=True, vmap of a backward pass): ask for them one after another, or "
             'use backend="reference"'
         )
@@ -95,6 +95,11 @@ def block_double_backward(found: list[Tensor], *sources: Tensor | None) -> list[
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return found  # compiled code refuses by itself
     return list(NoDoubleBackward.apply(len(found), *found, *[t for t in sources if t is not None]))
+
+
+def all_reduced(shard, found: list[Tensor], needed: list[bool]) -> list[Tensor]:
+    """Sum a shard's gradients of hidden states over its group; return all gradients."""
+    return found if shard is None else shard.sum_gradients(found, sum(needed[:-2]))
 
 
 def as_backward_result(
@@ -146,6 +151,5 @@ class LensStatistics(torch.autograd.Function):
         with torch.no_grad():
             spec, per_row = (ctx.structure, numbers, ctx.columns), (shifts, requests, moments)
             found = ops.lens_grad(*inputs, *spec, ctx.backend, *per_row, *upstream, ctx.needed)
-            if ctx.shard is not None:
-                found = ctx.shard.sum_gradients(found, sum(ctx.needed[:-2]))
+            found = all_reduced(ctx.shard, found, ctx.needed)
         return as_backward_result(ctx, _BEFORE, found, inputs, upstream)

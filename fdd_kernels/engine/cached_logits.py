@@ -15,6 +15,7 @@ from torch import Tensor
 from fdd_kernels.backends import BACKENDS
 from fdd_kernels.engine import ops
 from fdd_kernels.engine.autograd import (
+    all_reduced,
     as_backward_result,
     refuse_batches,
     save,
@@ -52,6 +53,9 @@ def cached_rows(backend: str, inputs: LensInputs, spec: LensSpec, needed: list[b
     return BACKENDS[backend].cached_rows(inputs, spec, needed)
 
 
+_BEFORE = 5  # arguments of `OutputsAndGradients` in front of the tensors
+
+
 class OutputsAndGradients(torch.autograd.Function):
     """The outputs of an objective, with the gradients of the first one formed in forward.
 
@@ -63,12 +67,10 @@ class OutputsAndGradients(torch.autograd.Function):
     passes.
     """
 
-    BEFORE = 5  # arguments in front of the tensors
-
     @staticmethod
     def forward(ctx, objective: Objective, backend: str, shard, block_rows: int, layers, *tensors):
-        before, inputs = OutputsAndGradients.BEFORE, unflatten(layers, tensors)
-        ctx.needed = list(ctx.needs_input_grad[before : before + layers + 2])
+        inputs = unflatten(layers, tensors)
+        ctx.needed = list(ctx.needs_input_grad[_BEFORE : _BEFORE + layers + 2])
         ctx.compute = functools.partial(
             outputs_and_gradients, objective, backend, shard, block_rows, ctx.needed
         )
@@ -101,7 +103,7 @@ class OutputsAndGradients(torch.autograd.Function):
             else:
                 found = _scaled(gradients or ctx.compute(inputs)[1], of_loss)
                 found = _rounded(found, inputs, ctx.needed)
-        return as_backward_result(ctx, OutputsAndGradients.BEFORE, found, inputs, upstream)
+        return as_backward_result(ctx, _BEFORE, found, inputs, upstream)
 
 
 def outputs_and_gradients(
@@ -134,7 +136,7 @@ def outputs_and_gradients(
             inputs, objective.spec, block_rows, upstream_of, needed, shard is None
         )
     outputs = objective.outputs(Statistics(*statistics))
-    return outputs, found if shard is None else shard.sum_gradients(found, sum(needed[:-2]))
+    return outputs, all_reduced(shard, found, needed)
 
 
 def _by_two_operations(ctx, inputs: LensInputs, upstream: tuple) -> list[Tensor]:
@@ -147,7 +149,7 @@ def _by_two_operations(ctx, inputs: LensInputs, upstream: tuple) -> list[Tensor]
         statistics = shard.statistics(inputs, objective.spec, backend)
     of_statistics = objective.upstream(upstream, inputs.statistics_dtype)(statistics, None)
     found = ops.lens_grad(*inputs, *spec, backend, *statistics, *of_statistics, ctx.needed)
-    return found if shard is None else shard.sum_gradients(found, sum(ctx.needed[:-2]))
+    return all_reduced(shard, found, ctx.needed)
 
 
 def _scales_exactly(of_loss: Tensor) -> bool:

@@ -38,10 +38,11 @@ def log_sum_exps(
     # label it is asked for does not matter.
     requests = tuple([Request(i, i, t, NLL) for i, t in enumerate(temperatures)])
     spec = LensSpec(columns, requests, (), 1.0, logit_scale, None, 1.0, None)
-    inputs = LensInputs(list(hidden), weight, bias, list(hidden), None, None, None, None)
+    labels = torch.zeros(len(hidden[0]), dtype=torch.int64, device=weight.device)
+    inputs = LensInputs(list(hidden), weight, bias, list(hidden), None, None, None, labels)
     needed = [*(h.requires_grad for h in hidden), False, False]
     block_rows = cached_rows(backend, inputs, spec, needed)
-    return _LogSumExps.apply(spec, backend, block_rows, weight, bias, *hidden)
+    return _LogSumExps.apply(spec, backend, block_rows, inputs, *hidden)
 
 
 class _LogSumExps(torch.autograd.Function):
@@ -52,9 +53,8 @@ class _LogSumExps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, spec: LensSpec, backend: str, block_rows: int, weight, bias, *hidden: Tensor):
-        labels = torch.zeros(len(hidden[0]), dtype=torch.int64, device=weight.device)
-        inputs = LensInputs(list(hidden), weight, bias, list(hidden), None, None, None, labels)
+    def forward(ctx, spec: LensSpec, backend: str, block_rows: int, inputs, *hidden: Tensor):
+        inputs = inputs._replace(student_hidden=list(hidden), teacher_hidden=list(hidden))
         needed = [*ctx.needs_input_grad[-len(hidden) :], False, False]
 
         def upstream_of(_rows, shifts: Tensor, requests: Tensor, moments: Tensor):
@@ -90,4 +90,4 @@ class _LogSumExps(torch.autograd.Function):
         with torch.no_grad():
             found = [grad_found[i, :, None] * grad for i, grad in zip(needed, gradients)]
         found = dict(zip(needed, block_double_backward(found, *hidden, grad_found)))
-        return (None,) * 5 + tuple(found.get(i) for i in range(count))
+        return (None,) * 4 + tuple(found.get(i) for i in range(count))

@@ -35,16 +35,11 @@ class Divergence:
         value: `value(log_q, log_p, *parameters)`, elementwise.
         grad: `grad(log_q, log_p, *parameters)`, the derivative of the sum with respect to log_q,
             up to a multiple of q; elementwise.
-        expectation_of: the model ("teacher" or "student") under whose distribution the divergence
-            is a plain expectation of the difference of logits plus log-sum-exps. One pass over the
-            vocabulary is then enough. With None, a second pass sums `value` and `grad` once both
-            log-sum-exps are known.
         parameters: names of its parameters with their defaults.
     """
 
     value: Callable[..., Tensor]
     grad: Callable[..., Tensor]
-    expectation_of: str | None = None
     parameters: tuple[tuple[str, float], ...] = ()
 
     @property
@@ -54,10 +49,12 @@ class Divergence:
 
 
 def expectation_of(name: str | None) -> str | None:
-    """Return the model of `Divergence.expectation_of`; None also for a request without divergence
-    or for NLL.
+    """Return the model under whose distribution a divergence is an expectation of log-ratios.
+
+    "teacher" for KL, "student" for reverse KL: backends sum these two in one pass over the
+    vocabulary. None for the others, for NLL, and for a request without divergence.
     """
-    return DIVERGENCES[name].expectation_of if name in DIVERGENCES else None
+    return {"kl": "teacher", "reverse_kl": "student"}.get(name)
 
 
 def needs_second_pass(name: str | None) -> bool:
@@ -173,8 +170,8 @@ def _skew_kl_grad(log_q: Tensor, log_p: Tensor) -> Tensor:
 
 
 DIVERGENCES: dict[str, Divergence] = {
-    "kl": Divergence(_kl_value, _kl_grad, expectation_of="teacher"),
-    "reverse_kl": Divergence(_reverse_kl_value, _reverse_kl_grad, expectation_of="student"),
+    "kl": Divergence(_kl_value, _kl_grad),
+    "reverse_kl": Divergence(_reverse_kl_value, _reverse_kl_grad),
     "jsd": Divergence(_jsd_value, _jsd_grad),
     "skew_kl": Divergence(_skew_kl_value, _skew_kl_grad),
 }

@@ -2,6 +2,7 @@
 why not.
 """
 
+import re
 import shutil
 import subprocess
 import threading
@@ -127,38 +128,41 @@ def test_one_process_compiles_and_others_wait(cache, monkeypatch, tmp_path):
     assert compiler.calls == 0
 
 
-def test_kernels_of_another_torch_are_not_loaded(monkeypatch, tmp_path):
+TORCH = re.match(r"[0-9.]+", torch.__version__)[0]
+
+
+@pytest.mark.parametrize(
+    ("marker", "found"),
+    [
+        ("2.1.7; interface 2;", ("2.1.7", extension.INTERFACE)),
+        (f"{TORCH};", (TORCH, 1)),
+        (f"{TORCH}; interface 99;", (TORCH, 99)),
+    ],
+)
+def test_kernels_of_another_torch_or_interface_are_not_loaded(monkeypatch, tmp_path, marker, found):
+    """The last two are of an installation in place whose sources changed since it was built."""
     file = tmp_path / "_C.so"
-    file.write_bytes(b"\x7fELF ... fdd_kernels built for torch 2.1.7; ...")
-    assert extension.built_for(file) == "2.1.7"
+    file.write_bytes(f"\x7fELF ... fdd_kernels built for torch {marker} ...".encode("latin-1"))
+    assert extension.built_for(file) == found
     spec = type("Spec", (), {"origin": str(file)})
     monkeypatch.setattr(extension.importlib.util, "find_spec", lambda name: spec)
     monkeypatch.delenv("FDD_KERNELS_BUILD", raising=False)
     assert extension._ahead_of_time() is None  # compiles them next
     monkeypatch.setenv("FDD_KERNELS_BUILD", "0")
-    with pytest.raises(
-        Missing, match=r"compiled for torch 2.1.7, and this is torch .* install the package again"
-    ):
+    message = rf"compiled for torch {found[0]}, interface {found[1]}, .* install the package again"
+    with pytest.raises(Missing, match=message):
         extension._ahead_of_time()
 
 
 @pytest.mark.skipif(extension.kernels is None, reason="no C++ kernels here")
 def test_the_kernels_say_what_they_were_built_for():
-    version = extension.built_for(Path(extension.origin))
-    assert version is None or torch.__version__.startswith(version)
+    assert extension.built_for(Path(extension.origin)) == (TORCH, extension.INTERFACE)
 
 
 def test_a_broken_file_is_a_reason(tmp_path):
     (tmp_path / "_C.so").write_text("not a library")
     with pytest.raises(Missing, match=r"do not load .*: remove "):
         extension._loaded(tmp_path / "_C.so")
-
-
-def test_a_file_of_other_sources_is_a_reason(tmp_path):
-    """Of an installation in place whose sources changed, and that was not built again."""
-    (tmp_path / "_C.py").write_text("def stats(): ...")
-    with pytest.raises(Missing, match=r"_C.py was compiled from other sources: install the pack"):
-        extension._loaded(tmp_path / "_C.py")
 
 
 def test_first_use_under_torch_compile(monkeypatch):

@@ -68,6 +68,7 @@ def test_the_engine_names_no_objective():
     """Not even in a message or a type."""
     for module in (ROOT / "engine").rglob("*.py"):
         assert "objectives" not in {name.split(".")[1] for name in imported(module)}
+        assert "fdd_loss" not in module.read_text()
 
 
 def test_reading_text_needs_no_terminal_library():

@@ -35,8 +35,8 @@ LOG_FILE, FAILURE_FILE = "build.log", "failed.json"
 _loading = threading.Lock()
 
 
-# Of csrc/module.cpp: an extension without one of them is of another version.
-_FUNCTIONS = ("bf16_gemm", "cache_size", "divergences", "grad", "grad_of_cached", "stats")
+# The number of kBuiltFor in csrc/module.cpp.
+INTERFACE = 2
 
 
 class _Missing(Exception):
@@ -76,12 +76,16 @@ def _find() -> None:
     globals().update(kernels=kernels, origin=origin, why_missing=reason)
 
 
-def built_for(file: Path) -> str | None:
-    """Find the version of torch that an extension was compiled for, without loading it; None if
-    the file does not say.
+def built_for(file: Path) -> tuple[str, int] | None:
+    """Find the version of torch and the interface that an extension was compiled for.
+
+    Reads the file without loading it. None if the file does not say; interface 1 did not say its
+    number.
     """
-    found = re.search(rb"fdd_kernels built for torch ([0-9.]+)", file.read_bytes())
-    return found and found[1].decode()
+    found = re.search(
+        rb"fdd_kernels built for torch ([0-9.]+)[^;]*;(?: interface ([0-9]+);)?", file.read_bytes()
+    )
+    return found and (found[1].decode(), int(found[2] or 1))
 
 
 def _release(version: str) -> str:
@@ -90,17 +94,18 @@ def _release(version: str) -> str:
 
 
 def _ahead_of_time() -> tuple[ModuleType, str] | None:
-    """Load the extension that the installation compiled, if there is one for this torch."""
+    """Load the extension of the installation, if it is for this torch and this package."""
     spec = importlib.util.find_spec("fdd_kernels._C")
     if spec is None or spec.origin is None:
         return None
-    version = built_for(Path(spec.origin))
-    if version is not None and version != _release(torch.__version__):
+    wanted, found = (_release(torch.__version__), INTERFACE), built_for(Path(spec.origin))
+    if found is not None and found != wanted:
         if _forbidden():
             raise _Missing(
-                f"the package's C++ kernels were compiled for torch {version}, and this is torch "
-                f"{torch.__version__}: install the package again, or leave FDD_KERNELS_BUILD unset "
-                "and they are compiled at their first use"
+                f"the package's C++ kernels were compiled for torch {found[0]}, interface "
+                f"{found[1]}, and this is torch {torch.__version__}, interface {INTERFACE}: "
+                "install the package again, or leave FDD_KERNELS_BUILD unset and they are "
+                "compiled at their first use"
             )
         return None
     return _loaded(Path(spec.origin))
@@ -115,8 +120,6 @@ def _loaded(file: Path) -> tuple[ModuleType, str]:
         raise _Missing(
             f"the C++ kernels do not load ({error}): remove {file} and install the package again"
         ) from None
-    if not all(hasattr(module, name) for name in _FUNCTIONS):
-        raise _Missing(f"{file} was compiled from other sources: install the package again")
     sys.modules["fdd_kernels._C"] = module
     return module, str(file)
 
