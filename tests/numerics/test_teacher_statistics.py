@@ -42,7 +42,10 @@ def _rows(problem):
         if problem.labels is None
         else problem.labels != -100
     )
-    pick = lambda hidden: tuple(h.detach()[keep].requires_grad_(h.requires_grad) for h in hidden)  # noqa: E731
+
+    def pick(hidden):
+        return tuple(h.detach()[keep].requires_grad_(h.requires_grad) for h in hidden)
+
     labels = None if problem.labels is None else problem.labels[keep]
     return replace(
         problem,

@@ -11,7 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fdd_kernels.backends.torch_stream import MIB, choose_tiles, scale_and_cap_
+from fdd_kernels.backends.torch_stream import choose_tiles, scale_and_cap_
+from fdd_kernels.common.sizes import MIB
 from fdd_kernels.lens.spec import LensSpec
 from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.fdd.plan import Plan, build_plan
