@@ -123,7 +123,7 @@ def dense_call(problem: Problem, unit: float | None, options: dict[str, Any]) ->
             off = scale * gemm_rounding(h, weight, bias, unit)
             off = off + 3 * unit * u.abs().where(u.isfinite(), 0.0)
             models[-1].append((u, off.detach()))
-    denominator = loss_denominator(o.reduction, tensors, items)
+    denominator = loss_denominator(o.reduction, tensors.rows, tensors.valid, tensors.device, items)
     return DenseCall(o, plan, unit, tensors.valid, denominator, *models)
 
 

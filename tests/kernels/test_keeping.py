@@ -164,7 +164,9 @@ def test_a_step_on_a_device_reads_nothing_back(monkeypatch):
         tensors = p.shifted(-100).flattened(-100, plan.layers)
         check_labels(tensors.labels, -100, plan.spec.columns)
         inputs = used_by(plan, tensors)
-        denominator = loss_denominator(options.reduction, inputs, items)
+        denominator = loss_denominator(
+            options.reduction, inputs.rows, inputs.valid, inputs.device, items
+        )
         objective = FDDObjective.of(plan, inputs, denominator)
         loss = evaluate_call(Call(objective, inputs, "torch", ROWS))[0]
         leaves = list(p.leaves.values())

@@ -160,6 +160,20 @@ def test_pickles_of_yesterday_are_read():
         assert pickle.loads(b"cfdd_kernels.config\nFDDConfig\n.") is FDDConfig
 
 
+def test_names_that_have_left_a_module_that_kept_its_path():
+    from fdd_kernels.teacher_cache import hidden, identity, writer
+
+    names = dict.fromkeys(
+        ("FINAL", "KIND", "TeacherCache", "layer_name", "write_teacher_cache"), hidden
+    )
+    for name, home in {**names, "describe_model": identity}.items():
+        with pytest.warns(DeprecationWarning, match=f"{name} is now in {home.__name__}"):
+            assert getattr(writer, name) is getattr(home, name)
+    assert writer.tokenizer_digest is identity.tokenizer_digest
+    with pytest.raises(ImportError, match="no_such_name"):
+        from fdd_kernels.teacher_cache.writer import no_such_name  # noqa: F401
+
+
 def test_modules_that_are_packages_now():
     from fdd_kernels.cli import NOT_OPTIONS, build_parser, main  # noqa: F401
     from fdd_kernels.data.records import Message  # noqa: F401
