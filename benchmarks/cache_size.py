@@ -69,8 +69,10 @@ def ways(weight_VD: Tensor) -> dict[str, tuple[int, Way]]:
 
     sizes = {name: codec.bytes_per_row(width) for name, codec in CODECS.items()}
     found = {f"states, {name}": (size, decoded(name)) for name, size in sizes.items()}
-    rounded: Way = lambda _, logits, log_p: logits.to(torch.bfloat16).double().log_softmax(-1)  # noqa: E731
-    found["logits, bfloat16, all"] = 2 * vocabulary, rounded
+    found["logits, bfloat16, all"] = (
+        2 * vocabulary,
+        lambda _, logits, log_p: logits.to(torch.bfloat16).double().log_softmax(-1),
+    )
     for name in ("bfloat16", "int8"):
         size, k = sizes[name], sizes[name] // SMALL_ENTRY
         found[f"top {k} logits, renormalised"] = size, top(k, tail=False)

@@ -111,7 +111,7 @@ def run(measure: str, folder: Path, threads: int) -> dict[str, float]:
         """Time the fetch of the head."""
         states = distiller.teacher_states(batch)
         start = time.perf_counter()
-        head = distiller.teacher.lens.read_head()
+        head = distiller.teacher.reader.read_head()
         seconds = time.perf_counter() - start
         del states, head
         return seconds

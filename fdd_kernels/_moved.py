@@ -1,5 +1,8 @@
-"""Old module paths, kept for one release: each gives the names of the new module and a
-DeprecationWarning.
+"""Resolve old module paths for one release, with a DeprecationWarning.
+
+An old path gives the names of the new module, and old names by `SPLIT` and `RENAMED`. Internals
+whose signature has changed are gone, since an old call of them would be a misleading TypeError;
+tests/spec/test_moved.py lists them.
 """
 
 from __future__ import annotations
@@ -90,11 +93,13 @@ SPLIT = {
 RENAMED = {
     "models.positions.counted_positions": "hf.positions.valid_positions",
     "distill_command.run._ResumableTrainer": "cli.distill.trainer.ResumableTrainer",
-    "spec.Read": "lens.spec.Request",
-    "functions.LossAndGradient": "engine.cached_logits.OutputsAndGradients",
-    "functions.tensors_of": "engine.autograd.flatten",
+    "models.positions.counting_rows": "hf.positions.ignore_rows_from",
+    "planner.loss.HEAD_PRODUCT_BYTES": "memory.loss.HEAD_GEMM_BYTES",
+    "spec.READ_STATS": "lens.layout.REQUEST_STATS",
+    "teacher_cache.index.plan_shards": "teacher_cache.format.split_into_shards",
     "terms.combine": "objectives.fdd.objective.reduce_terms",
-    "terms.normaliser_of": "objectives.reduction.loss_denominator",
+    "terms.divisor_of": "objectives.reduction.safe_denominator",
+    "vocab_parallel.SENT_READ_STATS": "engine.shards.SENT_REQUEST_STATS",
     "vocab_parallel.second_pass_reads": "engine.shards.second_pass_requests",
 }
 
@@ -123,6 +128,8 @@ class _MovedModule(types.ModuleType):
         if full in RENAMED:
             home, _, name = RENAMED[full].rpartition(".")
             return getattr(importlib.import_module(f"fdd_kernels.{home}"), name)
+        if full == "config.BACKENDS":
+            return importlib.import_module("fdd_kernels.backends").backend_names()
         for home in SPLIT.get(old, ()):
             other = importlib.import_module(f"fdd_kernels.{home}")
             if not hasattr(module, name) and hasattr(other, name):

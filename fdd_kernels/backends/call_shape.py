@@ -21,6 +21,7 @@ class CallShape:
         teacher_head: the teacher has logits; False where its states are compared as they are.
         moments: the pairs of vectors with moments.
         threads: the CPU's.
+        device: its type, such as "cpu" or "cuda".
         device_memory: the GPU's bytes; None where they are not known.
     """
 

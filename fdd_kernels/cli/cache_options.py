@@ -80,13 +80,12 @@ class CacheOptions(TeacherOptions):
         if self.kind == "statistics":
             if self.student is None:
                 raise UserError(
-                    "kind='statistics' needs student: statistics are made for the head of one "
-                    "student"
+                    "kind='statistics' needs student: a summary is made for the head of one student"
                 )
             if self.dtype not in (None, "float32"):
                 raise UserError(
-                    f"dtype={self.dtype!r}: statistics are stored in float32, since the loss "
-                    "subtracts nearly equal ones"
+                    f"dtype={self.dtype!r}: a summary is stored in float32, since the loss "
+                    "subtracts nearly equal numbers"
                 )
             return
         defaults = {f.name: f.default for f in fields(self)}

@@ -38,7 +38,7 @@ from fdd_kernels.teacher_cache import WindowCache, write_summary_cache, write_te
 
 
 def cache_teacher(options: CacheOptions, console: Console | None = None) -> WindowCache:
-    """Cache the states or the statistics of a teacher; resume an interrupted cache.
+    """Cache the states or the summary of a teacher; resume an interrupted cache.
 
     Raises:
         UserError: teacher, data or options do not go together, the directory holds something else,
@@ -123,7 +123,7 @@ def cache_teacher(options: CacheOptions, console: Console | None = None) -> Wind
 def _loss_options(
     options: CacheOptions, teacher: nn.Module, student: nn.Module, vocabulary: Vocabulary
 ) -> LossOptions:
-    """The options of the loss that the statistics depend on."""
+    """The options of the loss that the summary depends on."""
     rows = {"student": embeddings(student), "teacher": embeddings(teacher)}
     config = fit_vocabularies(FDDConfig(vocab_size=options.vocab_size), rows, vocabulary)
     return LossOptions(
@@ -147,18 +147,18 @@ def verify_cache(output: Path, console: Console | None = None) -> None:
 
 
 def _report(cache: WindowCache, console: Console) -> None:
-    rows = cache.reader.contents["windows"]["rows"]
+    rows = cache.files.contents["windows"]["rows"]
     table = Table(
         cache.kind, "stored as", "error, mean", "error, worst position", title=str(cache.path)
     )
-    for name, spec in cache.reader.arrays.items():
+    for name, spec in cache.files.arrays.items():
         error = cache.relative_error[name]
         table.add_row(name, spec.codec, f"{error['mean']:.2g}", f"{error['worst_row']:.2g}")
     console.print(table)
-    per_position = sum(spec.bytes_per_row for spec in cache.reader.arrays.values())
+    per_position = sum(spec.bytes_per_row for spec in cache.files.arrays.values())
     logits = 2 * cache.vocabulary * (len(cache.layers) + 1)
     console.print(
-        f"{len(cache)} windows, {rows} valid tokens, {show(cache.reader.bytes)}; {per_position} "
+        f"{len(cache)} windows, {rows} valid tokens, {show(cache.files.bytes)}; {per_position} "
         f"bytes a token, where bfloat16 logits would take {logits}. Train with fdd-kernels "
         f"distill --teacher-cache {cache.path}",
         soft_wrap=True,

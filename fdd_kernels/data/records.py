@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fdd_kernels.common.errors import UserError
-from fdd_kernels.data.messages import Chat, chat_of, check_messages, messages_of_share_gpt
+from fdd_kernels.data.messages import Chat, Message, chat_of, check_messages, messages_of_share_gpt
 
 _SHAPES = (
     '"text", "prompt" and "completion", "messages", "conversations", "instruction" and "output", '
@@ -206,7 +206,7 @@ def _value(entry: dict[str, Any], source: str) -> str | tuple[str, str] | Chat |
         )
     if "instruction" in entry and "output" in entry:
         question = [text("instruction"), text("input") if entry.get("input") else ""]
-        messages = [
+        messages: list[Message] = [
             {"role": "user", "content": "\n\n".join(filter(None, question))},
             {"role": "assistant", "content": text("output")},
         ]

@@ -43,7 +43,7 @@ def _unpack(arguments: tuple) -> tuple[LensInputs, LensSpec, str, tuple]:
 def lens_stats(*arguments):
     """Statistics: shifts (2, L, R), requests (requests, 4, R), moments (moments, 7, R)."""
     inputs, spec, backend, _ = _unpack(arguments)
-    # The operations choose the precision of their products themselves.
+    # The operations choose the precision of their GEMMs themselves.
     with torch.autocast(inputs.device.type, enabled=False):
         return BACKENDS[backend].stats(inputs, spec)
 

@@ -106,7 +106,7 @@ class Distiller:
         self._require_shared_vocabulary()
         compile_blocks(student, self.student.blocks)
         self.options = self._loss_options()
-        self._compare = DistillationLoss(self.options, self.teacher, vocab_group)
+        self._compare = DistillationLoss()
         self._require_trainable(self.student.read_head())
         self.teacher.require(self.config, self.options, self._needed(self.teacher_layers))
 
@@ -232,11 +232,12 @@ class Distiller:
         Raises:
             RuntimeError: a head is sharded over processes where the loss is computed; says what to
                 do.
-            ValueError: `teacher_states` lack the final state, which this loss needs; no labels, and
-                an attention_mask of another shape; labels that are not one a token; tokens or
-                positions that a model does not have; DistributedDataParallel without
-                `find_unused_parameters`, and parameters that get no gradient; a router loss that is
-                asked for and cannot be computed.
+            ValueError: `teacher_states` lack the final state, which this loss needs, or are hidden
+                states where the teacher is a cached summary; no labels, and an attention_mask of
+                another shape; labels that are not one a token; tokens or positions that a model
+                does not have; DistributedDataParallel without `find_unused_parameters`, and
+                parameters that get no gradient; a router loss that is asked for and cannot be
+                computed.
             TypeError: `batch` is no mapping of tensors.
         """
         check_batch(batch)
@@ -297,7 +298,15 @@ class Distiller:
                 for t in (weight, bias)
             )
         student = StudentSide(states, weight, bias, vocabulary)
-        terms = self._compare(student, targets, batch, num_items_in_batch)
+        terms = self._compare(
+            student,
+            self.teacher,
+            targets,
+            batch,
+            self.options,
+            num_items_in_batch,
+            self.vocab_group,
+        )
         if not coefficient:
             return terms, None
         share = self._share(batch, num_items_in_batch).to(terms.loss.device)

@@ -20,81 +20,52 @@ from fdd_kernels.objectives.inputs import LossInputs
 
 
 class DistillationLoss:
-    """`loss(student, targets, batch, num_items_in_batch)` -> `FDDLossTerms`.
+    """`loss(student, teacher, targets, batch, options)` -> `FDDLossTerms`.
 
-    Args:
-        options: the loss options, soft caps and scales included.
-        teacher: whose head hidden targets are multiplied by.
-        vocab_group: the process group that splits the rows of both heads, or None.
+    Between calls it stores the `SummaryLoss` of the last summary alone.
     """
 
-    def __init__(self, options: LossOptions, teacher: Teacher, vocab_group) -> None:
-        self.options, self.teacher, self.vocab_group = options, teacher, vocab_group
+    def __init__(self) -> None:
         self._summary_loss: SummaryLoss | None = None
-        self._summary_key: tuple | None = None  # the student's head and cache that it is for
+        self._summary_key: tuple | None = None  # the student's head and summary that it is for
 
     def __call__(
         self,
         student: StudentSide,
+        teacher: Teacher,
         targets: Targets,
         batch: Mapping[str, Tensor],
-        num_items_in_batch: Tensor | float | None,
+        options: LossOptions,
+        num_items_in_batch: Tensor | float | None = None,
+        vocab_group: torch.distributed.ProcessGroup | None = None,
     ) -> FDDLossTerms:
         """Compute the loss of one batch.
 
+        Args:
+            teacher: whose head hidden targets are multiplied by.
+            options: soft caps and scales included.
+            vocab_group: the process group that splits the rows of both heads.
+
         Raises:
-            ValueError: hidden targets without the final state, where the loss needs it; a summary
-                of another student's head, or with `vocab_group`.
+            ValueError: hidden targets without the final state, where the loss needs it, or of a
+                teacher without a head; a summary of another student's head, or with `vocab_group`.
         """
-        of = self._of_summary if isinstance(targets, SummaryTargets) else self._of_hidden
-        return of(student, targets, batch, num_items_in_batch)
-
-    def _of_hidden(
-        self, student: StudentSide, targets: HiddenTargets, batch, num_items_in_batch
-    ) -> FDDLossTerms:
-        options, device = self.options, student.weight.device
-        targets = targets[-len(student.states) :]
-        if targets[-1] is None and options.compares_output:
-            raise ValueError(
-                "teacher_states has no final state, which output_kd_weight or output_in_dynamics "
-                "asks for: take the teacher_states of this distiller, or of one whose loss needs "
-                "the final state too"
+        if not isinstance(targets, SummaryTargets):
+            inputs = _of_hidden(
+                student, teacher, targets, batch, options, num_items_in_batch, vocab_group
             )
-        weight, bias = self._teacher_head(device, student.vocabulary)
-        inputs = LossInputs(
-            _complete(student.states, batch, student.weight),
-            student.weight,
-            _complete(targets, batch, weight),
-            weight,
-            next_labels(batch, options.ignore_index),
-            student_bias=student.bias,
-            teacher_bias=bias,
-            mask=valid_positions(batch, options.ignore_index).to(device),
-            num_items_in_batch=num_items_in_batch,
-        )
-        return FDDLossTerms(*evaluate(fdd_call(inputs, options, self.vocab_group)))
-
-    @torch.no_grad()
-    def _teacher_head(self, device: torch.device, vocabulary: int) -> tuple[Tensor, Tensor | None]:
-        """Fetch the teacher's head for this call, dequantised and merged. It is not stored between
-        calls, to save memory.
-        """
-        head = self.teacher.head(device)
-        if self.vocab_group is not None:
-            group = self.vocab_group
-            head = [own_rows("the teacher's head", t, group, vocabulary) for t in head]
-        weight, bias = head
-        return weight.to(device), None if bias is None else bias.to(device)
+            return FDDLossTerms(*evaluate(fdd_call(inputs, options, vocab_group)))
+        if vocab_group is not None:
+            raise ValueError(
+                "vocab_group splits the student's head, which a cached summary needs whole: use a "
+                "cache of states"
+            )
+        return self._of_summary(student, targets, batch, options, num_items_in_batch)
 
     def _of_summary(
-        self, student: StudentSide, targets: SummaryTargets, batch, num_items_in_batch
+        self, student: StudentSide, targets: SummaryTargets, batch, options, num_items_in_batch
     ) -> FDDLossTerms:
-        if self.vocab_group is not None:
-            raise ValueError(
-                "vocab_group splits the student's head, which a cache of statistics needs whole: "
-                "use a cache of states"
-            )
-        loss, ignore = self._loss_of_summary(student, targets), self.options.ignore_index
+        loss, ignore = self._loss_of_summary(student, targets, options), options.ignore_index
         *sampled, final = student.states
         # Without trajectory and derivative no layer is sampled, and the loss uses none of these.
         sampled = sampled or [final] * (targets.layers - 1)
@@ -107,23 +78,79 @@ class DistillationLoss:
         labels = next_labels(batch, ignore).flatten()[places]
         return loss(hidden, summary, labels, num_items_in_batch=num_items_in_batch)
 
-    def _loss_of_summary(self, student: StudentSide, targets: SummaryTargets) -> SummaryLoss:
+    def _loss_of_summary(
+        self, student: StudentSide, targets: SummaryTargets, options: LossOptions
+    ) -> SummaryLoss:
         """Return the loss for the student's head. Compares its SHA-256 with the summary's at the
         first call, and again whenever the head has moved or changed.
         """
-        key = (targets.head, student.weight.data_ptr(), student.weight._version)
+        head = student.weight
+        key = (targets.head, targets.layers, options, head.data_ptr(), head._version)
         if self._summary_loss is None or self._summary_key != key:
-            if head_digest(student.weight, student.bias) != targets.head:
+            if head_digest(head, student.bias) != targets.head:
                 raise ValueError(
-                    f"the student's head is not the one that the statistics in {targets.source} "
-                    "were made for (SHA-256 differs): statistics serve one frozen head. Freeze the "
-                    "head and cache the teacher again, or use a cache of states"
+                    f"the student's head is not the one that the summary in {targets.source} was "
+                    "made for (SHA-256 differs): a summary serves one frozen head. Freeze the head "
+                    "and cache the teacher again, or use a cache of states"
                 )
-            self._summary_loss = SummaryLoss(
-                self.options, targets.layers, student.weight, student.bias
-            )
+            self._summary_loss = SummaryLoss(options, targets.layers, head, student.bias)
             self._summary_key = key
         return self._summary_loss
+
+
+def _of_hidden(
+    student: StudentSide,
+    teacher: Teacher,
+    targets: HiddenTargets,
+    batch: Mapping[str, Tensor],
+    options: LossOptions,
+    num_items_in_batch,
+    vocab_group,
+) -> LossInputs:
+    """Check hidden targets and put both sides together."""
+    device = student.weight.device
+    targets = targets[-len(student.states) :]
+    if targets[-1] is None and options.compares_output:
+        raise ValueError(
+            "teacher_states has no final state, which output_kd_weight or output_in_dynamics "
+            "asks for: take the teacher_states of this distiller, or of one whose loss needs the "
+            "final state too"
+        )
+    weight, bias = _teacher_head(teacher, device, vocab_group, student.vocabulary)
+    return LossInputs(
+        _complete(student.states, batch, student.weight),
+        student.weight,
+        _complete(targets, batch, weight),
+        weight,
+        next_labels(batch, options.ignore_index),
+        student_bias=student.bias,
+        teacher_bias=bias,
+        mask=valid_positions(batch, options.ignore_index).to(device),
+        num_items_in_batch=num_items_in_batch,
+    )
+
+
+@torch.no_grad()
+def _teacher_head(
+    teacher: Teacher, device: torch.device, vocab_group, vocabulary: int
+) -> tuple[Tensor, Tensor | None]:
+    """Fetch the teacher's head for this call, dequantised and merged. It is not stored between
+    calls, to save memory.
+
+    Raises:
+        ValueError: the teacher has none.
+    """
+    head = teacher.head(device)
+    if head is None:
+        raise ValueError(
+            "teacher_states are hidden states, which need the teacher's head, but the teacher "
+            f"({teacher.name}) is a summary without one: take the teacher_states of this "
+            "distiller, or make the Distiller with the teacher or a cache of its states"
+        )
+    if vocab_group is not None:
+        head = [own_rows("the teacher's head", t, vocab_group, vocabulary) for t in head]
+    weight, bias = head
+    return weight.to(device), None if bias is None else bias.to(device)
 
 
 def _complete(

@@ -29,9 +29,9 @@ def valid_positions(batch: Mapping[str, Tensor], ignore_index: int) -> Tensor:
         return attended
     if batch.get("attention_mask") is not None:
         raise ValueError(
-            "without labels every attended position counts, but attention_mask does not say which "
-            f"those are: it is not of the shape {tuple(token_shape(batch))} (batch, sequence). "
-            f"Pass one that is, or labels, with {ignore_index} for what does not count"
+            "without labels every attended position is valid, but attention_mask does not say "
+            f"which are: it is not of the shape {tuple(token_shape(batch))} (batch, sequence). "
+            f"Pass one that is, or labels, with {ignore_index} where a token is to be ignored"
         )
     return torch.ones(token_shape(batch), dtype=torch.bool)
 

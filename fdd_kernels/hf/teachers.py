@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 
@@ -69,15 +70,26 @@ class Teacher(ABC):
         """The name of `targets` in earlier releases."""
         return self.targets(*args, **kwargs)
 
-    def require(self, config: FDDConfig, options: LossOptions, layers: tuple[int, ...]) -> None:  # noqa: B027
+    def require(  # noqa: B027
+        self, config: FDDConfig, options: LossOptions, layers: tuple[int, ...]
+    ) -> None:
         """Raise ValueError if it cannot give targets of `layers` as `config` asks for them.
 
         `options` are the full options of the loss, with the models' soft caps and scales.
         """
 
 
-# Names of earlier releases.
-TeacherWithHead, TeacherStates = Teacher, Targets
+class TeacherWithHead(Teacher):
+    """The name of earlier releases for a teacher of hidden targets: one that overrides `head`."""
+
+    @classmethod
+    def __subclasshook__(cls, other: type) -> bool:
+        if cls is not TeacherWithHead:
+            return NotImplemented
+        return (Teacher in other.__mro__ and other.head is not Teacher.head) or NotImplemented
+
+
+TeacherStates = Targets  # the name of earlier releases
 
 
 class LiveTeacher(Teacher):
@@ -107,6 +119,12 @@ class LiveTeacher(Teacher):
     def model(self) -> nn.Module:
         """The transformers model inside wrappers."""
         return self.reader.model
+
+    @property
+    def lens(self) -> ModelReader:
+        """The name of `reader` in earlier releases."""
+        warnings.warn("LiveTeacher.lens is now .reader", DeprecationWarning, stacklevel=2)
+        return self.reader
 
     @property
     def name(self) -> str:

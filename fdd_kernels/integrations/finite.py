@@ -55,7 +55,7 @@ def require_finite(
 def warn_of_nothing(step: int) -> None:
     """Warn that a step has no valid position, and name likely causes."""
     warnings.warn(
-        f"no position counts in step {step}, so that its loss is 0 and nothing is learnt: every "
+        f"no position is valid in step {step}, so that its loss is 0 and nothing is learnt: every "
         "label is -100 (or masked, or a first token's). Look at the labels of your data: a "
         "response template that is not found, prompts as long as max_length, or a collator that "
         "masks too much give such batches",

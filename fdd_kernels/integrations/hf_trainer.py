@@ -203,7 +203,7 @@ class FDDTrainerMixin(ProvenCheckpoints):
             self._means = training
         if not weight:
             warnings.warn(
-                f"no position counts in the data of {metric_key_prefix}_loss, which is given as 0",
+                f"no position is valid in the data of {metric_key_prefix}_loss: it is given as 0",
                 stacklevel=2,
             )
         output.metrics.update({f"{metric_key_prefix}_{n}": mean for n, mean in means.items()})

@@ -42,9 +42,10 @@ class Distance:
         write_grad: `write_grad(sums, of_ss, of_st, of_dd)` writes its derivatives with respect to
             s.s, s.t and |s - t|^2 into tensors of zeros (P, R).
         centred: whether the vectors are taken about their means over the vocabulary.
-        of_features: whether it may be the trajectory's distance, between features as they are.
         directional: whether it depends on the vectors' directions, of which a difference of two
             equal hidden states has none.
+        of_features: whether the option `trajectory` may name it. The trajectory then compares the
+            vectors themselves: logits over the temperature, or features in feature space.
     """
 
     value: Callable[[Sums], Tensor]

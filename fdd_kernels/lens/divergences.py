@@ -10,8 +10,9 @@ Since log_q = z - logsumexp(z), the gradient with respect to the student's logit
 `grad - q * sum(grad)`, and a multiple of q cancels in it. A token of probability 0 (a logit of
 -inf) contributes its limit, never NaN.
 
-csrc/divergences_impl.h and triton/elementwise.py repeat the formulas; tests compare them. Every
-backend must use the same multiple of q, since the sum of `grad` may come from another one.
+`csrc/divergences_impl.h` and `backends/triton/elementwise.py` repeat the formulas; tests compare
+them. Every backend must use the same multiple of q, since the sum of `grad` may come from another
+one.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Divergence:
 
     @property
     def defaults(self) -> tuple[float, ...]:
-        """The parameters' default values."""
+        """Return the parameters' default values."""
         return tuple([default for _, default in self.parameters])
 
 
@@ -58,7 +59,7 @@ def expectation_of(name: str | None) -> str | None:
 
 
 def needs_second_pass(name: str | None) -> bool:
-    """Whether a request's divergence is summed once both log-sum-exps are known."""
+    """Say whether a request's divergence is summed once both log-sum-exps are known."""
     return name in DIVERGENCES and expectation_of(name) is None
 
 
@@ -89,16 +90,12 @@ def _far_where_weightless(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def is_near(x: Tensor) -> Tensor:
-    """Whether a few terms of e^x - 1 - x = x^2 / 2 + x^3 / 6 + ... are more accurate than the
-    difference.
-    """
+    """Mark where a few terms of x^2 / 2 + x^3 / 6 + ... are more accurate than e^x - 1 - x."""
     return x.abs() < (1e-2 if x.dtype == torch.float64 else 0.25)
 
 
 def _series(x: Tensor) -> Tensor:
-    """e^x - 1 - x where `is_near(x)`, with a relative error below 2^-24 in float32, 2^-48 in
-    float64.
-    """
+    """Compute e^x - 1 - x where `is_near(x)`; relative error below 2^-24 (float64: 2^-48)."""
     total = 1 + x / 7
     for k in (6, 5, 4, 3):
         total = 1 + x / k * total
@@ -106,7 +103,7 @@ def _series(x: Tensor) -> Tensor:
 
 
 def kl_of(p: Tensor, r: Tensor, x: Tensor) -> Tensor:
-    """The part of each token in KL(p || r), given x = log r - log p: p (e^x - 1 - x), never
+    """Compute each token's part of KL(p || r), p (e^x - 1 - x) with x = log r - log p; never
     negative.
     """
     near = is_near(x)
@@ -116,7 +113,7 @@ def kl_of(p: Tensor, r: Tensor, x: Tensor) -> Tensor:
 
 
 def _log_mixture(x: Tensor, share: float) -> Tensor:
-    """log((1 - share) + share e^x), accurate near 0 and free of overflow."""
+    """Compute log((1 - share) + share e^x), accurate near 0 and free of overflow."""
     above, below = torch.where(x > 1, x, 1.0), torch.where(x > 1, 1.0, x)
     of_above = above + torch.log1p((1 - share) * torch.expm1(-above))
     return torch.where(x > 1, of_above, torch.log1p(share * torch.expm1(below)))
@@ -157,7 +154,9 @@ def _skew_kl_value(log_q: Tensor, log_p: Tensor) -> Tensor:
 
 
 def _skew_kl_grad(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """(1 - SKEW) q - p (1 - SKEW) q / m = (1 - SKEW)^2 q (q - p) / m, m = SKEW p + (1 - SKEW) q.
+    """Compute (1 - SKEW) q - p (1 - SKEW) q / m = (1 - SKEW)^2 q (q - p) / m.
+
+    m is SKEW p + (1 - SKEW) q.
 
     The added (1 - SKEW) q makes it small where the models nearly agree. With r the smaller of q and
     p over the larger, (q - p) / m is 1 - r over the larger's weight plus r times the smaller's.

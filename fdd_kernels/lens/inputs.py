@@ -27,17 +27,17 @@ class LensInputs(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """R, valid or not."""
+        """Count the rows, valid or not: R."""
         return self.student_hidden[0].shape[0]
 
     @property
     def device(self) -> torch.device:
-        """The device of all tensors."""
+        """Return the device of all tensors."""
         return self.student_weight.device
 
     @property
     def statistics_dtype(self) -> torch.dtype:
-        """The dtype of GEMMs, sums and statistics: float64 if any input is, float32 otherwise."""
+        """Choose the dtype of GEMMs, sums and statistics: float64 if any input is, else float32."""
         tensors = (
             *self.student_hidden,
             self.student_weight,

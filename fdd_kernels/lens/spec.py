@@ -54,7 +54,7 @@ class PairMoments(NamedTuple):
 
     @property
     def layers(self) -> tuple[Layers, ...]:
-        """The one or two pairs of layers that are looked at."""
+        """List the one or two pairs of layers that are used."""
         return (self.second,) if self.first is None else (self.first, self.second)
 
 
@@ -73,7 +73,7 @@ class LensSpec:
 
     @property
     def needs_teacher(self) -> bool:
-        """False where the student's cross-entropy alone is asked for."""
+        """Say whether anything beside the student's cross-entropy is asked for."""
         return bool(self.moments) or any(request.divergence != NLL for request in self.requests)
 
     def encode(self) -> tuple[str, Tensor, int]:

@@ -3,10 +3,9 @@
 It is the gradients that the loss returns plus the buffers that the backend states
 (`Backend.memory`). For "cpu" and "triton" these are all buffers the code allocates, for "torch" and
 the dense loss the ones alive at the peak. No GPU has measured it. Memory that an allocator does not
-return comes on
-top: with glibc's defaults up to 1.7 times as much resident memory was measured where one (rows x
-vocabulary) tensor of the dense loss has less than 32 MiB. `python -m benchmarks` prints the error
-of every prediction of a run.
+return comes on top: with glibc's defaults up to 1.7 times as much resident memory was measured
+where one (rows x vocabulary) tensor of the dense loss has less than 32 MiB. `python -m benchmarks`
+prints the error of every prediction of a run.
 """
 
 from __future__ import annotations

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fdd_kernels.lens.inputs import LensInputs
-
 
 def safe_denominator(items: Tensor | float) -> Tensor | float:
     """Return a number of items as a denominator.
@@ -17,15 +15,22 @@ def safe_denominator(items: Tensor | float) -> Tensor | float:
 
 
 def loss_denominator(
-    reduction: str, inputs: LensInputs, num_items_in_batch: Tensor | float | None
+    reduction: str,
+    rows: int,
+    valid: Tensor | None,
+    device: torch.device,
+    num_items_in_batch: Tensor | float | None,
 ) -> Tensor | float | None:
-    """Return the denominator of the sum over rows, or None for a plain sum."""
+    """Return the denominator of the sum over R rows, or None for a plain sum.
+
+    `valid` (R,) is None where every row is valid.
+    """
     if num_items_in_batch is None:
         if reduction != "mean":
             return None
-        return max(inputs.rows, 1) if inputs.valid is None else inputs.valid.sum().clamp(min=1)
+        return max(rows, 1) if valid is None else valid.sum().clamp(min=1)
     if isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.reshape(()).to(inputs.device)
+        num_items_in_batch = num_items_in_batch.reshape(()).to(device)
     return safe_denominator(num_items_in_batch)
 
 

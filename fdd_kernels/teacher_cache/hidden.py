@@ -13,8 +13,9 @@ from fdd_kernels.hf.targets import HiddenTargets
 from fdd_kernels.hf.teachers import LiveTeacher
 from fdd_kernels.teacher_cache.codec import CODECS
 from fdd_kernels.teacher_cache.format import ArraySpec
+from fdd_kernels.teacher_cache.identity import describe_teacher
 from fdd_kernels.teacher_cache.reader import WindowCache
-from fdd_kernels.teacher_cache.writer import CachedQuantity, describe_teacher, write_cache
+from fdd_kernels.teacher_cache.writer import CachedQuantity, write_cache
 
 KIND = "states"
 FINAL = "final"
@@ -111,8 +112,8 @@ class TeacherCache(WindowCache):
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
-        self.dtype: torch.dtype = getattr(torch, self.reader.contents["dtype"])
-        self._head = self.reader.once("head")
+        self.dtype: torch.dtype = getattr(torch, self.files.contents["dtype"])
+        self._head = self.files.once("head")
 
     def head(self, device: torch.device | None = None) -> tuple[Tensor, Tensor | None]:
         """Return the head; moved to `device` once, if given, and left there."""
@@ -140,7 +141,7 @@ class TeacherCache(WindowCache):
         places = places.to(device)
 
         def spread(name: str) -> Tensor:
-            rows = self.reader.rows(name, windows, self.table.rows, dtype=self.dtype, device=device)
+            rows = self.files.rows(name, windows, self.table.rows, dtype=self.dtype, device=device)
             flat = rows.new_zeros(shape.numel(), rows.shape[1])
             return flat.index_copy_(0, places, rows).view(*shape, -1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
@@ -172,8 +173,8 @@ class WindowCache(Teacher):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.reader = CacheReader(path, self.kind)
-        contents = self.reader.contents
+        self.files = CacheReader(path, self.kind)
+        contents = self.files.contents
         self.layers: tuple[int, ...] = tuple(contents["layers"])
         self.depth: int = contents["depth"]
         self.name = f"a cached {contents['teacher']['class']} of {self.depth} blocks"
@@ -181,9 +182,15 @@ class WindowCache(Teacher):
         self.apply_final_norm: bool = contents["apply_final_norm"]
         self.transform = LogitTransform(contents["logit_scale"], contents["softcap"])
         self.max_length: int = contents["windows"]["max_length"]
-        self.relative_error: dict[str, dict[str, float]] = self.reader.index["relative_error"]
-        self.digest = self.reader.digest
-        self.table = WindowTable(self.reader.once("windows"), contents["windows"]["train"])
+        self.relative_error: dict[str, dict[str, float]] = self.files.index["relative_error"]
+        self.digest = self.files.digest
+        self.table = WindowTable(self.files.once("windows"), contents["windows"]["train"])
+
+    @property
+    def reader(self) -> CacheReader:
+        """The name of `files` in earlier releases."""
+        warnings.warn("WindowCache.reader is now .files", DeprecationWarning, stacklevel=2)
+        return self.files
 
     def __reduce__(self):
         return type(self), (self.path,)
@@ -206,7 +213,7 @@ class WindowCache(Teacher):
     @property
     def windows(self) -> Windows:
         """Both splits, as `fdd_kernels.data.load_windows` would return them."""
-        counted = self.reader.contents["windows"]
+        counted = self.files.contents["windows"]
         return Windows(
             self.dataset("train"), self.dataset("held_out"), train_tokens=counted["train_tokens"]
         )
@@ -217,7 +224,7 @@ class WindowCache(Teacher):
         Raises:
             ValueError: names the files that changed since they were written.
         """
-        self.reader.verify()
+        self.files.verify()
 
     def require(self, config: FDDConfig, options: LossOptions, layers: tuple[int, ...]) -> None:
         missing = [layer for layer in layers if layer not in self.layers]

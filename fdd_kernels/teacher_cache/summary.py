@@ -21,8 +21,9 @@ from fdd_kernels.hf.teachers import LiveTeacher
 from fdd_kernels.objectives.fdd.options import FDDConfig, LossOptions
 from fdd_kernels.objectives.fdd.summary import SummaryMaker, check_options, summary_widths
 from fdd_kernels.teacher_cache.format import ArraySpec
+from fdd_kernels.teacher_cache.identity import describe_teacher
 from fdd_kernels.teacher_cache.reader import WindowCache
-from fdd_kernels.teacher_cache.writer import CachedQuantity, describe_teacher, write_cache
+from fdd_kernels.teacher_cache.writer import CachedQuantity, write_cache
 
 KIND = "statistics"  # of the index: its name on disk
 # Options that decide the summary, besides both heads; all others may vary from run to run.
@@ -141,13 +142,13 @@ class SummaryCache(WindowCache):
 
     def __init__(self, path: str | Path) -> None:
         super().__init__(path)
-        self._fixed: dict[str, Any] = self.reader.contents["options"]
+        self._fixed: dict[str, Any] = self.files.contents["options"]
 
     def require(self, config: FDDConfig, options: LossOptions, layers: tuple[int, ...]) -> None:
         if layers and layers != self.layers:
             raise ValueError(
-                f"the run compares teacher layers {list(layers)}, but the statistics in "
-                f"{self.path} are of {list(self.layers)} and of the changes between them: give the "
+                f"the run compares teacher layers {list(layers)}, but the summary in "
+                f"{self.path} is of {list(self.layers)} and of the changes between them: give the "
                 "same layers, or cache the teacher again"
             )
         super().require(config, options, layers)
@@ -155,7 +156,7 @@ class SummaryCache(WindowCache):
         for name, value in self._fixed.items():
             if getattr(options, name) != value:
                 raise ValueError(
-                    f"{name}={getattr(options, name)!r}, but the statistics in {self.path} were "
+                    f"{name}={getattr(options, name)!r}, but the summary in {self.path} was "
                     f"made with {name}={value!r}: give the same, or cache the teacher again"
                 )
 
@@ -171,14 +172,14 @@ class SummaryCache(WindowCache):
         windows, places = self.table.match(batch)
         options = {"dtype": torch.float32, "device": batch["input_ids"].device}
         summary = {
-            name: self.reader.rows(name, windows, self.table.rows, **options)
-            for name in self.reader.arrays
+            name: self.files.rows(name, windows, self.table.rows, **options)
+            for name in self.files.arrays
         }
         return SummaryTargets(
             places=places.to(options["device"]),
             summary=summary,
             layers=len(self.layers) + 1,
-            head=self.reader.contents["student_head"],
+            head=self.files.contents["student_head"],
             source=str(self.path),
         )
 

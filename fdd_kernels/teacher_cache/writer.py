@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
+import importlib
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,8 +24,6 @@ from fdd_kernels.common.atomic import (
     write_text,
 )
 from fdd_kernels.data import Windows, file_digest, pad_windows
-from fdd_kernels.hf.layers import require_layers
-from fdd_kernels.hf.teachers import LiveTeacher
 from fdd_kernels.teacher_cache import SHARD_SIZE
 from fdd_kernels.teacher_cache.codec import CODECS
 from fdd_kernels.teacher_cache.format import (
@@ -39,10 +38,15 @@ from fdd_kernels.teacher_cache.format import (
     split_into_shards,
     stored_tensors,
 )
+from fdd_kernels.teacher_cache.identity import tokenizer_digest
 from fdd_kernels.teacher_cache.windows import CachedWindows, WindowTable, pack_windows
 from fdd_kernels.version import __version__
 
 _SHARD = "shard-{:05d}.safetensors"
+# Names that were here in earlier releases, by their module.
+_MOVED = dict.fromkeys(
+    ("FINAL", "KIND", "TeacherCache", "layer_name", "write_teacher_cache"), "hidden"
+) | {"describe_model": "identity"}
 
 
 @dataclass(frozen=True)
@@ -65,41 +69,6 @@ class CachedQuantity:
     contents: dict[str, Any]
     once: dict[str, dict[str, Tensor]]
     rows: Callable[[Mapping[str, Tensor], Tensor], dict[str, Tensor]]
-
-
-def describe_teacher(
-    teacher: LiveTeacher, layers: Sequence[int], apply_final_norm: bool
-) -> dict[str, Any]:
-    """Return what every kind of cache says of its teacher in `contents`. Hashes all weights.
-
-    Weights that are not plain tensors in memory (offloaded, quantised) enter the hash by name and
-    shape only.
-
-    Raises:
-        ValueError: layers that the model does not have.
-    """
-    require_layers("layers", layers, teacher.depth)
-    digest = hashlib.sha256()
-    for name, tensor in sorted(teacher.model.named_parameters()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        if tensor.device.type != "meta" and type(tensor.data) is Tensor:
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    config = json.loads(teacher.model.config.to_json_string())
-    # Leave out the path, the version that wrote the config, and the attention implementation.
-    config = {k: v for k, v in config.items() if k[0] != "_" and k != "transformers_version"}
-    return {
-        "layers": list(layers),
-        "depth": teacher.depth,
-        "apply_final_norm": apply_final_norm,
-        "vocab_size": teacher.vocabulary,
-        "softcap": teacher.transform.softcap,
-        "logit_scale": teacher.transform.scale,
-        "teacher": {
-            "class": type(teacher.model).__name__,
-            "config": config,
-            "sha256": digest.hexdigest(),
-        },
-    }
 
 
 def write_cache(
@@ -129,13 +98,12 @@ def write_cache(
             raise ValueError(f"{name}={value} must be at least 1")
     tensors = pack_windows(windows)
     table = WindowTable(tensors, len(windows.train))
-    vocabulary = None if tokenizer is None else json.dumps(sorted(tokenizer.get_vocab().items()))
     contents = {
         "kind": quantity.kind,
         **quantity.contents,
         "windows": table.describe(),
         "data": data,
-        "tokenizer": vocabulary and hashlib.sha256(vocabulary.encode()).hexdigest(),
+        "tokenizer": None if tokenizer is None else tokenizer_digest(tokenizer),
     }
     folder.mkdir(parents=True, exist_ok=True)
     with only_process(folder):
@@ -275,7 +243,7 @@ class CacheWriter:
         if different:
             raise ValueError(
                 f"{self.folder} holds another cache ({'; '.join(different[:3])}): give the same "
-                "options to go on with it, another directory, or --no-resume to remove it and "
+                "options to resume it, another directory, or --no-resume to remove it and "
                 "start again"
             )
         damaged = damaged_files(self.folder, before["files"], checksums=False)
@@ -346,3 +314,11 @@ class CacheWriter:
 
 def _record(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+
+
+def __getattr__(name: str):
+    if name not in _MOVED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = f"fdd_kernels.teacher_cache.{_MOVED[name]}"
+    warnings.warn(f"{__name__}.{name} is now in {home}", DeprecationWarning, stacklevel=2)
+    return getattr(importlib.import_module(home), name)

@@ -1,4 +1,4 @@
-"""Helpers for tests and benchmarks: random problems and error budgets."""
+"""Draw random problems for tests and benchmarks, and check error budgets."""
 
 from fdd_kernels.testing.budgets import (
     Excess,
@@ -6,7 +6,7 @@ from fdd_kernels.testing.budgets import (
     assert_within_budget,
     excesses,
 )
-from fdd_kernels.testing.gradient_floors import gradient_floors
+from fdd_kernels.testing.gradient_floors import PERTURBATIONS, gradient_floors
 from fdd_kernels.testing.problems import (
     Outcome,
     Problem,
@@ -18,6 +18,7 @@ from fdd_kernels.testing.problems import (
 from fdd_kernels.testing.value_floors import unit_roundoff, value_floors
 
 __all__ = [
+    "PERTURBATIONS",
     "Excess",
     "Outcome",
     "Problem",

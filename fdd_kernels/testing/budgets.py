@@ -1,4 +1,4 @@
-"""Error budgets, derived from the arithmetic.
+"""Compare errors with budgets that are derived from the arithmetic.
 
 A backend is right when its error against the float64 reference, row by row, is at most twice that
 of a dense computation with float32 logits on the same inputs plus a floor. The floor is what any
@@ -47,8 +47,9 @@ class Excess(NamedTuple):
 
 
 def excesses(problem: Problem, outcome: Outcome, upstream=None, **options) -> dict[str, Excess]:
-    """For every term and gradient of `outcome`, its error against float64 as a fraction of its
-    budget, per row.
+    """Compute the error of every term and gradient of `outcome` as a fraction of its budget.
+
+    Errors are per row, against float64; the row with the largest fraction is returned.
 
     The budget is twice the error of the dense computation with float32 logits on the same inputs,
     plus the floor.
@@ -100,10 +101,10 @@ def excesses(problem: Problem, outcome: Outcome, upstream=None, **options) -> di
 
 
 def assert_within_budget(problem: Problem, outcome: Outcome, upstream=None, **options) -> None:
-    """Every term and gradient of `outcome` is within its budget in every row.
+    """Check that every term and gradient of `outcome` is within its budget in every row.
 
     Raises:
-        AssertionError: naming what is not, its error and its budget.
+        AssertionError: names each tensor above its budget, its error and its budget.
     """
     failed = {
         name: e
@@ -118,7 +119,7 @@ def assert_within_budget(problem: Problem, outcome: Outcome, upstream=None, **op
 
 
 def assert_same_sums(got: Tensor, expected: Tensor, terms: int, what: str = "value") -> None:
-    """Two float64 evaluations of one formula agree up to the order of their sums.
+    """Check that two float64 evaluations of one formula agree up to the order of their sums.
 
     Each of at most `terms` additions and a dozen operations around them rounds by u of the largest
     number met, taken as the largest of `expected` or 1 (1 - cos and differences of log-sum-exps

@@ -1,4 +1,4 @@
-"""How far float32 arithmetic may move the gradients of a call; see `budgets.py`."""
+"""Bound how far float32 arithmetic may move the gradients of a call; see `budgets.py`."""
 
 import math
 from dataclasses import replace
@@ -23,11 +23,10 @@ PERTURBATIONS = 3  # random movements of the logits from which the floor of a gr
 
 
 def _moved(problem: Problem, seed: int, summation: float, unit: float, options: dict) -> Problem:
-    """The problem in float64 with every logit moved by a random amount of at most the rounding
-    error.
+    """Return the problem in float64, every logit moved at random by at most its rounding error.
 
-    Hidden states get one more unit vector per layer and row, heads as many more columns, which hold
-    the movements.
+    Hidden states get one more unit vector per layer and row. Heads get as many more columns, which
+    hold the movements.
     """
     generator = torch.Generator().manual_seed(seed)
     problem = problem.to(torch.float64)
@@ -64,17 +63,16 @@ def _moved(problem: Problem, seed: int, summation: float, unit: float, options: 
 
 
 def row_norms(gradient: Tensor) -> Tensor:
-    """2-norms over the last dimension of a gradient of hidden states or a head; of a bias, absolute
-    values.
-    """
+    """Compute 2-norms over the last dimension of a gradient; of a bias, absolute values."""
     return gradient.abs() if gradient.ndim == 1 else gradient.norm(dim=-1)
 
 
 def gradient_floors(
     problem: Problem, truth: Outcome, upstream=None, unit: float | None = None, **options
 ) -> dict[str, Tensor]:
-    """The floor of the error of every gradient, per row: see the head of this file; `truth` is of
-    `exact`.
+    """Compute the floor of the error of every gradient, per row; see `budgets.py`.
+
+    `truth` is the result of `exact`.
     """
     unit = working_unit(problem) if unit is None else unit
     columns = problem.student_weight.shape[0]
@@ -97,9 +95,9 @@ def gradient_floors(
             moves[i] = torch.maximum(torch.as_tensor(moves[i]), move)
     if not floors:
         return {}
-    products = _gemm_floors(problem, moved.gradients["student_weight"], unit, options)
+    of_gemms = _gemm_floors(problem, moved.gradients["student_weight"], unit, options)
     floors = {
-        name: floor + 2 * move + products[name]
+        name: floor + 2 * move + of_gemms[name]
         for (name, floor), move in zip(floors.items(), moves)
     }
     if problem.teacher_weight is not None:
@@ -111,13 +109,13 @@ def gradient_floors(
 def _gemm_floors(
     problem: Problem, grad_moved_weight: Tensor, unit: float, options: dict[str, Any]
 ) -> dict[str, Tensor]:
-    """What the logits' gradient G and its products with the head and with the hidden states lose,
-    per row.
+    """Bound the error of the logits' gradient G and of its GEMMs with head and hidden states, per
+    row.
 
-    Like any inner products, sqrt(n) u times the sum of the magnitudes, which counts where the sum
-    itself cancels, and u for each of the dozen operations that form an element of G. Behind a soft
-    cap that element is multiplied by 1 - tanh^2, which is off by u however small it is: there the
-    magnitude is that of the gradient in front of it.
+    A GEMM of inner dimension n loses sqrt(n) u times the sum of the magnitudes, which matters where
+    the sum itself cancels. Each of the dozen operations that form an element of G loses u. Under a
+    soft cap that element is multiplied by 1 - tanh^2, which is off by u however small it is: there
+    the magnitude is that of the gradient before this factor.
     """
     wide = problem.to(torch.float64)
     weight, width, rows = (
@@ -149,11 +147,11 @@ def _gemm_floors(
 def _denominator_floors(
     problem: Problem, upstream, unit: float, options: dict[str, Any]
 ) -> dict[str, Tensor]:
-    """What the gradients of the softmax terms lose through their normalisation, per row.
+    """Bound what the gradients of the softmax terms lose by their normalization, per row.
 
-    With respect to the logits they are slope - q sum(slope), where the sum, and q itself, are known
-    up to the error of a sum over the columns, relative to sum(|slope|). What that leaves is q times
-    a number of each row, as a gradient of the row's log-sum-exp is.
+    With respect to the logits they are grad - q sum(grad). The sum, and q itself, are known up to
+    the error of a sum over the columns, relative to sum(|grad|). The error is then q times a number
+    per row, like a gradient of the row's log-sum-exp.
     """
     problem = problem.to(torch.float64)
     call = dense_call(problem, unit, options)
@@ -163,12 +161,9 @@ def _denominator_floors(
         z_s, z_t = (model[layer][0] / temperature for model in (call.student, call.teacher))
         size = 1.0
         if name in DIVERGENCES:
-            size = (
-                DIVERGENCES[name]
-                .grad(*[z.detach().log_softmax(-1) for z in (z_s, z_t)])
-                .abs()
-                .sum(-1)
-            )
+            log_q, log_p = (z.detach().log_softmax(-1) for z in (z_s, z_t))
+            entry = DIVERGENCES[name]
+            size = entry.grad(log_q, log_p, *entry.defaults).abs().sum(-1)
         return summation_rounding(call.plan.spec.columns, unit) * size * z_s.logsumexp(-1)
 
     trajectory = output_kd = ce = None

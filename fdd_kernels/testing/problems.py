@@ -1,4 +1,4 @@
-"""Random problems of a language model's kind, and their evaluation."""
+"""Draw random problems of a language model's kind, and evaluate them."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class Problem(LossInputs):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The keyword arguments of the call, but for `num_items_in_batch`, which is an option."""
+        """Return the call's keyword arguments except `num_items_in_batch`, which is an option."""
         names = [f.name for f in fields(self) if f.name != "num_items_in_batch"]
         return {name: getattr(self, name) for name in names}
 
     @property
     def leaves(self) -> dict[str, Tensor]:
-        """The tensors that require grad: student_hidden[0], ..., student_weight, student_bias."""
+        """List what requires grad by name: student_hidden[0], ..., student_weight, student_bias."""
         named = {f"student_hidden[{i}]": h for i, h in enumerate(self.student_hidden)}
         named |= {"student_weight": self.student_weight, "student_bias": self.student_bias}
         return {name: t for name, t in named.items() if t is not None and t.requires_grad}
@@ -81,8 +81,8 @@ def random_problem(
     feature_space: bool = False,
     contiguous: bool = True,
 ) -> Problem:
-    """A random problem like a language model's: later hidden states are earlier ones plus an
-    update.
+    """Draw a problem like a language model's: a layer's hidden states are the previous layer's plus
+    an update.
 
     Args:
         leading: leading shape of the hidden states; `columns` the vocabulary (the teacher's width
@@ -188,7 +188,7 @@ def evaluate(
     leaves = problem.leaves
     upstream = upstream.expand_as(terms.loss)
     found = ()
-    if leaves:  # a state that no term reads has a gradient of 0
+    if leaves:  # a state that no term uses has a gradient of 0
         found = torch.autograd.grad(
             terms.loss, list(leaves.values()), upstream, materialize_grads=True
         )

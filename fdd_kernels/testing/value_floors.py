@@ -1,4 +1,4 @@
-"""How far float32 arithmetic may move the terms of a call; see `budgets.py`."""
+"""Bound how far float32 arithmetic may move the terms of a call; see `budgets.py`."""
 
 import math
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fdd_kernels.lens.distances import DISTANCES
 from fdd_kernels.lens.divergences import DIVERGENCES
 from fdd_kernels.objectives.fdd.loss import prepare
 from fdd_kernels.objectives.fdd.objective import reduce_terms
@@ -20,11 +21,12 @@ from fdd_kernels.testing.problems import Problem
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
-    """Half of eps: the relative error of rounding to nearest."""
+    """Return half of eps, the relative error of rounding to nearest."""
     return torch.finfo(dtype).eps / 2
 
 
 def working_unit(problem: Problem) -> float:
+    """Return the unit roundoff of GEMMs and sums: of float64 for a float64 student, or float32."""
     wide = any(t.dtype == torch.float64 for t in (*problem.student_hidden, problem.student_weight))
     return unit_roundoff(torch.float64 if wide else torch.float32)
 
@@ -32,9 +34,7 @@ def working_unit(problem: Problem) -> float:
 def gemm_rounding(
     hidden: Tensor, weight: Tensor | None, bias: Tensor | None, unit: float
 ) -> Tensor:
-    """How far h W^T + b may be off, (R, C), from float64 hidden (R, D), weight (C, D), bias
-    (C,).
-    """
+    """Bound the error of h W^T + b, (R, C); hidden (R, D), weight (C, D), bias (C,) in float64."""
     if weight is None:
         return unit * hidden.abs()
     magnitude = hidden.abs() @ weight.abs().T
@@ -44,17 +44,18 @@ def gemm_rounding(
 
 
 def summation_rounding(columns: int, unit: float) -> float:
+    """Bound the error of a log-sum-exp over so many columns."""
     return unit * (math.sqrt(columns) + math.log(columns) + 4)
 
 
 def movement(
     value: Callable[..., Tensor], vectors: tuple[Tensor, ...], independent: Tensor, common: float
 ) -> Tensor:
-    """How far value(*vectors) may move, (R,), if each element of its vectors (R, C) is off by up to
-    `independent` (R,),
+    """Bound how far value(*vectors) may move, (R,), to first order.
 
-    at random, and by up to `common` together with its row: three standard deviations, and the
-    1-norm.
+    Each element of the vectors (R, C) is off by up to `independent` (R,) at random, which counts
+    with three standard deviations, and by up to `common` together with its row, which counts with
+    the 1-norm.
     """
     leaves = [v.detach().requires_grad_() for v in vectors]
     grads = torch.cat(torch.autograd.grad(value(*leaves).sum(), leaves), -1)
@@ -62,12 +63,14 @@ def movement(
 
 
 def _angle_rounding(kind: str, s: Tensor, t: Tensor, unit: float) -> Tensor:
-    """How far 1 - cos of vectors (R, C) may be off because it is a difference, (R,): of numbers of
-    the size of 1, or, where the vectors are close, of |s - t|^2 / (2 |s||t|), each the end of a few
-    roundings."""
-    if kind == "mse":
+    """Bound the cancellation in the distance of vectors (R, C), (R,); 0 if it has no direction.
+
+    1 - cos is a difference of numbers of the size of 1 or, where the vectors are close, of
+    |s - t|^2 / (2 |s||t|). Each of them results from a few roundings.
+    """
+    if not DISTANCES[kind].directional:
         return torch.zeros_like(s[:, 0])
-    if kind == "centered_cosine":
+    if DISTANCES[kind].centred:
         s, t = (v - v.mean(-1, keepdim=True) for v in (s, t))
     size = (s - t).square().sum(-1) / (2 * s.norm(dim=-1) * t.norm(dim=-1))
     return 8 * unit * size.clamp(max=1).nan_to_num(1)
@@ -120,13 +123,12 @@ def dense_call(problem: Problem, unit: float | None, options: dict[str, Any]) ->
             off = scale * gemm_rounding(h, weight, bias, unit)
             off = off + 3 * unit * u.abs().where(u.isfinite(), 0.0)
             models[-1].append((u, off.detach()))
-    denominator = loss_denominator(o.reduction, tensors, items)
+    denominator = loss_denominator(o.reduction, tensors.rows, tensors.valid, tensors.device, items)
     return DenseCall(o, plan, unit, tensors.valid, denominator, *models)
 
 
 def value_floors(problem: Problem, unit: float | None = None, **options) -> FDDLossTerms:
-    """The floor of the error of every term, reduced like the terms themselves: see the head of this
-    file.
+    """Compute the floor of the error of every term, reduced like the terms; see `budgets.py`.
 
     `unit` is the roundoff of the logits, that of the working dtype unless given.
     """
@@ -139,20 +141,23 @@ def value_floors(problem: Problem, unit: float | None = None, **options) -> FDDL
     live = (models[0][0][0].isfinite() & models[1][0][0].isfinite()).all(0)
 
     def request(layer: int, temperature: float, softmax: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Both models' values (R, live C) at a layer and how far they may be off, (R,)."""
-        values, off = [], 0.0
+        """Return both models' vectors (R, live C) at a layer and how far they may be off, (R,)."""
+        vectors, off = [], 0.0
         for u, d in (models[0][layer], models[1][layer]):
             z = u / temperature
-            values.append((z.log_softmax(-1) if softmax else z)[:, live])
+            vectors.append((z.log_softmax(-1) if softmax else z)[:, live])
             off = torch.maximum(torch.as_tensor(off), (d / temperature)[:, live].amax(-1))
-        return *values, off
+        return *vectors, off
 
     def divergence(name: str, layer: int, temperature: float) -> Tensor:
         s, t, off = request(layer, temperature, softmax=True)
-        value = lambda a, b: DIVERGENCES[name].value(a, b).sum(-1)  # noqa: E731
-        # A backend may leave out the terms whose sum over the columns is 0, as `slope` does: they
-        # then cancel in the sum alone.
-        plain = DIVERGENCES[name].grad(s, t)
+        entry = DIVERGENCES[name]
+        value = lambda a, b: entry.value(a, b, *entry.defaults).sum(-1)  # noqa: E731
+        # A backend may sum `value` plus multiples of q - p, whose sum is 0. The derivative by log_q
+        # then has another multiple of q: with sum(p (log p - log q)) and sum(q (log q - log p)), in
+        # one pass, it is `grad`. `plain` bounds how far errors of log_q move a sum whose
+        # derivative by log_q is `grad`.
+        plain = entry.grad(s, t, *entry.defaults)
         plain = 3 * off * plain.norm(dim=-1) + summation * plain.abs().sum(-1)
         return movement(value, (s, t), off, summation) + plain + summation * value(s, t).abs()
 

@@ -13,11 +13,13 @@ from fdd_kernels.cli.cache_teacher import cache_teacher
 from fdd_kernels.cli.distill.run import distill
 from fdd_kernels.common.errors import UserError
 from fdd_kernels.data import pad_windows
+from fdd_kernels.hf.teachers import TeacherWithHead
 from fdd_kernels.integrations import FDDTrainer
 from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.teacher_cache import (
     StatisticsCache,
     SummaryCache,
+    TeacherCache,
     open_teacher_cache,
     write_statistics_cache,
     write_summary_cache,
@@ -62,7 +64,7 @@ def test_it_equals_the_live_teacher(windows, tmp_path, family):
     teacher, student = teacher_model(family), student_model()
     student.lm_head.requires_grad_(False)
     cache = write(tmp_path, windows, teacher, student)
-    assert len(cache.reader.index["shards"]) > 1
+    assert len(cache.files.index["shards"]) > 1
     trained = torch.nn.ModuleList([student.model])  # the head has no gradient
     for changes in (
         {},
@@ -190,10 +192,10 @@ class TestRefusals:
         ("changes", "message"),
         [
             ({"trajectory": "jsd"}, "trajectory='jsd'"),
-            ({"temperature": 2.0}, "temperature=2.0, but the statistics"),
+            ({"temperature": 2.0}, "temperature=2.0, but the summary"),
             ({"output_temperature": 2.0}, "output_temperature=2.0"),
             ({"output_in_dynamics": True}, "output_in_dynamics=True"),
-            ({"student_layers": (1, 2), "teacher_layers": LAYERS[:2]}, "are of \\[1, 2, 4\\]"),
+            ({"student_layers": (1, 2), "teacher_layers": LAYERS[:2]}, "is of \\[1, 2, 4\\]"),
             ({"apply_final_norm": False}, "apply_final_norm=False"),
         ],
         ids=str,
@@ -209,17 +211,28 @@ class TestRefusals:
         assert not any(tmp_path.iterdir())
 
     def test_one_kind_for_the_other(self, cache):
-        from fdd_kernels.teacher_cache import TeacherCache
-
         with pytest.raises(
             ValueError, match="is a cache of statistics, but one of states is needed"
         ):
             TeacherCache(cache.path)
         assert isinstance(open_teacher_cache(cache.path), SummaryCache)
 
-    def test_the_names_of_earlier_releases(self):
-        assert StatisticsCache is SummaryCache
-        assert write_statistics_cache is write_summary_cache
+    def test_hidden_states_for_a_summary(self, cache):
+        student, batch = student_model(), batch_of(cache)
+        hidden = Distiller(student, teacher_model(), CONFIG).teacher_states(batch)
+        with pytest.raises(
+            ValueError, match=r"teacher_states are hidden states.*take the teacher_states of this"
+        ):
+            Distiller(student, cache, CONFIG)(batch, teacher_states=hidden)
+
+
+def test_the_names_of_earlier_releases(cache):
+    assert StatisticsCache is SummaryCache
+    assert write_statistics_cache is write_summary_cache
+    assert issubclass(TeacherCache, TeacherWithHead)
+    assert not isinstance(cache, TeacherWithHead)
+    with pytest.warns(DeprecationWarning, match=r"reader is now \.files"):
+        assert cache.reader is cache.files
 
 
 def test_targets_for_several_students(cache):
@@ -233,7 +246,7 @@ def test_targets_for_several_students(cache):
     losses = [float(d(batch, teacher_states=targets).loss) for d in distillers[:2]]
     assert losses == [float(d(batch).loss) for d in distillers[:2]]
     assert losses[0] != losses[1]
-    with pytest.raises(ValueError, match="head is not the one that the statistics in"):
+    with pytest.raises(ValueError, match="head is not the one that the summary in"):
         distillers[2](batch, teacher_states=targets)
 
 
@@ -255,7 +268,7 @@ class TestCommand:
         for name, value in live["held_out"].items():
             assert mine["held_out"][name] == pytest.approx(value, rel=2e-4, abs=1e-5), name
         with pytest.raises(
-            UserError, match=r"holds statistics for one head that does not change: train adapters"
+            UserError, match=r"holds a summary for one head that does not change: train adapters"
         ):
             distill(
                 options(inputs, tmp_path / "all", teacher_cache=tmp_path / "cache", **FROM_CACHE),
@@ -267,7 +280,10 @@ class TestCommand:
         ("changes", "message"),
         [
             ({"kind": "statistics"}, "needs student"),
-            ({"kind": "statistics", "student": "x", "dtype": "int8"}, "are stored in float32"),
+            (
+                {"kind": "statistics", "student": "x", "dtype": "int8"},
+                "is stored in float32",
+            ),
             ({"kind": "logits"}, "kind='logits' is not one of states, statistics"),
             ({"temperature": 2.0}, "temperature=2.0 is for kind='statistics'"),
         ],

@@ -36,7 +36,7 @@ from tests.support.hf_models import pad_left, tiny_tokenizer
 def test_float32_equals_the_live_teacher(windows, tmp_path, family):
     teacher, student = teacher_model(family), student_model()
     cache = write(tmp_path, windows, teacher)
-    assert len(cache.reader.index["shards"]) > 2
+    assert len(cache.files.index["shards"]) > 2
     assert len(cache) == len(windows.train) + len(windows.held_out)
     cached, live = Distiller(student, cache, CONFIG), Distiller(student, teacher, CONFIG)
     batch = batch_of(cache)
@@ -61,7 +61,7 @@ def test_each_codec_gives_the_states_rounded_as_it_says(caches, codec):
     exact = live.teacher_states(batch)
     stored = cached.teacher_states(batch)
     rounded = []
-    for name, state, read in zip(cache.reader.arrays, exact, stored, strict=True):
+    for name, state, read in zip(cache.files.arrays, exact, stored, strict=True):
         rows = state[mask]
         expected = CODECS[codec].decode(CODECS[codec].encode(rows), torch.float32)
         error = (read[mask] - rows).norm(dim=1) / rows.norm(dim=1)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fdd_kernels import Distiller, FDDConfig
+from fdd_kernels.hf.teachers import LiveTeacher, Teacher, TeacherWithHead
 from tests.support.dense import CONFIG, compare_with_dense, gradients, models
 from tests.support.hf_models import VOCAB, tiny_batch, tiny_model
 
@@ -226,6 +227,24 @@ def test_teacher_states_can_be_shared():
         expected,
     ):
         torch.testing.assert_close(torch.stack(actual), torch.stack(wanted))
+
+
+def test_a_replaced_teacher_gives_both_targets_and_head():
+    student, teacher = models()
+    other = tiny_model("gpt2", depth=8, seed=7, dtype=torch.float64)
+    distiller, batch = Distiller(student, teacher, CONFIG), tiny_batch()
+    before, expected = distiller(batch), Distiller(student, other, CONFIG)(batch)
+    assert abs(before.loss - expected.loss) > 1e-3
+    distiller.teacher = LiveTeacher(other)
+    torch.testing.assert_close(torch.stack(distiller(batch)), torch.stack(expected))
+
+
+def test_names_of_a_teacher_in_earlier_releases():
+    teacher = LiveTeacher(models()[1])
+    assert isinstance(teacher, TeacherWithHead)
+    assert not isinstance(models()[0], Teacher | TeacherWithHead)
+    with pytest.warns(DeprecationWarning, match=r"lens is now \.reader"):
+        assert teacher.lens is teacher.reader
 
 
 def test_config_overrides_the_models_soft_cap_and_scale():

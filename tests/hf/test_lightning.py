@@ -248,7 +248,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path):
 def test_labels_that_are_all_ignored_are_warned_of(tmp_path):
     nothing = batches()[0]
     nothing["labels"] = torch.full_like(nothing["labels"], -100)
-    with pytest.warns(UserWarning, match="no position counts in step 1"):
+    with pytest.warns(UserWarning, match="no position is valid in step 1"):
         fit(module(), tmp_path, train=[nothing])
 
 

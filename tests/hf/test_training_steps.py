@@ -136,9 +136,9 @@ def test_labels_that_are_all_ignored_are_warned_of(tmp_path):
     for row in rows:
         row["labels"] = [-100] * 6
     run = trainer(tmp_path, train=rows, held_out=rows, max_steps=1)
-    with pytest.warns(UserWarning, match=r"no position counts in step 1.*every label is -100"):
+    with pytest.warns(UserWarning, match=r"no position is valid in step 1.*every label is -100"):
         run.train()
-    with pytest.warns(UserWarning, match="no position counts in the data of eval_loss"):
+    with pytest.warns(UserWarning, match="no position is valid in the data of eval_loss"):
         assert run.evaluate()["eval_trajectory"] == 0
 
 

@@ -29,7 +29,7 @@ TERMS = {"ce_weight": 0.5, "output_in_dynamics": True}
 
 
 class Keeping:
-    """The backend "torch" as one that keeps values; invalid rows are among its blocks' rows.
+    """The backend "torch" as one that caches logits; invalid rows are among its blocks' rows.
 
     `wide`: it returns float32 gradients. `refined`: what it makes of each VALUE.
     """
@@ -77,7 +77,7 @@ class Keeping:
 
 @pytest.fixture
 def keep(monkeypatch):
-    """keep(...) lets the backend "torch" keep `ROWS` rows' values at a time."""
+    """keep(...) lets the backend "torch" cache the logits of `ROWS` rows at a time."""
 
     def install(**options) -> Keeping:
         keeping = Keeping(**options)
@@ -164,7 +164,9 @@ def test_a_step_on_a_device_reads_nothing_back(monkeypatch):
         tensors = p.shifted(-100).flattened(-100, plan.layers)
         check_labels(tensors.labels, -100, plan.spec.columns)
         inputs = used_by(plan, tensors)
-        denominator = loss_denominator(options.reduction, inputs, items)
+        denominator = loss_denominator(
+            options.reduction, inputs.rows, inputs.valid, inputs.device, items
+        )
         objective = FDDObjective.of(plan, inputs, denominator)
         loss = evaluate_call(Call(objective, inputs, "torch", ROWS))[0]
         leaves = list(p.leaves.values())

@@ -14,10 +14,10 @@ import torch
 
 from fdd_kernels.backends import BACKENDS, torch_stream
 from fdd_kernels.backends.torch_stream import tiling
+from fdd_kernels.common.sizes import MIB
 from fdd_kernels.testing import evaluate, random_problem
 from tests.support.allocations import Allocations
 
-MIB = 2**20
 LIMIT = 512 * MIB
 
 MEASURE = textwrap.dedent("""
@@ -117,7 +117,7 @@ def check_tiles(layers, rows, columns, widths, itemsize, device_type):
 @pytest.fixture
 def allocations(monkeypatch):
     """Record allocations of the torch backend's operations, with tiles of 4 rows and 16 columns."""
-    monkeypatch.setattr(tiling, "choose_tiles", lambda *_: tiling.Tiles(4, 16, 8))
+    monkeypatch.setattr(tiling, "choose_tiles", lambda *_: tiling.TorchTiles(4, 16, 8))
     seen = Allocations()
     own = replace(
         BACKENDS["torch"],

@@ -164,11 +164,11 @@ def test_float16_gradients_below_its_smallest_number(each_strategy):
 
 
 @triton.jit
-def elementwise_kernel(log_q, log_p, value, slope, DIVERGENCE: tl.constexpr, SIZE: tl.constexpr):
+def elementwise_kernel(log_q, log_p, value, grad, DIVERGENCE: tl.constexpr, SIZE: tl.constexpr):
     i = tl.arange(0, SIZE)
     q, p = tl.load(log_q + i), tl.load(log_p + i)
     tl.store(value + i, elementwise.divergence_value(q, p, DIVERGENCE))
-    tl.store(slope + i, elementwise.divergence_grad(q, p, DIVERGENCE))
+    tl.store(grad + i, elementwise.divergence_grad(q, p, DIVERGENCE))
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -182,10 +182,10 @@ def test_elementwise_pairs_are_the_registry(name):
     ).repeat(2)
     log_p, log_q = log_p.float(), (log_p + x).float()
     log_p[:3] = log_q[:3] = -torch.inf
-    value, slope = torch.empty(256), torch.empty(256)
-    elementwise_kernel[(1,)](log_q, log_p, value, slope, DIVERGENCE=name, SIZE=256)
+    value, grad = torch.empty(256), torch.empty(256)
+    elementwise_kernel[(1,)](log_q, log_p, value, grad, DIVERGENCE=name, SIZE=256)
     exact = DIVERGENCES[name]
-    for found, formula in ((value, exact.value), (slope, exact.grad)):
+    for found, formula in ((value, exact.value), (grad, exact.grad)):
         expected = formula(log_q.double(), log_p.double())
         scale = expected.abs() + (log_q - log_p).abs().nan_to_num(0.0, 0.0) * (
             log_q.exp() + log_p.exp()

@@ -275,7 +275,7 @@ def test_torch_tiles_of_every_kind(device, monkeypatch, resident, accumulator_by
     """Tiles that divide neither rows nor vocabulary, several sets of resident rows, both sums of
     a head's gradient.
     """
-    monkeypatch.setattr(tiling, "choose_tiles", lambda *_: tiling.Tiles(2, 5, resident))
+    monkeypatch.setattr(tiling, "choose_tiles", lambda *_: tiling.TorchTiles(2, 5, resident))
     monkeypatch.setattr(tiling, "ACCUMULATOR_BYTES", accumulator_bytes)
     problem = random_problem((11,), dtype=low, device=device, labels=True, bias="padded", layers=4)
     check(problem, "torch", ce_weight=0.5, trajectory="jsd", reduction="none")

@@ -137,11 +137,11 @@ def naive(
     terms = torch.stack(rows).reshape(*leading, 4)
     kd, trajectories, derivatives, ce = terms.unbind(-1)
     if reduction != "none":
-        normaliser = {"sum": 1, "mean": max(int(counts.sum()), 1)}[reduction]
+        denominator = {"sum": 1, "mean": max(int(counts.sum()), 1)}[reduction]
         if num_items_in_batch is not None:
-            normaliser = num_items_in_batch
+            denominator = num_items_in_batch
         kd, trajectories, derivatives, ce = (
-            t.sum() / normaliser for t in (kd, trajectories, derivatives, ce)
+            t.sum() / denominator for t in (kd, trajectories, derivatives, ce)
         )
     loss = output_kd_weight * kd + alpha * trajectories + beta * derivatives + ce_weight * ce
     return FDDLossTerms(loss, kd, trajectories, derivatives, ce)
@@ -402,5 +402,5 @@ def test_grad_is_the_derivative_of_the_value(name):
     divergence = DIVERGENCES[name]
     log_q = z.log_softmax(-1)
     (by_autograd,) = torch.autograd.grad(divergence.value(log_q, log_p).sum(), z)
-    slope = divergence.grad(log_q.detach(), log_p)
-    assert_same_sums(slope - log_q.detach().exp() * slope.sum(), by_autograd, 6)
+    grad = divergence.grad(log_q.detach(), log_p)
+    assert_same_sums(grad - log_q.detach().exp() * grad.sum(), by_autograd, 6)

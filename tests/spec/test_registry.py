@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -11,7 +13,13 @@ from fdd_kernels.lens import divergences
 from fdd_kernels.lens.distances import DISTANCES, Distance
 from fdd_kernels.lens.divergences import DIVERGENCES, Divergence
 from fdd_kernels.lens.spec import LensSpec, Request
-from fdd_kernels.testing import assert_same_sums, evaluate, random_problem
+from fdd_kernels.testing import (
+    assert_same_sums,
+    assert_within_budget,
+    evaluate,
+    random_problem,
+    value_floors,
+)
 
 CPU = torch.device("cpu")
 
@@ -71,6 +79,18 @@ def test_a_registered_entry_is_all_that_it_takes(registered, feature_space):
         found = evaluate(narrow, fused_fdd_loss, backend=backend, **options)
         for a, b in zip(found.terms, expected.terms):
             torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
+
+
+def test_budgets_take_parameters_and_properties_from_the_registries(registered):
+    """An entry's defaults reach `value` and `grad`; a distance without direction is no cosine."""
+    options = {"trajectory": "hellinger", "derivative": "rms"}
+    problem = random_problem((6,), 40, 8, 5, layers=4)
+    got = evaluate(problem, fused_fdd_loss, backend="torch", **options)
+    assert_within_budget(problem, got, **options)
+    options["output_kd_weight"] = options["alpha"] = 0.0
+    floor = value_floors(problem, **options).derivative
+    DISTANCES["rms"] = replace(DISTANCES["rms"], directional=True)
+    assert value_floors(problem, **options).derivative > floor
 
 
 def test_kernels_without_a_divergence_refuse_it_by_name(registered):

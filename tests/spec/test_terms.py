@@ -156,15 +156,15 @@ def sums_of(s: Tensor, t: Tensor) -> Sums:
     )
 
 
-def slopes_of(distance, sums: Sums) -> list[Tensor]:
+def grads_of(distance, sums: Sums) -> list[Tensor]:
     found = [torch.zeros_like(sums.product) for _ in range(3)]
     distance.write_grad(sums, *found)
     return found
 
 
-def gradient(slopes: list[Tensor], s: Tensor, t: Tensor) -> Tensor:
+def gradient(grads: list[Tensor], s: Tensor, t: Tensor) -> Tensor:
     """Return the gradients that backends form from the upstream gradients."""
-    of_ss, of_st, of_dd = [slope[0, :, None] for slope in slopes]
+    of_ss, of_st, of_dd = [of_sum[0, :, None] for of_sum in grads]
     return 2 * of_ss * s + of_st * t + 2 * of_dd * (s - t)
 
 
@@ -190,7 +190,7 @@ def test_distances_are_the_plain_formulas(kind, near):
     )
     # The plain formula's own gradient cancels: it is off by the unit roundoff of 1 / |s|.
     torch.testing.assert_close(
-        gradient(slopes_of(DISTANCES[kind], sums), s, t), expected, rtol=1e-9, atol=1e-14
+        gradient(grads_of(DISTANCES[kind], sums), s, t), expected, rtol=1e-9, atol=1e-14
     )
 
 
@@ -201,13 +201,13 @@ def test_distances_of_vectors_of_no_length():
     s[2] = t[2] = 0.0
     sums = sums_of(s, t)
     assert (DISTANCES["cosine"].value(sums)[0, :3] == 1).all()
-    for slope in slopes_of(DISTANCES["cosine"], sums):
-        assert not slope[0, :3].any()
-        assert slope.isfinite().all()
+    for grad in grads_of(DISTANCES["cosine"], sums):
+        assert not grad[0, :3].any()
+        assert grad.isfinite().all()
     # as rounding may leave for a length of zero
     rounded = sums._replace(squares=-sums.squares.abs())
     assert (DISTANCES["cosine"].value(rounded) == 1).all()
-    assert not any(slope.any() for slope in slopes_of(DISTANCES["cosine"], rounded))
+    assert not any(grad.any() for grad in grads_of(DISTANCES["cosine"], rounded))
 
 
 @pytest.mark.parametrize("kind", DISTANCES)
@@ -215,7 +215,7 @@ def test_nan_passes(kind):
     sums = sums_of(torch.full((2, 6), torch.nan), torch.randn(2, 6))
     assert DISTANCES[kind].value(sums).isnan().all()
     if "cosine" in kind:
-        assert slopes_of(DISTANCES[kind], sums)[0].isnan().all()
+        assert grads_of(DISTANCES[kind], sums)[0].isnan().all()
 
 
 @pytest.mark.parametrize("near", [None, 1e-1, 1e-2, 1e-3, 1e-4])
@@ -230,9 +230,9 @@ def test_closed_form_in_float32(near):
     s, noise = torch.randn(2, 200, 300, dtype=F64, generator=generator)
     t = noise if near is None else s * (1 + near * noise)
     sums = Sums(*[of_all.float() for of_all in sums_of(s, t)])
-    exact = slopes_of(DISTANCES["cosine"], Sums(*[of_all.double() for of_all in sums]))
+    exact = grads_of(DISTANCES["cosine"], Sums(*[of_all.double() for of_all in sums]))
     unit, (ss, tt) = 2.0**-24, sums.squares.double().unbind(1)
-    found = [slope.double() for slope in slopes_of(DISTANCES["cosine"], sums)]
+    found = [grad.double() for grad in grads_of(DISTANCES["cosine"], sums)]
     # Three inverse square roots of one or two roundings each, and five multiplications and sums.
     relative, per_product = 12 * unit, 1 / (ss * tt).sqrt()
     is_near = exact[2] > 0

@@ -39,7 +39,7 @@ def problems(draw, feature_space=False):
 
 
 def reductions(draw, leading) -> tuple[dict, torch.Tensor | None]:
-    """A reduction with its normaliser, and an upstream gradient for it."""
+    """Draw a reduction with its denominator, and an upstream gradient for it."""
     reduction = draw(st.sampled_from(["mean", "sum", "none"]))
     if reduction == "none":
         return {"reduction": reduction}, torch.linspace(-1, 2, math.prod(leading)).reshape(leading)

@@ -71,14 +71,14 @@ def problem_of(inputs: LensInputs, spec: LensSpec, rows: Tensor, tiles: CpuTiles
 
 
 def valid_rows(inputs: LensInputs) -> Tensor:
-    """The valid rows as int64 positions, ascending."""
+    """List the valid rows as int64 positions, ascending."""
     if inputs.valid is None:
         return torch.arange(inputs.rows, device="cpu")
     return inputs.valid.nonzero().squeeze(1)
 
 
 def zero_statistics(inputs: LensInputs, spec: LensSpec) -> Statistics:
-    """Statistics of zeros, for the kernels to write those of the valid rows into."""
+    """Allocate statistics of zeros; the kernels write those of the valid rows into them."""
     return Statistics(
         torch.zeros(2, len(inputs.student_hidden), inputs.rows, **F32),
         torch.zeros(len(spec.requests), REQUEST_STATS, inputs.rows, **F32),
@@ -89,7 +89,7 @@ def zero_statistics(inputs: LensInputs, spec: LensSpec) -> Statistics:
 def zero_gradients(
     inputs: LensInputs, needed: list[bool]
 ) -> tuple[list[Tensor | None], Tensor | None, Tensor | None]:
-    """Zeros for the gradients wanted: one a layer, the head's, and the bias's in float32."""
+    """Allocate zeros for the wanted gradients: one per layer, the head's, the bias's in float32."""
     *needs_hidden, needs_weight, needs_bias = needed
     grad_hidden = [
         torch.zeros_like(h, memory_format=torch.contiguous_format) if need else None

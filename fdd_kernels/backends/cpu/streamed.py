@@ -59,7 +59,7 @@ def stats(inputs: LensInputs, spec: LensSpec) -> Statistics:
 def grad(
     inputs: LensInputs, spec: LensSpec, per_row: tuple[Tensor, ...], needed: list[bool]
 ) -> list[Tensor]:
-    """Gradients of [*student_hidden, student_weight, student_bias] marked in `needed`.
+    """Compute gradients of [*student_hidden, student_weight, student_bias] marked in `needed`.
 
     Rows are taken in sets whose float32 sums fit the budget. The head's gradient of one set is
     rounded once. That of several sets is summed in float32 or, where this sum does not fit,

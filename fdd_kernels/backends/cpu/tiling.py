@@ -7,8 +7,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fdd_kernels.backends.call_shape import FLOAT, CallShape
+from fdd_kernels.common.sizes import MIB
 
-MIB = 2**20
 TILE_COLUMNS = 128
 TILE_BYTES = MIB // 2  # of both models' logits of a tile, all layers: well inside a core's L2
 PACK_BYTES = 8 * MIB  # of both heads' rows of a panel
@@ -54,12 +54,12 @@ def choose_tiles(
 
 
 def cached_tiles(block_rows: int, columns: int) -> CpuTiles:
-    """The tiles of cached logits: all rows of a block by `TILE_COLUMNS` columns."""
+    """Return the tiles of cached logits: all rows of a block by `TILE_COLUMNS` columns."""
     return CpuTiles(block_rows, min(TILE_COLUMNS, round_up(columns, 16)), columns)
 
 
 def round_up(n: int, multiple: int) -> int:
-    """The smallest multiple that is not below n."""
+    """Return the smallest multiple that is not below n."""
     return -(-n // multiple) * multiple
 
 
@@ -108,7 +108,7 @@ def block_rows(
 
 
 def memory(shape: CallShape) -> dict[str, int]:
-    """Bytes that a call allocates by part, beside gradients and statistics."""
+    """Count the bytes that a call allocates by part, beside gradients and statistics."""
     head_sum = (
         FLOAT * shape.columns * shape.student_width if shape.narrow and shape.train_head else 0
     )

@@ -9,11 +9,10 @@ accumulators of bounded size.
 from fdd_kernels.backends.torch_stream.gradients import grad
 from fdd_kernels.backends.torch_stream.problem import scale_and_cap_
 from fdd_kernels.backends.torch_stream.statistics import add_second_pass, stats
-from fdd_kernels.backends.torch_stream.tiling import MIB, Tiles, choose_tiles, memory
+from fdd_kernels.backends.torch_stream.tiling import TorchTiles, choose_tiles, memory
 
 __all__ = [
-    "MIB",
-    "Tiles",
+    "TorchTiles",
     "add_second_pass",
     "choose_tiles",
     "grad",

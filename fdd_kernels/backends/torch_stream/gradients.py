@@ -21,7 +21,7 @@ from fdd_kernels.lens.spec import NLL, LensSpec
 def grad(
     inputs: LensInputs, spec: LensSpec, per_row: tuple[Tensor, ...], needed: list[bool]
 ) -> list[Tensor]:
-    """Gradients of [*student_hidden, student_weight, student_bias] marked in `needed`.
+    """Compute gradients of [*student_hidden, student_weight, student_bias] marked in `needed`.
 
     `per_row` are the three statistics and the upstream gradients of the last two. The gradient of a
     low-precision head is accumulated in float32. Where neither that of the whole head nor that of

@@ -43,11 +43,11 @@ class TorchModel:
         self.logit_scale, self.softcap, self.dtype = logit_scale, softcap, dtype
 
     def rows(self, rows: Tensor | slice) -> Tensor:
-        """The hidden states of a row block: (L, r, D)."""
+        """Convert the hidden states of a row block: (L, r, D)."""
         return torch.stack([h[rows].to(self.dtype) for h in self.hidden])
 
     def weight_tile(self, columns: slice) -> Tensor | None:
-        """The head's rows of a tile, (c, D); None for the identity."""
+        """Convert the head's rows of a tile, (c, D); None for the identity."""
         return None if self.weight is None else self.weight[columns].to(self.dtype)
 
     def logits(self, hidden_LrD: Tensor, weight_cD: Tensor | None, columns: slice) -> Tensor:
@@ -135,9 +135,7 @@ class TorchProblem:
         return live
 
     def label_columns(self, rows: Tensor | slice, columns: slice) -> tuple[Tensor, Tensor]:
-        """For each row of a block: whether its label is in the tile, and at which of its columns
-        (else 0).
-        """
+        """Find each row's label in a tile: whether it is there, and its column of the tile or 0."""
         local = self.labels[rows] - columns.start
         inside = (local >= 0) & (local < columns.stop - columns.start)
         return inside, local.where(inside, 0)
@@ -151,7 +149,7 @@ def at_temperature(u: Tensor, temperature: float) -> Tensor:
 def log_probabilities(
     request: Request, u_s: Tensor, u_t: Tensor, request_stats: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """log q and log p of one tile, (r, c) each, from logits (L, r, c) relative to the shifts.
+    """Compute log q and log p of one tile, (r, c) each, from logits (L, r, c) minus the shifts.
 
     `request_stats` are the request's statistics, (REQUEST_STATS, r).
     """

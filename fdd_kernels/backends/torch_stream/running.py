@@ -106,7 +106,7 @@ class Expectation:
         self.difference += gap.sum(-1)
 
     def value(self, total: Tensor, other: Tensor) -> Tensor:
-        """KL from the sums of e and e'."""
+        """Compute KL from the sums of e and e'."""
         off = self.difference / total
         log_ratio = off.clamp(min=-0.5).log1p()
         near = self.excess / total - kl_of(torch.ones_like(off), 1 + off, log_ratio)
@@ -115,14 +115,15 @@ class Expectation:
 
 
 def _orders(e: Tensor, other: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """e x, e (e^x - 1 - x) and e (e^x - 1), given other = e e^x; 0 * anything = 0."""
+    """Compute e x, e (e^x - 1 - x) and e (e^x - 1), given other = e e^x; 0 * anything = 0."""
     first, second = torch.where(e == 0, 0.0, e * x), kl_of(e, other, x)
     return first, second, torch.where(is_near(x), first + second, other - e)
 
 
 def tile_moments(s: Tensor, t: Tensor, live: Tensor | None) -> Tensor:
-    """Moments (MOMENT_STATS, r) of one tile's vectors s and t, (r, c) each, over the tokens marked
-    in `live`; overwrites s and t.
+    """Compute moments (MOMENT_STATS, r) of one tile's vectors s and t, (r, c) each.
+
+    They are taken over the tokens marked in `live`; s and t are overwritten.
     """
     out = s.new_empty((MOMENT_STATS, len(s)))
     if live is None:

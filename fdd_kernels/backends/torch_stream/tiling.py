@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fdd_kernels.backends.call_shape import FLOAT, CallShape
+from fdd_kernels.common.sizes import MIB
 
-MIB = 2**20
-# Tiles of logits: inside the last cache level of a CPU; large enough to fill an accelerator.
+# Tiles of logits: inside a CPU's last-level cache; large enough to fill an accelerator.
 TILE_BYTES = {"cpu": 32 * MIB}
 ACCELERATOR_TILE_BYTES = 128 * MIB
 OPERAND_BYTES = 48 * MIB  # of a row block's hidden states, and of a tile's head rows
@@ -20,7 +20,7 @@ LAYER_TILES, REQUEST_TILES, MOMENT_TILES = 5, 6, 4
 
 
 @dataclass(frozen=True)
-class Tiles:
+class TorchTiles:
     """Rows and columns of a tile, and the number of resident rows: a set of rows whose gradient is
     accumulated in one walk over the vocabulary.
     """
@@ -38,7 +38,7 @@ def choose_tiles(
     teacher_width: int,
     itemsize: int,
     device_type: str,
-) -> Tiles:
+) -> TorchTiles:
     """Choose tiles that keep every buffer within the byte budgets of this file."""
     # The student's logits twice (before and after the shift), the teacher's and the gradient for
     # every layer, and about twelve temporaries of one layer.
@@ -50,11 +50,11 @@ def choose_tiles(
     tile_rows = max(1, min(rows, most_rows, elements // tile_columns))
     tile_columns = max(1, min(columns, most_columns, max(tile_columns, elements // tile_rows)))
     resident = max(tile_rows, ACCUMULATOR_BYTES // (itemsize * layers * student_width))
-    return Tiles(tile_rows, tile_columns, resident)
+    return TorchTiles(tile_rows, tile_columns, resident)
 
 
 def memory(shape: CallShape) -> dict[str, int]:
-    """Bytes that are in use at the peak of a call by part, beside gradients and statistics."""
+    """Count the bytes in use at the peak of a call by part, beside gradients and statistics."""
     layers, rows, width = shape.layers, shape.rows, shape.student_width
     tiles = choose_tiles(
         layers, rows, shape.columns, width, shape.teacher_width, FLOAT, shape.device

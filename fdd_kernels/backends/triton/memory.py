@@ -11,7 +11,6 @@ import torch
 from fdd_kernels.backends.call_shape import FLOAT, CallShape
 from fdd_kernels.backends.triton.config import LaunchConfig, choose
 from fdd_kernels.backends.triton.strategy import (
-    MIB,
     cache_budget,
     chosen_strategy,
     gradient_tokens,
@@ -19,6 +18,7 @@ from fdd_kernels.backends.triton.strategy import (
     rows_of_cache,
     slabs_of,
 )
+from fdd_kernels.common.sizes import MIB
 
 BLOCK_BYTES = 256 * MIB  # hidden states of a block of rows, with the student's float32 gradient
 GRAD_BYTES = 128 * MIB  # dL/dlogits of that block and a chunk of tokens

@@ -19,7 +19,6 @@ from fdd_kernels.backends.call_shape import CallShape
 from fdd_kernels.backends.triton.config import interpreting
 from fdd_kernels.backends.triton.strategy import (
     CACHE_BYTES,
-    MIB,
     Slabs,
     balanced_rows,
     cache_bytes,
@@ -29,6 +28,7 @@ from fdd_kernels.backends.triton.strategy import (
     scratch_elements,
     slabs_of,
 )
+from fdd_kernels.common.sizes import MIB
 from fdd_kernels.lens.inputs import LensInputs
 from fdd_kernels.lens.layout import Statistics
 from fdd_kernels.lens.spec import LensSpec

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 import torch
 
 from fdd_kernels.backends.call_shape import FLOAT, CallShape
+from fdd_kernels.common.sizes import MIB
 
 STRATEGY = "FDD_KERNELS_TRITON_STRATEGY"
 STRATEGIES = ("auto", "cached", "slabbed", "one_pass")
 CACHE_BYTES = "FDD_KERNELS_CACHE_BYTES"
 
-MIB = 2**20
 MOST_CACHE_BYTES = 2048 * MIB
 CACHE_SHARE = 32  # of the device's memory
 SLAB_BYTES = 256 * MIB

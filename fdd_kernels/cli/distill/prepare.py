@@ -102,7 +102,7 @@ def _load_teacher(
     require_shared(cache, vocabulary)
     if isinstance(cache, SummaryCache) and options.config.train_head and not options.lora_rank:
         raise UserError(
-            f"teacher_cache={options.teacher_cache} holds statistics for one head that does not "
+            f"teacher_cache={options.teacher_cache} holds a summary for one head that does not "
             "change: train adapters beside it (lora_rank), freeze it (train_head=False), or use a "
             "cache of states"
         )

@@ -112,7 +112,7 @@ def _data_names(options: DistillOptions, run: Run) -> list[str]:
     """Return the names of the files or data sets of a run, of paths the last part."""
     if options.teacher_cache is None:
         return list(open_source(options.data).names())
-    return [Path(file).name for file in run.trainer.distiller.teacher.reader.contents["data"] or ()]
+    return [Path(file).name for file in run.trainer.distiller.teacher.files.contents["data"] or ()]
 
 
 def _write(options: DistillOptions, run: Run, metrics: dict[str, Any]) -> None:

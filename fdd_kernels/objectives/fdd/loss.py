@@ -31,7 +31,7 @@ def fdd_call(
     labelled = plan.spec.columns if options.ce_weight else len(inputs.student_weight)
     if tensors.labels is not None and not plan.feature_space:
         check_labels(tensors.labels, options.ignore_index, labelled)
-    denominator = loss_denominator(options.reduction, tensors, inputs.num_items_in_batch)
+    denominator = _denominator(options, tensors, inputs.num_items_in_batch)
     if plan.backend == "reference":
         return Call(FDDObjective(plan, tensors.valid, denominator, None), tensors, plan.backend)
     used = used_by(plan, tensors)
@@ -47,6 +47,10 @@ def prepare(inputs: LossInputs, options: LossOptions) -> tuple[Plan, LensInputs]
     return plan, inputs.flattened(options.ignore_index, plan.layers)
 
 
+def _denominator(options: LossOptions, tensors: LensInputs, items) -> Tensor | float | None:
+    return loss_denominator(options.reduction, tensors.rows, tensors.valid, tensors.device, items)
+
+
 def used_by(plan: Plan, tensors: LensInputs) -> LensInputs:
     """Drop the tensors that the plan's spec does not look at."""
     used = tensors.of_layers(plan.layers)
@@ -60,7 +64,7 @@ def _call_of_shard(inputs: LossInputs, options: LossOptions, group) -> Call:
 
     def answer() -> Answer:
         plan, tensors = prepare(inputs, _options_of_part(inputs, options))
-        denominator = loss_denominator(options.reduction, tensors, inputs.num_items_in_batch)
+        denominator = _denominator(options, tensors, inputs.num_items_in_batch)
         prepared.append((plan, tensors, denominator))
         used = used_by(plan, tensors)
         block_rows = row_block(FDDObjective(plan, None, denominator, None), used, plan.backend)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fdd_kernels.backends import resolve_backend
 from fdd_kernels.engine.log_sum_exps import log_sum_exps
-from fdd_kernels.lens.inputs import LensInputs
 from fdd_kernels.lens.layout import (
     LSE_S,
     LSE_T,
@@ -48,7 +47,7 @@ class SummaryLoss:
 
     Args:
         options: the loss; temperatures, `output_in_dynamics` and `vocab_size` must be those of the
-            statistics.
+            summary.
         layers: how many hidden states a model gives, the final one included.
         student_weight, student_bias: the head (V, Ds), (V,); constant from now on.
 
@@ -67,7 +66,7 @@ class SummaryLoss:
         for name, tensor in (("student_weight", student_weight), ("student_bias", student_bias)):
             if tensor is not None and tensor.requires_grad:
                 raise ValueError(
-                    f"{name} requires grad, but the teacher's statistics hold for one head only: "
+                    f"{name} requires grad, but a teacher summary holds for one head only: "
                     "freeze it (train_head=False, or LoRA without the head), or use a cache of the "
                     "teacher's hidden states"
                 )
@@ -88,7 +87,7 @@ class SummaryLoss:
             self._gram = live.sum(), mean, head.gram(live, mean)
         if bool((count != self._gram[0]).any()):
             raise ValueError(
-                "the teacher's statistics leave out other columns than the student's bias does "
+                "the teacher summary leaves out other tokens than the student's bias does "
                 "(-inf in the teacher's bias alone): use a cache of the teacher's hidden states"
             )
         return self._gram[1:]
@@ -115,8 +114,8 @@ class SummaryLoss:
         """
         if self.weight._version != self.version:
             raise ValueError(
-                "the student's head has changed since the loss was made: the teacher's statistics "
-                "are of another head"
+                "the student's head has changed since the loss was made: the teacher summary "
+                "is of another head"
             )
         options, rows = self.options, len(student_hidden[0])
         check_num_items(options.reduction, num_items_in_batch)
@@ -142,8 +141,9 @@ class SummaryLoss:
             _stacked(requests, REQUEST_STATS, lse),
             _stacked(moments, MOMENT_STATS, lse),
         )
-        like = LensInputs(hidden, self.weight, self.bias, hidden, None, None, None, labels)
-        denominator = loss_denominator(options.reduction, like, num_items_in_batch)
+        denominator = loss_denominator(
+            options.reduction, rows, None, self.weight.device, num_items_in_batch
+        )
         return reduce_terms(row_terms, options, None, (rows,), denominator)
 
     def _log_sum_exps(self, plan: Plan, hidden: list[Tensor]) -> Tensor:

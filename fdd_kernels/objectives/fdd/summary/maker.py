@@ -11,7 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fdd_kernels.backends.torch_stream import MIB, choose_tiles, scale_and_cap_
+from fdd_kernels.backends.torch_stream import choose_tiles, scale_and_cap_
+from fdd_kernels.common.sizes import MIB
 from fdd_kernels.lens.spec import LensSpec
 from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.fdd.plan import Plan, build_plan
@@ -27,13 +28,13 @@ def check_options(options: LossOptions) -> None:
     """
     if options.alpha and options.trajectory != "kl":
         raise ValueError(
-            f"trajectory={options.trajectory!r} needs more of the teacher than its statistics: "
-            'only "kl" can be computed from them. Use the teacher, or a cache of its hidden states'
+            f"trajectory={options.trajectory!r} needs more of the teacher than its summary: "
+            'only "kl" can be computed from it. Use the teacher, or a cache of its hidden states'
         )
     if options.student_softcap is not None:
         raise ValueError(
-            f"student_softcap={options.student_softcap}: a soft-capped head is not linear, and the "
-            "teacher's statistics for it do not exist. Use the teacher, or a cache of its hidden "
+            f"student_softcap={options.student_softcap}: a soft-capped head is not linear, and a "
+            "teacher summary for it does not exist. Use the teacher, or a cache of its hidden "
             "states"
         )
 
@@ -124,9 +125,7 @@ class SummaryMaker:
         self._mean: tuple[Tensor, Tensor] | None = None
 
     def _mean_of(self, live: Tensor) -> Tensor:
-        """m over the `live` columns (C,), which follow from both models' biases: found when they
-        are first met.
-        """
+        """Compute m over the `live` tokens (V,); cached until they change."""
         if self._mean is None or not torch.equal(self._mean[0], live):
             self._mean = live, self.head.mean(live)
         return self._mean[1]
@@ -146,8 +145,8 @@ class SummaryMaker:
 
         Returns:
             "expectation_i" (R, Ds) for each request of a layer, "correlation_i" (R, Ds) for each
-                pair of layers, and "scalars";
-            float32, or float64 for float64 inputs. See `summary_widths`.
+            pair of layers, and "scalars"; float32, or float64 for float64 inputs. See
+            `summary_widths`.
         """
         options, head = self.options, self.head
         tensors = (*teacher_hidden, teacher_weight, head.weight)
@@ -199,7 +198,7 @@ class _Block:
         rows, width, new = hidden_LrD.shape[1], head.weight.shape[1], hidden_LrD.new_zeros
         self.shifts: Tensor | None = None  # (L, r, 1)
         self.largest = new(len(spec.requests), rows, 1).fill_(-torch.inf)
-        # Sums over columns of exp(z - largest) times 1, z, the student's bias, and its head's rows.
+        # Sums over tokens of exp(z - largest) times 1, z, the student's bias, and its head's rows.
         self.sums, self.expectations = (
             new(len(spec.requests), 3, rows),
             new(len(spec.requests), rows, width),
@@ -218,7 +217,7 @@ class _Block:
         for i, request in enumerate(self.spec.requests):
             z = u_Lrc[request.teacher_layer] / request.temperature
             largest = torch.maximum(self.largest[i], z.amax(-1, keepdim=True))
-            # finite while every column so far is excluded
+            # finite while every token so far is excluded
             shift = largest.clamp(min=torch.finfo(z.dtype).min)
             scale, weights = (self.largest[i] - shift).exp(), (z - shift).exp()
             self.largest[i] = largest
@@ -242,7 +241,7 @@ class _Block:
                 self.bases[i] = t.sum(-1, keepdim=True) / added.clamp(min=1)
             t = torch.where(live, t - self.bases[i], 0.0)
             self.correlations[i].addmm_(t, centred_cD)
-            # Chan, Golub and LeVeque's update of mean and sum of squares.
+            # As `merge_moments`, whose sums are of both models: here are the teacher's alone.
             mean = t.sum(-1) / added.clamp(min=1)
             squares = torch.where(live, t - mean[:, None], 0.0).square().sum(-1)
             count = self.counts[i] + added
