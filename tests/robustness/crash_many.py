@@ -37,6 +37,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from fdd_kernels import FDDConfig
 from fdd_kernels.cli.cache_teacher import CacheOptions, cache_teacher
 from fdd_kernels.cli.distill import run as distill_run
+from fdd_kernels.cli.distill import trainer as distill_trainer
 from fdd_kernels.cli.distill.run_folder import DistillOptions
 from fdd_kernels.data import pad_windows
 from fdd_kernels.integrations import FDDTrainer
@@ -96,7 +97,7 @@ def train(folder: Path, keep_all: bool = False) -> None:
 
 def distill(folder: Path, keep_all: bool, **source) -> None:
     """The same through the command."""
-    distill_run.KEPT_CHECKPOINTS = None if keep_all else 2
+    distill_trainer.KEPT_CHECKPOINTS = None if keep_all else 2
     metrics = distill_run.distill(
         DistillOptions(
             student=str(folder.parent / "models/student"),
