@@ -21,7 +21,7 @@ from torch import Tensor
 class Sums(NamedTuple):
     """Sums over the vocabulary for each pair of vectors: (P, R), `squares` (P, 2, R)."""
 
-    count: Tensor  # of tokens
+    count: Tensor  # of tokens; 1 where these have weights, whose sum it is
     squares: Tensor  # s.s and t.t
     product: Tensor  # s.t
     difference: Tensor  # |s - t|^2, which s.s + t.t - 2 s.t would lose where s and t nearly agree
@@ -42,6 +42,8 @@ class Distance:
         write_grad: `write_grad(sums, of_ss, of_st, of_dd)` writes its derivatives with respect to
             s.s, s.t and |s - t|^2 into tensors of zeros (P, R).
         centred: whether the vectors are taken about their means over the vocabulary.
+        weighted: whether a token has the teacher's probability as its weight (`PairMoments`), of
+            the later of two layers. There is no such probability in feature space.
         directional: whether it depends on the vectors' directions, of which a difference of two
             equal hidden states has none.
         of_features: whether the option `trajectory` may name it. The trajectory then compares the
@@ -51,6 +53,7 @@ class Distance:
     value: Callable[[Sums], Tensor]
     write_grad: Callable[[Sums, Tensor, Tensor, Tensor], None]
     centred: bool = False
+    weighted: bool = False
     directional: bool = False
     of_features: bool = False
 
@@ -114,5 +117,8 @@ def _write_mse_grad(sums: Sums, of_ss: Tensor, of_st: Tensor, of_dd: Tensor) -> 
 DISTANCES: dict[str, Distance] = {
     "cosine": Distance(_cosine_value, _write_cosine_grad, directional=True, of_features=True),
     "centered_cosine": Distance(_cosine_value, _write_cosine_grad, centred=True, directional=True),
+    "weighted_cosine": Distance(
+        _cosine_value, _write_cosine_grad, centred=True, weighted=True, directional=True
+    ),
     "mse": Distance(_mse_value, _write_mse_grad, of_features=True),
 }

@@ -17,15 +17,24 @@ one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fdd_kernels.lens.distances import DISTANCES
 
-SKEW = 0.1  # weight of the teacher in the mixture of skew_kl
+
+class Parameter(NamedTuple):
+    """A parameter of a divergence: its default, and the range in which it is legal."""
+
+    name: str
+    default: float
+    low: float = -math.inf
+    high: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -36,17 +45,85 @@ class Divergence:
         value: `value(log_q, log_p, *parameters)`, elementwise.
         grad: `grad(log_q, log_p, *parameters)`, the derivative of the sum with respect to log_q,
             up to a multiple of q; elementwise.
-        parameters: names of its parameters with their defaults.
+        parameters: its parameters.
+        same_as: values of the parameters with which it is another entry without parameters.
+        illegal: `illegal(*parameters)` -> why values within the ranges do not go together, or None.
     """
 
     value: Callable[..., Tensor]
     grad: Callable[..., Tensor]
-    parameters: tuple[tuple[str, float], ...] = ()
+    parameters: tuple[Parameter, ...] = ()
+    same_as: Mapping[tuple[float, ...], str] = field(default_factory=dict)
+    illegal: Callable[..., str | None] | None = None
 
     @property
     def defaults(self) -> tuple[float, ...]:
         """Return the parameters' default values."""
-        return tuple([default for _, default in self.parameters])
+        return tuple([parameter.default for parameter in self.parameters])
+
+
+class NamedDivergence(NamedTuple):
+    """A name of the registry with values for all its parameters."""
+
+    name: str
+    parameters: tuple[float, ...] = ()
+
+    def value(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        """Compute the elementwise value."""
+        return DIVERGENCES[self.name].value(log_q, log_p, *self.parameters)
+
+
+def parse_divergence(text: str) -> NamedDivergence:
+    """Parse "name" or "name:parameter,parameter", such as "jsd" or "alpha_beta:0.2,0.7".
+
+    Parameters that are not given have their defaults. Values that make it another entry
+    (`same_as`) give that entry.
+
+    Raises:
+        ValueError: an unknown name, a number of parameters that is not its own, or values out of
+            range; says what is legal.
+    """
+    name, colon, given = text.partition(":")
+    if name not in DIVERGENCES:
+        raise ValueError(f"{text!r} is not one of {', '.join(divergence_forms())}")
+    entry = DIVERGENCES[name]
+    parts = given.split(",") if colon else []
+    if not colon:
+        values = entry.defaults
+    else:
+        if len(parts) != len(entry.parameters):
+            raise ValueError(
+                f"{text!r} gives {len(parts)} parameter(s), and {name} takes "
+                f"{len(entry.parameters)}: write {_form(name)}"
+            )
+        try:
+            values = tuple([float(part) for part in parts])
+        except ValueError:
+            raise ValueError(
+                f"{text!r} has a parameter that is no number: write {_form(name)}"
+            ) from None
+    for parameter, value in zip(entry.parameters, values):
+        if not (parameter.low <= value <= parameter.high and math.isfinite(value)):
+            raise ValueError(
+                f"{text!r} has {parameter.name}={value:g}, which is not in [{parameter.low:g}, "
+                f"{parameter.high:g}]"
+            )
+    reason = entry.illegal and entry.illegal(*values)
+    if reason:
+        raise ValueError(f"{text!r}: {reason}")
+    if values in entry.same_as:
+        return NamedDivergence(entry.same_as[values])
+    return NamedDivergence(name, values)
+
+
+def divergence_forms() -> list[str]:
+    """List the forms that `parse_divergence` takes, such as "jsd[:beta]"."""
+    return [_form(name) for name in DIVERGENCES]
+
+
+def _form(name: str) -> str:
+    names = ",".join([parameter.name for parameter in DIVERGENCES[name].parameters])
+    return f"{name}[:{names}]" if names else name
 
 
 def expectation_of(name: str | None) -> str | None:
@@ -136,41 +213,165 @@ def _reverse_kl_grad(log_q: Tensor, log_p: Tensor) -> Tensor:
     return q * (_where_weighted(q, log_q - log_p) + 1)
 
 
-def _jsd_value(log_q: Tensor, log_p: Tensor) -> Tensor:
+def _jsd_value(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
+    """Compute beta KL(p || m) + (1 - beta) KL(q || m) with m = beta p + (1 - beta) q.
+
+    TRL's convention. It tends to 0 with beta, where TRL, and `same_as`, jump to KL.
+    """
     p, q, x = log_p.exp(), log_q.exp(), log_q - log_p
-    m, of_p, of_q = (p + q) / 2, _far_where_weightless(p, x), _far_where_weightless(q, -x)
-    return (kl_of(p, m, _log_mixture(of_p, 0.5)) + kl_of(q, m, _log_mixture(of_q, 0.5))) / 2
+    m, of_p, of_q = (
+        beta * p + (1 - beta) * q,
+        _far_where_weightless(p, x),
+        _far_where_weightless(q, -x),
+    )
+    of_teacher = kl_of(p, m, _log_mixture(of_p, 1 - beta))
+    return beta * of_teacher + (1 - beta) * kl_of(q, m, _log_mixture(of_q, beta))
 
 
-def _jsd_grad(log_q: Tensor, log_p: Tensor) -> Tensor:
+def _jsd_grad(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
     q = log_q.exp()
-    return -0.5 * q * _log_mixture(_where_weighted(q, log_p - log_q), 0.5)
+    return (beta - 1) * q * _log_mixture(_where_weighted(q, log_p - log_q), beta)
 
 
-def _skew_kl_value(log_q: Tensor, log_p: Tensor) -> Tensor:
+def _over_mixture(x: Tensor, share: float) -> Tensor:
+    """Compute (q - p) / m with m = share p + (1 - share) q and x = log q - log p.
+
+    With r the smaller of q and p over the larger, it is 1 - r over the larger's weight plus r times
+    the smaller's.
+    """
+    gap = torch.expm1(-x.abs())  # r - 1
+    return torch.where(x > 0, -gap / (1 + share * gap), gap / (1 + (1 - share) * gap))
+
+
+def _skew_kl_value(log_q: Tensor, log_p: Tensor, alpha: float) -> Tensor:
+    """Compute KL(p || m) with m = alpha p + (1 - alpha) q (DistiLLM)."""
     p, q = log_p.exp(), log_q.exp()
     x = _far_where_weightless(p, log_q - log_p)
-    return kl_of(p, SKEW * p + (1 - SKEW) * q, _log_mixture(x, 1 - SKEW))
+    return kl_of(p, alpha * p + (1 - alpha) * q, _log_mixture(x, 1 - alpha))
 
 
-def _skew_kl_grad(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """Compute (1 - SKEW) q - p (1 - SKEW) q / m = (1 - SKEW)^2 q (q - p) / m.
+def _skew_kl_grad(log_q: Tensor, log_p: Tensor, alpha: float) -> Tensor:
+    """Compute (1 - alpha) q - p (1 - alpha) q / m = (1 - alpha)^2 q (q - p) / m.
 
-    m is SKEW p + (1 - SKEW) q.
+    The added (1 - alpha) q makes it small where the models nearly agree.
+    """
+    q = log_q.exp()
+    return (1 - alpha) ** 2 * q * _over_mixture(_where_weighted(q, log_q - log_p), alpha)
 
-    The added (1 - SKEW) q makes it small where the models nearly agree. With r the smaller of q and
-    p over the larger, (q - p) / m is 1 - r over the larger's weight plus r times the smaller's.
+
+def _skew_reverse_kl_value(log_q: Tensor, log_p: Tensor, alpha: float) -> Tensor:
+    """Compute KL(q || m) with m = (1 - alpha) p + alpha q (DistiLLM)."""
+    p, q = log_p.exp(), log_q.exp()
+    x = _far_where_weightless(q, log_p - log_q)
+    return kl_of(q, (1 - alpha) * p + alpha * q, _log_mixture(x, 1 - alpha))
+
+
+def _skew_reverse_kl_grad(log_q: Tensor, log_p: Tensor, alpha: float) -> Tensor:
+    """Compute q (log q - log m + 1 - alpha q / m), less the multiple (1 - alpha) q.
+
+    What is left, q (-log(m / q) - alpha (1 - alpha) (q - p) / m), is small where the models nearly
+    agree.
     """
     q = log_q.exp()
     x = _where_weighted(q, log_q - log_p)
-    gap = torch.expm1(-x.abs())  # r - 1
-    ratio = torch.where(x > 0, -gap / (1 + SKEW * gap), gap / (1 + (1 - SKEW) * gap))
-    return (1 - SKEW) ** 2 * q * ratio
+    ratio = _over_mixture(x, 1 - alpha)
+    return -q * (_log_mixture(-x, 1 - alpha) + alpha * (1 - alpha) * ratio)
 
+
+def _tv_value(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """Compute |q - p| / 2, total variation."""
+    return _power_difference(log_q, log_p, 1.0).abs() / 2
+
+
+def _tv_grad(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """Compute q sign(q - p) / 2; 0 at a tie."""
+    q = log_q.exp()
+    return q * torch.sign(_where_weighted(q, log_q - log_p)) / 2
+
+
+def _power_difference(log_q: Tensor, log_p: Tensor, power: float) -> Tensor:
+    """Compute (q^power - p^power) / power, which is log q - log p at power 0; 0 where q = p = 0."""
+    x = log_q - log_p
+    x = torch.where(torch.isnan(x), 0.0, x)  # of two tokens of probability 0
+    if power == 0:
+        return x
+    larger = torch.maximum(log_q, log_p)
+    size = _where_weighted(x, (power * larger).exp()) * -torch.expm1(-power * x.abs()) / power
+    return torch.copysign(size, x)
+
+
+def _alpha_beta_value(log_q: Tensor, log_p: Tensor, alpha: float, beta: float) -> Tensor:
+    """Compute a token's part of -sum(p^a q^b - a/s p^s - b/s q^s) / (a b) with s = a + b (ABKD).
+
+    With x = log q - log p it is p^s times the integral of e^(b t) (e^(a t) - 1) / a over t from 0
+    to x, never negative, without poles at a = 0 and b = 0. Near 0 the integral is the series
+
+        sum over n >= 2 of x^n / n! times the sum over k of s^k b^(n - 2 - k)
+
+    and elsewhere (q^b (q^a - p^a) / a - p^a (q^b - p^b) / b) / s.
+    """
+    s, x = alpha + beta, log_q - log_p
+    near = (x * s).abs() < (1e-2 if x.dtype == torch.float64 else 0.25)
+    small = torch.where(near, x, 0.0)
+    coefficients = [1.0]  # of x^n / n!, n from 2
+    for n in range(1, 7):
+        coefficients.append(s * coefficients[-1] + beta**n)
+    total = torch.zeros_like(x)
+    for n, coefficient in reversed(list(enumerate(coefficients, 2))):
+        total = coefficient + total * small / (n + 1)
+    weight_p = torch.where(near, s * log_p, -torch.inf).exp()
+    of_near = weight_p * total * small * small / 2
+    of_far = _weighted_power(log_q, beta, _power_difference(log_q, log_p, alpha))
+    of_far = of_far - _weighted_power(log_p, alpha, _power_difference(log_q, log_p, beta))
+    return torch.where(near, of_near, of_far / s)
+
+
+def _alpha_beta_grad(log_q: Tensor, log_p: Tensor, alpha: float, beta: float) -> Tensor:
+    """Compute q^b (q^a - p^a) / a."""
+    return _weighted_power(log_q, beta, _power_difference(log_q, log_p, alpha))
+
+
+def _weighted_power(log_weight: Tensor, power: float, x: Tensor) -> Tensor:
+    """Compute e^(power * log_weight) x with 0 * anything = 0."""
+    if power == 0:
+        return x
+    weight = (power * log_weight).exp()
+    return weight * _where_weighted(weight, x)
+
+
+def _no_power(alpha: float, beta: float) -> str | None:
+    return "alpha and beta are both 0: one of them must be above 0" if alpha + beta == 0 else None
+
+
+_ALMOST_ONE = math.nextafter(1.0, 0.0)
 
 DIVERGENCES: dict[str, Divergence] = {
     "kl": Divergence(_kl_value, _kl_grad),
     "reverse_kl": Divergence(_reverse_kl_value, _reverse_kl_grad),
-    "jsd": Divergence(_jsd_value, _jsd_grad),
-    "skew_kl": Divergence(_skew_kl_value, _skew_kl_grad),
+    "jsd": Divergence(
+        _jsd_value,
+        _jsd_grad,
+        (Parameter("beta", 0.5, 0.0, 1.0),),
+        {(0.0,): "kl", (1.0,): "reverse_kl"},
+    ),
+    "skew_kl": Divergence(
+        _skew_kl_value,
+        _skew_kl_grad,
+        (Parameter("alpha", 0.1, 0.0, _ALMOST_ONE),),
+        {(0.0,): "kl"},
+    ),
+    "skew_reverse_kl": Divergence(
+        _skew_reverse_kl_value,
+        _skew_reverse_kl_grad,
+        (Parameter("alpha", 0.1, 0.0, _ALMOST_ONE),),
+        {(0.0,): "reverse_kl"},
+    ),
+    "tv": Divergence(_tv_value, _tv_grad),
+    "alpha_beta": Divergence(
+        _alpha_beta_value,
+        _alpha_beta_grad,
+        (Parameter("alpha", 0.2, 0.0), Parameter("beta", 0.7, 0.0)),
+        {(1.0, 0.0): "kl", (0.0, 1.0): "reverse_kl"},
+        _no_power,
+    ),
 }

@@ -32,6 +32,10 @@ class Request(NamedTuple):
 
     `divergence` is a name of the registry, `NLL` for the student's cross-entropy at the label, or
     None for the log-sum-exps alone. `parameters` are the divergence's.
+
+    With `teacher_mix` t below 1 a mixture takes the teacher's place: its logits are
+    (1 - t) z_s + t z_t, where the student's are constants, and LSE_T is of these. A token that one
+    of the two models excludes (-inf) has no part in it.
     """
 
     student_layer: int
@@ -39,18 +43,22 @@ class Request(NamedTuple):
     temperature: float
     divergence: str | None
     parameters: tuple[float, ...] = ()
+    teacher_mix: float = 1.0
 
 
 class PairMoments(NamedTuple):
     """Moments of the vectors s = z_s[second] - z_s[first] and t = z_t[second] - z_t[first].
 
-    z is (u - shift) / `moment_temperature` of the spec; with `first` None the vectors are z[second]
-    themselves. Tokens with a bias of -inf in a model without soft cap are left out. Anything else
-    that is not finite makes the moments NaN.
+    z is (u - shift) / `temperature`; with `first` None the vectors are z[second] themselves. Tokens
+    with a bias of -inf in a model without soft cap are left out. Anything else that is not finite
+    makes the moments NaN. With `weighted` every token has the weight softmax(z_t[second]) over the
+    tokens that are not left out; without, the weight 1.
     """
 
     first: Layers | None
     second: Layers
+    temperature: float = 1.0
+    weighted: bool = False
 
     @property
     def layers(self) -> tuple[Layers, ...]:
@@ -65,7 +73,6 @@ class LensSpec:
     columns: int
     requests: tuple[Request, ...]
     moments: tuple[PairMoments, ...]
-    moment_temperature: float
     student_logit_scale: float
     student_softcap: float | None
     teacher_logit_scale: float
@@ -90,15 +97,16 @@ class LensSpec:
         )
         moments = ";".join(
             [
-                ",".join([f"{student},{teacher}" for student, teacher in m.layers])
+                ",".join([str(int(m.weighted)), *[f"{s},{t}" for s, t in m.layers]])
                 for m in self.moments
             ]
         )
         caps = [0.0 if cap is None else cap for cap in (self.student_softcap, self.teacher_softcap)]
         scales = [self.student_logit_scale, self.teacher_logit_scale]
-        numbers = [self.moment_temperature, *scales, *caps]
+        numbers = [*scales, *caps]
         for request in self.requests:
-            numbers += [request.temperature, *request.parameters]
+            numbers += [request.temperature, *request.parameters, request.teacher_mix]
+        numbers += [pair.temperature for pair in self.moments]
         if torch.compiler.is_compiling():
             # They may be symbols, which stay so in arithmetic with tensors alone.
             one = torch.ones((), dtype=torch.float64, device="cpu")
@@ -111,9 +119,7 @@ class LensSpec:
     def decode(structure: str, numbers: Tensor, columns: int) -> LensSpec:
         """Invert `encode`."""
         requests, moments = _parts(structure)
-        temperature, student_scale, teacher_scale, student_cap, teacher_cap, *rest = (
-            numbers.tolist()
-        )
+        student_scale, teacher_scale, student_cap, teacher_cap, *rest = numbers.tolist()
         rest = iter(rest)
         return LensSpec(
             columns=columns,
@@ -124,11 +130,13 @@ class LensSpec:
                     next(rest),
                     name or None,
                     tuple([next(rest) for _ in range(int(parameters))]),
+                    next(rest),
                 )
                 for student, teacher, name, parameters in requests
             ),
-            moments=tuple(_pair_moments([int(layer) for layer in part]) for part in moments),
-            moment_temperature=temperature,
+            moments=tuple(
+                _pair_moments([int(number) for number in part], next(rest)) for part in moments
+            ),
             student_logit_scale=student_scale,
             student_softcap=student_cap or None,
             teacher_logit_scale=teacher_scale,
@@ -167,6 +175,8 @@ def _parts(structure: str) -> tuple[list[list[str]], list[list[str]]]:
     return requests, moments
 
 
-def _pair_moments(layers: list[int]) -> PairMoments:
+def _pair_moments(numbers: list[int], temperature: float) -> PairMoments:
+    weighted, *layers = numbers
     pairs = [Layers(*layers[i : i + 2]) for i in range(0, len(layers), 2)]
-    return PairMoments(pairs[0] if len(pairs) == 2 else None, pairs[-1])
+    first = pairs[0] if len(pairs) == 2 else None
+    return PairMoments(first, pairs[-1], temperature, bool(weighted))
