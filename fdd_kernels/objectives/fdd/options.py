@@ -47,7 +47,7 @@ def _require_number(
 
 
 def _require_divergence(name: str, value: Any, others: tuple[str, ...] = ()) -> None:
-    from fdd_kernels.lens.divergences import parse_divergence
+    from fdd_kernels.lens.divergence_text import parse_divergence
 
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a string, got {type(value).__name__}")
@@ -163,7 +163,7 @@ class LossOptions:
             raise ValueError(f"teacher_mix={self.teacher_mix} must be in [0, 1]")
         if self.teacher_mix == 1:
             return
-        from fdd_kernels.lens.divergences import parse_divergence
+        from fdd_kernels.lens.divergence_text import parse_divergence
 
         for name, weight, value in (
             ("trajectory", self.alpha, self.trajectory),
