@@ -189,7 +189,7 @@ def _as_states(name: str, states) -> tuple[Tensor, ...]:
     if not len(states):
         raise ValueError(f"{name} is empty: pass at least the final hidden state")
     for index, state in enumerate(states):
-        _require_float(f"{name}[{index}]", state)
+        require_float(f"{name}[{index}]", state)
         if state.ndim < 1 or state.shape != states[0].shape:
             raise ValueError(
                 f"{name}[{index}] has shape {tuple(state.shape)}, {name}[0] has "
@@ -200,7 +200,7 @@ def _as_states(name: str, states) -> tuple[Tensor, ...]:
     return tuple(states)
 
 
-def _require_float(name: str, tensor) -> None:
+def require_float(name: str, tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in FLOAT_DTYPES:
@@ -210,10 +210,10 @@ def _require_float(name: str, tensor) -> None:
         )
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} has layout {tensor.layout}: pass a dense tensor (.to_dense())")
-    _require_plain(name, tensor)
+    require_plain(name, tensor)
 
 
-def _require_plain(name: str, tensor: Tensor) -> None:
+def require_plain(name: str, tensor: Tensor) -> None:
     """Refuse a DTensor, which stands for the tensors of several processes."""
     if torch.compiler.is_compiling():
         return
@@ -230,14 +230,14 @@ def _check_head(
 ) -> None:
     width = states[0].shape[-1]
     if weight is not None:
-        _require_float(f"{side}_weight", weight)
+        require_float(f"{side}_weight", weight)
         if weight.ndim != 2 or weight.shape[1] != width or weight.shape[0] == 0:
             raise ValueError(
                 f"{side}_weight has shape {tuple(weight.shape)}, but {side}_hidden has width "
                 f"{width}: it must be (vocabulary, {width}) as in torch.nn.Linear"
             )
     if bias is not None:
-        _require_float(f"{side}_bias", bias)
+        require_float(f"{side}_bias", bias)
         if weight is None:
             raise ValueError(
                 f"{side}_bias was given without {side}_weight: add it to the hidden states instead"
@@ -264,7 +264,7 @@ def _check_tokens(
             f"{name} has shape {tuple(tensor.shape)}, but the hidden states have {leading_shape} "
             "before their width: one entry per hidden state"
         )
-    _require_plain(name, tensor)
+    require_plain(name, tensor)
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device} and student_hidden on {device}: move it")
 
