@@ -81,7 +81,7 @@ def row_deltas(
     if isinstance(reference, Tensor):
         constant = detach_reference in (None, True)
     else:
-        reference = _means(hidden, groups or "all", valid, process_group)
+        reference = _means(hidden, "all" if groups is None else groups, valid, process_group)
         constant = bool(detach_reference)
     if constant:
         reference = reference.detach()

@@ -143,8 +143,8 @@ def _norm_and_direction(s: Tensor, t: Tensor, c: Tensor) -> Tensor:
     With n the larger length it is (n - |s|) / n + |s| |s / |s| - c / |c||^2 / (2 n), which keeps
     its digits where s has the direction of c.
     """
-    per_s, per_c = _inverse_length(s), _inverse_length(c)
-    length_s, length_t = s.square().sum(-1) * per_s, torch.linalg.vector_norm(t, dim=-1)
+    per_s, per_t, per_c = (_inverse_length(vector) for vector in (s, t, c))
+    length_s, length_t = s.square().sum(-1) * per_s, t.square().sum(-1) * per_t
     larger = torch.where(length_s >= length_t, length_s, length_t)
     per_larger = larger.masked_fill(larger == 0, torch.inf).reciprocal()
     apart = (s * per_s[..., None] - c * per_c[..., None]).square().sum(-1)

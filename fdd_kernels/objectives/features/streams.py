@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# Numbers in one float64 tensor of a row block: 32 MiB.
-BLOCK_NUMBERS = 2**22
+# Numbers in one float64 tensor of a row block: 8 MiB.
+BLOCK_NUMBERS = 2**20
 
 
 def block_rows(width: int) -> int:
