@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fdd_kernels import attention_transfer, norm_direction_loss, relational_kd
+from fdd_kernels import attention_transfer, gram_loss, norm_direction_loss, relational_kd
 from fdd_kernels.objectives.features import streams
 from fdd_kernels.objectives.features.relational import MOST_SAMPLES_WITH_ANGLES
 from tests.support.allocations import allocated_peak
@@ -266,4 +266,28 @@ def test_compiled(function):
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for a, b in zip(run(compiled, s, t, *others), run(function, s, t, *others)):
+        assert (a - b).abs().max() <= 32 * unit(torch.float32) * b.abs().max()
+
+
+@pytest.mark.parametrize(
+    "kind", ["sp", "cka", "nst", "ickd", "attention", "direction", "relations"]
+)
+def test_autocast_changes_nothing(kind):
+    """Sums are float64, and what is elementwise is not cast."""
+    s, t = draw(2, 5, 4).float(), draw(2, 5, 4, seed=1).float()
+    functions = {
+        "attention": attention_transfer,
+        "direction": functools.partial(
+            norm_direction_loss,
+            class_means=draw(3, 4).float(),
+            labels=torch.arange(10).view(2, 5) % 3,
+        ),
+        "relations": relational_kd,
+    }
+    function = functions.get(kind) or functools.partial(gram_loss, kind=kind)
+    expected = run(function, s, t)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = run(function, s, t)
+    for a, b in zip(got, expected):
+        assert a.dtype == b.dtype
         assert (a - b).abs().max() <= 32 * unit(torch.float32) * b.abs().max()
