@@ -46,7 +46,7 @@ def flatten(inputs: LensInputs) -> tuple[Tensor | None, ...]:
 
 
 def unflatten(layers: int, tensors: tuple[Tensor | None, ...]) -> LensInputs:
-    """Invert `flatten` for `layers` hidden states of the student; all others are the teacher's."""
+    """Invert `flatten` for `layers` hidden states of the student; the teacher may have none."""
     student, (weight, bias, *rest) = list(tensors[:layers]), tensors[layers:]
     return LensInputs(student, weight, bias, rest[:-4], *rest[-4:])
 
