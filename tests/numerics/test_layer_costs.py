@@ -52,6 +52,13 @@ def layered(depths: tuple[int, int], *arguments, **options) -> Problem:
     )
 
 
+def supported(problem: Problem, backend: str) -> Problem:
+    """Leave Triton the one teacher layer that it compares with a student layer."""
+    if backend != "triton":
+        return problem
+    return replace(problem, teacher_hidden=problem.teacher_hidden[:1])
+
+
 def weighted(problem: Problem) -> Problem:
     """Add token weights, one of them 0."""
     weights = torch.linspace(0, 2, math.prod(problem.leading_shape), dtype=torch.float64)
@@ -90,9 +97,7 @@ def dense_costs(problem: Problem, cost: str, temperature: float = 1.0) -> Tensor
 
 def _jsd(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
     m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    return (
-        beta * log_p.exp() * (log_p - m) + (1 - beta) * log_q.exp() * (log_q - m)
-    ).sum(-1)
+    return (beta * log_p.exp() * (log_p - m) + (1 - beta) * log_q.exp() * (log_q - m)).sum(-1)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "torch"])
@@ -148,7 +153,7 @@ def of_pair(problem: Problem, i: int, j: int):
 
 def assert_pairs_within_budget(problem: Problem, backend: str, upstream=None, **options) -> None:
     """Compare each pair with float64, values and gradients per row."""
-    options |= ONE_PAIR
+    options, problem = options | ONE_PAIR, supported(problem, backend)
     for i, student in enumerate(problem.student_hidden):
         for j, teacher in enumerate(problem.teacher_hidden):
             pair = replace(problem, student_hidden=(student,), teacher_hidden=(teacher,))
@@ -216,10 +221,12 @@ def test_any_call(backend, call):
 
 def test_reductions(backend):
     problem = weighted(layered((2, 3), labels=True)).map(lambda t: t.float())
+    problem = supported(problem, backend)
     per_row = costs_of(problem, per_row=True, backend=backend).double()
     total, count = per_row.sum((-2, -1)), (problem.labels != -100).sum()
-    for items, divisor in ((None, count), (7, 7), (torch.tensor(2.5), 2.5), (torch.tensor(0), None)):
-        expected = torch.zeros_like(total) if divisor is None else total / divisor
+    nothing = torch.tensor(0)
+    for items, divisor in ((None, count), (7, 7), (torch.tensor(2.5), 2.5), (nothing, torch.inf)):
+        expected = total / divisor
         got = costs_of(problem, num_items_in_batch=items, backend=backend)
         bound = (per_row[0, 0].numel() + 2) * 2.0**-24 * expected.abs()
         assert ((got - expected).abs() <= bound).all()
@@ -313,7 +320,7 @@ def test_triton_refuses_several_teacher_layers_by_name():
 
 ERRORS = [
     ({"cost": "kld"}, ValueError, "cost='kld' is not one of"),
-    ({"cost": "jsd:2"}, ValueError, "cost='jsd:2' has beta=2"),
+    ({"cost": "jsd:2"}, ValueError, "cost='jsd:2' has beta"),
     ({"cost": "centered_cosine"}, ValueError, "cost='centered_cosine' is not one of"),
     ({"cost": 3}, TypeError, "cost must be a string"),
     ({"temperature": 0.0}, ValueError, "temperature=0.0 must be finite and greater than 0"),

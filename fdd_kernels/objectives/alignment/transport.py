@@ -50,8 +50,8 @@ def optimal_flow(costs: np.ndarray, student: np.ndarray, teacher: np.ndarray) ->
 
 def _units(masses: np.ndarray) -> np.ndarray:
     """Round masses to integers of the sum 2^_BITS."""
-    ends = np.rint(masses.cumsum() / masses.sum() * 2.0**_BITS).astype(np.int64)
-    return np.diff(ends, prepend=0)
+    ends = masses.cumsum()
+    return np.diff(np.rint(ends / ends[-1] * 2.0**_BITS).astype(np.int64), prepend=0)
 
 
 def _cheapest_path(
