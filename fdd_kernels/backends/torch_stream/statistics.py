@@ -174,7 +174,8 @@ def _second_pass(
     for columns in problem.column_tiles() if indices else ():
         u_s = student.logits(student_LrD, student.weight_tile(columns), columns)
         u_t = teacher.logits(teacher_LrD, teacher.weight_tile(columns), columns)
-        u_s, u_t = u_s - shifts_of(u_s, shifts[0]), u_t - shifts_of(u_t, shifts[1])
+        u_s -= shifts_of(u_s, shifts[0])
+        u_t -= shifts_of(u_t, shifts[1])
         for index in indices:
             request = spec.requests[index]
             log_q, log_p = log_probabilities(request, u_s, u_t, requests[index])
