@@ -14,19 +14,41 @@ if TYPE_CHECKING:
     from fdd_kernels.hf.distiller import Distiller
     from fdd_kernels.objectives.alignment.costs import layer_costs
     from fdd_kernels.objectives.alignment.matching import align_layers
+    from fdd_kernels.objectives.fdd.advantage import advantage_kd
     from fdd_kernels.objectives.fdd.api import FusedFDDLoss, fdd_loss_reference, fused_fdd_loss
     from fdd_kernels.objectives.fdd.options import FDDConfig, FDDLossTerms
+    from fdd_kernels.objectives.features.deltas import RowDeltas, row_deltas
+    from fdd_kernels.objectives.features.gram import gram_loss
+    from fdd_kernels.objectives.features.relational import relational_kd
+    from fdd_kernels.objectives.features.rows import attention_transfer, norm_direction_loss
+    from fdd_kernels.objectives.schedules import (
+        GradientBalance,
+        Stages,
+        TAIDSchedule,
+        WeightSchedule,
+    )
 
 __all__ = [
     "Distiller",
     "FDDConfig",
     "FDDLossTerms",
     "FusedFDDLoss",
+    "GradientBalance",
+    "RowDeltas",
+    "Stages",
+    "TAIDSchedule",
+    "WeightSchedule",
     "__version__",
+    "advantage_kd",
     "align_layers",
+    "attention_transfer",
     "fdd_loss_reference",
     "fused_fdd_loss",
+    "gram_loss",
     "layer_costs",
+    "norm_direction_loss",
+    "relational_kd",
+    "row_deltas",
 ]
 
 _moved.install()
@@ -41,6 +63,17 @@ _HOMES = {
     "FDDConfig": "objectives.fdd.options",
     "FDDLossTerms": "objectives.fdd.options",
     "Distiller": "hf.distiller",
+    "advantage_kd": "objectives.fdd.advantage",
+    "RowDeltas": "objectives.features.deltas",
+    "row_deltas": "objectives.features.deltas",
+    "gram_loss": "objectives.features.gram",
+    "relational_kd": "objectives.features.relational",
+    "attention_transfer": "objectives.features.rows",
+    "norm_direction_loss": "objectives.features.rows",
+    "GradientBalance": "objectives.schedules",
+    "Stages": "objectives.schedules",
+    "TAIDSchedule": "objectives.schedules",
+    "WeightSchedule": "objectives.schedules",
 }
 
 

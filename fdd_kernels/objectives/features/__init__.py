@@ -1,0 +1,1 @@
+"""Objectives that compare hidden states without a vocabulary, in plain PyTorch."""
