@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fdd_kernels import attention_transfer, norm_direction_loss, relational_kd
+from fdd_kernels import attention_transfer, gram_loss, norm_direction_loss, relational_kd
 from fdd_kernels.objectives.features import streams
 from fdd_kernels.objectives.features.relational import MOST_SAMPLES_WITH_ANGLES
 from tests.support.allocations import allocated_peak
@@ -238,9 +238,9 @@ def test_distances_in_blocks(monkeypatch):
 
 
 def test_distances_hold_no_square_tensor(monkeypatch):
-    """A block's tensors, and float64 rows of both models; 2048 x 2048 in float64 are 32 MiB."""
+    """A block's tensors, and float64 rows of both models; 1024 x 1024 in float64 are 8 MiB."""
     monkeypatch.setattr(streams, "BLOCK_NUMBERS", 2**14)
-    s, t = draw(2048, 4).requires_grad_(), draw(2048, 4, seed=1)
+    s, t = draw(1024, 4).requires_grad_(), draw(1024, 4, seed=1)
 
     def call():
         return torch.autograd.grad(relational_kd(s, t, angle_weight=0.0), s)
@@ -257,7 +257,14 @@ def test_angles_of_many_samples_are_refused():
     assert relational_kd(s, s, angle_weight=0.0) == 0
 
 
-@pytest.mark.parametrize("function", [attention_transfer, norm_direction_loss, relational_kd])
+@pytest.mark.parametrize(
+    "function",
+    [
+        attention_transfer,
+        norm_direction_loss,
+        pytest.param(relational_kd, marks=pytest.mark.slow),
+    ],
+)
 def test_compiled(function):
     s, t = draw(2, 5, 4).float(), draw(2, 5, 4, seed=1).float()
     others = ()
@@ -266,4 +273,28 @@ def test_compiled(function):
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for a, b in zip(run(compiled, s, t, *others), run(function, s, t, *others)):
+        assert (a - b).abs().max() <= 32 * unit(torch.float32) * b.abs().max()
+
+
+@pytest.mark.parametrize(
+    "kind", ["sp", "cka", "nst", "ickd", "attention", "direction", "relations"]
+)
+def test_autocast_changes_nothing(kind):
+    """Sums are float64, and what is elementwise is not cast."""
+    s, t = draw(2, 5, 4).float(), draw(2, 5, 4, seed=1).float()
+    functions = {
+        "attention": attention_transfer,
+        "direction": functools.partial(
+            norm_direction_loss,
+            class_means=draw(3, 4).float(),
+            labels=torch.arange(10).view(2, 5) % 3,
+        ),
+        "relations": relational_kd,
+    }
+    function = functions.get(kind) or functools.partial(gram_loss, kind=kind)
+    expected = run(function, s, t)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = run(function, s, t)
+    for a, b in zip(got, expected):
+        assert a.dtype == b.dtype
         assert (a - b).abs().max() <= 32 * unit(torch.float32) * b.abs().max()

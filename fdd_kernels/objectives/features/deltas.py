@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.distributed.nn.functional as collectives
 from torch import Tensor
 
 from fdd_kernels.objectives.features.groups import check_groups
@@ -121,6 +120,8 @@ def _means(hidden: Tensor, groups: Tensor | str, valid: Tensor | None, process_g
     totals = hidden.sum(dims, keepdim=True, dtype=torch.float64)
     counts = ones[..., None].sum(dims, keepdim=True)
     if process_group is not None:
+        from torch.distributed.nn import functional as collectives  # differentiable
+
         totals, counts = (
             collectives.all_reduce(tensor, group=process_group) for tensor in (totals, counts)
         )
@@ -148,7 +149,7 @@ def _check(hidden, kind, reference, groups, mask, process_group) -> None:
             )
     else:
         require_choice("reference", reference, ("batch",))
-    of_batch = kind == "deviation" and reference == "batch" if isinstance(reference, str) else False
+    of_batch = kind == "deviation" and isinstance(reference, str)
     if process_group is not None and not (of_batch and groups in (None, "all")):
         raise ValueError(
             'process_group takes the mean over all rows: use kind="deviation", reference="batch" '

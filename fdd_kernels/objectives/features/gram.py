@@ -17,7 +17,7 @@ from torch import Tensor
 from fdd_kernels.lens.distances import DISTANCES, Sums
 from fdd_kernels.objectives.features.groups import check_groups, split_into_groups
 from fdd_kernels.objectives.features.inputs import FeatureInputs
-from fdd_kernels.objectives.features.streams import again, in_float64, sum_over_rows
+from fdd_kernels.objectives.features.streams import again, count_rows, in_float64, sum_over_rows
 from fdd_kernels.objectives.option_checks import require_choice
 
 
@@ -147,8 +147,7 @@ class _Covariances:
 
 def _group_value(kind: str, s: Tensor, t: Tensor, valid: Tensor | None) -> Tensor:
     """Compute one group's value in float64, from rows (r, Ds), (r, Dt) and valid (r,)."""
-    count = s.new_tensor(len(s), dtype=torch.float64) if valid is None else valid.sum()
-    return _KINDS[kind]((s, t, valid), count.to(torch.float64))
+    return _KINDS[kind]((s, t, valid), count_rows(s, valid))
 
 
 def _sp(rows: tuple, count: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fdd_kernels.objectives.features.inputs import FeatureInputs
-from fdd_kernels.objectives.features.streams import in_float64, sum_over_rows
+from fdd_kernels.objectives.features.streams import count_rows, in_float64, sum_over_rows
 from fdd_kernels.objectives.option_checks import require_number
 
 # The angles of R samples take R^3 D operations: 512 samples of width 768 take 4e11 for both models.
@@ -68,8 +68,7 @@ def relational_kd(
     valid = inputs.valid()
     valid = None if valid is None else valid.reshape(-1)
     ours, theirs = (_centred(h.flatten(0, -2), valid) for h in (inputs.student, inputs.teacher))
-    count = inputs.student.new_tensor(samples) if valid is None else valid.sum()
-    count = count.to(torch.float64).clamp(min=1)
+    count = count_rows(ours, valid).clamp(min=1)
     loss = ours.new_zeros(())
     if distance_weight:
         loss = loss + distance_weight * _distances(ours, theirs, valid) / count.square()

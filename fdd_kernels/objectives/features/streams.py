@@ -54,3 +54,10 @@ def in_float64(block: Tensor, valid: Tensor | None) -> Tensor:
     """Convert a row block (r, D) to float64, with 0 in rows that are not valid."""
     block = block.to(torch.float64)
     return block if valid is None else torch.where(valid[:, None], block, 0.0)
+
+
+def count_rows(rows: Tensor, valid: Tensor | None) -> Tensor:
+    """Count the valid rows of (R, ...), as a float64 scalar on their device."""
+    if valid is None:
+        return rows.new_full((), len(rows), dtype=torch.float64)
+    return valid.sum(dtype=torch.float64)

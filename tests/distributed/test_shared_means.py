@@ -5,10 +5,10 @@ import torch
 
 from fdd_kernels import GradientBalance, row_deltas
 from fdd_kernels.testing import assert_same_sums
-from tests.distributed.feature_worker import loss_of, rows
+from tests.distributed.means_worker import loss_of, rows
 from tests.support.processes import finish_well, start
 
-WORKER = "tests.distributed.feature_worker"
+WORKER = "tests.distributed.means_worker"
 
 
 @pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])

@@ -1,4 +1,4 @@
-"""One process of test_features.py: python -m tests.distributed.feature_worker KIND RANK WORLD
+"""One process of test_shared_means.py: python -m tests.distributed.means_worker KIND RANK WORLD
 FOLDER
 """
 
