@@ -12,6 +12,8 @@ from fdd_kernels.version import __version__
 
 if TYPE_CHECKING:
     from fdd_kernels.hf.distiller import Distiller
+    from fdd_kernels.objectives.alignment.costs import layer_costs
+    from fdd_kernels.objectives.alignment.matching import align_layers
     from fdd_kernels.objectives.fdd.advantage import advantage_kd
     from fdd_kernels.objectives.fdd.api import FusedFDDLoss, fdd_loss_reference, fused_fdd_loss
     from fdd_kernels.objectives.fdd.options import FDDConfig, FDDLossTerms
@@ -38,10 +40,12 @@ __all__ = [
     "WeightSchedule",
     "__version__",
     "advantage_kd",
+    "align_layers",
     "attention_transfer",
     "fdd_loss_reference",
     "fused_fdd_loss",
     "gram_loss",
+    "layer_costs",
     "norm_direction_loss",
     "relational_kd",
     "row_deltas",
@@ -54,6 +58,8 @@ _HOMES = {
     "FusedFDDLoss": "objectives.fdd.api",
     "fdd_loss_reference": "objectives.fdd.api",
     "fused_fdd_loss": "objectives.fdd.api",
+    "layer_costs": "objectives.alignment.costs",
+    "align_layers": "objectives.alignment.matching",
     "FDDConfig": "objectives.fdd.options",
     "FDDLossTerms": "objectives.fdd.options",
     "Distiller": "hf.distiller",

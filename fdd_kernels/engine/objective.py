@@ -42,5 +42,6 @@ class Objective(Protocol):
     ) -> UpstreamOf:
         """Return the closed form of the gradients of the statistics, in `dtype`.
 
-        The gradients are those of sum(grad * output); None stands for no gradient.
+        The gradients are those of sum(grad * output); None stands for no gradient. Asked for only
+        where `known_upstream`.
         """

@@ -60,7 +60,7 @@ def _(*arguments):
         return inputs.student_weight.new_empty((*shape, inputs.rows), dtype=inputs.statistics_dtype)
 
     return (
-        new(2, len(inputs.student_hidden)),
+        new(2, inputs.layers),
         new(requests, REQUEST_STATS),
         new(moments, MOMENT_STATS),
     )

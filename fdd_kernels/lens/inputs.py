@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,9 +12,10 @@ from torch import Tensor
 class LensInputs(NamedTuple):
     """The tensors of one call, in the order of the operators' schema.
 
-    Each model has L hidden states (R, D). Heads are (V', D) and biases (V',) with V' >= V, the
-    number of tokens that are compared. `teacher_weight` None stands for the identity. `valid` is
-    (R,) bool, or None where every row is valid. `labels` is (R,) int, for NLL requests alone.
+    Each model has hidden states (R, D), as many of both models or not. Heads are (V', D) and biases
+    (V',) with V' >= V, the number of tokens that are compared. `teacher_weight` None stands for the
+    identity. `valid` is (R,) bool, or None where every row is valid. `labels` is (R,) int, for NLL
+    requests alone.
     """
 
     student_hidden: list[Tensor]
@@ -24,6 +26,11 @@ class LensInputs(NamedTuple):
     teacher_bias: Tensor | None
     valid: Tensor | None
     labels: Tensor | None
+
+    @property
+    def layers(self) -> int:
+        """Count the hidden states of the model that has more of them: L."""
+        return max(len(self.student_hidden), len(self.teacher_hidden))
 
     @property
     def rows(self) -> int:
@@ -56,6 +63,20 @@ class LensInputs(NamedTuple):
         return self._replace(
             student_hidden=student, teacher_hidden=teacher, valid=None, labels=labels
         )
+
+    def with_equal_layers(self, needed: Sequence[bool] = ()) -> tuple[LensInputs, list[bool]]:
+        """Repeat the last state of the model that has fewer, for kernels that take L of both.
+
+        No request looks at a repeated state, none is copied, and none needs a gradient: `needed`
+        marks those of [*student_hidden, student_weight, student_bias].
+        """
+        count = len(self.student_hidden)
+        lacking, lacking_teacher = self.layers - count, self.layers - len(self.teacher_hidden)
+        extended = self._replace(
+            student_hidden=[*self.student_hidden, *self.student_hidden[-1:] * lacking],
+            teacher_hidden=[*self.teacher_hidden, *self.teacher_hidden[-1:] * lacking_teacher],
+        )
+        return extended, [*needed[:count], *[False] * lacking, *needed[count:]]
 
     def of_layers(self, layers: tuple[int, ...]) -> LensInputs:
         """Select some layers of both models."""

@@ -35,7 +35,8 @@ MOMENT_STATS = 9
 class Statistics(NamedTuple):
     """Row statistics of L layers of each model and R rows, in float32 or float64.
 
-    `shifts` (2, L, R): per model and layer the number that logits are relative to.
+    `shifts` (2, L, R): per model and layer the number that logits are relative to; without meaning
+    at the layers that a model with fewer of them lacks.
     `requests` (requests, REQUEST_STATS, R) and `moments` (pairs, MOMENT_STATS, R) as above.
     """
 

@@ -41,15 +41,16 @@ def reduce_rows(
     denominator: Tensor | float | None,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """Reduce a term (R,) over its valid rows, in its own dtype.
+    """Reduce terms (..., R) over their valid rows, in their own dtype.
 
-    `weights` (R,) multiply it. With a `leading_shape` (reduction="none") the term is returned in
-    that shape instead, 0 where a row is not valid.
+    `weights` (R,) multiply them. With a `leading_shape` (reduction="none") the terms are returned
+    as (..., *leading_shape) instead, 0 where a row is not valid.
     """
     if weights is not None:
         term = term * weights
     if valid is not None:
         term = torch.where(valid, term, 0.0)
     if leading_shape is not None:
-        return term.view(leading_shape)
-    return term.sum() if denominator is None else (term.sum() / denominator).to(term.dtype)
+        return term.reshape((*term.shape[:-1], *leading_shape))
+    total = term.sum(-1)
+    return total if denominator is None else (total / denominator).to(term.dtype)

@@ -17,8 +17,10 @@ from fdd_kernels.objectives.numbers import check_token_weights, describe
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def check_tensors(inputs: LossInputs) -> LossInputs:
+def check_tensors(inputs: LossInputs, *, paired: bool = True) -> LossInputs:
     """Check hidden states and heads, and return them with the states as tuples.
+
+    With `paired` both models must have as many hidden states.
 
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape or device, or a teacher that asks for
@@ -27,7 +29,7 @@ def check_tensors(inputs: LossInputs) -> LossInputs:
     student = _as_states("student_hidden", inputs.student_hidden)
     teacher = _as_states("teacher_hidden", inputs.teacher_hidden)
     inputs = replace(inputs, student_hidden=student, teacher_hidden=teacher)
-    if len(teacher) != len(student):
+    if paired and len(teacher) != len(student):
         raise ValueError(
             f"student_hidden has {len(student)} layers and teacher_hidden {len(teacher)}: layers "
             "are paired by rank, pass as many of each"
@@ -173,6 +175,30 @@ def compared_tokens(inputs: LossInputs, vocab_size: int | None) -> int:
             f"{teacher_weight.shape[0]})"
         )
     return vocab_size
+
+
+def check_shift(shift: bool, labels: Tensor | None) -> None:
+    """Refuse to shift labels that are not there, or have no dimension to shift along."""
+    if shift and (labels is None or labels.ndim == 0):
+        raise ValueError(
+            "shift=True shifts the labels along their last dimension: pass labels of shape (..., "
+            "sequence)"
+        )
+
+
+def check_feature_options(options: object, names: Sequence[str]) -> None:
+    """Refuse options of logits in feature space: `names` are those neither None nor 1 by default.
+
+    Raises:
+        ValueError: names the first option that was given.
+    """
+    for name in names:
+        value = getattr(options, name)
+        if value not in (None, 1.0):
+            raise ValueError(
+                f"{name}={value} was given with teacher_weight=None: feature space compares raw "
+                "features, without softmax, soft cap or scale"
+            )
 
 
 def check_num_items(reduction: str, num_items_in_batch) -> None:

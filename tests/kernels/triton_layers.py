@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from fdd_kernels import layer_costs
 from fdd_kernels.backends import BACKENDS, check_spec
 from fdd_kernels.backends.triton import config, strategy
 from fdd_kernels.lens.divergences import DIVERGENCES
@@ -164,3 +165,19 @@ def test_specs_that_are_refused_by_name(monkeypatch):
     assert "student layers 0 and 2, which are not consecutive" in refusal(apart)
     with pytest.raises(ValueError, match=r'backend="triton" cannot compute this: .* reference, '):
         check_spec("triton", apart)
+
+
+@pytest.mark.parametrize("cost", ["kl", "mse"])
+def test_student_layers_that_share_the_only_teacher_layer(named, cost):
+    """The student has more hidden states than the teacher."""
+    problem = random_problem((3,), TOKENS + 9, layers=2, mask=True)
+    arguments = problem.arguments | {"teacher_hidden": problem.teacher_hidden[:1], "cost": cost}
+    leaves = list(problem.leaves.values())
+    found = []
+    for backend in ("triton", "reference"):
+        costs = layer_costs(**arguments, backend=backend)
+        found.append(
+            [costs, *torch.autograd.grad((costs * torch.tensor([[1.0], [-2.0]])).sum(), leaves)]
+        )
+    for a, b in zip(*found):
+        assert (a - b).norm() <= 1e-5 * b.norm()

@@ -28,7 +28,8 @@ from fdd_kernels.lens.spec import LensSpec
 def cached_rows(inputs: LensInputs, spec: LensSpec, needed: list[bool]) -> int:
     """Choose the rows of a block (`tiling.block_rows`); 0 where the call streams.
 
-    0 also for float16: its gradients would underflow before a loss scaler has scaled them.
+    0 also for float16: its gradients would underflow before a loss scaler has scaled them; and
+    where one model has more hidden states than the other.
     """
     weight = inputs.student_weight
     trained = [
@@ -37,6 +38,7 @@ def cached_rows(inputs: LensInputs, spec: LensSpec, needed: list[bool]) -> int:
     if (
         not trained
         or inputs.statistics_dtype == torch.float64
+        or len(inputs.student_hidden) != len(inputs.teacher_hidden)
         or any(t.dtype == torch.float16 for t in trained)
     ):
         return 0

@@ -80,7 +80,7 @@ def valid_rows(inputs: LensInputs) -> Tensor:
 def zero_statistics(inputs: LensInputs, spec: LensSpec) -> Statistics:
     """Allocate statistics of zeros; the kernels write those of the valid rows into them."""
     return Statistics(
-        torch.zeros(2, len(inputs.student_hidden), inputs.rows, **F32),
+        torch.zeros(2, inputs.layers, inputs.rows, **F32),
         torch.zeros(len(spec.requests), REQUEST_STATS, inputs.rows, **F32),
         torch.zeros(len(spec.moments), MOMENT_STATS, inputs.rows, **F32),
     )

@@ -12,6 +12,7 @@ from fdd_kernels.backends.torch_stream.problem import (
     log_probabilities,
     pair_vectors,
 )
+from fdd_kernels.backends.torch_stream.running import shifts_of
 from fdd_kernels.lens.divergences import DIVERGENCES
 from fdd_kernels.lens.inputs import LensInputs
 from fdd_kernels.lens.layout import (
@@ -96,7 +97,7 @@ def _accumulate(
         summed = None
         if want_hidden:
             summed = student.hidden[0].new_zeros(
-                (problem.layers, stop - start, width), dtype=problem.dtype
+                (len(student.hidden), stop - start, width), dtype=problem.dtype
             )
         for columns in problem.column_tiles():
             weight_cD = student.weight_tile(columns)
@@ -113,7 +114,7 @@ def _accumulate(
                 flat = grad_x.reshape(-1, grad_x.shape[-1])
                 if summed is not None:
                     summed[:, first - start : last - start] += (flat @ weight_cD).view(
-                        problem.layers, -1, width
+                        len(summed), -1, width
                     )
                 if summed_cD is not None:
                     summed_cD.addmm_(flat.T, student_LrD.reshape(-1, width))
@@ -140,11 +141,11 @@ def _tile_gradient(
     spec, student, teacher = problem.spec, problem.student, problem.teacher
     shifts, requests, moments, grad_requests, grad_moments = (stat[..., rows] for stat in per_row)
     logits_s = student.logits(student_LrD, weight_cD, columns)
-    u_s = logits_s - shifts[0, ..., None]
+    u_s = logits_s - shifts_of(logits_s, shifts[0])
     u_t = None
     if spec.needs_teacher:
         u_t = teacher.logits(teacher_LrD, teacher_cD, columns)
-        u_t -= shifts[1, ..., None]
+        u_t -= shifts_of(u_t, shifts[1])
     grad_u = torch.zeros_like(u_s)
     for index, request in enumerate(spec.requests):
         upstream, stat = grad_requests[index, ..., None], requests[index]

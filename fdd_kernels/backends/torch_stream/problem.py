@@ -74,7 +74,7 @@ class TorchProblem:
 
     def __init__(self, inputs: LensInputs, spec: LensSpec):
         self.dtype, self.device = inputs.statistics_dtype, inputs.device
-        self.total_rows, self.layers = inputs.rows, len(inputs.student_hidden)
+        self.total_rows, self.layers = inputs.rows, inputs.layers
         self.spec, self.labels = spec, inputs.labels
         self.student = TorchModel(
             inputs.student_hidden,

@@ -25,6 +25,11 @@ from fdd_kernels.lens.layout import (
 from fdd_kernels.lens.spec import LensSpec, PairMoments, of_pair
 
 
+def shifts_of(u_LrC: Tensor, shifts_Lr: Tensor) -> Tensor:
+    """Select the shifts (L, r, 1) of a model's layers, which may be fewer than the other's."""
+    return shifts_Lr[: len(u_LrC), :, None]
+
+
 class RowMax:
     """The largest logit of every row so far, of both models (2, L, r), and the shifts that follow:
     the same, but 0 while every logit is -inf.
@@ -40,14 +45,16 @@ class RowMax:
         Returns how far the old maxima lie below the new shifts (-inf without one), and how far the
         shifts rose: (2, L, r).
         """
-        of_teacher = self.largest[1] if u_t is None else u_t.amax(-1)
-        largest = torch.maximum(self.largest, torch.stack([u_s.amax(-1), of_teacher]))
-        old = self.shift
+        largest, old = self.largest.clone(), self.shift
+        for of_model, u in zip(largest, (u_s, u_t)):
+            if u is not None:
+                of_layers = of_model[: len(u)]
+                torch.maximum(of_layers, u.amax(-1), out=of_layers)
         self.shift = torch.where(largest == -torch.inf, 0.0, largest)
         below, self.largest = self.largest - self.shift, largest
-        u_s -= self.shift[0, ..., None]
+        u_s -= shifts_of(u_s, self.shift[0])
         if u_t is not None:
-            u_t -= self.shift[1, ..., None]
+            u_t -= shifts_of(u_t, self.shift[1])
         return below, self.shift - old
 
 

@@ -20,6 +20,7 @@ from fdd_kernels.backends.torch_stream.running import (
     Softmax,
     no_moments,
     restate_means,
+    shifts_of,
     tile_moments,
     weighted_tile_moments,
 )
@@ -120,8 +121,8 @@ def _block_stats(problem: TorchProblem, rows: Tensor | slice) -> Statistics:
     spec, student, teacher = problem.spec, problem.student, problem.teacher
     student_LrD = student.rows(rows)
     teacher_LrD = teacher.rows(rows) if spec.needs_teacher else None
-    layers, count = student_LrD.shape[:2]
-    row_max = RowMax(layers, count, student_LrD)
+    count = student_LrD.shape[1]
+    row_max = RowMax(problem.layers, count, student_LrD)
     moments = no_moments(spec.moments, count, student_LrD)
     requests = student_LrD.new_zeros((len(spec.requests), REQUEST_STATS, count))
     per_row = student_LrD.new_zeros(count)
@@ -173,7 +174,8 @@ def _second_pass(
     for columns in problem.column_tiles() if indices else ():
         u_s = student.logits(student_LrD, student.weight_tile(columns), columns)
         u_t = teacher.logits(teacher_LrD, teacher.weight_tile(columns), columns)
-        u_s, u_t = u_s - shifts[0, ..., None], u_t - shifts[1, ..., None]
+        u_s -= shifts_of(u_s, shifts[0])
+        u_t -= shifts_of(u_t, shifts[1])
         for index in indices:
             request = spec.requests[index]
             log_q, log_p = log_probabilities(request, u_s, u_t, requests[index])

@@ -82,6 +82,7 @@ def stats(inputs: LensInputs, spec: LensSpec) -> Statistics:
     """Compute the statistics; see `backends.Backend`."""
     if inputs.statistics_dtype == torch.float64:
         return torch_stream.stats(inputs, spec)
+    inputs, _ = inputs.with_equal_layers()
     from fdd_kernels.backends.triton.cached.blocks import blocks_of
     from fdd_kernels.backends.triton.cached.fill_statistics import fill_statistics
     from fdd_kernels.backends.triton.one_pass import host as one_pass
@@ -105,6 +106,7 @@ def grad(
     """Compute the gradients marked in `needed`; see `backends.Backend`."""
     if inputs.statistics_dtype == torch.float64:
         return torch_stream.grad(inputs, spec, per_row, needed)
+    inputs, needed = inputs.with_equal_layers(needed)
     from fdd_kernels.backends.triton.cached.blocks import blocks_of
     from fdd_kernels.backends.triton.cached.gradients import Gradients
     from fdd_kernels.backends.triton.one_pass import host as one_pass
@@ -131,10 +133,13 @@ def new_scratch(elements: int, device: torch.device) -> Tensor:
 def cached_rows(inputs: LensInputs, spec: LensSpec, needed: list[bool]) -> int:
     """Return the rows of a block whose logits are cached; 0 where two operations are better.
 
-    They are for float16 gradients, which would underflow before a loss scaler has scaled them.
+    They are for float16 gradients, which would underflow before a loss scaler has scaled them, and
+    where one model has more hidden states than the other.
     """
     outputs = (*inputs.student_hidden, inputs.student_weight, inputs.student_bias)
     wanted = [t for t, need in zip(outputs, needed) if need]
+    if len(inputs.student_hidden) != len(inputs.teacher_hidden):
+        return 0
     if not wanted or chosen_strategy() not in ("auto", "cached"):
         return 0
     if inputs.statistics_dtype == torch.float64 or any(t.dtype == torch.float16 for t in wanted):

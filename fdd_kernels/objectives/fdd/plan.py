@@ -13,7 +13,9 @@ from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.inputs import LossInputs
 from fdd_kernels.objectives.numbers import check_numbers
 from fdd_kernels.objectives.validation import (
+    check_feature_options,
     check_num_items,
+    check_shift,
     check_tensors,
     check_tokens,
     check_transforms,
@@ -59,11 +61,7 @@ def make_plan(options: LossOptions, inputs: LossInputs) -> tuple[Plan, LossInput
     check_tokens(inputs)
     if options.ce_weight and inputs.labels is None:
         raise ValueError(f"ce_weight={options.ce_weight} needs labels: pass labels, or ce_weight=0")
-    if options.shift and (inputs.labels is None or inputs.labels.ndim == 0):
-        raise ValueError(
-            "shift=True shifts the labels along their last dimension: pass labels of shape (..., "
-            "sequence)"
-        )
+    check_shift(options.shift, inputs.labels)
     check_num_items(options.reduction, inputs.num_items_in_batch)
     plan = build_plan(
         options,
@@ -224,22 +222,19 @@ def _check_space(options: LossOptions, inputs: LossInputs) -> None:
     """Refuse options that have no meaning in feature space."""
     if not inputs.feature_space:
         return
-    for name in (
-        "student_softcap",
-        "teacher_softcap",
-        "student_logit_scale",
-        "teacher_logit_scale",
-        "temperature",
-        "derivative_temperature",
-        "output_temperature",
-        "teacher_mix",
-    ):
-        value = getattr(options, name)
-        if value not in (None, 1.0):
-            raise ValueError(
-                f"{name}={value} was given with teacher_weight=None: feature space compares raw "
-                "features, without softmax, soft cap or scale"
-            )
+    check_feature_options(
+        options,
+        (
+            "student_softcap",
+            "teacher_softcap",
+            "student_logit_scale",
+            "teacher_logit_scale",
+            "temperature",
+            "derivative_temperature",
+            "output_temperature",
+            "teacher_mix",
+        ),
+    )
     if options.ce_weight:
         raise ValueError(
             f"ce_weight={options.ce_weight} needs logits: pass teacher_weight, or ce_weight=0"

@@ -13,29 +13,35 @@ from torch import Tensor
 from fdd_kernels.lens.distances import DISTANCES, Sums
 from fdd_kernels.lens.divergence_text import parse_divergence
 from fdd_kernels.lens.inputs import LensInputs
+from fdd_kernels.lens.spec import LensSpec
+from fdd_kernels.objectives.dense import dense_logits
 from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.fdd.plan import Plan
 from fdd_kernels.objectives.fdd.terms import RowTerms, weigh_layers
 
 
-def dense_logits(
-    hidden: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    columns: int,
-) -> Tensor:
-    """Compute softcap(scale * (h W^T + b)) of one layer, (R, V), in float32 or better."""
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    if weight is None:
-        return hidden.to(torch.promote_types(wide, hidden.dtype))
-    wide = torch.promote_types(wide, weight.dtype)
-    u = hidden.to(wide) @ weight[:columns].to(wide).T
-    if bias is not None:
-        u = u + bias[:columns].to(wide)
-    u = scale * u
-    return u if softcap is None else softcap * torch.tanh(u / softcap)
+def dense_models(
+    inputs: LensInputs, spec: LensSpec
+) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+    """Compute the logits of every layer, (R, V) each of student and teacher, and the tokens (V,)
+    that no bias excludes; rows that are not valid have hidden states of 0.
+    """
+    valid, columns = inputs.valid, spec.columns
+    student = inputs.student_bias, spec.student_logit_scale, spec.student_softcap
+    teacher = inputs.teacher_bias, spec.teacher_logit_scale, spec.teacher_softcap
+    u_s, u_t = (
+        [
+            dense_logits(
+                h if valid is None else torch.where(valid[:, None], h, 0.0), weight, *head, columns
+            )
+            for h in states
+        ]
+        for states, weight, head in (
+            (inputs.student_hidden, inputs.student_weight, student),
+            (inputs.teacher_hidden, inputs.teacher_weight, teacher),
+        )
+    )
+    return u_s, u_t, _live_columns(columns, student[::2], teacher[::2])
 
 
 def _live_columns(columns: int, *biased: tuple[Tensor | None, float | None]) -> Tensor | None:
@@ -118,21 +124,8 @@ def dense_row_terms(plan: Plan, inputs: LensInputs) -> RowTerms:
 
 
 def _dense_row_terms(plan: Plan, o: LossOptions, inputs: LensInputs) -> RowTerms:
-    valid, columns, final = inputs.valid, plan.spec.columns, len(inputs.student_hidden) - 1
-    student = inputs.student_weight, inputs.student_bias, o.student_logit_scale, o.student_softcap
-    teacher = inputs.teacher_weight, inputs.teacher_bias, o.teacher_logit_scale, o.teacher_softcap
-    u_s, u_t = (
-        [
-            dense_logits(
-                h if valid is None else torch.where(valid[:, None], h, 0.0), *head, columns
-            )
-            for h in states
-        ]
-        for states, head in ((inputs.student_hidden, student), (inputs.teacher_hidden, teacher))
-    )
-    live = _live_columns(
-        columns, (inputs.student_bias, o.student_softcap), (inputs.teacher_bias, o.teacher_softcap)
-    )
+    valid, final = inputs.valid, len(inputs.student_hidden) - 1
+    u_s, u_t, live = dense_models(inputs, plan.spec)
     dynamics = range(final + 1 if o.output_in_dynamics else final)
     output_kd = trajectory = derivative = ce = None
     if o.alpha and len(dynamics):

@@ -16,20 +16,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fdd_kernels.lens.distances import DISTANCES, Distance, Sums
+from fdd_kernels.lens.distances import DISTANCES, Distance
 from fdd_kernels.lens.layout import (
     COUNT,
     LSE_S,
     LSE_T,
-    M_DD,
-    M_SS,
-    M_ST,
-    M_TT,
     MEAN_S,
     MEAN_T,
     VALUE,
 )
 from fdd_kernels.objectives.fdd.plan import Plan
+from fdd_kernels.objectives.vectors import Vectors, about_zero
 
 _COMPARED_ELEMENTS = 2**22  # of the hidden states that are compared at a time
 
@@ -53,18 +50,6 @@ class TermWeights(NamedTuple):
     trajectory: Tensor | float
     derivative: Tensor | float
     ce: Tensor | float
-
-
-class _Vectors(NamedTuple):
-    """Sums of the vectors that are compared, and count times their offset, (P, R) each.
-
-    The offset leads from a centred vector to the vector itself.
-    """
-
-    sums: Sums
-    of_s: Tensor
-    of_t: Tensor
-    of_difference: Tensor
 
 
 def _run(positions: Sequence[int]) -> slice:
@@ -130,12 +115,12 @@ def _equal_rows(a: Tensor, b: Tensor) -> Tensor:
 
 def _vectors(
     plan: Plan, shifts: Tensor, requests: Tensor, moments: Tensor, static: Tensor | None
-) -> _Vectors:
+) -> Vectors:
     """Restate all moments about 0: shifts and log-sum-exps are put back, so that deltas of log q
     are compared.
     """
     means, offsets = moments[:, MEAN_S : MEAN_T + 1], []
-    count, product, difference = moments[:, COUNT], moments[:, M_ST], moments[:, M_DD]
+    count = moments[:, COUNT]
     for term, (distance, run) in _compared_vectors(plan).items():
         offset = _part(means, run)
         if distance.weighted:  # the sums have normalised weights
@@ -150,20 +135,7 @@ def _vectors(
             offset = offset - (lse[1:] - lse[:-1])
         offsets.append(offset)
     offset = offsets[0] if len(offsets) == 1 else torch.cat(offsets)
-    summed = count[:, None] * offset
-    (offset_s, offset_t), (sum_s, sum_t) = offset.unbind(1), summed.unbind(1)
-    apart = offset_s - offset_t
-    sum_apart = count * apart
-    squares = torch.addcmul(moments[:, M_SS : M_TT + 1], summed, offset)
-    if static is not None:
-        squares = squares.masked_fill(static, 0.0)
-    sums = Sums(
-        count=count,
-        squares=squares,
-        product=torch.addcmul(product, sum_s, offset_t),
-        difference=torch.addcmul(difference, sum_apart, apart),
-    )
-    return _Vectors(sums, sum_s, sum_t, sum_apart)
+    return about_zero(moments, count, offset, static)
 
 
 def row_terms_from_statistics(
