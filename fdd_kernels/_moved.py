@@ -81,7 +81,7 @@ MOVED = {
 # Further modules with names of an old one that was split.
 SPLIT = {
     "functions": ("engine.cached_logits", "engine.log_sum_exps"),
-    "plan": ("objectives.validation",),
+    "plan": ("objectives.validation", "objectives.numbers"),
     "spec": ("lens.layout", "lens.inputs"),
     "terms": ("objectives.fdd.objective", "objectives.reduction"),
     "vocab_parallel": ("engine.shards", "engine.agreement"),

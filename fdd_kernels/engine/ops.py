@@ -41,7 +41,7 @@ def _unpack(arguments: tuple) -> tuple[LensInputs, LensSpec, str, tuple]:
     "fdd_kernels::lens_stats", mutates_args=(), schema=f"({_ARGUMENTS}) -> ({_STATISTICS})"
 )
 def lens_stats(*arguments):
-    """Statistics: shifts (2, L, R), requests (requests, 4, R), moments (moments, 7, R)."""
+    """Statistics: shifts (2, L, R), requests (requests, 4, R), moments (moments, 9, R)."""
     inputs, spec, backend, _ = _unpack(arguments)
     # The operations choose the precision of their GEMMs themselves.
     with torch.autocast(inputs.device.type, enabled=False):

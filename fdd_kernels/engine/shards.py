@@ -33,7 +33,7 @@ from fdd_kernels.lens.layout import (
     Statistics,
     merge_moments,
 )
-from fdd_kernels.lens.spec import NLL, LensSpec, Request, of_pair, of_request
+from fdd_kernels.lens.spec import NLL, LensSpec, PairMoments, Request, of_pair, of_request
 
 # LSE_S, LSE_T and VALUE are exchanged; GRAD_SUM follows from VALUE.
 SENT_REQUEST_STATS = 3
@@ -91,11 +91,7 @@ def merge_statistics(
             merged_requests[index],
         )
     for index, pair in enumerate(spec.moments):
-        _merge_moments(
-            moments_NmkR[:, index],
-            of_pair(offset, pair) / spec.moment_temperature,
-            merged_moments[index],
-        )
+        _merge_moments(pair, moments_NmkR[:, index], offset, merged_moments[index])
     return Statistics(common.to(dtype), merged_requests.to(dtype), merged_moments.to(dtype))
 
 
@@ -112,7 +108,7 @@ def _common_shifts(
         if request.divergence != NLL:
             live[:, 1, request.teacher_layer] |= requests[:, index, LSE_T] > -torch.inf
     for index, pair in enumerate(spec.moments):
-        has_token = moments[:, index, COUNT] > 0
+        has_token = moments[:, index, COUNT] > (-torch.inf if pair.weighted else 0)
         for layers in pair.layers:
             live[:, 0, layers.student] |= has_token
             live[:, 1, layers.teacher] |= has_token
@@ -151,8 +147,13 @@ def _chain_rule(log_p_NR: Tensor, log_q_NR: Tensor, within_NR: Tensor) -> Tensor
     return (within + between).sum(0)
 
 
-def _merge_moments(parts_NkR: Tensor, offset_N2R: Tensor, out_kR: Tensor) -> None:
+def _merge_moments(
+    pair: PairMoments, parts_NkR: Tensor, offset_N2LR: Tensor, out_kR: Tensor
+) -> None:
     """Merge one pair's moments, the parts' vectors restated about the common shifts."""
     parts_NkR = parts_NkR.clone()
-    parts_NkR[:, MEAN_S : MEAN_T + 1] += offset_N2R
-    out_kR.copy_(functools.reduce(merge_moments, parts_NkR.unbind()))
+    parts_NkR[:, MEAN_S : MEAN_T + 1] += of_pair(offset_N2LR, pair) / pair.temperature
+    if pair.weighted:
+        parts_NkR[:, COUNT] += offset_N2LR[:, 1, pair.second.teacher] / pair.temperature
+    merge = functools.partial(merge_moments, weighted=pair.weighted)
+    out_kR.copy_(functools.reduce(merge, parts_NkR.unbind()))

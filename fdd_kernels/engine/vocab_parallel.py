@@ -1,7 +1,7 @@
 """Vocabulary-parallel heads: each process of a group holds some rows of both LM heads.
 
 All processes see the same tokens. A process computes the statistics of its own part of the
-vocabulary. These are all-gathered, 2 L + 3 requests + 7 moments numbers per row and process, and
+vocabulary. These are all-gathered, 2 L + 3 requests + 9 moments numbers per row and process, and
 merged by every process (`shards.py`), so that the outputs are the same everywhere. With the merged
 statistics in place of its own, `lens_grad` gives a process its rows of the head's gradient and its
 share of the hidden states' gradients, which are all-reduced. Divergences without a chain rule (jsd,

@@ -145,12 +145,15 @@ class LensSpec:
 
 
 def of_request(per_layer: Tensor, request: Request) -> Tensor:
-    """Select a request's layers: (..., 2, R) from (..., 2, L, R), student first."""
-    layers = (
-        per_layer[..., 0, request.student_layer, :],
-        per_layer[..., 1, request.teacher_layer, :],
-    )
-    return torch.stack(layers, -2)
+    """Select a request's layers, student first: (..., 2, R) from logits or shifts (..., 2, L, R).
+
+    A mixture is mixed here as its logits are.
+    """
+    student = per_layer[..., 0, request.student_layer, :]
+    teacher, mix = per_layer[..., 1, request.teacher_layer, :], request.teacher_mix
+    if mix < 1:
+        teacher = (1 - mix) * student + mix * teacher
+    return torch.stack((student, teacher), -2)
 
 
 def of_pair(per_layer: Tensor, pair: PairMoments) -> Tensor:

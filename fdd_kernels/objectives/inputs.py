@@ -23,6 +23,7 @@ class LossInputs:
         student_bias, teacher_bias: (V,), or None.
         mask: (...), or None; 0 at positions that are left out.
         num_items_in_batch: the denominator of the sum, or None for the number of valid tokens.
+        token_weights: (...), or None; factors of every term of a position.
     """
 
     student_hidden: Sequence[Tensor] | Tensor
@@ -34,6 +35,7 @@ class LossInputs:
     teacher_bias: Tensor | None = None
     mask: Tensor | None = None
     num_items_in_batch: Tensor | float | None = None
+    token_weights: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -96,6 +98,17 @@ class LossInputs:
             valid,
             labels,
         )
+
+    def weighted(self, rows: LensInputs) -> tuple[LensInputs, Tensor | None]:
+        """Return the flattened inputs without the rows of weight 0, and the weights (R,).
+
+        Neither changes the divisor, which is to be taken before.
+        """
+        if self.token_weights is None:
+            return rows, None
+        weights = self.token_weights.reshape(-1).to(rows.statistics_dtype)
+        counted = weights != 0
+        return rows._replace(valid=counted if rows.valid is None else rows.valid & counted), weights
 
 
 def _autocast(tensor: Tensor | None) -> Tensor | None:

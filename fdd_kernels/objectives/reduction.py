@@ -39,12 +39,15 @@ def reduce_rows(
     valid: Tensor | None,
     leading_shape: tuple[int, ...] | None,
     denominator: Tensor | float | None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Reduce a term (R,) over its valid rows, in its own dtype.
 
-    With a `leading_shape` (reduction="none") the term is returned in that shape instead, 0 where a
-    row is not valid.
+    `weights` (R,) multiply it. With a `leading_shape` (reduction="none") the term is returned in
+    that shape instead, 0 where a row is not valid.
     """
+    if weights is not None:
+        term = term * weights
     if valid is not None:
         term = torch.where(valid, term, 0.0)
     if leading_shape is not None:

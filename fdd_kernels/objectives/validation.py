@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,17 +12,9 @@ from torch.autograd import forward_ad
 
 from fdd_kernels.backends import is_recording
 from fdd_kernels.objectives.inputs import LossInputs
+from fdd_kernels.objectives.numbers import check_token_weights, describe
 
 FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-DEBUG_SWITCH = "FDD_KERNELS_DEBUG"
-
-
-def describe(tensor: Tensor) -> str:
-    """Say shape, dtype and device of a tensor, for error messages."""
-    return (
-        f"{str(tensor.dtype).removeprefix('torch.')} tensor of shape {tuple(tensor.shape)} on "
-        f"{tensor.device}"
-    )
 
 
 def check_tensors(inputs: LossInputs) -> LossInputs:
@@ -78,26 +69,16 @@ def check_tokens(inputs: LossInputs) -> None:
     ):
         if tensor is not None:
             _check_tokens(name, tensor, inputs.leading_shape, inputs.device, dtypes)
+    if inputs.token_weights is not None:
+        check_row_weights(inputs.token_weights, inputs.leading_shape, inputs.device)
 
 
-def check_numbers(inputs: LossInputs) -> None:
-    """Refuse NaN and infinities if FDD_KERNELS_DEBUG=1; a bias may be -inf (a padded vocabulary).
-
-    Raises:
-        ValueError: names the tensor, and how many of its entries are not finite.
-    """
-    if torch.compiler.is_compiling() or os.environ.get(DEBUG_SWITCH, "0") in ("", "0"):
-        return
-    for name, tensor in inputs.named_floats().items():
-        if tensor is None:
-            continue
-        bad = ~tensor.detach().isfinite()
-        if name.endswith("bias"):
-            bad &= ~tensor.detach().isneginf()
-        if bad.any():
-            raise ValueError(
-                f"{name} has {int(bad.sum())} entries that are NaN or infinite ({describe(tensor)})"
-            )
+def check_row_weights(
+    weights: Tensor, leading_shape: tuple[int, ...], device: torch.device
+) -> None:
+    """Check token weights against the hidden states' leading shape."""
+    _check_tokens("token_weights", weights, leading_shape, device, FLOAT_DTYPES)
+    check_token_weights(weights)
 
 
 def check_transforms(inputs: LossInputs, backend: str) -> None:
@@ -108,7 +89,11 @@ def check_transforms(inputs: LossInputs, backend: str) -> None:
     """
     if backend == "reference" or torch.compiler.is_compiling():
         return
-    others = {"labels": inputs.labels, "mask": inputs.mask}
+    others = {
+        "labels": inputs.labels,
+        "mask": inputs.mask,
+        "token_weights": inputs.token_weights,
+    }
     for name, tensor in (inputs.named_floats() | others).items():
         wrapped = tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
         dual = (
@@ -191,24 +176,6 @@ def check_num_items(reduction: str, num_items_in_batch) -> None:
         raise ValueError(
             f"num_items_in_batch={num_items_in_batch} must be greater than 0: skip a batch without "
             "valid tokens, or pass a tensor, for which 0 gives a loss of 0"
-        )
-
-
-def check_labels(labels: Tensor, ignore_index: int, columns: int) -> None:
-    """Refuse labels that are neither `ignore_index` nor a token below `columns`.
-
-    Raises:
-        ValueError: on a CPU in eager mode; on other devices and in compiled code an assertion fails
-            at run time.
-    """
-    legal = (labels == ignore_index) | ((labels >= 0) & (labels < columns))
-    if labels.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async(legal.all(), f"labels outside [0, {columns}) that are not ignore_index")
-    elif not legal.all():
-        raise ValueError(
-            f"labels contains {int(labels[~legal][0])}, which is neither "
-            f"ignore_index={ignore_index} nor a token in [0, {columns}): mark the position with "
-            "ignore_index or correct the token"
         )
 
 

@@ -11,7 +11,7 @@ import torch
 
 from fdd_kernels import FDDConfig, FusedFDDLoss, backends, fdd_loss_reference, fused_fdd_loss
 from fdd_kernels.objectives.fdd import api
-from fdd_kernels.objectives.validation import DEBUG_SWITCH
+from fdd_kernels.objectives.numbers import DEBUG_SWITCH
 from fdd_kernels.testing import evaluate, random_problem
 
 INF, NAN = float("inf"), float("nan")

@@ -14,8 +14,20 @@ from fdd_kernels.backends.torch_stream.problem import (
 )
 from fdd_kernels.lens.divergences import DIVERGENCES
 from fdd_kernels.lens.inputs import LensInputs
-from fdd_kernels.lens.layout import COUNT, GRAD_SUM, LSE_S, M_DD, M_SS, M_ST, MEAN_S, MEAN_T, VALUE
-from fdd_kernels.lens.spec import NLL, LensSpec
+from fdd_kernels.lens.layout import (
+    COUNT,
+    GRAD_SUM,
+    LSE_S,
+    M_DD,
+    M_SS,
+    M_ST,
+    MEAN_S,
+    MEAN_T,
+    TOP_S,
+    TOP_T,
+    VALUE,
+)
+from fdd_kernels.lens.spec import NLL, LensSpec, PairMoments
 
 
 def grad(
@@ -156,18 +168,29 @@ def _tile_gradient(
     live = problem.live_tile(columns) if spec.moments else None
     for index, pair in enumerate(spec.moments):
         upstream, stat = grad_moments[index, ..., None], moments[index, ..., None]
-        s, t = pair_vectors(u_s, u_t, pair, spec.moment_temperature)
-        s -= stat[MEAN_S]
-        t -= stat[MEAN_T]
-        grad_vector = (
-            (2 * upstream[M_SS]) * s
-            + upstream[M_ST] * t
-            + upstream[MEAN_S] / stat[COUNT].clamp(min=1)
-        )
-        grad_vector += (2 * upstream[M_DD]) * s.sub_(t)
+        grad_vector = _vector_gradient(pair, u_s, u_t, upstream, stat)
         if live is not None:
             grad_vector = torch.where(live, grad_vector, 0.0)
-        grad_u[pair.second.student].add_(grad_vector, alpha=1 / spec.moment_temperature)
+        grad_u[pair.second.student].add_(grad_vector, alpha=1 / pair.temperature)
         if pair.first is not None:
-            grad_u[pair.first.student].sub_(grad_vector, alpha=1 / spec.moment_temperature)
+            grad_u[pair.first.student].sub_(grad_vector, alpha=1 / pair.temperature)
     return student.chain(grad_u, logits_s)
+
+
+def _vector_gradient(
+    pair: PairMoments, u_s: Tensor, u_t: Tensor, upstream: Tensor, stat: Tensor
+) -> Tensor:
+    """Compute dL/ds of one pair's vectors, (r, c), at all tokens."""
+    s, t = pair_vectors(u_s, u_t, pair)
+    s -= stat[MEAN_S]
+    t -= stat[MEAN_T]
+    weight, of_mean = None, upstream[MEAN_S]
+    if pair.weighted:
+        z = at_temperature(u_t[pair.second.teacher], pair.temperature)
+        weight = (z - stat[COUNT]).exp()
+        s, t = (torch.where(weight > 0.5, stat[k], x) for k, x in ((TOP_S, s), (TOP_T, t)))
+    else:
+        of_mean = of_mean / stat[COUNT].clamp(min=1)
+    grad_vector = (2 * upstream[M_SS]) * s + upstream[M_ST] * t + of_mean
+    grad_vector += (2 * upstream[M_DD]) * s.sub_(t)
+    return grad_vector if weight is None else grad_vector.mul_(weight)

@@ -146,6 +146,17 @@ def at_temperature(u: Tensor, temperature: float) -> Tensor:
     return u if temperature == 1.0 else u / temperature
 
 
+def request_logits(request: Request, u_s: Tensor, u_t: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute z of the student and of the teacher, or of the mixture in its place, (r, c) each."""
+    z_s = at_temperature(u_s[request.student_layer], request.temperature)
+    z_t = at_temperature(u_t[request.teacher_layer], request.temperature)
+    if request.teacher_mix < 1:
+        excluded = (z_s == -torch.inf) | (z_t == -torch.inf)
+        z_t = (1 - request.teacher_mix) * z_s + request.teacher_mix * z_t
+        z_t = z_t.masked_fill(excluded, -torch.inf)
+    return z_s, z_t
+
+
 def log_probabilities(
     request: Request, u_s: Tensor, u_t: Tensor, request_stats: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -153,18 +164,17 @@ def log_probabilities(
 
     `request_stats` are the request's statistics, (REQUEST_STATS, r).
     """
-    z_s = at_temperature(u_s[request.student_layer], request.temperature)
-    z_t = at_temperature(u_t[request.teacher_layer], request.temperature)
+    z_s, z_t = request_logits(request, u_s, u_t)
     return z_s - request_stats[LSE_S, :, None], z_t - request_stats[LSE_T, :, None]
 
 
-def pair_vectors(u_s: Tensor, u_t: Tensor, pair: PairMoments, temperature: float) -> list[Tensor]:
+def pair_vectors(u_s: Tensor, u_t: Tensor, pair: PairMoments) -> list[Tensor]:
     """Compute s and t of a pair, new tensors (r, c); 0 where two layers have the same logits."""
     vectors = []
     for model, u_LrC in enumerate((u_s, u_t)):
         second = u_LrC[pair.second[model]]
         if pair.first is None:
-            vectors.append(second / temperature)
+            vectors.append(second / pair.temperature)
         else:
-            vectors.append((second - u_LrC[pair.first[model]]).div_(temperature))
+            vectors.append((second - u_LrC[pair.first[model]]).div_(pair.temperature))
     return vectors

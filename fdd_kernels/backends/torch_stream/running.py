@@ -19,8 +19,10 @@ from fdd_kernels.lens.layout import (
     MEAN_S,
     MEAN_T,
     MOMENT_STATS,
+    TOP_S,
+    TOP_T,
 )
-from fdd_kernels.lens.spec import LensSpec, of_pair
+from fdd_kernels.lens.spec import LensSpec, PairMoments, of_pair
 
 
 class RowMax:
@@ -120,12 +122,52 @@ def _orders(e: Tensor, other: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor
     return first, second, torch.where(is_near(x), first + second, other - e)
 
 
+def no_moments(pairs: tuple[PairMoments, ...], rows: int, like: Tensor) -> Tensor:
+    """Return the moments (pairs, MOMENT_STATS, rows) of no token."""
+    out = like.new_zeros((len(pairs), MOMENT_STATS, rows))
+    for moments, pair in zip(out, pairs):
+        if pair.weighted:
+            moments[COUNT] = -torch.inf
+    return out
+
+
+def weighted_tile_moments(s: Tensor, t: Tensor, z: Tensor, live: Tensor | None) -> Tensor:
+    """Compute moments (MOMENT_STATS, r) of one tile's vectors s and t with the weights e^z, all
+    (r, c).
+
+    They are taken over the tokens marked in `live`. Sums are about the likeliest token: where it
+    has nearly all the weight, its distance from the means is a small sum over the others.
+    """
+    if live is not None:
+        s, t = torch.where(live, s, 0.0), torch.where(live, t, 0.0)
+        z = torch.where(live, z, -torch.inf)
+    largest, top = z.max(-1, keepdim=True)
+    w = (z - largest.where(largest != -torch.inf, 0.0)).exp()
+    total = w.sum(-1, keepdim=True)
+    w = w / torch.where(total == 0, 1.0, total)
+    out = s.new_empty((MOMENT_STATS, len(s)))
+    out[COUNT] = (largest + total.log())[:, 0]
+    centred = []
+    for vector, mean, of_top in ((s, MEAN_S, TOP_S), (t, MEAN_T, TOP_T)):
+        at_top = vector.gather(1, top)
+        vector = vector - at_top
+        offset = (w * vector).sum(-1, keepdim=True)
+        out[mean], out[of_top] = (at_top + offset)[:, 0], -offset[:, 0]
+        centred.append(vector.sub_(offset))
+    s, t = centred
+    weighted_s, weighted_t = w * s, w * t
+    out[M_SS], out[M_TT] = (weighted_s * s).sum(-1), (weighted_t * t).sum(-1)
+    out[M_ST] = (weighted_s * t).sum(-1)
+    out[M_DD] = (w * s.sub_(t).square_()).sum(-1)
+    return out
+
+
 def tile_moments(s: Tensor, t: Tensor, live: Tensor | None) -> Tensor:
     """Compute moments (MOMENT_STATS, r) of one tile's vectors s and t, (r, c) each.
 
     They are taken over the tokens marked in `live`; s and t are overwritten.
     """
-    out = s.new_empty((MOMENT_STATS, len(s)))
+    out = s.new_zeros((MOMENT_STATS, len(s)))
     if live is None:
         count = s.new_full((), s.shape[-1])
     else:
@@ -147,11 +189,12 @@ def tile_moments(s: Tensor, t: Tensor, live: Tensor | None) -> Tensor:
 
 
 def restate_means(moments: Tensor, spec: LensSpec, rise: Tensor) -> None:
-    """Restate the means of the tokens so far about shifts that rose by `rise` (2, L, r), in
+    """Restate means and weights of the tokens so far about shifts that rose by `rise` (2, L, r), in
     place.
     """
     for moment, pair in zip(moments, spec.moments):
-        of_vectors = of_pair(rise, pair)
-        moment[MEAN_S : MEAN_T + 1] -= torch.where(
-            moment[COUNT] > 0, of_vectors / spec.moment_temperature, 0.0
-        )
+        of_vectors = of_pair(rise, pair) / pair.temperature
+        any_token = moment[COUNT] > (-torch.inf if pair.weighted else 0)
+        moment[MEAN_S : MEAN_T + 1] -= torch.where(any_token, of_vectors, 0.0)
+        if pair.weighted:
+            moment[COUNT] -= rise[1, pair.second.teacher] / pair.temperature

@@ -12,13 +12,16 @@ from fdd_kernels.backends.torch_stream.problem import (
     at_temperature,
     log_probabilities,
     pair_vectors,
+    request_logits,
 )
 from fdd_kernels.backends.torch_stream.running import (
     Expectation,
     RowMax,
     Softmax,
+    no_moments,
     restate_means,
     tile_moments,
+    weighted_tile_moments,
 )
 from fdd_kernels.lens.divergences import DIVERGENCES, expectation_of, needs_second_pass
 from fdd_kernels.lens.inputs import LensInputs
@@ -32,7 +35,7 @@ from fdd_kernels.lens.layout import (
     Statistics,
     merge_moments,
 )
-from fdd_kernels.lens.spec import NLL, LensSpec, Request
+from fdd_kernels.lens.spec import NLL, LensSpec, Request, of_request
 
 
 def stats(inputs: LensInputs, spec: LensSpec) -> Statistics:
@@ -61,25 +64,40 @@ class _RunningRequest:
         self.student, self.teacher = Softmax(like), Softmax(like)
         self.expectation = Expectation(like)
         self.label_logit = torch.zeros_like(like)
+        # Of a mixture, relative to the mixed shifts: their own largest logit may lie far below.
+        self.largest = torch.full_like(like, -torch.inf)
+        self.mixture_shift = torch.zeros_like(like)
 
-    def add(self, u_s: Tensor, u_t: Tensor | None, below: Tensor) -> None:
-        """Take in a tile of logits (L, r, c) relative to the new shifts; `below` (2, L, r) as
-        `RowMax.subtract`.
+    def add(self, u_s: Tensor, u_t: Tensor | None, below: Tensor, rise: Tensor) -> None:
+        """Take in a tile of logits (L, r, c) relative to the new shifts; `below` and `rise`
+        (2, L, r) as `RowMax.subtract`.
         """
-        temperature = self.request.temperature
-        below_s = below[0, self.request.student_layer] / temperature
-        z_s = at_temperature(u_s[self.request.student_layer], temperature)
+        request, temperature = self.request, self.request.temperature
+        below_s = below[0, request.student_layer] / temperature
         total_s, total_t = self.student.total, self.teacher.total
-        scale_s, e_s = self.student.add(below_s, z_s)
-        if self.request.divergence == NLL:
+        if request.divergence == NLL:
+            self.student.add(below_s, at_temperature(u_s[request.student_layer], temperature))
             return
-        below_t = below[1, self.request.teacher_layer] / temperature
-        z_t = at_temperature(u_t[self.request.teacher_layer], temperature)
+        z_s, z_t = request_logits(request, u_s, u_t)
+        scale_s, e_s = self.student.add(below_s, z_s)
+        below_t = below[1, request.teacher_layer] / temperature
+        if request.teacher_mix < 1:
+            below_t, z_t = self._subtract_own_largest(z_t, of_request(rise, request)[1])
         scale_t, e_t = self.teacher.add(below_t, z_t)
         if self.expectation_of == "teacher":
             self.expectation.add(total_t, scale_t, scale_s, below_s - below_t, e_t, e_s, z_s - z_t)
         elif self.expectation_of == "student":
             self.expectation.add(total_s, scale_s, scale_t, below_t - below_s, e_s, e_t, z_t - z_s)
+
+    def _subtract_own_largest(self, z_rc: Tensor, rise: Tensor) -> tuple[Tensor, Tensor]:
+        """Make the mixture's z relative to its own largest so far, once the mixed shifts rose.
+
+        Returns how far the old one lies below it, and z.
+        """
+        old = self.largest - rise / self.request.temperature
+        self.largest = torch.maximum(old, z_rc.amax(-1))
+        self.mixture_shift = torch.where(self.largest == -torch.inf, 0.0, self.largest)
+        return old - self.mixture_shift, z_rc - self.mixture_shift[:, None]
 
     def finish(self, shifts: Tensor, out: Tensor) -> None:
         """Write the statistics that are known after one pass into `out` (REQUEST_STATS, r)."""
@@ -89,7 +107,7 @@ class _RunningRequest:
             above_label = shifts[0, self.request.student_layer] - self.label_logit
             out[VALUE] = out[LSE_S] + above_label / self.request.temperature
             return
-        out[LSE_T] = total_t.log()
+        out[LSE_T] = self.mixture_shift + total_t.log()
         if self.expectation_of == "teacher":
             out[VALUE], out[GRAD_SUM] = self.expectation.value(total_t, total_s), -1.0
         elif self.expectation_of == "student":
@@ -104,7 +122,7 @@ def _block_stats(problem: TorchProblem, rows: Tensor | slice) -> Statistics:
     teacher_LrD = teacher.rows(rows) if spec.needs_teacher else None
     layers, count = student_LrD.shape[:2]
     row_max = RowMax(layers, count, student_LrD)
-    moments = student_LrD.new_zeros((len(spec.moments), MOMENT_STATS, count))
+    moments = no_moments(spec.moments, count, student_LrD)
     requests = student_LrD.new_zeros((len(spec.requests), REQUEST_STATS, count))
     per_row = student_LrD.new_zeros(count)
     running = [_RunningRequest(request, per_row) for request in spec.requests]
@@ -123,11 +141,16 @@ def _block_stats(problem: TorchProblem, rows: Tensor | slice) -> Statistics:
             below, rise = row_max.subtract(u_s, u_t)
             restate_means(moments, spec, rise)
         for sums in running:
-            sums.add(u_s, u_t, below)
+            sums.add(u_s, u_t, below, rise)
+        live = problem.live_tile(columns) if spec.moments else None
         for index, pair in enumerate(spec.moments):
-            s, t = pair_vectors(u_s, u_t, pair, spec.moment_temperature)
-            of_tile = tile_moments(s, t, problem.live_tile(columns))
-            moments[index] = merge_moments(moments[index], of_tile)
+            s, t = pair_vectors(u_s, u_t, pair)
+            if pair.weighted:
+                z = at_temperature(u_t[pair.second.teacher], pair.temperature)
+                of_tile = weighted_tile_moments(s, t, z, live)
+            else:
+                of_tile = tile_moments(s, t, live)
+            moments[index] = merge_moments(moments[index], of_tile, pair.weighted)
 
     for sums, out in zip(running, requests):
         sums.finish(row_max.shift, out)

@@ -26,6 +26,7 @@ def fused_fdd_loss(
     student_bias: Tensor | None = None,
     teacher_bias: Tensor | None = None,
     mask: Tensor | None = None,
+    token_weights: Tensor | None = None,
     ignore_index: int = -100,
     shift: bool = False,
     alpha: float = 1.0,
@@ -34,8 +35,12 @@ def fused_fdd_loss(
     ce_weight: float = 0.0,
     trajectory: str = "kl",
     derivative: str | None = "cosine",
+    output_divergence: str = "kl",
+    layer_weights: Sequence[float] | None = None,
     temperature: float = 1.0,
+    derivative_temperature: float | None = None,
     output_temperature: float = 1.0,
+    teacher_mix: float = 1.0,
     scale_by_t2: bool = False,
     student_softcap: float | None = None,
     teacher_softcap: float | None = None,
@@ -84,16 +89,30 @@ def fused_fdd_loss(
         student_bias, teacher_bias: (V,) added to the GEMM's result; -inf marks a token that cannot
             occur: its probability is 0 and it is left out of the deltas.
         mask: (...) bool or int; positions that are 0 drop out of every term. Never shifted.
+        token_weights: (...) constants, at least 0, that multiply every term of a position; the
+            divisor of a mean stays the number of valid tokens. Never shifted.
         shift: labels are those of a causal LM, unshifted: position t is compared with labels[..., t
             + 1] and the last position drops out.
         alpha, beta, output_kd_weight, ce_weight: weights; a term with weight 0 costs nothing.
-        trajectory: "kl" KL(p||q), "reverse_kl" KL(q||p), "jsd", "skew_kl" KL(p || 0.1 p + 0.9 q),
-            or on the logits themselves "mse" (mean over the vocabulary) and "cosine".
+        trajectory: a divergence as text, perhaps with parameters: "kl" KL(p||q); "reverse_kl"
+            KL(q||p); "jsd:b" b KL(p||m) + (1-b) KL(q||m) with m = b p + (1-b) q (as TRL: 0 is KL, 1
+            reverse KL; default 0.5); "skew_kl:a" KL(p || a p + (1-a) q) and "skew_reverse_kl:a"
+            KL(q || (1-a) p + a q) (DistiLLM; 0.1); "tv" sum |p-q| / 2; "alpha_beta:a,b"
+            -sum(p^a q^b - a/(a+b) p^(a+b) - b/(a+b) q^(a+b)) / (a b) (ABKD; 0.2,0.7). Or on the
+            logits themselves "mse" (mean over the vocabulary) and "cosine".
         derivative: "cosine", "centered_cosine" (both deltas minus their mean over the vocabulary),
-            "mse" (mean of the squared difference of the deltas), or None. A delta of length 0, as
-            between two equal hidden states, has cosine 0 and gradient 0.
-        temperature, output_temperature: divide the logits of the dynamics and of the output KD; CE
-            uses 1.
+            "weighted_cosine" (the same with each token weighted by the teacher's probability at the
+            later layer: the cosine is then not ruled by the thousands of tokens that nobody
+            predicts; ours), "mse" (mean of the squared difference of the deltas), or None. A delta
+            of length 0, as between two equal hidden states, has cosine 0 and gradient 0.
+        output_divergence: the divergence of the output KD, as those of `trajectory`.
+        layer_weights: one number per layer of the trajectory, at least 0: it is then their weighted
+            sum over the number of layers.
+        temperature, derivative_temperature, output_temperature: divide the logits of the
+            trajectory, of the derivative (None: as `temperature`) and of the output KD; CE uses 1.
+        teacher_mix: t in [0, 1]: KL of output and trajectory is to softmax((1 - t) z_s + t z_t)
+            with the student's part constant (TAID, Shing et al., ICLR 2025), not to the teacher.
+            The other divergences refuse it.
         scale_by_t2: multiply output_kd by output_temperature squared.
         student_softcap, teacher_softcap: cap * tanh(logits / cap) after the scale (Gemma 2: 30).
         student_logit_scale, teacher_logit_scale: multiply the logits (Cohere; Granite: 1 /
@@ -134,8 +153,12 @@ def fused_fdd_loss(
         ce_weight=ce_weight,
         trajectory=trajectory,
         derivative=derivative,
+        output_divergence=output_divergence,
+        layer_weights=layer_weights,
         temperature=temperature,
+        derivative_temperature=derivative_temperature,
         output_temperature=output_temperature,
+        teacher_mix=teacher_mix,
         scale_by_t2=scale_by_t2,
         student_softcap=student_softcap,
         teacher_softcap=teacher_softcap,
@@ -156,6 +179,7 @@ def fused_fdd_loss(
         teacher_bias=teacher_bias,
         mask=mask,
         num_items_in_batch=num_items_in_batch,
+        token_weights=token_weights,
     )
     terms = FDDLossTerms(*evaluate(fdd_call(inputs, options, vocab_group)))
     return terms if return_terms else terms.loss
@@ -182,8 +206,9 @@ class FusedFDDLoss(nn.Module):
 
     Args:
         **options: any of ignore_index, shift, alpha, beta, output_kd_weight, ce_weight, trajectory,
-            derivative, temperature, output_temperature, scale_by_t2, the soft caps and logit
-            scales, output_in_dynamics, reduction, vocab_size, backend; see `fused_fdd_loss`.
+            derivative, output_divergence, layer_weights, temperature, derivative_temperature,
+            output_temperature, teacher_mix, scale_by_t2, the soft caps and logit scales,
+            output_in_dynamics, reduction, vocab_size, backend; see `fused_fdd_loss`.
         return_terms: return `FDDLossTerms`.
 
     Raises:
@@ -206,6 +231,7 @@ class FusedFDDLoss(nn.Module):
         student_bias: Tensor | None = None,
         teacher_bias: Tensor | None = None,
         mask: Tensor | None = None,
+        token_weights: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
         vocab_group: torch.distributed.ProcessGroup | None = None,
     ) -> Tensor | FDDLossTerms:
@@ -220,6 +246,7 @@ class FusedFDDLoss(nn.Module):
             teacher_bias=teacher_bias,
             mask=mask,
             num_items_in_batch=num_items_in_batch,
+            token_weights=token_weights,
         )
         terms = FDDLossTerms(*evaluate(fdd_call(inputs, self.options, vocab_group)))
         return terms if self.return_terms else terms.loss

@@ -15,8 +15,8 @@ from fdd_kernels.objectives.fdd.objective import FDDObjective
 from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.fdd.plan import Plan, make_plan
 from fdd_kernels.objectives.inputs import LossInputs
+from fdd_kernels.objectives.numbers import check_labels
 from fdd_kernels.objectives.reduction import loss_denominator
-from fdd_kernels.objectives.validation import check_labels
 
 
 def fdd_call(
@@ -32,10 +32,12 @@ def fdd_call(
     if tensors.labels is not None and not plan.feature_space:
         check_labels(tensors.labels, options.ignore_index, labelled)
     denominator = _denominator(options, tensors, inputs.num_items_in_batch)
+    tensors, weights = inputs.weighted(tensors)
     if plan.backend == "reference":
-        return Call(FDDObjective(plan, tensors.valid, denominator, None), tensors, plan.backend)
+        objective = FDDObjective(plan, tensors.valid, denominator, None, weights)
+        return Call(objective, tensors, plan.backend)
     used = used_by(plan, tensors)
-    objective = FDDObjective.of(plan, used, denominator)
+    objective = FDDObjective.of(plan, used, denominator, weights)
     return Call(objective, used, plan.backend, row_block(objective, used, plan.backend))
 
 
@@ -67,7 +69,7 @@ def _call_of_shard(inputs: LossInputs, options: LossOptions, group) -> Call:
         denominator = _denominator(options, tensors, inputs.num_items_in_batch)
         prepared.append((plan, tensors, denominator))
         used = used_by(plan, tensors)
-        block_rows = row_block(FDDObjective(plan, None, denominator, None), used, plan.backend)
+        block_rows = row_block(FDDObjective(plan, None, denominator), used, plan.backend)
         alike = replace(plan.spec, columns=0), replace(options, backend="auto"), plan.leading_shape
         return Answer.of(used, block_rows, alike)
 
@@ -78,8 +80,10 @@ def _call_of_shard(inputs: LossInputs, options: LossOptions, group) -> Call:
         labelled = shard.bounds[-1] if options.ce_weight else shard.vocabulary
         check_labels(tensors.labels, options.ignore_index, labelled)
         tensors = tensors._replace(labels=shard.own_labels(tensors.labels))
+    tensors, weights = inputs.weighted(tensors)
     used = used_by(plan, tensors)
-    return Call(FDDObjective.of(plan, used, denominator), used, plan.backend, block_rows, shard)
+    objective = FDDObjective.of(plan, used, denominator, weights)
+    return Call(objective, used, plan.backend, block_rows, shard)
 
 
 def _options_of_part(inputs: LossInputs, options: LossOptions) -> LossOptions:

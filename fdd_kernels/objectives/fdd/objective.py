@@ -34,18 +34,25 @@ class FDDObjective:
         valid: (R,) bool, or None where every row is valid.
         denominator: of the sums over rows; None for plain sums.
         static: deltas of length 0 (`static_deltas`), or None.
+        weights: factors of the rows (R,), or None.
     """
 
     plan: Plan
     valid: Tensor | None
     denominator: Tensor | float | None
-    static: Tensor | None
+    static: Tensor | None = None
+    weights: Tensor | None = None
 
     @staticmethod
-    def of(plan: Plan, inputs: LensInputs, denominator: Tensor | float | None) -> FDDObjective:
+    def of(
+        plan: Plan,
+        inputs: LensInputs,
+        denominator: Tensor | float | None,
+        weights: Tensor | None = None,
+    ) -> FDDObjective:
         """Make the objective of a call; `inputs` are of the spec's layers."""
         static = static_deltas(plan, inputs.student_hidden, inputs.teacher_hidden)
-        return FDDObjective(plan, inputs.valid, denominator, static)
+        return FDDObjective(plan, inputs.valid, denominator, static, weights)
 
     @property
     def spec(self) -> LensSpec:
@@ -67,16 +74,16 @@ class FDDObjective:
 
     def outputs(self, statistics: Statistics) -> FDDLossTerms:
         """Compute the loss and its terms."""
-        rows = row_terms_from_statistics(self.plan, *statistics, self.static)
-        return reduce_terms(
-            rows, self.plan.options, self.valid, self.plan.leading_shape, self.denominator
-        )
+        return self._reduced(row_terms_from_statistics(self.plan, *statistics, self.static))
 
     def dense_outputs(self, inputs: LensInputs) -> FDDLossTerms:
         """Compute the loss and its terms with dense tensors; `inputs` are of all layers."""
-        rows = dense_row_terms(self.plan, inputs)
+        return self._reduced(dense_row_terms(self.plan, inputs))
+
+    def _reduced(self, rows: RowTerms) -> FDDLossTerms:
+        plan = self.plan
         return reduce_terms(
-            rows, self.plan.options, self.valid, self.plan.leading_shape, self.denominator
+            rows, plan.options, self.valid, plan.leading_shape, self.denominator, self.weights
         )
 
     def upstream(
@@ -86,11 +93,12 @@ class FDDObjective:
         weights = term_weights(self.plan, self.denominator, grad_outputs, dtype)
 
         def of_rows(statistics: Statistics, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-            static = self.static
-            if static is not None and rows is not None:
-                static = static[..., rows]
+            static, factors = (
+                own if own is None or rows is None else own[..., rows]
+                for own in (self.static, self.weights)
+            )
             valid = self.valid if rows is None else None
-            return upstream_gradients(self.plan, *statistics, valid, weights, static)
+            return upstream_gradients(self.plan, *statistics, valid, weights, static, factors)
 
         return of_rows
 
@@ -101,6 +109,7 @@ def reduce_terms(
     valid: Tensor | None,
     leading_shape: tuple[int, ...],
     denominator: Tensor | float | None,
+    weights: Tensor | None = None,
 ) -> FDDLossTerms:
     """Reduce the terms over valid rows, and add them up with their weights."""
     like = next(term for term in terms if term is not None)
@@ -108,7 +117,7 @@ def reduce_terms(
     output_kd, trajectory, derivative, ce = (
         like.new_zeros(shape or ())
         if term is None
-        else reduce_rows(term, valid, shape, denominator)
+        else reduce_rows(term, valid, shape, denominator, weights)
         for term in terms
     )
     if options.scale_by_t2:

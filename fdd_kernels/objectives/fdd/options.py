@@ -14,8 +14,8 @@ LAYER_GRIDS = ("floor", "linspace")
 
 
 class FDDLossTerms(NamedTuple):
-    """The loss and its parts, each unweighted and reduced like the loss (scalars, or (...) with
-    reduction="none").
+    """The loss and its parts, each reduced like the loss (scalars, or (...) with reduction="none")
+    and without its own weight; `token_weights` and `layer_weights` are in them.
 
     `loss = output_kd_weight * output_kd + alpha * trajectory + beta * derivative + ce_weight * ce`;
     a term whose weight is 0 is not computed and stands as 0.
@@ -46,6 +46,18 @@ def _require_number(
         )
 
 
+def _require_divergence(name: str, value: Any, others: tuple[str, ...] = ()) -> None:
+    from fdd_kernels.lens.divergence_text import parse_divergence
+
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {type(value).__name__}")
+    try:
+        parse_divergence(value)
+    except ValueError as error:
+        also = f" or {', '.join(others)}" if others else ""
+        raise ValueError(f"{name}={error}{also}") from None
+
+
 def _require_int(name: str, value: Any, *, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
@@ -60,12 +72,17 @@ class LossOptions:
     Args:
         alpha: weight of the trajectory.
         beta: weight of the derivative.
-        output_kd_weight: weight of KL(teacher || student) at the output.
+        output_kd_weight: weight of the divergence at the output.
         ce_weight: weight of cross-entropy on the text itself.
-        trajectory: kl, reverse_kl, jsd, skew_kl, mse or cosine.
-        derivative: cosine, centered_cosine, mse or none.
-        temperature: divides the logits of trajectory and derivative.
+        trajectory: kl, reverse_kl, jsd[:beta], skew_kl[:alpha], skew_reverse_kl[:alpha], tv,
+            alpha_beta[:alpha,beta], mse or cosine; such as "jsd:0.1".
+        derivative: cosine, centered_cosine, weighted_cosine, mse or none.
+        output_divergence: the divergence at the output, as the trajectory's.
+        layer_weights: weights of the trajectory's layers, one each; all 1 if not given.
+        temperature: divides the logits of the trajectory.
+        derivative_temperature: divides the logits of the derivative; as temperature if not given.
         output_temperature: divides the logits of the output KD.
+        teacher_mix: t: the target of KL is softmax((1 - t) z_student + t z_teacher) (TAID).
         scale_by_t2: multiply the output KD by its temperature squared.
         student_softcap, teacher_softcap: soft cap of the model's logits, if not its own.
         student_logit_scale, teacher_logit_scale: scale of the model's logits, if not its own.
@@ -83,8 +100,12 @@ class LossOptions:
     ce_weight: float = 0.0
     trajectory: str = "kl"
     derivative: str | None = "cosine"
+    output_divergence: str = "kl"
+    layer_weights: tuple[float, ...] | None = None
     temperature: float = 1.0
+    derivative_temperature: float | None = None
     output_temperature: float = 1.0
+    teacher_mix: float = 1.0
     scale_by_t2: bool = False
     student_softcap: float | None = None
     teacher_softcap: float | None = None
@@ -100,6 +121,9 @@ class LossOptions:
             _require_number(name, getattr(self, name))
         for name in ("temperature", "output_temperature"):
             _require_number(name, getattr(self, name), positive=True)
+        _require_number(
+            "derivative_temperature", self.derivative_temperature, positive=True, optional=True
+        )
         for name in (
             "student_softcap",
             "teacher_softcap",
@@ -108,15 +132,49 @@ class LossOptions:
         ):
             _require_number(name, getattr(self, name), positive=True, optional="softcap" in name)
         from fdd_kernels.backends import backend_names
-        from fdd_kernels.lens.divergences import DERIVATIVES, TRAJECTORIES
+        from fdd_kernels.lens.divergences import DERIVATIVES, FEATURE_DISTANCES
 
         _require_int("ignore_index", self.ignore_index, minimum=-(2**63))
         if self.vocab_size is not None:
             _require_int("vocab_size", self.vocab_size, minimum=1)
-        _require_choice("trajectory", self.trajectory, TRAJECTORIES)
+        if self.trajectory not in FEATURE_DISTANCES:
+            _require_divergence("trajectory", self.trajectory, FEATURE_DISTANCES)
+        _require_divergence("output_divergence", self.output_divergence)
         _require_choice("derivative", self.derivative, (*DERIVATIVES, None))
+        self._check_layer_weights()
+        self._check_teacher_mix()
         _require_choice("reduction", self.reduction, REDUCTIONS)
         _require_choice("backend", self.backend, backend_names())
+
+    def _check_layer_weights(self) -> None:
+        if self.layer_weights is None:
+            return
+        if isinstance(self.layer_weights, (str, int, float)):
+            raise TypeError(
+                f"layer_weights must be a sequence of numbers, got {self.layer_weights!r}"
+            )
+        object.__setattr__(self, "layer_weights", tuple(self.layer_weights))
+        for weight in self.layer_weights:
+            _require_number("layer_weights entry", weight)
+
+    def _check_teacher_mix(self) -> None:
+        _require_number("teacher_mix", self.teacher_mix)
+        if self.teacher_mix > 1:
+            raise ValueError(f"teacher_mix={self.teacher_mix} must be in [0, 1]")
+        if self.teacher_mix == 1:
+            return
+        from fdd_kernels.lens.divergence_text import parse_divergence
+
+        for name, weight, value in (
+            ("trajectory", self.alpha, self.trajectory),
+            ("output_divergence", self.output_kd_weight, self.output_divergence),
+        ):
+            if weight and (value in ("mse", "cosine") or parse_divergence(value).name != "kl"):
+                raise ValueError(
+                    f"teacher_mix={self.teacher_mix} mixes the target of KL, but "
+                    f'{name}={value!r}: use {name}="kl", a weight of 0 for that term, or '
+                    "teacher_mix=1"
+                )
 
     @property
     def compares_dynamics(self) -> bool:

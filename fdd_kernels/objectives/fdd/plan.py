@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from fdd_kernels.backends import resolve_backend
 from fdd_kernels.lens import divergences
 from fdd_kernels.lens.distances import DISTANCES
-from fdd_kernels.lens.divergences import DIVERGENCES
+from fdd_kernels.lens.divergence_text import NamedDivergence, parse_divergence
 from fdd_kernels.lens.spec import NLL, Layers, LensSpec, PairMoments, Request
 from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.inputs import LossInputs
+from fdd_kernels.objectives.numbers import check_numbers
 from fdd_kernels.objectives.validation import (
     check_num_items,
-    check_numbers,
     check_tensors,
     check_tokens,
     check_transforms,
@@ -99,25 +99,34 @@ def build_plan(
     builder, final = _SpecBuilder(), states - 1
     dynamics = range(states if options.output_in_dynamics else final)
     trajectory: list[int] = []
-    if options.alpha and options.trajectory in DIVERGENCES:
-        for layer in dynamics:
-            trajectory.append(builder.request(layer, options.temperature, options.trajectory))
+    weights = options.layer_weights
+    if options.alpha and weights is not None and len(weights) != len(dynamics):
+        raise ValueError(
+            f"layer_weights={weights} has {len(weights)} entries and the trajectory "
+            f"{len(dynamics)} layers: give one for each"
+        )
+    if options.alpha and options.trajectory in DISTANCES:
+        trajectory = [builder.moments_of(None, layer, options.temperature) for layer in dynamics]
     elif options.alpha:
-        trajectory = [builder.moments_of(None, layer) for layer in dynamics]
+        divergence = parse_divergence(options.trajectory), options.teacher_mix
+        for layer in dynamics:
+            trajectory.append(builder.request(layer, options.temperature, *divergence))
     derivative: list[int] = []
     derivative_requests: list[tuple[int, int]] = []
     if options.beta and options.derivative is not None:
-        needs_lse = not feature_space and not DISTANCES[options.derivative].centred
+        distance, temperature = DISTANCES[options.derivative], options.derivative_temperature
+        temperature = options.temperature if temperature is None else temperature
         for pair in zip(dynamics, dynamics[1:]):
-            derivative.append(builder.moments_of(*pair))
-            if needs_lse:
-                of_pair = [builder.request(layer, options.temperature, None) for layer in pair]
+            derivative.append(builder.moments_of(*pair, temperature, distance.weighted))
+            if not feature_space and not distance.centred:
+                of_pair = [builder.request(layer, temperature, None) for layer in pair]
                 derivative_requests.append(tuple(of_pair))
     output_kd = ce = None
     if options.output_kd_weight and not feature_space:
-        output_kd = builder.request(final, options.output_temperature, "kl")
+        divergence = parse_divergence(options.output_divergence), options.teacher_mix
+        output_kd = builder.request(final, options.output_temperature, *divergence)
     if options.ce_weight:
-        ce = builder.request(final, 1.0, NLL)
+        ce = builder.request(final, 1.0, NamedDivergence(NLL))
     if not (builder.requests or builder.moments):
         raise ValueError(
             f"nothing to compute: {states} hidden state(s) with "
@@ -149,22 +158,32 @@ class _SpecBuilder:
         self.requests: list[Request] = []
         self.moments: list[PairMoments] = []
 
-    def request(self, layer: int, temperature: float, divergence: str | None) -> int:
+    def request(
+        self,
+        layer: int,
+        temperature: float,
+        divergence: NamedDivergence | None,
+        teacher_mix: float = 1.0,
+    ) -> int:
         """Return the index of a request; None asks for the log-sum-exps alone."""
-        parameters = DIVERGENCES[divergence].defaults if divergence in DIVERGENCES else ()
-        request = Request(layer, layer, temperature, divergence, parameters)
+        name, parameters = divergence or (None, ())
+        request = Request(layer, layer, temperature, name, parameters, teacher_mix)
         if divergence is None:
             # Any other request of this layer and temperature that looks at both models has them.
             for index, other in enumerate(self.requests):
-                if other[:3] == request[:3] and other.divergence != NLL:
+                has_both = other.divergence != NLL and other.teacher_mix == 1
+                if other[:3] == request[:3] and has_both:
                     return index
         if request not in self.requests:
             self.requests.append(request)
         return self.requests.index(request)
 
-    def moments_of(self, first: int | None, second: int) -> int:
+    def moments_of(
+        self, first: int | None, second: int, temperature: float, weighted: bool = False
+    ) -> int:
         """Return the index of the moments of a pair of layers, or of one layer's own logits."""
-        pair = PairMoments(None if first is None else Layers(first, first), Layers(second, second))
+        ends = None if first is None else Layers(first, first), Layers(second, second)
+        pair = PairMoments(*ends, temperature, weighted)
         if pair not in self.moments:
             self.moments.append(pair)
         return self.moments.index(pair)
@@ -191,8 +210,9 @@ class _SpecBuilder:
         return LensSpec(
             columns=columns,
             requests=tuple(requests),
-            moments=tuple([PairMoments(place(m.first), place(m.second)) for m in self.moments]),
-            moment_temperature=options.temperature,
+            moments=tuple(
+                [m._replace(first=place(m.first), second=place(m.second)) for m in self.moments]
+            ),
             student_logit_scale=options.student_logit_scale,
             student_softcap=options.student_softcap,
             teacher_logit_scale=options.teacher_logit_scale,
@@ -210,7 +230,9 @@ def _check_space(options: LossOptions, inputs: LossInputs) -> None:
         "student_logit_scale",
         "teacher_logit_scale",
         "temperature",
+        "derivative_temperature",
         "output_temperature",
+        "teacher_mix",
     ):
         value = getattr(options, name)
         if value not in (None, 1.0):
@@ -222,7 +244,12 @@ def _check_space(options: LossOptions, inputs: LossInputs) -> None:
         raise ValueError(
             f"ce_weight={options.ce_weight} needs logits: pass teacher_weight, or ce_weight=0"
         )
-    if options.alpha and options.trajectory in DIVERGENCES:
+    if options.beta and options.derivative and DISTANCES[options.derivative].weighted:
+        raise ValueError(
+            f"derivative={options.derivative!r} weighs tokens by the teacher's probabilities, but "
+            "teacher_weight=None means feature space: pass another derivative, or a teacher_weight"
+        )
+    if options.alpha and options.trajectory not in DISTANCES:
         names = divergences.FEATURE_DISTANCES
         raise ValueError(
             f"trajectory={options.trajectory!r} compares distributions, but teacher_weight=None "

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fdd_kernels.lens.distances import DISTANCES, Sums
-from fdd_kernels.lens.divergences import DIVERGENCES
+from fdd_kernels.lens.divergence_text import parse_divergence
 from fdd_kernels.lens.inputs import LensInputs
 from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.fdd.plan import Plan
-from fdd_kernels.objectives.fdd.terms import RowTerms
+from fdd_kernels.objectives.fdd.terms import RowTerms, weigh_layers
 
 
 def dense_logits(
@@ -51,28 +51,56 @@ def _live_columns(columns: int, *biased: tuple[Tensor | None, float | None]) -> 
     return live
 
 
-def distance_of(kind: str, s: Tensor, t: Tensor, live: Tensor | None = None) -> Tensor:
+def distance_of(
+    kind: str, s: Tensor, t: Tensor, live: Tensor | None = None, z: Tensor | None = None
+) -> Tensor:
     """Compute the distance of two vectors per row, (R, V) -> (R,), over the `live` tokens (V,).
 
-    A distance without a formula here, registered at run time, is a function of dense sums.
+    A weighted distance weighs them by softmax(z), z (R, V). A distance without a formula here,
+    registered at run time, is a function of dense sums.
     """
+    distance = DISTANCES[kind]
     if live is None:
         live = torch.ones_like(s[0], dtype=torch.bool)
-    count = live.sum().clamp(min=1)
     s, t = torch.where(live, s, 0.0), torch.where(live, t, 0.0)
+    w, count = live.to(s.dtype), live.sum().clamp(min=1)
+    if distance.weighted:
+        z = torch.where(live, z, -torch.inf)
+        w, count = torch.where(live, z - z.logsumexp(-1, keepdim=True), -torch.inf).exp(), 1
+        # About the likeliest token, where its weight of nearly 1 would hide all others.
+        s, t = (x - x.gather(1, z.argmax(-1, keepdim=True)) for x in (s, t))
+    if distance.centred:
+        s, t = (torch.where(live, x - (w * x).sum(-1, keepdim=True) / count, 0.0) for x in (s, t))
     if kind == "mse":
         return (s - t).square().sum(-1) / count
-    if DISTANCES[kind].centred:
-        s = torch.where(live, s - s.sum(-1, keepdim=True) / count, 0.0)
-        t = torch.where(live, t - t.sum(-1, keepdim=True) / count, 0.0)
-    if kind not in ("cosine", "centered_cosine"):
-        squares = torch.stack([s.square().sum(-1), t.square().sum(-1)])
-        sums = Sums(count.expand(1, len(s)), squares[None], *_one_pair(s * t, (s - t).square()))
-        return DISTANCES[kind].value(sums)[0]
+    if kind not in ("cosine", "centered_cosine", "weighted_cosine"):
+        squares = torch.stack([(w * s.square()).sum(-1), (w * t.square()).sum(-1)])
+        counts = torch.as_tensor(count, device=s.device).expand(1, len(s))
+        sums = Sums(counts, squares[None], *_one_pair(w * s * t, w * (s - t).square()))
+        return distance.value(sums)[0]
+    s, t = (w.sqrt() * x if distance.weighted else x for x in (s, t))
     defined = (s != 0).any(-1) & (t != 0).any(-1)
     s, t = (torch.where(defined[:, None], x, 1.0) for x in (s, t))
     cosine = (s * t).sum(-1) / (s.norm(dim=-1) * t.norm(dim=-1))
     return torch.where(defined, 1 - cosine, 1.0)
+
+
+def mixed_target(z_s: Tensor, z_t: Tensor, mix: float) -> Tensor:
+    """Compute the logits (1 - mix) z_s + mix z_t of TAID's target, the student's a constant.
+
+    A token that one of the two models excludes has no part in it.
+    """
+    if mix == 1:
+        return z_t
+    excluded = (z_s == -torch.inf) | (z_t == -torch.inf)
+    mixed = (1 - mix) * z_s.detach() + mix * z_t
+    return torch.where(excluded, -torch.inf, mixed)
+
+
+def _divergence_of(text: str, z_s: Tensor, z_t: Tensor, mix: float) -> Tensor:
+    """Compute a divergence per row, (R, V) -> (R,)."""
+    log_q, log_p = z_s.log_softmax(-1), mixed_target(z_s, z_t, mix).log_softmax(-1)
+    return parse_divergence(text).value(log_q, log_p).sum(-1)
 
 
 def _one_pair(*columns: Tensor) -> list[Tensor]:
@@ -106,29 +134,30 @@ def _dense_row_terms(plan: Plan, o: LossOptions, inputs: LensInputs) -> RowTerms
         columns, (inputs.student_bias, o.student_softcap), (inputs.teacher_bias, o.teacher_softcap)
     )
     dynamics = range(final + 1 if o.output_in_dynamics else final)
-    z_s, z_t = ([u[layer] / o.temperature for layer in dynamics] for u in (u_s, u_t))
     output_kd = trajectory = derivative = ce = None
     if o.alpha and len(dynamics):
-        if o.trajectory in DIVERGENCES:
-            divergence = DIVERGENCES[o.trajectory]
-            per_layer = [
-                divergence.value(s.log_softmax(-1), t.log_softmax(-1), *divergence.defaults).sum(-1)
-                for s, t in zip(z_s, z_t)
-            ]
-        else:
+        z_s, z_t = ([u[layer] / o.temperature for layer in dynamics] for u in (u_s, u_t))
+        if o.trajectory in DISTANCES:
             per_layer = [distance_of(o.trajectory, s, t, live) for s, t in zip(z_s, z_t)]
-        trajectory = torch.stack(per_layer).mean(0)
+        else:
+            per_layer = [_divergence_of(o.trajectory, *z, o.teacher_mix) for z in zip(z_s, z_t)]
+        if o.layer_weights is not None:
+            per_layer = weigh_layers(per_layer, o.layer_weights)
+        trajectory = torch.stack(tuple(per_layer)).mean(0)
     if o.beta and o.derivative is not None and len(dynamics) > 1:
+        temperature = (
+            o.temperature if o.derivative_temperature is None else o.derivative_temperature
+        )
+        z_s, z_t = ([u[layer] / temperature for layer in dynamics] for u in (u_s, u_t))
         y_s, y_t = (z if plan.feature_space else [x.log_softmax(-1) for x in z] for z in (z_s, z_t))
         per_pair = []
         for first, second in zip(dynamics, dynamics[1:]):
-            per_pair.append(
-                distance_of(o.derivative, y_s[second] - y_s[first], y_t[second] - y_t[first], live)
-            )
+            deltas = y_s[second] - y_s[first], y_t[second] - y_t[first]
+            per_pair.append(distance_of(o.derivative, *deltas, live, z_t[second]))
         derivative = torch.stack(per_pair).mean(0)
     if o.output_kd_weight and not plan.feature_space:
-        log_q, log_p = ((u[final] / o.output_temperature).log_softmax(-1) for u in (u_s, u_t))
-        output_kd = DIVERGENCES["kl"].value(log_q, log_p).sum(-1)
+        z_s, z_t = (u[final] / o.output_temperature for u in (u_s, u_t))
+        output_kd = _divergence_of(o.output_divergence, z_s, z_t, o.teacher_mix)
     if o.ce_weight:
         targets = inputs.labels if valid is None else torch.where(valid, inputs.labels, 0)
         ce = F.cross_entropy(u_s[final], targets.long(), reduction="none")

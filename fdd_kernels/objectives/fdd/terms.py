@@ -17,7 +17,18 @@ import torch
 from torch import Tensor
 
 from fdd_kernels.lens.distances import DISTANCES, Distance, Sums
-from fdd_kernels.lens.layout import LSE_S, LSE_T, M_SS, M_TT, MEAN_S, MEAN_T, VALUE
+from fdd_kernels.lens.layout import (
+    COUNT,
+    LSE_S,
+    LSE_T,
+    M_DD,
+    M_SS,
+    M_ST,
+    M_TT,
+    MEAN_S,
+    MEAN_T,
+    VALUE,
+)
 from fdd_kernels.objectives.fdd.plan import Plan
 
 _COMPARED_ELEMENTS = 2**22  # of the hidden states that are compared at a time
@@ -124,14 +135,16 @@ def _vectors(
     are compared.
     """
     means, offsets = moments[:, MEAN_S : MEAN_T + 1], []
-    count, _, _, _, _, product, difference = moments.unbind(1)
+    count, product, difference = moments[:, COUNT], moments[:, M_ST], moments[:, M_DD]
     for term, (distance, run) in _compared_vectors(plan).items():
         offset = _part(means, run)
+        if distance.weighted:  # the sums have normalised weights
+            count = torch.cat([count[: run.start], torch.ones_like(count[run]), count[run.stop :]])
         if distance.centred:
             offset = torch.zeros_like(offset)
         elif term == "trajectory":  # of the features themselves
             layers = _run([pair.second.student for pair in plan.spec.moments[run]])
-            offset = offset + shifts[:, layers].transpose(0, 1) / plan.spec.moment_temperature
+            offset = offset + shifts[:, layers].transpose(0, 1) / plan.options.temperature
         elif plan.derivative_requests:
             lse = _part(requests, _layers_of_deltas(plan))[:, LSE_S : LSE_T + 1]
             offset = offset - (lse[1:] - lse[:-1])
@@ -160,16 +173,24 @@ def row_terms_from_statistics(
     compared, values = _compared_vectors(plan), {}
     if compared:
         sums = _vectors(plan, shifts, requests, moments, static).sums
-        values = {
-            term: distance.value(sums.at(run)).mean(0) for term, (distance, run) in compared.items()
-        }
+        values = {term: distance.value(sums.at(run)) for term, (distance, run) in compared.items()}
     if plan.trajectory and "trajectory" not in values:
-        values["trajectory"] = requests[_run(plan.trajectory), VALUE].mean(0)
+        values["trajectory"] = requests[_run(plan.trajectory), VALUE]
+    if plan.trajectory and plan.options.layer_weights is not None:
+        values["trajectory"] = weigh_layers(values["trajectory"], plan.options.layer_weights)
+    values = {term: per_layer.mean(0) for term, per_layer in values.items()}
     return RowTerms(
         output_kd=None if plan.output_kd is None else requests[plan.output_kd, VALUE],
         trajectory=values.get("trajectory"),
         derivative=values.get("derivative"),
         ce=None if plan.ce is None else requests[plan.ce, VALUE],
+    )
+
+
+def weigh_layers(per_layer: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Multiply each layer's terms (R,) by its weight, with 0 * anything = 0; stacked."""
+    return torch.stack(
+        [weight * x if weight else torch.zeros_like(x) for weight, x in zip(weights, per_layer)]
     )
 
 
@@ -204,6 +225,12 @@ def term_weights(
     return TermWeights(*weights)
 
 
+def _weigh_layers(plan: Plan, gradients: Tensor) -> None:
+    """Multiply the trajectory's among the gradients by the weights of its layers, in place."""
+    for weight, index in zip(plan.options.layer_weights or (), plan.trajectory):
+        gradients[index].mul_(weight)
+
+
 @torch.no_grad()
 def upstream_gradients(
     plan: Plan,
@@ -213,22 +240,24 @@ def upstream_gradients(
     valid: Tensor | None,
     weights: TermWeights,
     static: Tensor | None = None,
+    factors: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the gradients of requests and moments for the total that has these `weights`.
 
-    Those of the teacher's statistics are 0.
+    Those of the teacher's statistics are 0. `factors` (R,) are those of the rows.
     """
     of_requests, of_moments = torch.zeros_like(requests), torch.zeros_like(moments)
     of_value, compared = of_requests[:, VALUE], _compared_vectors(plan)
     if plan.trajectory and "trajectory" not in compared:
         of_value[_run(plan.trajectory)] = weights.trajectory
+        _weigh_layers(plan, of_value)
     if plan.ce is not None:
         of_value[plan.ce] = weights.ce
     if plan.output_kd is not None:  # perhaps a request of the trajectory
         of_value[plan.output_kd].add_(weights.output_kd)
     if compared:
         vectors = _vectors(plan, shifts, requests, moments, static)
-        _, of_mean, _, of_ss, _, of_st, of_dd = of_moments.unbind(1)
+        _, of_mean, _, of_ss, _, of_st, of_dd, _, _ = of_moments.unbind(1)
         for write_grad, alike in itertools.groupby(
             compared.values(), lambda entry: entry[0].write_grad
         ):
@@ -243,11 +272,15 @@ def upstream_gradients(
         )
         for term, (_, run) in compared.items():
             _part(of_moments, run).mul_(getattr(weights, term))
+            if term == "trajectory":
+                _weigh_layers(plan, of_moments)
         if "derivative" in compared and plan.derivative_requests:
             of_lse = _part(of_requests, _layers_of_deltas(plan))[:, LSE_S]
             of_shift = _part(of_mean, compared["derivative"][1])
             of_lse[1:].sub_(of_shift)
             of_lse[:-1].add_(of_shift)
+    if factors is not None:
+        of_requests, of_moments = of_requests.mul_(factors), of_moments.mul_(factors)
     if valid is not None:
         of_requests, of_moments = (
             torch.where(valid, of_requests, 0.0),
