@@ -49,7 +49,7 @@ AlphaBetaConstants alpha_beta(double alpha, double beta) {
   if (beta > none) of.beta = float(beta), of.inv_beta = float(1 / beta);
   of.sum = float(sum);
   of.inv_sum = float(1 / sum);
-  double coefficient = 1, power = 1, factorial = 1;
+  double coefficient = 1, power = 1, factorial = 2;
   for (int i = 0; i < AlphaBetaConstants::kTerms; ++i) {
     power *= ratio;
     coefficient += power;

@@ -25,7 +25,8 @@ from fdd_kernels.backends import check_spec, cpu
 from fdd_kernels.backends.cpu import extension, tiling
 from fdd_kernels.engine import ops
 from fdd_kernels.lens import layout
-from fdd_kernels.lens.divergences import DIVERGENCES, parse_divergence
+from fdd_kernels.lens.divergence_text import parse_divergence
+from fdd_kernels.lens.divergences import DIVERGENCES
 from fdd_kernels.lens.inputs import LensInputs
 from fdd_kernels.lens.layout import COUNT, GRAD_SUM, LSE_T, M_TT, MEAN_T
 from fdd_kernels.lens.spec import NLL, Layers, LensSpec, PairMoments, Request
