@@ -96,6 +96,8 @@ def _comparison(record: dict[str, Any]) -> list[str]:
         quotient = f"{ours['ms'] / found['ms']:.3f}" if way != "auto" and "ms" in ours else ""
         predicted = f"{found['predicted_ms']:.2f}" if found.get("predicted_ms") else ""
         memory = f"{found['beyond_gradients'] / 2**20:21.0f}  {found['rows']} rows"
+        if "beside_ms" in found:
+            memory += f", {found['ms'] / found['beside_ms']:.3f} of the time of {found['beside']}"
         lines.append(f"{name:34} {found['ms']:12.2f} {predicted:>10} {quotient:>13} {memory}")
     return lines
 
