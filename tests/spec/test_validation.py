@@ -126,6 +126,31 @@ WRONG_TENSORS = [
     ({"labels": BASE.labels.reshape(-1)}, ValueError, r"labels has shape \(10,\)"),
     ({"mask": BASE.mask.float()}, TypeError, "mask is a float32 tensor.*bool"),
     ({"mask": BASE.mask[:1]}, ValueError, r"mask has shape \(1, 5\)"),
+    ({"token_weights": [1.0]}, TypeError, "token_weights must be a tensor, got list"),
+    (
+        {"token_weights": BASE.mask.long()},
+        TypeError,
+        "token_weights is a int64 tensor.*expected float64 or float32",
+    ),
+    (
+        {"token_weights": torch.ones(2, 4)},
+        ValueError,
+        r"token_weights has shape \(2, 4\), but the hidden states have \(2, 5\)",
+    ),
+    ({"token_weights": torch.ones(2, 5, device="meta")}, ValueError, "token_weights is on meta"),
+    (
+        {"token_weights": torch.ones(2, 5).requires_grad_()},
+        ValueError,
+        "token_weights requires grad, but is a constant: pass it detached",
+    ),
+    *[
+        (
+            {"token_weights": torch.full((2, 5), value)},
+            ValueError,
+            f"token_weights contains {value}: weights are finite and at least 0",
+        )
+        for value in (-0.5, NAN, INF)
+    ],
     (
         {"labels": BASE.labels.where(BASE.labels >= 0, 37)},
         ValueError,
@@ -185,7 +210,64 @@ WRONG_OPTIONS = [
     ({"temperature": "hot"}, TypeError, "temperature must be a number, got str"),
     ({"temperature": torch.tensor(2.0)}, TypeError, "temperature must be a number, got Tensor"),
     ({"temperature": None}, TypeError, "temperature must be a number, got NoneType"),
-    ({"trajectory": "js"}, ValueError, "trajectory='js' is not one of 'kl'"),
+    ({"trajectory": "js"}, ValueError, "trajectory='js' is not one of kl, .*or cosine, mse"),
+    ({"trajectory": 3}, TypeError, "trajectory must be a string, got int"),
+    ({"output_divergence": None}, TypeError, "output_divergence must be a string, got NoneType"),
+    ({"output_divergence": "mse"}, ValueError, "output_divergence='mse' is not one of kl, "),
+    *[
+        ({name: text}, ValueError, f"{name}='{text}'{message}")
+        for name, text, message in (
+            ("trajectory", "jsd:1.5", r" has beta=1.5, which is not in \[0, 1\]"),
+            ("output_divergence", "jsd:-0.1", r" has beta=-0.1, which is not in \[0, 1\]"),
+            ("trajectory", "jsd:nan", " has beta=nan, which is not in"),
+            ("trajectory", "skew_kl:1", r" has alpha=1, which is not in \[0, 1\)"),
+            ("output_divergence", "skew_reverse_kl:-1", r" has alpha=-1, .*\[0, 1\)"),
+            ("trajectory", "alpha_beta:-0.2,0.7", r" has alpha=-0.2, which is not in \[0, inf\)"),
+            ("output_divergence", "alpha_beta:0.2,inf", r" has beta=inf, .*\[0, inf\)"),
+            ("trajectory", "alpha_beta:0,0", ": alpha and beta are both 0: one of them must be"),
+            ("trajectory", "jsd:0.1,0.2", r" gives 2 .*jsd takes 1: write jsd\[:beta\]"),
+            ("output_divergence", "alpha_beta:0.2", r" gives 1 .*alpha_beta takes 2: write alpha_"),
+            ("trajectory", "tv:0.5", " gives 1 .*tv takes 0: write tv"),
+            ("trajectory", "kl:", " gives 1 .*kl takes 0: write kl"),
+            ("trajectory", "jsd:", r" has a parameter that is no number: write jsd\[:beta\]"),
+            ("output_divergence", "jsd:half", " has a parameter that is no number: write jsd"),
+        )
+    ],
+    *[
+        ({"derivative_temperature": value}, ValueError, f"derivative_temperature={value} must be")
+        for value in (0, -1.0, INF, NAN)
+    ],
+    ({"derivative_temperature": "1"}, TypeError, "derivative_temperature must be a number"),
+    (
+        {"layer_weights": (1.0,)},
+        ValueError,
+        r"layer_weights=\(1.0,\) has 1 entries and the trajectory 2 layers: give one for each",
+    ),
+    ({"layer_weights": (1, 1), "output_in_dynamics": True}, ValueError, "the trajectory 3 layers"),
+    ({"layer_weights": ()}, ValueError, "has 0 entries and the trajectory 2 layers"),
+    ({"layer_weights": (1.0, -0.5)}, ValueError, "layer_weights entry=-0.5 must be finite"),
+    ({"layer_weights": (NAN, 1.0)}, ValueError, "layer_weights entry=nan must be finite"),
+    ({"layer_weights": "1,1"}, TypeError, "layer_weights must be a sequence of numbers, got '1,1'"),
+    ({"layer_weights": 2.0}, TypeError, "layer_weights must be a sequence of numbers, got 2.0"),
+    ({"layer_weights": (1.0, "2")}, TypeError, "layer_weights entry must be a number, got str"),
+    *[
+        ({"teacher_mix": value}, ValueError, f"teacher_mix={value} must be")
+        for value in (-0.1, 1.5, INF, NAN)
+    ],
+    ({"teacher_mix": None}, TypeError, "teacher_mix must be a number, got NoneType"),
+    *[
+        (
+            {"teacher_mix": 0.5, name: value},
+            ValueError,
+            f"teacher_mix=0.5 mixes the target of KL, but {name}='{value}': use {name}=\"kl\", a "
+            "weight of 0 for that term, or teacher_mix=1",
+        )
+        for name, value in (
+            ("trajectory", "jsd:0.5"),
+            ("trajectory", "mse"),
+            ("output_divergence", "tv"),
+        )
+    ],
     ({"derivative": "l2"}, ValueError, "derivative='l2' is not one of 'cosine'"),
     ({"reduction": "batchmean"}, ValueError, "reduction='batchmean' is not one of 'mean'"),
     ({"backend": "cuda"}, ValueError, "backend='cuda' is not one of 'auto'"),
@@ -227,6 +309,13 @@ WRONG_FEATURES = [
     ),
     ({"trajectory": "mse", "output_temperature": 2.0}, ValueError, "output_temperature=2.0"),
     ({"trajectory": "mse", "student_softcap": 2.0}, ValueError, "student_softcap=2.0"),
+    ({"trajectory": "mse", "derivative_temperature": 2.0}, ValueError, "derivative_temperature=2"),
+    (
+        {"trajectory": "mse", "derivative": "weighted_cosine"},
+        ValueError,
+        "derivative='weighted_cosine' weighs tokens by the teacher's probabilities, but "
+        "teacher_weight=None means feature space: pass another derivative, or a teacher_weight",
+    ),
     ({"trajectory": "mse", "teacher_logit_scale": 2.0}, ValueError, "teacher_logit_scale=2.0"),
     (
         {"trajectory": "mse", "vocab_size": 5},
