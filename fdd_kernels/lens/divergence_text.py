@@ -53,7 +53,7 @@ def parse_divergence(text: str) -> NamedDivergence:
     for parameter, value in zip(entry.parameters, values):
         if not (parameter.low <= value <= parameter.high and math.isfinite(value)):
             raise ValueError(
-                f"{text!r} has {parameter.name}={value:g}, which is not in {_range(parameter)}"
+                f"{text!r} has {parameter.name} {value:g}, which is not in {_range(parameter)}"
             )
     reason = entry.illegal and entry.illegal(*values)
     if reason:
