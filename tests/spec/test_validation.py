@@ -242,7 +242,7 @@ WRONG_OPTIONS = [
     (
         {"teacher_mix": 0.5, "trajectory": "mse"},
         ValueError,
-        "but trajectory='mse': use trajectory=\"kl\", a weight of 0 for that term, or teacher_mix=1",
+        "but trajectory='mse': use trajectory=.kl., a weight of 0 for that term, or teacher_mix",
     ),
     ({"output_divergence": "mse"}, ValueError, "output_divergence='mse' is not one of kl"),
     ({"layer_weights": 1.0}, TypeError, "layer_weights must be a sequence of numbers, got 1.0"),
