@@ -151,7 +151,7 @@ void form_row(const Problem& problem, const Statistics& statistics, const Upstre
       const RowView teacher{logits.teacher(teacher_layer, local), shifts_t[teacher_layer * total],
                             stat[kLseT * total]};
       kernels.request_gradient(out, student, &teacher, request.inv_temperature, count,
-                               request.divergence, request.parameters.data(), upstream);
+                               request.divergence, request.constants.data(), upstream);
     }
   }
   for (size_t i = 0; i < problem.moments.size(); ++i) {
@@ -169,7 +169,7 @@ void form_row(const Problem& problem, const Statistics& statistics, const Upstre
         grad_row(pair.second[kStudent]), grad_first,
         problem.vector(pair, kStudent, logits.student(0, local), stride, shifts_s, total),
         problem.vector(pair, kTeacher, logits.teacher(0, local), stride, shifts_t, total),
-        problem.excluded_from(first_column), problem.moment_inv_temperature, count, upstream);
+        problem.excluded_from(first_column), pair.inv_temperature, count, upstream);
   }
   for (int64_t layer = 0; layer < problem.layers; ++layer)
     kernels.chain(grad_row(layer), logits.student(layer, local), count, problem.student.scale,

@@ -72,12 +72,12 @@ struct RowKernels {
                   int64_t n, MomentState* state);
   // Adds the sums of the divergence's value and grad, with both log-sum-exps known.
   void (*divergence)(RowView student, RowView teacher, float inv_temperature, int64_t n,
-                     Divergence divergence, const float* parameters, double* value,
+                     Divergence divergence, const float* constants, double* value,
                      double* grad_sum);
   // grad += dL/du of one request.
   void (*request_gradient)(float* grad, RowView student, const RowView* teacher,
                            float inv_temperature, int64_t n, Divergence divergence,
-                           const float* parameters, RequestGradient upstream);
+                           const float* constants, RequestGradient upstream);
   // grad_second += dL/du, grad_first -= dL/du of one pair of vectors; grad_first may be null.
   void (*moment_gradient)(float* grad_second, float* grad_first, VectorView s, VectorView t,
                           const float* excluded, float inv_temperature, int64_t n,

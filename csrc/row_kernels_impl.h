@@ -157,20 +157,20 @@ void moments(VectorView s, VectorView t, const float* excluded, float inv_temper
 }
 
 void divergence(RowView student, RowView teacher, float inv_temperature, int64_t n,
-                Divergence divergence, const float* parameters, double* value, double* grad_sum) {
+                Divergence divergence, const float* constants, double* value, double* grad_sum) {
   Vec values{}, grads{};
   for_each_vector(n, [&](int64_t j, Mask used) {
     const Vec log_q = z_of(student, inv_temperature, j) - student.log_sum_exp;
     const Vec log_p = z_of(teacher, inv_temperature, j) - teacher.log_sum_exp;
-    values += select(used, divergence_value(divergence, log_q, log_p, parameters), Vec{});
-    grads += select(used, divergence_grad(divergence, log_q, log_p, parameters), Vec{});
+    values += select(used, divergence_value(divergence, log_q, log_p, constants), Vec{});
+    grads += select(used, divergence_grad(divergence, log_q, log_p, constants), Vec{});
   });
   *value += sum(values);
   *grad_sum += sum(grads);
 }
 
 void request_gradient(float* grad, RowView student, const RowView* teacher, float inv_temperature,
-                      int64_t n, Divergence divergence, const float* parameters,
+                      int64_t n, Divergence divergence, const float* constants,
                       RequestGradient upstream) {
   // dL/dz = value * (grad(log q, log p) - q * sum of grad) + log_sum_exp * q. Without a teacher
   // `grad` is the label's, which the caller adds, and its sum is -1.
@@ -180,7 +180,7 @@ void request_gradient(float* grad, RowView student, const RowView* teacher, floa
     Vec grad_z = of_q * exp(log_q);
     if (teacher && divergence != Divergence::kNone) {
       const Vec log_p = z_of(*teacher, inv_temperature, j) - teacher->log_sum_exp;
-      grad_z += upstream.value * divergence_grad(divergence, log_q, log_p, parameters);
+      grad_z += upstream.value * divergence_grad(divergence, log_q, log_p, constants);
     }
     store(grad + j, load(grad + j) + grad_z * inv_temperature);
   });

@@ -117,8 +117,8 @@ class Rows {
         const VectorView t =
             problem_.vector(pair, kTeacher, logits.teacher(0, local), logits.layer_stride,
                             shift(kTeacher, 0, row), out_.total_rows);
-        kernels.moments(s, t, problem_.excluded_from(column), problem_.moment_inv_temperature,
-                        count, &state_.moments[i * problem_.rows.size() + row]);
+        kernels.moments(s, t, problem_.excluded_from(column), pair.inv_temperature, count,
+                        &state_.moments[i * problem_.rows.size() + row]);
       }
     });
   }
@@ -137,7 +137,7 @@ class Rows {
                                   *shift(kTeacher, teacher_layer, row), *stat(i, kLseT, row)};
             const size_t at = i * problem_.rows.size() + row;
             kernels.divergence(student, teacher, request.inv_temperature, count, request.divergence,
-                               request.parameters.data(), &state_.value[at], &state_.grad_sum[at]);
+                               request.constants.data(), &state_.value[at], &state_.grad_sum[at]);
           }
         });
   }
@@ -171,7 +171,7 @@ class Rows {
       for (int64_t row = 0; row < problem_.count(); ++row) {
         const MomentState& m = state_.moments[i * problem_.rows.size() + row];
         const double sums[kMomentStats] = {m.count, m.mean_s, m.mean_t, m.m_ss,
-                                           m.m_tt,  m.m_st,   m.m_dd};
+                                           m.m_tt,  m.m_st,   m.m_dd,   0,      0};
         for (int64_t k = 0; k < kMomentStats; ++k)
           out_.moments[(i * kMomentStats + k) * out_.total_rows + problem_.rows[row]] =
               float(sums[k]);
@@ -197,10 +197,11 @@ class Rows {
   void set_shift(ModelIndex model, int64_t layer, int64_t row, float largest) {
     float* own = shift(model, layer, row);
     if (!std::isfinite(largest) || largest == *own) return;
-    const double moved = (double(largest) - *own) * problem_.moment_inv_temperature;
+    const double off = double(largest) - *own;
     *own = largest;
     for (size_t i = 0; i < problem_.moments.size(); ++i) {
       const PairMoments& pair = problem_.moments[i];
+      const double moved = off * pair.inv_temperature;
       MomentState& m = state_.moments[i * problem_.rows.size() + row];
       double& mean = model == kStudent ? m.mean_s : m.mean_t;
       if (pair.second[model] == layer) mean -= moved;

@@ -37,7 +37,7 @@ def log_sum_exps(
     # A cross-entropy request looks at the student alone, and its log-sum-exp comes with it. Which
     # label it is asked for does not matter.
     requests = tuple([Request(i, i, t, NLL) for i, t in enumerate(temperatures)])
-    spec = LensSpec(columns, requests, (), 1.0, logit_scale, None, 1.0, None)
+    spec = LensSpec(columns, requests, (), logit_scale, None, 1.0, None)
     labels = torch.zeros(len(hidden[0]), dtype=torch.int64, device=weight.device)
     inputs = LensInputs(list(hidden), weight, bias, list(hidden), None, None, None, labels)
     needed = [*(h.requires_grad for h in hidden), False, False]

@@ -27,7 +27,7 @@ def require_number(
 
 
 def require_divergence(name: str, value: Any, others: tuple[str, ...] = ()) -> None:
-    from fdd_kernels.lens.divergences import parse_divergence
+    from fdd_kernels.lens.divergence_text import parse_divergence
 
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a string, got {type(value).__name__}")

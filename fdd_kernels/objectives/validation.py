@@ -79,12 +79,19 @@ def check_tokens(inputs: LossInputs) -> None:
     for name, tensor, dtypes in (
         ("labels", inputs.labels, integers),
         ("mask", inputs.mask, (torch.bool, *integers, torch.uint8)),
-        ("token_weights", inputs.token_weights, FLOAT_DTYPES),
     ):
         if tensor is not None:
             _check_tokens(name, tensor, inputs.leading_shape, inputs.device, dtypes)
     if inputs.token_weights is not None:
-        check_token_weights(inputs.token_weights)
+        check_row_weights(inputs.token_weights, inputs.leading_shape, inputs.device)
+
+
+def check_row_weights(
+    weights: Tensor, leading_shape: tuple[int, ...], device: torch.device
+) -> None:
+    """Check token weights against the hidden states' leading shape."""
+    _check_tokens("token_weights", weights, leading_shape, device, FLOAT_DTYPES)
+    check_token_weights(weights)
 
 
 def check_transforms(inputs: LossInputs, backend: str, **more: Tensor) -> None:

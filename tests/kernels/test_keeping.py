@@ -20,8 +20,8 @@ from fdd_kernels.objectives.fdd.loss import used_by
 from fdd_kernels.objectives.fdd.objective import FDDObjective
 from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.fdd.plan import make_plan
-from fdd_kernels.objectives.reduction import loss_denominator
 from fdd_kernels.objectives.numbers import check_labels
+from fdd_kernels.objectives.reduction import loss_denominator
 from fdd_kernels.testing import assert_within_budget, evaluate, exact, random_problem, unit_roundoff
 
 ROWS = 3  # of a block

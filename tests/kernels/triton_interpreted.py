@@ -19,7 +19,7 @@ from triton.runtime import interpreter
 from fdd_kernels import fused_fdd_loss
 from fdd_kernels.backends import BACKENDS
 from fdd_kernels.backends.call_shape import CallShape
-from fdd_kernels.backends.triton import autotune, config, elementwise, memory, strategy
+from fdd_kernels.backends.triton import autotune, config, elementwise, memory, strategy, work_table
 from fdd_kernels.backends.triton.gather_rows import move_rows
 from fdd_kernels.backends.triton.launch import recorded
 from fdd_kernels.lens.divergences import DIVERGENCES
@@ -164,33 +164,48 @@ def test_float16_gradients_below_its_smallest_number(each_strategy):
 
 
 @triton.jit
-def elementwise_kernel(log_q, log_p, value, grad, DIVERGENCE: tl.constexpr, SIZE: tl.constexpr):
+def elementwise_kernel(
+    log_q, log_p, value, grad, a, b, DIVERGENCE: tl.constexpr, SIZE: tl.constexpr
+):
     i = tl.arange(0, SIZE)
     q, p = tl.load(log_q + i), tl.load(log_p + i)
-    tl.store(value + i, elementwise.divergence_value(q, p, DIVERGENCE))
-    tl.store(grad + i, elementwise.divergence_grad(q, p, DIVERGENCE))
+    tl.store(value + i, elementwise.divergence_value(q, p, a, b, DIVERGENCE))
+    tl.store(grad + i, elementwise.divergence_grad(q, p, a, b, DIVERGENCE))
 
 
-@pytest.mark.parametrize("name", DIVERGENCES)
-def test_elementwise_pairs_are_the_registry(name):
+# Ends and middles of the parameters' ranges.
+SHARES = [(share,) for share in (1e-9, 1e-3, 0.1, 0.5, 0.9, 1 - 1e-3)]
+EXPONENTS = [(0.0, 0.3), (0.4, 0.0), (0.2, 0.7), (1e-9, 0.5), (0.5, 1e-9), (1.0, 1.0), (0.1, 3.0)]
+FORMULAS = [
+    (name, parameters)
+    for name, entry in DIVERGENCES.items()
+    for parameters in {0: [()], 1: SHARES, 2: EXPONENTS}[len(entry.parameters)]
+]
+
+
+@pytest.mark.parametrize(("name", "parameters"), FORMULAS, ids=str)
+def test_elementwise_pairs_are_the_registry(name, parameters):
+    """At every distance of the models; probabilities of 0 on either side, and on both, have their
+    limits.
+    """
     log_p = -torch.rand(256, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 12
-    x = torch.cat(
-        [
-            torch.logspace(-6, 1, 64, dtype=torch.float64),
-            -torch.logspace(-6, 1, 64, dtype=torch.float64),
-        ]
-    ).repeat(2)
-    log_p, log_q = log_p.float(), (log_p + x).float()
+    x = torch.logspace(-6, 1, 64, dtype=torch.float64)
+    log_p, log_q = log_p.float(), (log_p + torch.cat([x, -x]).repeat(2)).float()
     log_p[:3] = log_q[:3] = -torch.inf
+    log_p[3], log_q[4] = -torch.inf, -torch.inf
+    log_q[5:8] = log_p[5:8]
     value, grad = torch.empty(256), torch.empty(256)
-    elementwise_kernel[(1,)](log_q, log_p, value, grad, DIVERGENCE=name, SIZE=256)
+    a, b = work_table.numbers_of(parameters)
+    elementwise_kernel[(1,)](log_q, log_p, value, grad, a, b, DIVERGENCE=name, SIZE=256)
     exact = DIVERGENCES[name]
     for found, formula in ((value, exact.value), (grad, exact.grad)):
-        expected = formula(log_q.double(), log_p.double())
-        scale = expected.abs() + (log_q - log_p).abs().nan_to_num(0.0, 0.0) * (
+        expected = formula(log_q.double(), log_p.double(), *parameters)
+        finite = expected.isfinite()
+        torch.testing.assert_close(found[~finite].double(), expected[~finite])
+        scale = expected.abs() + (log_q - log_p).abs().nan_to_num(0.0, 0.0, 0.0) * (
             log_q.exp() + log_p.exp()
         )
-        assert ((found - expected).abs() <= 2e-6 * scale + 1e-30).all()
+        assert ((found - expected).abs() <= 2e-6 * scale + 1e-30)[finite].all()
 
 
 @triton.jit

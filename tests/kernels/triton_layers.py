@@ -52,24 +52,26 @@ def named(request, monkeypatch):
 def lens_problem(teacher_of: tuple[int, ...], **options) -> tuple[LensInputs, LensSpec]:
     """Build a small call that compares student layer i with teacher layer teacher_of[i].
 
-    Every request, in two temperatures; a layer alone, and two pairs.
+    Every request, in two temperatures, one divergence with two parameters; a layer alone, and two
+    pairs, each at its temperature.
     """
     problem = random_problem((3,), TOKENS + 9, layers=3, dtype=torch.float32, labels=True)
     layers = [Layers(i, teacher) for i, teacher in enumerate(teacher_of)]
     requests = (
         Request(*layers[0], 1.0, "kl"),
-        Request(*layers[0], 2.0, "jsd"),
-        Request(*layers[2], 2.0, "jsd"),
+        Request(*layers[0], 2.0, "jsd", (0.5,)),
+        Request(*layers[2], 2.0, "jsd", (0.5,)),
+        Request(*layers[2], 2.0, "jsd", (0.1,)),
         Request(*layers[2], 1.0, None),
         Request(2, 0, 1.0, NLL),
     )
     moments = (
         PairMoments(None, layers[0]),
-        PairMoments(layers[0], layers[1]),
-        PairMoments(layers[1], layers[2]),
+        PairMoments(layers[0], layers[1], 2.0),
+        PairMoments(layers[1], layers[2], 0.5),
     )
     numbers = {"student_softcap": None, "teacher_softcap": None}
-    spec = LensSpec(TOKENS + 9, requests, moments, 2.0, 1.0, teacher_logit_scale=0.5, **numbers)
+    spec = LensSpec(TOKENS + 9, requests, moments, 1.0, teacher_logit_scale=0.5, **numbers)
     spec = replace(spec, **options)
     student, teacher = (
         [h.detach() for h in states[:3]]
@@ -85,7 +87,7 @@ def comparable(inputs: LensInputs, spec: LensSpec, statistics: Statistics) -> li
     _, requests, moments = statistics
     means = []
     for pair, found in zip(spec.moments, moments):
-        shifts = of_pair(statistics.shifts, pair) / spec.moment_temperature
+        shifts = of_pair(statistics.shifts, pair) / pair.temperature
         means.append(found[[MEAN_S, MEAN_T]] + shifts)
     shifts = [of_request(statistics.shifts, r) for r in spec.requests if r.divergence == "kl"]
     rest = [COUNT, M_SS, M_TT, M_ST, M_DD]
@@ -151,7 +153,9 @@ def test_specs_that_are_refused_by_name(monkeypatch):
 
     monkeypatch.setitem(DIVERGENCES, "alpha", DIVERGENCES["kl"])
     assert "'alpha' has no Triton kernel" in refusal(with_first(divergence="alpha"))
-    assert "'kl' with parameters (0.5,)" in refusal(with_first(parameters=(0.5,)))
+    assert "mixed with the student (teacher_mix=0.5)" in refusal(with_first(teacher_mix=0.5))
+    weighted = replace(spec, moments=(spec.moments[0]._replace(weighted=True),))
+    assert "weighted by the teacher's probabilities" in refusal(weighted)
     assert "besides kl in one call, jsd and reverse_kl" in refusal(
         with_first(divergence="reverse_kl")
     )

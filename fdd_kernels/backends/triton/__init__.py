@@ -10,7 +10,8 @@ in order of use:
     problem.py      a call as every strategy sees it
     gather_rows.py  valid rows gathered side by side, gradients put back
     work_table.py   a LensSpec as a small integer table that the kernels walk
-    elementwise.py  device functions that all kernels share
+    elementwise.py  device functions over elements of the vocabulary, which all kernels share
+    row_statistics.py  device functions that load and store numbers of rows
     gemm.py         GEMMs with float32 results
     scaling.py      the scale of dL/dlogits in float16
     config.py       launch configurations; autotune.py: opt-in search

@@ -1,14 +1,13 @@
-"""Device functions that the kernels of every strategy share: elements of the vocabulary and rows.
+"""Device functions over elements of the vocabulary, which the kernels of every strategy share.
 
-p is the teacher's distribution, q the student's. Four formulas are those of
+p is the teacher's distribution, q the student's. The formulas are those of
 `fdd_kernels/lens/divergences.py`, spelled out again: `kl_of`, `log_mixture`, and the `value` and
 `grad` of each divergence (`divergence_value`, `divergence_grad`). tests/kernels compares them with
-the registry, in float64. The places of statistics are those of `fdd_kernels/lens/layout.py`.
+the registry, in float64.
 
 Elements come as tensors of any shape. Numbers of a row come in a shape that broadcasts against
 them: (r, 1) for a tile of rows, a scalar for a program that owns one row. AXIS is the axis of the
-vocabulary. Functions that load or store numbers of rows take a pointer to the rows and the stride
-from one statistic to the next.
+vocabulary.
 
 A token of probability zero contributes its limit, never NaN. Triton's interpreter lacks expm1,
 log1p and tanh: they are written out with full relative accuracy near 0, where models that nearly
@@ -20,27 +19,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fdd_kernels.backends.triton.work_table import (
-    KIND_KL,
-    KIND_LSE,
-    KIND_NLL,
-    KIND_OTHER,
-    REQUEST_BEGIN,
-    REQUEST_INDEX,
-    REQUEST_KIND,
-    table_entry,
-)
-from fdd_kernels.lens import divergences, layout
-
-SKEW = tl.constexpr(divergences.SKEW)
-REQUEST_FIELDS = tl.constexpr(layout.REQUEST_STATS)
-MOMENT_FIELDS = tl.constexpr(layout.MOMENT_STATS)
-LSE_S, LSE_T = tl.constexpr(layout.LSE_S), tl.constexpr(layout.LSE_T)
-VALUE, GRAD_SUM = tl.constexpr(layout.VALUE), tl.constexpr(layout.GRAD_SUM)
-COUNT, MEAN_S = tl.constexpr(layout.COUNT), tl.constexpr(layout.MEAN_S)
-MEAN_T, M_SS = tl.constexpr(layout.MEAN_T), tl.constexpr(layout.M_SS)
-M_TT, M_ST = tl.constexpr(layout.M_TT), tl.constexpr(layout.M_ST)
-M_DD = tl.constexpr(layout.M_DD)
 # KL values below are summed once more by `kl_of`: the error of the first pass's difference of
 # expectations, some 1e-6, is absolute.
 REFINED_BELOW = tl.constexpr(0.25)
@@ -63,46 +41,74 @@ def weighted(weight, factor, FINITE: tl.constexpr):
 
 
 @triton.jit
-def expm1_negative(y):
-    """Return e^y - 1 for y <= 0: a Taylor polynomial (remainder below 2^-27) above -1/2."""
+def relative_expm1(y):
+    """Return (e^y - 1) / y within 1/2 of 0: a Taylor polynomial, whose remainder is below 2^-26."""
     series = 1.0 / 5040 + y * (1.0 / 40320)
     series = 1.0 / 720 + y * series
     series = 1.0 / 120 + y * series
     series = 1.0 / 24 + y * series
     series = 1.0 / 6 + y * series
     series = 0.5 + y * series
-    series = 1.0 + y * series
-    return tl.where(y > -0.5, y * series, tl.exp(y) - 1.0)
+    return 1.0 + y * series
 
 
 @triton.jit
-def log1p_negative(w):
-    """Return log(1 + w) for -1 < w <= 0: above w = -1/2 by the series of 2 atanh(w / (2 + w))."""
+def expm1(y):
+    """Return e^y - 1."""
+    return tl.where(tl.abs(y) < 0.5, y * relative_expm1(y), tl.exp(y) - 1.0)
+
+
+@triton.jit
+def log1p(w, sum_of):
+    """Return log(1 + w), w > -1; `sum_of` is 1 + w, computed without w where that is accurate.
+
+    Between -1/2 and 1 it is the series of 2 atanh(w / (2 + w)).
+    """
     s = w / (2.0 + w)
     t = s * s
-    series = 1.0 / 11.0 + t * (1.0 / 13.0)
+    series = 1.0 / 13.0 + t * (1.0 / 15.0)
+    series = 1.0 / 11.0 + t * series
     series = 1.0 / 9.0 + t * series
     series = 1.0 / 7.0 + t * series
     series = 1.0 / 5.0 + t * series
     series = 1.0 / 3.0 + t * series
-    return tl.where(w > -0.5, 2.0 * s * (1.0 + t * series), tl.log(1.0 + w))
+    return tl.where((w > -0.5) & (w < 1.0), 2.0 * s * (1.0 + t * series), tl.log(sum_of))
 
 
 @triton.jit
 def tanh(x):
     """Return tanh(x), with full relative accuracy near 0."""
-    e = expm1_negative(-2.0 * tl.abs(x))
+    e = expm1(-2.0 * tl.abs(x))
     magnitude = -e / (2.0 + e)
     return tl.where(x < 0, -magnitude, magnitude)
 
 
 @triton.jit
-def log_mixture(x, SHARE: tl.constexpr):
-    """Return log((1 - SHARE) + SHARE e^x), accurate near 0 and free of overflow."""
-    small = expm1_negative(-tl.abs(x))
-    return tl.maximum(x, 0.0) + log1p_negative(
-        tl.where(x > 0, (1.0 - SHARE) * small, SHARE * small)
-    )
+def log_mixture(x, share, rest):
+    """Return log(rest + share e^x), rest = 1 - share; accurate near 0 and free of overflow."""
+    above = x > 1.0
+    y = tl.where(above, -x, x)
+    of_one, of_power = tl.where(above, share, rest), tl.where(above, rest, share)
+    of_mixture = log1p(of_power * expm1(y), of_one + of_power * tl.exp(y))
+    return tl.where(above, x, 0.0) + of_mixture
+
+
+@triton.jit
+def over_mixture(x, share, rest):
+    """Return (q - p) / m with m = share p + rest q and x = log q - log p, rest = 1 - share."""
+    smaller = -tl.abs(x)
+    gap, ratio = expm1(smaller), tl.exp(smaller)
+    return tl.where(x > 0, -gap / (rest + share * ratio), gap / (share + rest * ratio))
+
+
+@triton.jit
+def expm1_series(x):
+    """Return (e^x - 1 - x) / x^2 within 0.3 of 0; the remainder is below 2^-24 of it."""
+    series = 1.0 / 720 + x * (1.0 / 5040)
+    series = 1.0 / 120 + x * series
+    series = 1.0 / 24 + x * series
+    series = 1.0 / 6 + x * series
+    return 0.5 + x * series
 
 
 @triton.jit
@@ -112,49 +118,113 @@ def kl_of(p, r, x, FINITE: tl.constexpr):
     Since sum(r - p) = 0 the sum is that of -p x, without its cancellation where p and r nearly
     agree.
     """
-    series = 1.0 / 720 + x * (1.0 / 5040)
-    series = 1.0 / 120 + x * series
-    series = 1.0 / 24 + x * series
-    series = 1.0 / 6 + x * series
-    series = 0.5 + x * series  # the remainder is below 2^-24 of it
-    return tl.where(tl.abs(x) < 0.3, (p * x) * (x * series), (r - p) - weighted(p, x, FINITE))
+    near = (p * x) * (x * expm1_series(x))
+    return tl.where(tl.abs(x) < 0.3, near, (r - p) - weighted(p, x, FINITE))
 
 
 @triton.jit
-def divergence_value(log_q, log_p, DIVERGENCE: tl.constexpr):
-    """Return a token's part of the divergence."""
+def log_ratio(log_q, log_p):
+    """Return log q - log p; 0 where both have probability 0."""
+    return tl.where(log_q == log_p, 0.0, log_q - log_p)
+
+
+@triton.jit
+def sign(x):
+    """Return the sign of x, 0 at 0; NaN stays."""
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x))
+
+
+@triton.jit
+def power_difference(log_q, log_p, power):
+    """Return (q^power - p^power) / power, which is log q - log p at power 0; 0 where q = p."""
+    x = log_ratio(log_q, log_p)
+    y = power * tl.abs(x)
+    near = tl.abs(x) * relative_expm1(-y)
+    far = (1.0 - tl.exp(-y)) / tl.where(power > 0, power, 1.0)
+    relative = tl.where(y < 0.5, near, far)  # to the larger of q^power and p^power
+    larger = tl.where(log_q > log_p, log_q, log_p)
+    return tl.where(power == 0, x, sign(x) * times(tl.exp(power * larger), relative))
+
+
+@triton.jit
+def times_power(log_weight, power, x):
+    """Return e^(power log_weight) x with 0 * anything = 0; x at power 0."""
+    return tl.where(power == 0, x, times(tl.exp(power * log_weight), x))
+
+
+@triton.jit
+def alpha_beta_value(log_q, log_p, alpha, beta):
+    """Return a token's part of the alpha-beta divergence.
+
+    Near agreement it is p^s times a series, s = alpha + beta, as in the registry: x^n / n! has the
+    coefficient sum over k of s^k beta^(n - 2 - k).
+    """
+    s, x = alpha + beta, log_ratio(log_q, log_p)
+    near = tl.abs(x) * s < 0.25
+    small = tl.where(near, x, 0.0)
+    coefficient, power = s * 0.0 + 1.0, s * 0.0 + 1.0
+    term = 0.5 + small * 0.0
+    total = term
+    for n in tl.static_range(3, 9):
+        power *= beta
+        coefficient = s * coefficient + power
+        term *= small * (1.0 / n)
+        total += coefficient * term
+    of_near = tl.exp(tl.where(near, s * log_p, float("-inf"))) * total * small * small
+    of_far = times_power(log_q, beta, power_difference(log_q, log_p, alpha))
+    of_far -= times_power(log_p, alpha, power_difference(log_q, log_p, beta))
+    return tl.where(near, of_near, of_far / s)
+
+
+@triton.jit
+def divergence_value(log_q, log_p, a, b, DIVERGENCE: tl.constexpr):
+    """Return a token's part of the divergence, whose numbers are a and b (`work_table.numbers_of`).
+
+    Where p or q is 0, x is infinite or NaN, and `kl_of` gives its limit.
+    """
     p, q, x = tl.exp(log_p), tl.exp(log_q), log_q - log_p
     if DIVERGENCE == "kl":
         value = kl_of(p, q, x, False)
     elif DIVERGENCE == "reverse_kl":
         value = kl_of(q, p, -x, False)
     elif DIVERGENCE == "jsd":
-        m = 0.5 * (p + q)
-        value = 0.5 * (
-            kl_of(p, m, log_mixture(x, 0.5), False) + kl_of(q, m, log_mixture(-x, 0.5), False)
-        )
+        m = a * p + b * q
+        value = a * kl_of(p, m, log_mixture(x, b, a), False)
+        value += b * kl_of(q, m, log_mixture(-x, a, b), False)
+    elif DIVERGENCE == "skew_kl":
+        value = kl_of(p, a * p + b * q, log_mixture(x, b, a), False)
+    elif DIVERGENCE == "skew_reverse_kl":
+        value = kl_of(q, b * p + a * q, log_mixture(-x, b, a), False)
+    elif DIVERGENCE == "tv":
+        gap = -expm1(-tl.abs(log_ratio(log_q, log_p)))
+        value = 0.5 * times(tl.exp(tl.where(log_q > log_p, log_q, log_p)), gap)
     else:
-        tl.static_assert(DIVERGENCE == "skew_kl")
-        value = kl_of(p, SKEW * p + (1.0 - SKEW) * q, log_mixture(x, 1.0 - SKEW), False)
+        tl.static_assert(DIVERGENCE == "alpha_beta")
+        value = alpha_beta_value(log_q, log_p, a, b)
     return value
 
 
 @triton.jit
-def divergence_grad(log_q, log_p, DIVERGENCE: tl.constexpr):
+def divergence_grad(log_q, log_p, a, b, DIVERGENCE: tl.constexpr):
     """Return the derivative with respect to log_q, up to the registry's multiple of q."""
     if DIVERGENCE == "kl":
         grad = -tl.exp(log_p)
     elif DIVERGENCE == "reverse_kl":
         grad = times(tl.exp(log_q), log_q - log_p + 1.0)
     elif DIVERGENCE == "jsd":
-        grad = -0.5 * times(tl.exp(log_q), log_mixture(log_p - log_q, 0.5))
+        grad = -b * times(tl.exp(log_q), log_mixture(log_p - log_q, a, b))
+    elif DIVERGENCE == "skew_kl":
+        grad = b * b * times(tl.exp(log_q), over_mixture(log_q - log_p, a, b))
+    elif DIVERGENCE == "skew_reverse_kl":
+        # The registry's, with (q - p) b / m = q / m - 1: no difference of nearly equal numbers.
+        y = -log_mixture(log_p - log_q, b, a)  # log(q / m)
+        rest = tl.where(tl.abs(y) < 0.3, y * y * expm1_series(y), tl.exp(y) - 1.0 - y)
+        grad = times(tl.exp(log_q), b * y - a * rest)
+    elif DIVERGENCE == "tv":
+        grad = 0.5 * times(tl.exp(log_q), sign(log_ratio(log_q, log_p)))
     else:
-        tl.static_assert(DIVERGENCE == "skew_kl")
-        # (1 - SKEW)^2 q (q - p) / m, as in lens/divergences.py
-        x = log_q - log_p
-        gap = expm1_negative(-tl.abs(x))
-        ratio = tl.where(x > 0, -gap / (1.0 + SKEW * gap), gap / (1.0 + (1.0 - SKEW) * gap))
-        grad = (1.0 - SKEW) * (1.0 - SKEW) * times(tl.exp(log_q), ratio)
+        tl.static_assert(DIVERGENCE == "alpha_beta")
+        grad = times_power(log_q, b, power_difference(log_q, log_p, a))
     return grad
 
 
@@ -188,128 +258,16 @@ def is_finite_logit(s, t):
 
 
 @triton.jit
-def load_moments(moments, stride, mask):
-    """Load the seven moments of a pair per row, 0 where masked."""
-    return (
-        tl.load(moments + COUNT * stride, mask=mask, other=0.0),
-        tl.load(moments + MEAN_S * stride, mask=mask, other=0.0),
-        tl.load(moments + MEAN_T * stride, mask=mask, other=0.0),
-        tl.load(moments + M_SS * stride, mask=mask, other=0.0),
-        tl.load(moments + M_TT * stride, mask=mask, other=0.0),
-        tl.load(moments + M_ST * stride, mask=mask, other=0.0),
-        tl.load(moments + M_DD * stride, mask=mask, other=0.0),
-    )
-
-
-@triton.jit
-def store_moments(moments, stride, mask, count, mean_s, mean_t, m_ss, m_tt, m_st, m_dd):
-    """Store the seven moments of a pair per row; `mask` may be None."""
-    tl.store(moments + COUNT * stride, count, mask=mask)
-    tl.store(moments + MEAN_S * stride, mean_s, mask=mask)
-    tl.store(moments + MEAN_T * stride, mean_t, mask=mask)
-    tl.store(moments + M_SS * stride, m_ss, mask=mask)
-    tl.store(moments + M_TT * stride, m_tt, mask=mask)
-    tl.store(moments + M_ST * stride, m_st, mask=mask)
-    tl.store(moments + M_DD * stride, m_dd, mask=mask)
-
-
-@triton.jit
-def store_request(
-    request, stride, mask, kind, lse_s, lse_t, mean_s, mean_t, DIVERGENCE: tl.constexpr
+def softmax_gradient(
+    log_q, log_p, of_q, of_p, of_grad, a, b, TEACHER: tl.constexpr, DIVERGENCE: tl.constexpr
 ):
-    """Store the statistics of a request that one pass over the vocabulary gives, but NLL's value.
-
-    `mean_s` is the expectation of z_s - z_t under q, `mean_t` that of z_t - z_s under p:
-    KL(p || q) = mean_t + lse_s - lse_t, KL(q || p) = mean_s + lse_t - lse_s. A negative result is
-    rounding of models that nearly agree. `mask` may be None.
-    """
-    tl.store(request + LSE_S * stride, lse_s, mask=mask)
-    if kind != KIND_NLL:
-        tl.store(request + LSE_T * stride, lse_t, mask=mask)
-        if kind == KIND_KL:
-            value = mean_t + (lse_s - lse_t)
-            value = tl.where(value < 0, 0.0, value)
-            tl.store(request + VALUE * stride, value, mask=mask)
-            tl.store(request + GRAD_SUM * stride, -1.0, mask=mask)
-        if DIVERGENCE == "reverse_kl" and kind == KIND_OTHER:
-            value = mean_s + (lse_t - lse_s)
-            value = tl.where(value < 0, 0.0, value)
-            tl.store(request + VALUE * stride, value, mask=mask)
-            tl.store(request + GRAD_SUM * stride, value + 1.0, mask=mask)
-
-
-@triton.jit
-def slot_coefficients(
-    requests,
-    grad_requests,
-    stride,
-    grad_stride,
-    is_valid,
-    table,
-    table_width,
-    slot,
-    BLOCK_R: tl.constexpr,
-):
-    """Return per row the coefficients of a slot's dL/dz: of q, p, the divergence's grad, the label.
-
-    With them come both log-sum-exps and the value of KL, infinite without a request of KL; all
-    (BLOCK_R,). `requests` and `grad_requests` point at the rows. Invalid rows get 0.
-    """
-    q_r = tl.zeros((BLOCK_R,), dtype=tl.float32)
-    kl = q_r + float("inf")
-    p_r, grad_r, label_r, lse_s, lse_t = q_r, q_r, q_r, q_r, q_r
-    for entry in range(
-        table_entry(table, table_width, REQUEST_BEGIN, slot),
-        table_entry(table, table_width, REQUEST_BEGIN, slot + 1),
-    ):
-        kind = table_entry(table, table_width, REQUEST_KIND, entry)
-        index = table_entry(table, table_width, REQUEST_INDEX, entry) * REQUEST_FIELDS
-        request = requests + index * stride
-        grad_request = grad_requests + index * grad_stride
-        lse_s = tl.load(request + LSE_S * stride, mask=is_valid, other=0.0)
-        q_r += tl.load(grad_request + LSE_S * grad_stride, mask=is_valid, other=0.0)
-        if kind != KIND_LSE:
-            upstream = tl.load(grad_request + VALUE * grad_stride, mask=is_valid, other=0.0)
-            if kind == KIND_NLL:
-                q_r += upstream
-                label_r -= upstream
-            else:
-                q_r -= upstream * tl.load(request + GRAD_SUM * stride, mask=is_valid, other=0.0)
-                if kind == KIND_KL:
-                    p_r -= upstream
-                    kl = tl.load(request + VALUE * stride, mask=is_valid, other=float("inf"))
-                else:
-                    grad_r += upstream
-        if kind != KIND_NLL:
-            lse_t = tl.load(request + LSE_T * stride, mask=is_valid, other=0.0)
-    return q_r, p_r, grad_r, label_r, lse_s, lse_t, kl
-
-
-@triton.jit
-def moment_coefficients(moments, grad_moments, stride, grad_stride, is_valid):
-    """Return per row the coefficients of dL/ds of a pair: of 1, s - mean_s, t - mean_t, their
-    difference; and both means.
-
-    `moments` and `grad_moments` point at the rows of one pair. Invalid rows get 0.
-    """
-    mean_s = tl.load(moments + MEAN_S * stride, mask=is_valid, other=0.0)
-    mean_t = tl.load(moments + MEAN_T * stride, mask=is_valid, other=0.0)
-    of_one = tl.load(grad_moments + MEAN_S * grad_stride, mask=is_valid, other=0.0)
-    of_one /= tl.maximum(tl.load(moments + COUNT * stride, mask=is_valid, other=1.0), 1.0)
-    of_s = 2.0 * tl.load(grad_moments + M_SS * grad_stride, mask=is_valid, other=0.0)
-    of_t = tl.load(grad_moments + M_ST * grad_stride, mask=is_valid, other=0.0)
-    of_d = 2.0 * tl.load(grad_moments + M_DD * grad_stride, mask=is_valid, other=0.0)
-    return of_one, of_s, of_t, of_d, mean_s, mean_t
-
-
-@triton.jit
-def softmax_gradient(log_q, log_p, a, b, d, TEACHER: tl.constexpr, DIVERGENCE: tl.constexpr):
-    """Return dL/dz = a q + b p + d * divergence_grad(log_q, log_p), without the label's part."""
-    grad = a * tl.exp(log_q)
+    """Return dL/dz without the label's part: of_q q + of_p p + of_grad divergence_grad(...)."""
+    grad = of_q * tl.exp(log_q)
     if TEACHER:
-        grad += b * tl.exp(log_p)
+        grad += of_p * tl.exp(log_p)
         if DIVERGENCE != "kl":
-            grad += d * divergence_grad(log_q, log_p, DIVERGENCE)
+            # 0 where the slot has no request of it, nor numbers a and b
+            grad += times(of_grad, divergence_grad(log_q, log_p, a, b, DIVERGENCE))
     return grad
 
 

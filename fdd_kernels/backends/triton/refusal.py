@@ -5,7 +5,7 @@ from __future__ import annotations
 from fdd_kernels.lens.spec import NLL, Layers, LensSpec
 
 # Divergences with an elementwise pair in `elementwise.py`.
-DIVERGENCES = ("kl", "reverse_kl", "jsd", "skew_kl")
+DIVERGENCES = ("kl", "reverse_kl", "jsd", "skew_kl", "skew_reverse_kl", "tv", "alpha_beta")
 
 
 def refusal(spec: LensSpec) -> str | None:
@@ -15,8 +15,8 @@ def refusal(spec: LensSpec) -> str | None:
         if name not in DIVERGENCES:
             return f"the divergence {name!r} has no Triton kernel"
     for request in spec.requests:
-        if request.parameters:
-            return f"the divergence {request.divergence!r} with parameters {request.parameters}"
+        if request.teacher_mix != 1:
+            return f"a teacher that is mixed with the student (teacher_mix={request.teacher_mix:g})"
     besides_kl = [name for name in names if name != "kl"]
     if len(besides_kl) > 1:
         return f"two divergences besides kl in one call, {' and '.join(besides_kl)}"
@@ -26,7 +26,9 @@ def refusal(spec: LensSpec) -> str | None:
             return (
                 f"student layer {student} with teacher layers {teacher_of[student]} and {teacher}"
             )
-    for first, second in spec.moments:
+    for first, second, _temperature, weighted in spec.moments:
+        if weighted:
+            return "moments whose tokens are weighted by the teacher's probabilities"
         if first is not None and first.student != second.student - 1:
             return (
                 f"moments of student layers {first.student} and {second.student}, which are not "

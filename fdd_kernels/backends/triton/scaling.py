@@ -39,7 +39,7 @@ def gradient_scale(
         + grad_requests[:, LSE_S].abs()
     ).sum(0)
     steepest = spec.student_logit_scale * max(
-        1 / t for t in (spec.moment_temperature, *(r.temperature for r in spec.requests))
+        [1 / part.temperature for part in (*spec.requests, *spec.moments)]
     )
     bound = (bound_R.amax() * steepest).nan_to_num(1.0, 1.0).clamp(min=2.0**-100)
     return torch.exp2(torch.log2(LARGEST_GRADIENT / bound).floor()).reshape(1)

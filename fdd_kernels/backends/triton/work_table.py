@@ -1,17 +1,19 @@
 """A `LensSpec` as a table of integers: one compiled kernel serves any layers, requests and pairs.
 
-A slot is a student layer at a temperature: softmax requests of the same slot share its
-exponentials. The rows of the table, padded to one width:
+A slot is a student layer at a temperature, and the parameters of a divergence: softmax requests of
+the same slot share its exponentials. The rows of the table, padded to one width:
 
     SLOT_BEGIN     (L + 1)   layer l has the slots SLOT_BEGIN[l] .. SLOT_BEGIN[l + 1]
     SLOT_FLAGS     (slots)   WANTS_STUDENT: the student's expectation of the difference of logits is
                              summed; WANTS_LABEL: the student's z at the label is looked up
-    SLOT_INVERSE   (slots)   1 / temperature, the bits of a float32
+    SLOT_INVERSE   (slots)   1 / temperature; this and the other numbers are the bits of a float32
+    SLOT_A, SLOT_B (slots)   the two numbers of the divergence's formulas (`numbers_of`)
     REQUEST_BEGIN  (slots + 1), REQUEST_INDEX, REQUEST_KIND: the requests of a slot
     PART_BEGIN     (L + 1), PART_INDEX, PART_ROLE: the pairs of `PairMoments` that a layer is part
                              of: OWN_LAYER alone, SECOND of two layers, or FIRST. The walk over
                              layers has the whole pair at the SECOND
-    SECOND_REQUEST, SECOND_LAYER, SECOND_INVERSE: the requests that take a second pass
+    PAIR_INVERSE   (pairs)   1 / temperature of a pair
+    SECOND_REQUEST, SECOND_LAYER, SECOND_SLOT: the requests that take a second pass
     TEACHER_LAYER  (L)       the teacher layer that student layer l is compared with
     SHIFT_LAYER    (L)       the student layer whose state defines the shift of that teacher layer:
                              one for all student layers that share it, with a slot if any has one
@@ -22,6 +24,7 @@ from __future__ import annotations
 import functools
 import struct
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -43,10 +46,13 @@ PART_INDEX = tl.constexpr(7)
 PART_ROLE = tl.constexpr(8)
 SECOND_REQUEST = tl.constexpr(9)
 SECOND_LAYER = tl.constexpr(10)
-SECOND_INVERSE = tl.constexpr(11)
+SECOND_SLOT = tl.constexpr(11)
 TEACHER_LAYER = tl.constexpr(12)
 SHIFT_LAYER = tl.constexpr(13)
-TABLE_ROWS = 14
+SLOT_A = tl.constexpr(14)
+SLOT_B = tl.constexpr(15)
+PAIR_INVERSE = tl.constexpr(16)
+TABLE_ROWS = 17
 
 WANTS_STUDENT = tl.constexpr(1)
 WANTS_LABEL = tl.constexpr(2)
@@ -61,6 +67,8 @@ KIND_OTHER = tl.constexpr(3)
 OWN_LAYER = tl.constexpr(0)
 SECOND = tl.constexpr(1)
 FIRST = tl.constexpr(2)
+
+SMALLEST = 2.0**-126  # float32's smallest normal number
 
 
 @triton.jit
@@ -103,6 +111,36 @@ def _prefix(groups: list[list]) -> list[int]:
     return ends
 
 
+class Slot(NamedTuple):
+    """A student layer at a temperature, and the parameters of the divergence that needs some."""
+
+    layer: int
+    temperature: float
+    parameters: tuple[float, ...]
+
+
+def numbers_of(parameters: tuple[float, ...]) -> tuple[float, float]:
+    """Return the two numbers that the formulas of `elementwise.py` take.
+
+    Two parameters are themselves. One, a share a, comes with 1 - a, which float32 would lose beside
+    an `a` near 1. A positive number that float32 rounds to 0 is its smallest normal one.
+    """
+    if len(parameters) == 1:
+        parameters = (parameters[0], 1.0 - parameters[0])
+    a, b = parameters or (0.0, 0.0)
+    return tuple([max(number, SMALLEST) if number > 0 else number for number in (a, b)])
+
+
+def _slots_of(spec: LensSpec) -> list[Slot]:
+    """Find the slot of each request.
+
+    Requests without parameters share the slot of one that has some.
+    """
+    found = [Slot(r.student_layer, r.temperature, r.parameters) for r in spec.requests]
+    with_parameters = {slot[:2]: slot for slot in reversed(found) if slot.parameters}
+    return [slot if slot.parameters else with_parameters.get(slot[:2], slot) for slot in found]
+
+
 _captured: list[Table] = []  # tables whose addresses CUDA graphs hold: never freed
 
 
@@ -131,11 +169,9 @@ def _teacher_layers(spec: LensSpec, layers: int, with_slots: set[int]) -> tuple[
 
 @functools.lru_cache(maxsize=64)
 def _built_table(spec: LensSpec, layers: int, device: torch.device) -> Table:
-    slots = sorted({(request.student_layer, request.temperature) for request in spec.requests})
-    requests_of = [
-        [i for i, r in enumerate(spec.requests) if (r.student_layer, r.temperature) == slot]
-        for slot in slots
-    ]
+    slot_of = _slots_of(spec)
+    slots = sorted(set(slot_of))
+    requests_of = [[i for i, own in enumerate(slot_of) if own == slot] for slot in slots]
     kinds = {None: KIND_LSE.value, NLL: KIND_NLL.value, "kl": KIND_KL.value}
     flags = {NLL: WANTS_LABEL.value, "reverse_kl": WANTS_STUDENT.value}
     parts: list[list[tuple[int, int]]] = [[] for _ in range(layers)]
@@ -152,7 +188,7 @@ def _built_table(spec: LensSpec, layers: int, device: torch.device) -> Table:
 
     rows: list[list[int]] = [[] for _ in range(TABLE_ROWS)]
     rows[SLOT_BEGIN.value] = _prefix(
-        [[s for s in slots if s[0] == layer] for layer in range(layers)]
+        [[slot for slot in slots if slot.layer == layer] for layer in range(layers)]
     )
     rows[SLOT_FLAGS.value] = [
         functools.reduce(
@@ -160,7 +196,9 @@ def _built_table(spec: LensSpec, layers: int, device: torch.device) -> Table:
         )
         for requests in requests_of
     ]
-    rows[SLOT_INVERSE.value] = [_bits(1.0 / temperature) for _, temperature in slots]
+    rows[SLOT_INVERSE.value] = [_bits(1.0 / slot.temperature) for slot in slots]
+    for number, row in enumerate((SLOT_A, SLOT_B)):
+        rows[row.value] = [_bits(numbers_of(slot.parameters)[number]) for slot in slots]
     rows[REQUEST_BEGIN.value] = _prefix(requests_of)
     rows[REQUEST_INDEX.value] = [i for requests in requests_of for i in requests]
     rows[REQUEST_KIND.value] = [
@@ -173,8 +211,9 @@ def _built_table(spec: LensSpec, layers: int, device: torch.device) -> Table:
     rows[PART_ROLE.value] = [role for part in parts for _, role in part]
     rows[SECOND_REQUEST.value] = [index for index, _ in second_pass]
     rows[SECOND_LAYER.value] = [request.student_layer for _, request in second_pass]
-    rows[SECOND_INVERSE.value] = [_bits(1.0 / request.temperature) for _, request in second_pass]
-    with_slots = {layer for layer, _ in slots}
+    rows[SECOND_SLOT.value] = [slots.index(slot_of[index]) for index, _ in second_pass]
+    rows[PAIR_INVERSE.value] = [_bits(1.0 / pair.temperature) for pair in spec.moments]
+    with_slots = {slot.layer for slot in slots}
     rows[TEACHER_LAYER.value], rows[SHIFT_LAYER.value] = _teacher_layers(spec, layers, with_slots)
     width = max(len(row) for row in rows)
     values = torch.tensor(

@@ -132,7 +132,7 @@ class LossOptions:
             raise ValueError(f"teacher_mix={self.teacher_mix} must be in [0, 1]")
         if self.teacher_mix == 1:
             return
-        from fdd_kernels.lens.divergences import parse_divergence
+        from fdd_kernels.lens.divergence_text import parse_divergence
 
         for name, weight, value in (
             ("trajectory", self.alpha, self.trajectory),

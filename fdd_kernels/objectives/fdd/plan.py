@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from fdd_kernels.backends import resolve_backend
 from fdd_kernels.lens import divergences
 from fdd_kernels.lens.distances import DISTANCES
-from fdd_kernels.lens.divergences import NamedDivergence, parse_divergence
+from fdd_kernels.lens.divergence_text import NamedDivergence, parse_divergence
 from fdd_kernels.lens.spec import NLL, Layers, LensSpec, PairMoments, Request
 from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.inputs import LossInputs

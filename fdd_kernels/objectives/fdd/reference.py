@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fdd_kernels.lens.distances import DISTANCES, Sums
-from fdd_kernels.lens.divergences import parse_divergence
+from fdd_kernels.lens.divergence_text import parse_divergence
 from fdd_kernels.lens.inputs import LensInputs
 from fdd_kernels.objectives.dense import dense_logits
 from fdd_kernels.objectives.fdd.options import LossOptions

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fdd_kernels.lens.divergences import NamedDivergence
+from fdd_kernels.lens.divergence_text import NamedDivergence
 from fdd_kernels.lens.row_blocks import RowBlock, row_function
 from fdd_kernels.lens.softmax import log_softmax_, sum_over_tokens
 from fdd_kernels.objectives.dense import expected_ratio

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from fdd_kernels.lens.divergences import DIVERGENCES, NamedDivergence, parse_divergence
+from fdd_kernels.lens.divergence_text import NamedDivergence, parse_divergence
+from fdd_kernels.lens.divergences import DIVERGENCES
 from fdd_kernels.lens.row_blocks import GradOf, RowBlock, row_function
 from fdd_kernels.lens.softmax import log_softmax_, logit_gradient_
 from fdd_kernels.objectives.dense import expected_ratio

@@ -26,7 +26,6 @@ def fill_statistics(block: Block) -> None:
         "state": state,
         "slots": table.slots,
         "tiles": tiles,
-        "moment_inverse": 1.0 / spec.moment_temperature,
         "TEACHER": spec.needs_teacher,
         "DIVERGENCE": table.divergence,
     }

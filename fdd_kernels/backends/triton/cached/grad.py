@@ -19,20 +19,25 @@ import triton.language as tl
 
 from fdd_kernels.backends.triton.cached.row import pair_vectors, row_logits
 from fdd_kernels.backends.triton.elementwise import (
-    MOMENT_FIELDS,
     REFINED_BELOW,
     kl_of,
-    moment_coefficients,
     moment_gradient,
-    slot_coefficients,
     softmax_gradient,
+)
+from fdd_kernels.backends.triton.row_statistics import (
+    MOMENT_FIELDS,
+    moment_coefficients,
+    slot_coefficients,
 )
 from fdd_kernels.backends.triton.work_table import (
     FIRST,
+    PAIR_INVERSE,
     PART_BEGIN,
     PART_INDEX,
     PART_ROLE,
     SECOND,
+    SLOT_A,
+    SLOT_B,
     SLOT_BEGIN,
     SLOT_INVERSE,
     TEACHER_LAYER,
@@ -70,7 +75,6 @@ def coefficients_kernel(
     grad_stride,
     moment_stride,
     grad_moment_stride,
-    moment_inverse,
     student_scale,
     BLOCK_R: tl.constexpr,
 ):
@@ -115,7 +119,7 @@ def coefficients_kernel(
             grad_moment_stride.to(tl.int64),
             is_valid,
         )
-        factor = scale * moment_inverse
+        factor = scale * table_float(table, table_width, PAIR_INVERSE, item - slots)
         tl.store(out, of_one * factor, mask=stored)
         tl.store(out + field, of_s * factor, mask=stored)
         tl.store(out + 2 * field, of_t * factor, mask=stored)
@@ -176,7 +180,6 @@ def cached_grad_kernel(
     scale_t,
     cap_s,
     cap_t,
-    moment_inverse,
     TEACHER: tl.constexpr,
     SOFTMAX: tl.constexpr,
     MOMENTS: tl.constexpr,
@@ -251,6 +254,8 @@ def cached_grad_kernel(
                     tl.load(k),
                     tl.load(k + field),
                     tl.load(k + 2 * field),
+                    table_float(table, table_width, SLOT_A, slot),
+                    table_float(table, table_width, SLOT_B, slot),
                     TEACHER,
                     DIVERGENCE,
                 )
@@ -270,15 +275,12 @@ def cached_grad_kernel(
                 role = table_entry(table, table_width, PART_ROLE, part)
                 if role != FIRST:
                     of_s, of_t, live = pair_vectors(s, t, before_s, before_t, inside, role, EVERY)
-                    k = (
-                        coefficients
-                        + (slots + table_entry(table, table_width, PART_INDEX, part))
-                        * ITEM_FIELDS
-                        * field
-                    )
+                    pair = table_entry(table, table_width, PART_INDEX, part)
+                    inverse = table_float(table, table_width, PAIR_INVERSE, pair)
+                    k = coefficients + (slots + pair) * ITEM_FIELDS * field
                     v = moment_gradient(
-                        of_s * moment_inverse - tl.load(k + 4 * field),
-                        of_t * moment_inverse - tl.load(k + 5 * field),
+                        of_s * inverse - tl.load(k + 4 * field),
+                        of_t * inverse - tl.load(k + 5 * field),
                         tl.load(k),
                         tl.load(k + field),
                         tl.load(k + 2 * field),

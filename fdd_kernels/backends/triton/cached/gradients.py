@@ -101,7 +101,6 @@ class Gradients:
                 tiles=tiles,
                 first_column=slab.start,
                 stride=shifts.stride(1),
-                moment_inverse=1.0 / spec.moment_temperature,
                 TEACHER=spec.needs_teacher,
                 SOFTMAX=table.slots > 0,
                 MOMENTS=bool(spec.moments),
@@ -141,7 +140,6 @@ class Gradients:
             "grad_stride": grad_requests.stride(1),
             "moment_stride": moments.stride(1),
             "grad_moment_stride": grad_moments.stride(1),
-            "moment_inverse": 1.0 / block.spec.moment_temperature,
             "student_scale": self.problem.student.scale,
             "BLOCK_R": COEFFICIENT_ROWS,
         }

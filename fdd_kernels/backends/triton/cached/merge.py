@@ -10,10 +10,10 @@ import triton
 import triton.language as tl
 
 from fdd_kernels.backends.triton.cached.stats import SLOT_FIELDS
-from fdd_kernels.backends.triton.elementwise import (
+from fdd_kernels.backends.triton.elementwise import REFINED_BELOW
+from fdd_kernels.backends.triton.row_statistics import (
     GRAD_SUM,
     MOMENT_FIELDS,
-    REFINED_BELOW,
     REQUEST_FIELDS,
     VALUE,
     load_moments,
@@ -24,6 +24,7 @@ from fdd_kernels.backends.triton.work_table import (
     FIRST,
     KIND_KL,
     KIND_NLL,
+    PAIR_INVERSE,
     PART_BEGIN,
     PART_INDEX,
     PART_ROLE,
@@ -90,7 +91,6 @@ def cached_merge_kernel(
     slots,
     tiles,
     table_width,
-    moment_inverse,
     TEACHER: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -171,11 +171,12 @@ def cached_merge_kernel(
                         state, of_shift, 1, layers, field, tile, tiles, table, table_width
                     )
                     off_t -= about
-            index = table_entry(table, table_width, PART_INDEX, entry) * MOMENT_FIELDS
-            at = state + (2 * layers + SLOT_FIELDS * slots + index) * field + tile
+            pair = table_entry(table, table_width, PART_INDEX, entry)
+            inverse = table_float(table, table_width, PAIR_INVERSE, pair)
+            at = state + (2 * layers + SLOT_FIELDS * slots + MOMENT_FIELDS * pair) * field + tile
             n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd = load_moments(at, field, inside)
-            mean_s += off_s * moment_inverse
-            mean_t += off_t * moment_inverse
+            mean_s += off_s * inverse
+            mean_t += off_t * inverse
             total = tl.sum(n, 0)
             divisor = tl.maximum(total, 1.0)
             row_mean_s = tl.sum(n * mean_s, 0) / divisor
@@ -183,7 +184,7 @@ def cached_merge_kernel(
             between_s, between_t = mean_s - row_mean_s, mean_t - row_mean_t
             between_d = between_s - between_t
             store_moments(
-                moments + index * stride,
+                moments + pair * MOMENT_FIELDS * stride,
                 stride,
                 None,
                 total,

@@ -6,17 +6,19 @@ import triton
 import triton.language as tl
 
 from fdd_kernels.backends.triton.cached.row import row_logits
-from fdd_kernels.backends.triton.elementwise import (
+from fdd_kernels.backends.triton.elementwise import divergence_grad, divergence_value
+from fdd_kernels.backends.triton.row_statistics import (
     LSE_S,
     LSE_T,
     REQUEST_FIELDS,
-    divergence_grad,
-    divergence_value,
 )
 from fdd_kernels.backends.triton.work_table import (
-    SECOND_INVERSE,
     SECOND_LAYER,
     SECOND_REQUEST,
+    SECOND_SLOT,
+    SLOT_A,
+    SLOT_B,
+    SLOT_INVERSE,
     TEACHER_LAYER,
     table_entry,
     table_float,
@@ -83,7 +85,10 @@ def cached_second_pass_kernel(
     stride = stride.to(tl.int64)
     layer = table_entry(table, table_width, SECOND_LAYER, second)
     teacher_layer = table_entry(table, table_width, TEACHER_LAYER, layer)
-    inverse = table_float(table, table_width, SECOND_INVERSE, second)
+    slot = table_entry(table, table_width, SECOND_SLOT, second)
+    inverse = table_float(table, table_width, SLOT_INVERSE, slot)
+    a = table_float(table, table_width, SLOT_A, slot)
+    b = table_float(table, table_width, SLOT_B, slot)
     request = (
         requests
         + table_entry(table, table_width, SECOND_REQUEST, second) * REQUEST_FIELDS * stride
@@ -105,5 +110,5 @@ def cached_second_pass_kernel(
     )
     field = rows.to(tl.int64) * tiles
     sums += 2 * second * field + row.to(tl.int64) * tiles + state_tile + tile
-    tl.store(sums, tl.sum(divergence_value(log_q, log_p, DIVERGENCE), 0))
-    tl.store(sums + field, tl.sum(divergence_grad(log_q, log_p, DIVERGENCE), 0))
+    tl.store(sums, tl.sum(divergence_value(log_q, log_p, a, b, DIVERGENCE), 0))
+    tl.store(sums + field, tl.sum(divergence_grad(log_q, log_p, a, b, DIVERGENCE), 0))

@@ -12,7 +12,7 @@ The state (fields, r, tiles) is float32, tiles adjacent. Per row and tile:
     2 L + 5 slot + 0, 1           student, about its shift: sum of e^z, sum of e^z (z_s - z_t)
     2 L + 5 slot + 2, 3           teacher, about its shift: sum of e^z, sum of e^z (z_t - z_s)
     2 L + 5 slot + 4              z_s at the label, -inf where the label is in another tile
-    2 L + 5 slots + 7 pair + ...  MOMENT_STATS of `lens/layout.py`
+    2 L + 5 slots + 9 pair + ...  MOMENT_STATS of `lens/layout.py`
 """
 
 from __future__ import annotations
@@ -21,14 +21,11 @@ import triton
 import triton.language as tl
 
 from fdd_kernels.backends.triton.cached.row import pair_vectors, row_logits
-from fdd_kernels.backends.triton.elementwise import (
-    MOMENT_FIELDS,
-    exponential_sums,
-    second_moments,
-    store_moments,
-)
+from fdd_kernels.backends.triton.elementwise import exponential_sums, second_moments
+from fdd_kernels.backends.triton.row_statistics import MOMENT_FIELDS, store_moments
 from fdd_kernels.backends.triton.work_table import (
     FIRST,
+    PAIR_INVERSE,
     PART_BEGIN,
     PART_INDEX,
     PART_ROLE,
@@ -110,7 +107,6 @@ def cached_stats_kernel(
     scale_t,
     cap_s,
     cap_t,
-    moment_inverse,
     TEACHER: tl.constexpr,
     SOFTMAX: tl.constexpr,
     MOMENTS: tl.constexpr,
@@ -203,16 +199,17 @@ def cached_stats_kernel(
                     n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd = tile_moments(
                         of_s, of_t, live, EVERY, BLOCK_C
                     )
-                    square = moment_inverse * moment_inverse
-                    at = state + (2 * layers + SLOT_FIELDS * slots) * field
-                    at += table_entry(table, table_width, PART_INDEX, part) * MOMENT_FIELDS * field
+                    pair = table_entry(table, table_width, PART_INDEX, part)
+                    inverse = table_float(table, table_width, PAIR_INVERSE, pair)
+                    square = inverse * inverse
+                    at = state + (2 * layers + SLOT_FIELDS * slots + MOMENT_FIELDS * pair) * field
                     store_moments(
                         at,
                         field,
                         None,
                         n,
-                        mean_s * moment_inverse,
-                        mean_t * moment_inverse,
+                        mean_s * inverse,
+                        mean_t * inverse,
                         m_ss * square,
                         m_tt * square,
                         m_st * square,

@@ -14,94 +14,23 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fdd_kernels.backends.triton.elementwise import (
-    MOMENT_FIELDS,
-    moment_coefficients,
-    moment_gradient,
-    slot_coefficients,
-    softmax_gradient,
-)
 from fdd_kernels.backends.triton.launch import Launch
 from fdd_kernels.backends.triton.memory import RING
-from fdd_kernels.backends.triton.one_pass.online import vectors
+from fdd_kernels.backends.triton.one_pass.sub_tiles import part_gradient, slot_gradient
 from fdd_kernels.backends.triton.one_pass.tiles import park_features, park_tile, tile_logits
+from fdd_kernels.backends.triton.row_statistics import (
+    MOMENT_FIELDS,
+)
 from fdd_kernels.backends.triton.work_table import (
-    FIRST,
+    PAIR_INVERSE,
     PART_BEGIN,
     PART_INDEX,
     PART_ROLE,
-    SECOND,
     SLOT_BEGIN,
-    SLOT_INVERSE,
     TEACHER_LAYER,
     table_entry,
     table_float,
 )
-
-
-@triton.jit
-def slot_gradient(
-    requests,
-    grad_requests,
-    stride,
-    is_valid,
-    label_r,
-    columns_e,
-    u_s,
-    tile_t,
-    at_re,
-    table,
-    table_width,
-    slot,
-    TEACHER: tl.constexpr,
-    DIVERGENCE: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """Return dL/du of a sub-tile from the requests of one slot."""
-    a_r, b_r, d_r, n_r, lse_s, lse_t, _kl_r = slot_coefficients(
-        requests, grad_requests, stride, stride, is_valid, table, table_width, slot, BLOCK_R
-    )
-    inverse = table_float(table, table_width, SLOT_INVERSE, slot)
-    log_q = u_s * inverse - lse_s[:, None]
-    log_p = log_q
-    if TEACHER:
-        log_p = tl.load(tile_t + at_re) * inverse - lse_t[:, None]
-    grad = softmax_gradient(
-        log_q, log_p, a_r[:, None], b_r[:, None], d_r[:, None], TEACHER, DIVERGENCE
-    )
-    grad += tl.where(columns_e[None, :] == label_r[:, None], n_r[:, None], 0.0)
-    return grad * inverse
-
-
-@triton.jit
-def part_gradient(
-    moments,
-    grad_moments,
-    stride,
-    is_valid,
-    tile_s,
-    tile_t,
-    before_s,
-    before_t,
-    after_s,
-    after_t,
-    at_re,
-    role,
-    inverse,
-):
-    """Return dL/du of a sub-tile from one pair that the layer is part of."""
-    if role == FIRST:
-        s, t, live = vectors(after_s, after_t, tile_s, tile_t, at_re, True, inverse)
-    else:
-        s, t, live = vectors(tile_s, tile_t, before_s, before_t, at_re, role == SECOND, inverse)
-    of_one, of_s, of_t, of_d, mean_s, mean_t = moment_coefficients(
-        moments, grad_moments, stride, stride, is_valid
-    )
-    s -= mean_s[:, None]
-    t -= mean_t[:, None]
-    grad = moment_gradient(s, t, of_one[:, None], of_s[:, None], of_t[:, None], of_d[:, None])
-    sign = tl.where(role == FIRST, -inverse, inverse)
-    return tl.where(live, grad * sign, 0.0)
 
 
 @triton.jit(
@@ -154,7 +83,6 @@ def lens_grad_kernel(
     teacher_cap,
     teacher_has_bias,
     table_width,
-    moment_inverse,
     first_tile,
     tiles,
     grad_width,
@@ -313,7 +241,7 @@ def lens_grad_kernel(
                                 after_s + TILE + start,
                                 at_re,
                                 table_entry(table, table_width, PART_ROLE, part),
-                                moment_inverse,
+                                table_float(table, table_width, PAIR_INVERSE, moment),
                             )
                     if student_cap > 0:  # du/dx of the soft cap, from its value
                         capped = (u_s + shift_r[:, None]) / student_cap
@@ -340,7 +268,6 @@ def grad_launch(block, grad, per_row, grad_scale, first_tile: int, tiles: int) -
         "order": block.order,
         "labels": block.labels,
         "total_rows": shifts.shape[-1],
-        "moment_inverse": 1.0 / block.spec.moment_temperature,
         "first_tile": first_tile,
         "tiles": tiles,
         "grad_width": grad.shape[-1],

@@ -11,10 +11,9 @@ import triton.language as tl
 from fdd_kernels.backends.triton.elementwise import (
     exponential_sums,
     is_finite_logit,
-    load_moments,
     second_moments,
-    store_moments,
 )
+from fdd_kernels.backends.triton.row_statistics import load_moments, store_moments
 from fdd_kernels.backends.triton.work_table import (
     SLOT_BEGIN,
     SLOT_INVERSE,

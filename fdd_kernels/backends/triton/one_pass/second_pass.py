@@ -8,19 +8,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fdd_kernels.backends.triton.elementwise import (
+from fdd_kernels.backends.triton.elementwise import divergence_grad, divergence_value
+from fdd_kernels.backends.triton.launch import Launch
+from fdd_kernels.backends.triton.one_pass.tiles import park_tile, tile_logits
+from fdd_kernels.backends.triton.row_statistics import (
     LSE_S,
     LSE_T,
     REQUEST_FIELDS,
-    divergence_grad,
-    divergence_value,
 )
-from fdd_kernels.backends.triton.launch import Launch
-from fdd_kernels.backends.triton.one_pass.tiles import park_tile, tile_logits
 from fdd_kernels.backends.triton.work_table import (
-    SECOND_INVERSE,
     SECOND_LAYER,
     SECOND_REQUEST,
+    SECOND_SLOT,
+    SLOT_A,
+    SLOT_B,
+    SLOT_INVERSE,
     TEACHER_LAYER,
     table_entry,
     table_float,
@@ -114,7 +116,10 @@ def divergence_stats_kernel(
             columns_e = tile * BLOCK_C + e
             for second in tl.range(seconds, disable_licm=True):
                 layer = table_entry(table, table_width, SECOND_LAYER, second)
-                inverse = table_float(table, table_width, SECOND_INVERSE, second)
+                slot = table_entry(table, table_width, SECOND_SLOT, second)
+                inverse = table_float(table, table_width, SLOT_INVERSE, slot)
+                a = table_float(table, table_width, SLOT_A, slot)
+                b = table_float(table, table_width, SLOT_B, slot)
                 request = table_entry(table, table_width, SECOND_REQUEST, second)
                 # Loaded again rather than held in registers. Rows beyond the last compute numbers
                 # that nobody looks at.
@@ -173,8 +178,8 @@ def divergence_stats_kernel(
                 for start in range(0, BLOCK_C, BLOCK_E):
                     log_q = tl.load(tile_s + at_re + start) * inverse - lse_s[:, None]
                     log_p = tl.load(tile_t + at_re + start) * inverse - lse_t[:, None]
-                    value_r += tl.sum(divergence_value(log_q, log_p, DIVERGENCE), 1)
-                    grad_sum_r += tl.sum(divergence_grad(log_q, log_p, DIVERGENCE), 1)
+                    value_r += tl.sum(divergence_value(log_q, log_p, a, b, DIVERGENCE), 1)
+                    grad_sum_r += tl.sum(divergence_grad(log_q, log_p, a, b, DIVERGENCE), 1)
                 tl.store(own_sums + 2 * second * row_stride, value_r)
                 tl.store(own_sums + (2 * second + 1) * row_stride, grad_sum_r)
 

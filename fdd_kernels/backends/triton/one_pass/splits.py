@@ -11,7 +11,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fdd_kernels.backends.triton.elementwise import (
+from fdd_kernels.backends.triton.launch import Launch
+from fdd_kernels.backends.triton.one_pass.online import (
+    SLOT_FIELDS,
+    merge_moments,
+    merge_softmax,
+    row_shift,
+)
+from fdd_kernels.backends.triton.row_statistics import (
     GRAD_SUM,
     MOMENT_FIELDS,
     REQUEST_FIELDS,
@@ -20,16 +27,10 @@ from fdd_kernels.backends.triton.elementwise import (
     store_moments,
     store_request,
 )
-from fdd_kernels.backends.triton.launch import Launch
-from fdd_kernels.backends.triton.one_pass.online import (
-    SLOT_FIELDS,
-    merge_moments,
-    merge_softmax,
-    row_shift,
-)
 from fdd_kernels.backends.triton.work_table import (
     FIRST,
     KIND_NLL,
+    PAIR_INVERSE,
     PART_BEGIN,
     PART_INDEX,
     PART_ROLE,
@@ -79,7 +80,6 @@ def merge_stats_kernel(
     slots,
     fields,
     splits,
-    moment_inverse,
     TEACHER: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     TILE_ROWS: tl.constexpr,
@@ -200,6 +200,7 @@ def merge_stats_kernel(
             role = table_entry(table, table_width, PART_ROLE, entry)
             if role != FIRST:
                 moment = table_entry(table, table_width, PART_INDEX, entry)
+                inverse = table_float(table, table_width, PAIR_INVERSE, moment)
                 nothing = tl.zeros((TILE_ROWS,), tl.float32)
                 n, mean_s, mean_t = nothing, nothing, nothing
                 m_ss, m_tt, m_st, m_dd = nothing, nothing, nothing, nothing
@@ -211,18 +212,16 @@ def merge_stats_kernel(
                     )
                     mean_sb += (
                         tl.load(own + 2 * layer * stride, mask=is_valid, other=0.0) - shift_s
-                    ) * moment_inverse
+                    ) * inverse
                     mean_tb += (
                         tl.load(own + (2 * layer + 1) * stride, mask=is_valid, other=0.0) - shift_t
-                    ) * moment_inverse
+                    ) * inverse
                     if role == SECOND:
                         before = own + 2 * (layer - 1) * stride
-                        mean_sb -= (
-                            tl.load(before, mask=is_valid, other=0.0) - before_s
-                        ) * moment_inverse
+                        mean_sb -= (tl.load(before, mask=is_valid, other=0.0) - before_s) * inverse
                         mean_tb -= (
                             tl.load(before + stride, mask=is_valid, other=0.0) - before_t
-                        ) * moment_inverse
+                        ) * inverse
                     n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd = merge_moments(
                         n,
                         mean_s,
@@ -304,7 +303,6 @@ def merge_launch(block, state, shifts, requests, moments) -> Launch:
         "slots": block.table.slots,
         "fields": state.shape[1],
         "splits": state.shape[0],
-        "moment_inverse": 1.0 / block.spec.moment_temperature,
         "TEACHER": block.spec.needs_teacher,
         "DIVERGENCE": block.table.divergence,
         "TILE_ROWS": TILE_ROWS,

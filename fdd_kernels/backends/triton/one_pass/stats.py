@@ -12,7 +12,7 @@ The state (splits, fields, rows) holds running statistics:
     2 L + 7 slot + 0, 1, 2   student: largest z so far, sum of exponentials, expectation
     2 L + 7 slot + 3, 4, 5   the same of the teacher
     2 L + 7 slot + 6         z at the label, -inf while the label was not met
-    2 L + 7 slots + 7 pair + ...  MOMENT_STATS of `lens/layout.py`
+    2 L + 7 slots + 9 pair + ...  MOMENT_STATS of `lens/layout.py`
 
 Shape suffixes: r rows of a tile, c tokens of a tile, e tokens of a sub-tile.
 """
@@ -22,7 +22,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fdd_kernels.backends.triton.elementwise import MOMENT_FIELDS
 from fdd_kernels.backends.triton.launch import Launch
 from fdd_kernels.backends.triton.one_pass.online import SLOT_FIELDS, update_moments, update_slot
 from fdd_kernels.backends.triton.one_pass.tiles import (
@@ -31,8 +30,10 @@ from fdd_kernels.backends.triton.one_pass.tiles import (
     row_max,
     tile_logits,
 )
+from fdd_kernels.backends.triton.row_statistics import MOMENT_FIELDS
 from fdd_kernels.backends.triton.work_table import (
     FIRST,
+    PAIR_INVERSE,
     PART_BEGIN,
     PART_INDEX,
     PART_ROLE,
@@ -92,7 +93,6 @@ def lens_stats_kernel(
     fields,
     splits,
     tiles_per_split,
-    moment_inverse,
     TEACHER: tl.constexpr,
     IDENTITY: tl.constexpr,
     MOMENTS: tl.constexpr,
@@ -251,7 +251,7 @@ def lens_stats_kernel(
                                 before_t,
                                 at_re,
                                 role == SECOND,
-                                moment_inverse,
+                                table_float(table, table_width, PAIR_INVERSE, moment),
                                 BLOCK_R,
                                 BLOCK_C,
                                 BLOCK_E,
@@ -275,7 +275,6 @@ def stats_launch(block, state) -> Launch:
         "fields": state.shape[1],
         "splits": state.shape[0],
         "tiles_per_split": block.tiles_per_split,
-        "moment_inverse": 1.0 / block.spec.moment_temperature,
         "MOMENTS": bool(block.spec.moments),
     }
     return Launch(lens_stats_kernel, (block.programs(state.shape[0]),), config.options, arguments)

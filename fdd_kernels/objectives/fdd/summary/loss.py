@@ -14,6 +14,7 @@ from torch import Tensor
 from fdd_kernels.backends import resolve_backend
 from fdd_kernels.engine.log_sum_exps import log_sum_exps
 from fdd_kernels.lens.layout import (
+    COUNT,
     LSE_S,
     LSE_T,
     M_DD,
@@ -39,7 +40,7 @@ from fdd_kernels.objectives.fdd.summary.maker import (
 )
 from fdd_kernels.objectives.fdd.terms import row_terms_from_statistics
 from fdd_kernels.objectives.reduction import loss_denominator
-from fdd_kernels.objectives.validation import check_num_items
+from fdd_kernels.objectives.validation import check_num_items, check_row_weights
 
 
 class SummaryLoss:
@@ -98,6 +99,7 @@ class SummaryLoss:
         summary: dict[str, Tensor],
         labels: Tensor | None = None,
         *,
+        token_weights: Tensor | None = None,
         num_items_in_batch: Tensor | float | None = None,
     ) -> FDDLossTerms:
         """Compute the loss of R rows, all valid.
@@ -106,11 +108,12 @@ class SummaryLoss:
             student_hidden: L tensors (R, Ds).
             summary: the arrays of `SummaryMaker` for the same rows.
             labels: (R,) already shifted, needed for CE alone.
+            token_weights: (R,), see `fused_fdd_loss`.
             num_items_in_batch: see `fused_fdd_loss`.
 
         Raises:
-            TypeError, ValueError: the head has changed, CE without labels, a bad
-                `num_items_in_batch`.
+            TypeError, ValueError: the head has changed, CE without labels, bad `token_weights` or
+                a bad `num_items_in_batch`.
         """
         if self.weight._version != self.version:
             raise ValueError(
@@ -123,11 +126,18 @@ class SummaryLoss:
             raise ValueError(
                 f"ce_weight={options.ce_weight} needs labels: pass labels, or ce_weight=0"
             )
+        counted = None
+        if token_weights is not None:
+            check_row_weights(token_weights, (rows,), self.weight.device)
+            counted = token_weights != 0
         backend = resolve_backend(options.backend, self.weight.device)
         plan = build_plan(
             options, self.columns, self.layers, leading_shape=(rows,), backend=backend
         )
         hidden = [student_hidden[i] for i in plan.layers]
+        if counted is not None:  # a row of weight 0 may hold anything
+            hidden = [torch.where(counted[:, None], h, 0.0) for h in hidden]
+            token_weights = token_weights.to(torch.promote_types(hidden[0].dtype, torch.float32))
         lse = self._log_sum_exps(plan, hidden)
         hidden = [h.to(lse.dtype) for h in hidden]
         requests = [
@@ -144,7 +154,7 @@ class SummaryLoss:
         denominator = loss_denominator(
             options.reduction, rows, None, self.weight.device, num_items_in_batch
         )
-        return reduce_terms(row_terms, options, None, (rows,), denominator)
+        return reduce_terms(row_terms, options, counted, (rows,), denominator, token_weights)
 
     def _log_sum_exps(self, plan: Plan, hidden: list[Tensor]) -> Tensor:
         """Compute the student's log-sum-exp of each request, (requests, R), in float32 or wider."""
@@ -192,25 +202,31 @@ class SummaryLoss:
                 own = own + self.bias[labels.long()]
             out[VALUE] = lse - scale * own
             return torch.stack(out)
-        at = self.available.requests.index(
-            Request(*[plan.layers[request.student_layer]] * 2, request.temperature, "kl")
-        )
+        at = self._position(plan, request)
         negative_entropy, expected_bias, out[LSE_T] = self._scalars(summary, at)
+        if request.divergence is None:
+            return torch.stack(out)
         expected = (state * summary[f"expectation_{at}"]).sum(-1) + expected_bias
         out[VALUE] = negative_entropy - scale * expected + lse
         return torch.stack(out)
 
+    def _position(self, plan: Plan, request: Request) -> int:
+        """Find a request among those of the summary; KL's have the log-sum-exps too."""
+        layer = plan.layers[request.student_layer]
+        request = request._replace(student_layer=layer, teacher_layer=layer)
+        requests = self.available.requests
+        return requests.index(request if request in requests else request._replace(divergence="kl"))
+
     def _moment(self, plan: Plan, pair: PairMoments, hidden, summary) -> Tensor:
         """Compute the moments of one pair of layers, (MOMENT_STATS, R)."""
-        at = self.available.moments.index(
-            PairMoments(*[Layers(*[plan.layers[i] for i in layers]) for layers in pair])
-        )
+        first, second = (Layers(*[plan.layers[i] for i in layers]) for layers in pair.layers)
+        at = self.available.moments.index(pair._replace(first=first, second=second))
         count, mean_t, squares_t = self._scalars(summary, len(self.available.requests) + at)
         mean, gram = self._deltas(count)
-        scale = self.options.student_logit_scale / plan.spec.moment_temperature
+        scale = self.options.student_logit_scale / pair.temperature
         delta = scale * (hidden[pair.second.student] - hidden[pair.first.student])
-        out = [count] * MOMENT_STATS  # COUNT's own place among them
-        out[MEAN_S], out[MEAN_T], out[M_TT] = delta @ mean, mean_t, squares_t
+        out = [torch.zeros_like(count)] * MOMENT_STATS
+        out[COUNT], out[MEAN_S], out[MEAN_T], out[M_TT] = count, delta @ mean, mean_t, squares_t
         out[M_SS] = ((delta @ gram) * delta).sum(-1)
         out[M_ST] = (delta * summary[f"correlation_{at}"]).sum(-1)
         out[M_DD] = (out[M_SS] + out[M_TT] - 2 * out[M_ST]).clamp(min=0)

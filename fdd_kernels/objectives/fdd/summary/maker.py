@@ -13,6 +13,8 @@ from torch import Tensor
 
 from fdd_kernels.backends.torch_stream import choose_tiles, scale_and_cap_
 from fdd_kernels.common.sizes import MIB
+from fdd_kernels.lens.distances import DISTANCES
+from fdd_kernels.lens.divergence_text import NamedDivergence, parse_divergence
 from fdd_kernels.lens.spec import LensSpec
 from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.fdd.plan import Plan, build_plan
@@ -26,10 +28,28 @@ def check_options(options: LossOptions) -> None:
     Raises:
         ValueError: naming the option, and what can serve it.
     """
-    if options.alpha and options.trajectory != "kl":
+    if options.alpha and not _is_kl(options.trajectory):
         raise ValueError(
             f"trajectory={options.trajectory!r} needs more of the teacher than its summary: "
             'only "kl" can be computed from it. Use the teacher, or a cache of its hidden states'
+        )
+    if options.output_kd_weight and not _is_kl(options.output_divergence):
+        raise ValueError(
+            f"output_divergence={options.output_divergence!r} needs more of the teacher than its "
+            'summary: only "kl" can be computed from it. Use the teacher, or a cache of its hidden '
+            "states"
+        )
+    if options.beta and options.derivative and DISTANCES[options.derivative].weighted:
+        raise ValueError(
+            f"derivative={options.derivative!r} weighs tokens by each position's teacher, of which "
+            "a summary would need (width x width) numbers: use the teacher, a cache of its hidden "
+            "states, or another derivative"
+        )
+    if options.teacher_mix < 1 and (options.alpha or options.output_kd_weight):
+        raise ValueError(
+            f"teacher_mix={options.teacher_mix} mixes the student's logits into the target, which "
+            "a teacher summary cannot know: use the teacher, a cache of its hidden states, or "
+            "teacher_mix=1"
         )
     if options.student_softcap is not None:
         raise ValueError(
@@ -37,6 +57,10 @@ def check_options(options: LossOptions) -> None:
             "teacher summary for it does not exist. Use the teacher, or a cache of its hidden "
             "states"
         )
+
+
+def _is_kl(divergence: str) -> bool:
+    return divergence not in DISTANCES and parse_divergence(divergence) == NamedDivergence("kl")
 
 
 def plan_of_everything(options: LossOptions, columns: int, layers: int, rows: int) -> Plan:
@@ -50,6 +74,9 @@ def plan_of_everything(options: LossOptions, columns: int, layers: int, rows: in
         ce_weight=0.0,
         trajectory="kl",
         derivative="cosine",
+        output_divergence="kl",
+        layer_weights=None,
+        teacher_mix=1.0,
     )
     return build_plan(options, columns, layers, leading_shape=(rows,))
 
@@ -235,7 +262,7 @@ class _Block:
         added = live.sum()
         for i, pair in enumerate(self.spec.moments):
             a, b = pair.first.teacher, pair.second.teacher
-            t = (u_Lrc[b] - u_Lrc[a]) / self.spec.moment_temperature
+            t = (u_Lrc[b] - u_Lrc[a]) / pair.temperature
             t = torch.where(live, t, 0.0)
             if first_tile:  # a common part, subtracted before sums are taken
                 self.bases[i] = t.sum(-1, keepdim=True) / added.clamp(min=1)
