@@ -53,8 +53,8 @@ def parse_divergence(text: str) -> NamedDivergence:
     for parameter, value in zip(entry.parameters, values):
         if not (parameter.low <= value <= parameter.high and math.isfinite(value)):
             raise ValueError(
-                f"{text!r} has {parameter.name}={value:g}, which is not in [{parameter.low:g}, "
-                f"{parameter.high:g}]"
+                f"{text!r} has {parameter.name} {value:g}, which is not in [{parameter.low:g}, "
+                f"{parameter.high:g}{']' if math.isfinite(parameter.high) else ')'}"
             )
     reason = entry.illegal and entry.illegal(*values)
     if reason:

@@ -28,13 +28,15 @@ def require_number(
 
 def require_divergence(name: str, value: Any, others: tuple[str, ...] = ()) -> None:
     from fdd_kernels.lens.divergence_text import parse_divergence
+    from fdd_kernels.lens.divergences import DIVERGENCES
 
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be a string, got {type(value).__name__}")
+        raise TypeError(f'{name} must be a string such as "kl", got {type(value).__name__}')
     try:
         parse_divergence(value)
     except ValueError as error:
-        also = f" or {', '.join(others)}" if others else ""
+        is_unknown = value.partition(":")[0] not in DIVERGENCES
+        also = f" or {', '.join(others)}" if others and is_unknown else ""
         raise ValueError(f"{name}={error}{also}") from None
 
 
