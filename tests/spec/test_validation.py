@@ -218,6 +218,32 @@ WRONG_OPTIONS = [
         ValueError,
         r"output_divergence='alpha_beta:inf,1' has alpha inf, which is not in \[0, inf\)",
     ),
+    *[
+        ({name: text}, ValueError, f"{name}='{text}'{message}")
+        for name, text, message in (
+            ("output_divergence", "jsd:-0.1", r" has beta -0.1, which is not in \[0, 1\]"),
+            ("trajectory", "skew_kl:1", r" has alpha 1, which is not in \[0, 1\)"),
+            ("output_divergence", "skew_reverse_kl:-1", r" has alpha -1, .*\[0, 1\)"),
+            ("trajectory", "alpha_beta:0,0", ": alpha and beta are both 0: one of them must be"),
+            ("trajectory", "jsd:0.1,0.2", r" gives 2 .*jsd takes 1: write jsd\[:beta\]"),
+            ("output_divergence", "alpha_beta:0.2", r" gives 1 .*alpha_beta takes 2: write alpha_"),
+            ("output_divergence", "jsd:half", " has a parameter that is no number: write jsd"),
+        )
+    ],
+    *[
+        ({"derivative_temperature": value}, ValueError, f"derivative_temperature={value} must be")
+        for value in (-1.0, INF, NAN)
+    ],
+    ({"derivative_temperature": "1"}, TypeError, "derivative_temperature must be a number"),
+    ({"layer_weights": (1, 1), "output_in_dynamics": True}, ValueError, "the trajectory 3 layers"),
+    ({"layer_weights": ()}, ValueError, "has 0 entries and the trajectory 2 layers: give one"),
+    ({"teacher_mix": NAN}, ValueError, "teacher_mix=nan must be"),
+    ({"teacher_mix": None}, TypeError, "teacher_mix must be a number, got NoneType"),
+    (
+        {"teacher_mix": 0.5, "trajectory": "mse"},
+        ValueError,
+        "but trajectory='mse': use trajectory=.kl., a weight of 0 for that term, or teacher_mix",
+    ),
     ({"output_divergence": "mse"}, ValueError, "output_divergence='mse' is not one of kl"),
     ({"layer_weights": 1.0}, TypeError, "layer_weights must be a sequence of numbers, got 1.0"),
     ({"layer_weights": "1,2"}, TypeError, "layer_weights must be a sequence of numbers, got '1,2'"),
