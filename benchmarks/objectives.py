@@ -18,7 +18,7 @@ from fdd_kernels.testing import Problem
 
 Rows = Callable[[Call, dict[str, Any]], Tensor]
 CHUNK_ROWS = 128
-STATISTICS = ("lse_s", "lse_t", "entropy_s", "entropy_t", "kl", "label_logprob", "correct")
+STATISTICS = ("lse_s", "lse_t", "entropy_s", "entropy_t", "kl", "agree", "label_logprob", "correct")
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,16 @@ def _logprob_rows(call: Call, options: dict[str, Any]) -> Tensor:
 
 @torch.no_grad()
 def _statistics_rows(call: Call, options: dict[str, Any]) -> Tensor:
-    """Compute what `STATISTICS` names, (R, 7)."""
+    """Compute what `STATISTICS` names, (R, 8)."""
     z_s, z_t = (F.linear(*model(call)) for model in (_student, _teacher))
     wide = torch.promote_types(z_s.dtype, torch.float32)
     lse = [z.to(wide).logsumexp(-1) for z in (z_s, z_t)]
     log_q, log_p = (z - of_row[:, None] for z, of_row in zip((z_s, z_t), lse))
     entropies = [-(log.exp() * log).sum(-1) for log in (log_q, log_p)]
     of_label = log_q.gather(-1, call.labels[:, None]).squeeze(-1)
-    correct = (z_s.argmax(-1) == call.labels).to(wide)
-    return torch.stack([*lse, *entropies, kl(log_q, log_p), of_label, correct], -1)
+    likeliest = z_s.argmax(-1)
+    agree, correct = ((likeliest == other).to(wide) for other in (z_t.argmax(-1), call.labels))
+    return torch.stack([*lse, *entropies, kl(log_q, log_p), agree, of_label, correct], -1)
 
 
 def _fused_fdd(call: Call, options: dict[str, Any]) -> Tensor:

@@ -9,7 +9,7 @@ import functools
 import importlib
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks import objectives, peers
 from benchmarks.call import LOSS, Call
+from benchmarks.inputs import build_problem
 from benchmarks.workloads import Workload
 from fdd_kernels.backends import BACKENDS, preference, why_unavailable
 
@@ -51,6 +52,7 @@ class Provider:
     softcap: bool = True
     feature_space: bool = True
     frozen_head_note: str | None = None
+    refusal: Callable[[Workload], str | None] = lambda workload: None
     unavailable_on: Callable[[torch.device], str | None] = lambda device: None
 
     def unavailable(self, device: torch.device) -> str | None:
@@ -66,8 +68,9 @@ class Provider:
 
     def unsupported(self, workload: Workload) -> str | None:
         """Say why it cannot compute any part of this workload's loss; None if it can."""
-        if self.kind == "packages" and workload.group == "objectives":
-            return "is not called for other objectives"
+        if workload.group == "objectives":
+            called = self.kind != "packages"
+            return self.refusal(workload) if called else "is not called for other objectives"
         if workload.feature_space and not self.feature_space:
             return "has no feature space"
         if not self.softcap and any("softcap" in name for name in workload.loss_options):
@@ -146,8 +149,19 @@ def _backend(name: str) -> Provider:
             reason = f"runs on {' or '.join(backend.devices)}; its interpreter is not measured"
         return reason
 
+    def refusal(workload: Workload) -> str | None:
+        """Call it at tiny shape: it refuses before any work."""
+        shape = {"rows": 1, "columns": 64, "student_width": 16, "teacher_width": 16}
+        on_gpu = "cuda" in backend.devices and torch.cuda.is_available()
+        call = build_problem(replace(workload, **shape), "cuda" if on_gpu else "cpu")
+        try:
+            rows(call, workload.loss_options)
+        except ValueError as error:
+            return str(error)
+        return None
+
     title, about = f"fdd_kernels, backend {name}", {"package": "fdd_kernels"}
-    about["unavailable_on"] = unavailable
+    about |= {"unavailable_on": unavailable, "refusal": refusal}
     return Provider(name, title, "backends", backend.color, loss, rows, **about)
 
 

@@ -45,8 +45,9 @@ def chosen(strategy: str, cache_bytes: int | None = None) -> Iterator[None]:
 
 
 def ours(problem: Problem, options: dict[str, Any]) -> Tensor:
-    """Compute the objective by this package, the loss by the Triton backend."""
-    backend = "triton" if objective_of(problem) == LOSS else "auto"
+    """Compute the objective by this package: by the Triton backend, if it can."""
+    by_triton = objective_of(problem) == LOSS and options.get("teacher_mix", 1.0) == 1
+    backend = "triton" if by_triton else "auto"
     return objectives.fused(problem, options | {"backend": backend, "reduction": "mean"}).mean()
 
 

@@ -18,6 +18,7 @@ from benchmarks.providers import PROVIDERS, of_workload
 from benchmarks.report.compare import compare
 from benchmarks.report.objectives import side_by_side
 from benchmarks.workloads import GPT2, Workload, suite
+from fdd_kernels.backends import preference
 from tests.support.benchmark_records import entry, spread, synthetic
 
 CPU = torch.device("cpu")
@@ -79,11 +80,13 @@ def test_gemms_are_those_of_the_objective():
     assert shapes["row_statistics"] == {"student", "teacher"}
 
 
-def test_other_packages_are_not_called():
-    workload = WORKLOADS["jsd"]
-    assert "other objectives" in PROVIDERS["liger"].unsupported(workload)
-    chosen = {p.name for p in of_workload(workload, list(PROVIDERS.values()), "cpu")}
-    assert {"dense", "dense-compile"} < chosen
+def test_who_cannot_compute_an_objective_says_so():
+    assert "other objectives" in PROVIDERS["liger"].unsupported(WORKLOADS["jsd"])
+    assert PROVIDERS["torch"].unsupported(WORKLOADS["jsd"]) is None
+    reason = PROVIDERS["cpu"].unsupported(WORKLOADS["fused_topk_kd"])
+    assert reason is None or "Backends that can" in reason
+    chosen = of_workload(WORKLOADS["jsd"], list(PROVIDERS.values()), "cpu")
+    assert [p.name for p in chosen] == ["dense", "dense-compile", preference("cpu")[0]]
 
 
 def test_the_report_has_one_table_and_the_ratios():
