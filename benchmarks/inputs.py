@@ -92,6 +92,6 @@ def _per_token(call: Call, workload: Workload) -> dict[str, Tensor]:
         pieces, temperature = [], workload.loss_options.get("temperature", 1.0)
         for h in call.teacher_hidden[-1].split(max(1, 64 * PIECE // columns)):
             logits = (h @ call.teacher_weight.T).float() / temperature
-            pieces.append(logits.log_softmax(-1).topk(min(TOP_K, columns)))
+            pieces.append(logits.log_softmax(-1).topk(min(TOP_K, columns // 2)))
         found["logprobs"], found["ids"] = (torch.cat(parts) for parts in zip(*pieces))
     return found
