@@ -26,9 +26,8 @@ def refusal(spec: LensSpec) -> str | None:
             return (
                 f"student layer {student} with teacher layers {teacher_of[student]} and {teacher}"
             )
-    for first, second, _temperature, weighted in spec.moments:
-        if weighted:
-            return "moments whose tokens are weighted by the teacher's probabilities"
+    for pair in spec.moments:
+        first, second = pair[:2]
         if first is not None and first.student != second.student - 1:
             return (
                 f"moments of student layers {first.student} and {second.student}, which are not "

@@ -13,6 +13,7 @@ the same slot share its exponentials. The rows of the table, padded to one width
                              of: OWN_LAYER alone, SECOND of two layers, or FIRST. The walk over
                              layers has the whole pair at the SECOND
     PAIR_INVERSE   (pairs)   1 / temperature of a pair
+    PAIR_WEIGHTED  (pairs)   1 where its tokens have weights, else 0
     SECOND_REQUEST, SECOND_LAYER, SECOND_SLOT: the requests that take a second pass
     TEACHER_LAYER  (L)       the teacher layer that student layer l is compared with
     SHIFT_LAYER    (L)       the student layer whose state defines the shift of that teacher layer:
@@ -52,7 +53,8 @@ SHIFT_LAYER = tl.constexpr(13)
 SLOT_A = tl.constexpr(14)
 SLOT_B = tl.constexpr(15)
 PAIR_INVERSE = tl.constexpr(16)
-TABLE_ROWS = 17
+PAIR_WEIGHTED = tl.constexpr(17)
+TABLE_ROWS = 18
 
 WANTS_STUDENT = tl.constexpr(1)
 WANTS_LABEL = tl.constexpr(2)
@@ -88,7 +90,8 @@ class Table:
     """The table on a device, and its facts for launches.
 
     `second_pass` counts the requests that take one. `divergence` is the one besides KL, else "kl".
-    `has_kl` and `has_labels` tell whether a request is of KL, of the cross-entropy at the label.
+    `has_kl` and `has_labels` tell whether a request is of KL, of the cross-entropy at the label,
+    `has_weights` whether the tokens of a pair have weights.
     """
 
     values: Tensor
@@ -98,6 +101,12 @@ class Table:
     divergence: str
     has_kl: bool
     has_labels: bool
+    has_weights: bool
+
+    @property
+    def one_pass_divergence(self) -> str:
+        """Return the divergence besides KL that one pass over the vocabulary sums, else "kl"."""
+        return "kl" if self.second_pass else self.divergence
 
 
 def _bits(value: float) -> int:
@@ -213,6 +222,7 @@ def _built_table(spec: LensSpec, layers: int, device: torch.device) -> Table:
     rows[SECOND_LAYER.value] = [request.student_layer for _, request in second_pass]
     rows[SECOND_SLOT.value] = [slots.index(slot_of[index]) for index, _ in second_pass]
     rows[PAIR_INVERSE.value] = [_bits(1.0 / pair.temperature) for pair in spec.moments]
+    rows[PAIR_WEIGHTED.value] = [int(pair.weighted) for pair in spec.moments]
     with_slots = {slot.layer for slot in slots}
     rows[TEACHER_LAYER.value], rows[SHIFT_LAYER.value] = _teacher_layers(spec, layers, with_slots)
     width = max(len(row) for row in rows)
@@ -228,4 +238,5 @@ def _built_table(spec: LensSpec, layers: int, device: torch.device) -> Table:
         divergence=next(iter(divergences - {NLL, None, "kl"}), "kl"),
         has_kl="kl" in divergences,
         has_labels=NLL in divergences,
+        has_weights=any(pair.weighted for pair in spec.moments),
     )

@@ -48,13 +48,15 @@ def _require_number(
 
 def _require_divergence(name: str, value: Any, others: tuple[str, ...] = ()) -> None:
     from fdd_kernels.lens.divergence_text import parse_divergence
+    from fdd_kernels.lens.divergences import DIVERGENCES
 
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be a string, got {type(value).__name__}")
+        raise TypeError(f'{name} must be a string such as "kl", got {type(value).__name__}')
     try:
         parse_divergence(value)
     except ValueError as error:
-        also = f" or {', '.join(others)}" if others else ""
+        is_unknown = value.partition(":")[0] not in DIVERGENCES
+        also = f" or {', '.join(others)}" if others and is_unknown else ""
         raise ValueError(f"{name}={error}{also}") from None
 
 
@@ -217,13 +219,14 @@ class FDDConfig(LossOptions):
     def __post_init__(self) -> None:
         for name in ("student_logit_scale", "teacher_logit_scale"):
             _require_number(name, getattr(self, name), positive=True, optional=True)
-        LossOptions(
+        checked = LossOptions(
             **{
                 f.name: getattr(self, f.name)
                 for f in fields(LossOptions)
                 if "logit_scale" not in f.name
             }
         )
+        object.__setattr__(self, "layer_weights", checked.layer_weights)
         _require_int("num_layers", self.num_layers, minimum=0)
         _require_choice("layer_grid", self.layer_grid, LAYER_GRIDS)
         for name in ("student_layers", "teacher_layers"):
@@ -241,7 +244,18 @@ class FDDConfig(LossOptions):
                 f"student_layers has {len(self.student_layers)} entries and teacher_layers "
                 f"{len(self.teacher_layers)}: they are paired by rank, give as many of each"
             )
+        if self.alpha and self.layer_weights and len(self.layer_weights) != self.dynamics_layers:
+            raise ValueError(
+                f"layer_weights={self.layer_weights} has {len(self.layer_weights)} entries and the "
+                f"trajectory {self.dynamics_layers} layers: give one for each"
+            )
         if self.reduction == "none":
             raise ValueError(
                 'reduction="none" has no meaning for a training step: use "mean" or "sum"'
             )
+
+    @property
+    def dynamics_layers(self) -> int:
+        """How many layers trajectory and derivative compare."""
+        sampled = self.num_layers if self.student_layers is None else len(self.student_layers)
+        return sampled + self.output_in_dynamics

@@ -6,6 +6,8 @@ pair,
     dL/dz = a q + b p + d grad(log_q, log_p) + n [token = label]
     dL/ds = k_1 + k_s (s - mean_s) + k_t (t - mean_t) + k_d ((s - mean_s) - (t - mean_t))
 
+times the token's weight where tokens have weights.
+
 A program walks the layers with the logits of the layer before, and its unfinished gradient, in
 registers: a pair gives +dL/ds to its second layer and -dL/ds to its first. Both log-sum-exps are
 known here. So where KL is small, its value is summed again on the way in the accurate form
@@ -25,13 +27,17 @@ from fdd_kernels.backends.triton.elementwise import (
     softmax_gradient,
 )
 from fdd_kernels.backends.triton.row_statistics import (
+    COUNT,
     MOMENT_FIELDS,
+    load_tops,
     moment_coefficients,
     slot_coefficients,
 )
+from fdd_kernels.backends.triton.weighted_moments import weighted_moment_gradient
 from fdd_kernels.backends.triton.work_table import (
     FIRST,
     PAIR_INVERSE,
+    PAIR_WEIGHTED,
     PART_BEGIN,
     PART_INDEX,
     PART_ROLE,
@@ -45,7 +51,7 @@ from fdd_kernels.backends.triton.work_table import (
     table_float,
 )
 
-ITEM_FIELDS = tl.constexpr(7)  # of a slot or pair: its coefficients, see `coefficients_kernel`
+ITEM_FIELDS = tl.constexpr(9)  # of a slot or pair: its coefficients, see `coefficients_kernel`
 
 
 @triton.jit(
@@ -76,12 +82,13 @@ def coefficients_kernel(
     moment_stride,
     grad_moment_stride,
     student_scale,
+    WEIGHTED: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Store coefficients (slots + pairs, 7, rows) of dL/dx, times `grad_scale`; 0 at invalid rows.
+    """Store coefficients (slots + pairs, 9, rows) of dL/dx, times `grad_scale`; 0 at invalid rows.
 
     Of a slot: a, b, d, n, both log-sum-exps, the value of KL. Of a pair: k_1, k_s, k_t, k_d, both
-    means.
+    means; where its tokens have weights, COUNT, TOP_S and TOP_T.
     """
     row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     item = tl.program_id(1)
@@ -112,12 +119,18 @@ def coefficients_kernel(
         tl.store(out + 6 * field, kl, mask=stored)
     else:
         index = (item - slots) * MOMENT_FIELDS
+        of_rows = moments + index * moment_stride.to(tl.int64) + row
+        is_weighted = 0
+        if WEIGHTED:
+            is_weighted = table_entry(table, table_width, PAIR_WEIGHTED, item - slots)
         of_one, of_s, of_t, of_d, mean_s, mean_t = moment_coefficients(
-            moments + index * moment_stride.to(tl.int64) + row,
+            of_rows,
             grad_moments + index * grad_moment_stride.to(tl.int64) + row,
             moment_stride.to(tl.int64),
             grad_moment_stride.to(tl.int64),
             is_valid,
+            is_weighted,
+            WEIGHTED,
         )
         factor = scale * table_float(table, table_width, PAIR_INVERSE, item - slots)
         tl.store(out, of_one * factor, mask=stored)
@@ -126,6 +139,13 @@ def coefficients_kernel(
         tl.store(out + 3 * field, of_d * factor, mask=stored)
         tl.store(out + 4 * field, mean_s, mask=stored)
         tl.store(out + 5 * field, mean_t, mask=stored)
+        if WEIGHTED:
+            stride = moment_stride.to(tl.int64)
+            top_s, top_t = load_tops(of_rows, stride, is_valid)
+            count = tl.load(of_rows + COUNT * stride, mask=is_valid, other=0.0)
+            tl.store(out + 6 * field, count, mask=stored)
+            tl.store(out + 7 * field, top_s, mask=stored)
+            tl.store(out + 8 * field, top_t, mask=stored)
 
 
 @triton.jit
@@ -183,6 +203,7 @@ def cached_grad_kernel(
     TEACHER: tl.constexpr,
     SOFTMAX: tl.constexpr,
     MOMENTS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     VALUES: tl.constexpr,
     LABELS: tl.constexpr,
     BIAS_S: tl.constexpr,
@@ -278,14 +299,28 @@ def cached_grad_kernel(
                     pair = table_entry(table, table_width, PART_INDEX, part)
                     inverse = table_float(table, table_width, PAIR_INVERSE, pair)
                     k = coefficients + (slots + pair) * ITEM_FIELDS * field
-                    v = moment_gradient(
-                        of_s * inverse - tl.load(k + 4 * field),
-                        of_t * inverse - tl.load(k + 5 * field),
-                        tl.load(k),
-                        tl.load(k + field),
-                        tl.load(k + 2 * field),
-                        tl.load(k + 3 * field),
-                    )
+                    of_s = of_s * inverse - tl.load(k + 4 * field)
+                    of_t = of_t * inverse - tl.load(k + 5 * field)
+                    k_1, k_s = tl.load(k), tl.load(k + field)
+                    k_t, k_d = tl.load(k + 2 * field), tl.load(k + 3 * field)
+                    if WEIGHTED:
+                        if table_entry(table, table_width, PAIR_WEIGHTED, pair) != 0:
+                            v = weighted_moment_gradient(
+                                of_s,
+                                of_t,
+                                t * inverse,
+                                tl.load(k + 6 * field),
+                                tl.load(k + 7 * field),
+                                tl.load(k + 8 * field),
+                                k_1,
+                                k_s,
+                                k_t,
+                                k_d,
+                            )
+                        else:
+                            v = moment_gradient(of_s, of_t, k_1, k_s, k_t, k_d)
+                    else:
+                        v = moment_gradient(of_s, of_t, k_1, k_s, k_t, k_d)
                     if not EVERY:
                         v = tl.where(live, v, 0.0)
                     g += v

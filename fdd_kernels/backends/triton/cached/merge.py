@@ -17,14 +17,18 @@ from fdd_kernels.backends.triton.row_statistics import (
     REQUEST_FIELDS,
     VALUE,
     load_moments,
+    load_tops,
     store_moments,
     store_request,
+    store_tops,
 )
+from fdd_kernels.backends.triton.weighted_moments import merge_weighted_tiles
 from fdd_kernels.backends.triton.work_table import (
     FIRST,
     KIND_KL,
     KIND_NLL,
     PAIR_INVERSE,
+    PAIR_WEIGHTED,
     PART_BEGIN,
     PART_INDEX,
     PART_ROLE,
@@ -77,6 +81,73 @@ def merged_sums(state, at, field, tile, tiles, own_shift, other_shift):
     return tl.log(total), tl.sum(expectation, 0) / total
 
 
+@triton.jit
+def merge_moments(
+    at,
+    field,
+    out,
+    stride,
+    inside,
+    off_s,
+    off_t,
+    off_z,
+    is_weighted,
+    WEIGHTED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Merge the moments at `at` of all tiles of a row and store them at `out`.
+
+    off_s, off_t and off_z restate s, t and the logits of the weights about the row's shifts.
+    """
+    if WEIGHTED:
+        if is_weighted != 0:
+            n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd = load_moments(at, field, inside)
+            top_s, top_t = load_tops(at, field, inside)
+            n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd, top_s, top_t = merge_weighted_tiles(
+                tl.where(inside, n + off_z, float("-inf")),
+                mean_s + off_s,
+                mean_t + off_t,
+                m_ss,
+                m_tt,
+                m_st,
+                m_dd,
+                top_s,
+                top_t,
+                BLOCK_T,
+            )
+            store_moments(out, stride, None, n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd)
+            store_tops(out, stride, None, top_s, top_t)
+        else:
+            merge_plain_moments(at, field, out, stride, inside, off_s, off_t)
+    else:
+        merge_plain_moments(at, field, out, stride, inside, off_s, off_t)
+
+
+@triton.jit
+def merge_plain_moments(at, field, out, stride, inside, off_s, off_t):
+    """Merge the moments of tokens without weights; see `merge_moments`."""
+    n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd = load_moments(at, field, inside)
+    mean_s += off_s
+    mean_t += off_t
+    total = tl.sum(n, 0)
+    divisor = tl.maximum(total, 1.0)
+    row_mean_s, row_mean_t = tl.sum(n * mean_s, 0) / divisor, tl.sum(n * mean_t, 0) / divisor
+    between_s, between_t = mean_s - row_mean_s, mean_t - row_mean_t
+    between_d = between_s - between_t
+    store_moments(
+        out,
+        stride,
+        None,
+        total,
+        row_mean_s,
+        row_mean_t,
+        tl.sum(m_ss + n * between_s * between_s, 0),
+        tl.sum(m_tt + n * between_t * between_t, 0),
+        tl.sum(m_st + n * between_s * between_t, 0),
+        tl.sum(m_dd + n * between_d * between_d, 0),
+    )
+
+
 @triton.jit(do_not_specialize=["rows", "stride", "layers", "slots", "tiles", "table_width"])
 def cached_merge_kernel(
     state,
@@ -92,6 +163,7 @@ def cached_merge_kernel(
     tiles,
     table_width,
     TEACHER: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -174,26 +246,21 @@ def cached_merge_kernel(
             pair = table_entry(table, table_width, PART_INDEX, entry)
             inverse = table_float(table, table_width, PAIR_INVERSE, pair)
             at = state + (2 * layers + SLOT_FIELDS * slots + MOMENT_FIELDS * pair) * field + tile
-            n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd = load_moments(at, field, inside)
-            mean_s += off_s * inverse
-            mean_t += off_t * inverse
-            total = tl.sum(n, 0)
-            divisor = tl.maximum(total, 1.0)
-            row_mean_s = tl.sum(n * mean_s, 0) / divisor
-            row_mean_t = tl.sum(n * mean_t, 0) / divisor
-            between_s, between_t = mean_s - row_mean_s, mean_t - row_mean_t
-            between_d = between_s - between_t
-            store_moments(
+            is_weighted = 0
+            if WEIGHTED:
+                is_weighted = table_entry(table, table_width, PAIR_WEIGHTED, pair)
+            merge_moments(
+                at,
+                field,
                 moments + pair * MOMENT_FIELDS * stride,
                 stride,
-                None,
-                total,
-                row_mean_s,
-                row_mean_t,
-                tl.sum(m_ss + n * between_s * between_s, 0),
-                tl.sum(m_tt + n * between_t * between_t, 0),
-                tl.sum(m_st + n * between_s * between_t, 0),
-                tl.sum(m_dd + n * between_d * between_d, 0),
+                inside,
+                off_s * inverse,
+                off_t * inverse,
+                about_t * inverse,
+                is_weighted,
+                WEIGHTED,
+                BLOCK_T,
             )
 
 

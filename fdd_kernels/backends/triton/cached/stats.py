@@ -22,10 +22,16 @@ import triton.language as tl
 
 from fdd_kernels.backends.triton.cached.row import pair_vectors, row_logits
 from fdd_kernels.backends.triton.elementwise import exponential_sums, second_moments
-from fdd_kernels.backends.triton.row_statistics import MOMENT_FIELDS, store_moments
+from fdd_kernels.backends.triton.row_statistics import (
+    MOMENT_FIELDS,
+    store_moments,
+    store_tops,
+)
+from fdd_kernels.backends.triton.weighted_moments import tile_weighted_moments
 from fdd_kernels.backends.triton.work_table import (
     FIRST,
     PAIR_INVERSE,
+    PAIR_WEIGHTED,
     PART_BEGIN,
     PART_INDEX,
     PART_ROLE,
@@ -70,6 +76,58 @@ def tile_moments(s, t, live, EVERY: tl.constexpr, BLOCK_C: tl.constexpr):
     return n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd
 
 
+@triton.jit
+def store_tile_moments(
+    at,
+    field,
+    s,
+    t,
+    z,
+    live,
+    inverse,
+    is_weighted,
+    WEIGHTED: tl.constexpr,
+    EVERY: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Store the moments of a tile's vectors, of logits that are not divided by the temperature yet.
+
+    z are the logits of the weights, which count where `is_weighted`.
+    """
+    if WEIGHTED:
+        if is_weighted != 0:
+            n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd, top_s, top_t = tile_weighted_moments(
+                s * inverse, t * inverse, z * inverse, live, EVERY, BLOCK_C
+            )
+            store_moments(at, field, None, n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd)
+            store_tops(at, field, None, top_s, top_t)
+        else:
+            store_plain_tile_moments(at, field, s, t, live, inverse, EVERY, BLOCK_C)
+    else:
+        store_plain_tile_moments(at, field, s, t, live, inverse, EVERY, BLOCK_C)
+
+
+@triton.jit
+def store_plain_tile_moments(
+    at, field, s, t, live, inverse, EVERY: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Store the moments of a tile's vectors without weights; see `store_tile_moments`."""
+    n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd = tile_moments(s, t, live, EVERY, BLOCK_C)
+    square = inverse * inverse
+    store_moments(
+        at,
+        field,
+        None,
+        n,
+        mean_s * inverse,
+        mean_t * inverse,
+        m_ss * square,
+        m_tt * square,
+        m_st * square,
+        m_dd * square,
+    )
+
+
 @triton.jit(
     do_not_specialize=[
         "rows",
@@ -110,6 +168,7 @@ def cached_stats_kernel(
     TEACHER: tl.constexpr,
     SOFTMAX: tl.constexpr,
     MOMENTS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     LABELS: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     BIAS_S: tl.constexpr,
@@ -196,24 +255,23 @@ def cached_stats_kernel(
                 role = table_entry(table, table_width, PART_ROLE, part)
                 if role != FIRST:
                     of_s, of_t, live = pair_vectors(s, t, before_s, before_t, inside, role, EVERY)
-                    n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd = tile_moments(
-                        of_s, of_t, live, EVERY, BLOCK_C
-                    )
                     pair = table_entry(table, table_width, PART_INDEX, part)
                     inverse = table_float(table, table_width, PAIR_INVERSE, pair)
-                    square = inverse * inverse
-                    at = state + (2 * layers + SLOT_FIELDS * slots + MOMENT_FIELDS * pair) * field
-                    store_moments(
-                        at,
+                    is_weighted = 0
+                    if WEIGHTED:
+                        is_weighted = table_entry(table, table_width, PAIR_WEIGHTED, pair)
+                    store_tile_moments(
+                        state + (2 * layers + SLOT_FIELDS * slots + MOMENT_FIELDS * pair) * field,
                         field,
-                        None,
-                        n,
-                        mean_s * inverse,
-                        mean_t * inverse,
-                        m_ss * square,
-                        m_tt * square,
-                        m_st * square,
-                        m_dd * square,
+                        of_s,
+                        of_t,
+                        t,
+                        live,
+                        inverse,
+                        is_weighted,
+                        WEIGHTED,
+                        EVERY,
+                        BLOCK_C,
                     )
             before_s = s
             before_t = t

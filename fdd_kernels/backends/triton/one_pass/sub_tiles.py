@@ -9,8 +9,14 @@ import triton
 import triton.language as tl
 
 from fdd_kernels.backends.triton.elementwise import moment_gradient, softmax_gradient
-from fdd_kernels.backends.triton.one_pass.online import vectors
-from fdd_kernels.backends.triton.row_statistics import moment_coefficients, slot_coefficients
+from fdd_kernels.backends.triton.one_pass.moments import vectors
+from fdd_kernels.backends.triton.row_statistics import (
+    COUNT,
+    load_tops,
+    moment_coefficients,
+    slot_coefficients,
+)
+from fdd_kernels.backends.triton.weighted_moments import weighted_moment_gradient
 from fdd_kernels.backends.triton.work_table import (
     FIRST,
     SECOND,
@@ -78,6 +84,8 @@ def part_gradient(
     at_re,
     role,
     inverse,
+    is_weighted,
+    WEIGHTED: tl.constexpr,
 ):
     """Return dL/du of a sub-tile from one pair that the layer is part of."""
     if role == FIRST:
@@ -85,10 +93,23 @@ def part_gradient(
     else:
         s, t, live = vectors(tile_s, tile_t, before_s, before_t, at_re, role == SECOND, inverse)
     of_one, of_s, of_t, of_d, mean_s, mean_t = moment_coefficients(
-        moments, grad_moments, stride, stride, is_valid
+        moments, grad_moments, stride, stride, is_valid, is_weighted, WEIGHTED
     )
     s -= mean_s[:, None]
     t -= mean_t[:, None]
-    grad = moment_gradient(s, t, of_one[:, None], of_s[:, None], of_t[:, None], of_d[:, None])
+    k_1, k_s, k_t, k_d = of_one[:, None], of_s[:, None], of_t[:, None], of_d[:, None]
+    if WEIGHTED:
+        if is_weighted != 0:
+            second_t = tl.where(role == FIRST, after_t, tile_t)
+            z = tl.load(second_t + at_re) * inverse
+            count = tl.load(moments + COUNT * stride, mask=is_valid, other=0.0)
+            top_s, top_t = load_tops(moments, stride, is_valid)
+            grad = weighted_moment_gradient(
+                s, t, z, count[:, None], top_s[:, None], top_t[:, None], k_1, k_s, k_t, k_d
+            )
+        else:
+            grad = moment_gradient(s, t, k_1, k_s, k_t, k_d)
+    else:
+        grad = moment_gradient(s, t, k_1, k_s, k_t, k_d)
     sign = tl.where(role == FIRST, -inverse, inverse)
     return tl.where(live, grad * sign, 0.0)
