@@ -1,5 +1,5 @@
 """fused_decoupled_kd, fused_topk_kd, selected_logprobs and row_statistics against their formulas in
-float64: values and gradients per row, every option, edges, transforms, memory.
+float64: values and gradients per row, every option, edges.
 """
 
 from __future__ import annotations
@@ -10,41 +10,29 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from torch.autograd import forward_ad
-from torch.utils.checkpoint import checkpoint
 
 from fdd_kernels import fused_topk_kd, row_statistics, selected_logprobs
 from fdd_kernels.backends.torch_stream import blocks, tiling
-from fdd_kernels.engine.row_blocks import row_blocks as operator
-from fdd_kernels.lens.row_blocks import MATRICES, RowSpec
-from fdd_kernels.lens.spec import LensSpec
 from fdd_kernels.testing import random_problem, strided, unit_roundoff
-from tests.support.allocations import allocated_peak
-from tests.support.logit_objectives import F32, F64, Call, assert_exact, random_call
+from tests.support.logit_objectives import (
+    F32,
+    F64,
+    LOSSES,
+    NAMES,
+    TEMPERATURES,
+    Call,
+    assert_exact,
+    random_call,
+    statistics_arguments,
+    upstream_of,
+)
 
-NAMES = ["decoupled_kd", "topk_kd", "selected"]
-LOSSES = NAMES[:2]
 BF16, F16 = torch.bfloat16, torch.float16
-TEMPERATURES = [0.5, 1.0, 2.0, 8.0]
 TOP_K = [
     {"tail": tail, "divergence": divergence}
     for tail in ("bucket", "drop", "renormalize")
     for divergence in ("kl", "reverse_kl", "jsd", "jsd:0.1", "jsd:0", "jsd:1")
 ]
-
-
-def cap(name: str) -> str:
-    return "softcap" if name == "selected" else "student_softcap"
-
-
-def upstream_of(call: Call) -> torch.Tensor | None:
-    """Differing upstream gradients for results per position."""
-    if call.is_loss and call.options.get("reduction") != "none":
-        return None
-    shape = call.problem.leading_shape if call.is_loss else call.more["ids"].shape
-    return torch.linspace(-1, 2, math.prod(shape)).reshape(shape)
 
 
 def check(call: Call) -> None:
@@ -195,20 +183,6 @@ def test_reference(name, options):
 
     leaves = [*call.problem.student_hidden, call.problem.student_weight]
     assert torch.autograd.gradgradcheck(value, leaves)
-
-
-def statistics_arguments(problem, **more):
-    return {
-        "student_hidden": problem.student_hidden[0],
-        "student_weight": problem.student_weight,
-        "teacher_hidden": problem.teacher_hidden[0],
-        "teacher_weight": problem.teacher_weight,
-        "labels": problem.labels,
-        "student_bias": problem.student_bias,
-        "teacher_bias": problem.teacher_bias,
-        "mask": problem.mask,
-        **more,
-    }
 
 
 class TestRowStatistics:
@@ -410,323 +384,3 @@ class TestEdges:
                 found = call.value()
             assert not found.requires_grad
             assert (found - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max()))
-
-
-@pytest.fixture
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-def as_function(call: Call):
-    """The call as a function of its leaves."""
-
-    def function(*leaves):
-        names = ("student_hidden", "student_weight", "student_bias")
-        changed = dict(zip(names, ((leaves[0],), *leaves[1:])))
-        return replace(call, problem=replace(call.problem, **changed)).value()
-
-    return function
-
-
-@pytest.mark.usefixtures("_fresh_dynamo")
-class TestCompile:
-    @pytest.mark.parametrize("reduction", ["mean", "none"])
-    @pytest.mark.parametrize("name", NAMES)
-    def test_a_training_step(self, name, reduction):
-        """Whole: a graph break is an error. The result is the eager one."""
-        options = {} if name == "selected" else {"reduction": reduction}
-        more = {} if name == "selected" else {"mask": True, "weights": True}
-        call = random_call(name, bias="plain", options=options, **more)
-        arguments = call.arguments
-
-        def step(hidden, weight, bias):
-            prefix = "student_" if call.is_loss else ""
-            changed = {"hidden": 2 * hidden, "weight": weight, "bias": bias}
-            changed = {prefix + key: tensor for key, tensor in changed.items()}
-            return (3 * call.function(**(arguments | changed))).sum()
-
-        leaves = list(call.leaves.values())
-        outcomes = []
-        for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-            value = function(*leaves)
-            outcomes.append([value, *torch.autograd.grad(value, leaves)])
-        for eager, compiled in zip(*outcomes):
-            atol = 1e-6 * float(eager.detach().abs().max())
-            torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=atol)
-
-    def test_row_statistics(self):
-        p = random_problem(layers=1, labels=True)
-        arguments = statistics_arguments(p)
-        found = torch.compile(
-            lambda: row_statistics(**arguments), fullgraph=True, backend="eager"
-        )()
-        for got, expected in zip(found, row_statistics(**arguments)):
-            assert torch.equal(got, expected)
-
-    @pytest.mark.slow
-    def test_changing_numbers_and_shapes_share_one_graph(self):
-        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-        function = torch.compile(fused_topk_kd, fullgraph=True, backend=counter)
-        for rows in (4, 6, 9, 11):
-            call = random_call("topk_kd", (rows, 3), options={"temperature": 1.5 + rows})
-            found = function(**call.arguments)
-            assert abs(float(found - call.value())) <= 1e-5
-        assert counter.frame_count == 2
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_operator_passes_torchs_own_checks(name):
-    call = random_call(name, (4,), bias="plain")
-    p = call.problem.frozen("student_hidden", "student_weight", "student_bias")
-    words, numbers, outputs, per_row = {
-        "decoupled_kd": ((), (1.0, 8.0, 2.0), 1, [p.labels]),
-        "topk_kd": (("bucket", "kl"), (2.0,), 1, [t.clone() for t in call.more.values()]),
-        "selected": ((), (2.0,), 4, [call.more.get("ids")]),
-    }[name]
-    if name != "topk_kd":
-        per_row = [t.clamp(min=0) for t in per_row]
-    registered = {"topk_kd": "top_k"}.get(name, name)
-    head = LensSpec(37, (), (), 1.0, None, 1.0, None)
-    spec = RowSpec(head, registered, words, numbers, outputs)
-    assert RowSpec.decode(*spec.encode()) == spec
-    teacher = [[*p.teacher_hidden], p.teacher_weight, p.teacher_bias]
-    if name != "decoupled_kd":
-        teacher = [[], None, None]
-    arguments = [[*p.student_hidden], p.student_weight, p.student_bias, *teacher]
-    arguments += [torch.tensor([True, False, True, True]), None, per_row, *spec.encode(), "torch"]
-    for upstream, needed in (
-        (None, [False] * 3),
-        (torch.rand(4, outputs), [True] * 3),
-        (torch.rand(4, outputs), [True, False, True]),
-    ):
-        torch.library.opcheck(operator, (*arguments, upstream, needed))
-
-
-class TestAutograd:
-    @pytest.mark.parametrize("name", NAMES)
-    def test_repeated_backward(self, name):
-        """The second one forms the gradients again."""
-        call = random_call(name)
-        value, leaves = call.value(), list(call.leaves.values())
-        first = torch.autograd.grad(value.sum(), leaves, retain_graph=True)
-        second = torch.autograd.grad(3 * value.sum(), leaves)
-        for a, b in zip(first, second):
-            assert (3 * a - b).abs().max() <= 4 * unit_roundoff(F32) * float((3 * a).abs().max())
-
-    @pytest.mark.parametrize("low", [BF16, F16], ids=str)
-    @pytest.mark.parametrize("name", LOSSES)
-    def test_a_loss_divided_by_three_is_rounded_once(self, name, low):
-        """The upstream gradient comes after the gradients are formed, which wait in float32."""
-        call = random_call(name, dtype=low)
-        leaves = list(call.leaves.values())
-        divided = torch.autograd.grad(call.value() / 3, leaves)
-        thirds = random_call(name, dtype=low, options={"num_items_in_batch": 30.0})
-        if name == "decoupled_kd":
-            valid = int((call.problem.labels >= 0).sum())
-            thirds = random_call(name, dtype=low, options={"num_items_in_batch": 3.0 * valid})
-        for a, b in zip(divided, thirds.run("torch")[1]):
-            off = (a.float() - b.float()).abs()
-            # At most a tie of float32 goes the other way.
-            assert (off <= torch.finfo(low).eps * b.float().abs() + torch.finfo(low).tiny).all()
-            assert (off > 0).float().mean() <= 0.01
-
-    @pytest.mark.parametrize("name", NAMES)
-    def test_a_second_derivative_raises(self, name):
-        call = random_call(name)
-        leaves = list(call.leaves.values())
-        grads = torch.autograd.grad(call.value().sum(), leaves, create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiated once"):
-            torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
-
-    @pytest.mark.parametrize("name", NAMES)
-    def test_batches_of_upstream_gradients_are_refused(self, name):
-        call = random_call(name)
-        value, leaves = call.value(), list(call.leaves.values())
-        upstream = torch.ones(2, *value.shape)
-        with pytest.raises(RuntimeError, match="batch of upstream gradients"):
-            torch.autograd.grad(value, leaves, upstream, is_grads_batched=True)
-
-    @pytest.mark.parametrize("name", NAMES)
-    def test_transforms_are_refused(self, name):
-        call = random_call(name, bias="plain")
-        with pytest.raises(RuntimeError, match=r"hidden is under a transform of torch\.func"):
-            torch.func.grad(lambda h: as_function(call)(h, *list(call.leaves.values())[1:]).sum())(
-                call.problem.student_hidden[0].detach()
-            )
-        with forward_ad.dual_level():
-            hidden = call.problem.student_hidden[0].detach()
-            dual = forward_ad.make_dual(hidden, torch.ones_like(hidden))
-            with pytest.raises(RuntimeError, match="forward-mode AD"):
-                as_function(call)(dual, call.problem.student_weight, call.problem.student_bias)
-
-    @pytest.mark.parametrize("reentrant", [False, True])
-    @pytest.mark.parametrize("name", NAMES)
-    def test_checkpointing(self, name, reentrant):
-        call = random_call(name, bias="plain")
-        leaves = list(call.leaves.values())
-        value = checkpoint(as_function(call), *leaves, use_reentrant=reentrant)
-        value.sum().backward()
-        expected = call.run("torch")[1]
-        for leaf, gradient in zip(leaves, expected):
-            assert torch.equal(leaf.grad, gradient)
-
-    @pytest.mark.trap("autocast")
-    @pytest.mark.parametrize("name", NAMES)
-    def test_autocast_is_the_loss_of_bf16_inputs(self, name):
-        call = random_call(name, bias="plain")
-        with torch.autocast("cpu", torch.bfloat16):
-            value, gradients = call.run("torch", upstream_of(call))
-        low = call.to(BF16)
-        expected, of_low = low.run("torch", upstream_of(low))
-        assert value.dtype == F32
-        assert torch.equal(value, expected)
-        for got, gradient in zip(gradients, of_low):
-            assert got.dtype == F32
-            assert torch.equal(got.bfloat16(), gradient)
-
-    def test_num_items_with_a_gradient(self):
-        """Its gradient is that of a quotient."""
-        for name in LOSSES:
-            items = torch.tensor(4.0, requires_grad=True)
-            call = random_call(name, options={"num_items_in_batch": items})
-            value = call.value()
-            (grad,) = torch.autograd.grad(value, items)
-            assert abs(float(grad + value / 4)) <= 1e-6 * float(value)
-
-
-class TestMemory:
-    ROWS, COLUMNS = 512, 2048
-    MATRIX = 4 * ROWS * COLUMNS  # bytes of one (R, V) tensor: 4 MiB
-
-    @pytest.mark.parametrize("low", [F32, BF16], ids=str)
-    @pytest.mark.parametrize("options", [{}, {"reduction": "none"}], ids=str)
-    @pytest.mark.parametrize("name", [*NAMES, "statistics"])
-    def test_no_tensor_of_rows_by_columns(self, name, options, low, monkeypatch):
-        """One block, within its bytes; with the head's gradient it is far below one matrix."""
-        budget = 2**20
-        monkeypatch.setitem(blocks.BLOCK_BYTES, "cpu", budget)
-        if name in ("selected", "statistics") and options:
-            pytest.skip("has no reduction")
-        shape = {"columns": self.COLUMNS, "student_width": 4, "teacher_width": 4, "dtype": low}
-        if name == "statistics":
-            p = random_problem((self.ROWS,), layers=1, **shape)
-            peak = allocated_peak(lambda: row_statistics(**statistics_arguments(p)))
-        else:
-            call = random_call(name, (self.ROWS,), **shape, options=options)
-            peak = allocated_peak(lambda: call.run("torch"))
-        # Gradients twice (sums and results), converted heads, and numbers per row.
-        others = 4 * 4 * 2 * (2 * self.COLUMNS + 2 * self.ROWS) + 4 * 64 * self.ROWS
-        assert peak <= budget + others, f"{peak / 2**20:.2f} MiB"
-        assert budget + others < self.MATRIX / 2
-
-    @pytest.mark.parametrize("name", [*NAMES, "statistics"])
-    def test_the_matrices_that_a_row_function_holds(self, name):
-        """At most `MATRICES` of a block's size, whatever else there is."""
-        rows, columns = 64, 8192
-        matrix = 4 * rows * columns
-        shape = {"columns": columns, "student_width": 2, "teacher_width": 2}
-        if name == "statistics":
-            p = random_problem((rows,), layers=1, **shape)
-            peak = allocated_peak(lambda: row_statistics(**statistics_arguments(p)))
-        else:
-            call = random_call(name, (rows,), **shape, options={cap(name): 30.0})
-            peak = allocated_peak(lambda: call.run("torch"))
-        assert peak <= (MATRICES + blocks._OWN_MATRICES) * matrix, peak / matrix
-
-    @pytest.mark.parametrize("columns", [1, 1000, 152064, 10**7])
-    @pytest.mark.parametrize("device", ["cpu", "cuda"])
-    def test_blocks_fit_their_bytes(self, columns, device):
-        rows = blocks.block_rows(columns, 4, device)
-        budget = blocks.BLOCK_BYTES.get(device, blocks.ACCELERATOR_BLOCK_BYTES)
-        whole = rows * columns * 4 * (MATRICES + blocks._OWN_MATRICES)
-        assert rows == 1 or whole <= budget
-
-
-@st.composite
-def small_calls(draw, name):
-    options = {"temperature": draw(st.sampled_from(TEMPERATURES)), "reduction": "none"}
-    if name == "topk_kd":
-        options["tail"] = draw(st.sampled_from(["bucket", "renormalize"]))
-        options["divergence"] = draw(st.sampled_from(["kl", "reverse_kl", "jsd:0.2", "jsd"]))
-    return random_call(
-        name,
-        draw(st.sampled_from([(3,), (2, 2)])),
-        draw(st.integers(2, 40)),
-        tokens=draw(st.integers(1, 5)),
-        student_width=8,
-        teacher_width=8,
-        spread=draw(st.sampled_from([0.1, 2.0, 10.0])),
-        seed=draw(st.integers(0, 2**16)),
-        bias=draw(st.sampled_from(["plain", "padded"])),
-        near=draw(st.sampled_from([None, 1e-2])),
-        dtype=F64,
-        options=options,
-    )
-
-
-class TestProperties:
-    @given(call=st.sampled_from(LOSSES).flatmap(small_calls))
-    def test_not_negative(self, call):
-        assert call.value().min() >= -1e-13
-
-    @given(call=st.sampled_from(LOSSES).flatmap(small_calls), shift=st.floats(-50, 50))
-    def test_a_constant_added_to_all_logits_changes_nothing(self, call, shift):
-        """By the biases, of each model another one."""
-        p = call.problem
-        moved = replace(
-            p,
-            student_bias=(p.student_bias + shift).detach().requires_grad_(),
-            teacher_bias=p.teacher_bias - shift / 2,
-        )
-        upstream = torch.ones(p.leading_shape)
-        before, after = (
-            call.run("torch", upstream),
-            replace(call, problem=moved).run("torch", upstream),
-        )
-        # Logits of up to 50 + 10 spread are stored with 2^-53 of themselves.
-        for a, b in zip((before[0], *before[1]), (after[0], *after[1])):
-            scale = max(1.0, float(a.abs().max()))
-            assert (a - b).abs().max() <= 2.0**-53 * (200 / 0.5 + 100) * 40 * scale
-
-    @given(call=small_calls("decoupled_kd"))
-    def test_zero_where_the_models_are_equal(self, call):
-        p = call.problem
-        twin = replace(
-            p,
-            teacher_hidden=tuple(h.detach() for h in p.student_hidden),
-            teacher_weight=p.student_weight.detach(),
-            teacher_bias=p.student_bias.detach(),
-        )
-        value, gradients = replace(call, problem=twin).run("torch", torch.ones(p.leading_shape))
-        assert not value.any()
-        for gradient in gradients:
-            assert gradient.abs().max() <= 1e-13
-
-    @given(call=small_calls("topk_kd"))
-    def test_zero_where_the_students_own_probabilities_are_given(self, call):
-        p, ids = call.problem, call.more["ids"]
-        z = (p.student_hidden[0] @ p.student_weight.T + p.student_bias).detach()
-        log_q = (z / call.temperature).log_softmax(-1)
-        own = log_q.gather(-1, ids.clamp(min=0)).where(ids >= 0, -torch.inf)
-        value = replace(call, more={"ids": ids, "logprobs": own}).value()
-        # The tail of the given numbers is off by u over its size.
-        tail = (1 - own.exp().sum(-1)).clamp(min=2.0**-40)
-        assert (value <= 1e-12 + 2.0**-50 * 40 / tail).all()
-
-    @given(call=small_calls("topk_kd"), order=st.randoms(use_true_random=False))
-    def test_the_order_of_ids_does_not_matter(self, call, order):
-        columns = list(range(call.more["ids"].shape[-1]))
-        order.shuffle(columns)
-        moved = {n: t[..., columns] for n, t in call.more.items()}
-        a, b = call.value(), replace(call, more=moved).value()
-        assert (a - b).abs().max() <= 1e-13 * max(1.0, float(a.abs().max()))
-
-    @given(call=small_calls("decoupled_kd"))
-    def test_statistics_and_selected_tokens_agree(self, call):
-        p = call.problem
-        found = row_statistics(**statistics_arguments(p))
-        hidden, weight = p.student_hidden[0], p.student_weight
-        own = selected_logprobs(hidden, weight, p.labels, bias=p.student_bias)
-        assert torch.equal(found.label_logprob, own.detach())

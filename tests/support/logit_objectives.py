@@ -21,6 +21,9 @@ from fdd_kernels.testing.value_floors import gemm_rounding, summation_rounding
 from tests.support.oracles import jsd, kl
 
 F32, F64 = torch.float32, torch.float64
+NAMES = ["decoupled_kd", "topk_kd", "selected"]
+LOSSES = NAMES[:2]
+TEMPERATURES = [0.5, 1.0, 2.0, 8.0]
 MOVES = 8  # random movements of the logits from which a floor is taken
 ROUNDINGS = 12  # of the operations around a sum
 
@@ -344,3 +347,26 @@ def _assert_below(error: Tensor, floor: Tensor, name: str) -> None:
     assert ok.all(), (
         f"{name}: error {float(error[~ok].max()):.3e} is above {float(floor[~ok].min()):.3e}"
     )
+
+
+def upstream_of(call: Call) -> Tensor | None:
+    """Differing upstream gradients for results per position."""
+    if call.is_loss and call.options.get("reduction") != "none":
+        return None
+    shape = call.problem.leading_shape if call.is_loss else call.more["ids"].shape
+    return torch.linspace(-1, 2, math.prod(shape)).reshape(shape)
+
+
+def statistics_arguments(problem: Problem, **more) -> dict[str, Any]:
+    """The arguments of `row_statistics`."""
+    return {
+        "student_hidden": problem.student_hidden[0],
+        "student_weight": problem.student_weight,
+        "teacher_hidden": problem.teacher_hidden[0],
+        "teacher_weight": problem.teacher_weight,
+        "labels": problem.labels,
+        "student_bias": problem.student_bias,
+        "teacher_bias": problem.teacher_bias,
+        "mask": problem.mask,
+        **more,
+    }

@@ -111,12 +111,12 @@ def fused_topk_kd(
             device. Such a call on a GPU without it is undefined.
     """
     require_choice("tail", tail, TAILS)
-    require_divergence("divergence", divergence)
-    if parse_divergence(divergence).name not in _DIVERGENCES:
+    if isinstance(divergence, str) and divergence.partition(":")[0] not in _DIVERGENCES:
         raise ValueError(
-            f"divergence={divergence!r} is not offered for top-k probabilities: use kl, reverse_kl "
-            "or jsd[:beta]"
+            f"divergence={divergence!r} is not one of kl, reverse_kl, jsd[:beta], which top-k "
+            "probabilities offer"
         )
+    require_divergence("divergence", divergence)
     options = LogitOptions(
         temperature=temperature,
         scale_by_t2=scale_by_t2,
