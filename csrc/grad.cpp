@@ -158,12 +158,18 @@ void form_row(const Problem& problem, const Statistics& statistics, const Upstre
     const PairMoments& pair = problem.moments[i];
     const float* stat = statistics.moments + i * kMomentStats * total + at;
     const float* up = gradients.moments + i * kMomentStats * total + at;
-    const MomentGradient upstream{stat[kMeanS * total],
-                                  stat[kMeanT * total],
-                                  up[kMeanS * total] / std::max(stat[kCount * total], 1.f),
-                                  up[kMSS * total],
-                                  up[kMST * total],
-                                  up[kMDD * total]};
+    const float of_tokens = stat[kCount * total];
+    const MomentGradient upstream{
+        stat[kMeanS * total],
+        stat[kMeanT * total],
+        pair.weighted ? up[kMeanS * total] : up[kMeanS * total] / std::max(of_tokens, 1.f),
+        up[kMSS * total],
+        up[kMST * total],
+        up[kMDD * total],
+        pair.weighted,
+        of_tokens,
+        stat[kTopS * total],
+        stat[kTopT * total]};
     float* grad_first = pair.first ? grad_row((*pair.first)[kStudent]) : nullptr;
     kernels.moment_gradient(
         grad_row(pair.second[kStudent]), grad_first,

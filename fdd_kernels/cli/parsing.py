@@ -174,13 +174,16 @@ def in_flags(message: str, *classes: type) -> str:
 
     def assigned(match: re.Match) -> str:
         name, value = match["name"], match["quoted"] or match["value"]
+        if match["numbers"]:
+            value = ",".join(re.split(r",\s*", match["numbers"].rstrip(",")))
         if names[name] == "bool" and value in ("True", "False"):
             return flag(name) if value == "True" else flag("no_" + name)
         return f"{flag(name)} {value}"
 
     message = re.sub(rf"FDDConfig\((?P<inner>(?:{either})=[^()]*)\)", r"\g<inner>", message)
     message = re.sub(
-        rf"(?<![\w.\-])(?P<name>{either})=(?P<value>([\"'])(?P<quoted>[^\"']+)\3|\w*)",
+        rf"(?<![\w.\-])(?P<name>{either})=(?P<value>([\"'])(?P<quoted>[^\"']+)\3"
+        r"|\((?P<numbers>[\d., e+-]+)\)|\w*)",
         assigned,
         message,
     )

@@ -220,15 +220,15 @@ def _tv_value(log_q: Tensor, log_p: Tensor) -> Tensor:
 
 
 def _tv_grad(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """Compute q sign(q - p) / 2; 0 at a tie."""
+    """Compute q sign(q - p) / 2; 0 at a tie, and NaN stays NaN."""
     q = log_q.exp()
-    return q * torch.sign(_where_weighted(q, log_q - log_p)) / 2
+    x = _where_weighted(q, log_q - log_p)
+    return q * torch.where(torch.isnan(x), x, torch.sign(x)) / 2
 
 
 def _power_difference(log_q: Tensor, log_p: Tensor, power: float) -> Tensor:
     """Compute (q^power - p^power) / power, which is log q - log p at power 0; 0 where q = p = 0."""
-    x = log_q - log_p
-    x = torch.where(torch.isnan(x), 0.0, x)  # of two tokens of probability 0
+    x = torch.where(log_q == log_p, 0.0, log_q - log_p)  # also where both are -inf
     if power == 0:
         return x
     larger = torch.maximum(log_q, log_p)
@@ -279,7 +279,7 @@ def _no_power(alpha: float, beta: float) -> str | None:
     return "alpha and beta are both 0: one of them must be above 0" if alpha + beta == 0 else None
 
 
-_ALMOST_ONE = math.nextafter(1.0, 0.0)
+ALMOST_ONE = math.nextafter(1.0, 0.0)
 
 DIVERGENCES: dict[str, Divergence] = {
     "kl": Divergence(_kl_value, _kl_grad),
@@ -293,13 +293,13 @@ DIVERGENCES: dict[str, Divergence] = {
     "skew_kl": Divergence(
         _skew_kl_value,
         _skew_kl_grad,
-        (Parameter("alpha", 0.1, 0.0, _ALMOST_ONE),),
+        (Parameter("alpha", 0.1, 0.0, ALMOST_ONE),),
         {(0.0,): "kl"},
     ),
     "skew_reverse_kl": Divergence(
         _skew_reverse_kl_value,
         _skew_reverse_kl_grad,
-        (Parameter("alpha", 0.1, 0.0, _ALMOST_ONE),),
+        (Parameter("alpha", 0.1, 0.0, ALMOST_ONE),),
         {(0.0,): "reverse_kl"},
     ),
     "tv": Divergence(_tv_value, _tv_grad),

@@ -15,6 +15,7 @@ from fdd_kernels.backends.torch_stream.problem import (
 from fdd_kernels.lens.divergences import DIVERGENCES
 from fdd_kernels.lens.inputs import LensInputs
 from fdd_kernels.lens.layout import (
+    CERTAIN,
     COUNT,
     GRAD_SUM,
     LSE_S,
@@ -188,7 +189,7 @@ def _vector_gradient(
     if pair.weighted:
         z = at_temperature(u_t[pair.second.teacher], pair.temperature)
         weight = (z - stat[COUNT]).exp()
-        s, t = (torch.where(weight > 0.5, stat[k], x) for k, x in ((TOP_S, s), (TOP_T, t)))
+        s, t = (torch.where(weight > CERTAIN, stat[k], x) for k, x in ((TOP_S, s), (TOP_T, t)))
     else:
         of_mean = of_mean / stat[COUNT].clamp(min=1)
     grad_vector = (2 * upstream[M_SS]) * s + upstream[M_ST] * t + of_mean

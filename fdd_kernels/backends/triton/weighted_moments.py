@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 
 from fdd_kernels.backends.triton.elementwise import finite_or_zero, moment_gradient
+from fdd_kernels.lens import layout
 
-# A token with a larger weight is the likeliest of its row, whatever the rounding of the weights.
-CERTAIN = tl.constexpr(0.625)
+CERTAIN = tl.constexpr(layout.CERTAIN)
 
 
 @triton.jit

@@ -1,0 +1,16 @@
+"""Options of the loss that several tests go through."""
+
+from __future__ import annotations
+
+from fdd_kernels.lens.distances import DISTANCES
+from fdd_kernels.lens.divergences import DIVERGENCES
+
+# Every divergence, at its defaults and at other parameters: near an end, at a pole that is not one.
+DIVERGENCE_TEXTS = [
+    *DIVERGENCES,
+    *["jsd:0.1", "jsd:0.9", "jsd:1e-3", "skew_kl:0.5", "skew_kl:0.99", "skew_reverse_kl:0.5"],
+    *["alpha_beta:1,1", "alpha_beta:0,1.5", "alpha_beta:0.5,0", "alpha_beta:1e-9,0.5"],
+    *["alpha_beta:0.5,1e-9", "alpha_beta:0.3,0.3", "alpha_beta:2,0.5"],
+]
+
+FEATURE_DERIVATIVES = [name for name, distance in DISTANCES.items() if not distance.weighted]
