@@ -26,9 +26,11 @@ struct RowView {
 
 // Running softmax of a row: the largest logits, which the sums are relative to, and sums of
 // e_s = e^z_s and e_t. With e the exponentials of the model under whose distribution the divergence
-// is an expectation, e' the other's, and x = z' - z:
+// is an expectation, e' the other's, and x = z' - z. With a mixture in the teacher's place e_t is
+// the mixture's, relative to `max_mix`.
 struct SoftmaxState {
   float max_s, max_t;
+  double max_mix;
   double total_s, total_t;
   double weighted;    // sum of -e x
   double excess;      // sum of e (e^x - 1 - x)
@@ -70,10 +72,11 @@ struct RowKernels {
   void (*transform)(float* x, int64_t n, const float* bias, float scale, float softcap);
   // Largest finite element, 0 if there is none.
   float (*largest)(const float* logits, int64_t n);
-  // Adds a tile to the running softmax. Teacher null: the student alone. The last three sums are
-  // those of the expectation.
-  void (*softmax)(const float* student, const float* teacher, float inv_temperature, int64_t n,
-                  Expectation of, SoftmaxState* state);
+  // Adds a tile to the running softmax. Teacher null: the student alone. Below 1, `teacher_mix` is
+  // the teacher's share in the mixture that takes its place. The last three sums are those of the
+  // expectation.
+  void (*softmax)(const float* student, const float* teacher, float teacher_mix,
+                  float inv_temperature, int64_t n, Expectation of, SoftmaxState* state);
   // `excluded` (n) is -inf at tokens to leave out, 0 elsewhere; null: none.
   void (*moments)(VectorView s, VectorView t, const float* excluded, int64_t n,
                   MomentState* state);
@@ -81,11 +84,11 @@ struct RowKernels {
   void (*weighted_moments)(VectorView s, VectorView t, const float* excluded, float inv_temperature,
                            int64_t n, MomentState* state);
   // Adds the sums of the divergence's value and grad, with both log-sum-exps known.
-  void (*divergence)(RowView student, RowView teacher, float inv_temperature, int64_t n,
-                     Divergence divergence, const float* constants, double* value,
-                     double* grad_sum);
+  void (*divergence)(RowView student, RowView teacher, float teacher_mix, float inv_temperature,
+                     int64_t n, Divergence divergence, const float* constants,
+                     double* value, double* grad_sum);
   // grad += dL/du of one request.
-  void (*request_gradient)(float* grad, RowView student, const RowView* teacher,
+  void (*request_gradient)(float* grad, RowView student, const RowView* teacher, float teacher_mix,
                            float inv_temperature, int64_t n, Divergence divergence,
                            const float* constants, RequestGradient upstream);
   // grad_second += dL/du, grad_first -= dL/du of one pair of vectors; grad_first may be null.

@@ -14,6 +14,20 @@ inline Vec z_of(RowView row, float inv_temperature, int64_t j) {
   return (load(row.logits + j) - row.shift) * inv_temperature;
 }
 
+// Logits of the mixture from both models' shifted logits; -inf where either is.
+inline Vec mixed(Vec student, Vec teacher, float teacher_mix) {
+  return select(teacher == -kInfinity, teacher,
+                (1.f - teacher_mix) * student + teacher_mix * teacher);
+}
+
+// log p: of the teacher, or of the mixture in its place.
+inline Vec log_p_of(RowView student, RowView teacher, float teacher_mix, float inv_temperature,
+                    int64_t j) {
+  Vec u = load(teacher.logits + j) - teacher.shift;
+  if (teacher_mix < 1) u = mixed(load(student.logits + j) - student.shift, u, teacher_mix);
+  return u * inv_temperature - teacher.log_sum_exp;
+}
+
 // s or t of the tokens from j, before the temperature; load_at loads one or several.
 template <class Load>
 inline auto vector_of(VectorView v, int64_t j, Load load_at) {
@@ -43,8 +57,8 @@ float largest(const float* u, int64_t n) {
   return found == -kInfinity ? 0.f : found;
 }
 
-void softmax(const float* student, const float* teacher, float inv_temperature, int64_t n,
-             Expectation of, SoftmaxState* state) {
+void softmax(const float* student, const float* teacher, float teacher_mix, float inv_temperature,
+             int64_t n, Expectation of, SoftmaxState* state) {
   Vec best_s = splat(-kInfinity), best_t = best_s;
   for_each_vector(n, [&](int64_t j, Mask used) {
     best_s = select(used, max(best_s, load(student + j)), best_s);
@@ -56,6 +70,25 @@ void softmax(const float* student, const float* teacher, float inv_temperature, 
   const float max_s = larger(state->max_s, largest_lane(best_s)),
               max_t = larger(state->max_t, largest_lane(best_t));
   const float shift_s = larger(max_s, lowest), shift_t = larger(max_t, lowest);
+  const auto shifted_t = [&](int64_t j) {
+    const Vec u = load(teacher + j) - shift_t;
+    return teacher_mix < 1 ? mixed(load(student + j) - shift_s, u, teacher_mix) : u;
+  };
+  // The mixture's largest logit may be far below both shifts: it has a shift of its own, relative
+  // to the mixed shifts.
+  float shift_mix = 0;
+  double before_t = state->max_t, now_t = shift_t;
+  if (teacher && teacher_mix < 1) {
+    Vec best = splat(-kInfinity);
+    for_each_vector(n, [&](int64_t j, Mask used) {
+      best = select(used, max(best, shifted_t(j)), best);
+    });
+    const double mixed_shift = (1 - double(teacher_mix)) * shift_s + double(teacher_mix) * shift_t;
+    before_t = state->max_mix;
+    shift_mix = larger(larger(float(before_t - mixed_shift), largest_lane(best)), lowest);
+    now_t = mixed_shift + shift_mix;
+    if (shift_mix > lowest) state->max_mix = now_t;
+  }
   Vec total_s{}, total_t{}, weighted{}, excess{}, difference{};
   const auto expect = [&](Vec e, Vec other, Vec x) {
     const Mask near = abs(x) < kNear;
@@ -69,7 +102,7 @@ void softmax(const float* student, const float* teacher, float inv_temperature, 
     const Vec e_s = select(used, exp(z_s), Vec{});
     total_s += e_s;
     if (!teacher) return;
-    const Vec z_t = (load(teacher + j) - shift_t) * inv_temperature;
+    const Vec z_t = (shifted_t(j) - shift_mix) * inv_temperature;
     const Vec e_t = select(used, exp(z_t), Vec{});
     total_t += e_t;
     if (of == Expectation::kTeacher) expect(e_t, e_s, z_s - z_t);
@@ -78,7 +111,7 @@ void softmax(const float* student, const float* teacher, float inv_temperature, 
   // Restate the sums so far about the new shifts: every e changes by one factor, every x by
   // `moved`.
   const double off_s = (double(state->max_s) - shift_s) * inv_temperature,
-               off_t = (double(state->max_t) - shift_t) * inv_temperature;
+               off_t = (before_t - now_t) * inv_temperature;
   const double scale_s = __builtin_exp(off_s), scale_t = __builtin_exp(off_t);
   const bool of_student = of == Expectation::kStudent;
   const double scale = of_student ? scale_s : scale_t, other_scale = of_student ? scale_t : scale_s;
@@ -237,12 +270,13 @@ void weighted_moments(VectorView s, VectorView t, const float* excluded, float i
   if (rises) set_largest(state, t.second[top], inv_temperature);
 }
 
-void divergence(RowView student, RowView teacher, float inv_temperature, int64_t n,
-                Divergence divergence, const float* constants, double* value, double* grad_sum) {
+void divergence(RowView student, RowView teacher, float teacher_mix, float inv_temperature,
+                int64_t n, Divergence divergence, const float* constants, double* value,
+                double* grad_sum) {
   Vec values{}, grads{};
   for_each_vector(n, [&](int64_t j, Mask used) {
     const Vec log_q = z_of(student, inv_temperature, j) - student.log_sum_exp;
-    const Vec log_p = z_of(teacher, inv_temperature, j) - teacher.log_sum_exp;
+    const Vec log_p = log_p_of(student, teacher, teacher_mix, inv_temperature, j);
     values += select(used, divergence_value(divergence, log_q, log_p, constants), Vec{});
     grads += select(used, divergence_grad(divergence, log_q, log_p, constants), Vec{});
   });
@@ -250,8 +284,8 @@ void divergence(RowView student, RowView teacher, float inv_temperature, int64_t
   *grad_sum += sum(grads);
 }
 
-void request_gradient(float* grad, RowView student, const RowView* teacher, float inv_temperature,
-                      int64_t n, Divergence divergence, const float* constants,
+void request_gradient(float* grad, RowView student, const RowView* teacher, float teacher_mix,
+                      float inv_temperature, int64_t n, Divergence divergence, const float* constants,
                       RequestGradient upstream) {
   // dL/dz = value * (grad(log q, log p) - q * sum of grad) + log_sum_exp * q. Without a teacher
   // `grad` is the label's, which the caller adds, and its sum is -1.
@@ -260,7 +294,7 @@ void request_gradient(float* grad, RowView student, const RowView* teacher, floa
     const Vec log_q = z_of(student, inv_temperature, j) - student.log_sum_exp;
     Vec grad_z = of_q * exp(log_q);
     if (teacher && divergence != Divergence::kNone) {
-      const Vec log_p = z_of(*teacher, inv_temperature, j) - teacher->log_sum_exp;
+      const Vec log_p = log_p_of(student, *teacher, teacher_mix, inv_temperature, j);
       grad_z += upstream.value * divergence_grad(divergence, log_q, log_p, constants);
     }
     store(grad + j, load(grad + j) + grad_z * inv_temperature);

@@ -33,7 +33,7 @@ struct State {
   explicit State(const Problem& problem) {
     const float lowest = -std::numeric_limits<float>::infinity();
     const size_t requests = problem.requests.size() * problem.rows.size();
-    softmax.assign(requests, SoftmaxState{lowest, lowest, 0, 0, 0, 0, 0});
+    softmax.assign(requests, SoftmaxState{lowest, lowest, lowest, 0, 0, 0, 0, 0});
     MomentState no_tokens{};
     no_tokens.largest = lowest;
     moments.assign(problem.moments.size() * problem.rows.size(), no_tokens);
@@ -105,8 +105,8 @@ class Rows {
         const size_t at = i * problem_.rows.size() + row;
         const float* student = logits.student(request.layers[kStudent], local);
         const float* teacher = is_nll ? nullptr : logits.teacher(request.layers[kTeacher], local);
-        kernels.softmax(student, teacher, request.inv_temperature, count, request.expectation,
-                        &state_.softmax[at]);
+        kernels.softmax(student, teacher, request.teacher_mix, request.inv_temperature, count,
+                        request.expectation, &state_.softmax[at]);
         if (!is_nll) continue;
         const int64_t label = problem_.labels[row] - column;
         if (label >= 0 && label < count) state_.label_logit[at] = student[label];
@@ -142,8 +142,9 @@ class Rows {
             const RowView teacher{logits.teacher(teacher_layer, local),
                                   *shift(kTeacher, teacher_layer, row), *stat(i, kLseT, row)};
             const size_t at = i * problem_.rows.size() + row;
-            kernels.divergence(student, teacher, request.inv_temperature, count, request.divergence,
-                               request.constants.data(), &state_.value[at], &state_.grad_sum[at]);
+            kernels.divergence(student, teacher, request.teacher_mix, request.inv_temperature,
+                               count, request.divergence, request.constants.data(),
+                               &state_.value[at], &state_.grad_sum[at]);
           }
         });
   }
@@ -164,7 +165,13 @@ class Rows {
           continue;
         }
         set_shift(kTeacher, teacher_layer, row, softmax.max_t);
-        *stat(i, kLseT, row) = float(std::log(softmax.total_t));
+        double lse_t = std::log(softmax.total_t);
+        if (const double mix = request.teacher_mix; mix < 1) {
+          const double shift_mix = (1 - mix) * *shift(kStudent, student_layer, row) +
+                                   mix * *shift(kTeacher, teacher_layer, row);
+          lse_t += (softmax.max_mix - shift_mix) * request.inv_temperature;
+        }
+        *stat(i, kLseT, row) = float(lse_t);
         if (request.expectation == Expectation::kTeacher) {
           *stat(i, kValue, row) = float(kl_of(softmax, softmax.total_t, softmax.total_s));
           *stat(i, kGradSum, row) = -1.f;

@@ -15,8 +15,9 @@ Of weighted moments the sums have the normalised weights w = e^(z_t - COUNT), an
     COUNT          the log of the sum of e^z_t of the tokens that are not left out (-inf without
                    one), z_t relative to the shift of the pair's second layer
     TOP_S, TOP_T   s and t of the likeliest token, minus the means
-TOP stands for s - MEAN_S of a token with w > CERTAIN: where one token has nearly all the weight this
-is a small number, of which the rounding of the mean would leave nothing. Without weights both are 0.
+TOP stands for s - MEAN_S of a token with w > CERTAIN: where one token has nearly all the weight
+this is a small number, of which the rounding of the mean would leave nothing. Without weights both
+are 0.
 CERTAIN is above 1/2, so that rounding never makes it true of two tokens with half the weight each.
 """
 

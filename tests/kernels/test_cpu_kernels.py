@@ -541,6 +541,7 @@ def pairing_spec(teacher_of: list[int]) -> LensSpec:
     for i, kind in enumerate(kinds):
         named = (None, ()) if kind is None else parse_divergence(kind)
         requests.append(Request(*layers[i % len(layers)], 2.0, *named))
+    requests.append(Request(*layers[0], 2.0, "kl", teacher_mix=0.3))
     requests.append(Request(*layers[-1], 1.0, NLL))
     # every layer has a request: the shifts of the others may be any number
     requests += [Request(layer, layer, 1.0, None) for layer in range(len(layers))]
