@@ -87,6 +87,13 @@ def _add_demo(commands) -> None:
         help="train the teacher again (over an hour; minutes with --quick)",
     )
     demo.add_argument("--seeds", type=int, default=None, metavar="N", help="number of seeds")
+    demo.add_argument(
+        "--objective",
+        action="append",
+        metavar="NAME",
+        help="train only a student of this objective; may repeat; beside the default five there "
+        'are "KD + weighted derivative" and "full FDD, weighted"',
+    )
     demo.set_defaults(run=run_demo)
 
 
@@ -155,7 +162,7 @@ def _add_doctor(commands) -> None:
 
 
 def run_demo(arguments: argparse.Namespace) -> None:
-    """Train students of one size and budget under five objectives and compare them."""
+    """Train students of one size and budget under several objectives and compare them."""
     with _needs("transformers", "tokenizers", "rich", "matplotlib"):
         from fdd_kernels.demo.run import run_demo as run
     try:
@@ -165,6 +172,7 @@ def run_demo(arguments: argparse.Namespace) -> None:
             arguments.retrain_teacher,
             arguments.seeds,
             arguments.teacher,
+            arguments.objective,
         )
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error

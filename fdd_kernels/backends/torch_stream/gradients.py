@@ -15,6 +15,7 @@ from fdd_kernels.backends.torch_stream.problem import (
 from fdd_kernels.lens.divergences import DIVERGENCES
 from fdd_kernels.lens.inputs import LensInputs
 from fdd_kernels.lens.layout import (
+    CERTAIN,
     COUNT,
     GRAD_SUM,
     LSE_S,
@@ -204,7 +205,7 @@ def _vector_gradient(
     if pair.weighted:
         weight = at_temperature(u_t[pair.second.teacher], pair.temperature) - stat[COUNT]
         weight.exp_()
-        s, t = (torch.where(weight > 0.5, stat[k], x) for k, x in ((TOP_S, s), (TOP_T, t)))
+        s, t = (torch.where(weight > CERTAIN, stat[k], x) for k, x in ((TOP_S, s), (TOP_T, t)))
     else:
         of_mean = of_mean / stat[COUNT].clamp(min=1)
     grad_vector = ((2 * upstream[M_SS]) * s).add_(upstream[M_ST] * t).add_(of_mean)
