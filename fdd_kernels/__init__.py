@@ -14,15 +14,24 @@ if TYPE_CHECKING:
     from fdd_kernels.hf.distiller import Distiller
     from fdd_kernels.objectives.fdd.api import FusedFDDLoss, fdd_loss_reference, fused_fdd_loss
     from fdd_kernels.objectives.fdd.options import FDDConfig, FDDLossTerms
+    from fdd_kernels.objectives.logits.decoupled import fused_decoupled_kd
+    from fdd_kernels.objectives.logits.selected import selected_logprobs
+    from fdd_kernels.objectives.logits.statistics import RowStatistics, row_statistics
+    from fdd_kernels.objectives.logits.top_k import fused_topk_kd
 
 __all__ = [
     "Distiller",
     "FDDConfig",
     "FDDLossTerms",
     "FusedFDDLoss",
+    "RowStatistics",
     "__version__",
     "fdd_loss_reference",
+    "fused_decoupled_kd",
     "fused_fdd_loss",
+    "fused_topk_kd",
+    "row_statistics",
+    "selected_logprobs",
 ]
 
 _moved.install()
@@ -34,6 +43,11 @@ _HOMES = {
     "fused_fdd_loss": "objectives.fdd.api",
     "FDDConfig": "objectives.fdd.options",
     "FDDLossTerms": "objectives.fdd.options",
+    "RowStatistics": "objectives.logits.statistics",
+    "fused_decoupled_kd": "objectives.logits.decoupled",
+    "fused_topk_kd": "objectives.logits.top_k",
+    "row_statistics": "objectives.logits.statistics",
+    "selected_logprobs": "objectives.logits.selected",
     "Distiller": "hf.distiller",
 }
 

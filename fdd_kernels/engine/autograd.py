@@ -46,9 +46,9 @@ def flatten(inputs: LensInputs) -> tuple[Tensor | None, ...]:
 
 
 def unflatten(layers: int, tensors: tuple[Tensor | None, ...]) -> LensInputs:
-    """Invert `flatten` for `layers` hidden states per model."""
+    """Invert `flatten` for `layers` hidden states of the student; the teacher may have none."""
     student, (weight, bias, *rest) = list(tensors[:layers]), tensors[layers:]
-    return LensInputs(student, weight, bias, rest[:layers], *rest[layers:])
+    return LensInputs(student, weight, bias, rest[:-4], *rest[-4:])
 
 
 def save(ctx, *tensors: Tensor | None) -> None:

@@ -81,8 +81,8 @@ def check_token_weights(weights: Tensor) -> None:
             )
 
 
-def check_labels(labels: Tensor, ignore_index: int, columns: int) -> None:
-    """Refuse labels that are neither `ignore_index` nor a token below `columns`.
+def check_labels(labels: Tensor, ignore_index: int, columns: int, name: str = "labels") -> None:
+    """Refuse tokens, called `name`, that are neither `ignore_index` nor below `columns`.
 
     Raises:
         ValueError: on a CPU in eager mode; on other devices and in compiled code an assertion fails
@@ -90,10 +90,10 @@ def check_labels(labels: Tensor, ignore_index: int, columns: int) -> None:
     """
     legal = (labels == ignore_index) | ((labels >= 0) & (labels < columns))
     if labels.device.type != "cpu" or torch.compiler.is_compiling():
-        torch._assert_async(legal.all(), f"labels outside [0, {columns}) that are not ignore_index")
+        torch._assert_async(legal.all(), f"{name} outside [0, {columns}) that are not ignore_index")
     elif not legal.all():
         raise ValueError(
-            f"labels contains {int(labels[~legal][0])}, which is neither "
+            f"{name} contains {int(labels[~legal][0])}, which is neither "
             f"ignore_index={ignore_index} nor a token in [0, {columns}): mark the position with "
             "ignore_index or correct the token"
         )

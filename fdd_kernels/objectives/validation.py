@@ -32,32 +32,45 @@ def check_tensors(inputs: LossInputs) -> LossInputs:
             f"student_hidden has {len(student)} layers and teacher_hidden {len(teacher)}: layers "
             "are paired by rank, pass as many of each"
         )
-    if tuple(teacher[0].shape[:-1]) != inputs.leading_shape:
-        raise ValueError(
-            f"teacher_hidden has leading shape {tuple(teacher[0].shape[:-1])}, student_hidden "
-            f"{inputs.leading_shape}: both models must have seen the same tokens"
-        )
     if inputs.student_weight is None:
         raise TypeError(
             "student_weight is None: pass the student's LM head (V, width), or a projection to the "
             "teacher's width"
         )
-    _check_head("student", student, inputs.student_weight, inputs.student_bias)
-    _check_head("teacher", teacher, inputs.teacher_weight, inputs.teacher_bias)
+    check_heads(inputs, "student_", "student_hidden[0]")
+    return inputs
+
+
+def check_heads(inputs: LossInputs, prefix: str, first: str) -> None:
+    """Check the heads against hidden states that have been checked, and where all tensors are.
+
+    The student's tensors are named with `prefix`, and its first hidden state `first`.
+
+    Raises:
+        TypeError, ValueError: as `check_tensors`.
+    """
+    student, teacher = inputs.student_hidden, inputs.teacher_hidden
+    if teacher and tuple(teacher[0].shape[:-1]) != inputs.leading_shape:
+        raise ValueError(
+            f"teacher_hidden has leading shape {tuple(teacher[0].shape[:-1])}, student_hidden "
+            f"{inputs.leading_shape}: both models must have seen the same tokens"
+        )
+    _check_head(prefix, student, inputs.student_weight, inputs.student_bias)
+    if teacher:
+        _check_head("teacher_", teacher, inputs.teacher_weight, inputs.teacher_bias)
     named, device = inputs.named_floats(), inputs.device
     for name, tensor in named.items():
         if tensor is not None and tensor.device != device:
             raise ValueError(
-                f"{name} is on {tensor.device} and student_hidden[0] on {device}: move one of them"
+                f"{name} is on {tensor.device} and {first} on {device}: move one of them"
             )
     if device.type == "meta" and not torch.compiler.is_compiling() and not is_recording():
         raise ValueError(
-            f"student_hidden[0] is a {describe(student[0])}, which holds no numbers: make the "
+            f"{first} is a {describe(student[0])}, which holds no numbers: make the "
             "models on a device and load their values, or trace the loss under "
             "torch._subclasses.FakeTensorMode"
         )
     _check_teacher_is_constant(named)
-    return inputs
 
 
 def check_tokens(inputs: LossInputs) -> None:
@@ -81,8 +94,10 @@ def check_row_weights(
     check_token_weights(weights)
 
 
-def check_transforms(inputs: LossInputs, backend: str) -> None:
+def check_transforms(inputs: LossInputs, backend: str, **more: Tensor) -> None:
     """Refuse torch.func's transforms and forward-mode AD, which only the reference supports.
+
+    `more` are further tensors of the call, by name.
 
     Raises:
         RuntimeError: names the tensor, the transform and the remedy.
@@ -93,6 +108,7 @@ def check_transforms(inputs: LossInputs, backend: str) -> None:
         "labels": inputs.labels,
         "mask": inputs.mask,
         "token_weights": inputs.token_weights,
+        **more,
     }
     for name, tensor in (inputs.named_floats() | others).items():
         wrapped = tensor is not None and torch._C._functorch.is_functorch_wrapped_tensor(tensor)
@@ -114,12 +130,21 @@ def check_transforms(inputs: LossInputs, backend: str) -> None:
 def compared_tokens(inputs: LossInputs, vocab_size: int | None) -> int:
     """Return how many tokens of the vocabulary are compared; features in feature space.
 
+    Without a teacher's hidden states the student's vocabulary is all there is.
+
     Raises:
         ValueError: heads of different vocabularies, or a `vocab_size` that does not fit them.
     """
     student_weight, teacher_weight = inputs.student_weight, inputs.teacher_weight
-    teacher_width = inputs.teacher_hidden[0].shape[-1]
     student_rows = student_weight.shape[0]
+    if not inputs.teacher_hidden:
+        if vocab_size is not None and vocab_size > student_rows:
+            raise ValueError(
+                f"vocab_size={vocab_size} is larger than the vocabulary, which has {student_rows} "
+                "tokens"
+            )
+        return student_rows if vocab_size is None else vocab_size
+    teacher_width = inputs.teacher_hidden[0].shape[-1]
     if teacher_weight is None:
         if vocab_size is not None:
             raise ValueError(
@@ -189,7 +214,7 @@ def _as_states(name: str, states) -> tuple[Tensor, ...]:
     if not len(states):
         raise ValueError(f"{name} is empty: pass at least the final hidden state")
     for index, state in enumerate(states):
-        _require_float(f"{name}[{index}]", state)
+        require_float(f"{name}[{index}]", state)
         if state.ndim < 1 or state.shape != states[0].shape:
             raise ValueError(
                 f"{name}[{index}] has shape {tuple(state.shape)}, {name}[0] has "
@@ -200,7 +225,7 @@ def _as_states(name: str, states) -> tuple[Tensor, ...]:
     return tuple(states)
 
 
-def _require_float(name: str, tensor) -> None:
+def require_float(name: str, tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype not in FLOAT_DTYPES:
@@ -210,10 +235,10 @@ def _require_float(name: str, tensor) -> None:
         )
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} has layout {tensor.layout}: pass a dense tensor (.to_dense())")
-    _require_plain(name, tensor)
+    require_plain(name, tensor)
 
 
-def _require_plain(name: str, tensor: Tensor) -> None:
+def require_plain(name: str, tensor: Tensor) -> None:
     """Refuse a DTensor, which stands for the tensors of several processes."""
     if torch.compiler.is_compiling():
         return
@@ -226,26 +251,27 @@ def _require_plain(name: str, tensor: Tensor) -> None:
 
 
 def _check_head(
-    side: str, states: tuple[Tensor, ...], weight: Tensor | None, bias: Tensor | None
+    prefix: str, states: tuple[Tensor, ...], weight: Tensor | None, bias: Tensor | None
 ) -> None:
     width = states[0].shape[-1]
     if weight is not None:
-        _require_float(f"{side}_weight", weight)
+        require_float(f"{prefix}weight", weight)
         if weight.ndim != 2 or weight.shape[1] != width or weight.shape[0] == 0:
             raise ValueError(
-                f"{side}_weight has shape {tuple(weight.shape)}, but {side}_hidden has width "
+                f"{prefix}weight has shape {tuple(weight.shape)}, but {prefix}hidden has width "
                 f"{width}: it must be (vocabulary, {width}) as in torch.nn.Linear"
             )
     if bias is not None:
-        _require_float(f"{side}_bias", bias)
+        require_float(f"{prefix}bias", bias)
         if weight is None:
             raise ValueError(
-                f"{side}_bias was given without {side}_weight: add it to the hidden states instead"
+                f"{prefix}bias was given without {prefix}weight: add it to the hidden states "
+                "instead"
             )
         if bias.shape != weight.shape[:1]:
             raise ValueError(
-                f"{side}_bias has shape {tuple(bias.shape)}, {side}_weight {tuple(weight.shape)}: "
-                f"it must be ({weight.shape[0]},)"
+                f"{prefix}bias has shape {tuple(bias.shape)}, {prefix}weight "
+                f"{tuple(weight.shape)}: it must be ({weight.shape[0]},)"
             )
 
 
@@ -264,7 +290,7 @@ def _check_tokens(
             f"{name} has shape {tuple(tensor.shape)}, but the hidden states have {leading_shape} "
             "before their width: one entry per hidden state"
         )
-    _require_plain(name, tensor)
+    require_plain(name, tensor)
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device} and student_hidden on {device}: move it")
 

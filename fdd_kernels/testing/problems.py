@@ -25,11 +25,11 @@ class Problem(LossInputs):
         def apply(value):
             if isinstance(value, tuple):
                 return tuple([apply(v) for v in value])
-            if value is None or not value.is_floating_point():
+            if not isinstance(value, Tensor) or not value.is_floating_point():
                 return value
             return function(value.detach()).detach().requires_grad_(value.requires_grad)
 
-        return Problem(**{f.name: apply(getattr(self, f.name)) for f in fields(self)})
+        return replace(self, **{f.name: apply(getattr(self, f.name)) for f in fields(self)})
 
     def to(self, dtype: torch.dtype) -> Problem:
         """Convert every tensor of floats."""

@@ -11,11 +11,12 @@ from torch import Tensor
 from fdd_kernels.lens.distances import DISTANCES, Sums
 from fdd_kernels.lens.divergence_text import NamedDivergence, parse_divergence
 from fdd_kernels.lens.divergences import DIVERGENCES
+from fdd_kernels.objectives.dense import dense_logits
 from fdd_kernels.objectives.fdd.loss import prepare
 from fdd_kernels.objectives.fdd.objective import reduce_terms
 from fdd_kernels.objectives.fdd.options import FDDLossTerms, LossOptions
 from fdd_kernels.objectives.fdd.plan import Plan
-from fdd_kernels.objectives.fdd.reference import dense_logits, distance_of, mixed_target
+from fdd_kernels.objectives.fdd.reference import distance_of, mixed_target
 from fdd_kernels.objectives.fdd.terms import RowTerms, weigh_layers
 from fdd_kernels.objectives.reduction import loss_denominator
 from fdd_kernels.testing.problems import Problem

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from fdd_kernels.objectives.option_checks import (
+    REDUCTIONS,
+    require_choice,
+    require_divergence,
+    require_int,
+    require_number,
+)
 
 if TYPE_CHECKING:  # without torch the command line can show its options
     from torch import Tensor
 
-REDUCTIONS = ("mean", "sum", "none")
 LAYER_GRIDS = ("floor", "linspace")
 
 
@@ -26,45 +32,6 @@ class FDDLossTerms(NamedTuple):
     trajectory: Tensor
     derivative: Tensor
     ce: Tensor
-
-
-def _require_choice(name: str, value: Any, choices: tuple) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
-
-
-def _require_number(
-    name: str, value: Any, *, positive: bool = False, optional: bool = False
-) -> None:
-    if value is None and optional:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}: pass a Python float")
-    if not (0 <= value < math.inf) or (positive and value == 0):
-        raise ValueError(
-            f"{name}={value} must be finite and {'greater than 0' if positive else 'at least 0'}"
-        )
-
-
-def _require_divergence(name: str, value: Any, others: tuple[str, ...] = ()) -> None:
-    from fdd_kernels.lens.divergence_text import parse_divergence
-    from fdd_kernels.lens.divergences import DIVERGENCES
-
-    if not isinstance(value, str):
-        raise TypeError(f'{name} must be a string such as "kl", got {type(value).__name__}')
-    try:
-        parse_divergence(value)
-    except ValueError as error:
-        is_unknown = value.partition(":")[0] not in DIVERGENCES
-        also = f" or {', '.join(others)}" if others and is_unknown else ""
-        raise ValueError(f"{name}={error}{also}") from None
-
-
-def _require_int(name: str, value: Any, *, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < minimum:
-        raise ValueError(f"{name}={value} must be at least {minimum}")
 
 
 @dataclass(frozen=True)
@@ -120,10 +87,10 @@ class LossOptions:
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta", "output_kd_weight", "ce_weight"):
-            _require_number(name, getattr(self, name))
+            require_number(name, getattr(self, name))
         for name in ("temperature", "output_temperature"):
-            _require_number(name, getattr(self, name), positive=True)
-        _require_number(
+            require_number(name, getattr(self, name), positive=True)
+        require_number(
             "derivative_temperature", self.derivative_temperature, positive=True, optional=True
         )
         for name in (
@@ -132,21 +99,21 @@ class LossOptions:
             "student_logit_scale",
             "teacher_logit_scale",
         ):
-            _require_number(name, getattr(self, name), positive=True, optional="softcap" in name)
+            require_number(name, getattr(self, name), positive=True, optional="softcap" in name)
         from fdd_kernels.backends import backend_names
         from fdd_kernels.lens.divergences import DERIVATIVES, FEATURE_DISTANCES
 
-        _require_int("ignore_index", self.ignore_index, minimum=-(2**63))
+        require_int("ignore_index", self.ignore_index, minimum=-(2**63))
         if self.vocab_size is not None:
-            _require_int("vocab_size", self.vocab_size, minimum=1)
+            require_int("vocab_size", self.vocab_size, minimum=1)
         if self.trajectory not in FEATURE_DISTANCES:
-            _require_divergence("trajectory", self.trajectory, FEATURE_DISTANCES)
-        _require_divergence("output_divergence", self.output_divergence)
-        _require_choice("derivative", self.derivative, (*DERIVATIVES, None))
+            require_divergence("trajectory", self.trajectory, FEATURE_DISTANCES)
+        require_divergence("output_divergence", self.output_divergence)
+        require_choice("derivative", self.derivative, (*DERIVATIVES, None))
         self._check_layer_weights()
         self._check_teacher_mix()
-        _require_choice("reduction", self.reduction, REDUCTIONS)
-        _require_choice("backend", self.backend, backend_names())
+        require_choice("reduction", self.reduction, REDUCTIONS)
+        require_choice("backend", self.backend, backend_names())
 
     def _check_layer_weights(self) -> None:
         if self.layer_weights is None:
@@ -157,10 +124,10 @@ class LossOptions:
             )
         object.__setattr__(self, "layer_weights", tuple(self.layer_weights))
         for weight in self.layer_weights:
-            _require_number("layer_weights entry", weight)
+            require_number("layer_weights entry", weight)
 
     def _check_teacher_mix(self) -> None:
-        _require_number("teacher_mix", self.teacher_mix)
+        require_number("teacher_mix", self.teacher_mix)
         if self.teacher_mix > 1:
             raise ValueError(f"teacher_mix={self.teacher_mix} must be in [0, 1]")
         if self.teacher_mix == 1:
@@ -218,7 +185,7 @@ class FDDConfig(LossOptions):
 
     def __post_init__(self) -> None:
         for name in ("student_logit_scale", "teacher_logit_scale"):
-            _require_number(name, getattr(self, name), positive=True, optional=True)
+            require_number(name, getattr(self, name), positive=True, optional=True)
         checked = LossOptions(
             **{
                 f.name: getattr(self, f.name)
@@ -227,14 +194,14 @@ class FDDConfig(LossOptions):
             }
         )
         object.__setattr__(self, "layer_weights", checked.layer_weights)
-        _require_int("num_layers", self.num_layers, minimum=0)
-        _require_choice("layer_grid", self.layer_grid, LAYER_GRIDS)
+        require_int("num_layers", self.num_layers, minimum=0)
+        require_choice("layer_grid", self.layer_grid, LAYER_GRIDS)
         for name in ("student_layers", "teacher_layers"):
             layers = getattr(self, name)
             if layers is not None:
                 object.__setattr__(self, name, tuple(layers))
                 for layer in getattr(self, name):
-                    _require_int(f"{name} entry", layer, minimum=0)
+                    require_int(f"{name} entry", layer, minimum=0)
         if (self.student_layers is None) != (self.teacher_layers is None):
             raise ValueError(
                 "student_layers and teacher_layers must be given together: they are paired by rank"

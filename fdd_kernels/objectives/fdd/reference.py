@@ -13,29 +13,10 @@ from torch import Tensor
 from fdd_kernels.lens.distances import DISTANCES, Sums, smallest_square
 from fdd_kernels.lens.divergence_text import parse_divergence
 from fdd_kernels.lens.inputs import LensInputs
+from fdd_kernels.objectives.dense import dense_logits
 from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.fdd.plan import Plan
 from fdd_kernels.objectives.fdd.terms import RowTerms, weigh_layers
-
-
-def dense_logits(
-    hidden: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    columns: int,
-) -> Tensor:
-    """Compute softcap(scale * (h W^T + b)) of one layer, (R, V), in float32 or better."""
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    if weight is None:
-        return hidden.to(torch.promote_types(wide, hidden.dtype))
-    wide = torch.promote_types(wide, weight.dtype)
-    u = hidden.to(wide) @ weight[:columns].to(wide).T
-    if bias is not None:
-        u = u + bias[:columns].to(wide)
-    u = scale * u
-    return u if softcap is None else softcap * torch.tanh(u / softcap)
 
 
 def _live_columns(columns: int, *biased: tuple[Tensor | None, float | None]) -> Tensor | None:

@@ -1,0 +1,47 @@
+"""Checks of options, without torch: the command line shows options before it imports torch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def require_choice(name: str, value: Any, choices: tuple) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+
+
+def require_number(
+    name: str, value: Any, *, positive: bool = False, optional: bool = False
+) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}: pass a Python float")
+    if not (0 <= value < math.inf) or (positive and value == 0):
+        raise ValueError(
+            f"{name}={value} must be finite and {'greater than 0' if positive else 'at least 0'}"
+        )
+
+
+def require_divergence(name: str, value: Any, others: tuple[str, ...] = ()) -> None:
+    from fdd_kernels.lens.divergence_text import parse_divergence
+    from fdd_kernels.lens.divergences import DIVERGENCES
+
+    if not isinstance(value, str):
+        raise TypeError(f'{name} must be a string such as "kl", got {type(value).__name__}')
+    try:
+        parse_divergence(value)
+    except ValueError as error:
+        is_unknown = value.partition(":")[0] not in DIVERGENCES
+        also = f" or {', '.join(others)}" if others and is_unknown else ""
+        raise ValueError(f"{name}={error}{also}") from None
+
+
+def require_int(name: str, value: Any, *, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name}={value} must be at least {minimum}")
