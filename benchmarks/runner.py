@@ -18,16 +18,18 @@ from typing import Any
 import torch
 
 from benchmarks import record
+from benchmarks.call import LOSS
 from benchmarks.providers import Provider, of_workload
 from benchmarks.workloads import Workload
 from fdd_kernels.common.sizes import GIB
 from fdd_kernels.memory.loss import LossShape, loss_memory
+from fdd_kernels.objectives.fdd.options import LossOptions
 
 # glibc caches some freed tensors of up to 32 MiB, more or less of them from run to run. With a
 # fixed threshold it gives them back, so that the high-water mark is of memory in use, as
 # max_memory_allocated is on a GPU.
 RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
-DEFAULT_REPEATS = {"tiny": 2, "quick": 3, "full": 3, "limits": 3}
+DEFAULT_REPEATS = {"tiny": 2, "quick": 3, "full": 3, "limits": 3, "objectives": 5}
 
 
 @dataclass
@@ -133,13 +135,15 @@ class Run:
         if reason is None:
             reason, status = provider.unsupported(workload), "unsupported"
         limit, threads = memory_limit(self.device), workload.threads or self.threads
-        prediction = loss_memory(
-            loss_shape(workload),
-            provider.name,
-            threads=threads,
-            device=self.device,
-            device_memory=limit if self.device == "cuda" else None,
-        )
+        prediction = None
+        if workload.objective == LOSS:
+            prediction = loss_memory(
+                loss_shape(workload),
+                provider.name,
+                threads=threads,
+                device=self.device,
+                device_memory=limit if self.device == "cuda" else None,
+            )
         needed = 0 if prediction is None else prediction.total + prediction.inputs
         if reason is None and needed > limit:
             needs = f"{needed / GIB:.1f} GiB ({prediction.arithmetic()})"
@@ -272,9 +276,7 @@ def loss_shape(workload: Workload) -> LossShape:
         itemsize=workload.itemsize,
         train_head=workload.train_head,
         feature_space=workload.feature_space,
-        output_in_dynamics=bool(options.get("output_in_dynamics")),
-        trajectory=options.get("trajectory", "kl") if options.get("alpha", 1) else None,
-        derivative=options.get("derivative", "cosine") if options.get("beta", 1) else None,
+        options=LossOptions(**options),
         softcap="student_softcap" in options,
     )
 
@@ -303,6 +305,8 @@ def peaks_on_record(data: dict[str, Any]) -> list[tuple[str, int, int]]:
     found = []
     for result in data["results"]:
         workload = Workload.from_json(result["workload"])
+        if workload.objective != LOSS:
+            continue
         threads = workload.threads or data["threads"]
         for name, entry in result["providers"].items():
             held = entry["memory"]

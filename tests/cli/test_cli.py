@@ -79,11 +79,15 @@ def test_wrong_usage_has_exit_code_2(arguments, capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], (Path("runs/demo"), False, False, None, None)),
-        (["--teacher", "t"], (Path("runs/demo"), False, False, None, Path("t"))),
+        ([], (Path("runs/demo"), False, False, None, None, None)),
+        (["--teacher", "t"], (Path("runs/demo"), False, False, None, Path("t"), None)),
         (
             ["--output", "x", "--quick", "--retrain-teacher", "--seeds", "3"],
-            (Path("x"), True, True, 3, None),
+            (Path("x"), True, True, 3, None, None),
+        ),
+        (
+            ["--objective", "output KD", "--objective", "full FDD"],
+            (Path("runs/demo"), False, False, None, None, ["output KD", "full FDD"]),
         ),
     ],
 )

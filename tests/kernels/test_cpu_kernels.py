@@ -28,7 +28,7 @@ from fdd_kernels.lens import layout
 from fdd_kernels.lens.divergence_text import parse_divergence
 from fdd_kernels.lens.divergences import DIVERGENCES
 from fdd_kernels.lens.inputs import LensInputs
-from fdd_kernels.lens.layout import COUNT, GRAD_SUM, LSE_T, M_TT, MEAN_T
+from fdd_kernels.lens.layout import COUNT, GRAD_SUM, LSE_T, M_TT, MEAN_T, TOP_S, TOP_T
 from fdd_kernels.lens.spec import NLL, Layers, LensSpec, PairMoments, Request
 from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.fdd.plan import make_plan
@@ -541,6 +541,7 @@ def pairing_spec(teacher_of: list[int]) -> LensSpec:
     for i, kind in enumerate(kinds):
         named = (None, ()) if kind is None else parse_divergence(kind)
         requests.append(Request(*layers[i % len(layers)], 2.0, *named))
+    requests.append(Request(*layers[0], 2.0, "kl", teacher_mix=0.3))
     requests.append(Request(*layers[-1], 1.0, NLL))
     # every layer has a request: the shifts of the others may be any number
     requests += [Request(layer, layer, 1.0, None) for layer in range(len(layers))]
@@ -548,6 +549,8 @@ def pairing_spec(teacher_of: list[int]) -> LensSpec:
         PairMoments(None, layers[0], 2.0),
         PairMoments(Layers(1, 0), Layers(0, 1), 2.0),
         PairMoments(layers[1], Layers(1, 0), 0.5),
+        PairMoments(None, Layers(1, 1), 3.0, True),
+        PairMoments(layers[0], Layers(1, 0), 0.25, True),
     ]
     return LensSpec(19, tuple(requests), tuple(moments), 0.5, 4.0, 1.0, None)
 
@@ -571,7 +574,7 @@ def test_any_pairing_of_layers(teacher_of):
     torch.manual_seed(0)
     upstream = [torch.randn_like(s) * valid for s in expected[1:]]
     upstream[0][:, [LSE_T, GRAD_SUM]] = 0  # of the teacher, and a constant
-    upstream[1][:, [COUNT, MEAN_T, M_TT]] = 0
+    upstream[1][:, [COUNT, MEAN_T, M_TT, TOP_S, TOP_T]] = 0
     gradients = ops.lens_grad(*arguments, "torch", *expected, *upstream, needed)
     streamed = ops.lens_grad(*arguments, "cpu", *expected, *upstream, needed)
 

@@ -37,10 +37,6 @@ def refusal(spec: LensSpec) -> str | None:
     for request in spec.requests:
         if (request.divergence or "") not in known:
             return f"its C++ kernels were compiled without a divergence {request.divergence!r}"
-        if request.teacher_mix != 1:
-            return f"its kernels take no teacher_mix={request.teacher_mix:g}"
-    if any(pair.weighted for pair in spec.moments):
-        return "its kernels take no weighted moments"
     return None
 
 
