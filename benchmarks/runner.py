@@ -23,6 +23,7 @@ from benchmarks.providers import Provider, of_workload
 from benchmarks.workloads import Workload
 from fdd_kernels.common.sizes import GIB
 from fdd_kernels.memory.loss import LossMemory, LossShape, loss_memory
+from fdd_kernels.objectives.fdd.options import LossOptions
 
 # glibc caches some freed tensors of up to 32 MiB, more or less of them from run to run. With a
 # fixed threshold it gives them back, so that the high-water mark is of memory in use, as
@@ -269,9 +270,7 @@ def loss_shape(workload: Workload) -> LossShape:
         itemsize=workload.itemsize,
         train_head=workload.train_head,
         feature_space=workload.feature_space,
-        output_in_dynamics=bool(options.get("output_in_dynamics")),
-        trajectory=options.get("trajectory", "kl") if options.get("alpha", 1) else None,
-        derivative=options.get("derivative", "cosine") if options.get("beta", 1) else None,
+        options=LossOptions(**options),
         softcap="student_softcap" in options,
     )
 
