@@ -224,14 +224,19 @@ def _skew_reverse_kl_grad(log_q: Tensor, log_p: Tensor, alpha: float) -> Tensor:
 
 def _tv_value(log_q: Tensor, log_p: Tensor) -> Tensor:
     """Compute |q - p| / 2, total variation."""
-    return _power_difference(log_q, log_p, 1.0).abs() / 2
+    difference = _power_difference(log_q, log_p, 1.0)
+    return difference * _sign(difference.detach()) / 2
 
 
 def _tv_grad(log_q: Tensor, log_p: Tensor) -> Tensor:
-    """Compute q sign(q - p) / 2; 0 at a tie, and NaN stays NaN."""
+    """Compute q sign(q - p) / 2; 0 at a tie."""
     q = log_q.exp()
-    x = _where_weighted(q, log_q - log_p)
-    return q * torch.where(torch.isnan(x), x, torch.sign(x)) / 2
+    return q * _sign(_where_weighted(q, log_q - log_p)) / 2
+
+
+def _sign(x: Tensor) -> Tensor:
+    """Compute sign(x), 0 at 0; NaN stays NaN."""
+    return torch.where(torch.isnan(x), x, torch.sign(x))
 
 
 def _power_difference(log_q: Tensor, log_p: Tensor, power: float) -> Tensor:

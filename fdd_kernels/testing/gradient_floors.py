@@ -15,6 +15,7 @@ from fdd_kernels.objectives.fdd.terms import RowTerms
 from fdd_kernels.testing.problems import Outcome, Problem, evaluate
 from fdd_kernels.testing.value_floors import (
     PERTURBATIONS,
+    UNDERFLOW,
     DenseCall,
     centred,
     dense_call,
@@ -212,8 +213,10 @@ def _softmax_floors(
         distance = distance_of(call.options.derivative, s, t, live, z.detach())
         underflow = call.underflow(*pair)
         found.append(("derivative", 4 / len(pairs) * torch.where(underflow, distance, 0.0)))
+        # A weight that is no normal number may be 0.
+        off = torch.where(z.softmax(-1) < UNDERFLOW * tiny, 1.0, summation)
         for vector in _gradient_parts(call, s.detach(), t, z):
-            part = summation / len(pairs) * (vector * s).sum(-1)
+            part = (off * vector * s).sum(-1) / len(pairs)
             found.append(("derivative", torch.where(underflow, 0.0, part)))
     leaves = problem.leaves
     floors = dict.fromkeys(leaves, 0.0)

@@ -22,6 +22,9 @@ from fdd_kernels.objectives.reduction import loss_denominator
 from fdd_kernels.testing.problems import Problem
 
 PERTURBATIONS = 3  # random movements, where a derivative alone is no bound
+# A number below so many times the smallest normal one may count as 0, before the division by a
+# temperature.
+UNDERFLOW = 64
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
