@@ -62,6 +62,7 @@ LENS["labels alone"] = OFF | {"ce_weight": 1.0}
 CAPPED = {f"{model}_softcap": 30.0 for model in ("student", "teacher")}
 CAPPED |= {f"{model}_logit_scale": 0.5 for model in ("student", "teacher")}
 LENS["weighted moments"] = {"derivative": "weighted_cosine"}
+LENS["mixed teacher"] = {"teacher_mix": 0.5}
 FEATURES = {"trajectory": "mse", "derivative": "mse", "output_kd_weight": 0.0}
 
 

@@ -17,8 +17,8 @@ from fdd_kernels.cli.parsing import (
     Parser,
     add_options,
     did_you_mean,
+    given_options,
     in_flags,
-    option_fields,
     size,
     with_hyphens,
 )
@@ -184,10 +184,10 @@ def run_distill(arguments: argparse.Namespace) -> None:
     """
     with _needs("transformers", "accelerate", "safetensors", "rich"):
         try:
-            config = FDDConfig(**_given(arguments, FDDConfig))
+            config = FDDConfig(**given_options(arguments, FDDConfig))
         except (TypeError, ValueError) as error:
             raise UserError(str(error)) from error
-        options = DistillOptions(config=config, **_given(arguments, DistillOptions))
+        options = DistillOptions(config=config, **given_options(arguments, DistillOptions))
         from fdd_kernels.cli.distill.run import distill
     distill(options)
 
@@ -196,7 +196,7 @@ def run_cache_teacher(arguments: argparse.Namespace) -> None:
     """Store the hidden states of a teacher's sampled layers over a text, and its head, to distil
     without the teacher.
     """
-    given = _given(arguments, CacheOptions)
+    given = given_options(arguments, CacheOptions)
     alone = given.keys() == {"output", "verify"}
     for name in ("teacher", "data"):
         if name not in given and not alone:
@@ -210,15 +210,6 @@ def run_cache_teacher(arguments: argparse.Namespace) -> None:
         verify_cache(arguments.output)
     else:
         cache_teacher(options)
-
-
-def _given(arguments: argparse.Namespace, cls: type) -> dict:
-    """The fields of a dataclass that were given as options."""
-    return {
-        field.name: getattr(arguments, field.name)
-        for field, _ in option_fields(cls)
-        if hasattr(arguments, field.name)
-    }
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:

@@ -163,6 +163,12 @@ def add_options(
             group.add_argument(*spellings, type=parse, metavar=shown, **needed, **common)
 
 
+def given_options(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """Return the fields of a dataclass that were given as options."""
+    names = [field.name for field, _ in option_fields(cls)]
+    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+
+
 def in_flags(message: str, *classes: type) -> str:
     """Rewrite a message about fields of dataclasses for options: `batch_size=0` as
     `--batch-size 0`.

@@ -15,9 +15,13 @@ from fdd_kernels.objectives.fdd.terms import RowTerms
 from fdd_kernels.testing.problems import Outcome, Problem, evaluate
 from fdd_kernels.testing.value_floors import (
     PERTURBATIONS,
+    UNDERFLOW,
+    DenseCall,
+    centred,
     dense_call,
     gemm_rounding,
     summation_rounding,
+    sums_and_grads,
     unit_roundoff,
     working_dtype,
     working_unit,
@@ -147,6 +151,22 @@ def _gemm_floors(
     return floors
 
 
+def _gradient_parts(call: DenseCall, s: Tensor, t: Tensor, z: Tensor) -> list[Tensor]:
+    """Compute the multiples of s, t and s - t, (R, C) each, whose sum is the gradient of a weighted
+    distance. Where few tokens have all the weight, the vectors are nearly parallel and it cancels.
+
+    The factor of s may be a difference of t.t and s.s: it has the size of these.
+    """
+    kind, root = call.options.derivative, z.softmax(-1).sqrt()
+    s, t = centred(kind, s, t, z)
+    sums, (_, of_st, of_dd) = sums_and_grads(kind, s, t)
+    ss, tt = sums.squares[0]
+    ratio = torch.where((ss > 0) & (tt > 0), tt / ss, torch.inf)
+    of_ss = torch.where(ratio.isfinite(), (1 + ratio) / (4 * ratio.sqrt() * ss), 0.0)
+    of_ss, of_st, of_dd = (grad[:, None] for grad in (of_ss, of_st, of_dd))
+    return [root * x for x in (2 * of_ss * s, of_st * t, 2 * of_dd * (s - t))]
+
+
 def _softmax_floors(
     problem: Problem, upstream, unit: float, options: dict[str, Any]
 ) -> dict[str, Tensor]:
@@ -154,12 +174,14 @@ def _softmax_floors(
 
     With respect to the logits a softmax term's is grad - q sum(grad). The sum, and q itself, are
     known up to the error of a sum over the columns, relative to sum(|grad|). The error is then q
-    times a number per row, like a gradient of the row's log-sum-exp.
+    times a number per row, like a gradient of the row's log-sum-exp. Each of the dozen operations
+    that form an element of `grad` loses u, which may be more than what the difference leaves.
 
     At a tie total variation's `grad` jumps by q. A token that is nearer to one than its error may
     be on the other side.
 
-    Where weights underflow, all of the gradient may be lost (`DenseCall.underflow`).
+    Where weights underflow, all of a weighted distance's gradient may be lost
+    (`DenseCall.underflow`). Elsewhere the three vectors that it is a sum of are off like sums.
     """
     tiny = torch.finfo(working_dtype(problem)).tiny
     problem = problem.to(torch.float64)
@@ -175,6 +197,8 @@ def _softmax_floors(
         if term == "trajectory":
             factor = layers if weights is None else layers * weights[layer]
         found.append((term, factor * summation * grad.abs().sum(-1) * z_s.logsumexp(-1)))
+        own = 12 * unit * (grad.abs() * z_s.where(z_s.isfinite(), 0.0)).sum(-1)
+        found.append((term, factor * own))
         if divergence.name == "tv":
             near = (log_q - log_p).abs() <= (3 * sum(off) + 2 * summation)[:, None]
             jumps = torch.where(near, log_q.exp(), 0.0)
@@ -187,8 +211,13 @@ def _softmax_floors(
         s, t, z = call.pair_vectors(*pair)
         live = torch.ones_like(z[0], dtype=torch.bool)
         distance = distance_of(call.options.derivative, s, t, live, z.detach())
-        lost = torch.where(call.underflow(*pair), distance, 0.0)
-        found.append(("derivative", 4 / len(pairs) * lost))
+        underflow = call.underflow(*pair)
+        found.append(("derivative", 4 / len(pairs) * torch.where(underflow, distance, 0.0)))
+        # A weight that is no normal number may be 0.
+        off = torch.where(z.softmax(-1) < UNDERFLOW * tiny, 1.0, summation)
+        for vector in _gradient_parts(call, s.detach(), t, z):
+            part = (off * vector * s).sum(-1) / len(pairs)
+            found.append(("derivative", torch.where(underflow, 0.0, part)))
     leaves = problem.leaves
     floors = dict.fromkeys(leaves, 0.0)
     for term, of_rows in found:

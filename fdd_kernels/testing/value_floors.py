@@ -22,6 +22,9 @@ from fdd_kernels.objectives.reduction import loss_denominator
 from fdd_kernels.testing.problems import Problem
 
 PERTURBATIONS = 3  # random movements, where a derivative alone is no bound
+# A number below so many times the smallest normal one may count as 0, before the division by a
+# temperature.
+UNDERFLOW = 64
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -88,7 +91,7 @@ def movement(
     return bound, beyond
 
 
-def _centred(kind: str, s: Tensor, t: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor]:
+def centred(kind: str, s: Tensor, t: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor]:
     """Take vectors (R, C) as a distance compares them: about their means, times the square roots of
     their weights.
     """
@@ -113,9 +116,9 @@ def _angle_rounding(kind: str, s: Tensor, t: Tensor, unit: float) -> Tensor:
     return 8 * unit * size.clamp(max=1).nan_to_num(1)
 
 
-def _sums_rounding(kind: str, s: Tensor, t: Tensor, summation: float) -> Tensor:
-    """Bound the error of a distance of vectors (R, C) by that of its sums, each of which is off by
-    `summation` of the sum of its summands' magnitudes.
+def sums_and_grads(kind: str, s: Tensor, t: Tensor) -> tuple[Sums, list[Tensor]]:
+    """Compute the sums of a distance of vectors (R, C), and its derivatives by s.s, s.t and
+    |s - t|^2, (R,) each.
     """
     squares = torch.stack([s.square().sum(-1), t.square().sum(-1)])
     sums = Sums(
@@ -124,10 +127,19 @@ def _sums_rounding(kind: str, s: Tensor, t: Tensor, summation: float) -> Tensor:
         (s * t).sum(-1)[None],
         (s - t).square().sum(-1)[None],
     )
-    of_ss, of_st, of_dd = (torch.zeros_like(sums.product) for _ in range(3))
-    DISTANCES[kind].write_grad(sums, of_ss, of_st, of_dd)
-    sizes = 2 * of_ss.abs() * squares[0] + of_dd.abs() * sums.difference
-    return summation * (sizes + of_st.abs() * squares.prod(0).sqrt())[0]
+    grads = [torch.zeros_like(sums.product) for _ in range(3)]
+    DISTANCES[kind].write_grad(sums, *grads)
+    return sums, [grad[0] for grad in grads]
+
+
+def _sums_rounding(kind: str, s: Tensor, t: Tensor, summation: float) -> Tensor:
+    """Bound the error of a distance of vectors (R, C) by that of its sums, each of which is off by
+    `summation` of the sum of its summands' magnitudes.
+    """
+    sums, (of_ss, of_st, of_dd) = sums_and_grads(kind, s, t)
+    ss, tt = sums.squares[0]
+    sizes = 2 * of_ss.abs() * ss + of_dd.abs() * sums.difference[0]
+    return summation * (sizes + of_st.abs() * (ss.sqrt() * tt.sqrt()))
 
 
 @dataclass(frozen=True)
@@ -223,10 +235,10 @@ class DenseCall:
         kind, lost = self.options.derivative, torch.zeros_like(s[:, 0], dtype=torch.bool)
         if not DISTANCES[kind].weighted:
             return lost
-        for vector, weighted in zip((s, t), _centred(kind, s, t, z)):
+        for vector, weighted in zip((s, t), centred(kind, s, t, z)):
             about_top = vector - vector.gather(1, z.argmax(-1, keepdim=True))
             least = self.tiny / self.unit * about_top.square().sum(-1).clamp(min=1)
-            lost |= weighted.square().sum(-1) < least
+            lost |= (weighted.square().sum(-1) < least) & (vector != 0).any(-1)
         return lost
 
 
@@ -237,7 +249,7 @@ def dense_call(problem: Problem, unit: float | None, options: dict[str, Any]) ->
     p = problem if problem.student_weight.dtype == torch.float64 else problem.to(torch.float64)
     options = dict(options)
     items = options.pop("num_items_in_batch", None)
-    o = LossOptions(**options)
+    o = LossOptions(**options | {"backend": "reference"})
     plan, tensors = prepare(replace(p, num_items_in_batch=items), o)
     denominator = loss_denominator(o.reduction, tensors.rows, tensors.valid, tensors.device, items)
     tensors, weights = p.weighted(tensors)
@@ -283,19 +295,29 @@ def _distance_floor(
     return (
         movement(value, (s, t), (off, off), common)[0]
         + call.summation * value(s, t)
-        + _angle_rounding(kind, *_centred(kind, s, t, None), call.unit)
+        + _angle_rounding(kind, *centred(kind, s, t, None), call.unit)
     )
+
+
+def _weighted_distance(kind: str, s: Tensor, t: Tensor, z: Tensor) -> Tensor:
+    """Compute a weighted distance, (R,), differentiable also by z where weights underflow."""
+    w, top = z.softmax(-1), z.argmax(-1, keepdim=True)
+    s, t = (v - v.gather(1, top) for v in (s, t))
+    s, t = (v - (w * v).sum(-1, keepdim=True) for v in (s, t))
+    ss, tt, st, dd = ((w * x).sum(-1)[None] for x in (s * s, t * t, s * t, (s - t).square()))
+    return DISTANCES[kind].value(Sums(torch.ones_like(ss), torch.stack([ss, tt], 1), st, dd))[0]
 
 
 def _weighted_floor(call: DenseCall, first: int, second: int, off: Tensor, off_z: Tensor) -> Tensor:
     """Bound the error of the weighted distance of a pair: also the weights are off."""
     kind, vectors = call.options.derivative, [v.detach() for v in call.pair_vectors(first, second)]
-    live = torch.ones_like(vectors[0][0], dtype=torch.bool)
-    value = lambda s, t, z: distance_of(kind, s, t, live, z)  # noqa: E731
-    centred = _centred(kind, *vectors)
+    value = lambda *vectors: _weighted_distance(kind, *vectors)  # noqa: E731
+    about_means = centred(kind, *vectors)
     floor, _ = movement(value, tuple(vectors), (off, off, off_z + 4 * call.unit), 0.0)
-    floor = floor + call.summation * value(*vectors) + _angle_rounding(kind, *centred, call.unit)
-    floor = floor + _sums_rounding(kind, *centred, call.summation)
+    floor = (
+        floor + call.summation * value(*vectors) + _angle_rounding(kind, *about_means, call.unit)
+    )
+    floor = floor + _sums_rounding(kind, *about_means, call.summation)
     return floor.masked_fill(call.underflow(first, second), 2.0)
 
 

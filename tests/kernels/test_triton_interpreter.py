@@ -32,7 +32,7 @@ def interpreted_tests(*arguments: str) -> None:
     assert " passed" in done.stdout
 
 
-NAMES = ("interpreted", "strategies", "layers", "weighted")
+NAMES = ("interpreted", "strategies", "layers", "formulas")
 KERNELS = [f"tests/kernels/triton_{name}.py" for name in NAMES]
 BACKENDS = "tests/numerics/test_backends.py"
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
+
+from fdd_kernels.backends import BACKENDS
 from fdd_kernels.lens.distances import DISTANCES
 from fdd_kernels.lens.divergences import DIVERGENCES
+from fdd_kernels.objectives.fdd.options import LossOptions
+from fdd_kernels.objectives.fdd.plan import build_plan
+from fdd_kernels.testing import Problem
 
 # Every divergence, at its defaults and at other parameters: near an end, at a pole that is not one.
 DIVERGENCE_TEXTS = [
@@ -14,3 +20,15 @@ DIVERGENCE_TEXTS = [
 ]
 
 FEATURE_DERIVATIVES = [name for name, distance in DISTANCES.items() if not distance.weighted]
+
+
+def skip_what_triton_refuses(problem: Problem, backend: str, **options) -> None:
+    """Skip a call that the Triton kernels refuse, with their reason; other backends refuse none."""
+    if backend != "triton":
+        return
+    options = LossOptions(**{k: v for k, v in options.items() if k != "num_items_in_batch"})
+    columns, states = len(problem.student_weight), len(problem.student_hidden)
+    plan = build_plan(options, columns, states, feature_space=problem.feature_space)
+    reason = BACKENDS[backend].refusal(plan.spec)
+    if reason is not None:
+        pytest.skip(reason)

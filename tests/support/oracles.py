@@ -79,6 +79,8 @@ def divergence(text: str, log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def taid(z_s: Tensor, z_t: Tensor, t: float) -> Tensor:
     """Compute the logits of TAID's target; -inf wherever one of the two is."""
+    if t == 1:
+        return z_t
     excluded = (z_s == -torch.inf) | (z_t == -torch.inf)
     return torch.where(excluded, -torch.inf, (1 - t) * z_s.detach() + t * z_t)
 

@@ -6,9 +6,9 @@ logits are never rounded below that. Beyond inputs, outputs and statistics it al
 accumulators of bounded size.
 """
 
+from fdd_kernels.backends.torch_stream.blocks import row_blocks
 from fdd_kernels.backends.torch_stream.gradients import grad
 from fdd_kernels.backends.torch_stream.problem import scale_and_cap_
-from fdd_kernels.backends.torch_stream.row_blocks import row_blocks
 from fdd_kernels.backends.torch_stream.statistics import add_second_pass, stats
 from fdd_kernels.backends.torch_stream.tiling import TorchTiles, choose_tiles, memory
 

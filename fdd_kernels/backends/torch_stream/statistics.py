@@ -117,9 +117,18 @@ class _RunningRequest:
 
 def _block_stats(problem: TorchProblem, rows: Tensor | slice) -> Statistics:
     """Compute the statistics of one row block: all layers, the whole vocabulary."""
+    student_LrD = problem.student.rows(rows)
+    teacher_LrD = problem.teacher.rows(rows) if problem.spec.needs_teacher else None
+    found = _first_pass(problem, rows, student_LrD, teacher_LrD)
+    _second_pass(problem, student_LrD, teacher_LrD, found.shifts, found.requests)
+    return found
+
+
+def _first_pass(
+    problem: TorchProblem, rows: Tensor | slice, student_LrD: Tensor, teacher_LrD: Tensor | None
+) -> Statistics:
+    """Compute all but VALUE and GRAD_SUM of the requests that need both log-sum-exps."""
     spec, student, teacher = problem.spec, problem.student, problem.teacher
-    student_LrD = student.rows(rows)
-    teacher_LrD = teacher.rows(rows) if spec.needs_teacher else None
     layers, count = student_LrD.shape[:2]
     row_max = RowMax(layers, count, student_LrD)
     moments = no_moments(spec.moments, count, student_LrD)
@@ -154,7 +163,6 @@ def _block_stats(problem: TorchProblem, rows: Tensor | slice) -> Statistics:
 
     for sums, out in zip(running, requests):
         sums.finish(row_max.shift, out)
-    _second_pass(problem, student_LrD, teacher_LrD, row_max.shift, requests)
     return Statistics(row_max.shift, requests, moments)
 
 
@@ -173,7 +181,8 @@ def _second_pass(
     for columns in problem.column_tiles() if indices else ():
         u_s = student.logits(student_LrD, student.weight_tile(columns), columns)
         u_t = teacher.logits(teacher_LrD, teacher.weight_tile(columns), columns)
-        u_s, u_t = u_s - shifts[0, ..., None], u_t - shifts[1, ..., None]
+        u_s -= shifts[0, ..., None]
+        u_t -= shifts[1, ..., None]
         for index in indices:
             request = spec.requests[index]
             log_q, log_p = log_probabilities(request, u_s, u_t, requests[index])

@@ -268,6 +268,21 @@ def is_finite_logit(s, t):
 
 
 @triton.jit
+def mixed_logits(z_s, z_t, share_t, share_s, FINITE: tl.constexpr):
+    """Return the logits of `Request.teacher_mix`: -inf where one of the two is, unless FINITE."""
+    mixed = share_t * z_t + share_s * z_s
+    if not FINITE:
+        mixed = tl.where(is_finite_logit(z_s, z_t), mixed, float("-inf"))
+    return mixed
+
+
+@triton.jit
+def finite_or_zero(largest):
+    """Return a maximum of z, 0 where there is no token: the shift of exponentials."""
+    return tl.where(largest > float("-inf"), largest, 0.0)
+
+
+@triton.jit
 def softmax_gradient(
     log_q, log_p, of_q, of_p, of_grad, a, b, TEACHER: tl.constexpr, DIVERGENCE: tl.constexpr
 ):

@@ -12,16 +12,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fdd_kernels.backends.triton.elementwise import moment_gradient
+from fdd_kernels.backends.triton.elementwise import finite_or_zero, moment_gradient
 from fdd_kernels.lens import layout
 
 CERTAIN = tl.constexpr(layout.CERTAIN)
-
-
-@triton.jit
-def finite_or_zero(largest):
-    """Return a maximum of z, 0 where there is no token: the shift of exponentials."""
-    return tl.where(largest > float("-inf"), largest, 0.0)
 
 
 @triton.jit

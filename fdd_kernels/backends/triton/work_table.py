@@ -1,13 +1,16 @@
 """A `LensSpec` as a table of integers: one compiled kernel serves any layers, requests and pairs.
 
-A slot is a student layer at a temperature, and the parameters of a divergence: softmax requests of
-the same slot share its exponentials. The rows of the table, padded to one width:
+A slot is a student layer at a temperature, with the parameters of a divergence or the shares of a
+mixed teacher: softmax requests of the same slot share its exponentials. The rows of the table,
+padded to one width:
 
     SLOT_BEGIN     (L + 1)   layer l has the slots SLOT_BEGIN[l] .. SLOT_BEGIN[l + 1]
     SLOT_FLAGS     (slots)   WANTS_STUDENT: the student's expectation of the difference of logits is
-                             summed; WANTS_LABEL: the student's z at the label is looked up
+                             summed; WANTS_LABEL: the student's z at the label is looked up;
+                             IS_MIXED: `Request.teacher_mix` is below 1
     SLOT_INVERSE   (slots)   1 / temperature; this and the other numbers are the bits of a float32
-    SLOT_A, SLOT_B (slots)   the two numbers of the divergence's formulas (`numbers_of`)
+    SLOT_A, SLOT_B (slots)   the two numbers of the divergence's formulas (`numbers_of`); of a mixed
+                             teacher the teacher's and the student's share
     REQUEST_BEGIN  (slots + 1), REQUEST_INDEX, REQUEST_KIND: the requests of a slot
     PART_BEGIN     (L + 1), PART_INDEX, PART_ROLE: the pairs of `PairMoments` that a layer is part
                              of: OWN_LAYER alone, SECOND of two layers, or FIRST. The walk over
@@ -58,6 +61,7 @@ TABLE_ROWS = 18
 
 WANTS_STUDENT = tl.constexpr(1)
 WANTS_LABEL = tl.constexpr(2)
+IS_MIXED = tl.constexpr(4)
 
 # Kinds of requests: log-sum-exps alone, a label's cross-entropy, KL(p || q), or the divergence
 # DIVERGENCE of the kernel.
@@ -91,7 +95,8 @@ class Table:
 
     `second_pass` counts the requests that take one. `divergence` is the one besides KL, else "kl".
     `has_kl` and `has_labels` tell whether a request is of KL, of the cross-entropy at the label,
-    `has_weights` whether the tokens of a pair have weights.
+    `has_weights` whether the tokens of a pair have weights, `has_mixtures` whether a slot has a
+    mixed teacher.
     """
 
     values: Tensor
@@ -102,6 +107,7 @@ class Table:
     has_kl: bool
     has_labels: bool
     has_weights: bool
+    has_mixtures: bool
 
     @property
     def one_pass_divergence(self) -> str:
@@ -121,9 +127,13 @@ def _prefix(groups: list[list]) -> list[int]:
 
 
 class Slot(NamedTuple):
-    """A student layer at a temperature, and the parameters of the divergence that needs some."""
+    """A student layer at a temperature, and the parameters of the divergence that needs some.
+
+    Those with a mixed teacher, whose share is the only parameter, are the last of a layer.
+    """
 
     layer: int
+    is_mixed: bool
     temperature: float
     parameters: tuple[float, ...]
 
@@ -145,9 +155,13 @@ def _slots_of(spec: LensSpec) -> list[Slot]:
 
     Requests without parameters share the slot of one that has some.
     """
-    found = [Slot(r.student_layer, r.temperature, r.parameters) for r in spec.requests]
-    with_parameters = {slot[:2]: slot for slot in reversed(found) if slot.parameters}
-    return [slot if slot.parameters else with_parameters.get(slot[:2], slot) for slot in found]
+    found = []
+    for request in spec.requests:
+        is_mixed = request.teacher_mix != 1 and request.divergence != NLL
+        parameters = (request.teacher_mix,) if is_mixed else request.parameters
+        found.append(Slot(request.student_layer, is_mixed, request.temperature, parameters))
+    with_parameters = {slot[:3]: slot for slot in reversed(found) if slot.parameters}
+    return [slot if slot.parameters else with_parameters.get(slot[:3], slot) for slot in found]
 
 
 _captured: list[Table] = []  # tables whose addresses CUDA graphs hold: never freed
@@ -201,9 +215,11 @@ def _built_table(spec: LensSpec, layers: int, device: torch.device) -> Table:
     )
     rows[SLOT_FLAGS.value] = [
         functools.reduce(
-            int.__or__, (flags.get(spec.requests[i].divergence, 0) for i in requests), 0
+            int.__or__,
+            (flags.get(spec.requests[i].divergence, 0) for i in requests),
+            IS_MIXED.value * slot.is_mixed,
         )
-        for requests in requests_of
+        for slot, requests in zip(slots, requests_of)
     ]
     rows[SLOT_INVERSE.value] = [_bits(1.0 / slot.temperature) for slot in slots]
     for number, row in enumerate((SLOT_A, SLOT_B)):
@@ -239,4 +255,5 @@ def _built_table(spec: LensSpec, layers: int, device: torch.device) -> Table:
         has_kl="kl" in divergences,
         has_labels=NLL in divergences,
         has_weights=any(pair.weighted for pair in spec.moments),
+        has_mixtures=any(slot.is_mixed for slot in slots),
     )

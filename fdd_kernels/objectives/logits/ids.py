@@ -96,9 +96,11 @@ def check_top_k(ids: Tensor, logprobs: Tensor, valid: Tensor | None, columns: in
             f"ids contains {int(ordered[:, 1:][twice][0])} twice in one row: a token has one "
             f"probability, remove it or mark it as padding ({PADDING} with -inf)"
         )
+    if logprobs.isnan().any():
+        raise ValueError("logprobs contains NaN: mask the position, or pass the teacher's numbers")
     # No number below v (1 + u), u bfloat16's unit roundoff, rounds to v; v is not above 0.
     least = (logprobs.double() * (1 + _BFLOAT16)).exp().sum(-1)
-    wrong = ~(least <= 1 + _FLOAT32)
+    wrong = least > 1 + _FLOAT32
     if wrong.any():
         row = logprobs[wrong][0].double()
         raise ValueError(

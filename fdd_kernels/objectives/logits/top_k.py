@@ -111,12 +111,12 @@ def fused_topk_kd(
             device. Such a call on a GPU without it is undefined.
     """
     require_choice("tail", tail, TAILS)
-    require_divergence("divergence", divergence)
-    if parse_divergence(divergence).name not in _DIVERGENCES:
+    if isinstance(divergence, str) and divergence.partition(":")[0] not in _DIVERGENCES:
         raise ValueError(
-            f"divergence={divergence!r} is not offered for top-k probabilities: use kl, reverse_kl "
-            "or jsd[:beta]"
+            f"divergence={divergence!r} is not one of kl, reverse_kl, jsd[:beta], which top-k "
+            "probabilities offer"
         )
+    require_divergence("divergence", divergence)
     options = LogitOptions(
         temperature=temperature,
         scale_by_t2=scale_by_t2,
@@ -170,6 +170,7 @@ def top_k(block: RowBlock, tail: str, divergence: str, temperature: float) -> tu
     named = parse_divergence(divergence)
 
     def grad_of(upstream: Tensor) -> Tensor:
+        # Of these divergences it is the whole derivative, no multiple of q is missing.
         grad = DIVERGENCES[named.name].grad(log_q, log_p, *named.parameters)
         if tail == "drop":
             grad[:, -1] = 0.0
@@ -202,13 +203,17 @@ def _with_tail(log_p: Tensor, has_none: Tensor) -> Tensor:
 
 
 def _divergence(named: NamedDivergence, tail: str, log_q: Tensor, log_p: Tensor) -> Tensor:
-    """Compute D over the classes (r, C), or over all of them but the last ("drop"): (r, 1)."""
-    if tail != "drop":
-        return named.value(log_q, log_p).sum(-1, keepdim=True)
-    value = named.value(log_q[:, :-1], log_p[:, :-1]).sum(-1, keepdim=True)
-    # The registry adds the sum of r - p, which is 0 over all classes alone.
-    gap = log_q[:, -1:].exp() - log_p[:, -1:].exp()
-    return value + {"kl": gap, "reverse_kl": -gap, "jsd": 0.0}[named.name]
+    """Compute D over the classes (r, C), or over all of them but the last ("drop"): (r, 1).
+
+    The registry's KL adds the sum of r - p, which is 0 over all classes alone; JSD adds nothing.
+    """
+    if tail == "drop":
+        log_q, log_p = log_q[:, :-1], log_p[:, :-1]
+        if named.name == "kl":
+            return expected_ratio(log_p, log_q)
+        if named.name == "reverse_kl":
+            return expected_ratio(log_q, log_p)
+    return named.value(log_q, log_p).sum(-1, keepdim=True)
 
 
 def _dense(
@@ -230,7 +235,9 @@ def _dense(
     named = parse_divergence(divergence)
     if named.name == "jsd":
         (beta,) = named.parameters
-        mixed = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+        present = torch.maximum(log_p, log_q) > -torch.inf
+        weighted = log_p + math.log(beta), log_q + math.log1p(-beta)
+        mixed = torch.logaddexp(*[torch.where(present, log, 0.0) for log in weighted])
         of_teacher = expected_ratio(log_p, mixed)
         return beta * of_teacher + (1 - beta) * expected_ratio(log_q, mixed)
     return expected_ratio(*((log_p, log_q) if named.name == "kl" else (log_q, log_p)))

@@ -28,6 +28,7 @@ def fill_statistics(block: Block) -> None:
         "tiles": tiles,
         "TEACHER": spec.needs_teacher,
         "WEIGHTED": table.has_weights,
+        "MIXED": table.has_mixtures,
         "DIVERGENCE": table.one_pass_divergence,
     }
     for slab in block.logits.slabs(spec.columns):

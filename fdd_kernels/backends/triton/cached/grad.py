@@ -19,23 +19,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fdd_kernels.backends.triton.cached.coefficients import ITEM_FIELDS
 from fdd_kernels.backends.triton.cached.row import pair_vectors, row_logits
 from fdd_kernels.backends.triton.elementwise import (
     REFINED_BELOW,
     kl_of,
+    mixed_logits,
     moment_gradient,
     softmax_gradient,
-)
-from fdd_kernels.backends.triton.row_statistics import (
-    COUNT,
-    MOMENT_FIELDS,
-    load_tops,
-    moment_coefficients,
-    slot_coefficients,
 )
 from fdd_kernels.backends.triton.weighted_moments import weighted_moment_gradient
 from fdd_kernels.backends.triton.work_table import (
     FIRST,
+    IS_MIXED,
     PAIR_INVERSE,
     PAIR_WEIGHTED,
     PART_BEGIN,
@@ -45,107 +41,12 @@ from fdd_kernels.backends.triton.work_table import (
     SLOT_A,
     SLOT_B,
     SLOT_BEGIN,
+    SLOT_FLAGS,
     SLOT_INVERSE,
     TEACHER_LAYER,
     table_entry,
     table_float,
 )
-
-ITEM_FIELDS = tl.constexpr(9)  # of a slot or pair: its coefficients, see `coefficients_kernel`
-
-
-@triton.jit(
-    do_not_specialize=[
-        "rows",
-        "slots",
-        "table_width",
-        "stride",
-        "grad_stride",
-        "moment_stride",
-        "grad_moment_stride",
-    ]
-)
-def coefficients_kernel(
-    coefficients,
-    requests,
-    moments,
-    grad_requests,
-    grad_moments,
-    grad_scale,
-    count,
-    table,
-    rows,
-    slots,
-    table_width,
-    stride,
-    grad_stride,
-    moment_stride,
-    grad_moment_stride,
-    student_scale,
-    WEIGHTED: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """Store coefficients (slots + pairs, 9, rows) of dL/dx, times `grad_scale`; 0 at invalid rows.
-
-    Of a slot: a, b, d, n, both log-sum-exps, the value of KL. Of a pair: k_1, k_s, k_t, k_d, both
-    means; where its tokens have weights, COUNT, TOP_S and TOP_T.
-    """
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    item = tl.program_id(1)
-    is_valid = (row < rows) & (row < tl.load(count))
-    stored = row < rows
-    field = rows.to(tl.int64)
-    out = coefficients + item * ITEM_FIELDS * field + row
-    scale = student_scale * tl.load(grad_scale)
-    if item < slots:
-        a, b, d, n, lse_s, lse_t, kl = slot_coefficients(
-            requests + row,
-            grad_requests + row,
-            stride.to(tl.int64),
-            grad_stride.to(tl.int64),
-            is_valid,
-            table,
-            table_width,
-            item,
-            BLOCK_R,
-        )
-        factor = scale * table_float(table, table_width, SLOT_INVERSE, item)
-        tl.store(out, a * factor, mask=stored)
-        tl.store(out + field, b * factor, mask=stored)
-        tl.store(out + 2 * field, d * factor, mask=stored)
-        tl.store(out + 3 * field, n * factor, mask=stored)
-        tl.store(out + 4 * field, lse_s, mask=stored)
-        tl.store(out + 5 * field, lse_t, mask=stored)
-        tl.store(out + 6 * field, kl, mask=stored)
-    else:
-        index = (item - slots) * MOMENT_FIELDS
-        of_rows = moments + index * moment_stride.to(tl.int64) + row
-        is_weighted = 0
-        if WEIGHTED:
-            is_weighted = table_entry(table, table_width, PAIR_WEIGHTED, item - slots)
-        of_one, of_s, of_t, of_d, mean_s, mean_t = moment_coefficients(
-            of_rows,
-            grad_moments + index * grad_moment_stride.to(tl.int64) + row,
-            moment_stride.to(tl.int64),
-            grad_moment_stride.to(tl.int64),
-            is_valid,
-            is_weighted,
-            WEIGHTED,
-        )
-        factor = scale * table_float(table, table_width, PAIR_INVERSE, item - slots)
-        tl.store(out, of_one * factor, mask=stored)
-        tl.store(out + field, of_s * factor, mask=stored)
-        tl.store(out + 2 * field, of_t * factor, mask=stored)
-        tl.store(out + 3 * field, of_d * factor, mask=stored)
-        tl.store(out + 4 * field, mean_s, mask=stored)
-        tl.store(out + 5 * field, mean_t, mask=stored)
-        if WEIGHTED:
-            stride = moment_stride.to(tl.int64)
-            top_s, top_t = load_tops(of_rows, stride, is_valid)
-            count = tl.load(of_rows + COUNT * stride, mask=is_valid, other=0.0)
-            tl.store(out + 6 * field, count, mask=stored)
-            tl.store(out + 7 * field, top_s, mask=stored)
-            tl.store(out + 8 * field, top_t, mask=stored)
 
 
 @triton.jit
@@ -204,6 +105,7 @@ def cached_grad_kernel(
     SOFTMAX: tl.constexpr,
     MOMENTS: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    MIXED: tl.constexpr,
     VALUES: tl.constexpr,
     LABELS: tl.constexpr,
     BIAS_S: tl.constexpr,
@@ -268,7 +170,13 @@ def cached_grad_kernel(
                 log_q = s * inverse - tl.load(k + 4 * field)
                 log_p = log_q
                 if TEACHER:
-                    log_p = t * inverse - tl.load(k + 5 * field)
+                    z_t = t * inverse
+                    if MIXED:
+                        if table_entry(table, table_width, SLOT_FLAGS, slot) & IS_MIXED:
+                            a = table_float(table, table_width, SLOT_A, slot)
+                            b = table_float(table, table_width, SLOT_B, slot)
+                            z_t = mixed_logits(s * inverse, z_t, a, b, EVERY)
+                    log_p = z_t - tl.load(k + 5 * field)
                 g += softmax_gradient(
                     log_q,
                     log_p,

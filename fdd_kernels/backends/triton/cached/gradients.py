@@ -11,12 +11,9 @@ import triton
 from torch import Tensor
 
 from fdd_kernels.backends.triton.cached.blocks import Block
+from fdd_kernels.backends.triton.cached.coefficients import ITEM_FIELDS, coefficients_kernel
 from fdd_kernels.backends.triton.cached.fill_statistics import merge_values_launch
-from fdd_kernels.backends.triton.cached.grad import (
-    ITEM_FIELDS,
-    cached_grad_kernel,
-    coefficients_kernel,
-)
+from fdd_kernels.backends.triton.cached.grad import cached_grad_kernel
 from fdd_kernels.backends.triton.cached.logits import Slab
 from fdd_kernels.backends.triton.config import row_launch
 from fdd_kernels.backends.triton.gemm import multiply
@@ -105,6 +102,7 @@ class Gradients:
                 SOFTMAX=table.slots > 0,
                 MOMENTS=bool(spec.moments),
                 WEIGHTED=table.has_weights,
+                MIXED=table.has_mixtures,
                 VALUES=want_values,
                 LABELS=table.has_labels,
                 DIVERGENCE=table.divergence,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from fdd_kernels.backends.triton.cached.stats import SLOT_FIELDS
-from fdd_kernels.backends.triton.elementwise import REFINED_BELOW
+from fdd_kernels.backends.triton.elementwise import REFINED_BELOW, finite_or_zero
 from fdd_kernels.backends.triton.row_statistics import (
     GRAD_SUM,
     MOMENT_FIELDS,
@@ -25,6 +25,7 @@ from fdd_kernels.backends.triton.row_statistics import (
 from fdd_kernels.backends.triton.weighted_moments import merge_weighted_tiles
 from fdd_kernels.backends.triton.work_table import (
     FIRST,
+    IS_MIXED,
     KIND_KL,
     KIND_NLL,
     PAIR_INVERSE,
@@ -38,7 +39,10 @@ from fdd_kernels.backends.triton.work_table import (
     SECOND,
     SECOND_REQUEST,
     SHIFT_LAYER,
+    SLOT_A,
+    SLOT_B,
     SLOT_BEGIN,
+    SLOT_FLAGS,
     SLOT_INVERSE,
     TEACHER_LAYER,
     table_entry,
@@ -66,17 +70,18 @@ def row_shift(state, layer, MODEL: tl.constexpr, layers, field, tile, tiles, tab
 
 
 @triton.jit
-def merged_sums(state, at, field, tile, tiles, own_shift, other_shift):
-    """Return the log-sum-exp of z about the row's shift, and the expectation of the difference of
-    z from the other model's.
+def merged_sums(state, at, field, tile, tiles, log_weight, rise):
+    """Return the log-sum-exp of z, and the expectation of the difference of z from the other
+    model's.
+
+    The tiles' exponentials are to be multiplied by e^log_weight, and the differences rise by `rise`
+    where both are restated about the row's shifts.
     """
     inside = tile < tiles
     total = tl.load(state + at + tile, mask=inside, other=0.0)
     expectation = tl.load(state + at + field + tile, mask=inside, other=0.0)
-    weight = tl.where(total != 0.0, tl.exp(own_shift), 0.0)
-    expectation = tl.where(
-        total != 0.0, weight * (expectation + total * (own_shift - other_shift)), 0.0
-    )
+    weight = tl.where(total != 0.0, tl.exp(log_weight), 0.0)
+    expectation = tl.where(total != 0.0, weight * (expectation + total * rise), 0.0)
     total = tl.sum(weight * total, 0)
     return tl.log(total), tl.sum(expectation, 0) / total
 
@@ -164,6 +169,7 @@ def cached_merge_kernel(
     table_width,
     TEACHER: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    MIXED: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -198,15 +204,26 @@ def cached_merge_kernel(
     for slot in range(first_slot, last_slot):
         inverse = table_float(table, table_width, SLOT_INVERSE, slot)
         at = (2 * layers + SLOT_FIELDS * slot) * field
-        lse_s, expectation_s = merged_sums(
-            state, at, field, tile, tiles, about_s * inverse, about_t * inverse
-        )
+        off_s, off_t = about_s * inverse, about_t * inverse
+        lse_s, expectation_s = merged_sums(state, at, field, tile, tiles, off_s, off_s - off_t)
         lse_t = lse_s
         expectation_t = lse_s
         if TEACHER:
+            log_weight = off_t
+            largest = 0.0
+            if MIXED:
+                if table_entry(table, table_width, SLOT_FLAGS, slot) & IS_MIXED:
+                    a = table_float(table, table_width, SLOT_A, slot)
+                    off_t = a * off_t + table_float(table, table_width, SLOT_B, slot) * off_s
+                    total = tl.load(state + at + 2 * field + tile, mask=inside, other=0.0)
+                    log_weight = off_t + tl.load(state + at + field + tile, mask=inside, other=0.0)
+                    log_weight = tl.where(total != 0.0, log_weight, float("-inf"))
+                    largest = finite_or_zero(tl.max(log_weight, 0))
+                    log_weight -= largest
             lse_t, expectation_t = merged_sums(
-                state, at + 2 * field, field, tile, tiles, about_t * inverse, about_s * inverse
+                state, at + 2 * field, field, tile, tiles, log_weight, off_t - off_s
             )
+            lse_t += largest
         for entry in range(
             table_entry(table, table_width, REQUEST_BEGIN, slot),
             table_entry(table, table_width, REQUEST_BEGIN, slot + 1),
@@ -221,8 +238,7 @@ def cached_merge_kernel(
             )
             if kind == KIND_NLL:
                 label_z = (
-                    tl.load(state + at + 4 * field + tile, mask=inside, other=float("-inf"))
-                    + about_s * inverse
+                    tl.load(state + at + 4 * field + tile, mask=inside, other=float("-inf")) + off_s
                 )
                 tl.store(request + VALUE * stride, lse_s - tl.max(label_z, 0))
     for entry in range(

@@ -10,7 +10,8 @@ The state (fields, r, tiles) is float32, tiles adjacent. Per row and tile:
     2 l, 2 l + 1                  shifts of student layer l and of its teacher layer: the tile's
                                   largest u, 0 where the call has no softmax request
     2 L + 5 slot + 0, 1           student, about its shift: sum of e^z, sum of e^z (z_s - z_t)
-    2 L + 5 slot + 2, 3           teacher, about its shift: sum of e^z, sum of e^z (z_t - z_s)
+    2 L + 5 slot + 2, 3           teacher, about its shift: sum of e^z, sum of e^z (z_t - z_s); of a
+                                  mixed teacher about the tile's largest z, in the place of 1
     2 L + 5 slot + 4              z_s at the label, -inf where the label is in another tile
     2 L + 5 slots + 9 pair + ...  MOMENT_STATS of `lens/layout.py`
 """
@@ -21,7 +22,12 @@ import triton
 import triton.language as tl
 
 from fdd_kernels.backends.triton.cached.row import pair_vectors, row_logits
-from fdd_kernels.backends.triton.elementwise import exponential_sums, second_moments
+from fdd_kernels.backends.triton.elementwise import (
+    exponential_sums,
+    finite_or_zero,
+    mixed_logits,
+    second_moments,
+)
 from fdd_kernels.backends.triton.row_statistics import (
     MOMENT_FIELDS,
     store_moments,
@@ -30,11 +36,14 @@ from fdd_kernels.backends.triton.row_statistics import (
 from fdd_kernels.backends.triton.weighted_moments import tile_weighted_moments
 from fdd_kernels.backends.triton.work_table import (
     FIRST,
+    IS_MIXED,
     PAIR_INVERSE,
     PAIR_WEIGHTED,
     PART_BEGIN,
     PART_INDEX,
     PART_ROLE,
+    SLOT_A,
+    SLOT_B,
     SLOT_BEGIN,
     SLOT_FLAGS,
     SLOT_INVERSE,
@@ -169,6 +178,7 @@ def cached_stats_kernel(
     SOFTMAX: tl.constexpr,
     MOMENTS: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    MIXED: tl.constexpr,
     LABELS: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     BIAS_S: tl.constexpr,
@@ -235,11 +245,21 @@ def cached_stats_kernel(
                 tl.store(at, total)
                 if TEACHER:
                     z_t = t * inverse
+                    difference = z_t - z_s
+                    if MIXED:
+                        if flags & IS_MIXED:
+                            a = table_float(table, table_width, SLOT_A, slot)
+                            b = table_float(table, table_width, SLOT_B, slot)
+                            z_t = mixed_logits(z_s, z_t, a, b, EVERY)
+                            difference = z_t - z_s
+                            own_shift = finite_or_zero(tl.max(z_t, 0))
+                            z_t -= own_shift
+                            tl.store(at + field, own_shift)
                     if DIVERGENCE == "reverse_kl":
                         if flags & WANTS_STUDENT:
                             total, expectation = exponential_sums(z_s, z_s - z_t, 0, True, EVERY)
                             tl.store(at + field, expectation)
-                    total, expectation = exponential_sums(z_t, z_t - z_s, 0, True, EVERY)
+                    total, expectation = exponential_sums(z_t, difference, 0, True, EVERY)
                     tl.store(at + 2 * field, total)
                     tl.store(at + 3 * field, expectation)
                 if LABELS:

@@ -92,6 +92,7 @@ def lens_grad_kernel(
     IDENTITY: tl.constexpr,
     MOMENTS: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    MIXED: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -221,6 +222,7 @@ def lens_grad_kernel(
                             table_width,
                             slot,
                             TEACHER,
+                            MIXED,
                             DIVERGENCE,
                             BLOCK_R,
                         )
@@ -281,6 +283,7 @@ def grad_launch(block, grad, per_row, grad_scale, first_tile: int, tiles: int) -
         "grad_width": grad.shape[-1],
         "MOMENTS": bool(block.spec.moments),
         "WEIGHTED": block.table.has_weights,
+        "MIXED": block.table.has_mixtures,
         "DIVERGENCE": block.table.divergence,
     }
     return Launch(lens_grad_kernel, (block.programs(tiles),), block.config.options, arguments)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fdd_kernels.backends.triton.elementwise import is_finite_logit, second_moments
+from fdd_kernels.backends.triton.elementwise import finite_or_zero, is_finite_logit, second_moments
 from fdd_kernels.backends.triton.row_statistics import (
     load_moments,
     load_tops,
@@ -16,7 +16,6 @@ from fdd_kernels.backends.triton.row_statistics import (
     store_tops,
 )
 from fdd_kernels.backends.triton.weighted_moments import (
-    finite_or_zero,
     merge_weighted_moments,
     weighted_second_moments,
 )

@@ -8,9 +8,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fdd_kernels.backends.triton.elementwise import exponential_sums
+from fdd_kernels.backends.triton.elementwise import exponential_sums, mixed_logits
 from fdd_kernels.backends.triton.work_table import (
+    IS_MIXED,
     SLOT_BEGIN,
+    SLOT_FLAGS,
     SLOT_INVERSE,
     WANTS_LABEL,
     WANTS_STUDENT,
@@ -52,13 +54,17 @@ def update_slot(
     label_r,
     inverse,
     flags,
+    share_t,
+    share_s,
     TEACHER: tl.constexpr,
+    MIXED: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     """Add a tile to a slot's state (7 fields, see `stats.py`).
 
-    `carried` marks rows whose state exists already. `tile_s` and `tile_t` point at u - shift.
+    `carried` marks rows whose state exists already. `tile_s` and `tile_t` point at u - shift. The
+    shares are those of a mixed teacher.
     """
     top_s = tl.load(state, mask=carried, other=float("-inf"))
     total_s = tl.load(state + field_stride, mask=carried, other=0.0)
@@ -71,6 +77,9 @@ def update_slot(
         z_s = tl.load(tile_s + at_re + start) * inverse
         if TEACHER:
             z_t = tl.load(tile_t + at_re + start) * inverse
+            if MIXED:
+                if flags & IS_MIXED:
+                    z_t = mixed_logits(z_s, z_t, share_t, share_s, False)
             top_t, total_t, expectation_t = update_softmax(
                 z_t, z_t - z_s, top_t, total_t, expectation_t, True
             )
@@ -124,14 +133,19 @@ def row_shift(
     """Return the largest u of each row over all splits.
 
     `layer` is a student layer; MODEL 1 takes its teacher layer instead. The state has each split's
-    largest z about its shift, at the temperature of the first slot. Without a slot the first
-    split's shift serves.
+    largest z about its shift, at the temperature of the first slot. Without a slot, and where the
+    teacher of the first is mixed, the first split's shift serves.
     """
     shift = state + (2 * layer + MODEL) * stride
     first_slot = table_entry(table, table_width, SLOT_BEGIN, layer)
     top = state + (2 * layers + first_slot * SLOT_FIELDS + 3 * MODEL) * stride
     found = tl.load(shift, mask=is_valid, other=0.0)
-    if first_slot < table_entry(table, table_width, SLOT_BEGIN, layer + 1):
+    has_slot = first_slot < table_entry(table, table_width, SLOT_BEGIN, layer + 1)
+    if MODEL == 1:
+        has_slot = has_slot & (
+            (table_entry(table, table_width, SLOT_FLAGS, first_slot) & IS_MIXED) == 0
+        )
+    if has_slot:
         inverse = table_float(table, table_width, SLOT_INVERSE, first_slot)
         largest = tl.full((TILE_ROWS,), float("-inf"), tl.float32)
         for part in range(splits):

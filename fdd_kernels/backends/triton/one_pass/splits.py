@@ -27,6 +27,7 @@ from fdd_kernels.backends.triton.row_statistics import (
 )
 from fdd_kernels.backends.triton.work_table import (
     FIRST,
+    IS_MIXED,
     KIND_NLL,
     PAIR_INVERSE,
     PAIR_WEIGHTED,
@@ -39,7 +40,10 @@ from fdd_kernels.backends.triton.work_table import (
     SECOND,
     SECOND_REQUEST,
     SHIFT_LAYER,
+    SLOT_A,
+    SLOT_B,
     SLOT_BEGIN,
+    SLOT_FLAGS,
     SLOT_INVERSE,
     TEACHER_LAYER,
     table_entry,
@@ -81,6 +85,7 @@ def merge_stats_kernel(
     splits,
     TEACHER: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    MIXED: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     TILE_ROWS: tl.constexpr,
 ):
@@ -153,6 +158,11 @@ def merge_stats_kernel(
                     offset_t = (
                         tl.load(own + (2 * layer + 1) * stride, mask=is_valid, other=0.0) - shift_t
                     ) * inverse
+                    if MIXED:
+                        if table_entry(table, table_width, SLOT_FLAGS, slot) & IS_MIXED:
+                            a = table_float(table, table_width, SLOT_A, slot)
+                            b = table_float(table, table_width, SLOT_B, slot)
+                            offset_t = a * offset_t + b * offset_s
                     expectation_b += total_b * (offset_s - offset_t)
                 top_b = tl.load(at, mask=is_valid, other=0.0) + offset_s
                 top_s, total_s, expectation_s = merge_softmax(
@@ -279,6 +289,7 @@ def merge_launch(block, state, shifts, requests, moments) -> Launch:
         "fields": state.shape[1],
         "splits": state.shape[0],
         "WEIGHTED": block.table.has_weights,
+        "MIXED": block.table.has_mixtures,
         "TEACHER": block.spec.needs_teacher,
         "DIVERGENCE": block.table.one_pass_divergence,
         "TILE_ROWS": TILE_ROWS,

@@ -40,6 +40,8 @@ from fdd_kernels.backends.triton.work_table import (
     PART_INDEX,
     PART_ROLE,
     SECOND,
+    SLOT_A,
+    SLOT_B,
     SLOT_BEGIN,
     SLOT_FLAGS,
     SLOT_INVERSE,
@@ -99,6 +101,7 @@ def lens_stats_kernel(
     IDENTITY: tl.constexpr,
     MOMENTS: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    MIXED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -229,7 +232,10 @@ def lens_stats_kernel(
                         label_r,
                         table_float(table, table_width, SLOT_INVERSE, slot),
                         table_entry(table, table_width, SLOT_FLAGS, slot),
+                        table_float(table, table_width, SLOT_A, slot),
+                        table_float(table, table_width, SLOT_B, slot),
                         TEACHER,
+                        MIXED,
                         BLOCK_C,
                         BLOCK_E,
                     )
@@ -289,5 +295,6 @@ def stats_launch(block, state) -> Launch:
         "tiles_per_split": block.tiles_per_split,
         "MOMENTS": bool(block.spec.moments),
         "WEIGHTED": block.table.has_weights,
+        "MIXED": block.table.has_mixtures,
     }
     return Launch(lens_stats_kernel, (block.programs(state.shape[0]),), config.options, arguments)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fdd_kernels.backends.triton.elementwise import moment_gradient, softmax_gradient
+from fdd_kernels.backends.triton.elementwise import mixed_logits, moment_gradient, softmax_gradient
 from fdd_kernels.backends.triton.one_pass.moments import vectors
 from fdd_kernels.backends.triton.row_statistics import (
     COUNT,
@@ -19,10 +19,13 @@ from fdd_kernels.backends.triton.row_statistics import (
 from fdd_kernels.backends.triton.weighted_moments import weighted_moment_gradient
 from fdd_kernels.backends.triton.work_table import (
     FIRST,
+    IS_MIXED,
     SECOND,
     SLOT_A,
     SLOT_B,
+    SLOT_FLAGS,
     SLOT_INVERSE,
+    table_entry,
     table_float,
 )
 
@@ -42,6 +45,7 @@ def slot_gradient(
     table_width,
     slot,
     TEACHER: tl.constexpr,
+    MIXED: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
@@ -50,18 +54,24 @@ def slot_gradient(
         requests, grad_requests, stride, stride, is_valid, table, table_width, slot, BLOCK_R
     )
     inverse = table_float(table, table_width, SLOT_INVERSE, slot)
+    a = table_float(table, table_width, SLOT_A, slot)
+    b = table_float(table, table_width, SLOT_B, slot)
     log_q = u_s * inverse - lse_s[:, None]
     log_p = log_q
     if TEACHER:
-        log_p = tl.load(tile_t + at_re) * inverse - lse_t[:, None]
+        z_t = tl.load(tile_t + at_re) * inverse
+        if MIXED:
+            if table_entry(table, table_width, SLOT_FLAGS, slot) & IS_MIXED:
+                z_t = mixed_logits(u_s * inverse, z_t, a, b, False)
+        log_p = z_t - lse_t[:, None]
     grad = softmax_gradient(
         log_q,
         log_p,
         q_r[:, None],
         p_r[:, None],
         d_r[:, None],
-        table_float(table, table_width, SLOT_A, slot),
-        table_float(table, table_width, SLOT_B, slot),
+        a,
+        b,
         TEACHER,
         DIVERGENCE,
     )

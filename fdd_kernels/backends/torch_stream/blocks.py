@@ -19,8 +19,8 @@ from fdd_kernels.lens.row_blocks import MATRICES, RowBlock, RowSpec
 # Of all matrices (r, V) of a row block; at least one row.
 BLOCK_BYTES = {"cpu": 128 * MIB}
 ACCELERATOR_BLOCK_BYTES = GIB
-# Beside a row function's: the logits before it, and a temporary, for the derivative of a soft cap.
-_OWN_MATRICES = 2
+# Beside a row function's: the student's logits before it, for the derivative of a soft cap.
+_OWN_MATRICES = 1
 
 
 def block_rows(columns: int, itemsize: int, device_type: str) -> int:

@@ -1,5 +1,5 @@
-"""Weighted pair moments of the Triton backend against their formulas in float64; run by
-tests/kernels/test_triton_interpreter.py with TRITON_INTERPRET=1.
+"""Weighted pair moments and mixed teachers of the Triton backend against their formulas in float64;
+run by tests/kernels/test_triton_interpreter.py with TRITON_INTERPRET=1.
 
 The models are made of one-hot hidden states: every logit is an element of a head, exact in float32,
 and every element of dL/dlogits is an element of the head's gradient.
@@ -18,6 +18,7 @@ from fdd_kernels.backends.triton import config, strategy
 from fdd_kernels.lens.inputs import LensInputs
 from fdd_kernels.lens.layout import (
     COUNT,
+    LSE_T,
     M_DD,
     M_SS,
     M_ST,
@@ -28,6 +29,7 @@ from fdd_kernels.lens.layout import (
     REQUEST_STATS,
     TOP_S,
     TOP_T,
+    VALUE,
 )
 from fdd_kernels.lens.spec import Layers, LensSpec, PairMoments, Request, of_pair
 
@@ -198,3 +200,50 @@ def test_no_token_is_left(named):
     assert statistics[2][0, COUNT].eq(-torch.inf).all()
     assert statistics[2][0, COUNT + 1 :].eq(0).all()
     assert gradient.eq(0).all()
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.3, pytest.param(0.9, marks=pytest.mark.slow)])
+def test_teacher_mixed_with_the_student(named, mix):
+    """Where both models' likeliest tokens are impossible in the mixture: its logits lie so far
+    below both shifts that e^z is 0 in float32. Beside a request of the teacher itself.
+    """
+    u_s, u_t, places = logits(0), logits(1), torch.arange(COLUMNS)
+    live = places % 9 != 0
+    u_s[..., 18] += 300.0
+    u_t[..., 27] += 300.0
+    requests = (
+        Request(1, 1, TEMPERATURE, "kl", (), mix),
+        Request(0, 0, TEMPERATURE, "kl", (), mix),
+        Request(1, 1, TEMPERATURE, None),
+    )
+    spec = LensSpec(COLUMNS, requests, (), 1.0, None, 1.0, None)
+    inputs = problem(u_s, u_t, live)
+    biases = [0.0 if bias is None else bias.double() for bias in (inputs[2], inputs[5])]
+    u_s, u_t = u_s.float().double() + biases[0], u_t.float().double() + biases[1]
+    upstream = (
+        torch.zeros(len(requests), REQUEST_STATS, ROWS),
+        torch.zeros(0, MOMENT_STATS, ROWS),
+    )
+    upstream[0][:2, VALUE] = torch.tensor([1.0, -2.0])[:, None]
+    statistics, gradient = found_by(named, inputs, spec, upstream)
+    shifts = statistics[0].double()
+    rounding = 8 * 256 * 2.0**-24  # z up to 256, rounded as above, twice
+    exact_gradient = torch.zeros(LAYERS, ROWS, COLUMNS, dtype=torch.float64)
+    scale = torch.zeros_like(exact_gradient) + 2.0**-100
+    for request, found, of_value in zip(requests, statistics[1].double(), upstream[0][:, VALUE]):
+        layer, share = request.student_layer, request.teacher_mix
+        z_s, z_t = u_s[layer] / TEMPERATURE, u_t[layer] / TEMPERATURE
+        if share < 1:
+            mixed = share * z_t + (1 - share) * z_s
+            z_t = torch.where(z_s.isinf() | z_t.isinf(), -torch.inf, mixed)
+        log_q, log_p = z_s.log_softmax(-1), z_t.log_softmax(-1)
+        p, q = log_p.exp(), log_q.exp()
+        value = torch.where(p == 0, 0.0, p * (log_p - log_q)).sum(-1)
+        shift = share * shifts[1, layer] + (1 - share) * shifts[0, layer]
+        assert (found[LSE_T] + shift / TEMPERATURE - z_t.logsumexp(-1)).abs().max() <= rounding
+        if request.divergence == "kl":
+            assert (found[VALUE] - value).abs().max() <= rounding * (1 + value.max())
+            of_z = of_value[:, None].double() / TEMPERATURE
+            exact_gradient[layer] += of_z * (q - p)
+            scale[layer] += of_z.abs() * (q + p)
+    assert ((gradient - exact_gradient).abs() <= rounding * scale).all()
