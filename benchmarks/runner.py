@@ -22,7 +22,7 @@ from benchmarks.call import LOSS
 from benchmarks.providers import Provider, of_workload
 from benchmarks.workloads import Workload
 from fdd_kernels.common.sizes import GIB
-from fdd_kernels.memory.loss import LossShape, loss_memory
+from fdd_kernels.memory.loss import LossMemory, LossShape, loss_memory
 from fdd_kernels.objectives.fdd.options import LossOptions
 
 # glibc caches some freed tensors of up to 32 MiB, more or less of them from run to run. With a
@@ -135,15 +135,9 @@ class Run:
         if reason is None:
             reason, status = provider.unsupported(workload), "unsupported"
         limit, threads = memory_limit(self.device), workload.threads or self.threads
-        prediction = None
-        if workload.objective == LOSS:
-            prediction = loss_memory(
-                loss_shape(workload),
-                provider.name,
-                threads=threads,
-                device=self.device,
-                device_memory=limit if self.device == "cuda" else None,
-            )
+        of_device = limit if self.device == "cuda" else None
+        where = {"threads": threads, "device": self.device, "device_memory": of_device}
+        prediction = predicted_memory(workload, provider.name, **where)
         needed = 0 if prediction is None else prediction.total + prediction.inputs
         if reason is None and needed > limit:
             needs = f"{needed / GIB:.1f} GiB ({prediction.arithmetic()})"
@@ -281,6 +275,14 @@ def loss_shape(workload: Workload) -> LossShape:
     )
 
 
+def predicted_memory(workload: Workload, provider: str, **where: Any) -> LossMemory | None:
+    """Ask the planner, which knows the loss, and its dense form with the default options alone."""
+    unknown = workload.group == "objectives" and provider == "dense"
+    if unknown or workload.objective != LOSS:
+        return None
+    return loss_memory(loss_shape(workload), provider, **where)
+
+
 def memory_limit(device: str) -> int:
     """Count the bytes that a measurement may take here."""
     if device == "cuda":
@@ -305,14 +307,12 @@ def peaks_on_record(data: dict[str, Any]) -> list[tuple[str, int, int]]:
     found = []
     for result in data["results"]:
         workload = Workload.from_json(result["workload"])
-        if workload.objective != LOSS:
-            continue
         threads = workload.threads or data["threads"]
         for name, entry in result["providers"].items():
             held = entry["memory"]
             if held and held.get("measure") in MEMORY_IN_USE.values():
-                shape, where = loss_shape(workload), {"threads": threads, "device": data["device"]}
-                predicted = loss_memory(shape, name, **where)
+                where = {"threads": threads, "device": data["device"]}
+                predicted = predicted_memory(workload, name, **where)
                 if predicted is not None:
                     peak = held["beyond_inputs"]
                     found.append((f"{workload.name} / {name}", predicted.total, peak))

@@ -377,6 +377,23 @@ CASES = [
     ),
     *[
         (
+            "cpu",
+            {
+                "rows": 256,
+                "columns": 8000,
+                "student_width": 128,
+                "teacher_width": 64,
+                "layers": 3,
+                "options": tuple(options.items()),
+            },
+        )
+        for options in (
+            {"output_divergence": "jsd:0.1", "trajectory": "alpha_beta"},
+            {"derivative": "weighted_cosine", "derivative_temperature": 2.0, "teacher_mix": 0.5},
+        )
+    ],
+    *[
+        (
             "torch",
             {
                 "rows": 64,

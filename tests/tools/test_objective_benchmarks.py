@@ -17,6 +17,7 @@ from benchmarks.measure import step, time_workload
 from benchmarks.providers import PROVIDERS, of_workload
 from benchmarks.report.compare import compare
 from benchmarks.report.objectives import side_by_side
+from benchmarks.runner import predicted_memory
 from benchmarks.workloads import GPT2, Workload, suite
 from fdd_kernels.backends import preference
 from tests.support.benchmark_records import entry, spread, synthetic
@@ -71,6 +72,17 @@ def test_a_call_beside_is_timed_in_the_same_rounds():
     assert len(reported["torch"]["beside"]["all"]) == len(reported["torch"]["total"]["all"]) == 3
     assert "beside" not in reported["dense"]
     assert workload.options_beside == {"derivative": "cosine"}
+
+
+def test_memory_is_predicted_of_what_the_planner_knows():
+    known = {
+        (name, provider)
+        for name in ("jsd", "fused_topk_kd")
+        for provider in ("dense", "torch", "cpu")
+        if predicted_memory(WORKLOADS[name], provider) is not None
+    }
+    assert known == {("jsd", "torch"), ("jsd", "cpu")}
+    assert predicted_memory(GPT2, "dense") is not None
 
 
 def test_gemms_are_those_of_the_objective():
