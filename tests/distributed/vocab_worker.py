@@ -85,7 +85,7 @@ def cases() -> dict[str, tuple[Problem, float | None, dict]]:
             {
                 "derivative": "weighted_cosine",
                 "derivative_temperature": 0.7,
-                "layer_weights": LAYERS,
+                "layer_weights": (0.5, 2.0, 0.0),
             },
         ),
         "weighted_cosine, the last tokens excluded": (
