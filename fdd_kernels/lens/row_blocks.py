@@ -1,13 +1,15 @@
 """The contract of row blocks: objectives that need the logits of a row at hand.
 
 A backend cuts the rows into blocks. It computes a block's logits, (r, V) of each model, and calls a
-row function, which returns numbers per row and, if asked, the gradient of the student's logits.
+row function, which returns numbers per row and, if asked, the gradient of the student's logits. The
+teacher's vocabulary may be another one: its head has the tokens that are compared alone.
 
 Shape suffixes: R rows, r rows of a block, V tokens compared.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,7 +19,8 @@ from torch import Tensor
 
 from fdd_kernels.lens.spec import LensSpec, encode_numbers
 
-# Matrices (r, V) that a row function may hold, the logits of both models among them.
+# Matrices (r, V) of 4 bytes an entry that a row function may hold, the logits of both models among
+# them; `row_function(matrices=)` says more.
 MATRICES = 4
 
 # upstream (r, outputs) -> dL/du of the student's logits (r, V), in closed form: the operator that
@@ -32,11 +35,15 @@ class RowBlock(NamedTuple):
         student, teacher: logits u = softcap(logit_scale * (h W^T + b)), (r, V); the teacher's are
             None in a call without a teacher.
         per_row: what else the call has for these rows, each (r, ...), such as labels.
+        shared: what it has for all rows, each whole, such as other teachers' heads.
+        asks_gradient: whether the gradient is going to be asked for.
     """
 
     student: Tensor
     teacher: Tensor | None
     per_row: tuple[Tensor, ...]
+    shared: tuple[Tensor, ...] = ()
+    asks_gradient: bool = True
 
 
 # (block, *words, *numbers) of a `RowSpec` -> values (r, outputs) and the way to the gradient, None
@@ -45,8 +52,11 @@ RowFunction = Callable[..., tuple[Tensor, GradOf | None]]
 ROW_FUNCTIONS: dict[str, RowFunction] = {}
 
 
-def row_function(function: RowFunction) -> RowFunction:
-    """Register a row function under its name."""
+def row_function(function: RowFunction | None = None, *, matrices: float = MATRICES) -> RowFunction:
+    """Register a row function, which holds at most `matrices`, under its name."""
+    if function is None:
+        return functools.partial(row_function, matrices=matrices)
+    function.matrices = matrices
     ROW_FUNCTIONS[function.__name__] = function
     return function
 
@@ -57,30 +67,47 @@ class RowSpec:
 
     Attributes:
         head: V, logit scales and soft caps; it has no requests and no moments.
-        function: a name of `ROW_FUNCTIONS`.
+        function: a name of `ROW_FUNCTIONS`, or a row function that is not registered.
         words, numbers: its parameters.
         outputs: how many numbers it returns per row.
     """
 
     head: LensSpec
-    function: str
+    function: str | RowFunction
     words: tuple[str, ...]
     numbers: tuple[float, ...]
     outputs: int
 
-    def encode(self) -> tuple[str, Tensor, int, int]:
-        """Return the spec as operator arguments: structure, numbers, V, outputs."""
+    @property
+    def matrices(self) -> float:
+        """Return how many matrices (r, V) the row function may hold."""
+        return getattr(self._function, "matrices", MATRICES)
+
+    @property
+    def _function(self) -> RowFunction:
+        named = isinstance(self.function, str)
+        return ROW_FUNCTIONS[self.function] if named else self.function
+
+    def encode(self) -> tuple[str | RowSpec, Tensor, int, int]:
+        """Return the spec as operator arguments: structure, numbers, V, outputs.
+
+        No operator takes a function that is not registered: the spec itself is then the structure.
+        """
+        if not isinstance(self.function, str):
+            return self, torch.empty(0), self.head.columns, self.outputs
         _, of_head, columns = self.head.encode()
         numbers = torch.cat([of_head, encode_numbers(self.numbers)]) if self.numbers else of_head
         return "|".join((self.function, *self.words)), numbers, columns, self.outputs
 
     @staticmethod
-    def decode(structure: str, numbers: Tensor, columns: int, outputs: int) -> RowSpec:
+    def decode(structure: str | RowSpec, numbers: Tensor, columns: int, outputs: int) -> RowSpec:
         """Invert `encode`."""
+        if not isinstance(structure, str):
+            return structure
         function, *words = structure.split("|")
         head = LensSpec.decode("|", numbers[:4], columns)
         return RowSpec(head, function, tuple(words), tuple(numbers[4:].tolist()), outputs)
 
     def of_block(self, block: RowBlock) -> tuple[Tensor, GradOf | None]:
         """Call the row function."""
-        return ROW_FUNCTIONS[self.function](block, *self.words, *self.numbers)
+        return self._function(block, *self.words, *self.numbers)

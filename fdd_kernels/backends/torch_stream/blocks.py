@@ -23,15 +23,16 @@ ACCELERATOR_BLOCK_BYTES = GIB
 _OWN_MATRICES = 1
 
 
-def block_rows(columns: int, itemsize: int, device_type: str) -> int:
-    """Choose the rows of a block."""
+def block_rows(columns: int, itemsize: int, device_type: str, matrices: float = MATRICES) -> int:
+    """Choose the rows of a block, for a row function that holds `matrices` of them."""
     budget = BLOCK_BYTES.get(device_type, ACCELERATOR_BLOCK_BYTES)
-    return max(1, budget // ((MATRICES + _OWN_MATRICES) * columns * itemsize))
+    return max(1, int(budget // ((matrices + _OWN_MATRICES) * columns * itemsize)))
 
 
 def row_blocks(
     inputs: LensInputs,
     per_row: list[Tensor],
+    shared: list[Tensor],
     spec: RowSpec,
     upstream: Tensor | None,
     needed: list[bool],
@@ -42,7 +43,7 @@ def row_blocks(
 
     Args:
         inputs: one hidden state per model; none of the teacher for functions without one.
-        per_row: tensors (R, ...) for the row function.
+        per_row, shared: tensors (R, ...) and whole tensors for the row function.
         upstream: (R, outputs), with which gradients are formed; None for none.
         needed: which gradients of [student_hidden, student_weight, student_bias] are formed.
 
@@ -51,29 +52,30 @@ def row_blocks(
         sum(upstream * values) in the dtype of sums, unrounded.
     """
     problem = TorchProblem(inputs, spec.head)
-    dtype, models = problem.dtype, [problem.student]
+    dtype, models = problem.dtype, [(problem.student, spec.head.columns)]
     if inputs.teacher_hidden:
-        models.append(problem.teacher)
+        models.append((problem.teacher, len(inputs.teacher_weight)))
+    widest = max([columns for _, columns in models])
     values = inputs.student_weight.new_zeros((problem.total_rows, spec.outputs), dtype=dtype)
     student = (*inputs.student_hidden, inputs.student_weight, inputs.student_bias)
     gradients = [
         torch.zeros_like(t, dtype=dtype, memory_format=torch.contiguous_format) if need else None
         for t, need in zip(student, needed if upstream is not None else [False] * 3)
     ]
-    for rows, _, _ in problem.row_blocks(
-        block_rows(spec.head.columns, dtype.itemsize, problem.device.type)
-    ):
-        logits = [_logits(model, rows, spec.head.columns) for model in models]
+    size = block_rows(widest, dtype.itemsize, problem.device.type, spec.matrices)
+    for rows, _, _ in problem.row_blocks(size):
+        logits = [_logits(model, rows, columns) for model, columns in models]
         before = None
         if problem.student.softcap is not None and upstream is not None:
             before = logits[0].clone()
-        block = RowBlock(*(*logits, None)[:2], tuple([t[rows] for t in per_row]))
+        more = tuple([t[rows] for t in per_row]), tuple(shared), upstream is not None
+        block = RowBlock(*(*logits, None)[:2], *more)
         del logits
         values[rows], grad_of = spec.of_block(block)
         if upstream is None:
             continue
         grad_u = grad_of(upstream[rows])
-        del block, grad_of
+        del block, more, grad_of
         _add_gradients(problem.student, rows, problem.student.chain(grad_u, before), *gradients)
     return [values, *[g for g in gradients if g is not None]]
 
@@ -85,6 +87,19 @@ def _tiles(model: TorchModel, columns: int) -> Iterator[slice]:
         size = max(1, tiling.OPERAND_BYTES // (model.dtype.itemsize * model.weight.shape[1]))
     for first in range(0, columns, size):
         yield slice(first, min(first + size, columns))
+
+
+def logits_of_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Compute the logits (r, V) of hidden states (r, D), a model beside the call's two."""
+    model = TorchModel([hidden], weight, bias, logit_scale, softcap, dtype)
+    return _logits(model, slice(None), len(weight))
 
 
 def _logits(model: TorchModel, rows: Tensor | slice, columns: int) -> Tensor:
