@@ -8,7 +8,7 @@ Shape suffixes: R rows, r rows of a block, V tokens compared.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,23 +31,45 @@ class RowBlock(NamedTuple):
         student, teacher: logits u = softcap(logit_scale * (h W^T + b)), (r, V); the teacher's are
             None in a call without a teacher.
         per_row: what else the call has for these rows, each (r, ...), such as labels.
+        per_column: what it has for the columns, each (V, ...).
+        others: functions that compute the logits of further teachers, one matrix at a time.
     """
 
     student: Tensor
     teacher: Tensor | None
     per_row: tuple[Tensor, ...]
+    per_column: tuple[Tensor, ...] = ()
+    others: tuple[Callable[[], Tensor], ...] = ()
 
 
 # (block, *words, *numbers) of a `RowSpec` -> values (r, outputs) and the way to the gradient, None
 # where there is none. Rows must not depend on one another.
 RowFunction = Callable[..., tuple[Tensor, GradOf | None]]
 ROW_FUNCTIONS: dict[str, RowFunction] = {}
+# How many of a call's tensors, the last ones, are per column; none where it is not listed.
+PER_COLUMN: dict[str, int] = {}
 
 
 def row_function(function: RowFunction) -> RowFunction:
     """Register a row function under its name."""
     ROW_FUNCTIONS[function.__name__] = function
     return function
+
+
+def column_function(per_column: int) -> Callable[[RowFunction], RowFunction]:
+    """Register a row function that takes `per_column` tensors per column."""
+
+    def register(function: RowFunction) -> RowFunction:
+        PER_COLUMN[function.__name__] = per_column
+        return row_function(function)
+
+    return register
+
+
+def split_columns(name: str, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Split a call's tensors into those per row and those per column."""
+    count = len(tensors) - PER_COLUMN.get(name, 0)
+    return list(tensors[:count]), list(tensors[count:])
 
 
 @dataclass(frozen=True)

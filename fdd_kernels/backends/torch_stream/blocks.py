@@ -5,6 +5,7 @@ Shape suffixes: R rows, r rows of a block, V tokens compared, c tokens of a tile
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -14,7 +15,7 @@ from fdd_kernels.backends.torch_stream import tiling
 from fdd_kernels.backends.torch_stream.problem import TorchModel, TorchProblem
 from fdd_kernels.common.sizes import GIB, MIB
 from fdd_kernels.lens.inputs import LensInputs
-from fdd_kernels.lens.row_blocks import MATRICES, RowBlock, RowSpec
+from fdd_kernels.lens.row_blocks import MATRICES, RowBlock, RowSpec, split_columns
 
 # Of all matrices (r, V) of a row block; at least one row.
 BLOCK_BYTES = {"cpu": 128 * MIB}
@@ -41,8 +42,9 @@ def row_blocks(
     Beside one block it allocates the results, and a tile of a 16-bit head in the working dtype.
 
     Args:
-        inputs: one hidden state per model; none of the teacher for functions without one.
-        per_row: tensors (R, ...) for the row function.
+        inputs: one hidden state of the student; of the teachers one each, or none. The heads of
+            several teachers lie side by side along their widths.
+        per_row: tensors (R, ...) for the row function, and (V, ...) for one that takes columns.
         upstream: (R, outputs), with which gradients are formed; None for none.
         needed: which gradients of [student_hidden, student_weight, student_bias] are formed.
 
@@ -51,23 +53,23 @@ def row_blocks(
         sum(upstream * values) in the dtype of sums, unrounded.
     """
     problem = TorchProblem(inputs, spec.head)
-    dtype, models = problem.dtype, [problem.student]
-    if inputs.teacher_hidden:
-        models.append(problem.teacher)
+    dtype, columns = problem.dtype, spec.head.columns
+    models = [problem.student, *_teachers(problem)]
+    per_row, per_column = split_columns(spec.function, per_row)
     values = inputs.student_weight.new_zeros((problem.total_rows, spec.outputs), dtype=dtype)
     student = (*inputs.student_hidden, inputs.student_weight, inputs.student_bias)
     gradients = [
         torch.zeros_like(t, dtype=dtype, memory_format=torch.contiguous_format) if need else None
         for t, need in zip(student, needed if upstream is not None else [False] * 3)
     ]
-    for rows, _, _ in problem.row_blocks(
-        block_rows(spec.head.columns, dtype.itemsize, problem.device.type)
-    ):
-        logits = [_logits(model, rows, spec.head.columns) for model in models]
+    for rows, _, _ in problem.row_blocks(block_rows(columns, dtype.itemsize, problem.device.type)):
+        logits = [_logits(model, rows, columns) for model in models[:2]]
         before = None
         if problem.student.softcap is not None and upstream is not None:
             before = logits[0].clone()
-        block = RowBlock(*(*logits, None)[:2], tuple([t[rows] for t in per_row]))
+        others = [functools.partial(_logits, model, rows, columns) for model in models[2:]]
+        of_rows = tuple([t[rows] for t in per_row])
+        block = RowBlock(*(*logits, None)[:2], of_rows, tuple(per_column), tuple(others))
         del logits
         values[rows], grad_of = spec.of_block(block)
         if upstream is None:
@@ -76,6 +78,19 @@ def row_blocks(
         del block, grad_of
         _add_gradients(problem.student, rows, problem.student.chain(grad_u, before), *gradients)
     return [values, *[g for g in gradients if g is not None]]
+
+
+def _teachers(problem: TorchProblem) -> list[TorchModel]:
+    """List the teachers, one per hidden state; several have plain scores, without bias or cap."""
+    teacher, start, models = problem.teacher, 0, []
+    if len(teacher.hidden) == 1:
+        return [teacher]
+    for hidden in teacher.hidden:
+        stop = start + hidden.shape[1]
+        weight = teacher.weight[:, start:stop]
+        models.append(TorchModel([hidden], weight, None, 1.0, None, teacher.dtype))
+        start = stop
+    return models
 
 
 def _tiles(model: TorchModel, columns: int) -> Iterator[slice]:

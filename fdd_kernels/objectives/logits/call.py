@@ -11,7 +11,7 @@ from torch import Tensor
 from fdd_kernels.backends import backend_names, resolve_row_backend
 from fdd_kernels.engine.row_blocks import asks_for_gradient, row_sum, row_values
 from fdd_kernels.lens.inputs import LensInputs
-from fdd_kernels.lens.row_blocks import RowSpec
+from fdd_kernels.lens.row_blocks import RowSpec, split_columns
 from fdd_kernels.lens.spec import LensSpec
 from fdd_kernels.objectives.dense import dense_logits
 from fdd_kernels.objectives.inputs import LossInputs
@@ -125,7 +125,8 @@ class Formula:
     Attributes:
         name, words, numbers, outputs: of the `RowSpec`.
         dense: `dense(u_s, u_t, *per_row, *words, *numbers)` -> values (R, outputs) from the logits
-            (R, V) of all rows, in operations that autograd can differentiate.
+            (R, V) of all rows, in operations that autograd can differentiate. Of several teachers
+            u_t is a list; tensors per column follow those per row.
     """
 
     name: str
@@ -250,14 +251,18 @@ class LogitCall:
         dtype = inputs.statistics_dtype
         student = inputs.student_weight, inputs.student_bias
         teacher = inputs.teacher_weight, inputs.teacher_bias
+        of_rows, of_columns = split_columns(formula.name, per_row)
         u_s, u_t = (
-            dense_logits(h[0][valid].to(dtype), *of_head, head.columns) if h else None
+            dense_logits(h[0][valid].to(dtype), *of_head, head.columns) if len(h) == 1 else None
             for h, *of_head in (
                 (inputs.student_hidden, *student, head.student_logit_scale, head.student_softcap),
                 (inputs.teacher_hidden, *teacher, head.teacher_logit_scale, head.teacher_softcap),
             )
         )
-        found = formula.dense(
-            u_s, u_t, *[t[valid] for t in per_row], *formula.words, *formula.numbers
-        )
+        if len(inputs.teacher_hidden) > 1:  # their heads lie side by side
+            states = inputs.teacher_hidden
+            heads = inputs.teacher_weight.split([h.shape[1] for h in states], dim=1)
+            u_t = [h[valid].to(dtype) @ w.to(dtype).T for h, w in zip(states, heads)]
+        of_rows = [t[valid] for t in of_rows]
+        found = formula.dense(u_s, u_t, *of_rows, *of_columns, *formula.words, *formula.numbers)
         return found.new_zeros((inputs.rows, formula.outputs)).index_copy(0, valid, found)
