@@ -11,18 +11,20 @@ coarsely: it proves that the call computed the loss at all.
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.call import LOSS, Call
 from benchmarks.inputs import build_problem
+from benchmarks.objectives import dense_rows
 from benchmarks.providers import Provider, gradients_of
 from benchmarks.workloads import Workload
 from fdd_kernels import fdd_loss_reference
 from fdd_kernels.testing import (
     Outcome,
-    Problem,
     evaluate,
     exact,
     gradient_floors,
@@ -102,7 +104,9 @@ class SmallCheck:
             "whole": (self.rows, self.columns) == (self.workload.rows, self.workload.columns),
             "value_error": float(errors["value"].max()),
             "value_relative": _relative(errors["value"], norms["value"]),
-            "grad_hidden_relative": max(_relative(errors[n], norms[n]) for n in hidden),
+            "grad_hidden_relative": max(
+                [_relative(errors[n], norms[n]) for n in hidden], default=None
+            ),
             "grad_head_relative": head,
             "of_budget": fractions[worst],
             "worst": worst,
@@ -130,21 +134,42 @@ def _relative(error: Tensor, norm: Tensor) -> float:
     return float((error / norm.clamp(min=smallest)).where(error > 0, 0.0).max())
 
 
-def _rows_of(problem: Problem, rows: slice) -> Problem:
-    """Cut some rows out of a problem."""
+def _rows_of(call: Call, rows: slice) -> Call:
+    """Cut some rows out of a call, with leaves of its own."""
+    return call.rows(rows).map(lambda t: t)
 
-    def cut(states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return tuple([h.detach()[rows].requires_grad_(h.requires_grad) for h in states])
 
-    weight = problem.student_weight.detach().requires_grad_(problem.student_weight.requires_grad)
-    states = cut(problem.student_hidden), cut(problem.teacher_hidden)
-    return Problem(states[0], weight, states[1], problem.teacher_weight)
+class CoarseCheck(SmallCheck):
+    """The small check of an objective that has no error budgets: against its dense form in float64,
+    coarsely.
+    """
+
+    def truth(self, options: dict[str, Any]) -> Outcome:
+        """Compute numbers per row and gradients of their mean, in float64."""
+        if "truth" not in self._truth:
+            call = self.problem.to(torch.float64)
+            rows = dense_rows(call, options).detach()
+            gradients = gradients_of(lambda *c: dense_rows(*c).mean(), call, options)[1]
+            self._truth["truth"] = Outcome(SimpleNamespace(loss=rows), gradients)
+        return self._truth["truth"]
+
+    def budgets(self, options: dict[str, Any], unit: float) -> dict[str, Tensor]:
+        """Allow a part of every number, and of every row of a gradient."""
+        truth = self.truth(options)
+        part = COARSE if unit <= unit_roundoff(torch.float32) else COARSE_ROUNDED
+        allowed = {name: part * true.norm(dim=-1) for name, true in truth.gradients.items()}
+        return allowed | {"value": part * truth.terms.loss.abs()}
+
+
+def small_check(workload: Workload, device: torch.device) -> SmallCheck:
+    """Choose the small check of a workload."""
+    return (SmallCheck if workload.objective == LOSS else CoarseCheck)(workload, device)
 
 
 class TimedCallCheck:
     """Compare gradients of the hidden states of a few rows of the timed call with float64."""
 
-    def __init__(self, workload: Workload, problem: Problem):
+    def __init__(self, workload: Workload, problem: Call):
         self.workload, self.problem = workload, problem
         self.rows = max(1, min(workload.rows, 4))
         self._truth: dict[str, dict[str, Tensor]] = {}
@@ -156,7 +181,12 @@ class TimedCallCheck:
         if key not in self._truth:
             some = _rows_of(self.problem, slice(0, self.rows)).frozen("student_weight")
             upstream = 1 / self.workload.rows
-            self._truth[key] = exact(some, upstream, reduction="sum", **options).gradients
+            if some.objective == LOSS:
+                truth = exact(some, upstream, reduction="sum", **options).gradients
+            else:
+                loss_of = lambda *call: dense_rows(*call).sum() * upstream  # noqa: E731
+                truth = gradients_of(loss_of, some.to(torch.float64), options)[1]
+            self._truth[key] = truth
         worst = 0.0
         for name, true in self._truth[key].items():
             error = (gradients[name][: self.rows].double() - true).norm(dim=-1)

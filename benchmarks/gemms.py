@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from benchmarks.objectives import OBJECTIVES
 from benchmarks.workloads import Workload
 from fdd_kernels.testing import Problem
 
@@ -23,12 +24,14 @@ FORWARD = ("student", "teacher")
 def gemm_shapes(workload: Workload) -> dict[str, tuple[int, int, int]]:
     """Return (rows, inner, columns) of each GEMM of one layer."""
     rows, columns, width = workload.rows, workload.columns, workload.student_width
+    objective = OBJECTIVES[workload.objective]
     shapes = {"student": (rows, width, columns)}
-    if not workload.feature_space:
+    if objective.teacher and not workload.feature_space:
         shapes["teacher"] = (rows, workload.teacher_width, columns)
-    shapes["grad_hidden"] = (rows, columns, width)
-    if workload.train_head:
-        shapes["grad_head"] = (columns, rows, width)
+    if objective.gradient:
+        shapes["grad_hidden"] = (rows, columns, width)
+        if workload.train_head:
+            shapes["grad_head"] = (columns, rows, width)
     return shapes
 
 

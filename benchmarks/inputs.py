@@ -5,15 +5,17 @@ no mark on the peak of memory.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from benchmarks.call import Call
 from benchmarks.workloads import Workload
-from fdd_kernels.testing import Problem
 
 SPREAD = 2.0  # standard deviation of the logits
 PIECE = 2**20  # numbers drawn at a time
+TOP_K = 64  # tokens of `ids`
 
 
 def build_problem(
@@ -23,7 +25,7 @@ def build_problem(
     rows: int | None = None,
     columns: int | None = None,
     draw_on: torch.device | str = "cpu",
-) -> Problem:
+) -> Call:
     """Draw the workload's tensors, the same at every call; `rows` and `columns` limit their sizes.
 
     The generator of `draw_on` draws them: a GPU in a fraction of the time, but other numbers.
@@ -67,9 +69,29 @@ def build_problem(
         teacher_hidden = states(workload.teacher_width, 200)
         if not workload.feature_space:
             teacher_weight = head(workload.teacher_width, 2)
-    return Problem(
+    call = Call(
         student_hidden=tuple([h.to(device).requires_grad_() for h in student_hidden]),
         student_weight=student_weight.to(device).requires_grad_(workload.train_head),
         teacher_hidden=tuple([h.to(device) for h in teacher_hidden]),
         teacher_weight=None if teacher_weight is None else teacher_weight.to(device),
+        objective=workload.objective,
     )
+    return replace(call, **_per_token(call, workload))
+
+
+def _per_token(call: Call, workload: Workload) -> dict[str, Tensor]:
+    """Draw the tensors that `workload.tensors` names, of one number or K per row."""
+    generator, device = torch.Generator().manual_seed(4), call.student_weight.device
+    columns, count = len(call.student_weight), call.row_count
+    found = {}
+    if "labels" in workload.tensors:
+        found["labels"] = torch.randint(columns, (count,), generator=generator).to(device)
+    if "token_weights" in workload.tensors:
+        found["token_weights"] = torch.rand(count, generator=generator).to(device)
+    if "ids" in workload.tensors:
+        pieces, temperature = [], workload.loss_options.get("temperature", 1.0)
+        for h in call.teacher_hidden[-1].split(max(1, 64 * PIECE // columns)):
+            logits = (h @ call.teacher_weight.T).float() / temperature
+            pieces.append(logits.log_softmax(-1).topk(min(TOP_K, columns // 2)))
+        found["logprobs"], found["ids"] = (torch.cat(parts) for parts in zip(*pieces))
+    return found

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.accuracy import SmallCheck, TimedCallCheck
+from benchmarks.accuracy import TimedCallCheck, small_check
 from benchmarks.gemms import GemmTimes
 from benchmarks.inputs import build_problem
 from benchmarks.providers import PROVIDERS, Provider, gradients_of
@@ -74,7 +74,8 @@ def time_workload(
     device: torch.device,
     report: Report,
 ) -> None:
-    """Time the providers in turn, `repeats` rounds after a warm-up round, GEMMs in every round.
+    """Time the providers in turn, `repeats` rounds after a warm-up round, GEMMs in every round, and
+    the call beside it by this package's backends.
 
     Calls `report(key, value)`: ("running", provider) before each warm-up, (provider, result),
     ("products", summary of the GEMMs).
@@ -97,6 +98,10 @@ def time_workload(
         found[provider.name] = {"warm_up": warm_up, "check": check.run(provider, gradients)}
         found[provider.name] |= {"forward": [], "total": []}
         del gradients
+    besides = [p for p in providers if p.kind == "backends" and workload.beside]
+    for provider in besides:
+        step(provider, problem, workload.options_beside, device)
+        found[provider.name]["beside"] = []
     report("running", None)
     gemms.drop_first()
     for _ in range(repeats):
@@ -105,10 +110,15 @@ def time_workload(
             forward, total, _ = step(provider, problem, provider.options(workload), device)
             found[provider.name]["forward"].append(forward)
             found[provider.name]["total"].append(total)
+        for provider in besides:
+            _, total, _ = step(provider, problem, workload.options_beside, device)
+            found[provider.name]["beside"].append(total)
     report("products", gemms.summary())
     for name, result in found.items():
         rate = workload.rows / statistics.median(result["total"])
-        times = {key: spread(result[key]) for key in ("forward", "total")}
+        times = {
+            key: spread(result[key]) for key in ("forward", "total", "beside") if key in result
+        }
         report(name, result | times | {"tokens_per_second": rate})
 
 
@@ -116,7 +126,7 @@ def check_accuracy(
     workload: Workload, providers: list[Provider], device: torch.device, report: Report
 ) -> None:
     """Run the small check of every provider; call `report(provider, result)`."""
-    check = SmallCheck(workload, device)
+    check = small_check(workload, device)
     for provider in providers:
         report("running", provider.name)
         report(provider.name, check.run(provider))

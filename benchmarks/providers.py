@@ -9,22 +9,22 @@ import functools
 import importlib
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks import dense, peers
+from benchmarks import objectives, peers
+from benchmarks.call import LOSS, Call
+from benchmarks.inputs import build_problem
 from benchmarks.workloads import Workload
-from fdd_kernels import fused_fdd_loss
 from fdd_kernels.backends import BACKENDS, preference, why_unavailable
-from fdd_kernels.testing import Problem
 
 WHOLE = "the whole objective"
 NO_DERIVATIVE = "output KD and trajectory, one call per layer; no derivative"
-Loss = Callable[[Problem, dict[str, Any]], Tensor]
+Loss = Callable[[Call, dict[str, Any]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Provider:
     softcap: bool = True
     feature_space: bool = True
     frozen_head_note: str | None = None
+    refusal: Callable[[Workload], str | None] = lambda workload: None
     unavailable_on: Callable[[torch.device], str | None] = lambda device: None
 
     def unavailable(self, device: torch.device) -> str | None:
@@ -67,6 +68,9 @@ class Provider:
 
     def unsupported(self, workload: Workload) -> str | None:
         """Say why it cannot compute any part of this workload's loss; None if it can."""
+        if workload.group == "objectives":
+            called = self.kind != "packages"
+            return self.refusal(workload) if called else "is not called for other objectives"
         if workload.feature_space and not self.feature_space:
             return "has no feature space"
         if not self.softcap and any("softcap" in name for name in workload.loss_options):
@@ -76,7 +80,9 @@ class Provider:
     def part(self, workload: Workload) -> str:
         """Describe the part of this workload's loss that it computes."""
         text = WHOLE if workload.feature_space else self.computes
-        if workload.layers == 1 and not workload.loss_options.get("output_in_dynamics"):
+        if workload.objective != LOSS:
+            text = workload.objective
+        elif workload.layers == 1 and not workload.loss_options.get("output_in_dynamics"):
             text = "output KD, which is all there is"
         note = self.frozen_head_note if not workload.train_head else None
         return f"{text}; {note}" if note else text
@@ -94,13 +100,15 @@ class Provider:
 
 
 def gradients_of(
-    loss_of: Loss, problem: Problem, options: dict[str, Any]
+    loss_of: Loss, problem: Call, options: dict[str, Any]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Run one forward and backward pass: the loss, and the gradients of `problem.leaves` by
-    name.
+    name; none of an objective without gradient.
     """
     leaves = problem.leaves
     loss = loss_of(problem, options)
+    if not loss.requires_grad:
+        return loss, {}
     # In feature space the final state has no term and so no gradient.
     found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
     return loss.detach(), dict(zip(leaves, found))
@@ -108,10 +116,10 @@ def gradients_of(
 
 @functools.cache
 def _compiled() -> Callable:
-    return torch.compile(dense.dense_rows)
+    return torch.compile(objectives.dense_rows)
 
 
-def _compiled_rows(problem: Problem, options: dict[str, Any]) -> Tensor:
+def _compiled_rows(problem: Call, options: dict[str, Any]) -> Tensor:
     return _compiled()(problem, options)
 
 
@@ -129,8 +137,11 @@ def _dense(name: str, title: str, color: str, rows: Loss, **about: Any) -> Provi
 def _backend(name: str) -> Provider:
     backend = BACKENDS[name]
 
-    def loss(problem: Problem, options: dict, reduction: str = "mean") -> Tensor:
-        return fused_fdd_loss(**problem.arguments, **options, backend=name, reduction=reduction)
+    def rows(problem: Call, options: dict, reduction: str = "none") -> Tensor:
+        return objectives.fused(problem, options | {"backend": name, "reduction": reduction})
+
+    def loss(problem: Call, options: dict) -> Tensor:
+        return rows(problem, options, "mean").mean()
 
     def unavailable(device: torch.device) -> str | None:
         reason = why_unavailable(name, device)
@@ -138,9 +149,19 @@ def _backend(name: str) -> Provider:
             reason = f"runs on {' or '.join(backend.devices)}; its interpreter is not measured"
         return reason
 
-    rows = functools.partial(loss, reduction="none")
+    def refusal(workload: Workload) -> str | None:
+        """Call it at tiny shape: it refuses before any work."""
+        shape = {"rows": 1, "columns": 64, "student_width": 16, "teacher_width": 16}
+        on_gpu = "cuda" in backend.devices and torch.cuda.is_available()
+        call = build_problem(replace(workload, **shape), "cuda" if on_gpu else "cpu")
+        try:
+            rows(call, workload.loss_options)
+        except ValueError as error:
+            return str(error)
+        return None
+
     title, about = f"fdd_kernels, backend {name}", {"package": "fdd_kernels"}
-    about["unavailable_on"] = unavailable
+    about |= {"unavailable_on": unavailable, "refusal": refusal}
     return Provider(name, title, "backends", backend.color, loss, rows, **about)
 
 
@@ -149,13 +170,13 @@ def _package(name: str, title: str, color: str, loss: Loss, *, part: str, **abou
     return Provider(name, title, "packages", color, loss, feature_space=False, **about)
 
 
-_CHUNKED = f"checkpointed over {dense.CHUNK_ROWS} rows"
+_CHUNKED = f"checkpointed over {objectives.CHUNK_ROWS} rows"
 _ALL = (
-    _dense("dense", "eager", "#6c757d", dense.dense_rows),
+    _dense("dense", "eager", "#6c757d", objectives.dense_rows),
     _dense(
         "dense-compile", "torch.compile", "#5b7db1", _compiled_rows, unavailable_on=_no_compiler
     ),
-    _dense("dense-chunked", _CHUNKED, "#adb5bd", dense.chunked_rows),
+    _dense("dense-chunked", _CHUNKED, "#adb5bd", objectives.chunked_rows),
     *map(_backend, sorted(BACKENDS)),
     _package(
         "liger",

@@ -18,16 +18,18 @@ from typing import Any
 import torch
 
 from benchmarks import record
+from benchmarks.call import LOSS
 from benchmarks.providers import Provider, of_workload
 from benchmarks.workloads import Workload
 from fdd_kernels.common.sizes import GIB
-from fdd_kernels.memory.loss import LossShape, loss_memory
+from fdd_kernels.memory.loss import LossMemory, LossShape, loss_memory
+from fdd_kernels.objectives.fdd.options import LossOptions
 
 # glibc caches some freed tensors of up to 32 MiB, more or less of them from run to run. With a
 # fixed threshold it gives them back, so that the high-water mark is of memory in use, as
 # max_memory_allocated is on a GPU.
 RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
-DEFAULT_REPEATS = {"tiny": 2, "quick": 3, "full": 3, "limits": 3}
+DEFAULT_REPEATS = {"tiny": 2, "quick": 3, "full": 3, "limits": 3, "objectives": 5}
 
 
 @dataclass
@@ -133,13 +135,9 @@ class Run:
         if reason is None:
             reason, status = provider.unsupported(workload), "unsupported"
         limit, threads = memory_limit(self.device), workload.threads or self.threads
-        prediction = loss_memory(
-            loss_shape(workload),
-            provider.name,
-            threads=threads,
-            device=self.device,
-            device_memory=limit if self.device == "cuda" else None,
-        )
+        of_device = limit if self.device == "cuda" else None
+        where = {"threads": threads, "device": self.device, "device_memory": of_device}
+        prediction = predicted_memory(workload, provider.name, **where)
         needed = 0 if prediction is None else prediction.total + prediction.inputs
         if reason is None and needed > limit:
             needs = f"{needed / GIB:.1f} GiB ({prediction.arithmetic()})"
@@ -272,11 +270,17 @@ def loss_shape(workload: Workload) -> LossShape:
         itemsize=workload.itemsize,
         train_head=workload.train_head,
         feature_space=workload.feature_space,
-        output_in_dynamics=bool(options.get("output_in_dynamics")),
-        trajectory=options.get("trajectory", "kl") if options.get("alpha", 1) else None,
-        derivative=options.get("derivative", "cosine") if options.get("beta", 1) else None,
+        options=LossOptions(**options),
         softcap="student_softcap" in options,
     )
+
+
+def predicted_memory(workload: Workload, provider: str, **where: Any) -> LossMemory | None:
+    """Ask the planner, which knows the loss, and its dense form with the default options alone."""
+    unknown = workload.group == "objectives" and provider == "dense"
+    if unknown or workload.objective != LOSS:
+        return None
+    return loss_memory(loss_shape(workload), provider, **where)
 
 
 def memory_limit(device: str) -> int:
@@ -307,8 +311,8 @@ def peaks_on_record(data: dict[str, Any]) -> list[tuple[str, int, int]]:
         for name, entry in result["providers"].items():
             held = entry["memory"]
             if held and held.get("measure") in MEMORY_IN_USE.values():
-                shape, where = loss_shape(workload), {"threads": threads, "device": data["device"]}
-                predicted = loss_memory(shape, name, **where)
+                where = {"threads": threads, "device": data["device"]}
+                predicted = predicted_memory(workload, name, **where)
                 if predicted is not None:
                     peak = held["beyond_inputs"]
                     found.append((f"{workload.name} / {name}", predicted.total, peak))

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+from benchmarks.call import LOSS
+
 MEASURES = ("time", "memory", "accuracy")
 DTYPES = ("float32", "bfloat16", "float16")
 SWEPT = {"rows": "tokens R", "columns": "vocabulary V", "layers": "layers L"}
@@ -19,10 +21,13 @@ SWEPT = {"rows": "tokens R", "columns": "vocabulary V", "layers": "layers L"}
 class Workload:
     """One problem: a call of the loss and the measures taken of it.
 
-    `layers` counts the final state. `options` are those of `fused_fdd_loss`. `providers` are names
-    or kinds of providers, all if None (`providers.of_workload`); `repeats` and `threads` are the
-    run's if None. `sweep` is the field that a scaling sweep varies. `near` makes the teacher the
-    student plus noise of this relative size.
+    `layers` counts the final state. `objective` is the public function, `options` are its options,
+    and `tensors` names what it takes besides states and heads: labels, token_weights, ids (with
+    logprobs). `beside` are options of a call that this package takes in turn with it, for the ratio
+    of their times. `providers` are names or kinds of providers, all if None
+    (`providers.of_workload`); `repeats` and `threads` are the run's if None. `sweep` is the field
+    that a scaling sweep varies. `near` makes the teacher the student plus noise of this relative
+    size.
     """
 
     name: str
@@ -34,7 +39,10 @@ class Workload:
     layers: int = 5
     dtype: str = "float32"
     train_head: bool = True
+    objective: str = LOSS
     options: tuple[tuple[str, Any], ...] = ()
+    tensors: tuple[str, ...] = ()
+    beside: tuple[tuple[str, Any], ...] = ()
     feature_space: bool = False
     near: float | None = None
     group: str = "pairs"
@@ -53,6 +61,11 @@ class Workload:
     @property
     def loss_options(self) -> dict[str, Any]:
         return dict(self.options)
+
+    @property
+    def options_beside(self) -> dict[str, Any]:
+        """Return the options of the call beside it."""
+        return self.loss_options | dict(self.beside)
 
     @property
     def itemsize(self) -> int:
@@ -79,13 +92,15 @@ class Workload:
         return f"R={self.rows} {columns} {widths} L={self.layers} {self.dtype} {head}"
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"options": self.loss_options}
+        return asdict(self) | {"options": self.loss_options, "beside": dict(self.beside)}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Workload:
         """Invert `to_json`."""
-        lists = {n: tuple(data[n]) for n in ("providers", "measures") if data.get(n) is not None}
-        return cls(**(data | lists | {"options": tuple(data["options"].items())}))
+        names = ("providers", "measures", "tensors")
+        found = {n: tuple(data[n]) for n in names if data.get(n) is not None}
+        found |= {n: tuple(data.get(n, {}).items()) for n in ("options", "beside")}
+        return cls(**(data | found))
 
 
 GPT2 = Workload("gpt2", "GPT-2 from GPT-2 XL, the FDD paper's pair", 256, 50257, 768, 1600)
@@ -170,7 +185,58 @@ def _limits() -> list[Workload]:
     return [*workloads, replace(too_large, group="limits", providers=DEFAULT)]
 
 
+# Name: (divergence of the output, the options of a call beside it).
+OUTPUTS = (
+    "reverse_kl",
+    "jsd:0.5",
+    "skew_kl:0.1",
+    "skew_reverse_kl:0.1",
+    "tv",
+    "alpha_beta:0.2,0.7",
+)
+_KL = (("output_divergence", "kl"),)
+_FUNCTIONS = {
+    "fused_decoupled_kd": (("labels",), (("temperature", 4.0),)),
+    "fused_topk_kd": (("ids",), ()),
+    "selected_logprobs": (("labels",), ()),
+    "row_statistics": (("labels",), ()),
+}
+
+
+def objectives(output: Workload = KD, dynamics: Workload = GPT2) -> list[Workload]:
+    """List every objective at the shapes of `output`, and the derivative's at those of
+    `dynamics`.
+    """
+    about = {"group": "objectives", "providers": ("dense", "dense-compile", "default"), "layers": 1}
+    weighted = (("derivative", "weighted_cosine"),)
+    found = [
+        replace(
+            dynamics,
+            name="weighted_cosine",
+            text="full FDD with derivative=weighted_cosine",
+            options=weighted,
+            beside=(("derivative", "cosine"),),
+            **about | {"layers": dynamics.layers},
+        )
+    ]
+    for text in OUTPUTS:
+        options = {"options": (("output_divergence", text),), "beside": _KL}
+        name, title = text.partition(":")[0], f"output KD with output_divergence={text}"
+        found.append(replace(output, name=name, text=title, **options, **about))
+    mixed = {"options": (("teacher_mix", 0.5),), "beside": (("teacher_mix", 1.0),)}
+    title = "output KD with teacher_mix=0.5 (TAID)"
+    found.append(replace(output, name="teacher_mix", text=title, **mixed, **about))
+    weights = {"tensors": ("token_weights",), "text": "output KD with token_weights"}
+    found.append(replace(output, name="token_weights", **weights, **about))
+    for name, (tensors, options) in _FUNCTIONS.items():
+        given = {"objective": name, "tensors": tensors, "options": options, "text": name}
+        given["providers"] = (*about["providers"][:2], "backends")  # the default may not have it
+        found.append(replace(output, name=name, **about | given))
+    return found
+
+
 _SUITES = {"tiny": _tiny, "quick": _quick, "full": _full, "limits": _limits}
+_SUITES["objectives"] = objectives
 SUITES = tuple(_SUITES)
 
 

@@ -4,10 +4,26 @@
 namespace fdd::FDD_ISA {
 namespace {
 
-// log((1 - share) + share e^x)
-inline Vec log_mixture(Vec x, float share) {
-  const Vec small = expm1_nonpositive(-abs(x));
-  return max(x, Vec{}) + log1p_nonpositive(select(x > 0, (1.f - share) * small, share * small));
+template <class Constants>
+inline Constants constants_of(const float* floats) {
+  Constants constants;
+  __builtin_memcpy(&constants, floats, sizeof(constants));
+  return constants;
+}
+
+// log(rest + share e^x) with rest + share = 1. Where e^x would overflow, `rest` is nothing.
+inline Vec log_mixture(Vec x, float share, float rest) {
+  const Vec most = min(x, splat(80.f)), e = exp(most);
+  const Vec gap = share * select(abs(x) < kNear, exp_tail(x) * x * x + x, e - 1.f);
+  return log_of(rest + share * e, gap) + max(x - 80.f, Vec{});
+}
+
+// (q - p) / m of a mixture m with the weights w_q and w_p; x = log q - log p. With r the smaller of
+// q and p over the larger, it is 1 - r over the weight of the larger plus that of the smaller times
+// r.
+inline Vec over_mixture(Vec x, float w_q, float w_p) {
+  const Vec r = exp(-abs(x)), gap = expm1_nonpositive(-abs(x));
+  return select(x > 0, -gap, gap) / select(x > 0, w_q + w_p * r, w_p + w_q * r);
 }
 
 // The part of a token in KL(p || r), given x = log r - log p: p (e^x - 1 - x), never negative. The
@@ -16,20 +32,62 @@ inline Vec kl_of(Vec p, Vec r, Vec x) {
   return select(abs(x) < kNear, p * (exp_tail(x) * x * x), (r - p) - times(p, x));
 }
 
-// `parameters` are the request's; no divergence has any today.
-inline Vec divergence_value(Divergence divergence, Vec log_q, Vec log_p, const float* parameters) {
+// sign(x), 0 at 0
+inline Vec with_sign_of(Vec size, Vec x) {
+  return select(x > 0, size, select(x < 0, -size, times(size, x)));
+}
+
+// (q^power - p^power) / power, which is log q - log p at power 0; 0 where q = p = 0.
+inline Vec power_difference(Vec log_q, Vec log_p, float power, float inv_power) {
+  const Vec larger = max(log_q, log_p);
+  const Vec x = select(larger == -kInfinity, Vec{}, log_q - log_p);
+  if (power == 0) return x;
+  return with_sign_of(exp(power * larger) * -expm1_nonpositive(-power * abs(x)) * inv_power, x);
+}
+
+// e^(power * log_weight) x with 0 * anything = 0
+inline Vec weighted_power(Vec log_weight, float power, Vec x) {
+  return power == 0 ? x : times(exp(power * log_weight), x);
+}
+
+inline Vec alpha_beta_value(const AlphaBetaConstants& of, Vec log_q, Vec log_p) {
+  const Vec x = log_q - log_p, y = of.sum * x;
+  Vec series = splat(of.series[AlphaBetaConstants::kTerms - 1]);
+  for (int i = AlphaBetaConstants::kTerms - 2; i >= 0; --i) series = series * y + of.series[i];
+  const Vec near = exp(of.sum * log_p) * (series * y + 0.5f) * x * x;
+  const Vec q = power_difference(log_q, log_p, of.alpha, of.inv_alpha);
+  const Vec p = power_difference(log_q, log_p, of.beta, of.inv_beta);
+  const Vec far = weighted_power(log_q, of.beta, q) - weighted_power(log_p, of.alpha, p);
+  return select(abs(y) < kNear, near, far * of.inv_sum);
+}
+
+// `constants` are the request's.
+inline Vec divergence_value(Divergence divergence, Vec log_q, Vec log_p, const float* constants) {
+  if (divergence == Divergence::kTv) return 0.5f * abs(power_difference(log_q, log_p, 1.f, 1.f));
+  if (divergence == Divergence::kAlphaBeta)
+    return alpha_beta_value(constants_of<AlphaBetaConstants>(constants), log_q, log_p);
   const Vec q = exp(log_q), p = exp(log_p), x = log_q - log_p;
   switch (divergence) {
     case Divergence::kKl:
       return kl_of(p, q, x);
     case Divergence::kReverseKl:
       return kl_of(q, p, -x);
-    case Divergence::kJsd: {
-      const Vec m = 0.5f * (p + q);
-      return 0.5f * (kl_of(p, m, log_mixture(x, 0.5f)) + kl_of(q, m, log_mixture(-x, 0.5f)));
+    case Divergence::kJsd: {  // share: of the teacher
+      const auto [share, rest] = constants_of<MixtureConstants>(constants);
+      const Vec m = share * p + rest * q;
+      return share * kl_of(p, m, log_mixture(x, rest, share)) +
+             rest * kl_of(q, m, log_mixture(-x, share, rest));
     }
-    case Divergence::kSkewKl:
-      return kl_of(p, kSkew * p + (1.f - kSkew) * q, log_mixture(x, 1.f - kSkew));
+    case Divergence::kSkewKl: {  // share: of the teacher
+      const auto [share, rest] = constants_of<MixtureConstants>(constants);
+      return kl_of(p, share * p + rest * q, log_mixture(x, rest, share));
+    }
+    case Divergence::kSkewReverseKl: {  // share: of the student
+      const auto [share, rest] = constants_of<MixtureConstants>(constants);
+      return kl_of(q, share * q + rest * p, log_mixture(-x, rest, share));
+    }
+    case Divergence::kTv:
+    case Divergence::kAlphaBeta:
     case Divergence::kNone:
     case Divergence::kNll:
       break;
@@ -37,22 +95,34 @@ inline Vec divergence_value(Divergence divergence, Vec log_q, Vec log_p, const f
   return Vec{};
 }
 
-inline Vec divergence_grad(Divergence divergence, Vec log_q, Vec log_p, const float* parameters) {
+inline Vec divergence_grad(Divergence divergence, Vec log_q, Vec log_p, const float* constants) {
+  const Vec x = log_q - log_p;
   switch (divergence) {
     case Divergence::kKl:
       return -exp(log_p);
     case Divergence::kReverseKl:
-      return times(exp(log_q), log_q - log_p + 1.f);
-    case Divergence::kJsd:
-      return -0.5f * times(exp(log_q), log_mixture(log_p - log_q, 0.5f));
+      return times(exp(log_q), x + 1.f);
+    case Divergence::kJsd: {
+      const auto [share, rest] = constants_of<MixtureConstants>(constants);
+      return -rest * times(exp(log_q), log_mixture(-x, share, rest));
+    }
     case Divergence::kSkewKl: {
-      // (1 - SKEW)^2 q (q - p) / m: with m = SKEW p + (1 - SKEW) q and r the smaller of q and p
-      // over the larger, (q - p) / m is 1 - r over the weight of the larger plus that of the
-      // smaller times r.
-      const Vec x = log_q - log_p, gap = expm1_nonpositive(-abs(x));       // r - 1
-      const Vec weight = select(x > 0, splat(kSkew), splat(1.f - kSkew));  // of the smaller
-      const Vec ratio = select(x > 0, -gap, gap) / (1.f + weight * gap);
-      return (1.f - kSkew) * (1.f - kSkew) * times(exp(log_q), ratio);
+      // (1 - alpha)^2 q (q - p) / m
+      const auto [share, rest] = constants_of<MixtureConstants>(constants);
+      return rest * rest * times(exp(log_q), over_mixture(x, rest, share));
+    }
+    case Divergence::kSkewReverseKl: {
+      // -q (log(m / q) + alpha (1 - alpha) (q - p) / m)
+      const auto [share, rest] = constants_of<MixtureConstants>(constants);
+      const Vec ratio = over_mixture(x, share, rest);
+      return -times(exp(log_q), log_mixture(-x, rest, share) + share * rest * ratio);
+    }
+    case Divergence::kTv:
+      return 0.5f * times(exp(log_q), with_sign_of(splat(1.f), x));
+    case Divergence::kAlphaBeta: {
+      const auto of = constants_of<AlphaBetaConstants>(constants);
+      return weighted_power(log_q, of.beta,
+                            power_difference(log_q, log_p, of.alpha, of.inv_alpha));
     }
     case Divergence::kNone:
     case Divergence::kNll:

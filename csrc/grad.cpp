@@ -142,7 +142,7 @@ void form_row(const Problem& problem, const Statistics& statistics, const Upstre
     float* out = grad_row(student_layer);
     if (request.divergence == Divergence::kNll) {
       upstream.grad_sum = -1.f;
-      kernels.request_gradient(out, student, nullptr, request.inv_temperature, count,
+      kernels.request_gradient(out, student, nullptr, 1.f, request.inv_temperature, count,
                                request.divergence, nullptr, upstream);
       const int64_t label = problem.labels[row] - first_column;
       if (label >= 0 && label < count) out[label] -= upstream.value * request.inv_temperature;
@@ -150,26 +150,33 @@ void form_row(const Problem& problem, const Statistics& statistics, const Upstre
       if (request.divergence == Divergence::kNone) upstream.value = 0.f;
       const RowView teacher{logits.teacher(teacher_layer, local), shifts_t[teacher_layer * total],
                             stat[kLseT * total]};
-      kernels.request_gradient(out, student, &teacher, request.inv_temperature, count,
-                               request.divergence, request.parameters.data(), upstream);
+      kernels.request_gradient(out, student, &teacher, request.teacher_mix,
+                               request.inv_temperature, count, request.divergence,
+                               request.constants.data(), upstream);
     }
   }
   for (size_t i = 0; i < problem.moments.size(); ++i) {
     const PairMoments& pair = problem.moments[i];
     const float* stat = statistics.moments + i * kMomentStats * total + at;
     const float* up = gradients.moments + i * kMomentStats * total + at;
-    const MomentGradient upstream{stat[kMeanS * total],
-                                  stat[kMeanT * total],
-                                  up[kMeanS * total] / std::max(stat[kCount * total], 1.f),
-                                  up[kMSS * total],
-                                  up[kMST * total],
-                                  up[kMDD * total]};
+    const float of_tokens = stat[kCount * total];
+    const MomentGradient upstream{
+        stat[kMeanS * total],
+        stat[kMeanT * total],
+        pair.weighted ? up[kMeanS * total] : up[kMeanS * total] / std::max(of_tokens, 1.f),
+        up[kMSS * total],
+        up[kMST * total],
+        up[kMDD * total],
+        pair.weighted,
+        of_tokens,
+        stat[kTopS * total],
+        stat[kTopT * total]};
     float* grad_first = pair.first ? grad_row((*pair.first)[kStudent]) : nullptr;
     kernels.moment_gradient(
         grad_row(pair.second[kStudent]), grad_first,
         problem.vector(pair, kStudent, logits.student(0, local), stride, shifts_s, total),
         problem.vector(pair, kTeacher, logits.teacher(0, local), stride, shifts_t, total),
-        problem.excluded_from(first_column), problem.moment_inv_temperature, count, upstream);
+        problem.excluded_from(first_column), pair.inv_temperature, count, upstream);
   }
   for (int64_t layer = 0; layer < problem.layers; ++layer)
     kernels.chain(grad_row(layer), logits.student(layer, local), count, problem.student.scale,

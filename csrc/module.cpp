@@ -17,17 +17,17 @@ namespace {
 // Found in the file before it is loaded (fdd_kernels/backends/cpu/extension.py): with another
 // torch, loading may crash. Raise the number of the interface, there too, with every change of what
 // the functions of this module take or return.
-constexpr char kBuiltFor[] = "fdd_kernels built for torch " TORCH_VERSION "; interface 2;";
+constexpr char kBuiltFor[] = "fdd_kernels built for torch " TORCH_VERSION "; interface 5;";
 
 // (hidden states, weight, bias, logit scale, soft cap or 0)
 using ModelArguments = std::tuple<std::vector<at::Tensor>, std::optional<at::Tensor>,
                                   std::optional<at::Tensor>, double, double>;
 // (student layer, teacher layer, temperature, name of the divergence, its expectation_of or "", its
-// parameters)
+// parameters, teacher_mix)
 using RequestArguments =
-    std::tuple<int64_t, int64_t, double, std::string, std::string, std::vector<float>>;
-// (first, second), as PairMoments of lens/spec.py
-using PairArguments = std::tuple<std::optional<fdd::Layers>, fdd::Layers>;
+    std::tuple<int64_t, int64_t, double, std::string, std::string, std::vector<double>, double>;
+// (first, second, temperature, weighted), as PairMoments of lens/spec.py
+using PairArguments = std::tuple<std::optional<fdd::Layers>, fdd::Layers, double, bool>;
 
 std::vector<std::string> divergences() {
   std::vector<std::string> names;
@@ -36,7 +36,7 @@ std::vector<std::string> divergences() {
 }
 
 fdd::Request request(const RequestArguments& arguments) {
-  const auto& [student_layer, teacher_layer, temperature, name, expectation, parameters] =
+  const auto& [student_layer, teacher_layer, temperature, name, expectation, parameters, teacher_mix] =
       arguments;
   const auto found = std::find_if(std::begin(fdd::kDivergences), std::end(fdd::kDivergences),
                                   [&](const auto& known) { return name == known.first; });
@@ -50,7 +50,8 @@ fdd::Request request(const RequestArguments& arguments) {
           float(1 / temperature),
           found->second,
           expectations.at(expectation),
-          parameters};
+          fdd::divergence_constants(found->second, parameters),
+          float(teacher_mix)};
 }
 
 // -inf at tokens with a bias of -inf, which moments leave out; empty if none has one. A soft cap
@@ -96,7 +97,7 @@ fdd::Problem problem(const ModelArguments& student, const ModelArguments& teache
                      bool needs_teacher, int64_t columns, const at::Tensor& rows,
                      const std::optional<at::Tensor>& labels,
                      const std::vector<RequestArguments>& requests,
-                     const std::vector<PairArguments>& moments, double moment_temperature,
+                     const std::vector<PairArguments>& moments,
                      const std::array<int64_t, 3>& tiles) {
   fdd::Problem p;
   p.student = model(student, columns);
@@ -110,8 +111,8 @@ fdd::Problem problem(const ModelArguments& student, const ModelArguments& teache
     for (int64_t row : p.rows) p.labels.push_back(all[row]);
   }
   for (const RequestArguments& arguments : requests) p.requests.push_back(request(arguments));
-  for (const auto& [first, second] : moments) p.moments.push_back({first, second});
-  p.moment_inv_temperature = float(1 / moment_temperature);
+  for (const auto& [first, second, temperature, weighted] : moments)
+    p.moments.push_back({first, second, float(1 / temperature), weighted});
   p.tiles = {tiles[0], tiles[1], tiles[2]};
   p.excluded = excluded_columns(p);
   return p;

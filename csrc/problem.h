@@ -29,7 +29,8 @@ struct Request {
   float inv_temperature;
   Divergence divergence;
   Expectation expectation;
-  std::vector<float> parameters;  // of the divergence
+  std::vector<float> constants;  // of the divergence: divergence_constants() of its parameters
+  float teacher_mix;             // below 1: the mixture's share of the teacher's logits
 
   // Whether VALUE and GRAD_SUM are summed in a second pass, with both log-sum-exps known.
   bool second_pass() const {
@@ -41,6 +42,8 @@ struct Request {
 struct PairMoments {
   std::optional<Layers> first;  // none: the vectors are those of `second` alone
   Layers second;
+  float inv_temperature;
+  bool weighted;
 };
 
 // Sizes chosen by fdd_kernels/backends/cpu/tiling.py: rows and columns of a tile, and columns of a
@@ -74,7 +77,6 @@ struct Problem {
   std::vector<PairMoments> moments;
   // (C) padded: -inf at tokens that moments leave out, 0 elsewhere; empty: none is left out.
   std::vector<float> excluded;
-  float moment_inv_temperature = 1.f;
   Tiles tiles{};
 
   int64_t count() const { return int64_t(rows.size()); }

@@ -26,9 +26,11 @@ struct RowView {
 
 // Running softmax of a row: the largest logits, which the sums are relative to, and sums of
 // e_s = e^z_s and e_t. With e the exponentials of the model under whose distribution the divergence
-// is an expectation, e' the other's, and x = z' - z:
+// is an expectation, e' the other's, and x = z' - z. With a mixture in the teacher's place e_t is
+// the mixture's, relative to `max_mix`.
 struct SoftmaxState {
   float max_s, max_t;
+  double max_mix;
   double total_s, total_t;
   double weighted;    // sum of -e x
   double excess;      // sum of e (e^x - 1 - x)
@@ -36,11 +38,16 @@ struct SoftmaxState {
 };
 
 // Running moments of a pair of vectors (s, t) about their means, over the tokens so far; d = s - t.
+// All are of logits, before the temperature. Means are relative to the origin: 0, or s and t of the
+// token with the largest weight, whose distance from the mean is a small number if the weight is
+// nearly all there is.
 struct MomentState {
-  double count, mean_s, mean_t, m_ss, m_tt, m_st, m_dd;
+  double count;  // of tokens; weighted: the sum of weights, of which the largest is 1
+  double origin_s, origin_t, mean_s, mean_t, m_ss, m_tt, m_st, m_dd;
+  float largest;  // weighted: the teacher's logit of the largest weight
 };
 
-// A vector of one model: z of `second`, minus z of `first` unless that is null.
+// A vector of one model: u of `second`, minus u of `first` unless that is null.
 struct VectorView {
   const float* second;
   const float* first;
@@ -55,6 +62,8 @@ struct RequestGradient {
 struct MomentGradient {
   float mean_s, mean_t;                // the statistics
   float of_mean, of_ss, of_st, of_dd;  // upstream gradients; of_mean is divided by the count
+  bool weighted;
+  float log_total, top_s, top_t;  // weighted: the statistics COUNT, TOP_S and TOP_T
 };
 
 struct RowKernels {
@@ -63,21 +72,25 @@ struct RowKernels {
   void (*transform)(float* x, int64_t n, const float* bias, float scale, float softcap);
   // Largest finite element, 0 if there is none.
   float (*largest)(const float* logits, int64_t n);
-  // Adds a tile to the running softmax. Teacher null: the student alone. The last three sums are
-  // those of the expectation.
-  void (*softmax)(const float* student, const float* teacher, float inv_temperature, int64_t n,
-                  Expectation of, SoftmaxState* state);
+  // Adds a tile to the running softmax. Teacher null: the student alone. Below 1, `teacher_mix` is
+  // the teacher's share in the mixture that takes its place. The last three sums are those of the
+  // expectation.
+  void (*softmax)(const float* student, const float* teacher, float teacher_mix,
+                  float inv_temperature, int64_t n, Expectation of, SoftmaxState* state);
   // `excluded` (n) is -inf at tokens to leave out, 0 elsewhere; null: none.
-  void (*moments)(VectorView s, VectorView t, const float* excluded, float inv_temperature,
-                  int64_t n, MomentState* state);
+  void (*moments)(VectorView s, VectorView t, const float* excluded, int64_t n,
+                  MomentState* state);
+  // The same with the weights e^z of t.second.
+  void (*weighted_moments)(VectorView s, VectorView t, const float* excluded, float inv_temperature,
+                           int64_t n, MomentState* state);
   // Adds the sums of the divergence's value and grad, with both log-sum-exps known.
-  void (*divergence)(RowView student, RowView teacher, float inv_temperature, int64_t n,
-                     Divergence divergence, const float* parameters, double* value,
-                     double* grad_sum);
+  void (*divergence)(RowView student, RowView teacher, float teacher_mix, float inv_temperature,
+                     int64_t n, Divergence divergence, const float* constants,
+                     double* value, double* grad_sum);
   // grad += dL/du of one request.
-  void (*request_gradient)(float* grad, RowView student, const RowView* teacher,
+  void (*request_gradient)(float* grad, RowView student, const RowView* teacher, float teacher_mix,
                            float inv_temperature, int64_t n, Divergence divergence,
-                           const float* parameters, RequestGradient upstream);
+                           const float* constants, RequestGradient upstream);
   // grad_second += dL/du, grad_first -= dL/du of one pair of vectors; grad_first may be null.
   void (*moment_gradient)(float* grad_second, float* grad_first, VectorView s, VectorView t,
                           const float* excluded, float inv_temperature, int64_t n,

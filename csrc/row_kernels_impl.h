@@ -14,10 +14,26 @@ inline Vec z_of(RowView row, float inv_temperature, int64_t j) {
   return (load(row.logits + j) - row.shift) * inv_temperature;
 }
 
-inline Vec vector_of(VectorView v, float inv_temperature, int64_t j) {
-  Vec x = load(v.second + j) - v.shift_second;
-  if (v.first) x -= load(v.first + j) - v.shift_first;
-  return x * inv_temperature;
+// Logits of the mixture from both models' shifted logits; -inf where either is.
+inline Vec mixed(Vec student, Vec teacher, float teacher_mix) {
+  return select(teacher == -kInfinity, teacher,
+                (1.f - teacher_mix) * student + teacher_mix * teacher);
+}
+
+// log p: of the teacher, or of the mixture in its place.
+inline Vec log_p_of(RowView student, RowView teacher, float teacher_mix, float inv_temperature,
+                    int64_t j) {
+  Vec u = load(teacher.logits + j) - teacher.shift;
+  if (teacher_mix < 1) u = mixed(load(student.logits + j) - student.shift, u, teacher_mix);
+  return u * inv_temperature - teacher.log_sum_exp;
+}
+
+// s or t of the tokens from j, before the temperature; load_at loads one or several.
+template <class Load>
+inline auto vector_of(VectorView v, int64_t j, Load load_at) {
+  auto x = load_at(v.second + j) - v.shift_second;
+  if (v.first) x -= load_at(v.first + j) - v.shift_first;
+  return x;
 }
 
 void transform(float* x, int64_t n, const float* bias, float scale, float softcap) {
@@ -41,8 +57,8 @@ float largest(const float* u, int64_t n) {
   return found == -kInfinity ? 0.f : found;
 }
 
-void softmax(const float* student, const float* teacher, float inv_temperature, int64_t n,
-             Expectation of, SoftmaxState* state) {
+void softmax(const float* student, const float* teacher, float teacher_mix, float inv_temperature,
+             int64_t n, Expectation of, SoftmaxState* state) {
   Vec best_s = splat(-kInfinity), best_t = best_s;
   for_each_vector(n, [&](int64_t j, Mask used) {
     best_s = select(used, max(best_s, load(student + j)), best_s);
@@ -54,6 +70,25 @@ void softmax(const float* student, const float* teacher, float inv_temperature, 
   const float max_s = larger(state->max_s, largest_lane(best_s)),
               max_t = larger(state->max_t, largest_lane(best_t));
   const float shift_s = larger(max_s, lowest), shift_t = larger(max_t, lowest);
+  const auto shifted_t = [&](int64_t j) {
+    const Vec u = load(teacher + j) - shift_t;
+    return teacher_mix < 1 ? mixed(load(student + j) - shift_s, u, teacher_mix) : u;
+  };
+  // The mixture's largest logit may be far below both shifts: it has a shift of its own, relative
+  // to the mixed shifts.
+  float shift_mix = 0;
+  double before_t = state->max_t, now_t = shift_t;
+  if (teacher && teacher_mix < 1) {
+    Vec best = splat(-kInfinity);
+    for_each_vector(n, [&](int64_t j, Mask used) {
+      best = select(used, max(best, shifted_t(j)), best);
+    });
+    const double mixed_shift = (1 - double(teacher_mix)) * shift_s + double(teacher_mix) * shift_t;
+    before_t = state->max_mix;
+    shift_mix = larger(larger(float(before_t - mixed_shift), largest_lane(best)), lowest);
+    now_t = mixed_shift + shift_mix;
+    if (shift_mix > lowest) state->max_mix = now_t;
+  }
   Vec total_s{}, total_t{}, weighted{}, excess{}, difference{};
   const auto expect = [&](Vec e, Vec other, Vec x) {
     const Mask near = abs(x) < kNear;
@@ -67,7 +102,7 @@ void softmax(const float* student, const float* teacher, float inv_temperature, 
     const Vec e_s = select(used, exp(z_s), Vec{});
     total_s += e_s;
     if (!teacher) return;
-    const Vec z_t = (load(teacher + j) - shift_t) * inv_temperature;
+    const Vec z_t = (shifted_t(j) - shift_mix) * inv_temperature;
     const Vec e_t = select(used, exp(z_t), Vec{});
     total_t += e_t;
     if (of == Expectation::kTeacher) expect(e_t, e_s, z_s - z_t);
@@ -76,7 +111,7 @@ void softmax(const float* student, const float* teacher, float inv_temperature, 
   // Restate the sums so far about the new shifts: every e changes by one factor, every x by
   // `moved`.
   const double off_s = (double(state->max_s) - shift_s) * inv_temperature,
-               off_t = (double(state->max_t) - shift_t) * inv_temperature;
+               off_t = (before_t - now_t) * inv_temperature;
   const double scale_s = __builtin_exp(off_s), scale_t = __builtin_exp(off_t);
   const bool of_student = of == Expectation::kStudent;
   const double scale = of_student ? scale_s : scale_t, other_scale = of_student ? scale_t : scale_s;
@@ -105,72 +140,152 @@ inline Mask live_lanes(Mask used, const float* excluded, int64_t j) {
   return excluded ? used & (load(excluded + j) == 0) : used;
 }
 
-void moments(VectorView s, VectorView t, const float* excluded, float inv_temperature, int64_t n,
-             MomentState* state) {
-  // Sum about numbers close to the tile's means: the running means, or the first tile's own.
-  Vec live_count{}, base_sum_s{}, base_sum_t{};
-  float base_s = float(state->mean_s), base_t = float(state->mean_t);
-  if (state->count == 0) {
-    for_each_vector(n, [&](int64_t j, Mask used) {
-      const Vec a = vector_of(s, inv_temperature, j), b = vector_of(t, inv_temperature, j);
-      const Mask live = live_lanes(used, excluded, j);
-      live_count += select(live, splat(1.f), Vec{});
-      base_sum_s += select(live, a, Vec{});
-      base_sum_t += select(live, b, Vec{});
-    });
-    const float count = sum(live_count);
-    if (count == 0) return;
-    base_s = sum(base_sum_s) / count;
-    base_t = sum(base_sum_t) / count;
-    live_count = Vec{};
+// Sums over a tile of w, w a, w b, w a^2, w b^2, w a b and w (a - b)^2, with weights w and the
+// differences a and b of the vectors from a base.
+struct TileSums {
+  float base_s, base_t;
+  Vec w{}, a{}, b{}, aa{}, bb{}, ab{}, dd{};
+
+  void add(Vec weight, Vec s, Vec t) {
+    const Vec d = s - t, ws = weight * s, wt = weight * t;
+    w += weight;
+    a += ws;
+    b += wt;
+    aa += ws * s;
+    bb += wt * t;
+    ab += ws * t;
+    dd += weight * d * d;
   }
-  Vec sum_s{}, sum_t{}, ss{}, tt{}, st{}, dd{};
+
+  // Merges the tile with the tokens so far (Chan, Golub and LeVeque). The means become relative to
+  // a new origin.
+  void merge_into(MomentState* m, double origin_s, double origin_t) const {
+    const double before = m->count, total = before + sum(w);
+    // the means so far, and the new ones, relative to the base
+    const double old_s = m->origin_s - base_s + m->mean_s, old_t = m->origin_t - base_t + m->mean_t;
+    const double new_s = (before * old_s + sum(a)) / total,
+                 new_t = (before * old_t + sum(b)) / total;
+    const double old_d = old_s - old_t, new_d = new_s - new_t;
+    m->m_ss += before * old_s * old_s + sum(aa) - total * new_s * new_s;
+    m->m_tt += before * old_t * old_t + sum(bb) - total * new_t * new_t;
+    m->m_st += before * old_s * old_t + sum(ab) - total * new_s * new_t;
+    m->m_dd += before * old_d * old_d + sum(dd) - total * new_d * new_d;
+    m->mean_s = base_s - origin_s + new_s;
+    m->mean_t = base_t - origin_t + new_t;
+    m->origin_s = origin_s;
+    m->origin_t = origin_t;
+    m->count = total;
+  }
+};
+
+// Sums of a tile's live tokens; weight_of(j, live) are the weights of the tokens from j.
+template <class Weight>
+inline TileSums sums_about(float base_s, float base_t, VectorView s, VectorView t,
+                           const float* excluded, int64_t n, Weight weight_of) {
+  TileSums sums{base_s, base_t};
   for_each_vector(n, [&](int64_t j, Mask used) {
-    Vec a = vector_of(s, inv_temperature, j), b = vector_of(t, inv_temperature, j);
     const Mask live = live_lanes(used, excluded, j);
-    a = select(live, a - base_s, Vec{});
-    b = select(live, b - base_t, Vec{});
-    const Vec d = a - b;
-    live_count += select(live, splat(1.f), Vec{});
-    sum_s += a;
-    sum_t += b;
-    ss += a * a;
-    tt += b * b;
-    st += a * b;
-    dd += d * d;
+    const Vec a = vector_of(s, j, load) - base_s, b = vector_of(t, j, load) - base_t;
+    sums.add(select(live, weight_of(j, live), Vec{}), select(live, a, Vec{}),
+             select(live, b, Vec{}));
   });
-  const double count = sum(live_count);
-  if (count == 0) return;
-  // Means of the tile, then the merge with the tokens so far (Chan, Golub and LeVeque).
-  const double off_s = sum(sum_s) / count, off_t = sum(sum_t) / count;
-  const double mean_s = base_s + off_s, mean_t = base_t + off_t;
-  const double all = state->count + count, share = count / all, cross = state->count * share;
-  const double delta_s = mean_s - state->mean_s, delta_t = mean_t - state->mean_t;
-  state->m_ss += sum(ss) - count * off_s * off_s + cross * delta_s * delta_s;
-  state->m_tt += sum(tt) - count * off_t * off_t + cross * delta_t * delta_t;
-  state->m_st += sum(st) - count * off_s * off_t + cross * delta_s * delta_t;
-  state->m_dd += sum(dd) - count * (off_s - off_t) * (off_s - off_t) +
-                 cross * (delta_s - delta_t) * (delta_s - delta_t);
-  state->mean_s += delta_s * share;
-  state->mean_t += delta_t * share;
-  state->count = all;
+  return sums;
 }
 
-void divergence(RowView student, RowView teacher, float inv_temperature, int64_t n,
-                Divergence divergence, const float* parameters, double* value, double* grad_sum) {
+void moments(VectorView s, VectorView t, const float* excluded, int64_t n, MomentState* state) {
+  // Sum about numbers close to the tile's means: the running means, or the first tile's own.
+  const auto about = [&](float base_s, float base_t) {
+    return sums_about(base_s, base_t, s, t, excluded, n,
+                      [](int64_t, Mask) { return splat(1.f); });
+  };
+  float base_s = float(state->mean_s), base_t = float(state->mean_t);
+  if (state->count == 0) {
+    const TileSums tile = about(0.f, 0.f);
+    const float count = sum(tile.w);
+    if (count == 0) return;
+    base_s = sum(tile.a) / count;
+    base_t = sum(tile.b) / count;
+  }
+  about(base_s, base_t).merge_into(state, 0, 0);
+}
+
+// The live token with the largest logit; -1 if there is none above -inf.
+int64_t largest_live(const float* logits, const float* excluded, int64_t n) {
+  Vec best = splat(-kInfinity);
+  for_each_vector(n, [&](int64_t j, Mask used) {
+    best = select(live_lanes(used, excluded, j), max(load(logits + j), best), best);
+  });
+  const float found = largest_lane(best);
+  for (int64_t j = 0; found > -kInfinity && j < n; ++j)
+    if (logits[j] == found && !(excluded && excluded[j] != 0)) return j;
+  return -1;
+}
+
+// Restates the sums so far about another largest logit.
+inline void set_largest(MomentState* m, float largest, float inv_temperature) {
+  const double scale = __builtin_exp((double(m->largest) - largest) * inv_temperature);
+  for (double* of : {&m->count, &m->m_ss, &m->m_tt, &m->m_st, &m->m_dd})
+    if (*of != 0) *of *= scale;
+  m->largest = largest;
+}
+
+void weighted_moments(VectorView s, VectorView t, const float* excluded, float inv_temperature,
+                      int64_t n, MomentState* state) {
+  Vec best;
+  const auto about = [&](float base_s, float base_t) {
+    best = splat(-kInfinity);
+    return sums_about(base_s, base_t, s, t, excluded, n, [&](int64_t j, Mask live) {
+      const Vec u = load(t.second + j);
+      best = select(live, max(u, best), best);
+      return exp((u - state->largest) * inv_temperature);
+    });
+  };
+  // Most tiles have a small part of the weight: one pass about the running means is enough. A tile
+  // that outweighs all before is summed about its likeliest token, which may be nearly all its
+  // weight: the sums are then those of the other tokens.
+  bool rises = true, outweighs = true;
+  TileSums tile;
+  if (state->count != 0) {
+    tile = about(float(state->origin_s + state->mean_s), float(state->origin_t + state->mean_t));
+    rises = largest_lane(best) > state->largest;
+    outweighs = sum(tile.w) > state->count;
+  }
+  const int64_t top = rises || outweighs ? largest_live(t.second, excluded, n) : -1;
+  if (top < 0) rises = false;
+  float top_s = 0, top_t = 0;
+  if (top >= 0) {
+    const auto load_one = [](const float* p) { return *p; };
+    top_s = vector_of(s, top, load_one);
+    top_t = vector_of(t, top, load_one);
+  }
+  if (outweighs) {
+    if (rises) set_largest(state, t.second[top], inv_temperature);
+    tile = about(top_s, top_t);
+    if (sum(tile.w) == 0) return;  // no live token
+  }
+  if (rises)
+    tile.merge_into(state, top_s, top_t);
+  else
+    tile.merge_into(state, state->origin_s, state->origin_t);
+  if (rises) set_largest(state, t.second[top], inv_temperature);
+}
+
+void divergence(RowView student, RowView teacher, float teacher_mix, float inv_temperature,
+                int64_t n, Divergence divergence, const float* constants, double* value,
+                double* grad_sum) {
   Vec values{}, grads{};
   for_each_vector(n, [&](int64_t j, Mask used) {
     const Vec log_q = z_of(student, inv_temperature, j) - student.log_sum_exp;
-    const Vec log_p = z_of(teacher, inv_temperature, j) - teacher.log_sum_exp;
-    values += select(used, divergence_value(divergence, log_q, log_p, parameters), Vec{});
-    grads += select(used, divergence_grad(divergence, log_q, log_p, parameters), Vec{});
+    const Vec log_p = log_p_of(student, teacher, teacher_mix, inv_temperature, j);
+    values += select(used, divergence_value(divergence, log_q, log_p, constants), Vec{});
+    grads += select(used, divergence_grad(divergence, log_q, log_p, constants), Vec{});
   });
   *value += sum(values);
   *grad_sum += sum(grads);
 }
 
-void request_gradient(float* grad, RowView student, const RowView* teacher, float inv_temperature,
-                      int64_t n, Divergence divergence, const float* parameters,
+void request_gradient(float* grad, RowView student, const RowView* teacher, float teacher_mix,
+                      float inv_temperature, int64_t n, Divergence divergence, const float* constants,
                       RequestGradient upstream) {
   // dL/dz = value * (grad(log q, log p) - q * sum of grad) + log_sum_exp * q. Without a teacher
   // `grad` is the label's, which the caller adds, and its sum is -1.
@@ -179,8 +294,8 @@ void request_gradient(float* grad, RowView student, const RowView* teacher, floa
     const Vec log_q = z_of(student, inv_temperature, j) - student.log_sum_exp;
     Vec grad_z = of_q * exp(log_q);
     if (teacher && divergence != Divergence::kNone) {
-      const Vec log_p = z_of(*teacher, inv_temperature, j) - teacher->log_sum_exp;
-      grad_z += upstream.value * divergence_grad(divergence, log_q, log_p, parameters);
+      const Vec log_p = log_p_of(student, *teacher, teacher_mix, inv_temperature, j);
+      grad_z += upstream.value * divergence_grad(divergence, log_q, log_p, constants);
     }
     store(grad + j, load(grad + j) + grad_z * inv_temperature);
   });
@@ -190,10 +305,18 @@ void moment_gradient(float* grad_second, float* grad_first, VectorView s, Vector
                      const float* excluded, float inv_temperature, int64_t n,
                      MomentGradient upstream) {
   for_each_vector(n, [&](int64_t j, Mask used) {
-    const Vec a = vector_of(s, inv_temperature, j) - upstream.mean_s;
-    const Vec b = vector_of(t, inv_temperature, j) - upstream.mean_t;
-    Vec grad = 2.f * upstream.of_ss * a + upstream.of_st * b + 2.f * upstream.of_dd * (a - b) +
-               upstream.of_mean;
+    Vec a = vector_of(s, j, load) * inv_temperature - upstream.mean_s;
+    Vec b = vector_of(t, j, load) * inv_temperature - upstream.mean_t;
+    Vec weight = splat(1.f);
+    if (upstream.weighted) {
+      weight = exp((load(t.second + j) - t.shift_second) * inv_temperature - upstream.log_total);
+      // Of two tokens with half the weight each, rounding may give both more: 0.5 is too low.
+      const Mask is_top = weight > 0.6f;
+      a = select(is_top, splat(upstream.top_s), a);
+      b = select(is_top, splat(upstream.top_t), b);
+    }
+    Vec grad = weight * (2.f * upstream.of_ss * a + upstream.of_st * b +
+                         2.f * upstream.of_dd * (a - b) + upstream.of_mean);
     grad = select(live_lanes(used, excluded, j), grad * inv_temperature, Vec{});
     store(grad_second + j, load(grad_second + j) + grad);
     if (grad_first) store(grad_first + j, load(grad_first + j) - grad);
@@ -215,7 +338,8 @@ void chain(float* grad, const float* u, int64_t n, float scale, float softcap) {
 }  // namespace
 
 const RowKernels kKernels = {
-    FDD_ISA_NAME,    transform, largest,       softmax,   moments,     divergence, request_gradient,
-    moment_gradient, chain,     from_bfloat16, from_half, to_bfloat16, transpose,  interleave};
+    FDD_ISA_NAME,     transform,       largest, softmax,       moments,   weighted_moments, divergence,
+    request_gradient, moment_gradient, chain,   from_bfloat16, from_half, to_bfloat16,      transpose,
+    interleave};
 
 }  // namespace fdd::FDD_ISA

@@ -33,8 +33,10 @@ struct State {
   explicit State(const Problem& problem) {
     const float lowest = -std::numeric_limits<float>::infinity();
     const size_t requests = problem.requests.size() * problem.rows.size();
-    softmax.assign(requests, SoftmaxState{lowest, lowest, 0, 0, 0, 0, 0});
-    moments.assign(problem.moments.size() * problem.rows.size(), MomentState{});
+    softmax.assign(requests, SoftmaxState{lowest, lowest, lowest, 0, 0, 0, 0, 0});
+    MomentState no_tokens{};
+    no_tokens.largest = lowest;
+    moments.assign(problem.moments.size() * problem.rows.size(), no_tokens);
     label_logit.assign(requests, 0);
     value.assign(requests, 0);
     grad_sum.assign(requests, 0);
@@ -103,8 +105,8 @@ class Rows {
         const size_t at = i * problem_.rows.size() + row;
         const float* student = logits.student(request.layers[kStudent], local);
         const float* teacher = is_nll ? nullptr : logits.teacher(request.layers[kTeacher], local);
-        kernels.softmax(student, teacher, request.inv_temperature, count, request.expectation,
-                        &state_.softmax[at]);
+        kernels.softmax(student, teacher, request.teacher_mix, request.inv_temperature, count,
+                        request.expectation, &state_.softmax[at]);
         if (!is_nll) continue;
         const int64_t label = problem_.labels[row] - column;
         if (label >= 0 && label < count) state_.label_logit[at] = student[label];
@@ -117,8 +119,12 @@ class Rows {
         const VectorView t =
             problem_.vector(pair, kTeacher, logits.teacher(0, local), logits.layer_stride,
                             shift(kTeacher, 0, row), out_.total_rows);
-        kernels.moments(s, t, problem_.excluded_from(column), problem_.moment_inv_temperature,
-                        count, &state_.moments[i * problem_.rows.size() + row]);
+        const float* excluded = problem_.excluded_from(column);
+        MomentState* state = &state_.moments[i * problem_.rows.size() + row];
+        if (pair.weighted)
+          kernels.weighted_moments(s, t, excluded, pair.inv_temperature, count, state);
+        else
+          kernels.moments(s, t, excluded, count, state);
       }
     });
   }
@@ -136,8 +142,9 @@ class Rows {
             const RowView teacher{logits.teacher(teacher_layer, local),
                                   *shift(kTeacher, teacher_layer, row), *stat(i, kLseT, row)};
             const size_t at = i * problem_.rows.size() + row;
-            kernels.divergence(student, teacher, request.inv_temperature, count, request.divergence,
-                               request.parameters.data(), &state_.value[at], &state_.grad_sum[at]);
+            kernels.divergence(student, teacher, request.teacher_mix, request.inv_temperature,
+                               count, request.divergence, request.constants.data(),
+                               &state_.value[at], &state_.grad_sum[at]);
           }
         });
   }
@@ -158,7 +165,13 @@ class Rows {
           continue;
         }
         set_shift(kTeacher, teacher_layer, row, softmax.max_t);
-        *stat(i, kLseT, row) = float(std::log(softmax.total_t));
+        double lse_t = std::log(softmax.total_t);
+        if (const double mix = request.teacher_mix; mix < 1) {
+          const double shift_mix = (1 - mix) * *shift(kStudent, student_layer, row) +
+                                   mix * *shift(kTeacher, teacher_layer, row);
+          lse_t += (softmax.max_mix - shift_mix) * request.inv_temperature;
+        }
+        *stat(i, kLseT, row) = float(lse_t);
         if (request.expectation == Expectation::kTeacher) {
           *stat(i, kValue, row) = float(kl_of(softmax, softmax.total_t, softmax.total_s));
           *stat(i, kGradSum, row) = -1.f;
@@ -169,12 +182,10 @@ class Rows {
       }
     for (size_t i = 0; i < problem_.moments.size(); ++i)
       for (int64_t row = 0; row < problem_.count(); ++row) {
-        const MomentState& m = state_.moments[i * problem_.rows.size() + row];
-        const double sums[kMomentStats] = {m.count, m.mean_s, m.mean_t, m.m_ss,
-                                           m.m_tt,  m.m_st,   m.m_dd};
+        const std::array<double, kMomentStats> stats = moment_stats(i, row);
         for (int64_t k = 0; k < kMomentStats; ++k)
           out_.moments[(i * kMomentStats + k) * out_.total_rows + problem_.rows[row]] =
-              float(sums[k]);
+              float(stats[k]);
       }
   }
 
@@ -197,15 +208,41 @@ class Rows {
   void set_shift(ModelIndex model, int64_t layer, int64_t row, float largest) {
     float* own = shift(model, layer, row);
     if (!std::isfinite(largest) || largest == *own) return;
-    const double moved = (double(largest) - *own) * problem_.moment_inv_temperature;
+    const double moved = double(largest) - *own;
     *own = largest;
     for (size_t i = 0; i < problem_.moments.size(); ++i) {
       const PairMoments& pair = problem_.moments[i];
       MomentState& m = state_.moments[i * problem_.rows.size() + row];
-      double& mean = model == kStudent ? m.mean_s : m.mean_t;
-      if (pair.second[model] == layer) mean -= moved;
-      if (pair.first && (*pair.first)[model] == layer) mean += moved;
+      double& origin = model == kStudent ? m.origin_s : m.origin_t;
+      if (pair.second[model] == layer) origin -= moved;
+      if (pair.first && (*pair.first)[model] == layer) origin += moved;
     }
+  }
+  // The statistics of pair moments, once the shifts are the final ones.
+  std::array<double, kMomentStats> moment_stats(size_t index, int64_t row) {
+    const PairMoments& pair = problem_.moments[index];
+    const MomentState& m = state_.moments[index * problem_.rows.size() + row];
+    std::array<double, kMomentStats> stats{};
+    const double inv = pair.inv_temperature;
+    if (pair.weighted) {
+      const double off = double(m.largest) - *shift(kTeacher, pair.second[kTeacher], row);
+      stats[kCount] = std::log(m.count) + off * inv;
+    } else {
+      stats[kCount] = m.count;
+    }
+    if (m.count == 0) return stats;
+    const double of_squares = inv * inv / (pair.weighted ? m.count : 1);
+    stats[kMeanS] = inv * (m.origin_s + m.mean_s);
+    stats[kMeanT] = inv * (m.origin_t + m.mean_t);
+    stats[kMSS] = of_squares * m.m_ss;
+    stats[kMTT] = of_squares * m.m_tt;
+    stats[kMST] = of_squares * m.m_st;
+    stats[kMDD] = of_squares * m.m_dd;
+    if (pair.weighted) {
+      stats[kTopS] = -inv * m.mean_s;
+      stats[kTopT] = -inv * m.mean_t;
+    }
+    return stats;
   }
   float* stat(size_t request, RequestStat which, int64_t row) {
     return out_.requests + (request * kRequestStats + which) * out_.total_rows + problem_.rows[row];

@@ -20,6 +20,7 @@ inline void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof(v)); }
 inline Vec splat(float x) { return Vec{} + x; }
 inline Vec select(Mask m, Vec a, Vec b) { return m ? a : b; }
 inline Vec max(Vec a, Vec b) { return select(a > b, a, b); }
+inline Vec min(Vec a, Vec b) { return select(a < b, a, b); }
 inline Vec abs(Vec x) { return select(x < 0, -x, x); }
 inline Mask finite(Vec x) { return (x - x) == 0; }
 inline Vec as_float(Mask m) {
@@ -92,10 +93,10 @@ inline Vec expm1_nonpositive(Vec x) {
   const Vec near = exp_tail(x) * x * x + x;
   return select(x > -kNear, near, exp(x) - 1.f);
 }
-// log(1 + y) for -1 < y <= 0, accurate near 0: log of the rounded sum, plus what the rounding lost.
-inline Vec log1p_nonpositive(Vec y) {
-  const Vec u = 1.f + y;
-  const Vec lost = (y - (u - 1.f)) / u;
+// log(u) with u = 1 + y above 0, accurate near 1: log of u, plus what its rounding lost. `y` does not
+// count where u is small.
+inline Vec log_of(Vec u, Vec y) {
+  const Vec lost = select(u > 0.5f, (y - (u - 1.f)) / u, Vec{});
   // u = m * 2^e with sqrt(1/2) <= m < sqrt(2)
   Mask e = ((as_bits(u) - 0x3F3504F3) >> 23);
   const Vec m = as_float(as_bits(u) - (e << 23));

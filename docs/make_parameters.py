@@ -74,13 +74,23 @@ def described(heading: str, target) -> str:
 
 def page() -> str:
     """The text of docs/parameters.md."""
-    from fdd_kernels import FDDConfig, FDDLossTerms, fused_fdd_loss
+    from fdd_kernels import (
+        FDDConfig,
+        FDDLossTerms,
+        fused_decoupled_kd,
+        fused_fdd_loss,
+        fused_topk_kd,
+        row_statistics,
+        selected_logprobs,
+    )
 
+    others = (fused_decoupled_kd, fused_topk_kd, selected_logprobs, row_statistics)
     parts = [
         TITLE.strip(),
         described("`fused_fdd_loss`", fused_fdd_loss),
         described("`FDDConfig`", FDDConfig),
         described("`FDDLossTerms`", FDDLossTerms),
+        *[described(f"`{function.__name__}`", function) for function in others],
     ]
     return "\n\n".join(parts) + "\n"
 

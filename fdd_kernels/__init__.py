@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from fdd_kernels.objectives.features.gram import gram_loss
     from fdd_kernels.objectives.features.relational import relational_kd
     from fdd_kernels.objectives.features.rows import attention_transfer, norm_direction_loss
+    from fdd_kernels.objectives.logits.decoupled import fused_decoupled_kd
+    from fdd_kernels.objectives.logits.selected import selected_logprobs
+    from fdd_kernels.objectives.logits.statistics import RowStatistics, row_statistics
+    from fdd_kernels.objectives.logits.top_k import fused_topk_kd
     from fdd_kernels.objectives.schedules import (
         GradientBalance,
         Stages,
@@ -35,6 +39,7 @@ __all__ = [
     "FusedFDDLoss",
     "GradientBalance",
     "RowDeltas",
+    "RowStatistics",
     "Stages",
     "TAIDSchedule",
     "WeightSchedule",
@@ -43,12 +48,16 @@ __all__ = [
     "align_layers",
     "attention_transfer",
     "fdd_loss_reference",
+    "fused_decoupled_kd",
     "fused_fdd_loss",
+    "fused_topk_kd",
     "gram_loss",
     "layer_costs",
     "norm_direction_loss",
     "relational_kd",
     "row_deltas",
+    "row_statistics",
+    "selected_logprobs",
 ]
 
 _moved.install()
@@ -62,6 +71,11 @@ _HOMES = {
     "align_layers": "objectives.alignment.matching",
     "FDDConfig": "objectives.fdd.options",
     "FDDLossTerms": "objectives.fdd.options",
+    "RowStatistics": "objectives.logits.statistics",
+    "fused_decoupled_kd": "objectives.logits.decoupled",
+    "fused_topk_kd": "objectives.logits.top_k",
+    "row_statistics": "objectives.logits.statistics",
+    "selected_logprobs": "objectives.logits.selected",
     "Distiller": "hf.distiller",
     "advantage_kd": "objectives.fdd.advantage",
     "RowDeltas": "objectives.features.deltas",

@@ -28,6 +28,7 @@ from benchmarks.recorded import STRATEGY, environment, record_loss
 from fdd_kernels.backends import Backend
 from fdd_kernels.backends.triton import config, gemm
 from fdd_kernels.backends.triton.launch import Launch, recorded
+from fdd_kernels.lens.divergences import DIVERGENCES
 
 HEAVY = ("lens_stats_kernel", "divergence_stats_kernel", "lens_grad_kernel")
 MOST_ROWS = 768  # rows a block where the backend would not cache logits (float16 gradients)
@@ -54,13 +55,14 @@ class Case:
     biases: bool = False  # constexprs of the row kernels only
 
 
-DIVERGENCES = ("kl", "reverse_kl", "jsd", "skew_kl")
 LENS = {name: {"trajectory": name} for name in DIVERGENCES}
 LENS |= {f"{name}, no deltas": {"trajectory": name, "beta": 0.0} for name in DIVERGENCES}
 OFF = {"alpha": 0.0, "beta": 0.0, "output_kd_weight": 0.0}
 LENS["labels alone"] = OFF | {"ce_weight": 1.0}
 CAPPED = {f"{model}_softcap": 30.0 for model in ("student", "teacher")}
 CAPPED |= {f"{model}_logit_scale": 0.5 for model in ("student", "teacher")}
+LENS["weighted moments"] = {"derivative": "weighted_cosine"}
+LENS["mixed teacher"] = {"teacher_mix": 0.5}
 FEATURES = {"trajectory": "mse", "derivative": "mse", "output_kd_weight": 0.0}
 
 

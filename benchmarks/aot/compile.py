@@ -24,9 +24,11 @@ KIB = 1024
 # Machine instructions an element pair of the row kernels' full tiles, every branch counted once: of
 # the plain variant, and of each flag on top.
 CEILINGS = {
-    "cached_stats_kernel": {"": 65, "BIAS_S": 50, "CAP_S": 75, "LABELS": 10, "reverse_kl": 15},
+    "cached_stats_kernel": {"": 65, "BIAS_S": 50, "CAP_S": 75, "LABELS": 10, "reverse_kl": 15}
+    | {"WEIGHTED": 75, "MIXED": 25},
     "cached_grad_kernel": {"": 85, "BIAS_S": 35, "CAP_S": 75, "LABELS": 10}
-    | {"reverse_kl": 40, "jsd": 90, "skew_kl": 60},
+    | {"reverse_kl": 40, "jsd": 90, "skew_kl": 60}
+    | {"skew_reverse_kl": 110, "tv": 10, "alpha_beta": 50, "WEIGHTED": 25, "MIXED": 10},
     "cached_second_pass_kernel": {"": 240, "BIAS_S": 10, "CAP_S": 75},
 }
 
@@ -161,7 +163,8 @@ def row_kernel_problems(one: Job, threads: int, per_element: float, wide: int) -
     if not constants["FULL"]:
         return []
     problems, parts = [], CEILINGS[one.kernel]
-    flags = [name for name in ("BIAS_S", "CAP_S", "LABELS") if constants.get(name)]
+    names = "BIAS_S", "CAP_S", "LABELS", "WEIGHTED", "MIXED"
+    flags = [name for name in names if constants.get(name)]
     ceiling = sum(parts.get(flag, 0) for flag in ("", *flags, constants["DIVERGENCE"]))
     if per_element > ceiling:
         problems.append(f"{per_element:.1f} instructions an element pair, more than {ceiling}")

@@ -9,17 +9,21 @@ from typing import Any
 
 from torch import Tensor
 
+from benchmarks import objectives
+from benchmarks.call import LOSS, Call, objective_of
 from benchmarks.gpu.card import Card
 from benchmarks.gpu_devices import DEVICES, Device
-from benchmarks.gpu_model import PAIRS, Call
+from benchmarks.gpu_model import PAIRS
+from benchmarks.gpu_model import Call as ModelCall
 from benchmarks.inputs import build_problem
 from benchmarks.providers import gradients_of
 from benchmarks.recorded import CACHE_BYTES, STRATEGY, environment
-from benchmarks.workloads import Workload
-from fdd_kernels import fused_fdd_loss
+from benchmarks.workloads import TINYLLAMA, Workload
+from benchmarks.workloads import objectives as objectives_of
 from fdd_kernels.testing import Problem
 
 LAYERS = 5
+OBJECTIVES = {f"objective {w.name}": w for w in objectives_of(TINYLLAMA, TINYLLAMA)}
 STRATEGIES = ("auto", "cached", "slabbed", "one_pass")
 Gradients = tuple[Tensor, list[Tensor]]
 
@@ -41,8 +45,10 @@ def chosen(strategy: str, cache_bytes: int | None = None) -> Iterator[None]:
 
 
 def ours(problem: Problem, options: dict[str, Any]) -> Tensor:
-    """Compute the loss of this package by the Triton backend."""
-    return fused_fdd_loss(**problem.arguments, **options, backend="triton")
+    """Compute the objective by this package: by the Triton backend, if it can."""
+    by_triton = objective_of(problem) == LOSS and options.get("teacher_mix", 1.0) == 1
+    backend = "triton" if by_triton else "auto"
+    return objectives.fused(problem, options | {"backend": backend, "reduction": "mean"}).mean()
 
 
 def gradients(loss_of: Callable, problem: Problem, options: dict[str, Any]) -> Gradients:
@@ -60,7 +66,7 @@ class Bench:
     card: Card
     report: Callable[[str, Any], None]
     compiled: Callable | None = None
-    _problem: tuple[Any, Problem] | None = field(default=None, repr=False)
+    _problem: tuple[Any, Call] | None = field(default=None, repr=False)
 
     @property
     def model(self) -> Device:
@@ -70,20 +76,24 @@ class Bench:
     def workload(
         self, pair: str, rows: int = 4096, *, trained: bool = True, layers: int = LAYERS
     ) -> Workload:
-        """Take a pair's shapes in bfloat16; in a dry run tiny shapes, the same for all pairs of the
-        same options.
+        """Take the shapes of a pair, or of an objective, in bfloat16; in a dry run tiny shapes, the
+        same for all pairs of the same options.
         """
-        full = replace(PAIRS[pair], rows=rows, layers=layers, train_head=trained, dtype="bfloat16")
+        if pair in OBJECTIVES:
+            full, layers = OBJECTIVES[pair], OBJECTIVES[pair].layers
+        else:
+            full = PAIRS[pair]
+        full = replace(full, rows=rows, layers=layers, train_head=trained, dtype="bfloat16")
         if not self.card.dry:
             return full
         toy = {"rows": 2, "columns": 21, "student_width": 4, "teacher_width": 6}
         return replace(full, name="toy", text="", layers=min(layers, 3), **toy)
 
-    def call(self, workload: Workload) -> Call:
+    def call(self, workload: Workload) -> ModelCall:
         """Describe the call for the model."""
-        return Call(workload, workload.rows, workload.layers, workload.train_head)
+        return ModelCall(workload, workload.rows, workload.layers, workload.train_head)
 
-    def problem(self, workload: Workload) -> Problem:
+    def problem(self, workload: Workload) -> Call:
         """Draw a workload's tensors on the card; they stay there until another is asked for."""
         key = (workload, self.card.device)
         if self._problem is None or self._problem[0] != key:

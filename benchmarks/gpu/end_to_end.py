@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import dense, gpu_model, peers
+from benchmarks import dense, gpu_model, objectives, peers
 from benchmarks.gpu.bench import (
     Bench,
     Gradients,
@@ -69,10 +69,10 @@ def _plain(loss_of: Callable[[Problem, dict], Tensor], predicted=None, **about: 
     return Way(lambda bench, *call: gradients(loss_of, *call), predicted, **about)
 
 
-def _compiled_rows(bench: Bench) -> Callable[..., Tensor]:
-    """Compile dense.row_losses for the shapes of the next call, anew for each workload."""
+def _compiled_rows(bench: Bench, rows: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compile dense rows for the shapes of the next call, anew for each workload."""
     if bench.compiled is None:
-        bench.compiled = bench.card.compile(dense.row_losses)
+        bench.compiled = bench.card.compile(rows)
     return bench.compiled
 
 
@@ -82,17 +82,15 @@ def _states_and_heads(problem: Problem) -> tuple:
 
 
 def _compiled(bench: Bench, problem: Problem, options: dict) -> Gradients:
-    rows = _compiled_rows(bench)
-    return gradients(
-        lambda p, options: rows(*_states_and_heads(p), options).mean(), problem, options
-    )
+    rows = _compiled_rows(bench, objectives.dense_rows)
+    return gradients(lambda *call: rows(*call).mean(), problem, options)
 
 
 def _chunked(bench: Bench, problem: Problem, options: dict) -> Gradients:
     """Run the compiled loss by chunks of rows: each chunk's gradients at once, the head's added up
     in its own dtype.
     """
-    rows = _compiled_rows(bench)
+    rows = _compiled_rows(bench, dense.row_losses)
     student, weight, teacher, teacher_weight = _states_and_heads(problem)
     total, count = 0.0, len(student[0])
     grad_hidden = [torch.empty_like(h) for h in student]
@@ -116,7 +114,7 @@ def _upcast(problem: Problem, options: dict) -> Tensor:
 
 
 def _dense(problem: Problem, options: dict) -> Tensor:
-    return dense.dense_rows(problem, options).mean()
+    return objectives.dense_rows(problem, options).mean()
 
 
 _liger = partial(peers.liger, compiled=True, chunk_rows=CHUNK_ROWS)
@@ -150,8 +148,9 @@ def measure(bench: Bench, workload: Workload, name: str) -> dict:
     bench.compiled = None
     bench.forget()
     # Predicted to need half again more than there is: not tried.
-    while not way.ours and way.predicted is not None and workload.rows > 1:
-        if way.predicted(bench.model, bench.call(workload)).kept < 1.5 * bench.card.memory():
+    while not way.ours and workload.rows > 1:
+        predicted = _predicted(bench, workload, way)
+        if predicted is None or predicted.kept < 1.5 * bench.card.memory():
             break
         workload = replace(workload, rows=workload.rows // 2)
     while True:
@@ -170,6 +169,13 @@ def measure(bench: Bench, workload: Workload, name: str) -> dict:
     return found
 
 
+def _predicted(bench: Bench, workload: Workload, way: Way) -> gpu_model.Prediction | None:
+    """Ask the model, which knows the loss with its default options."""
+    if way.predicted is None or workload.group == "objectives":
+        return None
+    return way.predicted(bench.model, bench.call(workload))
+
+
 def _measured(bench: Bench, workload: Workload, way: Way) -> dict:
     card, options = bench.card, workload.loss_options
     problem = bench.problem(workload)
@@ -180,7 +186,10 @@ def _measured(bench: Bench, workload: Workload, way: Way) -> dict:
     del loss, found
     _, peak = card.peak(run)
     seconds = card.seconds(run)
-    predicted = None if way.predicted is None else way.predicted(bench.model, bench.call(workload))
+    predicted = _predicted(bench, workload, way)
+    if way.ours and workload.beside:
+        compared["beside"] = ", ".join(f"{k}={v}" for k, v in workload.beside)
+        compared["beside_ms"] = _median_ms(bench, way, problem, workload.options_beside)
     return {
         "rows": workload.rows,
         "shapes": workload.describe(),
@@ -197,6 +206,12 @@ def _measured(bench: Bench, workload: Workload, way: Way) -> dict:
     }
 
 
+def _median_ms(bench: Bench, way: Way, problem: Problem, options: dict) -> float:
+    run = bench.card.once(lambda: way.run(bench, problem, options))
+    run()
+    return statistics.median(bench.card.seconds(run)) * 1e3
+
+
 def _compared(
     bench: Bench, workload: Workload, way: Way, loss: Tensor, found: list[Tensor]
 ) -> dict:
@@ -209,11 +224,10 @@ def _compared(
     problem, options = bench.problem(workload), workload.loss_options
     run = bench.card.once(lambda: default.run(bench, problem, options), workload, default)
     reference, expected = run()
-    errors = [
-        float((a.float() - b.float()).norm() / b.float().norm()) for a, b in zip(found, expected)
-    ]
+    pairs = zip((loss, *found), (reference, *expected))
+    errors = [float((a.float() - b.float()).norm() / b.float().norm()) for a, b in pairs]
     if not max(errors) < MOST_DIFFERENCE:
         difference = f"differ from those of another way by {max(errors):.2f}"
-        raise WrongNumbersError(f"gradients on {bench.card.name} {difference}")
+        raise WrongNumbersError(f"loss or gradients on {bench.card.name} {difference}")
     beside = {"loss_of_ours": float(reference), "gradients_beside_ours": max(errors)}
     return {"loss": float(loss)} | beside

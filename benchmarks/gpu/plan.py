@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks.gpu import correctness, gemms, graphs, kernels, training
-from benchmarks.gpu.bench import Bench
+from benchmarks.gpu.bench import OBJECTIVES, Bench
 from benchmarks.gpu.end_to_end import step as end_to_end
 
 PAIRS = ("Llama", "Qwen", "GPT-2")  # of the verdict, the most decisive first
@@ -32,6 +32,12 @@ def measured(
 
 def _each(ways: tuple[str, ...], *pairs: str, cap: float) -> list[Step]:
     return [step for way in ways for step in measured(way, *pairs, cap=cap)]
+
+
+def _objective(name: str) -> list[Step]:
+    """Make the steps of one objective: ours, its dense form, and torch.compile of that."""
+    ways = {"auto": 30, "dense": 15, "torch.compile": 60}
+    return [step for way, cap in ways.items() for step in measured(way, name, cap=cap)]
 
 
 def steps() -> list[Step]:
@@ -64,6 +70,7 @@ def steps() -> list[Step]:
         Step("graph of a whole step", graphs.whole_step, 15),
         Step("masked rows", graphs.masks, 15),
         Step("training step", training.training_step, 40),
+        *[step for name in OBJECTIVES for step in _objective(name)],
         *measured("auto", "Llama", "Qwen", cap=15, rows=16384),
         Step("second stream: Llama", graphs.second_stream("Llama"), 10),
         Step("second stream: Qwen", graphs.second_stream("Qwen"), 10),

@@ -97,7 +97,7 @@ class Runner:
         self.entry |= {"status": status, "seconds": round(time.time() - since, 2), **reason}
         for key, value in found.items():
             self._report(key, value)
-        print(f"{step.name:34} {verdict.line(self.entry)}", flush=True)
+        print(f"{step.name:40} {verdict.line(self.entry)}", flush=True)
         self.record["running"] = None
         save(self.path, self.record)
         if status != "ok":

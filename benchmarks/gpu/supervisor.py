@@ -121,6 +121,6 @@ def _blame(path: Path, code: int) -> bool:
     hung = time.time() > running["until"]
     why = "it hung: its process was killed" if hung else f"its process ended with {code}"
     entry |= {"status": "killed", "reason": why, "seconds": time.time() - running["since"]}
-    print(f"{running['step']:34} killed: {why}", flush=True)
+    print(f"{running['step']:40} killed: {why}", flush=True)
     save(path, data)
     return True

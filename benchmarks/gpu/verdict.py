@@ -74,7 +74,7 @@ def text(record: dict[str, Any]) -> str:
     if record["dry_run"]:
         lines.append("DRY RUN: toy sizes on a CPU; no figure means anything.")
     steps = record["steps"].items()
-    lines += [f"{name:34} {line(entry)}" for name, entry in steps if entry["status"] != "ok"]
+    lines += [f"{name:40} {line(entry)}" for name, entry in steps if entry["status"] != "ok"]
     lines += _gemms_and_kernels(record) + _comparison(record)
     outcome, reasons = verdict(record)
     nothing = " (of a dry run: it means nothing)" if record["dry_run"] else ""
@@ -84,7 +84,7 @@ def text(record: dict[str, Any]) -> str:
 def _comparison(record: dict[str, Any]) -> list[str]:
     """List every way at every shape: measured, predicted, the default's time over its, memory."""
     headings = f"{'measured ms':>12} {'predicted':>10} {'default / it':>13}"
-    lines = ["", f"{'':34} {headings} {'MiB beside gradients':>21}"]
+    lines = ["", f"{'':40} {headings} {'MiB beside gradients':>21}"]
     for name, entry in record["steps"].items():
         found = entry["results"]
         if entry["status"] != "ok" or "beyond_gradients" not in found:
@@ -96,7 +96,9 @@ def _comparison(record: dict[str, Any]) -> list[str]:
         quotient = f"{ours['ms'] / found['ms']:.3f}" if way != "auto" and "ms" in ours else ""
         predicted = f"{found['predicted_ms']:.2f}" if found.get("predicted_ms") else ""
         memory = f"{found['beyond_gradients'] / 2**20:21.0f}  {found['rows']} rows"
-        lines.append(f"{name:34} {found['ms']:12.2f} {predicted:>10} {quotient:>13} {memory}")
+        if "beside_ms" in found:
+            memory += f", {found['ms'] / found['beside_ms']:.3f} times {found['beside']}"
+        lines.append(f"{name:40} {found['ms']:12.2f} {predicted:>10} {quotient:>13} {memory}")
     return lines
 
 

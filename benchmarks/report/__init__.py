@@ -1,5 +1,6 @@
 """The figures of a record as a pandas frame, and as texts; tables, plots and pages show these.
 
+objectives.py one table of the objectives
 compare.py    changes between two records beyond noise
 terminal.py   tables in the terminal
 plots.py      plots;  page.py, page.html  the HTML report
@@ -51,6 +52,7 @@ def _row(result: dict[str, Any], name: str, entry: dict[str, Any]) -> dict[str, 
         spread = time.get(which, {})
         row[which], row[f"{which}_min"] = spread.get("median"), spread.get("min")
         row[f"{which}_max"] = spread.get("max")
+    row["beside"] = time.get("beside", {}).get("median")
     row["tokens_per_second"] = time.get("tokens_per_second")
     row["gemms"] = gemms["total"] if gemms else None
     row["memory"], row["gradients"] = held.get("beyond_inputs"), held.get("gradients")
@@ -68,7 +70,7 @@ def figures(record: dict[str, Any]) -> pd.DataFrame:
 
     `of_gemms`: time over the GEMM-only lower bound; `vs_dense`: how many times as fast as dense
     eager PyTorch; `off`: predicted over measured memory, minus 1; `point`: the value of the swept
-    field; `result`: the record's entry of the workload.
+    field; `beside`: seconds of the call beside it; `result`: the record's entry of the workload.
     """
     rows = [_row(r, name, e) for r in record["results"] for name, e in r["providers"].items()]
     frame = pd.DataFrame(rows)
@@ -143,7 +145,9 @@ def growth(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def notes(record: dict[str, Any]) -> list[str]:
-    """Write growth, threads, flatness of memory and errors of predictions, one line each."""
+    """Write growth, threads, flatness of memory, ratios to the calls beside, and errors of
+    predictions, one line each.
+    """
     frame, lines = figures(record), []
     for sweep in growth(frame).itertuples():
         powers = (("time", sweep.total), ("memory", sweep.memory))
@@ -159,6 +163,10 @@ def notes(record: dict[str, Any]) -> list[str]:
         rest = f"{memory(run.memory - run.gradients)} of it not gradients"
         what = f"memory, {run.provider}, R={run.tokens:.0f}"
         lines.append(f"{what}: {memory(run.memory)} beyond inputs, {rest}")
+    for run in frame[frame.beside.notna()].itertuples():
+        other = ", ".join(f"{k}={v}" for k, v in run.result["workload"]["beside"].items())
+        ratio = f"{run.total / run.beside:.3f} times the time of {other}"
+        lines.append(f"{run.workload}, {run.provider}: {ratio}, called in turn")
     predicted = frame[frame.off.notna()]
     if len(predicted):
         worst, within = predicted.loc[predicted.off.abs().idxmax()], predicted.off.abs() <= 0.1

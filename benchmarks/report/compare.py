@@ -8,12 +8,13 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.report import figures
+from benchmarks.workloads import Workload
 from fdd_kernels.common.sizes import MIB
 
 TIMES = {"forward": "forward", "total": "forward + backward"}
 KEY = ["workload", "provider"]
 # Fields of a workload that only choose its measures.
-CHOICES = ("text", "group", "providers", "measures", "repeats", "sweep")
+CHOICES = ("text", "group", "providers", "measures", "repeats", "sweep", "beside")
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,9 @@ def _names(frame: pd.DataFrame) -> list[str]:
 
 
 def _problem(result: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in result["workload"].items() if key not in CHOICES}
+    # an older record lacks the fields of today
+    workload = Workload.from_json(result["workload"]).to_json()
+    return {key: value for key, value in workload.items() if key not in CHOICES}
 
 
 def _caveats(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -8,6 +8,7 @@ from typing import Any
 from benchmarks import record
 from benchmarks.providers import PROVIDERS, default_backend
 from benchmarks.report import conditions, figures, markdown, memory, notes, seconds, tables
+from benchmarks.report.objectives import side_by_side
 from benchmarks.report.page import TEMPLATES
 from benchmarks.workloads import Workload
 
@@ -21,8 +22,10 @@ PICTURED = "full"  # the suite of the picture
 def details(data: dict[str, Any]) -> str:
     """Write every figure of a record's own workloads, and the exponents of its sweeps."""
     lines = [f"## Suite {data['suite']}", "", conditions(data), ""]
+    together = side_by_side(data)
+    lines += [*markdown(together), ""] if len(together) else []
     for workload, table in tables(data):
-        if workload.in_overview:
+        if workload.in_overview and workload.group != "objectives":
             shown = table.drop(columns=list(LEFT_OUT)).rename(columns=HEADINGS)
             lines += [f"**{workload.name}**: {workload.text}; {workload.describe()}", ""]
             lines += [*markdown(shown), ""]

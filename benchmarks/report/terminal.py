@@ -9,6 +9,7 @@ from rich.table import Table
 
 from benchmarks.report import SHOWN, conditions, memory, notes, seconds, tables
 from benchmarks.report.compare import Comparison
+from benchmarks.report.objectives import side_by_side
 
 
 def print_record(record: dict[str, Any]) -> None:
@@ -16,15 +17,19 @@ def print_record(record: dict[str, Any]) -> None:
     console = Console()
     if not console.is_terminal:  # a file has no width, and the table needs some
         console.width = 160
-    for workload, texts in tables(record):
-        title = f"{workload.name}: {workload.text}; {workload.describe()}"
+    shown = [
+        (f"{workload.name}: {workload.text}; {workload.describe()}", texts)
+        for workload, texts in tables(record)
+    ]
+    together = side_by_side(record)
+    shown += [("objectives", together)] if len(together) else []
+    for title, texts in shown:
         table = Table(title=title, title_justify="left")
-        shown = [name for name in texts if name != "predicted"]
-        for name in shown:
-            number = name in SHOWN
-            justify, width = ("right", 8) if number else ("left", 12)
+        names = [name for name in texts if name != "predicted"]
+        for name in names:
+            justify, width = ("right", 8) if name in SHOWN else ("left", 12)
             table.add_column(name, justify=justify, overflow="fold", min_width=width)
-        for row in texts[shown].itertuples(index=False):
+        for row in texts[names].itertuples(index=False):
             table.add_row(*row)
         console.print(table)
     for line in [*notes(record), conditions(record)]:

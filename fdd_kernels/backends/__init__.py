@@ -23,6 +23,7 @@ __all__ = [
     "is_recording",
     "preference",
     "resolve_backend",
+    "resolve_row_backend",
     "why_unavailable",
 ]
 
@@ -51,6 +52,8 @@ class Backend:
             `stats_and_grad`; 0 where two operations are faster.
         stats_and_grad: both operations at once, one row block after another, with the block's
             logits cached in between.
+        row_blocks: `row_blocks(inputs, per_row, spec, upstream, needed)` -> values and gradients of
+            a row function (`lens/row_blocks.py`); None where the backend has none.
 
     `stats_and_grad(inputs, spec, block_rows, upstream_of, needed, refine)` returns gradients and
     `Statistics`. Per block it calls `upstream_of(rows, shifts, requests, moments)` with the block's
@@ -76,6 +79,7 @@ class Backend:
     memory: Callable[[CallShape], dict[str, int]] | None = None
     cached_rows: Callable | None = None
     stats_and_grad: Callable | None = None
+    row_blocks: Callable | None = None
 
 
 BACKENDS: dict[str, Backend] = {
@@ -99,6 +103,7 @@ BACKENDS: dict[str, Backend] = {
         priority=1,
         color="#edae49",
         memory=torch_stream.memory,
+        row_blocks=torch_stream.row_blocks,
     ),
     "triton": Backend(
         triton.stats,
@@ -163,6 +168,23 @@ def resolve_backend(name: str, device: torch.device, spec: LensSpec | None = Non
                 stacklevel=2,
             )
     return "torch"
+
+
+def resolve_row_backend(name: str) -> str:
+    """Choose the backend of row blocks for the option `backend=name`.
+
+    Raises:
+        ValueError: a backend was named that has no row blocks; names those that have.
+    """
+    able = [other for other, entry in BACKENDS.items() if entry.row_blocks is not None]
+    if name == "auto":
+        return able[0]
+    if name not in ("reference", *able):
+        raise ValueError(
+            f'backend="{name}" does not compute this objective. Backends that can: '
+            f"{', '.join(['auto', 'reference', *able])}"
+        )
+    return name
 
 
 def check_spec(name: str, spec: LensSpec) -> None:

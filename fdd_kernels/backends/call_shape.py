@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fdd_kernels.lens.spec import LensSpec
+
 FLOAT = 4
 
 
@@ -19,7 +21,7 @@ class CallShape:
         itemsize: bytes of an element of states and heads; 2 is taken as bfloat16.
         train_head: the student's head gets a gradient.
         teacher_head: the teacher has logits; False where its states are compared as they are.
-        moments: the pairs of vectors with moments.
+        spec: the requests and pairs of the call; None stands for KL alone.
         threads: the CPU's.
         device: its type, such as "cpu" or "cuda".
         device_memory: the GPU's bytes; None where they are not known.
@@ -33,7 +35,7 @@ class CallShape:
     itemsize: int
     train_head: bool = True
     teacher_head: bool = True
-    moments: int = 0
+    spec: LensSpec | None = None
     threads: int = 1
     device: str = "cpu"
     device_memory: int | None = None

@@ -26,7 +26,9 @@ class CacheOptions(TeacherOptions):
         kind: states (for any student and objective), or statistics: for the frozen head of student
             and KL.
         student: for statistics, the model whose head is used.
-        temperature: for statistics, divides the logits of trajectory and derivative.
+        temperature: for statistics, divides the logits of the trajectory.
+        derivative_temperature: for statistics, divides the logits of the derivative; as temperature
+            if not given.
         output_temperature: for statistics, divides the logits of the output KD.
         output_in_dynamics: for statistics, include the output in the layers of trajectory and
             derivative.
@@ -55,6 +57,7 @@ class CacheOptions(TeacherOptions):
     kind: str = "states"
     student: str | None = None
     temperature: float = 1.0
+    derivative_temperature: float | None = None
     output_temperature: float = 1.0
     output_in_dynamics: bool = False
     vocab_size: int | None = None
@@ -92,6 +95,7 @@ class CacheOptions(TeacherOptions):
         for name in (
             "student",
             "temperature",
+            "derivative_temperature",
             "output_temperature",
             "output_in_dynamics",
             "vocab_size",

@@ -128,6 +128,7 @@ def _loss_options(
     config = fit_vocabularies(FDDConfig(vocab_size=options.vocab_size), rows, vocabulary)
     return LossOptions(
         temperature=options.temperature,
+        derivative_temperature=options.derivative_temperature,
         output_temperature=options.output_temperature,
         output_in_dynamics=options.output_in_dynamics,
         vocab_size=config.vocab_size,

@@ -17,8 +17,8 @@ from fdd_kernels.cli.parsing import (
     Parser,
     add_options,
     did_you_mean,
+    given_options,
     in_flags,
-    option_fields,
     size,
     with_hyphens,
 )
@@ -87,6 +87,13 @@ def _add_demo(commands) -> None:
         help="train the teacher again (over an hour; minutes with --quick)",
     )
     demo.add_argument("--seeds", type=int, default=None, metavar="N", help="number of seeds")
+    demo.add_argument(
+        "--objective",
+        action="append",
+        metavar="NAME",
+        help="train only a student of this objective; may repeat; beside the default five there "
+        'are "KD + weighted derivative" and "full FDD, weighted"',
+    )
     demo.set_defaults(run=run_demo)
 
 
@@ -155,7 +162,7 @@ def _add_doctor(commands) -> None:
 
 
 def run_demo(arguments: argparse.Namespace) -> None:
-    """Train students of one size and budget under five objectives and compare them."""
+    """Train students of one size and budget under several objectives and compare them."""
     with _needs("transformers", "tokenizers", "rich", "matplotlib"):
         from fdd_kernels.demo.run import run_demo as run
     try:
@@ -165,6 +172,7 @@ def run_demo(arguments: argparse.Namespace) -> None:
             arguments.retrain_teacher,
             arguments.seeds,
             arguments.teacher,
+            arguments.objective,
         )
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from error
@@ -176,10 +184,10 @@ def run_distill(arguments: argparse.Namespace) -> None:
     """
     with _needs("transformers", "accelerate", "safetensors", "rich"):
         try:
-            config = FDDConfig(**_given(arguments, FDDConfig))
+            config = FDDConfig(**given_options(arguments, FDDConfig))
         except (TypeError, ValueError) as error:
             raise UserError(str(error)) from error
-        options = DistillOptions(config=config, **_given(arguments, DistillOptions))
+        options = DistillOptions(config=config, **given_options(arguments, DistillOptions))
         from fdd_kernels.cli.distill.run import distill
     distill(options)
 
@@ -188,7 +196,7 @@ def run_cache_teacher(arguments: argparse.Namespace) -> None:
     """Store the hidden states of a teacher's sampled layers over a text, and its head, to distil
     without the teacher.
     """
-    given = _given(arguments, CacheOptions)
+    given = given_options(arguments, CacheOptions)
     alone = given.keys() == {"output", "verify"}
     for name in ("teacher", "data"):
         if name not in given and not alone:
@@ -202,15 +210,6 @@ def run_cache_teacher(arguments: argparse.Namespace) -> None:
         verify_cache(arguments.output)
     else:
         cache_teacher(options)
-
-
-def _given(arguments: argparse.Namespace, cls: type) -> dict:
-    """The fields of a dataclass that were given as options."""
-    return {
-        field.name: getattr(arguments, field.name)
-        for field, _ in option_fields(cls)
-        if hasattr(arguments, field.name)
-    }
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:

@@ -163,6 +163,12 @@ def add_options(
             group.add_argument(*spellings, type=parse, metavar=shown, **needed, **common)
 
 
+def given_options(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """Return the fields of a dataclass that were given as options."""
+    names = [field.name for field, _ in option_fields(cls)]
+    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+
+
 def in_flags(message: str, *classes: type) -> str:
     """Rewrite a message about fields of dataclasses for options: `batch_size=0` as
     `--batch-size 0`.
@@ -174,13 +180,16 @@ def in_flags(message: str, *classes: type) -> str:
 
     def assigned(match: re.Match) -> str:
         name, value = match["name"], match["quoted"] or match["value"]
+        if match["numbers"]:
+            value = ",".join(re.split(r",\s*", match["numbers"].rstrip(",")))
         if names[name] == "bool" and value in ("True", "False"):
             return flag(name) if value == "True" else flag("no_" + name)
         return f"{flag(name)} {value}"
 
     message = re.sub(rf"FDDConfig\((?P<inner>(?:{either})=[^()]*)\)", r"\g<inner>", message)
     message = re.sub(
-        rf"(?<![\w.\-])(?P<name>{either})=(?P<value>([\"'])(?P<quoted>[^\"']+)\3|\w*)",
+        rf"(?<![\w.\-])(?P<name>{either})=(?P<value>([\"'])(?P<quoted>[^\"']+)\3"
+        r"|\((?P<numbers>[\d., e+-]+)\)|\w*)",
         assigned,
         message,
     )

@@ -10,6 +10,7 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
+from fdd_kernels.cli.parsing import add_options, given_options
 from fdd_kernels.common.errors import UserError
 from fdd_kernels.common.sizes import GIB, parse_count, parse_size, show
 from fdd_kernels.memory.models import read_model
@@ -21,6 +22,23 @@ from fdd_kernels.memory.step import (
     Setup,
     advise,
     step_memory,
+)
+from fdd_kernels.objectives.fdd.options import LossOptions
+
+# Options of the loss that its memory depends on.
+OBJECTIVE = (
+    "alpha",
+    "beta",
+    "output_kd_weight",
+    "ce_weight",
+    "trajectory",
+    "derivative",
+    "output_divergence",
+    "temperature",
+    "derivative_temperature",
+    "output_temperature",
+    "teacher_mix",
+    "output_in_dynamics",
 )
 
 
@@ -82,9 +100,10 @@ def add_plan(commands) -> None:
         choices=(*DTYPE_BYTES, *QUANTISED_BYTES),
         help="of the teacher's weights (--dtype)",
     )
+    add_options(plan.add_argument_group("the loss"), LossOptions, OBJECTIVE)
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.add_argument("--plot", type=Path, metavar="FILE", help="draw the parts (png, svg, pdf)")
-    plan.set_defaults(run=run_plan)
+    plan.set_defaults(run=run_plan, options=(LossOptions,))
 
 
 def run_plan(arguments: argparse.Namespace) -> int:
@@ -92,6 +111,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
     one. The exit code is 1 if the step with the fused loss does not fit.
     """
     from fdd_kernels.hf.layers import layer_grid
+    from fdd_kernels.objectives.fdd.plan import build_plan
 
     limit = parse_size(arguments.vram, "--vram")
     tokens = parse_count(arguments.tokens, "--tokens")
@@ -120,6 +140,11 @@ def run_plan(arguments: argparse.Namespace) -> int:
             raise UserError(
                 f"--num-layers {arguments.num_layers}, {option} with {model.depth} blocks: {error}"
             ) from error
+    try:
+        objective = LossOptions(**given_options(arguments, LossOptions))
+        build_plan(objective, columns=1, states=arguments.num_layers + 1)
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
     setup = Setup(
         student=models["--student"],
         teacher=models["--teacher"],
@@ -135,6 +160,7 @@ def run_plan(arguments: argparse.Namespace) -> int:
         lora_rank=arguments.lora_rank,
         teacher_dtype=arguments.teacher_dtype,
         device_memory=limit if arguments.device == "cuda" else None,
+        objective=objective,
     )
     fused, dense = step_memory(setup), step_memory(setup, dense=True)
     totals = {"fused": sum(fused.values()), "dense": sum(dense.values())}

@@ -11,13 +11,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 IGNORED = -100
 _FILL = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
+_WEIGHTS = "token_weights"
 
 
 def pad_windows(
     windows: Sequence[Mapping[str, Any]] | Mapping[str, Sequence[Any]],
 ) -> dict[str, torch.Tensor]:
     """Pad windows on the right to a batch (rows, longest window). Padding is neither attended nor
-    learned.
+    learned, and has weight 0 in `token_weights`, which become float32.
 
     A window without `attention_mask` is attended everywhere. Numbers in the windows, such as a
     teacher cache's `teacher_index`, become a tensor (rows,). Windows without labels give a batch
@@ -28,33 +29,37 @@ def pad_windows(
             `datasets.Dataset` gives.
 
     Raises:
-        ValueError: some windows have labels and some have none.
+        ValueError: some windows have labels, or token_weights, and some have none.
     """
     if isinstance(windows, Mapping):
         windows = [dict(zip(windows, values)) for values in zip(*windows.values())]
     windows = [
         {"attention_mask": [1] * len(window["input_ids"])} | dict(window) for window in windows
     ]
-    labelled = sum("labels" in window for window in windows)
-    if labelled not in (0, len(windows)):
-        raise ValueError(
-            f"{labelled} of {len(windows)} windows have labels: give them to all or to none"
-        )
+    for name in ("labels", _WEIGHTS):
+        having = sum(name in window for window in windows)
+        if having not in (0, len(windows)):
+            raise ValueError(
+                f"{having} of {len(windows)} windows have {name}: give them to all or to none"
+            )
     batch = {
-        name: pad_sequence(
-            [torch.as_tensor(w[name]).long() for w in windows],
-            batch_first=True,
-            padding_value=value,
-        )
+        name: _padded(windows, name, torch.int64, value)
         for name, value in _FILL.items()
         if name in windows[0]
     }
+    if _WEIGHTS in windows[0]:
+        batch[_WEIGHTS] = _padded(windows, _WEIGHTS, torch.float32, 0.0)
     numbers = [
         name
         for name, value in windows[0].items()
         if isinstance(value, Integral) or _is_scalar(value)
     ]
     return batch | {name: torch.tensor([int(w[name]) for w in windows]) for name in numbers}
+
+
+def _padded(windows: Sequence[Mapping[str, Any]], name: str, dtype: torch.dtype, value):
+    rows = [torch.as_tensor(window[name]).to(dtype) for window in windows]
+    return pad_sequence(rows, batch_first=True, padding_value=value)
 
 
 def _is_scalar(value: Any) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from fdd_kernels.common.processor import processor
 from fdd_kernels.common.progress import Activity
 from fdd_kernels.demo import report
 from fdd_kernels.demo.corpus import standard_library_texts, token_stream
-from fdd_kernels.demo.students import OBJECTIVES, Budget, Evaluation, train_students
+from fdd_kernels.demo.students import Budget, Evaluation, choose, train_students
 from fdd_kernels.demo.teacher import (
     CONTEXT,
     RECORD_FILE,
@@ -40,8 +41,9 @@ def run_demo(
     retrain_teacher: bool = False,
     seeds: int | None = None,
     teacher: Path | None = None,
+    objectives: Sequence[str] | None = None,
 ) -> report.Result:
-    """Train students under five objectives and write `metrics.json` and `report.html` to `output`.
+    """Train students, one per objective; write `metrics.json` and `report.html` to `output`.
 
     Args:
         output: a directory, created if missing.
@@ -51,14 +53,16 @@ def run_demo(
         seeds: number of seeds; each has its own initial weights and batches.
         teacher: a directory written by `python -m fdd_kernels.demo.teacher`; None: the one in the
             repository.
+        objectives: names of `students.OBJECTIVES` and `students.FURTHER`; None: the former.
 
     Raises:
-        ValueError: `seeds` is below 1, or there is no teacher.
+        ValueError: `seeds` is below 1, an objective is unknown, or there is no teacher.
         OSError: `output` cannot be written.
     """
     seeds = DEFAULT_SEEDS[quick] if seeds is None else seeds
     if seeds < 1:
         raise ValueError(f"seeds={seeds} must be at least 1")
+    chosen = choose(objectives)
     started, console, budget = time.monotonic(), Console(), QUICK if quick else FULL
     progress = Console(stderr=True)  # results go to stdout
     transformers_logging.disable_progress_bar()
@@ -86,9 +90,11 @@ def run_demo(
     runs, samples = [], {}
     for seed in range(seeds):
         with Activity(
-            progress, f"training {len(OBJECTIVES)} students, seed {seed}", budget.steps
+            progress, f"training {len(chosen)} students, seed {seed}", budget.steps
         ) as activity:
-            new_runs, students = train_students(model, stream, evaluation, budget, seed, activity)
+            new_runs, students = train_students(
+                model, stream, evaluation, budget, seed, activity, chosen
+            )
         runs += new_runs
         if seed == 0:
             prompt = held_out_windows(held_out, 1)[:, :PROMPT_TOKENS]

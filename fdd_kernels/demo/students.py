@@ -1,10 +1,11 @@
-"""Students of one size and budget under five objectives, trained side by side on the same
+"""Students of one size and budget under several objectives, trained side by side on the same
 batches.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +26,26 @@ OBJECTIVES: dict[str, FDDConfig] = {
     "KD + derivative": FDDConfig(alpha=0.0),
     "full FDD": FDDConfig(),
 }
+# Those that the demo trains where they are named.
+FURTHER: dict[str, FDDConfig] = {
+    "KD + weighted derivative": FDDConfig(alpha=0.0, derivative="weighted_cosine"),
+    "full FDD, weighted": FDDConfig(derivative="weighted_cosine"),
+}
+
+
+def choose(names: Sequence[str] | None) -> dict[str, FDDConfig]:
+    """Choose objectives by name, in the order given; None: `OBJECTIVES`.
+
+    Raises:
+        ValueError: a name that is unknown or given twice.
+    """
+    known = OBJECTIVES | FURTHER
+    for name in names or ():
+        if name not in known or list(names).count(name) > 1:
+            raise ValueError(
+                f"objective {name!r} is not one of {', '.join(map(repr, known))}, each at most once"
+            )
+    return {name: known[name] for name in names or OBJECTIVES}
 
 
 @dataclass(frozen=True)
@@ -92,11 +113,16 @@ class _Student:
     """A student with its objective and optimizer."""
 
     def __init__(
-        self, objective: str, seed: int, teacher: LlamaForCausalLM, budget: Budget
+        self,
+        objective: str,
+        config: FDDConfig,
+        seed: int,
+        teacher: LlamaForCausalLM,
+        budget: Budget,
     ) -> None:
         torch.manual_seed(seed)
         self.model = llama(budget.hidden_size, budget.num_layers, budget.num_heads).train()
-        self.distiller = Distiller(self.model, teacher, OBJECTIVES[objective])
+        self.distiller = Distiller(self.model, teacher, config)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(),
             lr=budget.learning_rate,
@@ -137,6 +163,7 @@ def train_students(
     budget: Budget,
     seed: int,
     activity: Activity,
+    objectives: Mapping[str, FDDConfig] = OBJECTIVES,
 ) -> tuple[list[Run], dict[str, LlamaForCausalLM]]:
     """Train one student per objective from the same initial weights on the same batches.
 
@@ -145,7 +172,15 @@ def train_students(
     Returns:
         The records, and the models by objective.
     """
-    students = [_Student(objective, seed, teacher, budget) for objective in OBJECTIVES]
+    students = [
+        _Student(name, config, seed, teacher, budget) for name, config in objectives.items()
+    ]
+    configs = [student.distiller.config for student in students]
+    # the student whose targets hold all that the others need
+    most = max(
+        range(len(students)),
+        key=lambda i: (configs[i].compares_dynamics, configs[i].compares_output),
+    )
     generator = torch.Generator().manual_seed(1000 + seed)
     every = max(1, budget.steps // budget.evaluations)
     for step in range(1, budget.steps + 1):
@@ -155,14 +190,14 @@ def train_students(
             "attention_mask": torch.ones_like(windows),
             "labels": windows,
         }
-        states = students[-1].distiller.teacher_states(batch)
+        states = students[most].distiller.teacher_states(batch)
         losses = [student.step(batch, states) for student in students]
         if step % every == 0 or step == budget.steps:
             for student in students:
                 student.evaluate(step, evaluation)
         kl = students[-1].run.held_out_kl
         terms = [
-            f"full FDD loss {losses[-1]:.3f}",
+            f"{students[-1].run.objective} loss {losses[-1]:.3f}",
             *(f"validation KL {value:.3f}" for value in kl[-1:]),
         ]
         activity.update(step, terms=terms)

@@ -99,10 +99,10 @@ class OutputsAndGradients(torch.autograd.Function):
                 return (None,) * len(ctx.needs_input_grad)
             elif ctx.has_16_bits and not _scales_exactly(of_loss):
                 del gradients
-                found = _rounded(ctx.compute(inputs, of_loss)[1], inputs, ctx.needed)
+                found = rounded(ctx.compute(inputs, of_loss)[1], inputs, ctx.needed)
             else:
-                found = _scaled(gradients or ctx.compute(inputs)[1], of_loss)
-                found = _rounded(found, inputs, ctx.needed)
+                found = scaled(gradients or ctx.compute(inputs)[1], of_loss)
+                found = rounded(found, inputs, ctx.needed)
         return as_backward_result(ctx, _BEFORE, found, inputs, upstream)
 
 
@@ -160,7 +160,7 @@ def _scales_exactly(of_loss: Tensor) -> bool:
     return of_loss.device.type != "cpu" or abs(math.frexp(of_loss.item())[0]) in (0.0, 0.5)
 
 
-def _scaled(found: list[Tensor], of_loss: Tensor) -> list[Tensor]:
+def scaled(found: list[Tensor], of_loss: Tensor) -> list[Tensor]:
     """Multiply the gradients by the upstream gradient, in place."""
     if of_loss.device.type != "cpu" or of_loss != 1:
         for gradient in found:
@@ -168,7 +168,7 @@ def _scaled(found: list[Tensor], of_loss: Tensor) -> list[Tensor]:
     return found
 
 
-def _rounded(found: list[Tensor], inputs: LensInputs, needed: list[bool]) -> list[Tensor]:
+def rounded(found: list[Tensor], inputs: LensInputs, needed: list[bool]) -> list[Tensor]:
     """Convert gradients to their tensors' dtypes, one by one, so that wider ones are freed."""
     sources = (*inputs.student_hidden, inputs.student_weight, inputs.student_bias)
     for i, source in enumerate([source for source, need in zip(sources, needed) if need]):

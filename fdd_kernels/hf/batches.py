@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fdd_kernels.hf.positions import SHIFT_LABELS, token_shape
+from fdd_kernels.hf.positions import SHIFT_LABELS, TOKEN_WEIGHTS, token_shape
+from fdd_kernels.objectives.validation import check_row_weights
 
 
 def check_batch(batch: Mapping[str, Any]) -> None:
     """Check that a batch has the tensors and shapes that a causal LM takes.
 
     Raises:
-        TypeError: not a mapping, or its tokens or labels are not tensors.
-        ValueError: no tokens, tokens that are not (batch, sequence), or labels or a 2-D mask of
-            another shape.
+        TypeError: not a mapping, or its tokens, labels or token weights are not tensors.
+        ValueError: no tokens, tokens that are not (batch, sequence), labels, token weights or a 2-D
+            mask of another shape, or weights out of range.
     """
     if not isinstance(batch, Mapping):
         raise TypeError(
@@ -32,7 +33,7 @@ def check_batch(batch: Mapping[str, Any]) -> None:
             "the batch has neither input_ids nor inputs_embeds; it has "
             f"{', '.join(map(str, batch)) or 'nothing'}"
         )
-    for name in (tokens, "labels", SHIFT_LABELS):
+    for name in (tokens, "labels", SHIFT_LABELS, TOKEN_WEIGHTS):
         if batch.get(name) is not None and not isinstance(batch[name], Tensor):
             raise TypeError(
                 f"{name} is a {type(batch[name]).__name__}, but a tensor (batch, sequence) is "
@@ -44,17 +45,19 @@ def check_batch(batch: Mapping[str, Any]) -> None:
         shape = "(batch, sequence)" if wanted == 2 else "(batch, sequence, width)"
         raise ValueError(f"{tokens} has shape {tuple(batch[tokens].shape)}, but {shape} is needed")
     rows = token_shape(batch)
-    mask = batch.get("attention_mask")
+    mask, ignored = batch.get("attention_mask"), "and -100 where there is nothing to learn"
     for name, remedy in (
-        ("labels", "a label of its own, not shifted"),
-        (SHIFT_LABELS, "the label of the next token"),
+        ("labels", f"a label of its own, not shifted, {ignored}"),
+        (SHIFT_LABELS, f"the label of the next token, {ignored}"),
+        (TOKEN_WEIGHTS, "the factor of its own position's terms, not shifted"),
     ):
         if batch.get(name) is not None and batch[name].shape != rows:
             raise ValueError(
                 f"{name} has shape {tuple(batch[name].shape)}, but {tokens} is of {tuple(rows)} "
-                f"(batch, sequence): give every token {remedy}, and -100 where there is nothing to "
-                "learn"
+                f"(batch, sequence): give every token {remedy}"
             )
+    if batch.get(TOKEN_WEIGHTS) is not None:
+        check_row_weights(batch[TOKEN_WEIGHTS], rows, batch[TOKEN_WEIGHTS].device)
     if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape != rows:
         raise ValueError(
             f"attention_mask has shape {tuple(mask.shape)}, but {tokens} is of {tuple(rows)} "

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fdd_kernels.engine.evaluate import evaluate
 from fdd_kernels.hf.heads import head_digest
-from fdd_kernels.hf.positions import next_labels, token_shape, valid_positions
+from fdd_kernels.hf.positions import TOKEN_WEIGHTS, next_labels, token_shape, valid_positions
 from fdd_kernels.hf.targets import HiddenTargets, StudentSide, SummaryTargets, Targets
 from fdd_kernels.hf.teachers import Teacher
 from fdd_kernels.hf.wrappers import own_rows
@@ -76,7 +76,14 @@ class DistillationLoss:
             places, summary = places[valid], {name: t[valid] for name, t in summary.items()}
         hidden = [state.flatten(0, 1)[places].to(student.weight.device) for state in states]
         labels = next_labels(batch, ignore).flatten()[places]
-        return loss(hidden, summary, labels, num_items_in_batch=num_items_in_batch)
+        weights = _token_weights(batch, student.weight.device)
+        return loss(
+            hidden,
+            summary,
+            labels,
+            token_weights=None if weights is None else weights.flatten()[places],
+            num_items_in_batch=num_items_in_batch,
+        )
 
     def _loss_of_summary(
         self, student: StudentSide, targets: SummaryTargets, options: LossOptions
@@ -127,7 +134,14 @@ def _of_hidden(
         teacher_bias=bias,
         mask=valid_positions(batch, options.ignore_index).to(device),
         num_items_in_batch=num_items_in_batch,
+        token_weights=_token_weights(batch, device),
     )
+
+
+def _token_weights(batch: Mapping[str, Tensor], device: torch.device) -> Tensor | None:
+    """Return the batch's weights of positions (batch, sequence), or None."""
+    weights = batch.get(TOKEN_WEIGHTS)
+    return None if weights is None else weights.to(device)
 
 
 @torch.no_grad()

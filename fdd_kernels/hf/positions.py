@@ -10,6 +10,9 @@ from torch import Tensor
 # Labels of the next token, as transformers and accelerate make them to split sequences over
 # processes.
 SHIFT_LABELS = "shift_labels"
+# Factors of every term of a position, as in `fused_fdd_loss`; they belong to positions of hidden
+# states and are never shifted.
+TOKEN_WEIGHTS = "token_weights"
 
 
 def valid_positions(batch: Mapping[str, Tensor], ignore_index: int) -> Tensor:

@@ -15,7 +15,7 @@ from fdd_kernels.hf.batches import check_positions, check_tokens
 from fdd_kernels.hf.compiled import compile_blocks
 from fdd_kernels.hf.model_reader import ModelReader
 from fdd_kernels.hf.offload import has_place
-from fdd_kernels.hf.positions import SHIFT_LABELS
+from fdd_kernels.hf.positions import SHIFT_LABELS, TOKEN_WEIGHTS
 from fdd_kernels.hf.sharing import as_teacher_of_itself, shares_modules
 from fdd_kernels.hf.targets import HiddenTargets, Targets
 from fdd_kernels.hf.targets import StudentSide as StudentSide
@@ -25,7 +25,7 @@ from fdd_kernels.objectives.fdd.options import FDDConfig, LossOptions
 
 # The column of a batch that names the window of a teacher cache in each of its rows.
 TEACHER_INDEX = "teacher_index"
-_NOT_MODEL_INPUTS = ("labels", SHIFT_LABELS, "num_items_in_batch", TEACHER_INDEX)
+_NOT_MODEL_INPUTS = ("labels", SHIFT_LABELS, TOKEN_WEIGHTS, "num_items_in_batch", TEACHER_INDEX)
 _LOADING = "AutoModelForCausalLM.from_pretrained(...)"
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import Trainer
 
 from fdd_kernels.hf.distiller import Distiller
-from fdd_kernels.hf.positions import SHIFT_LABELS, ignore_rows_from
+from fdd_kernels.hf.positions import SHIFT_LABELS, TOKEN_WEIGHTS, ignore_rows_from
 from fdd_kernels.hf.teachers import Teacher, place_teacher, require_model
 from fdd_kernels.hf.wrappers import unwrap
 from fdd_kernels.integrations.finite import warn_of_nothing
@@ -72,7 +72,7 @@ class FDDTrainerMixin(ProvenCheckpoints):
     def _set_signature_columns_if_needed(self) -> None:
         """Add the columns that the loss and the teacher need to those of the student's forward."""
         super()._set_signature_columns_if_needed()
-        needed = (SHIFT_LABELS, *self.distiller.teacher.batch_columns)
+        needed = (SHIFT_LABELS, TOKEN_WEIGHTS, *self.distiller.teacher.batch_columns)
         self._signature_columns = list(dict.fromkeys([*self._signature_columns, *needed]))
 
     def get_batch_samples(self, epoch_iterator, num_batches, *args, **kwargs):

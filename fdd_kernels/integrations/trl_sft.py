@@ -7,6 +7,7 @@ from __future__ import annotations
 from torch import nn
 from trl import SFTTrainer
 
+from fdd_kernels.hf.positions import TOKEN_WEIGHTS
 from fdd_kernels.hf.teachers import Teacher
 from fdd_kernels.integrations.hf_trainer import FDDTrainerMixin
 
@@ -30,8 +31,8 @@ class FDDSFTTrainer(FDDTrainerMixin, SFTTrainer):
     that is None. TRL's own metrics (entropy, token accuracy) need logits and are not computed.
 
     Raises:
-        ValueError: an option of SFTConfig that changes the loss (`loss_type`); a teacher cache
-            without `skip_prepare_dataset` or without a collator.
+        ValueError: an option of SFTConfig that changes the loss (`loss_type`); a teacher cache, or
+            data with `token_weights`, without `skip_prepare_dataset` or without a collator.
         TypeError, ValueError: see `FDDTrainer`.
     """
 
@@ -47,6 +48,14 @@ class FDDSFTTrainer(FDDTrainerMixin, SFTTrainer):
                 "SFTConfig(dataset_kwargs={'skip_prepare_dataset': True}), "
                 "data_collator=fdd_kernels.data.pad_windows and "
                 "train_dataset=Dataset.from_list(cache.dataset('train'))"
+            )
+        data = kwargs.get("train_dataset", rest[0] if rest else None)
+        if TOKEN_WEIGHTS in (getattr(data, "column_names", None) or ()) and not is_ready:
+            raise ValueError(
+                f"the data has {TOKEN_WEIGHTS}, which TRL's preparation and collator leave out: "
+                "tokenize the data, and give "
+                "SFTConfig(dataset_kwargs={'skip_prepare_dataset': True}) and "
+                "data_collator=fdd_kernels.data.pad_windows"
             )
         super().__init__(model, args, data_collator, *rest, teacher=teacher, **kwargs)
         loss_type = getattr(self.args, "loss_type", "nll")

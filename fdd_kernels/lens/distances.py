@@ -10,6 +10,7 @@ Shape suffixes: P pairs of vectors, R rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -58,11 +59,21 @@ class Distance:
     of_features: bool = False
 
 
+def smallest_square(dtype: torch.dtype) -> float:
+    """Return the square below which a length counts as 0.
+
+    The summands of a smaller one have lost digits to underflow, which is the case where one token
+    has nearly all the weight, and powers of its inverse overflow.
+    """
+    return torch.finfo(dtype).tiny / torch.finfo(dtype).eps
+
+
 def _inverse_lengths(sums: Sums) -> tuple[Tensor, Tensor]:
     """Compute 1 / |s| and 1 / |t|; 0, with derivative 0, for a vector of length 0, also where
     rounding made its square negative.
     """
-    return sums.squares.masked_fill(sums.squares <= 0, torch.inf).rsqrt().unbind(1)
+    is_zero = sums.squares < smallest_square(sums.squares.dtype)
+    return sums.squares.masked_fill(is_zero, torch.inf).rsqrt().unbind(1)
 
 
 def _cosine_value(sums: Sums) -> Tensor:
@@ -70,17 +81,20 @@ def _cosine_value(sums: Sums) -> Tensor:
 
     Where the vectors nearly agree, 1 - s.t / (|s||t|) would lose every digit. The same number as
     (|s - t|^2 - (|s| - |t|)^2) / (2 |s||t|) keeps them.
+
+    All sums are multiplied by the constant 1 / (|s||t|) first, so that autograd's powers of lengths
+    do not overflow.
     """
-    per_s, per_t = _inverse_lengths(sums)
-    ss, tt = sums.squares.unbind(1)
-    per_product = per_s * per_t
-    defined = per_product > 0
-    near = defined & (sums.difference < 2 * sums.product)
-    of_lengths = (ss - tt) / torch.where(defined, ss * per_s + tt * per_t, 1.0)
+    scale = math.prod(_inverse_lengths(Sums(*[of_all.detach() for of_all in sums])))
+    defined = scale > 0
+    ss, tt = torch.where(defined[:, None], sums.squares * scale[:, None], 1.0).unbind(1)
+    product, difference = sums.product * scale, sums.difference * scale
+    per_product = (ss * tt).rsqrt()
+    of_lengths = (ss - tt) / (ss.sqrt() + tt.sqrt())
     return torch.where(
-        near,
-        (sums.difference - of_lengths.square()) * per_product / 2,
-        1 - sums.product * per_product,
+        defined & (difference < 2 * product),
+        (difference - of_lengths.square()) * per_product / 2,
+        1 - product * per_product,
     )
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fdd_kernels.lens.divergences import DIVERGENCES
+from fdd_kernels.lens.divergences import ALMOST_ONE, DIVERGENCES, Parameter
 
 
 class NamedDivergence(NamedTuple):
@@ -53,8 +53,7 @@ def parse_divergence(text: str) -> NamedDivergence:
     for parameter, value in zip(entry.parameters, values):
         if not (parameter.low <= value <= parameter.high and math.isfinite(value)):
             raise ValueError(
-                f"{text!r} has {parameter.name}={value:g}, which is not in [{parameter.low:g}, "
-                f"{parameter.high:g}]"
+                f"{text!r} has {parameter.name} {value:g}, which is not in {_range(parameter)}"
             )
     reason = entry.illegal and entry.illegal(*values)
     if reason:
@@ -67,6 +66,12 @@ def parse_divergence(text: str) -> NamedDivergence:
 def divergence_forms() -> list[str]:
     """List the forms that `parse_divergence` takes, such as "jsd[:beta]"."""
     return [_form(name) for name in DIVERGENCES]
+
+
+def _range(parameter: Parameter) -> str:
+    """Write a parameter's range; the largest number below 1 stands for all below 1."""
+    below = {math.inf: "inf)", ALMOST_ONE: "1)"}
+    return f"[{parameter.low:g}, {below.get(parameter.high, f'{parameter.high:g}]')}"
 
 
 def _form(name: str) -> str:

@@ -125,11 +125,19 @@ def kl_of(p: Tensor, r: Tensor, x: Tensor) -> Tensor:
     )
 
 
+def _step(x: Tensor) -> Tensor:
+    """Compute e^x - 1, accurate near 0; so is autograd's derivative e^x far from 0, for which it
+    takes expm1(x) + 1 of expm1.
+    """
+    near = x.abs() < 1
+    return torch.where(near, torch.expm1(torch.where(near, x, 0.0)), x.exp() - 1)
+
+
 def _log_mixture(x: Tensor, share: float) -> Tensor:
-    """Compute log((1 - share) + share e^x), accurate near 0 and free of overflow."""
-    above, below = torch.where(x > 1, x, 1.0), torch.where(x > 1, 1.0, x)
-    of_above = above + torch.log1p((1 - share) * torch.expm1(-above))
-    return torch.where(x > 1, of_above, torch.log1p(share * torch.expm1(below)))
+    """Compute log((1 - share) + share e^x), accurate for any share and free of overflow."""
+    above, below = torch.where(x > 32, x, 32.0), torch.where(x > 32, 0.0, x)
+    of_above = above + torch.log(share + (1 - share) * torch.exp(-above))
+    return torch.where(x > 32, of_above, torch.log1p(share * _step(below)))
 
 
 def _kl_value(log_q: Tensor, log_p: Tensor) -> Tensor:
@@ -175,8 +183,8 @@ def _over_mixture(x: Tensor, share: float) -> Tensor:
     With r the smaller of q and p over the larger, it is 1 - r over the larger's weight plus r times
     the smaller's.
     """
-    gap = torch.expm1(-x.abs())  # r - 1
-    return torch.where(x > 0, -gap / (1 + share * gap), gap / (1 + (1 - share) * gap))
+    r, gap = torch.exp(-x.abs()), torch.expm1(-x.abs())
+    return torch.where(x > 0, -gap / (1 - share + share * r), gap / (share + (1 - share) * r))
 
 
 def _skew_kl_value(log_q: Tensor, log_p: Tensor, alpha: float) -> Tensor:
@@ -216,24 +224,29 @@ def _skew_reverse_kl_grad(log_q: Tensor, log_p: Tensor, alpha: float) -> Tensor:
 
 def _tv_value(log_q: Tensor, log_p: Tensor) -> Tensor:
     """Compute |q - p| / 2, total variation."""
-    return _power_difference(log_q, log_p, 1.0).abs() / 2
+    difference = _power_difference(log_q, log_p, 1.0)
+    return difference * _sign(difference.detach()) / 2
 
 
 def _tv_grad(log_q: Tensor, log_p: Tensor) -> Tensor:
     """Compute q sign(q - p) / 2; 0 at a tie."""
     q = log_q.exp()
-    return q * torch.sign(_where_weighted(q, log_q - log_p)) / 2
+    return q * _sign(_where_weighted(q, log_q - log_p)) / 2
+
+
+def _sign(x: Tensor) -> Tensor:
+    """Compute sign(x), 0 at 0; NaN stays NaN."""
+    return torch.where(torch.isnan(x), x, torch.sign(x))
 
 
 def _power_difference(log_q: Tensor, log_p: Tensor, power: float) -> Tensor:
     """Compute (q^power - p^power) / power, which is log q - log p at power 0; 0 where q = p = 0."""
-    x = log_q - log_p
-    x = torch.where(torch.isnan(x), 0.0, x)  # of two tokens of probability 0
+    x = torch.where(log_q == log_p, 0.0, log_q - log_p)  # also where both are -inf
     if power == 0:
         return x
-    larger = torch.maximum(log_q, log_p)
-    size = _where_weighted(x, (power * larger).exp()) * -torch.expm1(-power * x.abs()) / power
-    return torch.copysign(size, x)
+    near = (power * x).abs() < 1
+    q, p = (torch.exp(power * log) for log in (log_q, log_p))
+    return torch.where(near, p * torch.expm1(torch.where(near, power * x, 0.0)), q - p) / power
 
 
 def _alpha_beta_value(log_q: Tensor, log_p: Tensor, alpha: float, beta: float) -> Tensor:
@@ -279,7 +292,7 @@ def _no_power(alpha: float, beta: float) -> str | None:
     return "alpha and beta are both 0: one of them must be above 0" if alpha + beta == 0 else None
 
 
-_ALMOST_ONE = math.nextafter(1.0, 0.0)
+ALMOST_ONE = math.nextafter(1.0, 0.0)
 
 DIVERGENCES: dict[str, Divergence] = {
     "kl": Divergence(_kl_value, _kl_grad),
@@ -293,13 +306,13 @@ DIVERGENCES: dict[str, Divergence] = {
     "skew_kl": Divergence(
         _skew_kl_value,
         _skew_kl_grad,
-        (Parameter("alpha", 0.1, 0.0, _ALMOST_ONE),),
+        (Parameter("alpha", 0.1, 0.0, ALMOST_ONE),),
         {(0.0,): "kl"},
     ),
     "skew_reverse_kl": Divergence(
         _skew_reverse_kl_value,
         _skew_reverse_kl_grad,
-        (Parameter("alpha", 0.1, 0.0, _ALMOST_ONE),),
+        (Parameter("alpha", 0.1, 0.0, ALMOST_ONE),),
         {(0.0,): "reverse_kl"},
     ),
     "tv": Divergence(_tv_value, _tv_grad),

@@ -15,8 +15,10 @@ Of weighted moments the sums have the normalised weights w = e^(z_t - COUNT), an
     COUNT          the log of the sum of e^z_t of the tokens that are not left out (-inf without
                    one), z_t relative to the shift of the pair's second layer
     TOP_S, TOP_T   s and t of the likeliest token, minus the means
-TOP stands for s - MEAN_S of a token with w > 1/2: where one token has nearly all the weight this is
-a small number, of which the rounding of the mean would leave nothing. Without weights both are 0.
+TOP stands for s - MEAN_S of a token with w > CERTAIN: where one token has nearly all the weight
+this is a small number, of which the rounding of the mean would leave nothing. Without weights both
+are 0.
+CERTAIN is above 1/2, so that rounding never makes it true of two tokens with half the weight each.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ LSE_S, LSE_T, VALUE, GRAD_SUM = range(4)
 REQUEST_STATS = 4
 COUNT, MEAN_S, MEAN_T, M_SS, M_TT, M_ST, M_DD, TOP_S, TOP_T = range(9)
 MOMENT_STATS = 9
+CERTAIN = 0.625
 
 
 class Statistics(NamedTuple):

@@ -11,6 +11,7 @@ at any temperature. Other layers have any number near their logits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -107,13 +108,7 @@ class LensSpec:
         for request in self.requests:
             numbers += [request.temperature, *request.parameters, request.teacher_mix]
         numbers += [pair.temperature for pair in self.moments]
-        if torch.compiler.is_compiling():
-            # They may be symbols, which stay so in arithmetic with tensors alone.
-            one = torch.ones((), dtype=torch.float64, device="cpu")
-            encoded = torch.stack([one * number for number in numbers])
-        else:
-            encoded = torch.tensor(numbers, dtype=torch.float64, device="cpu")
-        return f"{requests}|{moments}", encoded, self.columns
+        return f"{requests}|{moments}", encode_numbers(numbers), self.columns
 
     @staticmethod
     def decode(structure: str, numbers: Tensor, columns: int) -> LensSpec:
@@ -142,6 +137,15 @@ class LensSpec:
             teacher_logit_scale=teacher_scale,
             teacher_softcap=teacher_cap or None,
         )
+
+
+def encode_numbers(numbers: Sequence[float]) -> Tensor:
+    """Return numbers as a float64 tensor on the host, an argument of operators."""
+    if torch.compiler.is_compiling():
+        # They may be symbols, which stay so in arithmetic with tensors alone.
+        one = torch.ones((), dtype=torch.float64, device="cpu")
+        return torch.stack([one * number for number in numbers])
+    return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
 
 def of_request(per_layer: Tensor, request: Request) -> Tensor:

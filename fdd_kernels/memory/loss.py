@@ -17,6 +17,7 @@ from fdd_kernels.common.sizes import MIB, show
 
 if TYPE_CHECKING:  # the options of the command line need no torch
     from fdd_kernels.backends.call_shape import CallShape
+    from fdd_kernels.objectives.fdd.options import LossOptions
     from fdd_kernels.objectives.fdd.plan import Plan
 
 FLOAT = 4
@@ -34,7 +35,8 @@ class LossShape:
         columns: tokens of the vocabulary.
         layers: hidden states of each model, the final state included.
         itemsize: bytes of a number of states and heads.
-        trajectory, derivative: the term's kind, or None without it.
+        options: of the loss; None: the defaults.
+        softcap: the logits are soft-capped.
     """
 
     rows: int
@@ -45,9 +47,7 @@ class LossShape:
     itemsize: int = 4
     train_head: bool = True
     feature_space: bool = False
-    output_in_dynamics: bool = False
-    trajectory: str | None = "kl"
-    derivative: str | None = "cosine"
+    options: LossOptions | None = None
     softcap: bool = False
 
     def fdd_plan(self) -> Plan:
@@ -55,15 +55,8 @@ class LossShape:
         from fdd_kernels.objectives.fdd.options import LossOptions
         from fdd_kernels.objectives.fdd.plan import build_plan
 
-        options = LossOptions(
-            alpha=float(self.trajectory is not None),
-            trajectory=self.trajectory or "kl",
-            derivative=self.derivative,
-            beta=float(self.derivative is not None),
-            output_in_dynamics=self.output_in_dynamics,
-        )
         return build_plan(
-            options,
+            self.options or LossOptions(),
             self.columns,
             self.layers,
             leading_shape=(self.rows,),
@@ -84,7 +77,7 @@ class LossShape:
             itemsize=self.itemsize,
             train_head=self.train_head,
             teacher_head=not self.feature_space,
-            moments=len(plan.spec.moments),
+            spec=plan.spec,
             threads=threads,
             device=device,
             device_memory=device_memory,
@@ -139,7 +132,7 @@ def _statistics(plan: Plan, rows: int) -> int:
 
 def dense_tensors(shape: LossShape) -> int:
     """The number of float32 tensors (rows x vocabulary) that the dense loss in plain PyTorch holds
-    before the head's gradient.
+    before the head's gradient; of KL and the cosine, which take the fewest.
     """
     plan = shape.fdd_plan()
     layers = len(plan.layers)

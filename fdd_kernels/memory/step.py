@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from fdd_kernels.memory.loss import LossShape, loss_memory
 from fdd_kernels.memory.models import ModelShape
+
+if TYPE_CHECKING:  # the options of the command line need no torch
+    from fdd_kernels.objectives.fdd.options import LossOptions
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Bytes of a weight in the blocks of a quantised model; embedding and head are not quantised.
@@ -27,6 +31,7 @@ class Setup:
         lora_rank: None: all weights are trained.
         teacher_dtype: None: that of the student.
         device_memory: bytes of the GPU.
+        objective: options of the loss; None: the defaults.
     """
 
     student: ModelShape
@@ -43,6 +48,7 @@ class Setup:
     lora_rank: int | None = None
     teacher_dtype: str | None = None
     device_memory: int | None = None
+    objective: LossOptions | None = None
 
     @property
     def chosen_backend(self) -> str:
@@ -88,6 +94,7 @@ class Setup:
             teacher_width=self.teacher.width,
             itemsize=self.itemsize,
             train_head=self.train_head and self.lora_rank is None,
+            options=self.objective,
             softcap=self.student.softcap,
         )
 

@@ -15,8 +15,8 @@ from fdd_kernels.objectives.option_checks import require_choice, require_int, re
 class Schedule:
     """What all schedules share: `state_dict` and `load_state_dict`.
 
-    A schedule that loads another's state goes on with the same numbers, bit for bit, if both were
-    made with the same arguments.
+    A schedule that loads another's state continues with the same numbers, bit for bit, if both
+    were made with the same arguments.
     """
 
     _state: tuple[str, ...] = ("step",)

@@ -27,7 +27,23 @@ from fdd_kernels.teacher_cache.writer import CachedQuantity, write_cache
 
 KIND = "statistics"  # of the index: its name on disk
 # Options that decide the summary, besides both heads; all others may vary from run to run.
-_FIXED = ("temperature", "output_temperature", "output_in_dynamics", "vocab_size")
+_FIXED = (
+    "temperature",
+    "output_temperature",
+    "output_in_dynamics",
+    "vocab_size",
+    "derivative_temperature",
+)
+
+
+def _fixed_options(options: LossOptions) -> dict[str, Any]:
+    """Return the options that decide the summary. A `derivative_temperature` that is the
+    temperature is left out: indexes of earlier releases have none.
+    """
+    found = {name: getattr(options, name) for name in _FIXED}
+    if options.derivative_temperature in (None, options.temperature):
+        del found["derivative_temperature"]
+    return found
 
 
 def teacher_summary(
@@ -88,7 +104,7 @@ def teacher_summary(
         contents=about
         | {
             "student_head": head_digest(weight, bias),
-            "options": {name: getattr(options, name) for name in _FIXED},
+            "options": _fixed_options(options),
         },
         once={},
         rows=rows,
@@ -132,10 +148,10 @@ class SummaryCache(WindowCache):
     teacher.
 
     Training needs neither the teacher nor its head, and the loss is still over the whole
-    vocabulary. Serves trajectory="kl", any derivative and any weights. The student's head must be
-    the one that the cache was made for, linear and not trained (LoRA without the head, or
-    train_head=False). Layers, temperatures, `output_in_dynamics` and `vocab_size` are fixed. For
-    the rest see `WindowCache`.
+    vocabulary. Serves KL at trajectory and output, any derivative but "weighted_cosine", and any
+    weights of terms, layers and tokens. The student's head must be the one that the cache was made
+    for, linear and not trained (LoRA without the head, or train_head=False). Layers, temperatures,
+    `output_in_dynamics` and `vocab_size` are fixed. For the rest see `WindowCache`.
     """
 
     kind = KIND
@@ -153,11 +169,13 @@ class SummaryCache(WindowCache):
             )
         super().require(config, options, layers)
         check_options(options)
-        for name, value in self._fixed.items():
-            if getattr(options, name) != value:
+        given = _fixed_options(options)
+        for name in _FIXED:
+            if given.get(name) != self._fixed.get(name):
                 raise ValueError(
-                    f"{name}={getattr(options, name)!r}, but the summary in {self.path} was "
-                    f"made with {name}={value!r}: give the same, or cache the teacher again"
+                    f"{name}={getattr(options, name)!r}, but the summary in {self.path} was made "
+                    f"with {name}={self._fixed.get(name)!r}: give the same, or cache the teacher "
+                    "again"
                 )
 
     def targets(

@@ -30,11 +30,14 @@ from fdd_kernels.objectives.fdd.api import fdd_loss_reference
 from fdd_kernels.objectives.fdd.options import FDDLossTerms
 from fdd_kernels.testing.gradient_floors import gradient_floors, row_norms
 from fdd_kernels.testing.problems import Outcome, Problem, evaluate, exact
-from fdd_kernels.testing.value_floors import unit_roundoff, value_floors, working_unit
+from fdd_kernels.testing.value_floors import (
+    UNDERFLOW,
+    unit_roundoff,
+    value_floors,
+    working_unit,
+)
 
-# Per token: a number below the smallest normal one may count as 0, before the division by a
-# temperature.
-_UNDERFLOW = 64 * torch.finfo(torch.float32).tiny
+_UNDERFLOW = UNDERFLOW * torch.finfo(torch.float32).tiny  # per token
 
 
 class Excess(NamedTuple):

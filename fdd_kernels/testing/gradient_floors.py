@@ -7,19 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fdd_kernels.lens.distances import DISTANCES
 from fdd_kernels.lens.divergences import DIVERGENCES
 from fdd_kernels.objectives.fdd.api import fdd_loss_reference
+from fdd_kernels.objectives.fdd.reference import distance_of
 from fdd_kernels.objectives.fdd.terms import RowTerms
 from fdd_kernels.testing.problems import Outcome, Problem, evaluate
 from fdd_kernels.testing.value_floors import (
+    PERTURBATIONS,
+    UNDERFLOW,
+    DenseCall,
+    centred,
     dense_call,
     gemm_rounding,
     summation_rounding,
+    sums_and_grads,
     unit_roundoff,
+    working_dtype,
     working_unit,
 )
-
-PERTURBATIONS = 3  # random movements of the logits from which the floor of a gradient is taken
 
 
 def _moved(problem: Problem, seed: int, summation: float, unit: float, options: dict) -> Problem:
@@ -32,7 +38,8 @@ def _moved(problem: Problem, seed: int, summation: float, unit: float, options: 
     problem = problem.to(torch.float64)
     rows, layers = math.prod(problem.leading_shape), len(problem.student_hidden)
     eye = torch.eye(layers * rows, dtype=torch.float64, device=problem.student_weight.device)
-    temperature = max(options.get("temperature", 1.0), options.get("output_temperature", 1.0))
+    names = ("temperature", "output_temperature", "derivative_temperature")
+    temperature = max(options.get(name) or 1.0 for name in names)
     changed = {}
     for side in ("student", "teacher"):
         hidden, weight, bias = (
@@ -101,7 +108,7 @@ def gradient_floors(
         for (name, floor), move in zip(floors.items(), moves)
     }
     if problem.teacher_weight is not None:
-        extra = _denominator_floors(problem, upstream, unit, options)
+        extra = _softmax_floors(problem, upstream, unit, options)
         floors = {name: floor + extra[name] for name, floor in floors.items()}
     return floors
 
@@ -144,52 +151,84 @@ def _gemm_floors(
     return floors
 
 
-def _denominator_floors(
+def _gradient_parts(call: DenseCall, s: Tensor, t: Tensor, z: Tensor) -> list[Tensor]:
+    """Compute the multiples of s, t and s - t, (R, C) each, whose sum is the gradient of a weighted
+    distance. Where few tokens have all the weight, the vectors are nearly parallel and it cancels.
+
+    The factor of s may be a difference of t.t and s.s: it has the size of these.
+    """
+    kind, root = call.options.derivative, z.softmax(-1).sqrt()
+    s, t = centred(kind, s, t, z)
+    sums, (_, of_st, of_dd) = sums_and_grads(kind, s, t)
+    ss, tt = sums.squares[0]
+    ratio = torch.where((ss > 0) & (tt > 0), tt / ss, torch.inf)
+    of_ss = torch.where(ratio.isfinite(), (1 + ratio) / (4 * ratio.sqrt() * ss), 0.0)
+    of_ss, of_st, of_dd = (grad[:, None] for grad in (of_ss, of_st, of_dd))
+    return [root * x for x in (2 * of_ss * s, of_st * t, 2 * of_dd * (s - t))]
+
+
+def _softmax_floors(
     problem: Problem, upstream, unit: float, options: dict[str, Any]
 ) -> dict[str, Tensor]:
-    """Bound what the gradients of the softmax terms lose by their normalization, per row.
+    """Bound what the gradients lose where moved logits say little, per row.
 
-    With respect to the logits they are grad - q sum(grad). The sum, and q itself, are known up to
-    the error of a sum over the columns, relative to sum(|grad|). The error is then q times a number
-    per row, like a gradient of the row's log-sum-exp.
+    With respect to the logits a softmax term's is grad - q sum(grad). The sum, and q itself, are
+    known up to the error of a sum over the columns, relative to sum(|grad|). The error is then q
+    times a number per row, like a gradient of the row's log-sum-exp. Each of the dozen operations
+    that form an element of `grad` loses u, which may be more than what the difference leaves.
+
+    At a tie total variation's `grad` jumps by q. A token that is nearer to one than its error may
+    be on the other side.
+
+    Where weights underflow, all of a weighted distance's gradient may be lost
+    (`DenseCall.underflow`). Elsewhere the three vectors that it is a sum of are off like sums.
     """
+    tiny = torch.finfo(working_dtype(problem)).tiny
     problem = problem.to(torch.float64)
-    call = dense_call(problem, unit, options)
-    o, final = call.options, len(call.student) - 1
-
-    def row(layer: int, temperature: float, name: str) -> Tensor:
-        z_s, z_t = (model[layer][0] / temperature for model in (call.student, call.teacher))
-        size = 1.0
-        if name in DIVERGENCES:
-            log_q, log_p = (z.detach().log_softmax(-1) for z in (z_s, z_t))
-            entry = DIVERGENCES[name]
-            size = entry.grad(log_q, log_p, *entry.defaults).abs().sum(-1)
-        return summation_rounding(call.plan.spec.columns, unit) * size * z_s.logsumexp(-1)
-
-    trajectory = output_kd = ce = None
-    if o.trajectory in DIVERGENCES and call.plan.trajectory:
-        trajectory = torch.stack(
-            [row(layer, o.temperature, o.trajectory) for layer in call.dynamics]
-        ).mean(0)
-    if call.plan.output_kd is not None:
-        output_kd = row(final, o.output_temperature, "kl")
+    call = replace(dense_call(problem, unit, options), tiny=tiny)
+    summation, found = call.summation, []
+    layers = 1 / max(len(call.dynamics), 1)
+    for term, layer, temperature, divergence in call.divergences():
+        log_q, log_p, off = call.log_probabilities(layer, temperature)
+        z_s, log_q = call.student[layer][0] / temperature, log_q.detach()
+        grad = DIVERGENCES[divergence.name].grad(log_q, log_p, *divergence.parameters)
+        weights = call.options.layer_weights
+        factor = 1.0
+        if term == "trajectory":
+            factor = layers if weights is None else layers * weights[layer]
+        found.append((term, factor * summation * grad.abs().sum(-1) * z_s.logsumexp(-1)))
+        own = 12 * unit * (grad.abs() * z_s.where(z_s.isfinite(), 0.0)).sum(-1)
+        found.append((term, factor * own))
+        if divergence.name == "tv":
+            near = (log_q - log_p).abs() <= (3 * sum(off) + 2 * summation)[:, None]
+            jumps = torch.where(near, log_q.exp(), 0.0)
+            found.append((term, factor * (jumps * z_s.where(near, 0.0)).sum(-1)))
+            found.append((term, factor * jumps.sum(-1) * z_s.logsumexp(-1)))
     if call.plan.ce is not None:
-        ce = row(final, 1.0, "nll")
+        found.append(("ce", summation * call.student[-1][0].logsumexp(-1)))
+    pairs = call.pairs() if DISTANCES[call.options.derivative or "mse"].weighted else []
+    for pair in pairs:
+        s, t, z = call.pair_vectors(*pair)
+        live = torch.ones_like(z[0], dtype=torch.bool)
+        distance = distance_of(call.options.derivative, s, t, live, z.detach())
+        underflow = call.underflow(*pair)
+        found.append(("derivative", 4 / len(pairs) * torch.where(underflow, distance, 0.0)))
+        # A weight that is no normal number may be 0.
+        off = torch.where(z.softmax(-1) < UNDERFLOW * tiny, 1.0, summation)
+        for vector in _gradient_parts(call, s.detach(), t, z):
+            part = (off * vector * s).sum(-1) / len(pairs)
+            found.append(("derivative", torch.where(underflow, 0.0, part)))
     leaves = problem.leaves
     floors = dict.fromkeys(leaves, 0.0)
-    for term in (trajectory, output_kd, ce):
-        if term is None:
-            continue
-        loss = call.reduce(
-            RowTerms(*[t if t is term else None for t in (output_kd, trajectory, None, ce)])
-        ).loss
+    for term, of_rows in found:
+        loss = call.reduce(RowTerms(**dict.fromkeys(RowTerms._fields) | {term: of_rows})).loss
         above = (
             torch.ones_like(loss)
             if upstream is None
             else torch.as_tensor(upstream).to(loss).expand_as(loss)
         )
-        found = torch.autograd.grad(
+        grads = torch.autograd.grad(
             loss, list(leaves.values()), above, retain_graph=True, materialize_grads=True
         )
-        floors = {name: floors[name] + row_norms(g) for name, g in zip(leaves, found)}
+        floors = {name: floors[name] + row_norms(g) for name, g in zip(leaves, grads)}
     return floors

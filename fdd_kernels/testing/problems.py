@@ -25,11 +25,11 @@ class Problem(LossInputs):
         def apply(value):
             if isinstance(value, tuple):
                 return tuple([apply(v) for v in value])
-            if value is None or not value.is_floating_point():
+            if not isinstance(value, Tensor) or not value.is_floating_point():
                 return value
             return function(value.detach()).detach().requires_grad_(value.requires_grad)
 
-        return Problem(**{f.name: apply(getattr(self, f.name)) for f in fields(self)})
+        return replace(self, **{f.name: apply(getattr(self, f.name)) for f in fields(self)})
 
     def to(self, dtype: torch.dtype) -> Problem:
         """Convert every tensor of floats."""
@@ -77,6 +77,7 @@ def random_problem(
     bias: str | None = None,
     labels: bool = False,
     mask: bool = False,
+    token_weights: bool = False,
     near: float | None = None,
     feature_space: bool = False,
     contiguous: bool = True,
@@ -91,6 +92,7 @@ def random_problem(
         bias: None, "plain", or "padded": -inf in the last eighth of the columns of both models.
         labels, mask: with labels, about a quarter of them -100; with a mask, about a quarter of it
             False.
+        token_weights: with weights from 0 to 3, about a quarter of them 0.
         near: the teacher is the student plus noise of this relative size (of equal width); 0: the
             same model.
         contiguous: False gives strided views, hidden states, heads, labels and mask.
@@ -155,6 +157,10 @@ def random_problem(
         student_bias=finish(student["bias"], True),
         teacher_bias=finish(teacher["bias"], False),
         mask=tokens(mask, lambda: torch.rand(leading, generator=generator) < 0.75),
+        token_weights=tokens(
+            token_weights,
+            lambda: (4 * torch.rand(leading, generator=generator) - 1).clamp(min=0),
+        ),
     )
 
 

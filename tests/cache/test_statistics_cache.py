@@ -30,6 +30,7 @@ from tests.support.cache_inputs import (
     same_loss_and_gradients,
     student_model,
     teacher_model,
+    weighted,
 )
 from tests.support.commands import FROM_CACHE, cache_options, options, quiet
 from tests.support.hf_models import pad_left, tiny_tokenizer
@@ -73,6 +74,8 @@ def test_it_equals_the_live_teacher(windows, tmp_path, family):
         {"beta": 0.0},
         {"output_kd_weight": 0.0},
         {"alpha": 0.0, "beta": 0.0},
+        {"layer_weights": (0.5, 0.0, 2.0)},
+        {"trajectory": "jsd:0", "output_divergence": "jsd:0"},
     ):
         config = replace(CONFIG, **changes)
         same_loss_and_gradients(
@@ -107,8 +110,10 @@ def test_padding_on_the_left(cache):
     torch.testing.assert_close(torch.stack(terms), torch.stack(cached(right)), rtol=1e-5, atol=1e-6)
 
 
-def test_temperatures_and_the_output_among_the_layers(windows, tmp_path):
+@pytest.mark.parametrize("derivative_temperature", [None, 2.0, 1.5])
+def test_temperatures_and_the_output_among_the_layers(windows, tmp_path, derivative_temperature):
     fixed = {"temperature": 2.0, "output_temperature": 3.0, "output_in_dynamics": True}
+    fixed["derivative_temperature"] = derivative_temperature
     teacher, student = teacher_model(), student_model()
     student.lm_head.requires_grad_(False)
     cache, config = (
@@ -122,6 +127,24 @@ def test_temperatures_and_the_output_among_the_layers(windows, tmp_path):
         Distiller(student, teacher, config),
         batch_of(cache),
     )
+    # An index of an earlier release has no derivative_temperature, and none is written that is the
+    # temperature.
+    is_own = derivative_temperature not in (None, fixed["temperature"])
+    assert ("derivative_temperature" in cache.files.contents["options"]) == is_own
+    for other in {None, 2.0, 1.5} - {derivative_temperature}:
+        config = replace(config, derivative_temperature=other)
+        if not is_own and other in (None, fixed["temperature"]):
+            Distiller(student, cache, config)
+        else:
+            with pytest.raises(ValueError, match=f"derivative_temperature={other}.*was made with"):
+                Distiller(student, cache, config)
+
+
+def test_token_weights(cache):
+    teacher, student, batch = teacher_model(), student_model(), weighted(batch_of(cache))
+    student.lm_head.requires_grad_(False)
+    cached, live = Distiller(student, cache, CONFIG), Distiller(student, teacher, CONFIG)
+    same_loss_and_gradients(torch.nn.ModuleList([student.model]), cached, live, batch)
 
 
 def test_fewer_labels_and_a_divisor(cache):
@@ -191,8 +214,15 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"trajectory": "jsd"}, "trajectory='jsd'"),
+            ({"trajectory": "jsd"}, "trajectory='jsd'.*cache of its hidden states"),
+            ({"output_divergence": "tv"}, "output_divergence='tv'.*cache of its hidden"),
+            ({"derivative": "weighted_cosine"}, "derivative='weighted_cosine'.*cache of its"),
+            ({"teacher_mix": 0.5}, "teacher_mix=0.5.*cache of its hidden states"),
             ({"temperature": 2.0}, "temperature=2.0, but the summary"),
+            (
+                {"derivative_temperature": 2.0},
+                "derivative_temperature=2.0, but .*derivative_temperature=None",
+            ),
             ({"output_temperature": 2.0}, "output_temperature=2.0"),
             ({"output_in_dynamics": True}, "output_in_dynamics=True"),
             ({"student_layers": (1, 2), "teacher_layers": LAYERS[:2]}, "is of \\[1, 2, 4\\]"),
@@ -286,6 +316,10 @@ class TestCommand:
             ),
             ({"kind": "logits"}, "kind='logits' is not one of states, statistics"),
             ({"temperature": 2.0}, "temperature=2.0 is for kind='statistics'"),
+            (
+                {"derivative_temperature": 2.0},
+                "derivative_temperature=2.0 is for kind='statistics'",
+            ),
         ],
         ids=str,
     )

@@ -6,6 +6,7 @@ import functools
 import json
 import pickle
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from tests.support.cache_inputs import (
     student_model,
     teacher_model,
     valid_rows,
+    weighted,
     write,
 )
 from tests.support.hf_models import pad_left, tiny_tokenizer
@@ -47,6 +49,24 @@ def test_float32_equals_the_live_teacher(windows, tmp_path, family):
         torch.testing.assert_close(mine[mask], theirs[mask], rtol=1e-5, atol=1e-5)
         assert mine.dtype == torch.float32
         assert not mine[~mask].any()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"trajectory": "jsd:0.1", "output_divergence": "alpha_beta:0.2,0.7"},
+        {"derivative": "weighted_cosine", "derivative_temperature": 0.5, "temperature": 2.0},
+        {"teacher_mix": 0.4, "layer_weights": (0.5, 0.0, 2.0)},
+    ],
+    ids=str,
+)
+def test_states_serve_every_objective(caches, changes):
+    """One cache for all: nothing of the loss is in its identity."""
+    cache, teacher, student = caches["float32"], teacher_model(), student_model()
+    config = replace(CONFIG, **changes, backend="torch")
+    cached, live = Distiller(student, cache, config), Distiller(student, teacher, config)
+    same_loss_and_gradients(student, cached, live, weighted(batch_of(cache)))
+    assert "options" not in cache.files.contents
 
 
 @pytest.mark.parametrize("codec", CODECS)

@@ -79,11 +79,15 @@ def test_wrong_usage_has_exit_code_2(arguments, capsys):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], (Path("runs/demo"), False, False, None, None)),
-        (["--teacher", "t"], (Path("runs/demo"), False, False, None, Path("t"))),
+        ([], (Path("runs/demo"), False, False, None, None, None)),
+        (["--teacher", "t"], (Path("runs/demo"), False, False, None, Path("t"), None)),
         (
             ["--output", "x", "--quick", "--retrain-teacher", "--seeds", "3"],
-            (Path("x"), True, True, 3, None),
+            (Path("x"), True, True, 3, None, None),
+        ),
+        (
+            ["--objective", "output KD", "--objective", "full FDD"],
+            (Path("runs/demo"), False, False, None, None, ["output KD", "full FDD"]),
         ),
     ],
 )
@@ -236,6 +240,8 @@ def test_options_of_unknown_kind_are_not_dropped():
         ("trajectory='x' is not one of 'kl'", "--trajectory x is not one of 'kl'"),
         ('backend="triton" cannot run', "--backend triton cannot run"),
         ("train_head=False, then scale_by_t2=True", "--no-train-head, then --scale-by-t2"),
+        ("layer_weights=(1.0, 2.0) has", "--layer-weights 1.0,2.0 has"),
+        ("trajectory='jsd:2' has beta 2", "--trajectory jsd:2 has beta 2"),
         ("set FDDConfig(vocab_size=N) with N <= 3", "set --vocab-size N with N <= 3"),
         (
             "student_layers and teacher_layers must be given",
@@ -279,6 +285,7 @@ def test_cache_teacher_passes_its_options_on(monkeypatch):
         "kind": "statistics",
         "student": "s",
         "temperature": 2.0,
+        "derivative_temperature": 1.5,
         "output_temperature": 3.0,
         "output_in_dynamics": True,
         "vocab_size": 100,
@@ -317,7 +324,7 @@ def test_cache_teacher_passes_its_options_on(monkeypatch):
         teacher="t", data=Path("d.txt"), output=Path("o"), **values
     )
     flags = [*needed, "--output-in-dynamics"]
-    for name in ("kind", "student", "temperature", "output_temperature", "vocab_size"):
+    for name in of_statistics.keys() - {"output_in_dynamics"}:
         flags += [f"--{name.replace('_', '-')}", str(of_statistics[name])]
     assert main(flags) == 0
     assert calls.pop() == command.CacheOptions(
@@ -330,10 +337,14 @@ VALUES = {
     "beta": ("0", 0.0),
     "output_kd_weight": ("2", 2.0),
     "ce_weight": ("0.1", 0.1),
-    "trajectory": ("jsd", "jsd"),
+    "trajectory": ("jsd:0.1", "jsd:0.1"),
     "derivative": ("none", None),
+    "output_divergence": ("alpha_beta:0.2,0.7", "alpha_beta:0.2,0.7"),
+    "layer_weights": ("1,0.5,0", (1.0, 0.5, 0.0)),
     "temperature": ("2", 2.0),
+    "derivative_temperature": ("1.5", 1.5),
     "output_temperature": ("3", 3.0),
+    "teacher_mix": ("1", 1.0),
     "scale_by_t2": (None, True),
     "student_softcap": ("30", 30.0),
     "teacher_softcap": ("20", 20.0),
@@ -369,6 +380,8 @@ def test_every_field_of_the_config_is_a_flag(fake_module):
     assert {f.name for f in fields(FDDConfig)} - set(NOT_OPTIONS) == expected.keys()
     for name, value in expected.items():
         assert getattr(config, name) == value, name
+    config = run_distill(fake_module, "--teacher-mix", "0.4", "--derivative", "weighted_cosine")
+    assert (config.config.teacher_mix, config.config.derivative) == (0.4, "weighted_cosine")
 
 
 @pytest.mark.parametrize(
@@ -376,6 +389,33 @@ def test_every_field_of_the_config_is_a_flag(fake_module):
     [
         (["--trajectory", "wasserstein"], "--trajectory wasserstein is not one of"),
         (["--temperature", "0"], "--temperature 0.0 must be finite and greater than 0"),
+        (
+            ["--trajectory", "jsd:2"],
+            "--trajectory jsd:2 has beta 2, which is not in [0, 1]",
+        ),
+        (
+            ["--trajectory", "alpha_beta:0.2"],
+            "--trajectory alpha_beta:0.2 gives 1 parameter(s), and alpha_beta takes 2: write "
+            "alpha_beta[:alpha,beta]",
+        ),
+        (["--trajectory", "jsd:x"], "--trajectory jsd:x has a parameter that is no number"),
+        (["--output-divergence", "mse"], "--output-divergence mse is not one of kl, reverse_kl"),
+        (
+            ["--layer-weights", "1,2"],
+            "--layer-weights 1.0,2.0 has 2 entries and the trajectory 4 layers: give one for each",
+        ),
+        (["--layer-weights", "1,1,1,-1"], "--layer-weights entry=-1.0 must be finite"),
+        (["--derivative-temperature", "0"], "--derivative-temperature 0.0 must be finite"),
+        (["--teacher-mix", "1.5"], "--teacher-mix 1.5 must be in [0, 1]"),
+        (
+            ["--teacher-mix", "0.5", "--trajectory", "jsd:0.1"],
+            "--teacher-mix 0.5 mixes the target of KL, but --trajectory jsd:0.1: use --trajectory "
+            "kl, a weight of 0 for that term, or --teacher-mix 1",
+        ),
+        (
+            ["--derivative", "weighted"],
+            "--derivative weighted is not one of 'cosine', 'centered_cosine', 'weighted_cosine'",
+        ),
         (
             ["--student-layers", "1,2"],
             "--student-layers and --teacher-layers must be given together",

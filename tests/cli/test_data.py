@@ -610,6 +610,14 @@ def test_padding_takes_lists_tensors_and_data_sets():
     assert pad_windows(without).keys() == {"input_ids", "attention_mask"}
     with pytest.raises(ValueError, match="1 of 2 windows have labels"):
         pad_windows([lists[0], without[0]])
+    weights = [{"token_weights": [0.5, 1, 2]}, {"token_weights": [3]}]
+    weighted = [window | own for window, own in zip(lists, weights)]
+    for windows in (weighted, datasets.Dataset.from_list(weighted)[:2]):
+        batch = pad_windows(windows)
+        assert batch.pop("token_weights").tolist() == [[0.5, 1, 2], [3, 0, 0]]
+        assert {name: tensor.tolist() for name, tensor in batch.items()} == expected
+    with pytest.raises(ValueError, match="1 of 2 windows have token_weights"):
+        pad_windows([lists[0], weighted[0]])
 
 
 def test_caches_and_collators_need_no_terminal_and_no_data_library():

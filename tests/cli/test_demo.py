@@ -118,6 +118,21 @@ def test_a_short_run_writes_numbers_and_a_page(tmp_path, monkeypatch, capsys):
     assert "full FDD" in capsys.readouterr().out
 
 
+def test_objectives_can_be_named(tmp_path, monkeypatch):
+    """The teacher runs for the student that needs most of it, wherever that stands."""
+    texts = standard_library_texts(held_out=True)[:20]
+    monkeypatch.setattr(demo, "standard_library_texts", lambda *, held_out: texts)
+    budget = Budget(steps=2, batch_size=1, evaluations=1, evaluation_windows=2)
+    monkeypatch.setattr(demo, "QUICK", budget)
+    names = ["full FDD, weighted", "full FDD", "output KD"]
+    result = demo.run_demo(tmp_path / "out", quick=True, objectives=names)
+    assert [row["objective"] for row in result.rows()] == names
+    assert len({run.held_out_kl[-1] for run in result.runs}) == 3
+    for wrong in ("half FDD", "output KD"):
+        with pytest.raises(ValueError, match=rf"'{wrong}' is not one of 'labels only'.*weighted"):
+            demo.run_demo(tmp_path / "out", objectives=["output KD", wrong])
+
+
 def test_without_a_teacher_it_says_what_to_do(tmp_path, monkeypatch):
     """As in an installed package, which does not hold it."""
     monkeypatch.setattr(demo, "SHIPPED_TEACHER", tmp_path / "none")

@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from fdd_kernels import FDDConfig
 from fdd_kernels.cli.distill import trainer as trainer_module
 from fdd_kernels.cli.distill.run import distill
 from fdd_kernels.common.errors import UserError
@@ -80,6 +81,37 @@ def test_a_finished_run_is_left_alone(inputs, whole):
     assert {
         path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.name != ".lock"
     } == before
+
+
+def test_every_option_of_the_objective(inputs, tmp_path):
+    """They reach the loss, the record, the card, and a second command knows the run."""
+    config = FDDConfig(
+        num_layers=2,
+        trajectory="jsd:0.1",
+        output_divergence="alpha_beta:0.2,0.7",
+        derivative="weighted_cosine",
+        derivative_temperature=2.0,
+        layer_weights=(1.0, 0.5),
+    )
+    run = options(inputs, tmp_path, config=config, max_steps=2)
+    metrics = distill(run, quiet())
+    plain = distill(options(inputs, tmp_path / "plain", max_steps=2), quiet())
+    for name in ("output_kd", "trajectory", "derivative"):
+        assert metrics["held_out_before"][name] != plain["held_out_before"][name], name
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["config.trajectory"] == "jsd:0.1"
+    assert record["config.layer_weights"] == [1.0, 0.5]
+    card = ModelCard.load(tmp_path / "student" / "README.md").text
+    for text in (
+        "trajectory='jsd:0.1'",
+        "output_divergence='alpha_beta:0.2,0.7'",
+        "layer_weights=(1.0, 0.5)",
+        "derivative_temperature=2.0",
+    ):
+        assert text in card, text
+    console = quiet()
+    distill(run, console)
+    assert "finished; nothing to do" in console.file.getvalue()
 
 
 def test_the_card_says_how_many_epochs_it_were(inputs, tmp_path):

@@ -249,6 +249,13 @@ def test_records_of_earlier_versions_are_understood(inputs, whole, tmp_path):
         "teacher_dtype",
     ):
         del record[name]
+    for name in (
+        "output_divergence",
+        "layer_weights",
+        "derivative_temperature",
+        "teacher_mix",
+    ):
+        del record[f"config.{name}"]
     for role in ("teacher", "student"):
         record[role] = {file.name: [file.stat().st_size, 0] for file in (inputs / role).iterdir()}
     (output / "run.json").write_text(json.dumps(record))
@@ -257,6 +264,14 @@ def test_records_of_earlier_versions_are_understood(inputs, whole, tmp_path):
     assert "finished; nothing to do" in console.file.getvalue()
     with pytest.raises(UserError, match=r"scheduler was 'cosine', is 'linear'"):
         distill(options(inputs, output, scheduler="linear"), quiet())
+    for changes, named in (
+        ({"output_divergence": "jsd:0.1"}, r"output_divergence was 'kl', is 'jsd:0\.1'"),
+        ({"layer_weights": (1, 0.5)}, r"layer_weights was None, is \[1, 0\.5\]"),
+        ({"derivative_temperature": 2.0}, r"derivative_temperature was None, is 2\.0"),
+        ({"teacher_mix": 0.5}, r"teacher_mix was 1\.0, is 0\.5"),
+    ):
+        with pytest.raises(UserError, match=named):
+            distill(options(inputs, output, config=FDDConfig(num_layers=2, **changes)), quiet())
 
 
 def test_a_tensor_that_differs_is_found(tmp_path):

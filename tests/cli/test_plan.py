@@ -21,6 +21,7 @@ from fdd_kernels.backends import BACKENDS
 from fdd_kernels.cli.main import main
 from fdd_kernels.common.errors import UserError
 from fdd_kernels.common.sizes import parse_count, parse_size
+from fdd_kernels.lens.divergences import DIVERGENCES
 from fdd_kernels.memory.loss import MIB, LossShape, input_bytes, loss_memory
 from fdd_kernels.memory.models import read_model
 from fdd_kernels.memory.step import Setup, advise, most_tokens, step_memory
@@ -258,6 +259,36 @@ def test_command_prints_parts_and_verdict(capsys, tmp_path):
     assert data["fits"] == {"fused": True, "dense": False}
 
 
+def test_the_objective_is_in_the_prediction(capsys):
+    """Other temporaries, and log-sum-exps at another temperature."""
+    arguments = [
+        *["plan", "--student", "768x12x50257", "--teacher", "1600x48x50257", "--json"],
+        *["--tokens", "8192", "--device", "cpu", "--backend", "torch"],
+    ]
+
+    def loss(*more):
+        assert main([*arguments, *more]) == 0
+        data = json.loads(capsys.readouterr().out)
+        return data["fused"]["loss"], data["setup"]["objective"]
+
+    plain, objective = loss()
+    assert (objective["derivative"], objective["teacher_mix"]) == ("cosine", 1.0)
+    for more in (
+        ["--derivative", "weighted_cosine"],
+        ["--output-divergence", "alpha_beta:0.2,0.7"],
+        ["--trajectory", "jsd:0.1"],
+        ["--derivative-temperature", "2"],
+        ["--teacher-mix", "0.5"],
+        ["--ce-weight", "1"],
+    ):
+        assert loss(*more)[0] > plain, more
+    assert loss("--beta", "0")[0] < plain
+    assert main([*arguments, "--trajectory", "jsd:2"]) == 2
+    assert "--trajectory jsd:2 has beta 2" in capsys.readouterr().err
+    assert main([*arguments, "--alpha", "0", "--beta", "0", "--output-kd-weight", "0"]) == 2
+    assert "nothing to compute" in capsys.readouterr().err
+
+
 def test_plot(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     arguments = [
@@ -344,6 +375,49 @@ CASES = [
             "dtype": "bfloat16",
         },
     ),
+    *[
+        (
+            "cpu",
+            {
+                "rows": 256,
+                "columns": 8000,
+                "student_width": 128,
+                "teacher_width": 64,
+                "layers": 3,
+                "options": tuple(options.items()),
+            },
+        )
+        for options in (
+            {"output_divergence": "jsd:0.1", "trajectory": "alpha_beta"},
+            {"derivative": "weighted_cosine", "derivative_temperature": 2.0, "teacher_mix": 0.5},
+        )
+    ],
+    *[
+        (
+            "torch",
+            {
+                "rows": 64,
+                "columns": 16000,
+                "student_width": 64,
+                "teacher_width": 32,
+                "layers": 3,
+                "options": tuple(options.items()),
+            },
+        )
+        for options in (
+            *[
+                {"trajectory": name, "output_divergence": name, "derivative": None}
+                for name in DIVERGENCES
+            ],
+            {"output_divergence": "jsd:0.1"},
+            {"derivative": "weighted_cosine"},
+            {"derivative": "weighted_cosine", "derivative_temperature": 2.0},
+            {"trajectory": "alpha_beta:0.5,0.5", "derivative": "weighted_cosine"},
+            {"teacher_mix": 0.5},
+            {"teacher_mix": 0.5, "temperature": 2.0, "output_temperature": 3.0},
+            {"derivative_temperature": 2.0, "output_in_dynamics": True},
+        )
+    ],
     (
         "dense",
         {"rows": 300, "columns": 32000, "student_width": 64, "teacher_width": 64, "layers": 4},
@@ -359,7 +433,7 @@ CASES = [
 @pytest.mark.parametrize(
     ("provider", "shape"),
     CASES,
-    ids=lambda case: case if isinstance(case, str) else str(case["rows"]),
+    ids=lambda case: case if isinstance(case, str) else str(case.get("options") or case["rows"]),
 )
 def test_prediction_agrees_with_the_peak_of_allocations(provider, shape):
     device, workload = torch.device("cpu"), replace(PAIR, **shape)

@@ -34,10 +34,14 @@ def models(kind: str):
 
 
 def batches(world: int) -> list[dict]:
-    """One batch a process: of unequal length, and without a single label for the last."""
+    """One batch a process: of unequal length, with weights for the first, and without a single
+    label for the last.
+    """
     found = [
         tiny_batch(rows=2 + rank, length=7 + 3 * rank, seed=10 + rank) for rank in range(world)
     ]
+    weights = torch.rand(found[0]["input_ids"].shape, generator=torch.Generator().manual_seed(5))
+    found[0]["token_weights"] = weights
     found[-1]["labels"] = torch.full_like(found[-1]["labels"], -100)
     return found
 

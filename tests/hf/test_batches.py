@@ -61,6 +61,32 @@ def test_more_tokens_than_positions_are_counted(distiller):
         ),
         ({"input_ids": [[1, 2]]}, TypeError, r"input_ids is a list, but a tensor .*pad_windows"),
         ({"labels": [[1, 2]]}, TypeError, r"labels is a list"),
+        ({"token_weights": [[1.0, 2.0]]}, TypeError, r"token_weights is a list"),
+        (
+            {"token_weights": torch.ones(2, 8)},
+            ValueError,
+            r"token_weights has shape \(2, 8\), but input_ids is of \(2, 9\).*not shifted",
+        ),
+        (
+            {"token_weights": torch.ones(2, 9, dtype=torch.int64)},
+            TypeError,
+            r"token_weights is a int64 tensor.*float32",
+        ),
+        (
+            {"token_weights": torch.full((2, 9), -0.5)},
+            ValueError,
+            r"token_weights contains -0.5: weights are finite and at least 0",
+        ),
+        (
+            {"token_weights": torch.full((2, 9), torch.nan)},
+            ValueError,
+            r"token_weights contains nan",
+        ),
+        (
+            {"token_weights": torch.ones(2, 9, requires_grad=True)},
+            ValueError,
+            r"token_weights requires grad",
+        ),
         (
             {"input_ids": None},
             ValueError,

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from fdd_kernels import Distiller, FDDConfig
+from fdd_kernels.hf.positions import valid_positions
 from tests.support.dense import CONFIG, compare_with_dense, dense_terms, gradients, models
 from tests.support.hf_models import VOCAB, pad_left, tiny_batch, tiny_model
 
@@ -202,6 +203,43 @@ def test_shift_labels_are_taken_as_given(labels):
     )
     with pytest.raises(ValueError, match=r"shift_labels has shape \(2, 9\)"):
         distiller(half | {"shift_labels": shifted})
+
+
+def test_token_weights_belong_to_positions_and_are_not_shifted():
+    """The weight of position t is that of the prediction of token t + 1, in every term."""
+    batch, (student, teacher) = tiny_batch(), models()
+    distiller = Distiller(student, teacher, CONFIG)
+    count = distiller.count_positions(batch)
+    valid = valid_positions(batch, -100)
+    generator = torch.Generator().manual_seed(5)
+    weights = torch.rand(valid.shape, generator=generator, dtype=torch.float64)
+    found = distiller(batch | {"token_weights": weights})
+    assert distiller.count_positions(batch | {"token_weights": weights}) == count
+    total = [0.0] * len(found)
+    for row, position in valid.nonzero().tolist():
+        labels = torch.full_like(batch["labels"], -100)
+        labels[row, position + 1] = batch["labels"][row, position + 1]
+        alone = distiller(batch | {"labels": labels}, num_items_in_batch=count)
+        weight = float(weights[row, position])
+        total = [t + weight * term.detach() for t, term in zip(total, alone)]
+    for name, term, expected in zip(found._fields, found, total):
+        torch.testing.assert_close(term.detach(), expected, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_positions_of_weight_0_have_no_influence():
+    batch, (student, teacher) = tiny_batch(), models()
+    distiller = Distiller(student, teacher, CONFIG)
+    count = distiller.count_positions(batch)
+    weights = torch.ones(batch["input_ids"].shape)
+    weights[0, -3:] = 0.0
+    labels = batch["labels"].clone()
+    labels[0, -2:] = -100
+    distiller(batch | {"token_weights": weights}).loss.backward()
+    found = gradients(student)
+    student.zero_grad()
+    distiller(batch | {"labels": labels}, num_items_in_batch=count).loss.backward()
+    for name, gradient in gradients(student).items():
+        torch.testing.assert_close(found[name], gradient, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_positions_without_labels_have_no_influence():

@@ -29,10 +29,11 @@ TERMS = ("loss", "output_kd", "trajectory", "derivative", "ce")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
-def expected(parts: int, clip: float | None = None) -> dict[str, torch.Tensor]:
+def expected(parts: int, clip: float | None = None, data=None) -> dict[str, torch.Tensor]:
     """Plain gradient descent on the mean over all tokens of each group of micro-batches."""
     student = tiny_model("llama", depth=3, seed=1).train()
-    distiller, data = Distiller(student, tiny_model("gpt2", depth=3, seed=2), CONFIG), batches()
+    distiller = Distiller(student, tiny_model("gpt2", depth=3, seed=2), CONFIG)
+    data = data or batches()
     optimizer = torch.optim.SGD(student.parameters(), lr=0.5)
     for first in range(0, len(data), parts):
         group = data[first : first + parts]
@@ -63,6 +64,17 @@ def test_a_step_is_the_mean_over_all_its_tokens(tmp_path, parts, clip):
     start = tiny_model("llama", depth=3, seed=1)
     assert float((model.student.lm_head.weight - start.lm_head.weight).abs().max()) > 1e-3
     assert_same(dict(model.student.named_parameters()), expected(parts, clip), rtol=1e-4, atol=2e-6)
+
+
+def test_token_weights_of_the_data(tmp_path):
+    """The denominator is the number of valid tokens."""
+    model, data = module(), batches()[:4]
+    for index, batch in enumerate(data):
+        generator = torch.Generator().manual_seed(index)
+        batch["token_weights"] = 2 * torch.rand(batch["input_ids"].shape, generator=generator)
+    fit(model, tmp_path, train=data, accumulate_grad_batches=2)
+    wanted = expected(2, data=data)
+    assert_same(dict(model.student.named_parameters()), wanted, rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.slow

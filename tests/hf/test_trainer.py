@@ -12,6 +12,7 @@ from transformers import (
 )
 
 from fdd_kernels import Distiller, FDDConfig
+from fdd_kernels.data import pad_windows
 from fdd_kernels.integrations import FDDTrainer
 from tests.support.hf_models import VOCAB, pad_left, tiny_model
 from tests.support.training import CONFIG, TERMS, examples, pad, same_parameters, trainer
@@ -53,6 +54,42 @@ def test_accumulation_over_unequal_micro_batches_equals_one_big_batch(tmp_path, 
         assert big.state.log_history[0][name] == pytest.approx(
             float(getattr(terms, name).detach()), rel=1e-4
         )
+
+
+def test_token_weights_of_the_data(tmp_path):
+    """They reach the loss, and the step's denominator is the number of valid tokens."""
+    rows = [
+        row | {"token_weights": [0.5 + (t % 3) for t in range(len(row["input_ids"]))]}
+        for row in examples([4, 17, 6, 12])
+    ]
+    runs = []
+    for size, steps in ((4, 1), (1, 4)):
+        run = trainer(
+            tmp_path,
+            train=rows,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            max_steps=1,
+            optim="sgd",
+            max_grad_norm=0.0,
+            learning_rate=1.0,
+            lr_scheduler_type="constant",
+        )
+        run.data_collator = pad_windows
+        run.train()
+        runs.append(run)
+    same_parameters(runs[1].model, runs[0].model, rtol=1e-4, atol=2e-6)
+    batch = pad_windows(rows)
+    assert batch["token_weights"].dtype == torch.float32
+    distiller = Distiller(tiny_model("llama", depth=3, seed=1), runs[0].teacher, CONFIG)
+    terms = distiller(batch)
+    for run in runs:
+        for name in ("loss", *TERMS):
+            assert run.state.log_history[0][name] == pytest.approx(
+                float(getattr(terms, name).detach()), rel=1e-4
+            )
+    del batch["token_weights"]
+    assert abs(terms.loss - distiller(batch).loss) > 0.1
 
 
 @pytest.mark.parametrize("labels", [True, False])

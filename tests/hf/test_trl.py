@@ -10,6 +10,7 @@ from datasets import Dataset  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 
 from fdd_kernels import Distiller, FDDConfig, fdd_loss_reference  # noqa: E402
+from fdd_kernels.data import pad_windows  # noqa: E402
 from fdd_kernels.hf.teachers import model_states  # noqa: E402
 from fdd_kernels.integrations import FDDSFTTrainer, FDDTrainerMixin  # noqa: E402
 
@@ -20,7 +21,17 @@ PAIRS = [
 TEXTS = [{"text": "the words and a " * (1 + n % 5)} for n in range(8)]
 
 
-def sft(output, rows, *, peft_config=None, config=None, student=None, teacher=None, **arguments):
+def sft(
+    output,
+    rows,
+    *,
+    peft_config=None,
+    config=None,
+    student=None,
+    teacher=None,
+    data_collator=None,
+    **arguments,
+):
     tokenizer = tiny_tokenizer()
     sizes = {"vocab_size": len(tokenizer), "depth": 3}
     defaults = {
@@ -40,6 +51,7 @@ def sft(output, rows, *, peft_config=None, config=None, student=None, teacher=No
     return FDDSFTTrainer(
         model=student or tiny_model("llama", seed=1, **sizes),
         args=trl.SFTConfig(output_dir=str(output), **(defaults | arguments)),
+        data_collator=data_collator,
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(rows[:3]),
         processing_class=tokenizer,
@@ -47,6 +59,23 @@ def sft(output, rows, *, peft_config=None, config=None, student=None, teacher=No
         teacher=teacher or tiny_model("gpt2", seed=2, **sizes),
         fdd_config=config or FDDConfig(num_layers=2),
     )
+
+
+def test_token_weights_need_a_collator_that_passes_them_on(tmp_path):
+    rows = [
+        {"input_ids": [5, 6, 7, 8][:n], "labels": [5, 6, 7, 8][:n], "token_weights": [2.0] * n}
+        for n in (4, 3, 4, 2)
+    ]
+    with pytest.raises(ValueError, match=r"token_weights, which TRL's.*pad_windows"):
+        sft(tmp_path, rows)
+    skip = {"dataset_kwargs": {"skip_prepare_dataset": True}}
+    with pytest.raises(ValueError, match=r"token_weights, which TRL's.*pad_windows"):
+        sft(tmp_path, rows, **skip)
+    trainer = sft(tmp_path, rows, data_collator=pad_windows, **skip)
+    batch = next(iter(trainer.get_train_dataloader()))
+    found = trainer.compute_loss(trainer.model, dict(batch))
+    del batch["token_weights"]
+    torch.testing.assert_close(found, 2 * trainer.compute_loss(trainer.model, dict(batch)))
 
 
 @pytest.mark.parametrize(

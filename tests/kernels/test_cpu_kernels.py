@@ -25,9 +25,10 @@ from fdd_kernels.backends import check_spec, cpu
 from fdd_kernels.backends.cpu import extension, tiling
 from fdd_kernels.engine import ops
 from fdd_kernels.lens import layout
-from fdd_kernels.lens.divergences import DIVERGENCES, SKEW
+from fdd_kernels.lens.divergence_text import parse_divergence
+from fdd_kernels.lens.divergences import DIVERGENCES
 from fdd_kernels.lens.inputs import LensInputs
-from fdd_kernels.lens.layout import COUNT, GRAD_SUM, LSE_T, M_TT, MEAN_T
+from fdd_kernels.lens.layout import COUNT, GRAD_SUM, LSE_T, M_TT, MEAN_T, TOP_S, TOP_T
 from fdd_kernels.lens.spec import NLL, Layers, LensSpec, PairMoments, Request
 from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.fdd.plan import make_plan
@@ -503,21 +504,18 @@ def test_every_divergence_of_the_registry_is_compiled():
     assert set(extension.kernels.divergences()) == {"", NLL, *DIVERGENCES}
 
 
-def test_divergences_and_parameters_that_are_not_compiled_are_refused():
+def test_divergences_that_are_not_compiled_are_refused():
     spec = pairing_spec([1, 0])
     assert cpu.refusal(spec) is None
-    for change, reason in (
-        ({"divergence": "new"}, "compiled without a divergence 'new'"),
-        ({"parameters": (0.1,)}, "no parameters of 'kl'"),
-    ):
-        other = replace(spec, requests=(spec.requests[0]._replace(**change),))
-        assert reason in cpu.refusal(other)
-        with pytest.raises(ValueError, match=f'backend="cpu" cannot compute this: .*{reason}'):
-            check_spec("cpu", other)
+    other = replace(spec, requests=(spec.requests[0]._replace(divergence="new"),))
+    reason = "compiled without a divergence 'new'"
+    assert reason in cpu.refusal(other)
+    with pytest.raises(ValueError, match=f'backend="cpu" cannot compute this: .*{reason}'):
+        check_spec("cpu", other)
 
 
 def test_constants_of_the_cpp_side_are_those_of_python():
-    """csrc/layout.h repeats lens/layout.py and SKEW; csrc/problem.h the padding of row blocks."""
+    """csrc/layout.h repeats lens/layout.py; csrc/problem.h the padding of row blocks."""
     header = (_build.source_folder() / "layout.h").read_text()
     for prefix, size in (("Request", "REQUEST_STATS"), ("Moment", "MOMENT_STATS")):
         names = re.search(rf"enum {prefix}Stat {{([^}}]+)}};", header)[1].split(",")
@@ -529,7 +527,6 @@ def test_constants_of_the_cpp_side_are_those_of_python():
         for index, name in enumerate(names):
             assert getattr(layout, expected[name.strip()]) == index, name
         assert getattr(layout, size) == len(names) - 1
-    assert float(re.search(r"kSkew = ([0-9.]+)f;", header)[1]) == SKEW
     problem = (_build.source_folder() / "problem.h").read_text()
     assert f"kRowPadding = {tiling.ROW_PADDING};" in problem
 
@@ -539,17 +536,23 @@ def pairing_spec(teacher_of: list[int]) -> LensSpec:
     `teacher_of[l]`.
     """
     layers = [Layers(student, teacher) for student, teacher in enumerate(teacher_of)]
-    kinds = ["kl", "reverse_kl", "jsd", "skew_kl", None]
-    requests = [Request(*layers[i % len(layers)], 2.0, kind) for i, kind in enumerate(kinds)]
+    kinds = [None, *DIVERGENCES, "jsd:0.1"]
+    requests = []
+    for i, kind in enumerate(kinds):
+        named = (None, ()) if kind is None else parse_divergence(kind)
+        requests.append(Request(*layers[i % len(layers)], 2.0, *named))
+    requests.append(Request(*layers[0], 2.0, "kl", teacher_mix=0.3))
     requests.append(Request(*layers[-1], 1.0, NLL))
     # every layer has a request: the shifts of the others may be any number
     requests += [Request(layer, layer, 1.0, None) for layer in range(len(layers))]
     moments = [
-        PairMoments(None, layers[0]),
-        PairMoments(Layers(1, 0), Layers(0, 1)),
-        PairMoments(layers[1], Layers(1, 0)),
+        PairMoments(None, layers[0], 2.0),
+        PairMoments(Layers(1, 0), Layers(0, 1), 2.0),
+        PairMoments(layers[1], Layers(1, 0), 0.5),
+        PairMoments(None, Layers(1, 1), 3.0, True),
+        PairMoments(layers[0], Layers(1, 0), 0.25, True),
     ]
-    return LensSpec(19, tuple(requests), tuple(moments), 2.0, 0.5, 4.0, 1.0, None)
+    return LensSpec(19, tuple(requests), tuple(moments), 0.5, 4.0, 1.0, None)
 
 
 @pytest.mark.parametrize("teacher_of", [[2, 0, 1], [1, 1, 1], [0, 2, 0]], ids=str)
@@ -571,7 +574,7 @@ def test_any_pairing_of_layers(teacher_of):
     torch.manual_seed(0)
     upstream = [torch.randn_like(s) * valid for s in expected[1:]]
     upstream[0][:, [LSE_T, GRAD_SUM]] = 0  # of the teacher, and a constant
-    upstream[1][:, [COUNT, MEAN_T, M_TT]] = 0
+    upstream[1][:, [COUNT, MEAN_T, M_TT, TOP_S, TOP_T]] = 0
     gradients = ops.lens_grad(*arguments, "torch", *expected, *upstream, needed)
     streamed = ops.lens_grad(*arguments, "cpu", *expected, *upstream, needed)
 

@@ -134,7 +134,7 @@ TORCH = re.match(r"[0-9.]+", torch.__version__)[0]
 @pytest.mark.parametrize(
     ("marker", "found"),
     [
-        ("2.1.7; interface 2;", ("2.1.7", extension.INTERFACE)),
+        (f"2.1.7; interface {extension.INTERFACE};", ("2.1.7", extension.INTERFACE)),
         (f"{TORCH};", (TORCH, 1)),
         (f"{TORCH}; interface 99;", (TORCH, 99)),
     ],

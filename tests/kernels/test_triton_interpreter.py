@@ -32,7 +32,8 @@ def interpreted_tests(*arguments: str) -> None:
     assert " passed" in done.stdout
 
 
-KERNELS = [f"tests/kernels/triton_{name}.py" for name in ("interpreted", "strategies", "layers")]
+NAMES = ("interpreted", "strategies", "layers", "formulas")
+KERNELS = [f"tests/kernels/triton_{name}.py" for name in NAMES]
 BACKENDS = "tests/numerics/test_backends.py"
 
 

@@ -154,9 +154,9 @@ def test_specs_that_are_refused_by_name(monkeypatch):
 
     monkeypatch.setitem(DIVERGENCES, "alpha", DIVERGENCES["kl"])
     assert "'alpha' has no Triton kernel" in refusal(with_first(divergence="alpha"))
-    assert "mixed with the student (teacher_mix=0.5)" in refusal(with_first(teacher_mix=0.5))
-    weighted = replace(spec, moments=(spec.moments[0]._replace(weighted=True),))
-    assert "weighted by the teacher's probabilities" in refusal(weighted)
+    assert refusal(with_first(teacher_mix=0.5)) is None
+    mixed = with_first(divergence="jsd", parameters=(0.5,), teacher_mix=0.5)
+    assert "'jsd' with a teacher that is mixed with the student (teacher_mix=0.5)" in refusal(mixed)
     assert "besides kl in one call, jsd and reverse_kl" in refusal(
         with_first(divergence="reverse_kl")
     )

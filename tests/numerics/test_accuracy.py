@@ -247,7 +247,10 @@ def test_value_of_models_that_nearly_agree(of, trajectory, near, most):
     for name in ("trajectory", "output_kd"):
         got, true = getattr(terms, name).double(), getattr(truth, name)
         assert (got >= 0).all()
-        assert 1e-10 < true.mean() < 1e-4
+        if (name, trajectory) == ("trajectory", "tv"):  # of first order, the others of second
+            assert 1e-5 < true.mean() < 1e-2
+        else:
+            assert 1e-10 < true.mean() < 1e-4
         assert ((got - true).abs() / true).max() < most, name
 
 

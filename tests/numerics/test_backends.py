@@ -18,6 +18,7 @@ from fdd_kernels import fused_fdd_loss
 from fdd_kernels.backends.torch_stream import tiling
 from fdd_kernels.lens.divergences import DERIVATIVES, TRAJECTORIES
 from fdd_kernels.testing import Problem, assert_within_budget, evaluate, random_problem
+from tests.support.options import FEATURE_DERIVATIVES
 
 F32, F64 = torch.float32, torch.float64
 
@@ -154,7 +155,7 @@ def test_one_bias_alone(backend, device, precision, names):
 
 
 @pytest.mark.parametrize("output_in_dynamics", [False, True])
-@pytest.mark.parametrize("derivative", [*DERIVATIVES, None])
+@pytest.mark.parametrize("derivative", [*FEATURE_DERIVATIVES, None])
 @pytest.mark.parametrize("trajectory", ["mse", "cosine"])
 def test_feature_space(backend, device, precision, trajectory, derivative, output_in_dynamics):
     problem = random_problem(

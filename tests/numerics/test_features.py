@@ -166,6 +166,19 @@ def test_where_the_lengths_are_equal_the_gradient_is_that_of_the_student():
     check(run(norm_direction_loss, s, s.clone(), c, label), true, 8 * (4 + 12))
 
 
+@given(seed=st.integers(0, 2**16), factor=st.sampled_from([0.1, 3.0]))
+def test_norm_direction_loss_is_blind_to_rotation_and_sizes(seed, factor):
+    s, t, c = (draw(6, 4, seed=seed + k) for k in range(3))
+    labels = torch.arange(6)
+    turn = torch.linalg.qr(draw(4, 4, seed=seed + 3))[0]
+    expected = norm_direction_loss(s, t, c, labels, reduction="none")
+    assert ((expected >= -16 * U) & (expected <= 2 + 16 * U)).all()
+    for a, b, means in ((s @ turn, t @ turn, factor * c @ turn), (factor * s, factor * t, c)):
+        check(
+            [norm_direction_loss(a, b, means, labels, reduction="none")], [expected], 8 * (6 + 12)
+        )
+
+
 def relations(s, t, distance_weight=25.0, angle_weight=50.0):
     """mdistiller's RKD, with distances between rows themselves, and a gradient of 0 instead of 1e12
     between equal rows.

@@ -28,4 +28,4 @@ def test_random_configurations(backend, tens):
 def test_configurations_that_failed_before(backend, seed):
     if backend == "triton":
         pytest.skip("interpreted, these take minutes")
-    assert not failures(seed, [backend])
+    assert not failures(seed, [backend], later=False)

@@ -24,7 +24,7 @@ from torch import Tensor
 from fdd_kernels import gram_loss
 from fdd_kernels.objectives.features import streams
 from tests.support.allocations import allocated_peak
-from tests.support.grams import KINDS, dense, exact, exact_slope, unit
+from tests.support.grams import KINDS, dense, exact, exact_derivative, unit
 
 U = unit(torch.float64)
 INVARIANT = {
@@ -77,16 +77,17 @@ def test_equals_the_dense_formula(kind, teacher_width, dtype):
         pytest.skip("channels are compared one by one")
     s, t = (f.to(dtype) for f in features((3, 11), 8, teacher_width))
     got, gradient = value_and_gradient(lambda a, b: gram_loss(a, b, kind, groups="all"), s, t)
-    true, slope = value_and_gradient(
+    true, expected_gradient = value_and_gradient(
         lambda a, b: dense(kind, a.flatten(0, 1), b.flatten(0, 1)), s.double(), t.double()
     )
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert gradient.dtype == dtype
     budget = 8 * additions(s, t) * U * scale_of(kind, s, t)
     assert abs(got.double() - true) <= budget + unit(got.dtype) * abs(true)
-    error = (gradient.double() - slope).abs()
+    error = (gradient.double() - expected_gradient).abs()
     rounded = (
-        unit(dtype) * slope.abs() + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+        unit(dtype) * expected_gradient.abs()
+        + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     )
     if kind == "sp":
         left, right = (f.detach().double().flatten(0, 1).requires_grad_() for f in (s, s))
@@ -105,14 +106,14 @@ def test_keeps_its_digits_where_the_models_nearly_agree(kind, near):
         t = 3 * t  # parallel models agree too
     direction = features((7,), 3, 3, seed=1)[0]
     got, gradient = value_and_gradient(lambda a, b: gram_loss(a, b, kind), s, t)
-    of_value = of_slope = 16 * additions(s, t) * U / near
-    true, slope = exact(kind, s, t), exact_slope(kind, s, t, direction)
+    of_value = of_gradient = 16 * additions(s, t) * U / near
+    true, derivative = exact(kind, s, t), exact_derivative(kind, s, t, direction)
     if kind == "nst":  # its value is not small, and its gradient is
         of_value = 8 * additions(s, t) * U * scale_of(kind, s, t) / abs(true)
     assert abs(float(got) - true) <= of_value * abs(true)
-    # the gradient's length, since a slope may be small by chance
+    # the gradient's length, since one derivative may be small by chance
     size = float(gradient.norm() * direction.norm())
-    assert abs(float((gradient * direction).sum()) - slope) <= of_slope * size
+    assert abs(float((gradient * direction).sum()) - derivative) <= of_gradient * size
     if kind != "nst" and near <= 1e-5:  # as the formula stands
         lost = abs(float(dense(kind, s, t)) - true) > of_value * abs(true)
         assert lost == (kind == "cka")
@@ -181,14 +182,16 @@ def test_masked_rows_are_as_if_they_were_not_there(kind, r, seed):
     mask = torch.rand(r, generator=torch.Generator().manual_seed(seed)) < 0.6
     mask[:2] = True  # one row has no variance
     run = functools.partial(gram_loss, kind=kind)
-    expected, slope = value_and_gradient(run, s[mask], t[mask])
+    expected, expected_gradient = value_and_gradient(run, s[mask], t[mask])
     s, t = (m.masked_fill(~mask[:, None], torch.nan) for m in (s, t))
     got, gradient = value_and_gradient(functools.partial(run, mask=mask), s, t)
     bound = 64 * additions(s, t) * U
     assert abs(got - expected) <= bound
     assert (gradient[~mask] == 0).all()
     # a gradient is at least a value over a row's length, and by that much harder
-    assert (gradient[mask] - slope).abs().max() <= bound * max(1.0, float(slope.abs().max()) ** 2)
+    assert (gradient[mask] - expected_gradient).abs().max() <= bound * max(
+        1.0, float(expected_gradient.abs().max()) ** 2
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

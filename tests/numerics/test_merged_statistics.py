@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fdd_kernels.engine.shards import merge_statistics
 from fdd_kernels.lens.divergences import DERIVATIVES, DIVERGENCES, TRAJECTORIES
-from fdd_kernels.lens.layout import COUNT, LSE_S, LSE_T, MEAN_S, VALUE
+from fdd_kernels.lens.layout import COUNT, LSE_S, LSE_T, MEAN_S, MOMENT_STATS, VALUE
 from fdd_kernels.lens.spec import Layers, LensSpec, PairMoments, Request
 from fdd_kernels.testing import (
     Problem,
@@ -129,13 +129,12 @@ def test_a_part_without_a_finite_column_does_not_move_the_shift():
         (Request(0, 0, 1.0, "kl"),),
         (PairMoments(None, Layers(0, 0)),),
         1.0,
-        1.0,
         None,
         1.0,
         None,
     )
     shifts = torch.tensor([[-1e4, -2e4], [0.0, 0.0]]).view(2, 2, 1, 1)
-    requests, moments = torch.zeros(2, 1, 3, 1), torch.zeros(2, 1, 7, 1)
+    requests, moments = torch.zeros(2, 1, 3, 1), torch.zeros(2, 1, MOMENT_STATS, 1)
     requests[0, 0, :, 0] = torch.tensor([0.5, 0.25, 0.125])
     requests[1, 0, :, 0] = torch.tensor([-torch.inf, -torch.inf, torch.nan])
     moments[0, 0, [COUNT, MEAN_S], 0] = torch.tensor([4.0, -0.75])

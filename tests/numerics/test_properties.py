@@ -11,8 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fdd_kernels.lens.divergences import DERIVATIVES, DIVERGENCES, FEATURE_DISTANCES
+from fdd_kernels.lens.divergences import DIVERGENCES, FEATURE_DISTANCES
 from fdd_kernels.testing import assert_within_budget, evaluate
+from tests.support.options import FEATURE_DERIVATIVES
 from tests.support.strategies import WEIGHTS, calls, problems, reductions
 
 
@@ -33,7 +34,7 @@ def feature_calls(draw):
     options, upstream = reductions(draw, problem.leading_shape)
     options |= {
         "trajectory": draw(st.sampled_from(FEATURE_DISTANCES)),
-        "derivative": draw(st.sampled_from([*DERIVATIVES, None])),
+        "derivative": draw(st.sampled_from([*FEATURE_DERIVATIVES, None])),
         "output_in_dynamics": len(problem.student_hidden) == 1 or draw(st.booleans()),
         "alpha": draw(st.sampled_from([0.5, 1.0])),
         "beta": draw(WEIGHTS),

@@ -24,6 +24,21 @@ OPTIONS = [
     {"bias": "plain"},
     {"bias": "padded", "ce_weight": 1.0, "labels": True},
     {"vocab_size": 29},
+    {"derivative_temperature": 2.0},
+    {
+        "temperature": 2.0,
+        "derivative_temperature": 0.5,
+        "output_temperature": 0.5,
+        "output_in_dynamics": True,
+        "bias": "plain",
+    },
+    {"derivative_temperature": 2.0, "derivative": "centered_cosine"},
+    {"derivative_temperature": 3.0, "alpha": 0.0},
+    {"layer_weights": (0.5, 0.0, 2.0)},
+    {"trajectory": "jsd:0", "output_divergence": "jsd:0"},
+    {"beta": 0.0, "derivative": "weighted_cosine"},
+    {"alpha": 0.0, "trajectory": "tv"},
+    {"output_kd_weight": 0.0, "output_divergence": "tv"},
 ]
 
 
@@ -66,7 +81,7 @@ def _from_statistics(problem, **options) -> Outcome:
     make = SummaryMaker(options, problem.student_weight, problem.student_bias)
     statistics = make(problem.teacher_hidden, problem.teacher_weight, problem.teacher_bias)
     loss = SummaryLoss(options, len(hidden), problem.student_weight, problem.student_bias)
-    terms = loss(hidden, statistics, problem.labels)
+    terms = loss(hidden, statistics, problem.labels, token_weights=problem.token_weights)
     gradients = torch.autograd.grad(terms.loss, hidden, materialize_grads=True)
     names = [f"student_hidden[{i}]" for i in range(len(hidden))]
     return Outcome(FDDLossTerms(*(t.detach() for t in terms)), dict(zip(names, gradients)))
@@ -75,6 +90,31 @@ def _from_statistics(problem, **options) -> Outcome:
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_in_float64_it_is_the_same_loss(options):
     problem, (_, loss) = _problem(options, dtype=torch.float64), _split(options)
+    _compare_in_float64(problem, loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_token_weights(dtype):
+    """Also one of 0, whose row may hold anything."""
+    options = {"ce_weight": 0.5, "labels": True}
+    problem, (_, loss) = _problem(options, dtype=torch.float64), _split(options)
+    weights = torch.rand(len(problem.labels), generator=torch.Generator().manual_seed(5))
+    weights = weights.to(dtype)
+    weights[2] = 0.0
+    problem = replace(problem, token_weights=weights)
+    _compare_in_float64(problem, loss)
+    expected = _from_statistics(problem, **loss)
+    with torch.no_grad():
+        problem.student_hidden[1][2] = torch.nan
+    found = _from_statistics(problem, **loss)
+    for mine, theirs in zip(found.terms, expected.terms):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+    for mine, theirs in zip(found.gradients.values(), expected.gradients.values()):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+        assert not mine[2].any()
+
+
+def _compare_in_float64(problem, loss):
     got = _from_statistics(problem, **loss)
     hidden = [h.detach().requires_grad_() for h in problem.student_hidden]
     arguments = problem.arguments | {"student_hidden": hidden}
@@ -125,6 +165,9 @@ def test_widths_are_those_of_the_arrays():
     found = make(problem.teacher_hidden, problem.teacher_weight)
     assert {name: array.shape[1] for name, array in found.items()} == summary_widths(options, 4, 8)
     assert len(found) == 4 + 2 + 1  # 3 sampled layers and the output, 2 pairs, scalars
+    # three log-sum-exps more, and no expectation
+    apart = summary_widths(replace(options, derivative_temperature=3.0), 4, 8)
+    assert sum(apart.values()) == sum(array.shape[1] for array in found.values()) + 3 * 3
     empty = make([h[:0] for h in problem.teacher_hidden], problem.teacher_weight)
     assert {name: array.shape for name, array in empty.items()} == {
         n: (0, w.shape[1]) for n, w in found.items()
@@ -176,10 +219,15 @@ def test_second_derivatives_are_refused():
     ("options", "message"),
     [
         ({"trajectory": "jsd"}, "trajectory='jsd'"),
+        ({"trajectory": "mse"}, "trajectory='mse'"),
+        ({"output_divergence": "jsd:0.1"}, "output_divergence='jsd:0.1'"),
+        ({"derivative": "weighted_cosine"}, "derivative='weighted_cosine'"),
+        ({"teacher_mix": 0.5}, "teacher_mix=0.5"),
         ({"student_softcap": 30.0}, "student_softcap=30.0"),
     ],
 )
 def test_objectives_that_cannot_be_served_are_refused(options, message):
+    message = f"{message}(?s:.*)cache of (the teacher's|its) hidden states"
     with pytest.raises(ValueError, match=message):
         SummaryLoss(LossOptions(**options), 3, torch.zeros(5, 2))
     with pytest.raises(ValueError, match=message):

@@ -16,36 +16,19 @@ import torch
 import torch.nn.functional as F
 
 from fdd_kernels import FDDLossTerms, FusedFDDLoss, fdd_loss_reference, fused_fdd_loss
+from fdd_kernels.lens.divergence_text import parse_divergence
 from fdd_kernels.lens.divergences import DERIVATIVES, DIVERGENCES, TRAJECTORIES
 from fdd_kernels.testing import assert_same_sums, evaluate, random_problem
+from tests.support.options import DIVERGENCE_TEXTS, FEATURE_DERIVATIVES
+from tests.support.oracles import divergence, taid, weighted_cosine
 
-
-def kl(log_a, log_b):
-    """KL(a || b) per row."""
-    return F.kl_div(log_b, log_a, reduction="none", log_target=True).sum(-1)
-
-
-def jensen_shannon(log_p, log_q):
-    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
-    return (kl(log_p, log_m) + kl(log_q, log_m)) / 2
-
-
-def skewed(log_p, log_q):
-    return kl(log_p, torch.log(0.1 * log_p.exp() + 0.9 * log_q.exp()))
-
-
-ON_PROBABILITIES = {
-    "kl": kl,
-    "reverse_kl": lambda log_p, log_q: kl(log_q, log_p),
-    "jsd": jensen_shannon,
-    "skew_kl": skewed,
-}
 ON_VALUES = {
     "mse": lambda t, s: F.mse_loss(s, t, reduction="none").mean(-1),
     "cosine": lambda t, s: 1 - F.cosine_similarity(s, t, dim=-1),
     "centered_cosine": lambda t, s: (
         1 - F.cosine_similarity(s - s.mean(-1, keepdim=True), t - t.mean(-1, keepdim=True), dim=-1)
     ),
+    "weighted_cosine": weighted_cosine,
 }
 
 
@@ -58,6 +41,7 @@ def naive(
     student_bias=None,
     teacher_bias=None,
     mask=None,
+    token_weights=None,
     *,
     ignore_index=-100,
     shift=False,
@@ -67,8 +51,12 @@ def naive(
     ce_weight=0.0,
     trajectory="kl",
     derivative="cosine",
+    output_divergence="kl",
+    layer_weights=None,
     temperature=1.0,
+    derivative_temperature=None,
     output_temperature=1.0,
+    teacher_mix=1.0,
     scale_by_t2=False,
     student_softcap=None,
     teacher_softcap=None,
@@ -96,6 +84,11 @@ def naive(
         z = scale * F.linear(hidden, weight, bias)[..., :vocab_size]
         return z if cap is None else cap * torch.tanh(z / cap)
 
+    def between(text, z_t, z_s, temperature):
+        z_t, z_s = z_t / temperature, z_s / temperature
+        log_p = F.log_softmax(taid(z_s, z_t, teacher_mix), -1)
+        return divergence(text, log_p, F.log_softmax(z_s, -1))
+
     def one_position(index):
         zs = [
             logits(h[index], student_weight, student_bias, student_softcap, student_logit_scale)
@@ -107,27 +100,30 @@ def naive(
         ]
         kd = trajectories = derivatives = ce = torch.zeros((), dtype=zs[0].dtype)
         if teacher_weight is not None and output_kd_weight:
-            kd = kl(
-                F.log_softmax(zt[-1] / output_temperature, -1),
-                F.log_softmax(zs[-1] / output_temperature, -1),
-            )
+            kd = between(output_divergence, zt[-1], zs[-1], output_temperature)
             kd = kd * output_temperature**2 if scale_by_t2 else kd
         if ce_weight:
             ce = F.cross_entropy(zs[-1][None], labels[index][None])
         layers = range(len(zs) if output_in_dynamics else len(zs) - 1)
-        zs, zt = [zs[i] / temperature for i in layers], [zt[i] / temperature for i in layers]
-        ys, yt = zs, zt
-        if teacher_weight is not None:
-            ys, yt = [F.log_softmax(z, -1) for z in zs], [F.log_softmax(z, -1) for z in zt]
+        zs, zt = [zs[i] for i in layers], [zt[i] for i in layers]
         if alpha and len(zs):
-            on_p = trajectory in ON_PROBABILITIES
-            distance = ON_PROBABILITIES[trajectory] if on_p else ON_VALUES[trajectory]
-            trajectories = sum(
-                distance(t, s) for t, s in (zip(yt, ys) if on_p else zip(zt, zs))
-            ) / len(zs)
+            for weight, t, s in zip(layer_weights or [1] * len(zs), zt, zs):
+                if trajectory in ON_VALUES:
+                    of_layer = ON_VALUES[trajectory](t / temperature, s / temperature)
+                else:
+                    of_layer = between(trajectory, t, s, temperature)
+                trajectories = trajectories + weight * of_layer / len(zs)
         if beta and derivative and len(zs) > 1:
-            pairs = [(yt[i + 1] - yt[i], ys[i + 1] - ys[i]) for i in range(len(zs) - 1)]
-            derivatives = sum(ON_VALUES[derivative](t, s) for t, s in pairs) / len(pairs)
+            divisor = temperature if derivative_temperature is None else derivative_temperature
+            zs, zt = [z / divisor for z in zs], [z / divisor for z in zt]
+            ys, yt = zs, zt
+            if teacher_weight is not None:
+                ys, yt = [F.log_softmax(z, -1) for z in zs], [F.log_softmax(z, -1) for z in zt]
+            for i in range(len(zs) - 1):
+                deltas = yt[i + 1] - yt[i], ys[i + 1] - ys[i]
+                weights = (zt[i + 1],) if derivative == "weighted_cosine" else ()
+                of_pair = ON_VALUES[derivative](*deltas, *weights)
+                derivatives = derivatives + of_pair / (len(zs) - 1)
         return torch.stack([t.reshape(()) for t in (kd, trajectories, derivatives, ce)])
 
     nothing = torch.zeros(4, dtype=student_hidden[0].dtype)
@@ -135,6 +131,8 @@ def naive(
         one_position(index) if counts[index] else nothing for index in product(*map(range, leading))
     ]
     terms = torch.stack(rows).reshape(*leading, 4)
+    if token_weights is not None:
+        terms = terms * token_weights[..., None]
     kd, trajectories, derivatives, ce = terms.unbind(-1)
     if reduction != "none":
         denominator = {"sum": 1, "mean": max(int(counts.sum()), 1)}[reduction]
@@ -199,6 +197,18 @@ def test_every_trajectory_and_derivative(trajectory, derivative):
         {"num_items_in_batch": 3.5},
         {"reduction": "sum", "num_items_in_batch": 41},
         {"ce_weight": 2.0, "temperature": 3.0, "output_temperature": 4.0},
+        {"derivative_temperature": 0.7, "temperature": 2.0},
+        {"derivative_temperature": 3.0, "derivative": "weighted_cosine"},
+        {"temperature": 0.5, "derivative": "weighted_cosine", "output_in_dynamics": True},
+        {"trajectory": "mse", "temperature": 0.5, "derivative_temperature": 2.0},
+        {"layer_weights": (0.0, 2.5)},
+        {"layer_weights": (1.5, 0.5, 3.0), "output_in_dynamics": True, "trajectory": "cosine"},
+        {"teacher_mix": 0.4},
+        {"teacher_mix": 0.0, "ce_weight": 1.0},
+        {"teacher_mix": 0.7, "temperature": 2.0, "output_temperature": 0.5},
+        {"output_divergence": "jsd:0.1", "trajectory": "jsd:0.9"},
+        {"output_divergence": "tv", "trajectory": "kl", "scale_by_t2": True},
+        {"output_divergence": "alpha_beta:0.2,0.7", "output_in_dynamics": True},
     ],
     ids=lambda options: ",".join(options),
 )
@@ -268,7 +278,7 @@ def test_unequal_vocabularies_compare_the_common_columns():
 
 
 @pytest.mark.parametrize("output_in_dynamics", [False, True])
-@pytest.mark.parametrize("derivative", [*DERIVATIVES, None])
+@pytest.mark.parametrize("derivative", [*FEATURE_DERIVATIVES, None])
 @pytest.mark.parametrize("trajectory", ["mse", "cosine"])
 def test_feature_space(trajectory, derivative, output_in_dynamics):
     problem = double(columns=12, layers=4, feature_space=True, mask=True)
@@ -367,7 +377,13 @@ def test_impossible_tokens_are_as_if_they_were_not_there():
             assert not whole.gradients["student_weight"][live:].any()
 
 
-@pytest.mark.parametrize("trajectory", list(DIVERGENCES))
+SMOOTH = [
+    *[name for name in DIVERGENCES if name != "tv"],
+    *["jsd:0.9", "skew_kl:0.7", "alpha_beta:1,0.5", "alpha_beta:0,1.5", "alpha_beta:0.5,0"],
+]
+
+
+@pytest.mark.parametrize("trajectory", SMOOTH)
 @pytest.mark.parametrize(
     "teacher", [[0, 1, 2, 5], [1, 0, 2, 5], [3, 0, 2, -5], [0, 300, 2, -5]], ids=str
 )
@@ -392,15 +408,14 @@ def test_first_and_second_derivatives_where_models_agree(trajectory, teacher):
     assert torch.autograd.gradgradcheck(loss, (student,))
 
 
-@pytest.mark.parametrize("name", list(DIVERGENCES))
-def test_grad_is_the_derivative_of_the_value(name):
+@pytest.mark.parametrize("text", DIVERGENCE_TEXTS)
+def test_grad_is_the_derivative_of_the_value(text):
     """Compare gradients with respect to logits, grad - q sum(grad), also for tokens of
-    probability 0.
+    probability 0, in one model or in both.
     """
     z = torch.tensor([[0.0, 3, -1, 40, -800, -torch.inf]], dtype=torch.float64, requires_grad=True)
     log_p = torch.tensor([[0.5, 3, -9, 39, -1, -torch.inf]], dtype=torch.float64).log_softmax(-1)
-    divergence = DIVERGENCES[name]
-    log_q = z.log_softmax(-1)
-    (by_autograd,) = torch.autograd.grad(divergence.value(log_q, log_p).sum(), z)
-    grad = divergence.grad(log_q.detach(), log_p)
+    named, log_q = parse_divergence(text), z.log_softmax(-1)
+    (by_autograd,) = torch.autograd.grad(named.value(log_q, log_p).sum(), z)
+    grad = DIVERGENCES[named.name].grad(log_q.detach(), log_p, *named.parameters)
     assert_same_sums(grad - log_q.detach().exp() * grad.sum(), by_autograd, 6)

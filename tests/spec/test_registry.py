@@ -11,7 +11,7 @@ from fdd_kernels import FusedFDDLoss, fdd_loss_reference, fused_fdd_loss
 from fdd_kernels.backends import BACKENDS, check_spec, why_unavailable
 from fdd_kernels.lens import divergences
 from fdd_kernels.lens.distances import DISTANCES, Distance
-from fdd_kernels.lens.divergences import DIVERGENCES, Divergence
+from fdd_kernels.lens.divergences import DIVERGENCES, Divergence, Parameter
 from fdd_kernels.lens.spec import LensSpec, Request
 from fdd_kernels.testing import (
     assert_same_sums,
@@ -43,7 +43,7 @@ def write_root_mean_square_grad(sums, of_ss, of_st, of_dd):
 @pytest.fixture
 def registered(monkeypatch):
     """A divergence with a parameter and a distance, as a user of the package would add them."""
-    entry = Divergence(hellinger, hellinger_grad, parameters=(("weight", 3.0),))
+    entry = Divergence(hellinger, hellinger_grad, parameters=(Parameter("weight", 3.0),))
     monkeypatch.setitem(DIVERGENCES, "hellinger", entry)
     entry = Distance(root_mean_square, write_root_mean_square_grad, of_features=True)
     monkeypatch.setitem(DISTANCES, "rms", entry)
@@ -94,7 +94,7 @@ def test_budgets_take_parameters_and_properties_from_the_registries(registered):
 
 
 def test_kernels_without_a_divergence_refuse_it_by_name(registered):
-    spec = LensSpec(40, (Request(0, 0, 1.0, "hellinger", (3.0,)),), (), 1.0, 1.0, None, 1.0, None)
+    spec = LensSpec(40, (Request(0, 0, 1.0, "hellinger", (3.0,)),), (), 1.0, None, 1.0, None)
     for backend in ("cpu", "triton"):
         with pytest.raises(
             ValueError,
@@ -108,6 +108,16 @@ def test_kernels_without_a_divergence_refuse_it_by_name(registered):
         arguments = random_problem((6,), 40, 8, 5).arguments
         with pytest.raises(ValueError, match=r'backend="cpu" cannot compute this: .*hellinger'):
             fused_fdd_loss(**arguments, trajectory="hellinger", backend="cpu")
+
+
+@pytest.mark.parametrize("of", list(BACKENDS))
+@pytest.mark.parametrize("name", list(DIVERGENCES))
+def test_every_backend_has_every_divergence(of, name):
+    """With the default parameters, and with others if it has any."""
+    defaults = DIVERGENCES[name].defaults
+    for parameters in {defaults, tuple([x / 2 for x in defaults])}:
+        request = Request(0, 0, 1.0, name, parameters)
+        check_spec(of, LensSpec(40, (request,), (), 1.0, None, 1.0, None))
 
 
 def test_names_follow_the_registries(registered):

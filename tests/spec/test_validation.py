@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import pickle
 import re
 import warnings
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -127,6 +129,26 @@ WRONG_TENSORS = [
     ({"mask": BASE.mask.float()}, TypeError, "mask is a float32 tensor.*bool"),
     ({"mask": BASE.mask[:1]}, ValueError, r"mask has shape \(1, 5\)"),
     (
+        {"token_weights": torch.ones(2, 4)},
+        ValueError,
+        r"token_weights has shape \(2, 4\), .*\(2, 5\)",
+    ),
+    ({"token_weights": 1.0}, TypeError, "token_weights must be a tensor, got float"),
+    (
+        {"token_weights": torch.ones(2, 5, dtype=torch.int64)},
+        TypeError,
+        "token_weights is a int64 tensor",
+    ),
+    ({"token_weights": torch.full((2, 5), NAN)}, ValueError, "token_weights contains nan"),
+    ({"token_weights": torch.full((2, 5), INF)}, ValueError, "token_weights contains inf"),
+    ({"token_weights": torch.full((2, 5), -1.0)}, ValueError, "token_weights contains -1.0"),
+    (
+        {"token_weights": torch.ones(2, 5, requires_grad=True)},
+        ValueError,
+        "token_weights requires grad",
+    ),
+    ({"token_weights": torch.ones(2, 5).to(META)}, ValueError, "token_weights is on meta"),
+    (
         {"labels": BASE.labels.where(BASE.labels >= 0, 37)},
         ValueError,
         r"labels contains 37.*\[0, 37\)",
@@ -185,7 +207,63 @@ WRONG_OPTIONS = [
     ({"temperature": "hot"}, TypeError, "temperature must be a number, got str"),
     ({"temperature": torch.tensor(2.0)}, TypeError, "temperature must be a number, got Tensor"),
     ({"temperature": None}, TypeError, "temperature must be a number, got NoneType"),
-    ({"trajectory": "js"}, ValueError, "trajectory='js' is not one of 'kl'"),
+    ({"trajectory": "js"}, ValueError, "trajectory='js' is not one of kl, reverse_kl.* or cosine"),
+    ({"trajectory": None}, TypeError, 'trajectory must be a string such as "kl", got NoneType'),
+    ({"trajectory": "jsd:2"}, ValueError, r"trajectory='jsd:2' has beta 2, .*\[0, 1\]$"),
+    ({"trajectory": "jsd:"}, ValueError, "trajectory='jsd:' has a parameter that is no number"),
+    ({"trajectory": "kl:1"}, ValueError, "trajectory='kl:1' gives 1 parameter.* kl takes 0"),
+    ({"trajectory": "skew_kl:nan"}, ValueError, "trajectory='skew_kl:nan' has alpha nan"),
+    (
+        {"output_divergence": "alpha_beta:inf,1"},
+        ValueError,
+        r"output_divergence='alpha_beta:inf,1' has alpha inf, which is not in \[0, inf\)",
+    ),
+    *[
+        ({name: text}, ValueError, f"{name}='{text}'{message}")
+        for name, text, message in (
+            ("output_divergence", "jsd:-0.1", r" has beta -0.1, which is not in \[0, 1\]"),
+            ("trajectory", "skew_kl:1", r" has alpha 1, which is not in \[0, 1\)"),
+            ("output_divergence", "skew_reverse_kl:-1", r" has alpha -1, .*\[0, 1\)"),
+            ("trajectory", "alpha_beta:0,0", ": alpha and beta are both 0: one of them must be"),
+            ("trajectory", "jsd:0.1,0.2", r" gives 2 .*jsd takes 1: write jsd\[:beta\]"),
+            ("output_divergence", "alpha_beta:0.2", r" gives 1 .*alpha_beta takes 2: write alpha_"),
+            ("output_divergence", "jsd:half", " has a parameter that is no number: write jsd"),
+        )
+    ],
+    *[
+        ({"derivative_temperature": value}, ValueError, f"derivative_temperature={value} must be")
+        for value in (-1.0, INF, NAN)
+    ],
+    ({"derivative_temperature": "1"}, TypeError, "derivative_temperature must be a number"),
+    ({"layer_weights": (1, 1), "output_in_dynamics": True}, ValueError, "the trajectory 3 layers"),
+    ({"layer_weights": ()}, ValueError, "has 0 entries and the trajectory 2 layers: give one"),
+    ({"teacher_mix": NAN}, ValueError, "teacher_mix=nan must be"),
+    ({"teacher_mix": None}, TypeError, "teacher_mix must be a number, got NoneType"),
+    (
+        {"teacher_mix": 0.5, "trajectory": "mse"},
+        ValueError,
+        "but trajectory='mse': use trajectory=.kl., a weight of 0 for that term, or teacher_mix",
+    ),
+    ({"output_divergence": "mse"}, ValueError, "output_divergence='mse' is not one of kl"),
+    ({"layer_weights": 1.0}, TypeError, "layer_weights must be a sequence of numbers, got 1.0"),
+    ({"layer_weights": "1,2"}, TypeError, "layer_weights must be a sequence of numbers, got '1,2'"),
+    ({"layer_weights": (1, 2, 3)}, ValueError, "layer_weights=.* 3 entries and the trajectory 2"),
+    ({"layer_weights": (1, NAN)}, ValueError, "layer_weights entry=nan"),
+    ({"layer_weights": (1, -1.0)}, ValueError, "layer_weights entry=-1.0"),
+    ({"layer_weights": (1, "x")}, TypeError, "layer_weights entry must be a number, got str"),
+    ({"derivative_temperature": 0.0}, ValueError, "derivative_temperature=0.0"),
+    ({"teacher_mix": 1.1}, ValueError, r"teacher_mix=1.1 must be in \[0, 1\]"),
+    ({"teacher_mix": -0.1}, ValueError, "teacher_mix=-0.1"),
+    (
+        {"teacher_mix": 0.5, "trajectory": "jsd"},
+        ValueError,
+        "teacher_mix=0.5 mixes the target of KL, but trajectory='jsd'",
+    ),
+    (
+        {"teacher_mix": 0.5, "output_divergence": "tv"},
+        ValueError,
+        "teacher_mix=0.5 mixes the target of KL, but output_divergence='tv'",
+    ),
     ({"derivative": "l2"}, ValueError, "derivative='l2' is not one of 'cosine'"),
     ({"reduction": "batchmean"}, ValueError, "reduction='batchmean' is not one of 'mean'"),
     ({"backend": "cuda"}, ValueError, "backend='cuda' is not one of 'auto'"),
@@ -226,6 +304,21 @@ WRONG_FEATURES = [
         "temperature=2.0 was given with teacher_weight=None",
     ),
     ({"trajectory": "mse", "output_temperature": 2.0}, ValueError, "output_temperature=2.0"),
+    (
+        {"trajectory": "mse", "derivative_temperature": 2.0},
+        ValueError,
+        "derivative_temperature=2.0 was given with teacher_weight=None",
+    ),
+    (
+        {"trajectory": "mse", "derivative": "weighted_cosine"},
+        ValueError,
+        "derivative='weighted_cosine' weighs tokens .* teacher_weight=None",
+    ),
+    (
+        {"alpha": 0.0, "output_kd_weight": 0.0, "derivative": "mse", "teacher_mix": 0.5},
+        ValueError,
+        "teacher_mix=0.5 was given with teacher_weight=None",
+    ),
     ({"trajectory": "mse", "student_softcap": 2.0}, ValueError, "student_softcap=2.0"),
     ({"trajectory": "mse", "teacher_logit_scale": 2.0}, ValueError, "teacher_logit_scale=2.0"),
     (
@@ -330,6 +423,21 @@ def test_module_checks_its_options_when_it_is_built():
             "student_layers entry must be an int",
         ),
         ({"student_logit_scale": 0.0}, ValueError, "student_logit_scale=0.0"),
+        (
+            {"layer_weights": [1, 2]},
+            ValueError,
+            r"layer_weights=\(1, 2\) has 2 entries and the trajectory 4 layers",
+        ),
+        (
+            {
+                "layer_weights": [1],
+                "student_layers": (2,),
+                "teacher_layers": (3,),
+                "output_in_dynamics": True,
+            },
+            ValueError,
+            r"layer_weights=\(1,\) has 1 entries and the trajectory 2 layers",
+        ),
         ({"reduction": "none"}, ValueError, 'reduction="none" has no meaning for a training step'),
         ({"unknown": 1}, TypeError, "unknown"),
     ],
@@ -341,10 +449,35 @@ def test_config(options, error, message):
 
 
 def test_config_is_frozen_and_keeps_lists_as_tuples():
-    config = FDDConfig(student_layers=[2, 4], teacher_layers=[9, 18])
+    config = FDDConfig(student_layers=[2, 4], teacher_layers=[9, 18], layer_weights=[1, 0.5])
     assert (config.student_layers, config.teacher_layers) == ((2, 4), (9, 18))
+    assert config.layer_weights == (1, 0.5)
     with pytest.raises(AttributeError):
         config.alpha = 2.0
+
+
+def test_a_config_goes_through_json_and_pickle():
+    config = FDDConfig(
+        trajectory="jsd:0.1",
+        output_divergence="alpha_beta:0.2,0.7",
+        derivative="weighted_cosine",
+        derivative_temperature=2.0,
+        layer_weights=(1.0, 0.5, 0.0, 2.0),
+    )
+    for found in (
+        FDDConfig(**json.loads(json.dumps(asdict(config)))),
+        pickle.loads(pickle.dumps(config)),
+        replace(config),
+    ):
+        assert found == config
+        assert hash(found) == hash(config)
+
+
+def test_a_config_pickled_before_an_option_existed_has_its_default():
+    config = FDDConfig(beta=0.5)
+    for name in ("output_divergence", "layer_weights", "derivative_temperature", "teacher_mix"):
+        del config.__dict__[name]
+    assert pickle.loads(pickle.dumps(config)) == FDDConfig(beta=0.5)
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])

@@ -41,6 +41,13 @@ def batch_of(cache, rows=5, start=0):
     return pad_windows([dataset[(start + 3 * row) % len(dataset)] for row in range(rows)])
 
 
+def weighted(batch):
+    """The batch with weights of its positions; some are 0."""
+    shape = batch["input_ids"].shape
+    weights = torch.rand(shape, generator=torch.Generator().manual_seed(5))
+    return batch | {"token_weights": weights.masked_fill(weights < 0.2, 0.0)}
+
+
 def valid_rows(batch):
     mask = torch.zeros_like(batch["labels"], dtype=torch.bool)
     mask[:, :-1] = batch["labels"][:, 1:] != -100

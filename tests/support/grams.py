@@ -35,7 +35,7 @@ def exact(kind: str, s: Tensor, t: Tensor) -> float:
         return float(_exact(kind, _decimals(s), _decimals(t)))
 
 
-def exact_slope(kind: str, s: Tensor, t: Tensor, direction: Tensor) -> float:
+def exact_derivative(kind: str, s: Tensor, t: Tensor, direction: Tensor) -> float:
     """The derivative along a direction of s, by a central difference with `PLACES` digits."""
     with decimal.localcontext(prec=PLACES):
         step = decimal.Decimal(10) ** -(PLACES // 3)

@@ -7,8 +7,9 @@ import math
 import torch
 from hypothesis import strategies as st
 
-from fdd_kernels.lens.divergences import DERIVATIVES, TRAJECTORIES
+from fdd_kernels.lens.divergences import DERIVATIVES, FEATURE_DISTANCES
 from fdd_kernels.testing import random_problem
+from tests.support.options import DIVERGENCE_TEXTS
 
 LEADING = st.sampled_from([(), (1,), (9,), (3, 4), (2, 1, 3)])
 WIDTHS = st.integers(1, 20)
@@ -33,6 +34,7 @@ def problems(draw, feature_space=False):
         bias=None if feature_space else draw(st.sampled_from([None, "plain", "padded"])),
         labels=draw(st.booleans()),
         mask=draw(st.booleans()),
+        token_weights=draw(st.booleans()),
         contiguous=draw(st.booleans()),
         feature_space=feature_space,
     )
@@ -62,9 +64,11 @@ def calls(draw):
         used = 1 if problem.labels is None else max(1, int(problem.labels.max()) + 1)
         options["vocab_size"] = draw(st.integers(used, columns))
     options |= {
-        "trajectory": draw(st.sampled_from(TRAJECTORIES)),
+        "trajectory": draw(st.sampled_from([*DIVERGENCE_TEXTS, *FEATURE_DISTANCES])),
         "derivative": draw(st.sampled_from([*DERIVATIVES, None])),
+        "output_divergence": draw(st.sampled_from(DIVERGENCE_TEXTS)),
         "temperature": draw(TEMPERATURES),
+        "derivative_temperature": draw(st.none() | TEMPERATURES),
         "output_temperature": draw(TEMPERATURES),
         "scale_by_t2": draw(st.booleans()),
         "student_softcap": draw(SOFTCAPS),
@@ -77,6 +81,14 @@ def calls(draw):
         # not 0: there may be nothing else to compute
         "output_kd_weight": draw(st.sampled_from([0.5, 1.0])),
     }
+    mix = draw(st.sampled_from([1.0, 1.0, 0.6, 0.0]))
+    if mix < 1:
+        options |= {"teacher_mix": mix, "output_divergence": "kl"}
+        if options["trajectory"] != "kl":
+            options["alpha"] = 0.0
+    layers = len(problem.student_hidden) - (not options["output_in_dynamics"])
+    if draw(st.booleans()):
+        options["layer_weights"] = tuple(draw(st.lists(WEIGHTS, min_size=layers, max_size=layers)))
     if problem.student_bias is not None and problem.student_bias.isinf().any():
         # A cap makes -inf finite, perhaps for one model alone: an infinite loss without a gradient.
         options["student_softcap"] = options["teacher_softcap"] = None

@@ -14,12 +14,13 @@ import math
 import random
 import sys
 import time
+from dataclasses import replace
 
 import torch
 
 from fdd_kernels import fused_fdd_loss
 from fdd_kernels.backends import BACKENDS, why_unavailable
-from fdd_kernels.lens.divergences import DERIVATIVES, FEATURE_DISTANCES, TRAJECTORIES
+from fdd_kernels.lens.divergences import DIVERGENCES, FEATURE_DISTANCES
 from fdd_kernels.testing import Problem, evaluate, excesses, random_problem
 
 # The floor of a gradient is the largest of three random changes, which some of thousands of rows
@@ -28,8 +29,16 @@ from fdd_kernels.testing import Problem, evaluate, excesses, random_problem
 SLACK, NOTHING = 2.0, 2.0**-48
 
 
-def configuration(seed: int) -> tuple[Problem, dict, str]:
-    """Make a problem, the options of the loss, and a line that describes it."""
+# Drawn from in this order since the first release, so that seeds keep their configurations.
+FIRST_TRAJECTORIES = ["kl", "reverse_kl", "jsd", "skew_kl", "cosine", "mse"]
+FIRST_DERIVATIVES = ["cosine", "centered_cosine", "mse", None]
+
+
+def configuration(seed: int, later: bool = True) -> tuple[Problem, dict, str]:
+    """Make a problem, the options of the loss, and a line that describes it.
+
+    `later` adds the options of later releases, which draw numbers of their own.
+    """
     draw = random.Random(seed)
 
     def some(*choices):
@@ -68,8 +77,8 @@ def configuration(seed: int) -> tuple[Problem, dict, str]:
         contiguous=draw.random() < 0.8,
     )
     options = {
-        "trajectory": some(*FEATURE_DISTANCES) if feature_space else some(*TRAJECTORIES),
-        "derivative": some(*DERIVATIVES, None),
+        "trajectory": some(*FEATURE_DISTANCES) if feature_space else some(*FIRST_TRAJECTORIES),
+        "derivative": some(*FIRST_DERIVATIVES),
         "alpha": some(1.0, 0.3),
         "beta": some(1.0, 0.3, 0.0),
         "output_in_dynamics": feature_space or draw.random() < 0.4,
@@ -86,15 +95,58 @@ def configuration(seed: int) -> tuple[Problem, dict, str]:
             options[f"{side}_logit_scale"] = some(1.0, 1.0, between(0.1, 2))
             if bias != "padded":  # a soft cap in front of -inf
                 options[f"{side}_softcap"] = some(None, None, between(1, 50))
+    if later:
+        weights, more = later_options(seed, sizes, options, feature_space)
+        problem, options = replace(problem, token_weights=weights), options | more
     what = (
         f"{sizes} {dtype} spread={spread:.3g} near={near} bias={bias} feature_space={feature_space}"
     )
     return problem, options, what
 
 
-def failures(seed: int, backends: list[str]) -> list[str]:
+def later_options(
+    seed: int, sizes: dict, options: dict, feature_space: bool
+) -> tuple[torch.Tensor | None, dict]:
+    """Draw token weights, or None, and the options that came after the first release."""
+    draw, more = random.Random(f"later {seed}"), {}
+
+    def text() -> str:
+        name = draw.choice(list(DIVERGENCES))
+        share = draw.choice([draw.random(), 10 ** draw.uniform(-4, -1), 0.0])
+        power = draw.choice([draw.uniform(0.2, 2), 1.0])  # with another power of 0 still above 0
+        of = {"alpha_beta": [(share, power), (power, share)]}
+        # Towards 1 its gradient, of the order (1 - alpha)^2, is a difference of larger numbers.
+        of["skew_reverse_kl"] = [(min(share, 0.9),)]
+        numbers = draw.choice(of.get(name, [(share,), (1 - share,)]))
+        if name in ("kl", "reverse_kl", "tv") or numbers == (1.0,) or draw.random() < 0.3:
+            return name
+        return f"{name}:{','.join(map(repr, numbers))}"
+
+    layers = sizes["layers"] - (not options["output_in_dynamics"])
+    if draw.random() < 0.3:
+        more["layer_weights"] = tuple([draw.choice([0.0, 1.0, 2.5]) for _ in range(layers)])
+    if not feature_space:
+        if draw.random() < 0.5:
+            more["trajectory"] = text()
+        if draw.random() < 0.5:
+            more["output_divergence"] = text()
+        if draw.random() < 0.4:
+            more["derivative"] = "weighted_cosine"
+        if draw.random() < 0.3:
+            more["derivative_temperature"] = 10 ** draw.uniform(-0.5, 0.9)
+        if draw.random() < 0.2:
+            more |= {"trajectory": "kl", "output_divergence": "kl"}
+            more["teacher_mix"] = draw.choice([0.0, draw.random(), 1 - 1e-4])
+    weights = None
+    if draw.random() < 0.3:
+        chosen = [draw.choice([0.0, 1.0, 3 * draw.random()]) for _ in range(sizes["leading"][0])]
+        weights = torch.tensor(chosen)
+    return weights, more
+
+
+def failures(seed: int, backends: list[str], later: bool = True) -> list[str]:
     """Return one line for each backend's term or gradient of this seed outside its budget."""
-    problem, options, what = configuration(seed)
+    problem, options, what = configuration(seed, later)
     found = []
     for backend in backends:
         outcome = evaluate(problem, fused_fdd_loss, backend=backend, **options)

@@ -7,6 +7,7 @@ import argparse
 import importlib.util
 import re
 import runpy
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -204,7 +205,7 @@ def _commands():
 
 @pytest.mark.parametrize(("command", "inline"), list(_commands()))
 def test_a_command_line_is_parsed(monkeypatch, command, inline):
-    words = [{"N": "8"}.get(word, word) for word in command.split() if word != "..."]
+    words = [{"N": "8"}.get(word, word) for word in shlex.split(command) if word != "..."]
     if words[0] == "fdd-kernels":
         words = ["python", "-m", "fdd_kernels", *words[1:]]
     by_name = words[1] == "-m"

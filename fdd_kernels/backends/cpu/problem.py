@@ -37,8 +37,6 @@ def refusal(spec: LensSpec) -> str | None:
     for request in spec.requests:
         if (request.divergence or "") not in known:
             return f"its C++ kernels were compiled without a divergence {request.divergence!r}"
-        if request.parameters:
-            return f"its kernels take no parameters of {request.divergence!r}"
     return None
 
 
@@ -61,11 +59,11 @@ def problem_of(inputs: LensInputs, spec: LensSpec, rows: Tensor, tiles: CpuTiles
                 request.divergence or "",
                 expectation_of(request.divergence) or "",
                 request.parameters,
+                request.teacher_mix,
             )
             for request in spec.requests
         ],
         spec.moments,
-        spec.moment_temperature,
         (tiles.rows, tiles.columns, tiles.panel),
     )
 

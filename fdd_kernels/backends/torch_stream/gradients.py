@@ -16,6 +16,7 @@ from fdd_kernels.backends.torch_stream.running import shifts_of
 from fdd_kernels.lens.divergences import DIVERGENCES
 from fdd_kernels.lens.inputs import LensInputs
 from fdd_kernels.lens.layout import (
+    CERTAIN,
     COUNT,
     GRAD_SUM,
     LSE_S,
@@ -28,7 +29,7 @@ from fdd_kernels.lens.layout import (
     TOP_T,
     VALUE,
 )
-from fdd_kernels.lens.spec import NLL, LensSpec, PairMoments
+from fdd_kernels.lens.spec import NLL, LensSpec, PairMoments, Request
 
 
 def grad(
@@ -148,24 +149,11 @@ def _tile_gradient(
         u_t -= shifts_of(u_t, shifts[1])
     grad_u = torch.zeros_like(u_s)
     for index, request in enumerate(spec.requests):
-        upstream, stat = grad_requests[index, ..., None], requests[index]
-        if request.divergence in (None, NLL):
-            z_s = at_temperature(u_s[request.student_layer], request.temperature)
-            q = (z_s - stat[LSE_S, :, None]).exp()
-            if request.divergence is None:
-                grad_z = q * upstream[LSE_S]
-            else:
-                inside, at = problem.label_columns(rows, columns)
-                of_label = torch.where(inside[:, None], -upstream[VALUE], 0.0)
-                grad_z = q * (upstream[LSE_S] + upstream[VALUE])
-                grad_z.scatter_add_(1, at[:, None], of_label)
-        else:
-            log_q, log_p = log_probabilities(request, u_s, u_t, stat)
-            q, divergence = log_q.exp(), DIVERGENCES[request.divergence]
-            grad_z = divergence.grad(log_q, log_p, *request.parameters)
-            grad_z = grad_z.sub_(q * stat[GRAD_SUM, :, None]).mul_(upstream[VALUE])
-            grad_z += q * upstream[LSE_S]
+        label = problem.label_columns(rows, columns) if request.divergence == NLL else None
+        upstream, stat = grad_requests[index, ..., None], requests[index, ..., None]
+        grad_z = _logit_gradient(request, u_s, u_t, upstream, stat, label)
         grad_u[request.student_layer].add_(grad_z, alpha=1 / request.temperature)
+        del grad_z  # before the next one is formed
     live = problem.live_tile(columns) if spec.moments else None
     for index, pair in enumerate(spec.moments):
         upstream, stat = grad_moments[index, ..., None], moments[index, ..., None]
@@ -175,7 +163,36 @@ def _tile_gradient(
         grad_u[pair.second.student].add_(grad_vector, alpha=1 / pair.temperature)
         if pair.first is not None:
             grad_u[pair.first.student].sub_(grad_vector, alpha=1 / pair.temperature)
+        del grad_vector
     return student.chain(grad_u, logits_s)
+
+
+def _logit_gradient(
+    request: Request,
+    u_s: Tensor,
+    u_t: Tensor | None,
+    upstream: Tensor,
+    stat: Tensor,
+    label: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Compute dL/dz of the student of one request, (r, c).
+
+    `label` is that of `TorchProblem.label_columns`, for NLL.
+    """
+    if request.divergence in (None, NLL):
+        z_s = at_temperature(u_s[request.student_layer], request.temperature)
+        q = (z_s - stat[LSE_S]).exp_()
+        if label is None:
+            return q.mul_(upstream[LSE_S])
+        inside, at = label
+        of_label = torch.where(inside[:, None], -upstream[VALUE], 0.0)
+        return q.mul_(upstream[LSE_S] + upstream[VALUE]).scatter_add_(1, at[:, None], of_label)
+    log_q, log_p = log_probabilities(request, u_s, u_t, stat[..., 0])
+    grad_z = DIVERGENCES[request.divergence].grad(log_q, log_p, *request.parameters)
+    del log_p
+    q = log_q.exp_()
+    grad_z = grad_z.sub_(q * stat[GRAD_SUM]).mul_(upstream[VALUE])
+    return grad_z.add_(q.mul_(upstream[LSE_S]))
 
 
 def _vector_gradient(
@@ -187,11 +204,11 @@ def _vector_gradient(
     t -= stat[MEAN_T]
     weight, of_mean = None, upstream[MEAN_S]
     if pair.weighted:
-        z = at_temperature(u_t[pair.second.teacher], pair.temperature)
-        weight = (z - stat[COUNT]).exp()
-        s, t = (torch.where(weight > 0.5, stat[k], x) for k, x in ((TOP_S, s), (TOP_T, t)))
+        weight = at_temperature(u_t[pair.second.teacher], pair.temperature) - stat[COUNT]
+        weight.exp_()
+        s, t = (torch.where(weight > CERTAIN, stat[k], x) for k, x in ((TOP_S, s), (TOP_T, t)))
     else:
         of_mean = of_mean / stat[COUNT].clamp(min=1)
-    grad_vector = (2 * upstream[M_SS]) * s + upstream[M_ST] * t + of_mean
-    grad_vector += (2 * upstream[M_DD]) * s.sub_(t)
+    grad_vector = ((2 * upstream[M_SS]) * s).add_(upstream[M_ST] * t).add_(of_mean)
+    grad_vector += s.sub_(t).mul_(2 * upstream[M_DD])
     return grad_vector if weight is None else grad_vector.mul_(weight)

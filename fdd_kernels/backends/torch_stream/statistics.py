@@ -118,9 +118,18 @@ class _RunningRequest:
 
 def _block_stats(problem: TorchProblem, rows: Tensor | slice) -> Statistics:
     """Compute the statistics of one row block: all layers, the whole vocabulary."""
+    student_LrD = problem.student.rows(rows)
+    teacher_LrD = problem.teacher.rows(rows) if problem.spec.needs_teacher else None
+    found = _first_pass(problem, rows, student_LrD, teacher_LrD)
+    _second_pass(problem, student_LrD, teacher_LrD, found.shifts, found.requests)
+    return found
+
+
+def _first_pass(
+    problem: TorchProblem, rows: Tensor | slice, student_LrD: Tensor, teacher_LrD: Tensor | None
+) -> Statistics:
+    """Compute all but VALUE and GRAD_SUM of the requests that need both log-sum-exps."""
     spec, student, teacher = problem.spec, problem.student, problem.teacher
-    student_LrD = student.rows(rows)
-    teacher_LrD = teacher.rows(rows) if spec.needs_teacher else None
     count = student_LrD.shape[1]
     row_max = RowMax(problem.layers, count, student_LrD)
     moments = no_moments(spec.moments, count, student_LrD)
@@ -155,7 +164,6 @@ def _block_stats(problem: TorchProblem, rows: Tensor | slice) -> Statistics:
 
     for sums, out in zip(running, requests):
         sums.finish(row_max.shift, out)
-    _second_pass(problem, student_LrD, teacher_LrD, row_max.shift, requests)
     return Statistics(row_max.shift, requests, moments)
 
 

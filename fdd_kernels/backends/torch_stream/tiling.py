@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from fdd_kernels.backends.call_shape import FLOAT, CallShape
 from fdd_kernels.common.sizes import MIB
+from fdd_kernels.lens.spec import NLL, LensSpec
 
 # Tiles of logits: inside a CPU's last-level cache; large enough to fill an accelerator.
 TILE_BYTES = {"cpu": 32 * MIB}
@@ -13,10 +14,24 @@ ACCELERATOR_TILE_BYTES = 128 * MIB
 OPERAND_BYTES = 48 * MIB  # of a row block's hidden states, and of a tile's head rows
 ACCUMULATOR_BYTES = 96 * MIB  # of a gradient that is accumulated in a wider dtype than its own
 RUNTIME_BYTES = 6 * MIB  # of generated code and buffers of the GEMM library
-# Tiles of one layer that are held while gradients are formed: for each layer (the student's logits
-# before and after the shift, the teacher's, their gradient, and that of the tile before), for a
-# request's temporaries, for a pair's.
-LAYER_TILES, REQUEST_TILES, MOMENT_TILES = 5, 6, 4
+# Tiles of one layer that are held while gradients are formed: for each layer the student's logits
+# before and after the shift, the teacher's, their gradient, and that of the tile before.
+LAYER_TILES = 5
+# Besides, the temporaries of one request or one pair at a time; a mask of a tile is a quarter.
+# Every gradient takes FEWEST_TILES; the formulas in `lens/divergences.py` take more, by name, and
+# one that is not listed is taken for the largest.
+FEWEST_TILES, WEIGHTED_TILES, MIXED_TILES = 4, 5.25, 5.25
+DIVERGENCE_TILES = {
+    None: FEWEST_TILES,
+    NLL: FEWEST_TILES,
+    "kl": FEWEST_TILES,
+    "reverse_kl": 5.25,
+    "tv": 6.25,
+    "alpha_beta": 7,
+    "skew_kl": 9.25,
+    "jsd": 10.25,
+    "skew_reverse_kl": 12.25,
+}
 
 
 @dataclass(frozen=True)
@@ -53,6 +68,18 @@ def choose_tiles(
     return TorchTiles(tile_rows, tile_columns, resident)
 
 
+def temporary_tiles(spec: LensSpec | None) -> float:
+    """Count the tiles of one layer that temporaries take at the peak; None stands for KL alone."""
+    found = [float(FEWEST_TILES)]
+    for request in spec.requests if spec else ():
+        found.append(DIVERGENCE_TILES.get(request.divergence, max(DIVERGENCE_TILES.values())))
+        if request.teacher_mix < 1 and request.temperature != 1:
+            found.append(MIXED_TILES)
+    if spec and any(pair.weighted for pair in spec.moments):
+        found.append(WEIGHTED_TILES)
+    return max(found)
+
+
 def memory(shape: CallShape) -> dict[str, int]:
     """Count the bytes in use at the peak of a call by part, beside gradients and statistics."""
     layers, rows, width = shape.layers, shape.rows, shape.student_width
@@ -63,12 +90,12 @@ def memory(shape: CallShape) -> dict[str, int]:
     converted = width + (shape.teacher_width if shape.teacher_head else 0) if shape.narrow else 0
     head_sum = FLOAT * shape.columns * width
     several = shape.narrow and shape.train_head and rows > resident
-    count = LAYER_TILES * layers + REQUEST_TILES + (MOMENT_TILES if shape.moments else 0)
+    count = LAYER_TILES * layers + temporary_tiles(shape.spec)
     return {
         "sums of hidden gradients": FLOAT * layers * resident * width,
         "sum of the head's gradient": head_sum if several and head_sum <= ACCUMULATOR_BYTES else 0,
         "operands": FLOAT * layers * block * (width + shape.teacher_width)
         + FLOAT * tiles.columns * ((width if shape.train_head else 0) + converted),
-        "tiles": FLOAT * block * tiles.columns * count,
+        "tiles": round(FLOAT * block * tiles.columns * count),
         "runtime": RUNTIME_BYTES,
     }

@@ -12,6 +12,7 @@ in order of use:
     work_table.py   a LensSpec as a small integer table that the kernels walk
     elementwise.py  device functions over elements of the vocabulary, which all kernels share
     row_statistics.py  device functions that load and store numbers of rows
+    weighted_moments.py  device functions of pair moments whose tokens have weights
     gemm.py         GEMMs with float32 results
     scaling.py      the scale of dL/dlogits in float16
     config.py       launch configurations; autotune.py: opt-in search

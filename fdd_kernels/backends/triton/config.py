@@ -64,23 +64,24 @@ class LaunchConfig:
 class RowLaunch:
     """The launch of a kernel whose program owns one row.
 
-    `block` is the tokens of a tile, `masked_warps` the warps where tokens are masked.
+    `block` is the tokens of a tile. `long_warps` are the warps of long programs: tokens are masked
+    or have weights, or the teacher is mixed.
     """
 
     block: int
     num_warps: int
-    masked_warps: int
+    long_warps: int
 
-    def options(self, masked: bool, architecture: str) -> dict[str, int]:
-        """Return the compiler's options; `masked` tiles are ragged or have biases."""
-        options = {"num_warps": self.masked_warps if masked else self.num_warps, "num_stages": 1}
+    def options(self, long: bool, architecture: str) -> dict[str, int]:
+        """Return the compiler's options; `long` programs need more registers."""
+        options = {"num_warps": self.long_warps if long else self.num_warps, "num_stages": 1}
         # Without a limit NVIDIA's assembler spills to make room for more programs.
         return options | {"maxnreg": 255} if architecture.startswith("sm_") else options
 
 
 # The launches that compile without a stack on every target (benchmarks/aot); they are not timed.
-# One warp needs no barriers: its reductions are shuffles. Masks and the gradient need too many
-# registers for one warp.
+# One warp needs no barriers: its reductions are shuffles. Long programs and the gradient need too
+# many registers for one warp.
 ROW_LAUNCHES = {
     "stats": RowLaunch(1024, 1, 2),
     "second_pass": RowLaunch(1024, 2, 2),

@@ -85,12 +85,18 @@ def tanh(x):
 
 @triton.jit
 def log_mixture(x, share, rest):
-    """Return log(rest + share e^x), rest = 1 - share; accurate near 0 and free of overflow."""
-    above = x > 1.0
-    y = tl.where(above, -x, x)
-    of_one, of_power = tl.where(above, share, rest), tl.where(above, rest, share)
-    of_mixture = log1p(of_power * expm1(y), of_one + of_power * tl.exp(y))
-    return tl.where(above, x, 0.0) + of_mixture
+    """Return log(rest + share e^x), rest = 1 - share; accurate near 0 and free of overflow.
+
+    With x and with -x the exponentials are the same: a compiler computes them once.
+    """
+    smaller, larger = tl.exp(-tl.abs(x)), tl.exp(tl.abs(x))
+    gap = expm1(-tl.abs(x))
+    is_above = x > 1.0  # x + log(share + rest e^-x)
+    is_between = (x > 0) & (x <= 1.0)
+    of_one, of_power = tl.where(is_above, share, rest), tl.where(is_above, rest, share)
+    w = of_power * tl.where(is_between, -gap * larger, gap)
+    of_mixture = log1p(w, of_one + of_power * tl.where(is_between, larger, smaller))
+    return tl.where(is_above, x, 0.0) + of_mixture
 
 
 @triton.jit
@@ -135,21 +141,25 @@ def sign(x):
 
 
 @triton.jit
-def power_difference(log_q, log_p, power):
-    """Return (q^power - p^power) / power, which is log q - log p at power 0; 0 where q = p."""
+def scaled_log(power, log):
+    """Return power * log, 0 at power 0 whatever the logarithm."""
+    return tl.where(power == 0, 0.0, power * log)
+
+
+@triton.jit
+def power_difference(log_q, log_p, power, log_w, power_w):
+    """Return w^power_w (q^power - p^power) / power, which is w^power_w (log q - log p) at power 0.
+
+    0 * anything = 0.
+    """
     x = log_ratio(log_q, log_p)
     y = power * tl.abs(x)
     near = tl.abs(x) * relative_expm1(-y)
     far = (1.0 - tl.exp(-y)) / tl.where(power > 0, power, 1.0)
     relative = tl.where(y < 0.5, near, far)  # to the larger of q^power and p^power
+    relative = sign(x) * tl.where(power == 0, tl.abs(x), relative)
     larger = tl.where(log_q > log_p, log_q, log_p)
-    return tl.where(power == 0, x, sign(x) * times(tl.exp(power * larger), relative))
-
-
-@triton.jit
-def times_power(log_weight, power, x):
-    """Return e^(power log_weight) x with 0 * anything = 0; x at power 0."""
-    return tl.where(power == 0, x, times(tl.exp(power * log_weight), x))
+    return times(tl.exp(scaled_log(power_w, log_w) + scaled_log(power, larger)), relative)
 
 
 @triton.jit
@@ -171,8 +181,8 @@ def alpha_beta_value(log_q, log_p, alpha, beta):
         term *= small * (1.0 / n)
         total += coefficient * term
     of_near = tl.exp(tl.where(near, s * log_p, float("-inf"))) * total * small * small
-    of_far = times_power(log_q, beta, power_difference(log_q, log_p, alpha))
-    of_far -= times_power(log_p, alpha, power_difference(log_q, log_p, beta))
+    of_far = power_difference(log_q, log_p, alpha, log_q, beta)
+    of_far -= power_difference(log_q, log_p, beta, log_p, alpha)
     return tl.where(near, of_near, of_far / s)
 
 
@@ -212,19 +222,19 @@ def divergence_grad(log_q, log_p, a, b, DIVERGENCE: tl.constexpr):
     elif DIVERGENCE == "reverse_kl":
         grad = times(tl.exp(log_q), log_q - log_p + 1.0)
     elif DIVERGENCE == "jsd":
-        grad = -b * times(tl.exp(log_q), log_mixture(log_p - log_q, a, b))
+        grad = -b * times(tl.exp(log_q), log_mixture(-(log_q - log_p), a, b))
     elif DIVERGENCE == "skew_kl":
         grad = b * b * times(tl.exp(log_q), over_mixture(log_q - log_p, a, b))
     elif DIVERGENCE == "skew_reverse_kl":
         # The registry's, with (q - p) b / m = q / m - 1: no difference of nearly equal numbers.
-        y = -log_mixture(log_p - log_q, b, a)  # log(q / m)
+        y = -log_mixture(-(log_q - log_p), b, a)  # log(q / m)
         rest = tl.where(tl.abs(y) < 0.3, y * y * expm1_series(y), tl.exp(y) - 1.0 - y)
         grad = times(tl.exp(log_q), b * y - a * rest)
     elif DIVERGENCE == "tv":
         grad = 0.5 * times(tl.exp(log_q), sign(log_ratio(log_q, log_p)))
     else:
         tl.static_assert(DIVERGENCE == "alpha_beta")
-        grad = times_power(log_q, b, power_difference(log_q, log_p, a))
+        grad = power_difference(log_q, log_p, a, log_q, b)
     return grad
 
 
@@ -255,6 +265,21 @@ def second_moments(s, t, AXIS: tl.constexpr):
 def is_finite_logit(s, t):
     """Tell which tokens a layer's moments are of: not those of -inf; NaN stays, and shows."""
     return (s != float("-inf")) & (t != float("-inf"))
+
+
+@triton.jit
+def mixed_logits(z_s, z_t, share_t, share_s, FINITE: tl.constexpr):
+    """Return the logits of `Request.teacher_mix`: -inf where one of the two is, unless FINITE."""
+    mixed = share_t * z_t + share_s * z_s
+    if not FINITE:
+        mixed = tl.where(is_finite_logit(z_s, z_t), mixed, float("-inf"))
+    return mixed
+
+
+@triton.jit
+def finite_or_zero(largest):
+    """Return a maximum of z, 0 where there is no token: the shift of exponentials."""
+    return tl.where(largest > float("-inf"), largest, 0.0)
 
 
 @triton.jit

@@ -15,8 +15,11 @@ def refusal(spec: LensSpec) -> str | None:
         if name not in DIVERGENCES:
             return f"the divergence {name!r} has no Triton kernel"
     for request in spec.requests:
-        if request.teacher_mix != 1:
-            return f"a teacher that is mixed with the student (teacher_mix={request.teacher_mix:g})"
+        if request.teacher_mix != 1 and request.divergence not in ("kl", None, NLL):
+            return (
+                f"the divergence {request.divergence!r} with a teacher that is mixed with the "
+                f"student (teacher_mix={request.teacher_mix:g})"
+            )
     besides_kl = [name for name in names if name != "kl"]
     if len(besides_kl) > 1:
         return f"two divergences besides kl in one call, {' and '.join(besides_kl)}"
@@ -26,9 +29,8 @@ def refusal(spec: LensSpec) -> str | None:
             return (
                 f"student layer {student} with teacher layers {teacher_of[student]} and {teacher}"
             )
-    for first, second, _temperature, weighted in spec.moments:
-        if weighted:
-            return "moments whose tokens are weighted by the teacher's probabilities"
+    for pair in spec.moments:
+        first, second = pair[:2]
         if first is not None and first.student != second.student - 1:
             return (
                 f"moments of student layers {first.student} and {second.student}, which are not "

@@ -28,12 +28,13 @@ VALUE, GRAD_SUM = tl.constexpr(layout.VALUE), tl.constexpr(layout.GRAD_SUM)
 COUNT, MEAN_S = tl.constexpr(layout.COUNT), tl.constexpr(layout.MEAN_S)
 MEAN_T, M_SS = tl.constexpr(layout.MEAN_T), tl.constexpr(layout.M_SS)
 M_TT, M_ST = tl.constexpr(layout.M_TT), tl.constexpr(layout.M_ST)
-M_DD = tl.constexpr(layout.M_DD)
+M_DD, TOP_S = tl.constexpr(layout.M_DD), tl.constexpr(layout.TOP_S)
+TOP_T = tl.constexpr(layout.TOP_T)
 
 
 @triton.jit
 def load_moments(moments, stride, mask):
-    """Load the seven moments of a pair per row, 0 where masked."""
+    """Load the moments of a pair per row, but TOP_S and TOP_T; 0 where masked."""
     return (
         tl.load(moments + COUNT * stride, mask=mask, other=0.0),
         tl.load(moments + MEAN_S * stride, mask=mask, other=0.0),
@@ -47,7 +48,7 @@ def load_moments(moments, stride, mask):
 
 @triton.jit
 def store_moments(moments, stride, mask, count, mean_s, mean_t, m_ss, m_tt, m_st, m_dd):
-    """Store the seven moments of a pair per row; `mask` may be None."""
+    """Store the moments of a pair per row, but TOP_S and TOP_T; `mask` may be None."""
     tl.store(moments + COUNT * stride, count, mask=mask)
     tl.store(moments + MEAN_S * stride, mean_s, mask=mask)
     tl.store(moments + MEAN_T * stride, mean_t, mask=mask)
@@ -55,6 +56,20 @@ def store_moments(moments, stride, mask, count, mean_s, mean_t, m_ss, m_tt, m_st
     tl.store(moments + M_TT * stride, m_tt, mask=mask)
     tl.store(moments + M_ST * stride, m_st, mask=mask)
     tl.store(moments + M_DD * stride, m_dd, mask=mask)
+
+
+@triton.jit
+def load_tops(moments, stride, mask):
+    """Load TOP_S and TOP_T of a pair per row, 0 where masked."""
+    top_s = tl.load(moments + TOP_S * stride, mask=mask, other=0.0)
+    return top_s, tl.load(moments + TOP_T * stride, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tops(moments, stride, mask, top_s, top_t):
+    """Store TOP_S and TOP_T of a pair per row; `mask` may be None."""
+    tl.store(moments + TOP_S * stride, top_s, mask=mask)
+    tl.store(moments + TOP_T * stride, top_t, mask=mask)
 
 
 @triton.jit
@@ -130,16 +145,22 @@ def slot_coefficients(
 
 
 @triton.jit
-def moment_coefficients(moments, grad_moments, stride, grad_stride, is_valid):
+def moment_coefficients(
+    moments, grad_moments, stride, grad_stride, is_valid, is_weighted, WEIGHTED: tl.constexpr
+):
     """Return per row the coefficients of dL/ds of a pair: of 1, s - mean_s, t - mean_t, their
     difference; and both means.
 
-    `moments` and `grad_moments` point at the rows of one pair. Invalid rows get 0.
+    `moments` and `grad_moments` point at the rows of one pair. `is_weighted` is looked at where
+    WEIGHTED. Invalid rows get 0.
     """
     mean_s = tl.load(moments + MEAN_S * stride, mask=is_valid, other=0.0)
     mean_t = tl.load(moments + MEAN_T * stride, mask=is_valid, other=0.0)
     of_one = tl.load(grad_moments + MEAN_S * grad_stride, mask=is_valid, other=0.0)
-    of_one /= tl.maximum(tl.load(moments + COUNT * stride, mask=is_valid, other=1.0), 1.0)
+    count = tl.maximum(tl.load(moments + COUNT * stride, mask=is_valid, other=1.0), 1.0)
+    if WEIGHTED:
+        count = tl.where(is_weighted != 0, 1.0, count)
+    of_one /= count
     of_s = 2.0 * tl.load(grad_moments + M_SS * grad_stride, mask=is_valid, other=0.0)
     of_t = tl.load(grad_moments + M_ST * grad_stride, mask=is_valid, other=0.0)
     of_d = 2.0 * tl.load(grad_moments + M_DD * grad_stride, mask=is_valid, other=0.0)

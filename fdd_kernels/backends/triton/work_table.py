@@ -1,18 +1,22 @@
 """A `LensSpec` as a table of integers: one compiled kernel serves any layers, requests and pairs.
 
-A slot is a student layer at a temperature, and the parameters of a divergence: softmax requests of
-the same slot share its exponentials. The rows of the table, padded to one width:
+A slot is a student layer at a temperature, with the parameters of a divergence or the shares of a
+mixed teacher: softmax requests of the same slot share its exponentials. The rows of the table,
+padded to one width:
 
     SLOT_BEGIN     (L + 1)   layer l has the slots SLOT_BEGIN[l] .. SLOT_BEGIN[l + 1]
     SLOT_FLAGS     (slots)   WANTS_STUDENT: the student's expectation of the difference of logits is
-                             summed; WANTS_LABEL: the student's z at the label is looked up
+                             summed; WANTS_LABEL: the student's z at the label is looked up;
+                             IS_MIXED: `Request.teacher_mix` is below 1
     SLOT_INVERSE   (slots)   1 / temperature; this and the other numbers are the bits of a float32
-    SLOT_A, SLOT_B (slots)   the two numbers of the divergence's formulas (`numbers_of`)
+    SLOT_A, SLOT_B (slots)   the two numbers of the divergence's formulas (`numbers_of`); of a mixed
+                             teacher the teacher's and the student's share
     REQUEST_BEGIN  (slots + 1), REQUEST_INDEX, REQUEST_KIND: the requests of a slot
     PART_BEGIN     (L + 1), PART_INDEX, PART_ROLE: the pairs of `PairMoments` that a layer is part
                              of: OWN_LAYER alone, SECOND of two layers, or FIRST. The walk over
                              layers has the whole pair at the SECOND
     PAIR_INVERSE   (pairs)   1 / temperature of a pair
+    PAIR_WEIGHTED  (pairs)   1 where its tokens have weights, else 0
     SECOND_REQUEST, SECOND_LAYER, SECOND_SLOT: the requests that take a second pass
     TEACHER_LAYER  (L)       the teacher layer that student layer l is compared with
     SHIFT_LAYER    (L)       the student layer whose state defines the shift of that teacher layer:
@@ -52,10 +56,12 @@ SHIFT_LAYER = tl.constexpr(13)
 SLOT_A = tl.constexpr(14)
 SLOT_B = tl.constexpr(15)
 PAIR_INVERSE = tl.constexpr(16)
-TABLE_ROWS = 17
+PAIR_WEIGHTED = tl.constexpr(17)
+TABLE_ROWS = 18
 
 WANTS_STUDENT = tl.constexpr(1)
 WANTS_LABEL = tl.constexpr(2)
+IS_MIXED = tl.constexpr(4)
 
 # Kinds of requests: log-sum-exps alone, a label's cross-entropy, KL(p || q), or the divergence
 # DIVERGENCE of the kernel.
@@ -88,7 +94,9 @@ class Table:
     """The table on a device, and its facts for launches.
 
     `second_pass` counts the requests that take one. `divergence` is the one besides KL, else "kl".
-    `has_kl` and `has_labels` tell whether a request is of KL, of the cross-entropy at the label.
+    `has_kl` and `has_labels` tell whether a request is of KL, of the cross-entropy at the label,
+    `has_weights` whether the tokens of a pair have weights, `has_mixtures` whether a slot has a
+    mixed teacher.
     """
 
     values: Tensor
@@ -98,6 +106,13 @@ class Table:
     divergence: str
     has_kl: bool
     has_labels: bool
+    has_weights: bool
+    has_mixtures: bool
+
+    @property
+    def one_pass_divergence(self) -> str:
+        """Return the divergence besides KL that one pass over the vocabulary sums, else "kl"."""
+        return "kl" if self.second_pass else self.divergence
 
 
 def _bits(value: float) -> int:
@@ -112,9 +127,13 @@ def _prefix(groups: list[list]) -> list[int]:
 
 
 class Slot(NamedTuple):
-    """A student layer at a temperature, and the parameters of the divergence that needs some."""
+    """A student layer at a temperature, and the parameters of the divergence that needs some.
+
+    Those with a mixed teacher, whose share is the only parameter, are the last of a layer.
+    """
 
     layer: int
+    is_mixed: bool
     temperature: float
     parameters: tuple[float, ...]
 
@@ -136,9 +155,13 @@ def _slots_of(spec: LensSpec) -> list[Slot]:
 
     Requests without parameters share the slot of one that has some.
     """
-    found = [Slot(r.student_layer, r.temperature, r.parameters) for r in spec.requests]
-    with_parameters = {slot[:2]: slot for slot in reversed(found) if slot.parameters}
-    return [slot if slot.parameters else with_parameters.get(slot[:2], slot) for slot in found]
+    found = []
+    for request in spec.requests:
+        is_mixed = request.teacher_mix != 1 and request.divergence != NLL
+        parameters = (request.teacher_mix,) if is_mixed else request.parameters
+        found.append(Slot(request.student_layer, is_mixed, request.temperature, parameters))
+    with_parameters = {slot[:3]: slot for slot in reversed(found) if slot.parameters}
+    return [slot if slot.parameters else with_parameters.get(slot[:3], slot) for slot in found]
 
 
 _captured: list[Table] = []  # tables whose addresses CUDA graphs hold: never freed
@@ -192,9 +215,11 @@ def _built_table(spec: LensSpec, layers: int, device: torch.device) -> Table:
     )
     rows[SLOT_FLAGS.value] = [
         functools.reduce(
-            int.__or__, (flags.get(spec.requests[i].divergence, 0) for i in requests), 0
+            int.__or__,
+            (flags.get(spec.requests[i].divergence, 0) for i in requests),
+            IS_MIXED.value * slot.is_mixed,
         )
-        for requests in requests_of
+        for slot, requests in zip(slots, requests_of)
     ]
     rows[SLOT_INVERSE.value] = [_bits(1.0 / slot.temperature) for slot in slots]
     for number, row in enumerate((SLOT_A, SLOT_B)):
@@ -213,6 +238,7 @@ def _built_table(spec: LensSpec, layers: int, device: torch.device) -> Table:
     rows[SECOND_LAYER.value] = [request.student_layer for _, request in second_pass]
     rows[SECOND_SLOT.value] = [slots.index(slot_of[index]) for index, _ in second_pass]
     rows[PAIR_INVERSE.value] = [_bits(1.0 / pair.temperature) for pair in spec.moments]
+    rows[PAIR_WEIGHTED.value] = [int(pair.weighted) for pair in spec.moments]
     with_slots = {slot.layer for slot in slots}
     rows[TEACHER_LAYER.value], rows[SHIFT_LAYER.value] = _teacher_layers(spec, layers, with_slots)
     width = max(len(row) for row in rows)
@@ -228,4 +254,6 @@ def _built_table(spec: LensSpec, layers: int, device: torch.device) -> Table:
         divergence=next(iter(divergences - {NLL, None, "kl"}), "kl"),
         has_kl="kl" in divergences,
         has_labels=NLL in divergences,
+        has_weights=any(pair.weighted for pair in spec.moments),
+        has_mixtures=any(slot.is_mixed for slot in slots),
     )

@@ -161,9 +161,7 @@ class DistillOptions(TeacherOptions):
 
     def _check_loss(self) -> None:
         """Require a term of nonzero weight that has the layers it needs."""
-        config = self.config
-        layers = config.num_layers if config.student_layers is None else len(config.student_layers)
-        layers += config.output_in_dynamics
+        config, layers = self.config, self.config.dynamics_layers
         terms = {
             "output_kd_weight": True,
             "ce_weight": True,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fdd_kernels.lens.distances import DISTANCES, Sums
+from fdd_kernels.lens.distances import DISTANCES, Sums, smallest_square
 from fdd_kernels.lens.divergence_text import parse_divergence
 from fdd_kernels.lens.inputs import LensInputs
 from fdd_kernels.lens.spec import LensSpec
@@ -85,7 +85,8 @@ def distance_of(
         sums = Sums(counts, squares[None], *_one_pair(w * s * t, w * (s - t).square()))
         return distance.value(sums)[0]
     s, t = (w.sqrt() * x if distance.weighted else x for x in (s, t))
-    defined = (s != 0).any(-1) & (t != 0).any(-1)
+    least = smallest_square(s.dtype)
+    defined = ~((s.square().sum(-1) < least) | (t.square().sum(-1) < least))
     s, t = (torch.where(defined[:, None], x, 1.0) for x in (s, t))
     cosine = (s * t).sum(-1) / (s.norm(dim=-1) * t.norm(dim=-1))
     return torch.where(defined, 1 - cosine, 1.0)

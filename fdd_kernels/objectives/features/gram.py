@@ -49,9 +49,10 @@ def gram_loss(
     Diversity-Preserved Knowledge Distillation", ICCV 2021, as in DisWOT's code.
 
     No (N, N) tensor is formed: memory for sums is a few tensors of width x width in float64, and
-    row blocks are computed again in the backward pass. Where the widths are equal, value and
-    gradient keep their digits however nearly the models agree (but for "nst", whose value is not
-    small then). With different widths a value below 1e-14 is rounding.
+    row blocks are computed again in the backward pass. Where the features of two models of equal
+    width agree to a part e, up to a common factor, value and gradient are exact to u / e of
+    themselves with u = 1e-16. With different widths, or features that agree after a rotation, a
+    value below 1e-14 is rounding.
 
     Args:
         student_features, teacher_features: (..., T, Ds) and (..., T, Dt). "ickd" needs Ds = Dt.

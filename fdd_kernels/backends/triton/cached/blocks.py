@@ -121,11 +121,12 @@ class Block:
         for first, tiles in ((0, full), (full, triton.cdiv(tokens, shape.block) - full)):
             if tiles:
                 is_full = first < full
-                masked = not is_full or common["BIAS_S"] or common["BIAS_T"]
+                longer = ("BIAS_S", "BIAS_T", "WEIGHTED", "MIXED")
+                long = not is_full or any(common.get(name) for name in longer)
                 yield Launch(
                     kernel,
                     (self.rows, tiles, *extra_axis),
-                    shape.options(masked, architecture),
+                    shape.options(long, architecture),
                     {**common, "first_tile": first, "FULL": is_full},
                 )
 

@@ -27,7 +27,9 @@ def fill_statistics(block: Block) -> None:
         "slots": table.slots,
         "tiles": tiles,
         "TEACHER": spec.needs_teacher,
-        "DIVERGENCE": table.divergence,
+        "WEIGHTED": table.has_weights,
+        "MIXED": table.has_mixtures,
+        "DIVERGENCE": table.one_pass_divergence,
     }
     for slab in block.logits.slabs(spec.columns):
         for one in block.tile_launches(

@@ -6,6 +6,8 @@ pair,
     dL/dz = a q + b p + d grad(log_q, log_p) + n [token = label]
     dL/ds = k_1 + k_s (s - mean_s) + k_t (t - mean_t) + k_d ((s - mean_s) - (t - mean_t))
 
+times the token's weight where tokens have weights.
+
 A program walks the layers with the logits of the layer before, and its unfinished gradient, in
 registers: a pair gives +dL/ds to its second layer and -dL/ds to its first. Both log-sum-exps are
 known here. So where KL is small, its value is summed again on the way in the accurate form
@@ -17,21 +19,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fdd_kernels.backends.triton.cached.coefficients import ITEM_FIELDS
 from fdd_kernels.backends.triton.cached.row import pair_vectors, row_logits
 from fdd_kernels.backends.triton.elementwise import (
     REFINED_BELOW,
     kl_of,
+    mixed_logits,
     moment_gradient,
     softmax_gradient,
 )
-from fdd_kernels.backends.triton.row_statistics import (
-    MOMENT_FIELDS,
-    moment_coefficients,
-    slot_coefficients,
-)
+from fdd_kernels.backends.triton.weighted_moments import weighted_moment_gradient
 from fdd_kernels.backends.triton.work_table import (
     FIRST,
+    IS_MIXED,
     PAIR_INVERSE,
+    PAIR_WEIGHTED,
     PART_BEGIN,
     PART_INDEX,
     PART_ROLE,
@@ -39,93 +41,12 @@ from fdd_kernels.backends.triton.work_table import (
     SLOT_A,
     SLOT_B,
     SLOT_BEGIN,
+    SLOT_FLAGS,
     SLOT_INVERSE,
     TEACHER_LAYER,
     table_entry,
     table_float,
 )
-
-ITEM_FIELDS = tl.constexpr(7)  # of a slot or pair: its coefficients, see `coefficients_kernel`
-
-
-@triton.jit(
-    do_not_specialize=[
-        "rows",
-        "slots",
-        "table_width",
-        "stride",
-        "grad_stride",
-        "moment_stride",
-        "grad_moment_stride",
-    ]
-)
-def coefficients_kernel(
-    coefficients,
-    requests,
-    moments,
-    grad_requests,
-    grad_moments,
-    grad_scale,
-    count,
-    table,
-    rows,
-    slots,
-    table_width,
-    stride,
-    grad_stride,
-    moment_stride,
-    grad_moment_stride,
-    student_scale,
-    BLOCK_R: tl.constexpr,
-):
-    """Store coefficients (slots + pairs, 7, rows) of dL/dx, times `grad_scale`; 0 at invalid rows.
-
-    Of a slot: a, b, d, n, both log-sum-exps, the value of KL. Of a pair: k_1, k_s, k_t, k_d, both
-    means.
-    """
-    row = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    item = tl.program_id(1)
-    is_valid = (row < rows) & (row < tl.load(count))
-    stored = row < rows
-    field = rows.to(tl.int64)
-    out = coefficients + item * ITEM_FIELDS * field + row
-    scale = student_scale * tl.load(grad_scale)
-    if item < slots:
-        a, b, d, n, lse_s, lse_t, kl = slot_coefficients(
-            requests + row,
-            grad_requests + row,
-            stride.to(tl.int64),
-            grad_stride.to(tl.int64),
-            is_valid,
-            table,
-            table_width,
-            item,
-            BLOCK_R,
-        )
-        factor = scale * table_float(table, table_width, SLOT_INVERSE, item)
-        tl.store(out, a * factor, mask=stored)
-        tl.store(out + field, b * factor, mask=stored)
-        tl.store(out + 2 * field, d * factor, mask=stored)
-        tl.store(out + 3 * field, n * factor, mask=stored)
-        tl.store(out + 4 * field, lse_s, mask=stored)
-        tl.store(out + 5 * field, lse_t, mask=stored)
-        tl.store(out + 6 * field, kl, mask=stored)
-    else:
-        index = (item - slots) * MOMENT_FIELDS
-        of_one, of_s, of_t, of_d, mean_s, mean_t = moment_coefficients(
-            moments + index * moment_stride.to(tl.int64) + row,
-            grad_moments + index * grad_moment_stride.to(tl.int64) + row,
-            moment_stride.to(tl.int64),
-            grad_moment_stride.to(tl.int64),
-            is_valid,
-        )
-        factor = scale * table_float(table, table_width, PAIR_INVERSE, item - slots)
-        tl.store(out, of_one * factor, mask=stored)
-        tl.store(out + field, of_s * factor, mask=stored)
-        tl.store(out + 2 * field, of_t * factor, mask=stored)
-        tl.store(out + 3 * field, of_d * factor, mask=stored)
-        tl.store(out + 4 * field, mean_s, mask=stored)
-        tl.store(out + 5 * field, mean_t, mask=stored)
 
 
 @triton.jit
@@ -183,6 +104,8 @@ def cached_grad_kernel(
     TEACHER: tl.constexpr,
     SOFTMAX: tl.constexpr,
     MOMENTS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    MIXED: tl.constexpr,
     VALUES: tl.constexpr,
     LABELS: tl.constexpr,
     BIAS_S: tl.constexpr,
@@ -247,7 +170,13 @@ def cached_grad_kernel(
                 log_q = s * inverse - tl.load(k + 4 * field)
                 log_p = log_q
                 if TEACHER:
-                    log_p = t * inverse - tl.load(k + 5 * field)
+                    z_t = t * inverse
+                    if MIXED:
+                        if table_entry(table, table_width, SLOT_FLAGS, slot) & IS_MIXED:
+                            a = table_float(table, table_width, SLOT_A, slot)
+                            b = table_float(table, table_width, SLOT_B, slot)
+                            z_t = mixed_logits(s * inverse, z_t, a, b, EVERY)
+                    log_p = z_t - tl.load(k + 5 * field)
                 g += softmax_gradient(
                     log_q,
                     log_p,
@@ -278,14 +207,28 @@ def cached_grad_kernel(
                     pair = table_entry(table, table_width, PART_INDEX, part)
                     inverse = table_float(table, table_width, PAIR_INVERSE, pair)
                     k = coefficients + (slots + pair) * ITEM_FIELDS * field
-                    v = moment_gradient(
-                        of_s * inverse - tl.load(k + 4 * field),
-                        of_t * inverse - tl.load(k + 5 * field),
-                        tl.load(k),
-                        tl.load(k + field),
-                        tl.load(k + 2 * field),
-                        tl.load(k + 3 * field),
-                    )
+                    of_s = of_s * inverse - tl.load(k + 4 * field)
+                    of_t = of_t * inverse - tl.load(k + 5 * field)
+                    k_1, k_s = tl.load(k), tl.load(k + field)
+                    k_t, k_d = tl.load(k + 2 * field), tl.load(k + 3 * field)
+                    if WEIGHTED:
+                        if table_entry(table, table_width, PAIR_WEIGHTED, pair) != 0:
+                            v = weighted_moment_gradient(
+                                of_s,
+                                of_t,
+                                t * inverse,
+                                tl.load(k + 6 * field),
+                                tl.load(k + 7 * field),
+                                tl.load(k + 8 * field),
+                                k_1,
+                                k_s,
+                                k_t,
+                                k_d,
+                            )
+                        else:
+                            v = moment_gradient(of_s, of_t, k_1, k_s, k_t, k_d)
+                    else:
+                        v = moment_gradient(of_s, of_t, k_1, k_s, k_t, k_d)
                     if not EVERY:
                         v = tl.where(live, v, 0.0)
                     g += v

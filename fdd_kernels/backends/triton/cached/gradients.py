@@ -11,12 +11,9 @@ import triton
 from torch import Tensor
 
 from fdd_kernels.backends.triton.cached.blocks import Block
+from fdd_kernels.backends.triton.cached.coefficients import ITEM_FIELDS, coefficients_kernel
 from fdd_kernels.backends.triton.cached.fill_statistics import merge_values_launch
-from fdd_kernels.backends.triton.cached.grad import (
-    ITEM_FIELDS,
-    cached_grad_kernel,
-    coefficients_kernel,
-)
+from fdd_kernels.backends.triton.cached.grad import cached_grad_kernel
 from fdd_kernels.backends.triton.cached.logits import Slab
 from fdd_kernels.backends.triton.config import row_launch
 from fdd_kernels.backends.triton.gemm import multiply
@@ -104,6 +101,8 @@ class Gradients:
                 TEACHER=spec.needs_teacher,
                 SOFTMAX=table.slots > 0,
                 MOMENTS=bool(spec.moments),
+                WEIGHTED=table.has_weights,
+                MIXED=table.has_mixtures,
                 VALUES=want_values,
                 LABELS=table.has_labels,
                 DIVERGENCE=table.divergence,
@@ -122,7 +121,7 @@ class Gradients:
     def _coefficients_launch(
         self, block: Block, coefficients: Tensor, per_row: tuple[Tensor, ...], scale: Tensor
     ) -> Launch:
-        """Fill `coefficients` (slots + pairs, 7, r), times `scale`."""
+        """Fill `coefficients` (slots + pairs, 9, r), times `scale`."""
         _, requests, moments, grad_requests, grad_moments = per_row
         arguments = {
             "coefficients": coefficients,
@@ -140,6 +139,7 @@ class Gradients:
             "grad_stride": grad_requests.stride(1),
             "moment_stride": moments.stride(1),
             "grad_moment_stride": grad_moments.stride(1),
+            "WEIGHTED": block.table.has_weights,
             "student_scale": self.problem.student.scale,
             "BLOCK_R": COEFFICIENT_ROWS,
         }

@@ -10,21 +10,26 @@ import triton
 import triton.language as tl
 
 from fdd_kernels.backends.triton.cached.stats import SLOT_FIELDS
-from fdd_kernels.backends.triton.elementwise import REFINED_BELOW
+from fdd_kernels.backends.triton.elementwise import REFINED_BELOW, finite_or_zero
 from fdd_kernels.backends.triton.row_statistics import (
     GRAD_SUM,
     MOMENT_FIELDS,
     REQUEST_FIELDS,
     VALUE,
     load_moments,
+    load_tops,
     store_moments,
     store_request,
+    store_tops,
 )
+from fdd_kernels.backends.triton.weighted_moments import merge_weighted_tiles
 from fdd_kernels.backends.triton.work_table import (
     FIRST,
+    IS_MIXED,
     KIND_KL,
     KIND_NLL,
     PAIR_INVERSE,
+    PAIR_WEIGHTED,
     PART_BEGIN,
     PART_INDEX,
     PART_ROLE,
@@ -34,7 +39,10 @@ from fdd_kernels.backends.triton.work_table import (
     SECOND,
     SECOND_REQUEST,
     SHIFT_LAYER,
+    SLOT_A,
+    SLOT_B,
     SLOT_BEGIN,
+    SLOT_FLAGS,
     SLOT_INVERSE,
     TEACHER_LAYER,
     table_entry,
@@ -62,19 +70,87 @@ def row_shift(state, layer, MODEL: tl.constexpr, layers, field, tile, tiles, tab
 
 
 @triton.jit
-def merged_sums(state, at, field, tile, tiles, own_shift, other_shift):
-    """Return the log-sum-exp of z about the row's shift, and the expectation of the difference of
-    z from the other model's.
+def merged_sums(state, at, field, tile, tiles, log_weight, rise):
+    """Return the log-sum-exp of z, and the expectation of the difference of z from the other
+    model's.
+
+    The tiles' exponentials are to be multiplied by e^log_weight, and the differences rise by `rise`
+    where both are restated about the row's shifts.
     """
     inside = tile < tiles
     total = tl.load(state + at + tile, mask=inside, other=0.0)
     expectation = tl.load(state + at + field + tile, mask=inside, other=0.0)
-    weight = tl.where(total != 0.0, tl.exp(own_shift), 0.0)
-    expectation = tl.where(
-        total != 0.0, weight * (expectation + total * (own_shift - other_shift)), 0.0
-    )
+    weight = tl.where(total != 0.0, tl.exp(log_weight), 0.0)
+    expectation = tl.where(total != 0.0, weight * (expectation + total * rise), 0.0)
     total = tl.sum(weight * total, 0)
     return tl.log(total), tl.sum(expectation, 0) / total
+
+
+@triton.jit
+def merge_moments(
+    at,
+    field,
+    out,
+    stride,
+    inside,
+    off_s,
+    off_t,
+    off_z,
+    is_weighted,
+    WEIGHTED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Merge the moments at `at` of all tiles of a row and store them at `out`.
+
+    off_s, off_t and off_z restate s, t and the logits of the weights about the row's shifts.
+    """
+    if WEIGHTED:
+        if is_weighted != 0:
+            n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd = load_moments(at, field, inside)
+            top_s, top_t = load_tops(at, field, inside)
+            n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd, top_s, top_t = merge_weighted_tiles(
+                tl.where(inside, n + off_z, float("-inf")),
+                mean_s + off_s,
+                mean_t + off_t,
+                m_ss,
+                m_tt,
+                m_st,
+                m_dd,
+                top_s,
+                top_t,
+                BLOCK_T,
+            )
+            store_moments(out, stride, None, n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd)
+            store_tops(out, stride, None, top_s, top_t)
+        else:
+            merge_plain_moments(at, field, out, stride, inside, off_s, off_t)
+    else:
+        merge_plain_moments(at, field, out, stride, inside, off_s, off_t)
+
+
+@triton.jit
+def merge_plain_moments(at, field, out, stride, inside, off_s, off_t):
+    """Merge the moments of tokens without weights; see `merge_moments`."""
+    n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd = load_moments(at, field, inside)
+    mean_s += off_s
+    mean_t += off_t
+    total = tl.sum(n, 0)
+    divisor = tl.maximum(total, 1.0)
+    row_mean_s, row_mean_t = tl.sum(n * mean_s, 0) / divisor, tl.sum(n * mean_t, 0) / divisor
+    between_s, between_t = mean_s - row_mean_s, mean_t - row_mean_t
+    between_d = between_s - between_t
+    store_moments(
+        out,
+        stride,
+        None,
+        total,
+        row_mean_s,
+        row_mean_t,
+        tl.sum(m_ss + n * between_s * between_s, 0),
+        tl.sum(m_tt + n * between_t * between_t, 0),
+        tl.sum(m_st + n * between_s * between_t, 0),
+        tl.sum(m_dd + n * between_d * between_d, 0),
+    )
 
 
 @triton.jit(do_not_specialize=["rows", "stride", "layers", "slots", "tiles", "table_width"])
@@ -92,6 +168,8 @@ def cached_merge_kernel(
     tiles,
     table_width,
     TEACHER: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    MIXED: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -126,15 +204,26 @@ def cached_merge_kernel(
     for slot in range(first_slot, last_slot):
         inverse = table_float(table, table_width, SLOT_INVERSE, slot)
         at = (2 * layers + SLOT_FIELDS * slot) * field
-        lse_s, expectation_s = merged_sums(
-            state, at, field, tile, tiles, about_s * inverse, about_t * inverse
-        )
+        off_s, off_t = about_s * inverse, about_t * inverse
+        lse_s, expectation_s = merged_sums(state, at, field, tile, tiles, off_s, off_s - off_t)
         lse_t = lse_s
         expectation_t = lse_s
         if TEACHER:
+            log_weight = off_t
+            largest = 0.0
+            if MIXED:
+                if table_entry(table, table_width, SLOT_FLAGS, slot) & IS_MIXED:
+                    a = table_float(table, table_width, SLOT_A, slot)
+                    off_t = a * off_t + table_float(table, table_width, SLOT_B, slot) * off_s
+                    total = tl.load(state + at + 2 * field + tile, mask=inside, other=0.0)
+                    log_weight = off_t + tl.load(state + at + field + tile, mask=inside, other=0.0)
+                    log_weight = tl.where(total != 0.0, log_weight, float("-inf"))
+                    largest = finite_or_zero(tl.max(log_weight, 0))
+                    log_weight -= largest
             lse_t, expectation_t = merged_sums(
-                state, at + 2 * field, field, tile, tiles, about_t * inverse, about_s * inverse
+                state, at + 2 * field, field, tile, tiles, log_weight, off_t - off_s
             )
+            lse_t += largest
         for entry in range(
             table_entry(table, table_width, REQUEST_BEGIN, slot),
             table_entry(table, table_width, REQUEST_BEGIN, slot + 1),
@@ -149,8 +238,7 @@ def cached_merge_kernel(
             )
             if kind == KIND_NLL:
                 label_z = (
-                    tl.load(state + at + 4 * field + tile, mask=inside, other=float("-inf"))
-                    + about_s * inverse
+                    tl.load(state + at + 4 * field + tile, mask=inside, other=float("-inf")) + off_s
                 )
                 tl.store(request + VALUE * stride, lse_s - tl.max(label_z, 0))
     for entry in range(
@@ -174,26 +262,21 @@ def cached_merge_kernel(
             pair = table_entry(table, table_width, PART_INDEX, entry)
             inverse = table_float(table, table_width, PAIR_INVERSE, pair)
             at = state + (2 * layers + SLOT_FIELDS * slots + MOMENT_FIELDS * pair) * field + tile
-            n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd = load_moments(at, field, inside)
-            mean_s += off_s * inverse
-            mean_t += off_t * inverse
-            total = tl.sum(n, 0)
-            divisor = tl.maximum(total, 1.0)
-            row_mean_s = tl.sum(n * mean_s, 0) / divisor
-            row_mean_t = tl.sum(n * mean_t, 0) / divisor
-            between_s, between_t = mean_s - row_mean_s, mean_t - row_mean_t
-            between_d = between_s - between_t
-            store_moments(
+            is_weighted = 0
+            if WEIGHTED:
+                is_weighted = table_entry(table, table_width, PAIR_WEIGHTED, pair)
+            merge_moments(
+                at,
+                field,
                 moments + pair * MOMENT_FIELDS * stride,
                 stride,
-                None,
-                total,
-                row_mean_s,
-                row_mean_t,
-                tl.sum(m_ss + n * between_s * between_s, 0),
-                tl.sum(m_tt + n * between_t * between_t, 0),
-                tl.sum(m_st + n * between_s * between_t, 0),
-                tl.sum(m_dd + n * between_d * between_d, 0),
+                inside,
+                off_s * inverse,
+                off_t * inverse,
+                about_t * inverse,
+                is_weighted,
+                WEIGHTED,
+                BLOCK_T,
             )
 
 

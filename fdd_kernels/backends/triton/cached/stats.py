@@ -10,7 +10,8 @@ The state (fields, r, tiles) is float32, tiles adjacent. Per row and tile:
     2 l, 2 l + 1                  shifts of student layer l and of its teacher layer: the tile's
                                   largest u, 0 where the call has no softmax request
     2 L + 5 slot + 0, 1           student, about its shift: sum of e^z, sum of e^z (z_s - z_t)
-    2 L + 5 slot + 2, 3           teacher, about its shift: sum of e^z, sum of e^z (z_t - z_s)
+    2 L + 5 slot + 2, 3           teacher, about its shift: sum of e^z, sum of e^z (z_t - z_s); of a
+                                  mixed teacher about the tile's largest z, in the place of 1
     2 L + 5 slot + 4              z_s at the label, -inf where the label is in another tile
     2 L + 5 slots + 9 pair + ...  MOMENT_STATS of `lens/layout.py`
 """
@@ -21,14 +22,28 @@ import triton
 import triton.language as tl
 
 from fdd_kernels.backends.triton.cached.row import pair_vectors, row_logits
-from fdd_kernels.backends.triton.elementwise import exponential_sums, second_moments
-from fdd_kernels.backends.triton.row_statistics import MOMENT_FIELDS, store_moments
+from fdd_kernels.backends.triton.elementwise import (
+    exponential_sums,
+    finite_or_zero,
+    mixed_logits,
+    second_moments,
+)
+from fdd_kernels.backends.triton.row_statistics import (
+    MOMENT_FIELDS,
+    store_moments,
+    store_tops,
+)
+from fdd_kernels.backends.triton.weighted_moments import tile_weighted_moments
 from fdd_kernels.backends.triton.work_table import (
     FIRST,
+    IS_MIXED,
     PAIR_INVERSE,
+    PAIR_WEIGHTED,
     PART_BEGIN,
     PART_INDEX,
     PART_ROLE,
+    SLOT_A,
+    SLOT_B,
     SLOT_BEGIN,
     SLOT_FLAGS,
     SLOT_INVERSE,
@@ -68,6 +83,58 @@ def tile_moments(s, t, live, EVERY: tl.constexpr, BLOCK_C: tl.constexpr):
         t = tl.where(live, t - mean_t, 0.0)
     m_ss, m_tt, m_st, m_dd = second_moments(s, t, 0)
     return n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd
+
+
+@triton.jit
+def store_tile_moments(
+    at,
+    field,
+    s,
+    t,
+    z,
+    live,
+    inverse,
+    is_weighted,
+    WEIGHTED: tl.constexpr,
+    EVERY: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Store the moments of a tile's vectors, of logits that are not divided by the temperature yet.
+
+    z are the logits of the weights, which count where `is_weighted`.
+    """
+    if WEIGHTED:
+        if is_weighted != 0:
+            n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd, top_s, top_t = tile_weighted_moments(
+                s * inverse, t * inverse, z * inverse, live, EVERY, BLOCK_C
+            )
+            store_moments(at, field, None, n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd)
+            store_tops(at, field, None, top_s, top_t)
+        else:
+            store_plain_tile_moments(at, field, s, t, live, inverse, EVERY, BLOCK_C)
+    else:
+        store_plain_tile_moments(at, field, s, t, live, inverse, EVERY, BLOCK_C)
+
+
+@triton.jit
+def store_plain_tile_moments(
+    at, field, s, t, live, inverse, EVERY: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Store the moments of a tile's vectors without weights; see `store_tile_moments`."""
+    n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd = tile_moments(s, t, live, EVERY, BLOCK_C)
+    square = inverse * inverse
+    store_moments(
+        at,
+        field,
+        None,
+        n,
+        mean_s * inverse,
+        mean_t * inverse,
+        m_ss * square,
+        m_tt * square,
+        m_st * square,
+        m_dd * square,
+    )
 
 
 @triton.jit(
@@ -110,6 +177,8 @@ def cached_stats_kernel(
     TEACHER: tl.constexpr,
     SOFTMAX: tl.constexpr,
     MOMENTS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    MIXED: tl.constexpr,
     LABELS: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     BIAS_S: tl.constexpr,
@@ -176,11 +245,21 @@ def cached_stats_kernel(
                 tl.store(at, total)
                 if TEACHER:
                     z_t = t * inverse
+                    difference = z_t - z_s
+                    if MIXED:
+                        if flags & IS_MIXED:
+                            a = table_float(table, table_width, SLOT_A, slot)
+                            b = table_float(table, table_width, SLOT_B, slot)
+                            z_t = mixed_logits(z_s, z_t, a, b, EVERY)
+                            difference = z_t - z_s
+                            own_shift = finite_or_zero(tl.max(z_t, 0))
+                            z_t -= own_shift
+                            tl.store(at + field, own_shift)
                     if DIVERGENCE == "reverse_kl":
                         if flags & WANTS_STUDENT:
                             total, expectation = exponential_sums(z_s, z_s - z_t, 0, True, EVERY)
                             tl.store(at + field, expectation)
-                    total, expectation = exponential_sums(z_t, z_t - z_s, 0, True, EVERY)
+                    total, expectation = exponential_sums(z_t, difference, 0, True, EVERY)
                     tl.store(at + 2 * field, total)
                     tl.store(at + 3 * field, expectation)
                 if LABELS:
@@ -196,24 +275,23 @@ def cached_stats_kernel(
                 role = table_entry(table, table_width, PART_ROLE, part)
                 if role != FIRST:
                     of_s, of_t, live = pair_vectors(s, t, before_s, before_t, inside, role, EVERY)
-                    n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd = tile_moments(
-                        of_s, of_t, live, EVERY, BLOCK_C
-                    )
                     pair = table_entry(table, table_width, PART_INDEX, part)
                     inverse = table_float(table, table_width, PAIR_INVERSE, pair)
-                    square = inverse * inverse
-                    at = state + (2 * layers + SLOT_FIELDS * slots + MOMENT_FIELDS * pair) * field
-                    store_moments(
-                        at,
+                    is_weighted = 0
+                    if WEIGHTED:
+                        is_weighted = table_entry(table, table_width, PAIR_WEIGHTED, pair)
+                    store_tile_moments(
+                        state + (2 * layers + SLOT_FIELDS * slots + MOMENT_FIELDS * pair) * field,
                         field,
-                        None,
-                        n,
-                        mean_s * inverse,
-                        mean_t * inverse,
-                        m_ss * square,
-                        m_tt * square,
-                        m_st * square,
-                        m_dd * square,
+                        of_s,
+                        of_t,
+                        t,
+                        live,
+                        inverse,
+                        is_weighted,
+                        WEIGHTED,
+                        EVERY,
+                        BLOCK_C,
                     )
             before_s = s
             before_t = t

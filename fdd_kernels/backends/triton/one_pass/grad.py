@@ -4,7 +4,8 @@ A program owns a tile of rows and tokens and walks all layers. It computes the t
 both models again and parks them in a ring of three layers in its scratch: the moments of a pair tie
 dL/du of a layer to the layers beside it. With coefficients per row (`elementwise.py`), dL/dz of a
 slot is a q + b p + d grad(log_q, log_p) + n [token = label], and dL/ds of a pair, about the means,
-2 g_SS s + g_ST t + g_MEAN / count + 2 g_DD (s - t), with sign - at its first layer.
+2 g_SS s + g_ST t + g_MEAN / count + 2 g_DD (s - t), with sign - at its first layer; where tokens
+have weights, w (2 g_SS s + g_ST t + g_MEAN + 2 g_DD (s - t)).
 
 Shape suffixes: r rows of a tile, c tokens of a tile, e tokens of a sub-tile.
 """
@@ -23,6 +24,7 @@ from fdd_kernels.backends.triton.row_statistics import (
 )
 from fdd_kernels.backends.triton.work_table import (
     PAIR_INVERSE,
+    PAIR_WEIGHTED,
     PART_BEGIN,
     PART_INDEX,
     PART_ROLE,
@@ -89,6 +91,8 @@ def lens_grad_kernel(
     TEACHER: tl.constexpr,
     IDENTITY: tl.constexpr,
     MOMENTS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    MIXED: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -218,6 +222,7 @@ def lens_grad_kernel(
                             table_width,
                             slot,
                             TEACHER,
+                            MIXED,
                             DIVERGENCE,
                             BLOCK_R,
                         )
@@ -228,6 +233,9 @@ def lens_grad_kernel(
                         ):
                             moment = table_entry(table, table_width, PART_INDEX, part)
                             at = moment * MOMENT_FIELDS * stride
+                            is_weighted = 0
+                            if WEIGHTED:
+                                is_weighted = table_entry(table, table_width, PAIR_WEIGHTED, moment)
                             g += part_gradient(
                                 moments + at + row_r,
                                 grad_moments + at + row_r,
@@ -242,6 +250,8 @@ def lens_grad_kernel(
                                 at_re,
                                 table_entry(table, table_width, PART_ROLE, part),
                                 table_float(table, table_width, PAIR_INVERSE, moment),
+                                is_weighted,
+                                WEIGHTED,
                             )
                     if student_cap > 0:  # du/dx of the soft cap, from its value
                         capped = (u_s + shift_r[:, None]) / student_cap
@@ -272,6 +282,8 @@ def grad_launch(block, grad, per_row, grad_scale, first_tile: int, tiles: int) -
         "tiles": tiles,
         "grad_width": grad.shape[-1],
         "MOMENTS": bool(block.spec.moments),
+        "WEIGHTED": block.table.has_weights,
+        "MIXED": block.table.has_mixtures,
         "DIVERGENCE": block.table.divergence,
     }
     return Launch(lens_grad_kernel, (block.programs(tiles),), block.config.options, arguments)

@@ -14,23 +14,23 @@ import triton.language as tl
 from fdd_kernels.backends.triton.launch import Launch
 from fdd_kernels.backends.triton.one_pass.online import (
     SLOT_FIELDS,
-    merge_moments,
     merge_softmax,
     row_shift,
 )
+from fdd_kernels.backends.triton.one_pass.split_moments import merge_split_moments
 from fdd_kernels.backends.triton.row_statistics import (
     GRAD_SUM,
     MOMENT_FIELDS,
     REQUEST_FIELDS,
     VALUE,
-    load_moments,
-    store_moments,
     store_request,
 )
 from fdd_kernels.backends.triton.work_table import (
     FIRST,
+    IS_MIXED,
     KIND_NLL,
     PAIR_INVERSE,
+    PAIR_WEIGHTED,
     PART_BEGIN,
     PART_INDEX,
     PART_ROLE,
@@ -40,7 +40,10 @@ from fdd_kernels.backends.triton.work_table import (
     SECOND,
     SECOND_REQUEST,
     SHIFT_LAYER,
+    SLOT_A,
+    SLOT_B,
     SLOT_BEGIN,
+    SLOT_FLAGS,
     SLOT_INVERSE,
     TEACHER_LAYER,
     table_entry,
@@ -81,6 +84,8 @@ def merge_stats_kernel(
     fields,
     splits,
     TEACHER: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    MIXED: tl.constexpr,
     DIVERGENCE: tl.constexpr,
     TILE_ROWS: tl.constexpr,
 ):
@@ -153,6 +158,11 @@ def merge_stats_kernel(
                     offset_t = (
                         tl.load(own + (2 * layer + 1) * stride, mask=is_valid, other=0.0) - shift_t
                     ) * inverse
+                    if MIXED:
+                        if table_entry(table, table_width, SLOT_FLAGS, slot) & IS_MIXED:
+                            a = table_float(table, table_width, SLOT_A, slot)
+                            b = table_float(table, table_width, SLOT_B, slot)
+                            offset_t = a * offset_t + b * offset_s
                     expectation_b += total_b * (offset_s - offset_t)
                 top_b = tl.load(at, mask=is_valid, other=0.0) + offset_s
                 top_s, total_s, expectation_s = merge_softmax(
@@ -201,54 +211,29 @@ def merge_stats_kernel(
             if role != FIRST:
                 moment = table_entry(table, table_width, PART_INDEX, entry)
                 inverse = table_float(table, table_width, PAIR_INVERSE, moment)
-                nothing = tl.zeros((TILE_ROWS,), tl.float32)
-                n, mean_s, mean_t = nothing, nothing, nothing
-                m_ss, m_tt, m_st, m_dd = nothing, nothing, nothing, nothing
-                for part in range(splits):
-                    own = state + part * split_stride
-                    at = own + (2 * layers + SLOT_FIELDS * slots + moment * MOMENT_FIELDS) * stride
-                    n_b, mean_sb, mean_tb, m_ssb, m_ttb, m_stb, m_ddb = load_moments(
-                        at, stride, is_valid
-                    )
-                    mean_sb += (
-                        tl.load(own + 2 * layer * stride, mask=is_valid, other=0.0) - shift_s
-                    ) * inverse
-                    mean_tb += (
-                        tl.load(own + (2 * layer + 1) * stride, mask=is_valid, other=0.0) - shift_t
-                    ) * inverse
-                    if role == SECOND:
-                        before = own + 2 * (layer - 1) * stride
-                        mean_sb -= (tl.load(before, mask=is_valid, other=0.0) - before_s) * inverse
-                        mean_tb -= (
-                            tl.load(before + stride, mask=is_valid, other=0.0) - before_t
-                        ) * inverse
-                    n, mean_s, mean_t, m_ss, m_tt, m_st, m_dd = merge_moments(
-                        n,
-                        mean_s,
-                        mean_t,
-                        m_ss,
-                        m_tt,
-                        m_st,
-                        m_dd,
-                        n_b,
-                        mean_sb,
-                        mean_tb,
-                        m_ssb,
-                        m_ttb,
-                        m_stb,
-                        m_ddb,
-                    )
-                store_moments(
-                    moments + moment * MOMENT_FIELDS * out_stride,
+                at = state + (2 * layers + SLOT_FIELDS * slots + moment * MOMENT_FIELDS) * stride
+                out = moments + moment * MOMENT_FIELDS * out_stride
+                is_weighted = 0
+                if WEIGHTED:
+                    is_weighted = table_entry(table, table_width, PAIR_WEIGHTED, moment)
+                merge_split_moments(
+                    state + 2 * layer * stride,
+                    at,
+                    out,
+                    stride,
+                    split_stride,
                     out_stride,
+                    splits,
                     is_valid,
-                    n,
-                    mean_s,
-                    mean_t,
-                    m_ss,
-                    m_tt,
-                    m_st,
-                    m_dd,
+                    shift_s,
+                    shift_t,
+                    before_s,
+                    before_t,
+                    role == SECOND,
+                    inverse,
+                    is_weighted,
+                    WEIGHTED,
+                    TILE_ROWS,
                 )
         before_s, before_t = shift_s, shift_t
 
@@ -303,8 +288,10 @@ def merge_launch(block, state, shifts, requests, moments) -> Launch:
         "slots": block.table.slots,
         "fields": state.shape[1],
         "splits": state.shape[0],
+        "WEIGHTED": block.table.has_weights,
+        "MIXED": block.table.has_mixtures,
         "TEACHER": block.spec.needs_teacher,
-        "DIVERGENCE": block.table.divergence,
+        "DIVERGENCE": block.table.one_pass_divergence,
         "TILE_ROWS": TILE_ROWS,
     }
     return Launch(merge_stats_kernel, (triton.cdiv(block.rows, TILE_ROWS),), OPTIONS, arguments)

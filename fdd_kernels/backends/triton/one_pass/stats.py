@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 
 from fdd_kernels.backends.triton.launch import Launch
-from fdd_kernels.backends.triton.one_pass.online import SLOT_FIELDS, update_moments, update_slot
+from fdd_kernels.backends.triton.one_pass.moments import update_moments
+from fdd_kernels.backends.triton.one_pass.online import SLOT_FIELDS, update_slot
 from fdd_kernels.backends.triton.one_pass.tiles import (
     park_features,
     park_tile,
@@ -34,10 +35,13 @@ from fdd_kernels.backends.triton.row_statistics import MOMENT_FIELDS
 from fdd_kernels.backends.triton.work_table import (
     FIRST,
     PAIR_INVERSE,
+    PAIR_WEIGHTED,
     PART_BEGIN,
     PART_INDEX,
     PART_ROLE,
     SECOND,
+    SLOT_A,
+    SLOT_B,
     SLOT_BEGIN,
     SLOT_FLAGS,
     SLOT_INVERSE,
@@ -96,6 +100,8 @@ def lens_stats_kernel(
     TEACHER: tl.constexpr,
     IDENTITY: tl.constexpr,
     MOMENTS: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    MIXED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -226,7 +232,10 @@ def lens_stats_kernel(
                         label_r,
                         table_float(table, table_width, SLOT_INVERSE, slot),
                         table_entry(table, table_width, SLOT_FLAGS, slot),
+                        table_float(table, table_width, SLOT_A, slot),
+                        table_float(table, table_width, SLOT_B, slot),
                         TEACHER,
+                        MIXED,
                         BLOCK_C,
                         BLOCK_E,
                     )
@@ -238,10 +247,17 @@ def lens_stats_kernel(
                         role = table_entry(table, table_width, PART_ROLE, part)
                         if role != FIRST:
                             moment = table_entry(table, table_width, PART_INDEX, part)
-                            update_moments(
+                            own_moments = (
                                 own_state
                                 + (2 * layers + SLOT_FIELDS * slots + moment * MOMENT_FIELDS)
-                                * field_stride,
+                                * field_stride
+                            )
+                            inverse = table_float(table, table_width, PAIR_INVERSE, moment)
+                            is_weighted = 0
+                            if WEIGHTED:
+                                is_weighted = table_entry(table, table_width, PAIR_WEIGHTED, moment)
+                            update_moments(
+                                own_moments,
                                 field_stride,
                                 carried,
                                 everywhere,
@@ -251,7 +267,9 @@ def lens_stats_kernel(
                                 before_t,
                                 at_re,
                                 role == SECOND,
-                                table_float(table, table_width, PAIR_INVERSE, moment),
+                                inverse,
+                                is_weighted,
+                                WEIGHTED,
                                 BLOCK_R,
                                 BLOCK_C,
                                 BLOCK_E,
@@ -276,5 +294,7 @@ def stats_launch(block, state) -> Launch:
         "splits": state.shape[0],
         "tiles_per_split": block.tiles_per_split,
         "MOMENTS": bool(block.spec.moments),
+        "WEIGHTED": block.table.has_weights,
+        "MIXED": block.table.has_mixtures,
     }
     return Launch(lens_stats_kernel, (block.programs(state.shape[0]),), config.options, arguments)

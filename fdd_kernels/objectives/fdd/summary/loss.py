@@ -28,10 +28,10 @@ from fdd_kernels.lens.layout import (
     VALUE,
 )
 from fdd_kernels.lens.spec import NLL, Layers, PairMoments, Request
+from fdd_kernels.objectives.dense import dense_logits
 from fdd_kernels.objectives.fdd.objective import reduce_terms
 from fdd_kernels.objectives.fdd.options import FDDLossTerms, LossOptions
 from fdd_kernels.objectives.fdd.plan import Plan, build_plan
-from fdd_kernels.objectives.fdd.reference import dense_logits
 from fdd_kernels.objectives.fdd.summary.maker import (
     Head,
     check_options,

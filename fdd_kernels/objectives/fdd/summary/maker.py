@@ -85,10 +85,13 @@ def summary_widths(options: LossOptions, layers: int, student_width: int) -> dic
     """Name each array of a summary with its width; `layers` counts the final state.
 
     "scalars" has three numbers per request (negative entropy, expected bias, log-sum-exp), then
-    three per pair (count, mean, sum of squares).
+    three per pair (count, mean, sum of squares). A request for log-sum-exps alone
+    (`derivative_temperature`) has no expectation.
     """
     spec = plan_of_everything(options, 1, layers, 0).spec
-    widths = {f"expectation_{i}": student_width for i in range(len(spec.requests))}
+    widths = {
+        f"expectation_{i}": student_width for i, r in enumerate(spec.requests) if r.divergence
+    }
     widths |= {f"correlation_{i}": student_width for i in range(len(spec.moments))}
     return widths | {"scalars": 3 * (len(spec.requests) + len(spec.moments))}
 
@@ -171,9 +174,8 @@ class SummaryMaker:
             teacher_weight, teacher_bias: the teacher's head (V, Dt), (V,).
 
         Returns:
-            "expectation_i" (R, Ds) for each request of a layer, "correlation_i" (R, Ds) for each
-            pair of layers, and "scalars"; float32, or float64 for float64 inputs. See
-            `summary_widths`.
+            "expectation_i" (R, Ds) for each KL of a layer, "correlation_i" (R, Ds) for each pair of
+            layers, and "scalars"; float32, or float64 for float64 inputs. See `summary_widths`.
         """
         options, head = self.options, self.head
         tensors = (*teacher_hidden, teacher_weight, head.weight)
@@ -257,7 +259,8 @@ class _Block:
             self.sums[i] = self.sums[i] * scale[:, 0] + torch.stack(
                 [weights.sum(-1), of_z, of_bias]
             )
-            self.expectations[i] = torch.addmm(self.expectations[i] * scale, weights, head_cD)
+            if request.divergence is not None:
+                self.expectations[i] = torch.addmm(self.expectations[i] * scale, weights, head_cD)
         live, centred_cD = self.live[tile], head_cD - self.head_mean
         added = live.sum()
         for i, pair in enumerate(self.spec.moments):
@@ -279,10 +282,11 @@ class _Block:
 
     def finish(self) -> dict[str, Tensor]:
         found, scalars = {}, []
-        for i in range(len(self.spec.requests)):
+        for i, request in enumerate(self.spec.requests):
             total, of_z, of_bias = self.sums[i]
             lse = self.largest[i, :, 0] + total.log()
-            found[f"expectation_{i}"] = self.expectations[i] / total[:, None]
+            if request.divergence is not None:
+                found[f"expectation_{i}"] = self.expectations[i] / total[:, None]
             scalars += [of_z / total - lse, of_bias / total, lse]
         for i in range(len(self.spec.moments)):
             found[f"correlation_{i}"] = self.correlations[i]

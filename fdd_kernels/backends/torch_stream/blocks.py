@@ -1,0 +1,123 @@
+"""Row blocks in plain PyTorch: logits of a block, the row function, gradients added up.
+
+Shape suffixes: R rows, r rows of a block, V tokens compared, c tokens of a tile, D a hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fdd_kernels.backends.torch_stream import tiling
+from fdd_kernels.backends.torch_stream.problem import TorchModel, TorchProblem
+from fdd_kernels.common.sizes import GIB, MIB
+from fdd_kernels.lens.inputs import LensInputs
+from fdd_kernels.lens.row_blocks import MATRICES, RowBlock, RowSpec
+
+# Of all matrices (r, V) of a row block; at least one row.
+BLOCK_BYTES = {"cpu": 128 * MIB}
+ACCELERATOR_BLOCK_BYTES = GIB
+# Beside a row function's: the student's logits before it, for the derivative of a soft cap.
+_OWN_MATRICES = 1
+
+
+def block_rows(columns: int, itemsize: int, device_type: str) -> int:
+    """Choose the rows of a block."""
+    budget = BLOCK_BYTES.get(device_type, ACCELERATOR_BLOCK_BYTES)
+    return max(1, budget // ((MATRICES + _OWN_MATRICES) * columns * itemsize))
+
+
+def row_blocks(
+    inputs: LensInputs,
+    per_row: list[Tensor],
+    spec: RowSpec,
+    upstream: Tensor | None,
+    needed: list[bool],
+) -> list[Tensor]:
+    """Compute the row function of every valid row.
+
+    Beside one block it allocates the results, and a tile of a 16-bit head in the working dtype.
+
+    Args:
+        inputs: one hidden state per model; none of the teacher for functions without one.
+        per_row: tensors (R, ...) for the row function.
+        upstream: (R, outputs), with which gradients are formed; None for none.
+        needed: which gradients of [student_hidden, student_weight, student_bias] are formed.
+
+    Returns:
+        The values (R, outputs), 0 where a row is not valid, and the gradients of
+        sum(upstream * values) in the dtype of sums, unrounded.
+    """
+    problem = TorchProblem(inputs, spec.head)
+    dtype, models = problem.dtype, [problem.student]
+    if inputs.teacher_hidden:
+        models.append(problem.teacher)
+    values = inputs.student_weight.new_zeros((problem.total_rows, spec.outputs), dtype=dtype)
+    student = (*inputs.student_hidden, inputs.student_weight, inputs.student_bias)
+    gradients = [
+        torch.zeros_like(t, dtype=dtype, memory_format=torch.contiguous_format) if need else None
+        for t, need in zip(student, needed if upstream is not None else [False] * 3)
+    ]
+    for rows, _, _ in problem.row_blocks(
+        block_rows(spec.head.columns, dtype.itemsize, problem.device.type)
+    ):
+        logits = [_logits(model, rows, spec.head.columns) for model in models]
+        before = None
+        if problem.student.softcap is not None and upstream is not None:
+            before = logits[0].clone()
+        block = RowBlock(*(*logits, None)[:2], tuple([t[rows] for t in per_row]))
+        del logits
+        values[rows], grad_of = spec.of_block(block)
+        if upstream is None:
+            continue
+        grad_u = grad_of(upstream[rows])
+        del block, grad_of
+        _add_gradients(problem.student, rows, problem.student.chain(grad_u, before), *gradients)
+    return [values, *[g for g in gradients if g is not None]]
+
+
+def _tiles(model: TorchModel, columns: int) -> Iterator[slice]:
+    """Yield the tiles of a head: one where it need not be converted."""
+    size = columns
+    if model.weight.dtype != model.dtype:
+        size = max(1, tiling.OPERAND_BYTES // (model.dtype.itemsize * model.weight.shape[1]))
+    for first in range(0, columns, size):
+        yield slice(first, min(first + size, columns))
+
+
+def _logits(model: TorchModel, rows: Tensor | slice, columns: int) -> Tensor:
+    """Compute the logits of a row block, (r, V), a new tensor."""
+    hidden_1rD = model.rows(rows)
+    tiles = list(_tiles(model, columns))
+    if len(tiles) == 1:
+        return model.logits(hidden_1rD, model.weight_tile(tiles[0]), tiles[0])[0]
+    logits = hidden_1rD.new_empty((hidden_1rD.shape[1], columns))
+    for tile in tiles:
+        logits[:, tile] = model.logits(hidden_1rD, model.weight_tile(tile), tile)[0]
+    return logits
+
+
+def _add_gradients(
+    student: TorchModel,
+    rows: Tensor | slice,
+    grad_x: Tensor,
+    grad_hidden: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None:
+    """Add a block's gradients, from dL/dx (r, V) with x = h W^T + b, to those that are needed."""
+    columns = grad_x.shape[1]
+    if grad_bias is not None:
+        grad_bias[:columns] += grad_x.sum(0)
+    if grad_hidden is None and grad_weight is None:
+        return
+    hidden_rD, of_block = student.rows(rows)[0], 0.0
+    for tile in _tiles(student, columns):
+        if grad_hidden is not None:
+            of_block = of_block + grad_x[:, tile] @ student.weight_tile(tile)
+        if grad_weight is not None:
+            grad_weight[tile].addmm_(grad_x[:, tile].T, hidden_rD)
+    if grad_hidden is not None:
+        grad_hidden[rows] = of_block

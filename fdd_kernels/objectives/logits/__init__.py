@@ -1,0 +1,1 @@
+"""Objectives of the final logits, one file each, computed in row blocks."""

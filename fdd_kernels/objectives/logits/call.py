@@ -1,0 +1,263 @@
+"""Tensors, options and checks that the objectives of the logits share, and the way to values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fdd_kernels.backends import backend_names, resolve_row_backend
+from fdd_kernels.engine.row_blocks import asks_for_gradient, row_sum, row_values
+from fdd_kernels.lens.inputs import LensInputs
+from fdd_kernels.lens.row_blocks import RowSpec
+from fdd_kernels.lens.spec import LensSpec
+from fdd_kernels.objectives.dense import dense_logits
+from fdd_kernels.objectives.inputs import LossInputs
+from fdd_kernels.objectives.numbers import check_labels, check_numbers
+from fdd_kernels.objectives.option_checks import (
+    REDUCTIONS,
+    require_choice,
+    require_int,
+    require_number,
+)
+from fdd_kernels.objectives.reduction import loss_denominator, reduce_rows
+from fdd_kernels.objectives.validation import (
+    check_heads,
+    check_num_items,
+    check_tokens,
+    check_transforms,
+    compared_tokens,
+    require_float,
+)
+
+
+@dataclass(frozen=True)
+class LogitInputs(LossInputs):
+    """The tensors of one call with one hidden state per model.
+
+    Attributes:
+        prefix: of the student's tensors in the public function.
+        has_teacher: whether the objective compares with a teacher's logits.
+    """
+
+    prefix: str = "student_"
+    has_teacher: bool = True
+
+    def named_floats(self) -> dict[str, Tensor | None]:
+        """Name every tensor of floating point as error messages do; None for one not given."""
+        named = {
+            f"{self.prefix}hidden": self.student_hidden[0],
+            f"{self.prefix}weight": self.student_weight,
+            f"{self.prefix}bias": self.student_bias,
+        }
+        if self.has_teacher:
+            named |= {
+                "teacher_hidden": self.teacher_hidden[0],
+                "teacher_weight": self.teacher_weight,
+                "teacher_bias": self.teacher_bias,
+            }
+        return named
+
+    def checked(self) -> LogitInputs:
+        """Check hidden states and heads, and return them with the states as tuples.
+
+        Raises:
+            TypeError, ValueError: a wrong type, dtype, shape or device, or a teacher that asks for
+                gradient.
+        """
+        found = {"student_hidden": (), "teacher_hidden": ()}
+        models = {"student": self.prefix} | ({"teacher": "teacher_"} if self.has_teacher else {})
+        for side, prefix in models.items():
+            state, weight = getattr(self, f"{side}_hidden"), getattr(self, f"{side}_weight")
+            require_float(f"{prefix}hidden", state)
+            require_float(f"{prefix}weight", weight)
+            if state.ndim < 1 or state.shape[-1] == 0:
+                raise ValueError(
+                    f"{prefix}hidden has shape {tuple(state.shape)}: it must be (..., width)"
+                )
+            found[f"{side}_hidden"] = (state,)
+        inputs = replace(self, **found)
+        check_heads(inputs, self.prefix, f"{self.prefix}hidden")
+        return inputs
+
+
+@dataclass(frozen=True)
+class LogitOptions:
+    """The options that the objectives of the logits share, as in `fused_fdd_loss`."""
+
+    temperature: float = 1.0
+    scale_by_t2: bool = False
+    student_softcap: float | None = None
+    teacher_softcap: float | None = None
+    student_logit_scale: float = 1.0
+    teacher_logit_scale: float = 1.0
+    ignore_index: int = -100
+    shift: bool = False
+    reduction: str = "mean"
+    vocab_size: int | None = None
+    backend: str = "auto"
+    prefix: str = "student_"
+
+    def __post_init__(self) -> None:
+        require_number("temperature", self.temperature, positive=True)
+        for side, prefix in (("student", self.prefix), ("teacher", "teacher_")):
+            for name in ("softcap", "logit_scale"):
+                value = getattr(self, f"{side}_{name}")
+                require_number(f"{prefix}{name}", value, positive=True, optional=name == "softcap")
+        require_int("ignore_index", self.ignore_index, minimum=-(2**63))
+        if self.vocab_size is not None:
+            require_int("vocab_size", self.vocab_size, minimum=1)
+        require_choice("reduction", self.reduction, REDUCTIONS)
+        require_choice("backend", self.backend, backend_names())
+
+    @property
+    def factor(self) -> float:
+        """The factor of the loss."""
+        return self.temperature**2 if self.scale_by_t2 else 1.0
+
+
+@dataclass(frozen=True)
+class Formula:
+    """One objective, and its parameters.
+
+    Attributes:
+        name, words, numbers, outputs: of the `RowSpec`.
+        dense: `dense(u_s, u_t, *per_row, *words, *numbers)` -> values (R, outputs) from the logits
+            (R, V) of all rows, in operations that autograd can differentiate.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    numbers: tuple[float, ...]
+    dense: Callable[..., Tensor]
+    outputs: int = 1
+
+
+@dataclass(frozen=True)
+class LogitCall:
+    """One call, checked: R rows, of which the valid ones are computed.
+
+    `denominator` and `weights` are those of the loss; see `reduce_rows`.
+    """
+
+    options: LogitOptions
+    head: LensSpec
+    backend: str
+    leading_shape: tuple[int, ...]
+    rows: LensInputs
+    denominator: Tensor | float | None
+    weights: Tensor | None
+
+    @staticmethod
+    def of(
+        inputs: LogitInputs,
+        options: LogitOptions,
+        *,
+        predicts_labels: bool = False,
+        **more: Tensor,
+    ) -> LogitCall:
+        """Check a call before any work.
+
+        Args:
+            predicts_labels: labels are tokens that are compared, not only marks of positions.
+            more: further tensors of the call, by name.
+
+        Raises:
+            TypeError, ValueError: naming the argument, its value and the remedy.
+        """
+        inputs = inputs.checked()
+        columns = compared_tokens(inputs, options.vocab_size)
+        check_tokens(inputs)
+        if options.shift and (inputs.labels is None or inputs.labels.ndim == 0):
+            raise ValueError(
+                "shift=True shifts the labels along their last dimension: pass labels of shape "
+                "(..., sequence)"
+            )
+        check_num_items(options.reduction, inputs.num_items_in_batch)
+        backend = resolve_row_backend(options.backend)
+        check_transforms(inputs, backend, **more)
+        check_numbers(inputs)
+        if options.shift:
+            inputs = inputs.shifted(options.ignore_index)
+        rows = inputs.flattened(options.ignore_index, (0,))
+        if rows.labels is not None:
+            labelled = columns if predicts_labels else len(inputs.student_weight)
+            check_labels(rows.labels, options.ignore_index, labelled)
+        denominator = loss_denominator(
+            options.reduction, rows.rows, rows.valid, rows.device, inputs.num_items_in_batch
+        )
+        rows, weights = inputs.weighted(rows)
+        head = LensSpec(
+            columns=columns,
+            requests=(),
+            moments=(),
+            student_logit_scale=options.student_logit_scale,
+            student_softcap=options.student_softcap,
+            teacher_logit_scale=options.teacher_logit_scale,
+            teacher_softcap=options.teacher_softcap,
+        )
+        return LogitCall(options, head, backend, inputs.leading_shape, rows, denominator, weights)
+
+    def where(self, counted: Tensor) -> LogitCall:
+        """Leave out the rows that are not marked in `counted` (R,)."""
+        valid = counted if self.rows.valid is None else self.rows.valid & counted
+        return replace(self, rows=self.rows._replace(valid=valid))
+
+    def values(self, formula: Formula, *per_row: Tensor) -> Tensor:
+        """Compute the values of all rows, (R, outputs); 0 where a row is not valid."""
+        inputs = self.rows._replace(labels=None)
+        if self.backend == "reference":
+            with torch.autocast(inputs.device.type, enabled=False):
+                return self._dense_values(formula, per_row)
+        return row_values(self._spec(formula), inputs, list(per_row), self.backend)
+
+    def loss(self, formula: Formula, *per_row: Tensor) -> Tensor:
+        """Compute the loss from a formula with one value per row."""
+        options, divisor = self.options, self.denominator
+        known = not (isinstance(divisor, Tensor) and divisor.requires_grad)
+        if options.reduction == "none" or self.backend == "reference" or not known:
+            return self._reduced(self.values(formula, *per_row))
+        if not asks_for_gradient(self.rows):
+            return self._reduced(self.values(formula, *per_row))
+        weights = self.weights
+        if weights is None:
+            weights = self.rows.student_weight.new_ones(
+                self.rows.rows, dtype=self.rows.statistics_dtype
+            )
+        weights = weights * options.factor
+        if divisor is not None:
+            weights = (weights / divisor).to(weights.dtype)
+        inputs = self.rows._replace(labels=None)
+        spec = self._spec(formula)
+        return row_sum(spec, inputs, list(per_row), self.backend, weights[:, None])
+
+    def _reduced(self, values: Tensor) -> Tensor:
+        shape = self.leading_shape if self.options.reduction == "none" else None
+        rows = self.rows.valid, shape, self.denominator, self.weights
+        return reduce_rows(values[:, 0] * self.options.factor, *rows)
+
+    def _spec(self, formula: Formula) -> RowSpec:
+        return RowSpec(self.head, formula.name, formula.words, formula.numbers, formula.outputs)
+
+    def _dense_values(self, formula: Formula, per_row: tuple[Tensor, ...]) -> Tensor:
+        """Compute the valid rows' values densely, and put them in their places."""
+        inputs, head = self.rows, self.head
+        valid = torch.arange(inputs.rows, device=inputs.device)
+        if inputs.valid is not None:
+            valid = inputs.valid.nonzero()[:, 0]
+        dtype = inputs.statistics_dtype
+        student = inputs.student_weight, inputs.student_bias
+        teacher = inputs.teacher_weight, inputs.teacher_bias
+        u_s, u_t = (
+            dense_logits(h[0][valid].to(dtype), *of_head, head.columns) if h else None
+            for h, *of_head in (
+                (inputs.student_hidden, *student, head.student_logit_scale, head.student_softcap),
+                (inputs.teacher_hidden, *teacher, head.teacher_logit_scale, head.teacher_softcap),
+            )
+        )
+        found = formula.dense(
+            u_s, u_t, *[t[valid] for t in per_row], *formula.words, *formula.numbers
+        )
+        return found.new_zeros((inputs.rows, formula.outputs)).index_copy(0, valid, found)

@@ -1,0 +1,129 @@
+"""The suite of objectives: its dense forms compute what this package computes, and its tables."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("rich")
+pytest.importorskip("pandas")
+pytest.importorskip("jinja2")
+
+from benchmarks import objectives, record, report
+from benchmarks.accuracy import TimedCallCheck, small_check
+from benchmarks.gemms import gemm_shapes
+from benchmarks.inputs import build_problem
+from benchmarks.measure import step, time_workload
+from benchmarks.providers import PROVIDERS, of_workload
+from benchmarks.report.compare import compare
+from benchmarks.report.objectives import side_by_side
+from benchmarks.runner import predicted_memory
+from benchmarks.workloads import GPT2, Workload, suite
+from fdd_kernels.backends import preference
+from tests.support.benchmark_records import entry, spread, synthetic
+
+CPU = torch.device("cpu")
+SMALL = {"rows": 6, "columns": 97, "student_width": 16, "teacher_width": 24}
+WORKLOADS = {w.name: replace(w, **SMALL) for w in suite("objectives")}
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_dense_forms_compute_what_this_package_computes(name):
+    """Before anything is timed: values and gradients, by the checks that refuse a provider."""
+    workload = WORKLOADS[name]
+    check, problem = small_check(workload, CPU), build_problem(workload)
+    timed = TimedCallCheck(workload, problem)
+    for provider in (PROVIDERS["dense"], PROVIDERS["dense-chunked"], PROVIDERS["torch"]):
+        found = check.run(provider)
+        assert found["passed"], (provider.name, found)
+        gradients = step(provider, problem, workload.loss_options, CPU)[2]
+        assert timed.run(provider, gradients)["passed"], provider.name
+        assert bool(gradients) == objectives.OBJECTIVES[workload.objective].gradient
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_a_dense_form_of_something_else_is_refused(name, monkeypatch):
+    """One that is a tenth too large."""
+    workload = WORKLOADS[name]
+    check = small_check(workload, CPU)
+    check.budgets(workload.loss_options, 2**-24)
+    provider = PROVIDERS["dense"]
+    wrong = replace(
+        provider,
+        loss=lambda *call: 1.1 * provider.loss(*call),
+        rows=lambda *call: 1.1 * provider.rows(*call),
+    )
+    assert not check.run(wrong)["passed"]
+
+
+def test_every_divergence_is_measured():
+    from fdd_kernels.lens.divergence_text import parse_divergence
+    from fdd_kernels.lens.divergences import DIVERGENCES
+
+    options = [w.loss_options.get("output_divergence", "kl") for w in WORKLOADS.values()]
+    assert {parse_divergence(text).name for text in options} == set(DIVERGENCES)
+
+
+def test_a_call_beside_is_timed_in_the_same_rounds():
+    reported = {}
+    workload = WORKLOADS["weighted_cosine"]
+    providers = [PROVIDERS["dense"], PROVIDERS["torch"]]
+    time_workload(workload, providers, 3, CPU, reported.__setitem__)
+    assert len(reported["torch"]["beside"]["all"]) == len(reported["torch"]["total"]["all"]) == 3
+    assert "beside" not in reported["dense"]
+    assert workload.options_beside == {"derivative": "cosine"}
+
+
+def test_memory_is_predicted_of_what_the_planner_knows():
+    known = {
+        (name, provider)
+        for name in ("jsd", "fused_topk_kd")
+        for provider in ("dense", "torch", "cpu")
+        if predicted_memory(WORKLOADS[name], provider) is not None
+    }
+    assert known == {("jsd", "torch"), ("jsd", "cpu")}
+    assert predicted_memory(GPT2, "dense") is not None
+
+
+def test_gemms_are_those_of_the_objective():
+    shapes = {name: set(gemm_shapes(w)) for name, w in WORKLOADS.items()}
+    assert shapes["jsd"] == {"student", "teacher", "grad_hidden", "grad_head"}
+    assert shapes["fused_topk_kd"] == {"student", "grad_hidden", "grad_head"}
+    assert shapes["row_statistics"] == {"student", "teacher"}
+
+
+def test_who_cannot_compute_an_objective_says_so():
+    assert "other objectives" in PROVIDERS["liger"].unsupported(WORKLOADS["jsd"])
+    assert PROVIDERS["torch"].unsupported(WORKLOADS["jsd"]) is None
+    reason = PROVIDERS["cpu"].unsupported(WORKLOADS["fused_topk_kd"])
+    assert reason is None or "Backends that can" in reason
+    chosen = of_workload(WORKLOADS["jsd"], list(PROVIDERS.values()), "cpu")
+    assert [p.name for p in chosen] == ["dense", "dense-compile", preference("cpu")[0]]
+
+
+def test_the_report_has_one_table_and_the_ratios():
+    workload = suite("objectives")[0]
+    ours = entry(2.1)
+    ours["time"]["beside"] = spread(2.0)
+    data = synthetic(workload, dense=entry(8.0), **{"dense-compile": entry(4.0)}, cpu=ours)
+    (row,) = side_by_side(data).to_dict("records")
+    assert row["objective"] == "weighted_cosine"
+    assert row["backend"] == "cpu"
+    times = ("forward + backward", "dense: forward + backward", "torch.compile: forward + backward")
+    assert [row[name] for name in times] == ["2.1 s", "8 s", "4 s"]
+    assert row["dense: memory"] == "100 MiB"
+    expected = "weighted_cosine, cpu: 1.050 times the time of derivative=cosine, called in turn"
+    assert expected in report.notes(data)
+    assert side_by_side(synthetic()).empty
+
+
+def test_records_without_the_fields_of_today_are_compared(tmp_path):
+    old, new = synthetic(), synthetic(cpu=entry(3.0), dense=entry(8.0))
+    for name in ("objective", "tensors", "beside"):
+        del old["results"][0]["workload"][name]
+    record.save(tmp_path / "old.json", old)
+    old = record.load(tmp_path / "old.json")
+    assert Workload.from_json(old["results"][0]["workload"]) == GPT2
+    result = compare(old, new)
+    assert not result.caveats
+    assert len(result.regressions) == 2
