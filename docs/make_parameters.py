@@ -77,6 +77,7 @@ def page() -> str:
     from fdd_kernels import (
         FDDConfig,
         FDDLossTerms,
+        RowStatistics,
         fused_decoupled_kd,
         fused_fdd_loss,
         fused_topk_kd,
@@ -91,6 +92,7 @@ def page() -> str:
         described("`FDDConfig`", FDDConfig),
         described("`FDDLossTerms`", FDDLossTerms),
         *[described(f"`{function.__name__}`", function) for function in others],
+        described("`RowStatistics`", RowStatistics),
     ]
     return "\n\n".join(parts) + "\n"
 

@@ -20,7 +20,8 @@ from fdd_kernels.lens.spec import LensSpec, encode_numbers
 # Matrices (r, V) that a row function may hold, the logits of both models among them.
 MATRICES = 4
 
-# upstream (r, outputs) -> dL/du of the student's logits (r, V). Called at most once.
+# upstream (r, outputs) -> dL/du of the student's logits (r, V), in closed form: the operator that
+# calls it is below autograd. Called at most once.
 GradOf = Callable[[Tensor], Tensor]
 
 

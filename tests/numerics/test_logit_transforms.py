@@ -12,8 +12,11 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from fdd_kernels import fused_topk_kd, row_statistics
+from fdd_kernels.backends.torch_stream import blocks
 from fdd_kernels.engine.row_blocks import row_blocks as operator
-from fdd_kernels.lens.row_blocks import RowSpec
+from fdd_kernels.engine.row_blocks import row_sum, row_values
+from fdd_kernels.lens.row_blocks import ROW_FUNCTIONS, RowSpec, row_function
+from fdd_kernels.lens.softmax import log_softmax_, logit_gradient_
 from fdd_kernels.lens.spec import LensSpec
 from fdd_kernels.testing import random_problem, unit_roundoff
 from tests.support.logit_objectives import (
@@ -121,6 +124,54 @@ def test_the_operator_passes_torchs_own_checks(name):
         torch.library.opcheck(operator, (*arguments, upstream, needed))
 
 
+@pytest.fixture
+def _sorted_loss():
+    """The sum of |q_(k) - p_(k)|, both sorted."""
+
+    @row_function
+    def sorted_difference(block, temperature):
+        log_q, log_p = block.student.div_(temperature), block.teacher.div_(temperature)
+        for z in (log_q, log_p):
+            log_softmax_(z)
+        q, p = (log.exp().sort(-1) for log in (log_q, log_p))
+        values = (q.values - p.values).abs().sum(-1, keepdim=True)
+
+        def grad_of(upstream):
+            slope = (q.values - p.values).sign() * q.values
+            grad = torch.zeros_like(slope).scatter_(-1, q.indices, slope)
+            return logit_gradient_(grad, log_q).mul_(upstream / temperature)
+
+        return values, grad_of
+
+    yield
+    del ROW_FUNCTIONS["sorted_difference"]
+
+
+@pytest.mark.usefixtures("_sorted_loss")
+@pytest.mark.parametrize("known", [False, True])
+def test_a_row_function_is_all_that_a_sorted_loss_needs(known, monkeypatch):
+    monkeypatch.setattr(blocks, "block_rows", lambda *_: 3)
+    p = random_problem((8,), layers=1, bias="plain", dtype=torch.float64)
+    head = LensSpec(37, (), (), 1.0, None, 1.0, None)
+    spec = RowSpec(head, "sorted_difference", (), (2.0,), 1)
+    inputs = replace(p, student_hidden=[*p.student_hidden], teacher_hidden=[*p.teacher_hidden])
+    inputs = inputs.flattened(-100, (0,))
+    leaves = list(p.leaves.values())
+    if known:
+        found = row_sum(spec, inputs, [], "torch", torch.full((8, 1), 0.5, dtype=torch.float64))
+    else:
+        found = row_values(spec, inputs, [], "torch").sum() / 2
+    gradients = torch.autograd.grad(found, leaves)
+    z_s = p.student_hidden[0] @ p.student_weight.T + p.student_bias
+    z_t = p.teacher_hidden[0] @ p.teacher_weight.T + p.teacher_bias
+    q, p = ((z / 2).softmax(-1).sort(-1).values for z in (z_s, z_t))
+    expected = (q - p).abs().sum() / 2
+    of_expected = torch.autograd.grad(expected, leaves)
+    for got, true in zip((found, *gradients), (expected, *of_expected)):
+        scale = max(1.0, float(true.detach().abs().max()))
+        assert (got - true).detach().abs().max() <= 100 * 2.0**-53 * scale
+
+
 class TestAutograd:
     @pytest.mark.parametrize("name", NAMES)
     def test_repeated_backward(self, name):
@@ -143,11 +194,14 @@ class TestAutograd:
         if name == "decoupled_kd":
             valid = int((call.problem.labels >= 0).sum())
             thirds = random_call(name, dtype=low, options={"num_items_in_batch": 3.0 * valid})
+        off = []
         for a, b in zip(divided, thirds.run("torch")[1]):
-            off = (a.float() - b.float()).abs()
-            # At most a tie of float32 goes the other way.
-            assert (off <= torch.finfo(low).eps * b.float().abs() + torch.finfo(low).tiny).all()
-            assert (off > 0).float().mean() <= 0.01
+            off.append((a.float() - b.float()).abs().reshape(-1))
+            step = torch.finfo(low).eps * b.float().abs() + torch.finfo(low).tiny
+            assert (off[-1] <= step.reshape(-1)).all()
+        # float32 is a few units off, of 2^12 or 2^16 to a step of 16 bits: few are rounded the
+        # other way. Rounded twice, a third of them would be.
+        assert (torch.cat(off) > 0).float().mean() <= 0.05
 
     @pytest.mark.parametrize("name", NAMES)
     def test_a_second_derivative_raises(self, name):
