@@ -78,6 +78,7 @@ def page() -> str:
         FDDConfig,
         FDDLossTerms,
         RowStatistics,
+        fused_contrastive_kd,
         fused_decoupled_kd,
         fused_fdd_loss,
         fused_topk_kd,
@@ -85,7 +86,13 @@ def page() -> str:
         selected_logprobs,
     )
 
-    others = (fused_decoupled_kd, fused_topk_kd, selected_logprobs, row_statistics)
+    others = (
+        fused_decoupled_kd,
+        fused_topk_kd,
+        selected_logprobs,
+        row_statistics,
+        fused_contrastive_kd,
+    )
     parts = [
         TITLE.strip(),
         described("`fused_fdd_loss`", fused_fdd_loss),

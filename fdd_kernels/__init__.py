@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fdd_kernels.hf.distiller import Distiller
     from fdd_kernels.objectives.alignment.costs import layer_costs
     from fdd_kernels.objectives.alignment.matching import align_layers
+    from fdd_kernels.objectives.contrastive.api import fused_contrastive_kd
     from fdd_kernels.objectives.fdd.advantage import advantage_kd
     from fdd_kernels.objectives.fdd.api import FusedFDDLoss, fdd_loss_reference, fused_fdd_loss
     from fdd_kernels.objectives.fdd.options import FDDConfig, FDDLossTerms
@@ -51,6 +52,7 @@ __all__ = [
     "align_layers",
     "attention_transfer",
     "fdd_loss_reference",
+    "fused_contrastive_kd",
     "fused_decoupled_kd",
     "fused_fdd_loss",
     "fused_logit_kd",
@@ -86,6 +88,7 @@ _HOMES = {
     "row_statistics": "objectives.logits.statistics",
     "selected_logprobs": "objectives.logits.selected",
     "Distiller": "hf.distiller",
+    "fused_contrastive_kd": "objectives.contrastive.api",
     "advantage_kd": "objectives.fdd.advantage",
     "RowDeltas": "objectives.features.deltas",
     "row_deltas": "objectives.features.deltas",

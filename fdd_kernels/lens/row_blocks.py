@@ -35,7 +35,8 @@ class RowBlock(NamedTuple):
         student, teacher: logits u = softcap(logit_scale * (h W^T + b)), (r, V); the teacher's are
             None in a call without a teacher.
         per_row: what else the call has for these rows, each (r, ...), such as labels.
-        shared: what it has for all rows, each whole, such as other teachers' heads.
+        shared: what it has for all rows, each whole, such as numbers (V, ...) of columns.
+        others: functions that compute the logits of further teachers, one matrix at a time.
         asks_gradient: whether the gradient is going to be asked for.
     """
 
@@ -43,6 +44,7 @@ class RowBlock(NamedTuple):
     teacher: Tensor | None
     per_row: tuple[Tensor, ...]
     shared: tuple[Tensor, ...] = ()
+    others: tuple[Callable[[], Tensor], ...] = ()
     asks_gradient: bool = True
 
 

@@ -60,15 +60,24 @@ def check_heads(inputs: LossInputs, prefix: str, first: str) -> None:
     _check_head(prefix, student, inputs.student_weight, inputs.student_bias)
     if teacher:
         _check_head("teacher_", teacher, inputs.teacher_weight, inputs.teacher_bias)
-    named, device = inputs.named_floats(), inputs.device
-    for name, tensor in named.items():
-        if tensor is not None and tensor.device != device:
+    check_places(inputs.named_floats(), first, student[0])
+
+
+def check_places(named: dict[str, Tensor | None], first: str, tensor: Tensor) -> None:
+    """Refuse tensors on other devices than `tensor`, called `first`, and teachers with gradient.
+
+    Raises:
+        ValueError: names the tensor.
+    """
+    device = tensor.device
+    for name, other in named.items():
+        if other is not None and other.device != device:
             raise ValueError(
-                f"{name} is on {tensor.device} and {first} on {device}: move one of them"
+                f"{name} is on {other.device} and {first} on {device}: move one of them"
             )
     if device.type == "meta" and not torch.compiler.is_compiling() and not is_recording():
         raise ValueError(
-            f"{first} is a {describe(student[0])}, which holds no numbers: make the "
+            f"{first} is a {describe(tensor)}, which holds no numbers: make the "
             "models on a device and load their values, or trace the loss under "
             "torch._subclasses.FakeTensorMode"
         )

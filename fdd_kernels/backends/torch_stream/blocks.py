@@ -5,6 +5,7 @@ Shape suffixes: R rows, r rows of a block, V tokens compared, c tokens of a tile
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -42,7 +43,8 @@ def row_blocks(
     Beside one block it allocates the results, and a tile of a 16-bit head in the working dtype.
 
     Args:
-        inputs: one hidden state per model; none of the teacher for functions without one.
+        inputs: one hidden state of the student; of the teachers one each, or none. The heads of
+            several teachers lie side by side along their widths.
         per_row, shared: tensors (R, ...) and whole tensors for the row function.
         upstream: (R, outputs), with which gradients are formed; None for none.
         needed: which gradients of [student_hidden, student_weight, student_bias] are formed.
@@ -52,24 +54,23 @@ def row_blocks(
         sum(upstream * values) in the dtype of sums, unrounded.
     """
     problem = TorchProblem(inputs, spec.head)
-    dtype, models = problem.dtype, [(problem.student, spec.head.columns)]
-    if inputs.teacher_hidden:
-        models.append((problem.teacher, len(inputs.teacher_weight)))
-    widest = max([columns for _, columns in models])
+    dtype, models = problem.dtype, [problem.student, *_teachers(problem)]
+    columns = [spec.head.columns, *[len(model.weight) for model in models[1:]]]
     values = inputs.student_weight.new_zeros((problem.total_rows, spec.outputs), dtype=dtype)
     student = (*inputs.student_hidden, inputs.student_weight, inputs.student_bias)
     gradients = [
         torch.zeros_like(t, dtype=dtype, memory_format=torch.contiguous_format) if need else None
         for t, need in zip(student, needed if upstream is not None else [False] * 3)
     ]
-    size = block_rows(widest, dtype.itemsize, problem.device.type, spec.matrices)
+    size = block_rows(max(columns), dtype.itemsize, problem.device.type, spec.matrices)
     for rows, _, _ in problem.row_blocks(size):
-        logits = [_logits(model, rows, columns) for model, columns in models]
+        compute = [functools.partial(_logits, m, rows, c) for m, c in zip(models, columns)]
+        logits = [of_model() for of_model in compute[:2]]
         before = None
         if problem.student.softcap is not None and upstream is not None:
             before = logits[0].clone()
-        more = tuple([t[rows] for t in per_row]), tuple(shared), upstream is not None
-        block = RowBlock(*(*logits, None)[:2], *more)
+        more = tuple([t[rows] for t in per_row]), tuple(shared), tuple(compute[2:])
+        block = RowBlock(*(*logits, None)[:2], *more, upstream is not None)
         del logits
         values[rows], grad_of = spec.of_block(block)
         if upstream is None:
@@ -78,6 +79,19 @@ def row_blocks(
         del block, more, grad_of
         _add_gradients(problem.student, rows, problem.student.chain(grad_u, before), *gradients)
     return [values, *[g for g in gradients if g is not None]]
+
+
+def _teachers(problem: TorchProblem) -> list[TorchModel]:
+    """List the teachers, one per hidden state; several have plain scores, without bias or cap."""
+    teacher, start, models = problem.teacher, 0, []
+    if len(teacher.hidden) == 1:
+        return [teacher]
+    for hidden in teacher.hidden:
+        stop = start + hidden.shape[1]
+        weight = teacher.weight[:, start:stop]
+        models.append(TorchModel([hidden], weight, None, 1.0, None, teacher.dtype))
+        start = stop
+    return models
 
 
 def _tiles(model: TorchModel, columns: int) -> Iterator[slice]:

@@ -60,8 +60,8 @@ def layer_costs(
 
     Logits are computed once per layer and tile of the vocabulary (twice for a divergence of two
     passes) and compared Ls x Lt times there: no tensor grows with tokens x vocabulary.
-    `align_layers` turns costs into weights, and `(weights * costs).sum()` is a loss. Near agreement
-    the costs are exact in their relative error too, so that they can serve as weights.
+    `align_layers` turns costs into weights, and `(weights * costs).sum()` is a loss. Where the
+    models nearly agree the costs keep their leading digits, so that they can serve as weights.
 
     Gradient flows to the student's hidden states, weight and bias, never to the teacher. The costs
     can be differentiated once. Since the loss is made of them later, the backward pass computes the

@@ -86,9 +86,11 @@ def align_layers(
     if epsilon is None:
         spread = costs.detach().std(correction=0)
         epsilon = SMOOTH[method] * torch.where(spread > 0, spread, 1 / SMOOTH[method])
+    # Their least number has no part in the weights, but a large one would round the scores.
+    scores = (costs.detach().amin() - costs) / epsilon
     if method == "attention":
-        return student[:, None] * (-costs / epsilon).softmax(1)
-    return _sinkhorn_flow(-costs / epsilon, student.log(), teacher.log(), iterations)
+        return student[:, None] * scores.softmax(1)
+    return _sinkhorn_flow(scores, student.log(), teacher.log(), iterations)
 
 
 def _hard(chosen: Tensor, masses: Tensor, costs: Tensor) -> Tensor:
@@ -107,10 +109,10 @@ def _monotone_assignment(costs_ST: Tensor) -> Tensor:
         least, column = best.cummin(0)
         best = of_row + least
         came_from.append(column)
-    chosen = [best.argmin()]
+    chosen = [best.argmin(keepdim=True)]
     for column in reversed(came_from):
         chosen.append(column[chosen[-1]])
-    return torch.stack(chosen[::-1])
+    return torch.cat(chosen[::-1])
 
 
 def _sinkhorn_flow(

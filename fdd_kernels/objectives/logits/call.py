@@ -127,7 +127,8 @@ class Formula:
     Attributes:
         function, words, numbers, outputs: of the `RowSpec`.
         dense: `dense(u_s, u_t, *per_row, *shared, *words, *numbers)` -> values (R, outputs) from
-            the logits (R, V) of all rows, in operations that autograd can differentiate.
+            the logits (R, V) of all rows, in operations that autograd can differentiate. Of several
+            teachers u_t is a list.
     """
 
     function: str | RowFunction
@@ -265,7 +266,7 @@ class LogitCall:
         student = inputs.student_weight, inputs.student_bias
         teacher = inputs.teacher_weight, inputs.teacher_bias
         u_s, u_t = (
-            dense_logits(h[0][valid].to(dtype), *of_head) if h else None
+            dense_logits(h[0][valid].to(dtype), *of_head) if len(h) == 1 else None
             for h, *of_head in (
                 (
                     inputs.student_hidden,
@@ -283,6 +284,10 @@ class LogitCall:
                 ),
             )
         )
+        if len(inputs.teacher_hidden) > 1:  # their heads lie side by side
+            states = inputs.teacher_hidden
+            heads = inputs.teacher_weight.split([h.shape[1] for h in states], dim=1)
+            u_t = [h[valid].to(dtype) @ w.to(dtype).T for h, w in zip(states, heads)]
         per_row = [t[valid] for t in per_row]
         found = formula.dense(u_s, u_t, *per_row, *shared, *formula.words, *formula.numbers)
         return found.new_zeros((inputs.rows, formula.outputs)).index_copy(0, valid, found)

@@ -1,0 +1,1 @@
+"""Contrastive objectives: the rows of one side are the columns of the other."""
