@@ -81,6 +81,9 @@ def page() -> str:
         fused_contrastive_kd,
         fused_decoupled_kd,
         fused_fdd_loss,
+        fused_logit_kd,
+        fused_rank_kd,
+        fused_rows,
         fused_topk_kd,
         row_statistics,
         selected_logprobs,
@@ -92,6 +95,9 @@ def page() -> str:
         selected_logprobs,
         row_statistics,
         fused_contrastive_kd,
+        fused_logit_kd,
+        fused_rank_kd,
+        fused_rows,
     )
     parts = [
         TITLE.strip(),
