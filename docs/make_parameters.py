@@ -81,6 +81,7 @@ def page() -> str:
         fused_contrastive_kd,
         fused_decoupled_kd,
         fused_fdd_loss,
+        fused_gold_loss,
         fused_logit_kd,
         fused_rank_kd,
         fused_rows,
@@ -100,6 +101,7 @@ def page() -> str:
         fused_rank_kd,
         fused_rows,
         fused_sinkhorn_kd,
+        fused_gold_loss,
     )
     parts = [
         TITLE.strip(),

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fdd_kernels.objectives.features.rows import attention_transfer, norm_direction_loss
     from fdd_kernels.objectives.logits.decoupled import fused_decoupled_kd
     from fdd_kernels.objectives.logits.divergence import fused_logit_kd
+    from fdd_kernels.objectives.logits.gold import fused_gold_loss
     from fdd_kernels.objectives.logits.rank import fused_rank_kd
     from fdd_kernels.objectives.logits.rows import fused_rows
     from fdd_kernels.objectives.logits.selected import selected_logprobs
@@ -56,6 +57,7 @@ __all__ = [
     "fused_contrastive_kd",
     "fused_decoupled_kd",
     "fused_fdd_loss",
+    "fused_gold_loss",
     "fused_logit_kd",
     "fused_rank_kd",
     "fused_rows",
@@ -83,6 +85,7 @@ _HOMES = {
     "FDDLossTerms": "objectives.fdd.options",
     "RowStatistics": "objectives.logits.statistics",
     "fused_decoupled_kd": "objectives.logits.decoupled",
+    "fused_gold_loss": "objectives.logits.gold",
     "fused_logit_kd": "objectives.logits.divergence",
     "fused_rank_kd": "objectives.logits.rank",
     "fused_rows": "objectives.logits.rows",
