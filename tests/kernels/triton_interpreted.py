@@ -186,7 +186,7 @@ FORMULAS = [
 @pytest.mark.parametrize(("name", "parameters"), FORMULAS, ids=str)
 def test_elementwise_pairs_are_the_registry(name, parameters):
     """At every distance of the models; probabilities of 0 on either side, and on both, have their
-    limits.
+    limits, and NaN shows.
     """
     log_p = -torch.rand(256, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 12
     x = torch.logspace(-6, 1, 64, dtype=torch.float64)
@@ -194,6 +194,7 @@ def test_elementwise_pairs_are_the_registry(name, parameters):
     log_p[:3] = log_q[:3] = -torch.inf
     log_p[3], log_q[4] = -torch.inf, -torch.inf
     log_q[5:8] = log_p[5:8]
+    log_p[8] = log_q[9] = torch.nan
     value, grad = torch.empty(256), torch.empty(256)
     a, b = work_table.numbers_of(parameters)
     elementwise_kernel[(1,)](log_q, log_p, value, grad, a, b, DIVERGENCE=name, SIZE=256)
@@ -201,10 +202,9 @@ def test_elementwise_pairs_are_the_registry(name, parameters):
     for found, formula in ((value, exact.value), (grad, exact.grad)):
         expected = formula(log_q.double(), log_p.double(), *parameters)
         finite = expected.isfinite()
-        torch.testing.assert_close(found[~finite].double(), expected[~finite])
-        scale = expected.abs() + (log_q - log_p).abs().nan_to_num(0.0, 0.0, 0.0) * (
-            log_q.exp() + log_p.exp()
-        )
+        torch.testing.assert_close(found[~finite].double(), expected[~finite], equal_nan=True)
+        rounding = (log_q - log_p).abs() * (log_q.exp() + log_p.exp())
+        scale = expected.abs() + rounding.nan_to_num(0.0, 0.0)
         assert ((found - expected).abs() <= 2e-6 * scale + 1e-30)[finite].all()
 
 

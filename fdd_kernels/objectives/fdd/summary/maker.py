@@ -28,17 +28,16 @@ def check_options(options: LossOptions) -> None:
     Raises:
         ValueError: naming the option, and what can serve it.
     """
-    if options.alpha and not _is_kl(options.trajectory):
-        raise ValueError(
-            f"trajectory={options.trajectory!r} needs more of the teacher than its summary: "
-            'only "kl" can be computed from it. Use the teacher, or a cache of its hidden states'
-        )
-    if options.output_kd_weight and not _is_kl(options.output_divergence):
-        raise ValueError(
-            f"output_divergence={options.output_divergence!r} needs more of the teacher than its "
-            'summary: only "kl" can be computed from it. Use the teacher, or a cache of its hidden '
-            "states"
-        )
+    for name, weight in (
+        ("trajectory", options.alpha),
+        ("output_divergence", options.output_kd_weight),
+    ):
+        divergence = getattr(options, name)
+        if weight and not _is_kl(divergence):
+            raise ValueError(
+                f"{name}={divergence!r} needs more of the teacher than its summary: only "
+                '"kl" can be computed from it. Use the teacher, or a cache of its hidden states'
+            )
     if options.beta and options.derivative and DISTANCES[options.derivative].weighted:
         raise ValueError(
             f"derivative={options.derivative!r} weighs tokens by each position's teacher, of which "
