@@ -14,6 +14,7 @@ from fdd_kernels.testing import random_problem
 from tests.support.allocations import allocated_peak
 from tests.support.logit_objectives import (
     F32,
+    LOSSES,
     NAMES,
     random_call,
     statistics_arguments,
@@ -31,14 +32,15 @@ class TestMemory:
     MATRIX = 4 * ROWS * COLUMNS  # bytes of one (R, V) tensor: 4 MiB
 
     @pytest.mark.parametrize("low", [F32, BF16], ids=str)
-    @pytest.mark.parametrize("options", [{}, {"reduction": "none"}], ids=str)
-    @pytest.mark.parametrize("name", [*NAMES, "statistics"])
+    @pytest.mark.parametrize(
+        ("name", "options"),
+        [*[(n, {}) for n in (*NAMES, "statistics")], *[(n, {"reduction": "none"}) for n in LOSSES]],
+        ids=str,
+    )
     def test_no_tensor_of_rows_by_columns(self, name, options, low, monkeypatch):
         """One block, within its bytes; with the head's gradient it is far below one matrix."""
         budget = 2**20
         monkeypatch.setitem(blocks.BLOCK_BYTES, "cpu", budget)
-        if name in ("selected", "statistics") and options:
-            pytest.skip("has no reduction")
         shape = {"columns": self.COLUMNS, "student_width": 4, "teacher_width": 4, "dtype": low}
         if name == "statistics":
             p = random_problem((self.ROWS,), layers=1, **shape)

@@ -194,11 +194,14 @@ class TestAutograd:
         if name == "decoupled_kd":
             valid = int((call.problem.labels >= 0).sum())
             thirds = random_call(name, dtype=low, options={"num_items_in_batch": 3.0 * valid})
+        off = []
         for a, b in zip(divided, thirds.run("torch")[1]):
-            off = (a.float() - b.float()).abs()
-            # At most a tie of float32 goes the other way.
-            assert (off <= torch.finfo(low).eps * b.float().abs() + torch.finfo(low).tiny).all()
-            assert (off > 0).float().mean() <= 0.01
+            off.append((a.float() - b.float()).abs().reshape(-1))
+            step = torch.finfo(low).eps * b.float().abs() + torch.finfo(low).tiny
+            assert (off[-1] <= step.reshape(-1)).all()
+        # float32 is a few units off, of 2^12 or 2^16 to a step of 16 bits: few are rounded the
+        # other way. Rounded twice, a third of them would be.
+        assert (torch.cat(off) > 0).float().mean() <= 0.05
 
     @pytest.mark.parametrize("name", NAMES)
     def test_a_second_derivative_raises(self, name):

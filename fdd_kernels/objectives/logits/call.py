@@ -216,10 +216,9 @@ class LogitCall:
     def loss(self, formula: Formula, *per_row: Tensor) -> Tensor:
         """Compute the loss from a formula with one value per row."""
         options, divisor = self.options, self.denominator
-        known = not (isinstance(divisor, Tensor) and divisor.requires_grad)
-        if options.reduction == "none" or self.backend == "reference" or not known:
-            return self._reduced(self.values(formula, *per_row))
-        if not asks_for_gradient(self.rows):
+        divides = isinstance(divisor, Tensor) and divisor.requires_grad
+        is_known = options.reduction != "none" and self.backend != "reference" and not divides
+        if not is_known or not asks_for_gradient(self.rows):
             return self._reduced(self.values(formula, *per_row))
         weights = self.weights
         if weights is None:
