@@ -146,9 +146,9 @@ GAPS = [0.0, 3.0, 8.0, 16.0, 28.0, 45.0, 60.0]
 
 
 @WITH_REDUCTION
-@pytest.mark.parametrize("top", [0, 31, 59])
+@pytest.mark.parametrize("top", [0, pytest.param(31, marks=pytest.mark.slow), 59])
 @pytest.mark.parametrize("gap", GAPS)
-@pytest.mark.parametrize("near", [None, 1e-2, 1e-4])
+@pytest.mark.parametrize("near", [None, pytest.param(1e-2, marks=pytest.mark.slow), 1e-4])
 def test_sharp_teachers(backend, gap, top, near, reduction):
     check_tokens(sharp(gap, top, near=near), backend, torch.float32, reduction=reduction)
 
@@ -167,8 +167,10 @@ def test_temperatures_of_the_weights(backend, temperature):
         check_tokens(sharp(gap, 20), backend, torch.float32, temperature, reduction="none")
 
 
-@pytest.mark.parametrize("top", [0, 700, 2047, 2048, 2999])
-@pytest.mark.parametrize("gap", [4.0, 35.0])
+@pytest.mark.parametrize(
+    "top", [*[pytest.param(top, marks=pytest.mark.slow) for top in (0, 700, 2047)], 2048, 2999]
+)
+@pytest.mark.parametrize("gap", [pytest.param(4.0, marks=pytest.mark.slow), 35.0])
 def test_the_likeliest_token_in_any_tile(backend, gap, top):
     problem = sharp(gap, top, columns=3000, rows=2)
     if backend == "triton":
@@ -261,7 +263,9 @@ CASES = {
 }
 
 
-@WITH_REDUCTION
+@pytest.mark.parametrize(
+    "reduction", [pytest.param("none", marks=pytest.mark.slow), "sum"], ids=["streamed", "cached"]
+)
 @pytest.mark.parametrize(
     "dtype",
     [
