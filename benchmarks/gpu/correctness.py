@@ -17,6 +17,7 @@ CAPS = {"student_softcap": 30.0, "teacher_softcap": 20.0, "student_logit_scale":
 LABELS = {"ce_weight": 0.5, "temperature": 2.0, "output_in_dynamics": True}
 SCALED = LABELS | {"output_temperature": 3.0, "scale_by_t2": True}
 FEATURES = {"trajectory": "mse", "derivative": "mse"}
+WEIGHTED = {"derivative": "weighted_cosine", "derivative_temperature": 2.0}
 
 # Name: (changes of the problem, options).
 PROBLEMS: dict[str, tuple[dict, dict]] = {
@@ -42,6 +43,12 @@ PROBLEMS: dict[str, tuple[dict, dict]] = {
     "reverse_kl": ({}, {"trajectory": "reverse_kl"}),
     "jsd": ({}, {"trajectory": "jsd"}),
     "skew_kl": ({}, {"trajectory": "skew_kl"}),
+    "skew_reverse_kl": ({}, {"trajectory": "skew_reverse_kl"}),
+    "tv": ({}, {"trajectory": "tv"}),
+    "alpha_beta": ({}, {"trajectory": "alpha_beta"}),
+    "jsd twice": ({}, {"trajectory": "jsd", "output_divergence": "jsd:0.1"}),
+    "weighted_cosine": ({}, WEIGHTED),
+    "weighted_cosine, bias of -inf": ({"bias": "padded"}, WEIGHTED),
     "mse of deltas": ({}, {"derivative": "mse", "trajectory": "cosine"}),
     "no reduction": ({}, {"reduction": "none"}),
 }

@@ -69,10 +69,10 @@ def _plain(loss_of: Callable[[Problem, dict], Tensor], predicted=None, **about: 
     return Way(lambda bench, *call: gradients(loss_of, *call), predicted, **about)
 
 
-def _compiled_rows(bench: Bench, rows: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Compile dense rows for the shapes of the next call, anew for each workload."""
+def _compiled_rows(bench: Bench) -> Callable[..., Tensor]:
+    """Compile the dense form for the shapes of the next call, anew for each workload."""
     if bench.compiled is None:
-        bench.compiled = bench.card.compile(rows)
+        bench.compiled = bench.card.compile(objectives.dense_rows)
     return bench.compiled
 
 
@@ -82,7 +82,7 @@ def _states_and_heads(problem: Problem) -> tuple:
 
 
 def _compiled(bench: Bench, problem: Problem, options: dict) -> Gradients:
-    rows = _compiled_rows(bench, objectives.dense_rows)
+    rows = _compiled_rows(bench)
     return gradients(lambda *call: rows(*call).mean(), problem, options)
 
 
@@ -90,7 +90,7 @@ def _chunked(bench: Bench, problem: Problem, options: dict) -> Gradients:
     """Run the compiled loss by chunks of rows: each chunk's gradients at once, the head's added up
     in its own dtype.
     """
-    rows = _compiled_rows(bench, dense.row_losses)
+    rows = _compiled_rows(bench)
     student, weight, teacher, teacher_weight = _states_and_heads(problem)
     total, count = 0.0, len(student[0])
     grad_hidden = [torch.empty_like(h) for h in student]
@@ -98,11 +98,11 @@ def _chunked(bench: Bench, problem: Problem, options: dict) -> Gradients:
     for first in range(0, count, CHUNK_ROWS):
         part = slice(first, first + CHUNK_ROWS)
         hidden = [h[part].detach().requires_grad_() for h in student]
-        targets = [h[part] for h in teacher]
-        loss = rows(hidden, weight, targets, teacher_weight, options).sum() / count
+        chunk = Problem(tuple(hidden), weight, tuple([h[part] for h in teacher]), teacher_weight)
+        loss = rows(chunk, options).sum() / count
         found = torch.autograd.grad(loss, [*hidden, weight] if grad_weight else hidden)
-        for whole, chunk in zip(grad_hidden, found):
-            whole[part] = chunk
+        for whole, of_chunk in zip(grad_hidden, found):
+            whole[part] = of_chunk
         for whole in grad_weight:
             whole += found[-1]
         total = total + loss.detach()

@@ -52,7 +52,7 @@ def first_pass(spec: LensSpec) -> LensSpec:
     """Drop the second pass, which would be over a process's own tokens."""
     later = second_pass_requests(spec)
     requests = [
-        request._replace(divergence=None) if index in later else request
+        request._replace(divergence=None, parameters=()) if index in later else request
         for index, request in enumerate(spec.requests)
     ]
     return replace(spec, requests=tuple(requests))

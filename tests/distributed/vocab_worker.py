@@ -37,6 +37,13 @@ WAYS = {
 HEADS = ("student_weight", "teacher_weight", "student_bias", "teacher_bias")
 
 
+def excluded(problem: Problem, first: int) -> Problem:
+    """The problem without the tokens from `first` on: all that some processes have."""
+    for bias in (problem.student_bias, problem.teacher_bias):
+        bias.data[first:] = -torch.inf
+    return problem
+
+
 def cases() -> dict[str, tuple[Problem, float | None, dict]]:
     """Problem, upstream gradient and options by name: the terms of the loss and the edges of its
     input.
@@ -67,6 +74,30 @@ def cases() -> dict[str, tuple[Problem, float | None, dict]]:
             {"trajectory": "jsd", "derivative": "centered_cosine", "output_in_dynamics": True},
         ),
         "skew_kl, soft caps": (random_problem(bias="plain"), None, capped),
+        "divergences with parameters": (
+            random_problem(labels=True, bias="padded", token_weights=True),
+            None,
+            {"trajectory": "jsd:0.2", "output_divergence": "alpha_beta:0.3,0.9", "ce_weight": 0.5},
+        ),
+        "weighted_cosine": (
+            random_problem(layers=4, spread=6.0),
+            None,
+            {
+                "derivative": "weighted_cosine",
+                "derivative_temperature": 0.7,
+                "layer_weights": (0.5, 2.0, 0.0),
+            },
+        ),
+        "weighted_cosine, the last tokens excluded": (
+            excluded(random_problem(layers=4, bias="plain"), 13),
+            None,
+            {"derivative": "weighted_cosine"},
+        ),
+        "teacher_mix": (
+            random_problem(bias="plain", token_weights=True),
+            None,
+            {"teacher_mix": 0.4, "output_in_dynamics": True},
+        ),
         "logits": (
             random_problem(layers=4),
             None,

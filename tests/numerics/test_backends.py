@@ -18,7 +18,7 @@ from fdd_kernels import fused_fdd_loss
 from fdd_kernels.backends.torch_stream import tiling
 from fdd_kernels.lens.divergences import DERIVATIVES, TRAJECTORIES
 from fdd_kernels.testing import Problem, assert_within_budget, evaluate, random_problem
-from tests.support.options import FEATURE_DERIVATIVES
+from tests.support.options import FEATURE_DERIVATIVES, skip_what_triton_refuses
 
 F32, F64 = torch.float32, torch.float64
 
@@ -67,15 +67,29 @@ SMOKE = {
     "skew": {"trajectory": "skew_kl", "derivative": None},
     "angles": {"trajectory": "cosine", "temperature": 2.0},
     "features": {"trajectory": "mse", "output_in_dynamics": True},
+    "output": {
+        "trajectory": "jsd:0.7",
+        "output_divergence": "jsd:0.1",
+        "derivative": "weighted_cosine",
+        "derivative_temperature": 0.5,
+        "temperature": 2.0,
+    },
+    "layers": {"trajectory": "tv", "layer_weights": (0.5, 2.0), "derivative": None},
+    "powers": {"trajectory": "alpha_beta:0.4,0.8", "output_kd_weight": 0.0, "derivative": None},
+    "reverse": {"trajectory": "skew_reverse_kl", "derivative": "weighted_cosine"},
+    "mixture": {"teacher_mix": 0.4, "output_temperature": 2.0, "derivative": None},
 }
+WITH_TOKEN_WEIGHTS = ("output", "tokens")
 
 
 def test_smoke_has_every_option():
     named = {name for options in SMOKE.values() for name in options}
     not_options = {*random_problem().arguments, "backend", "return_terms", "vocab_group"}
     assert named == set(inspect.signature(fused_fdd_loss).parameters) - not_options
+    assert {*WITH_TOKEN_WEIGHTS} <= {*SMOKE}
     of = {name: {o.get(name) for o in SMOKE.values()} for name in ("trajectory", "derivative")}
-    assert {*TRAJECTORIES} <= of["trajectory"] | {"kl"}
+    trajectories = {text.partition(":")[0] for text in of["trajectory"] if text}
+    assert {*TRAJECTORIES} <= trajectories | {"kl"}
     assert {*DERIVATIVES, None} <= of["derivative"] | {"cosine"}
 
 
@@ -90,7 +104,9 @@ def test_smoke(backend, device, name):
         bias=None if features else "plain",
         labels=True,
         mask=True,
+        token_weights=name in WITH_TOKEN_WEIGHTS,
     )
+    skip_what_triton_refuses(problem, backend, **options)
     if "ignore_index" in options:
         labels = problem.labels.where(problem.labels >= 0, options["ignore_index"])
         problem = replace(problem, labels=labels.clamp(max=options["vocab_size"] - 1))
@@ -133,17 +149,61 @@ def test_every_trajectory_and_derivative(backend, device, precision, trajectory,
         {"reduction": "sum"},
         {"reduction": "none"},
         {"num_items_in_batch": 3.5},
+        {"output_divergence": "skew_kl:0.4", "trajectory": "cosine"},
+        {"output_divergence": "tv", "alpha": 0.0, "output_temperature": 2.0},
+        {"derivative_temperature": 0.4, "temperature": 2.0},
+        {"derivative_temperature": 3.0, "derivative": "weighted_cosine"},
+        {"derivative_temperature": 2.0, "trajectory": "mse", "derivative": "mse"},
+        {"layer_weights": (0.0, 2.5)},
+        {"layer_weights": (3.0, 0.5, 1.5), "output_in_dynamics": True, "trajectory": "mse"},
+        {"layer_weights": (2.0, 1.0, 0.5), "output_in_dynamics": True, "output_temperature": 1.0},
+        {"teacher_mix": 0.3, "output_in_dynamics": True},
+        {"teacher_mix": 0.0, "temperature": 2.0, "derivative": "weighted_cosine"},
     ],
     ids=lambda options: ",".join(options) or "defaults",
 )
 @pytest.mark.parametrize("bias", [pytest.param(None, marks=pytest.mark.slow), "padded"])
 def test_every_option(backend, device, precision, options, bias):
     problem = random_problem(dtype=precision, device=device, bias=bias, labels=True, mask=True)
+    skip_what_triton_refuses(problem, backend, **options)
     if "ignore_index" in options:
         problem = replace(
             problem, labels=problem.labels.where(problem.labels >= 0, options["ignore_index"])
         )
     check(problem, backend, **options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ce_weight": 0.7},
+        {"reduction": "sum", "output_in_dynamics": True},
+        {"reduction": "none", "ce_weight": 0.7, "trajectory": "cosine"},
+        {"num_items_in_batch": 4.0, "derivative": "weighted_cosine", "trajectory": "jsd:0.3"},
+        {"shift": True, "ce_weight": 1.0, "layer_weights": (2.0, 0.5)},
+    ],
+    ids=lambda options: ",".join(options),
+)
+def test_token_weights(backend, device, precision, options):
+    drawn = {"labels": True, "mask": True, "token_weights": True, "bias": "padded"}
+    problem = random_problem((2, 9), dtype=precision, device=device, **drawn)
+    assert 0 < int((problem.token_weights == 0).sum()) < 18
+    check(problem, backend, **options)
+
+
+@pytest.mark.trap("mask not applied")
+def test_a_token_of_weight_zero_may_hold_anything(backend, device):
+    """Its states change neither value nor gradient, not even by 0 * NaN; the divisor counts it."""
+    problem = random_problem((6,), device=device)
+    weights = torch.tensor([1.0, 0.0, 2.0, 0.0, 1.0, 0.5], device=device)
+    clean = evaluate(replace(problem, token_weights=weights), backend=backend)
+    for side in ("student", "teacher"):
+        for h in getattr(problem, f"{side}_hidden"):
+            h.data[[1, 3]] = torch.nan
+    dirty = evaluate(replace(problem, token_weights=weights), backend=backend)
+    assert torch.equal(dirty.terms.loss, clean.terms.loss)
+    for name, gradient in clean.gradients.items():
+        assert torch.equal(dirty.gradients[name], gradient), name
 
 
 @pytest.mark.parametrize(
@@ -239,6 +299,8 @@ def test_float64_inputs_are_computed_in_float64(device):
         {"trajectory": "skew_kl", "derivative": None, "student_logit_scale": 0.5},
         {"trajectory": "mse", "output_in_dynamics": True},
         {"trajectory": "cosine", "output_temperature": 3.0},
+        {"derivative": "weighted_cosine", "derivative_temperature": 0.6, "trajectory": "jsd:0.2"},
+        {"output_divergence": "alpha_beta", "trajectory": "skew_reverse_kl:0.3"},
     ],
     ids=lambda o: f"{o.get('trajectory', 'kl')}-{o.get('derivative', 'cosine')}",
 )

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fdd_kernels.engine.shards import merge_statistics
-from fdd_kernels.lens.divergences import DERIVATIVES, DIVERGENCES, TRAJECTORIES
+from fdd_kernels.lens.divergences import DERIVATIVES, DIVERGENCES, TRAJECTORIES, needs_second_pass
 from fdd_kernels.lens.layout import COUNT, LSE_S, LSE_T, MEAN_S, MOMENT_STATS, VALUE
 from fdd_kernels.lens.spec import Layers, LensSpec, PairMoments, Request
 from fdd_kernels.testing import (
@@ -23,6 +23,7 @@ from fdd_kernels.testing import (
     evaluate,
     random_problem,
 )
+from tests.support.options import skip_what_triton_refuses
 from tests.support.strategies import calls
 from tests.support.vocab_threads import in_parts
 
@@ -59,6 +60,65 @@ def test_float64_sums_agree(trajectory, derivative):
 def test_float32_is_within_the_budget_of_one_process(backend, trajectory):
     problem = random_problem(labels=True, bias="padded", layers=4)
     check(problem, backend=backend, trajectory=trajectory, ce_weight=0.5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"trajectory": "jsd:0.2", "output_divergence": "alpha_beta:0.3,0.9"},
+        {"trajectory": "tv", "output_divergence": "skew_reverse_kl:0.4", "layer_weights": (2, 0)},
+        {"teacher_mix": 0.0, "derivative": "centered_cosine"},
+        {"teacher_mix": 0.6, "temperature": 2.0, "output_in_dynamics": True},
+        {"derivative": "weighted_cosine", "derivative_temperature": 0.3},
+    ],
+    ids=lambda options: ",".join(options),
+)
+@pytest.mark.parametrize("drawn", [{}, {"spread": 20.0}, {"near": 1e-3}], ids=str)
+def test_options(backend, options, drawn):
+    problem = random_problem((2, 9), labels=True, bias="plain", token_weights=True, **drawn)
+    skip_what_triton_refuses(problem, backend, **options)
+    check(problem, backend=backend, ce_weight=0.5, **options)
+
+
+@pytest.mark.parametrize("top", [0, 1, 17, 36])
+@pytest.mark.parametrize("gap", [5.0, 20.0, 45.0])
+def test_the_likeliest_token_in_any_part(backend, gap, top):
+    """Of the weights of the weighted cosine; with another part that has no weight to speak of."""
+    problem = random_problem(bias="plain", layers=4)
+    problem.teacher_bias[top] += gap
+    options = {"derivative": "weighted_cosine", "alpha": 0.0, "output_kd_weight": 0.0}
+    skip_what_triton_refuses(problem, backend, **options)
+    check(problem, backend=backend, **options)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher", "both"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"derivative": "weighted_cosine", "alpha": 0.0, "output_kd_weight": 0.0},
+        {"teacher_mix": 0.5, "beta": 0.0},
+        {"trajectory": "jsd:0.3", "output_divergence": "tv", "beta": 0.0},
+    ],
+    ids=lambda options: ",".join(options),
+)
+def test_a_part_of_excluded_tokens_alone(backend, options, side):
+    problem = random_problem(bias="plain", layers=4)
+    for model in ("student", "teacher"):
+        if side in (model, "both"):
+            getattr(problem, f"{model}_bias").data[17:] = -torch.inf
+    if side == "student" and "teacher_mix" not in options:
+        options = options | {"trajectory": "jsd:0.3"}
+    skip_what_triton_refuses(problem, backend, **options)
+    check(problem, backend=backend, **options)
+    check(problem, (0, 17, 37), backend=backend, **options)
+
+
+def test_no_token_has_a_weight(backend):
+    problem = random_problem(token_weights=True)
+    problem.token_weights.zero_()
+    outcome, _ = in_parts(problem, RAGGED, backend=backend)
+    for tensor in (*outcome.terms, *outcome.gradients.values()):
+        assert not tensor.any()
 
 
 @pytest.mark.parametrize("trajectory", ["kl", "reverse_kl", "jsd"])
@@ -152,10 +212,11 @@ def calls_in_parts(draw):
     if options["reduction"] == "none":
         options, upstream = options | {"reduction": "mean"}, torch.tensor(1.5)
     columns = min(options.get("vocab_size", math.inf), len(problem.student_weight))
-    if columns == 1 and options["trajectory"] in ("jsd", "skew_kl"):
-        # With one token every divergence is exactly 0, and its budget too; their second pass has
-        # GEMMs of its own.
-        options["trajectory"] = "kl"
+    for name in ("trajectory", "output_divergence") if columns == 1 else ():
+        if needs_second_pass(options[name].partition(":")[0]):
+            # With one token every divergence is exactly 0, and its budget too; their second pass
+            # has GEMMs of its own.
+            options[name] = "kl"
     cuts = draw(st.sets(st.integers(1, columns - 1), max_size=4)) if columns > 1 else ()
     return problem, options, upstream, (0, *sorted(cuts), columns)
 

@@ -8,12 +8,12 @@ import math
 from dataclasses import replace
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fdd_kernels.lens.divergences import DIVERGENCES, FEATURE_DISTANCES
+from fdd_kernels.lens.divergences import FEATURE_DISTANCES
 from fdd_kernels.testing import assert_within_budget, evaluate
-from tests.support.options import FEATURE_DERIVATIVES
+from tests.support.options import DIVERGENCE_TEXTS, FEATURE_DERIVATIVES
 from tests.support.strategies import WEIGHTS, calls, problems, reductions
 
 
@@ -56,7 +56,7 @@ def test_feature_space(backend, call):
     )
 
 
-@given(problem=problems(), trajectory=st.sampled_from(list(DIVERGENCES)))
+@given(problem=problems(), trajectory=st.sampled_from(DIVERGENCE_TEXTS))
 def test_divergences_are_not_negative_and_zero_for_one_model(problem, trajectory):
     wide = problem.to(torch.float64)
     options = {
@@ -92,9 +92,109 @@ def test_rows_do_not_see_one_another(problem, order):
             return tuple([h.detach().reshape(rows, -1)[shuffled] for h in value])
         return None if value is None else value.reshape(rows)[shuffled]
 
-    names = ("student_hidden", "teacher_hidden", "labels", "mask")
+    names = ("student_hidden", "teacher_hidden", "labels", "mask", "token_weights")
     moved = replace(wide, **{name: permuted(getattr(wide, name)) for name in names})
     expected = evaluate(wide.frozen("student_hidden"), **options).terms.loss.reshape(rows)[shuffled]
     got = evaluate(moved, **options).terms.loss
     bound = (wide.student_weight.numel() + 40) * 2.0**-53 * 40
     assert (got - expected).abs().max() <= bound
+
+
+ALONE = {"alpha": 0.0, "beta": 0.0, "reduction": "none", "backend": "torch"}
+SHARES = st.floats(1e-3, 1 - 1e-3)
+
+
+def close(a: torch.Tensor, b: torch.Tensor, problem, what: str = "") -> None:
+    """Compare two float64 evaluations of numbers of the size of the logits."""
+    bound = (problem.student_weight.numel() + 40) * 2.0**-53 * 40
+    assert (a - b).abs().max() <= bound * max(1.0, float(b.abs().max())), what
+
+
+def swapped(problem):
+    """Let the models change places."""
+    teacher = {n: getattr(problem, f"teacher_{n}") for n in ("hidden", "weight", "bias")}
+    student = {n: getattr(problem, f"student_{n}") for n in teacher}
+    new = {f"student_{n}": t for n, t in teacher.items()}
+    return replace(problem, **new, **{f"teacher_{n}": t for n, t in student.items()})
+
+
+@settings(max_examples=15)
+@given(problem=problems(), share=SHARES)
+def test_jsd_is_symmetric_in_the_models(problem, share):
+    """Swapping the models and beta for 1 - beta changes nothing; nor for total variation."""
+    wide = problem.to(torch.float64).frozen("student_hidden", "student_weight", "student_bias")
+    for text, other in ((f"jsd:{share!r}", f"jsd:{1 - share!r}"), ("tv", "tv")):
+        a = evaluate(wide, output_divergence=text, **ALONE).terms.loss
+        b = evaluate(swapped(wide), output_divergence=other, **ALONE).terms.loss
+        close(a, b, problem, text)
+
+
+@settings(max_examples=15)
+@given(problem=problems(), offset=st.floats(-50, 50), scale=st.floats(0.1, 10))
+def test_weighted_cosine_sees_directions_alone(problem, offset, scale):
+    """It is in [0, 2], whatever is added to all logits, and whatever length the student's deltas
+    have.
+    """
+    if len(problem.student_hidden) == 1 or problem.student_weight.shape[0] < 4:
+        return
+    options = ALONE | {"beta": 1.0, "derivative": "weighted_cosine", "output_kd_weight": 0.0}
+    options["output_in_dynamics"] = True
+    wide = problem.to(torch.float64).frozen("student_hidden", "student_weight", "student_bias")
+    wide = replace(wide, token_weights=None)
+    expected = evaluate(wide, **options).terms.loss
+    assert (expected >= 0).all()
+    assert (expected <= 2 + 2.0**-40).all()
+    zeros = torch.zeros(wide.student_weight.shape[0], dtype=torch.float64)
+    moved = {
+        f"{side}_bias": (zeros if bias is None else bias) + sign * offset
+        for side, sign, bias in (
+            ("student", 1, wide.student_bias),
+            ("teacher", -2, wide.teacher_bias),
+        )
+    }
+    scaled = tuple([h * scale for h in wide.student_hidden])
+    for changed in (replace(wide, **moved), replace(wide, student_hidden=scaled)):
+        # of angles whose vectors cancel to a part of the logits
+        found = evaluate(changed, **options).terms.loss
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@settings(max_examples=15)
+@given(problem=problems(), options=st.sampled_from([{}, {"derivative": "weighted_cosine"}]))
+def test_weights_that_change_nothing(problem, options):
+    """teacher_mix=1, layer weights of 1 and token weights of 1 are as none."""
+    wide = problem.to(torch.float64)
+    wide = replace(wide, token_weights=None)
+    layers = len(wide.student_hidden)
+    options = options | {"output_in_dynamics": True, "backend": "torch"}
+    expected = evaluate(wide, **options)
+    ones = torch.ones(wide.leading_shape)
+    for found in (
+        evaluate(wide, teacher_mix=1.0, layer_weights=(1,) * layers, **options),
+        evaluate(replace(wide, token_weights=ones), **options),
+    ):
+        close(found.terms.loss, expected.terms.loss, problem)
+        for name, gradient in expected.gradients.items():
+            close(found.gradients[name], gradient, problem, name)
+
+
+@settings(max_examples=15)
+@given(problem=problems(), seed=st.integers(0, 99))
+def test_token_weights_are_linear(problem, seed):
+    """Twice the weights are twice the loss; weights of 0 and 1 are a mask, for sums."""
+    wide = problem.to(torch.float64)
+    weights = torch.rand(wide.leading_shape, generator=torch.Generator().manual_seed(seed))
+    options = {"output_in_dynamics": True, "backend": "torch", "reduction": "sum"}
+    once, twice = (
+        evaluate(replace(wide, token_weights=factor * weights), **options) for factor in (1, 2)
+    )
+    close(twice.terms.loss, 2 * once.terms.loss, problem)
+    for name, gradient in once.gradients.items():
+        close(twice.gradients[name], 2 * gradient, problem, name)
+    chosen = weights < 0.5
+    mask = chosen if wide.mask is None else chosen & (wide.mask != 0)
+    masked = evaluate(replace(wide, mask=mask, token_weights=None), **options)
+    weighted = evaluate(replace(wide, token_weights=chosen.double()), **options)
+    close(weighted.terms.loss, masked.terms.loss, problem)
+    for name, gradient in masked.gradients.items():
+        close(weighted.gradients[name], gradient, problem, name)

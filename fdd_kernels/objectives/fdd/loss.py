@@ -62,25 +62,25 @@ def used_by(plan: Plan, tensors: LensInputs) -> LensInputs:
 def _call_of_shard(inputs: LossInputs, options: LossOptions, group) -> Call:
     """Make this process's call, once all processes of `group` agree to begin."""
     check_group(group)
-    prepared: list[tuple[Plan, LensInputs, Tensor | float | None]] = []
+    prepared: list[tuple[Plan, LensInputs, Tensor | float | None, Tensor | None]] = []
 
     def answer() -> Answer:
         plan, tensors = prepare(inputs, _options_of_part(inputs, options))
         denominator = _denominator(options, tensors, inputs.num_items_in_batch)
-        prepared.append((plan, tensors, denominator))
+        tensors, weights = inputs.weighted(tensors)
+        prepared.append((plan, tensors, denominator, weights))
         used = used_by(plan, tensors)
         block_rows = row_block(FDDObjective(plan, None, denominator), used, plan.backend)
         alike = replace(plan.spec, columns=0), replace(options, backend="auto"), plan.leading_shape
         return Answer.of(used, block_rows, alike)
 
     shard, block_rows = agree(group, answer, options.vocab_size)
-    plan, tensors, denominator = prepared[0]
+    plan, tensors, denominator, weights = prepared[0]
     plan = replace(plan, options=options, spec=replace(plan.spec, columns=shard.columns))
     if tensors.labels is not None:
         labelled = shard.bounds[-1] if options.ce_weight else shard.vocabulary
         check_labels(tensors.labels, options.ignore_index, labelled)
         tensors = tensors._replace(labels=shard.own_labels(tensors.labels))
-    tensors, weights = inputs.weighted(tensors)
     used = used_by(plan, tensors)
     objective = FDDObjective.of(plan, used, denominator, weights)
     return Call(objective, used, plan.backend, block_rows, shard)
