@@ -27,10 +27,10 @@ DIVERGENCE_TILES = {
     "kl": FEWEST_TILES,
     "reverse_kl": 5.25,
     "tv": 6.25,
-    "alpha_beta": 7,
-    "skew_kl": 9.25,
-    "jsd": 10.25,
-    "skew_reverse_kl": 12.25,
+    "alpha_beta": 8.25,
+    "skew_kl": 10.25,
+    "jsd": 11.5,
+    "skew_reverse_kl": 13.5,
 }
 
 
