@@ -310,8 +310,7 @@ void moment_gradient(float* grad_second, float* grad_first, VectorView s, Vector
     Vec weight = splat(1.f);
     if (upstream.weighted) {
       weight = exp((load(t.second + j) - t.shift_second) * inv_temperature - upstream.log_total);
-      // Of two tokens with half the weight each, rounding may give both more: 0.5 is too low.
-      const Mask is_top = weight > 0.6f;
+      const Mask is_top = weight > kCertain;
       a = select(is_top, splat(upstream.top_s), a);
       b = select(is_top, splat(upstream.top_t), b);
     }

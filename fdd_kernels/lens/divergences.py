@@ -213,13 +213,14 @@ def _skew_reverse_kl_value(log_q: Tensor, log_p: Tensor, alpha: float) -> Tensor
 def _skew_reverse_kl_grad(log_q: Tensor, log_p: Tensor, alpha: float) -> Tensor:
     """Compute q (log q - log m + 1 - alpha q / m), less the multiple (1 - alpha) q.
 
-    What is left, q (-log(m / q) - alpha (1 - alpha) (q - p) / m), is small where the models nearly
-    agree.
+    With y = log(q / m) it is q ((1 - alpha) y - alpha (e^y - 1 - y)), which is small where the
+    models nearly agree and has no difference of nearly equal numbers.
     """
     q = log_q.exp()
-    x = _where_weighted(q, log_q - log_p)
-    ratio = _over_mixture(x, 1 - alpha)
-    return -q * (_log_mixture(-x, 1 - alpha) + alpha * (1 - alpha) * ratio)
+    y = -_log_mixture(_where_weighted(q, log_p - log_q), 1 - alpha)
+    near = is_near(y)
+    rest = torch.where(near, _series(torch.where(near, y, 0.0)), torch.expm1(y) - y)
+    return q * ((1 - alpha) * y - alpha * rest)
 
 
 def _tv_value(log_q: Tensor, log_p: Tensor) -> Tensor:
