@@ -93,8 +93,8 @@ inline Vec expm1_nonpositive(Vec x) {
   const Vec near = exp_tail(x) * x * x + x;
   return select(x > -kNear, near, exp(x) - 1.f);
 }
-// log(u) with u = 1 + y above 0, accurate near 1: log of u, plus what its rounding lost. `y` does not
-// count where u is small.
+// log(u) with u = 1 + y above 0, accurate near 1: log of u, plus what its rounding lost. `y` does
+// not count where u is small.
 inline Vec log_of(Vec u, Vec y) {
   const Vec lost = select(u > 0.5f, (y - (u - 1.f)) / u, Vec{});
   // u = m * 2^e with sqrt(1/2) <= m < sqrt(2)
