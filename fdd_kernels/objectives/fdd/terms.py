@@ -190,7 +190,10 @@ def row_terms_from_statistics(
 def weigh_layers(per_layer: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """Multiply each layer's terms (R,) by its weight, with 0 * anything = 0; stacked."""
     return torch.stack(
-        [weight * x if weight else torch.zeros_like(x) for weight, x in zip(weights, per_layer)]
+        [
+            weight * x if weight else x.masked_fill(torch.ones_like(x, dtype=torch.bool), 0.0)
+            for weight, x in zip(weights, per_layer)
+        ]
     )
 
 
