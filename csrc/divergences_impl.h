@@ -13,7 +13,7 @@ inline Constants constants_of(const float* floats) {
 
 // log(rest + share e^x) with rest + share = 1. Where e^x would overflow, `rest` is nothing.
 inline Vec log_mixture(Vec x, float share, float rest) {
-  const Vec most = min(x, splat(80.f)), e = exp(most);
+  const Vec most = select(x > 80.f, splat(80.f), x), e = exp(most);  // NaN stays
   const Vec gap = share * select(abs(x) < kNear, exp_tail(x) * x * x + x, e - 1.f);
   return log_of(rest + share * e, gap) + max(x - 80.f, Vec{});
 }
