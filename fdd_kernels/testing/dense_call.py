@@ -15,7 +15,7 @@ from fdd_kernels.objectives.fdd.objective import reduce_terms
 from fdd_kernels.objectives.fdd.options import FDDLossTerms, LossOptions
 from fdd_kernels.objectives.fdd.plan import Plan
 from fdd_kernels.objectives.fdd.reference import mixed_target
-from fdd_kernels.objectives.fdd.terms import RowTerms, weigh_layers
+from fdd_kernels.objectives.fdd.terms import RowTerms
 from fdd_kernels.objectives.reduction import loss_denominator
 from fdd_kernels.testing.problems import Problem
 
@@ -102,9 +102,8 @@ class DenseCall:
 
     def layers_mean(self, per_layer: list[Tensor]) -> Tensor:
         """Reduce the trajectory's layers to the term per row."""
-        weights = self.options.layer_weights
-        per_layer = per_layer if weights is None else weigh_layers(per_layer, weights)
-        return torch.stack(tuple(per_layer)).mean(0)
+        weights = self.options.layer_weights or [1.0] * len(per_layer)
+        return torch.stack([weight * x for weight, x in zip(weights, per_layer)]).mean(0)
 
     def divergences(self) -> list[tuple[str, int, float, NamedDivergence]]:
         """List the divergences of the call: term, layer, temperature, divergence."""

@@ -216,7 +216,7 @@ WRONG_OPTIONS = [
     (
         {"output_divergence": "alpha_beta:inf,1"},
         ValueError,
-        r"output_divergence='alpha_beta:inf,1' has alpha inf, which is not in \[0, inf\)",
+        r"output_divergence='alpha_beta:inf,1' has alpha inf, which is not in \[0, 100\]",
     ),
     *[
         ({name: text}, ValueError, f"{name}='{text}'{message}")
