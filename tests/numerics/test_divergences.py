@@ -44,6 +44,9 @@ FAST = ("plain", "sharp and close")
 EACH_MODEL = pytest.mark.parametrize(
     "models", [m if m in FAST else pytest.param(m, marks=pytest.mark.slow) for m in MODELS]
 )
+# There the formula divides what is left of its digits by a tiny parameter. They have limits, and
+# test_registry_accuracy.py.
+NEAR_A_POLE = [t for t in DIVERGENCE_TEXTS if t.startswith("alpha_beta") and "1e-" in t]
 # Each with the next, which is another divergence or the same with another parameter.
 PAIRS = list(zip(DIVERGENCE_TEXTS, [*DIVERGENCE_TEXTS[1:], DIVERGENCE_TEXTS[0]]))
 
@@ -97,7 +100,7 @@ def agree(problem: Problem, text: str, mix: float, additions: int, **options) ->
 
 
 @EACH_MODEL
-@pytest.mark.parametrize("text", [text for text in DIVERGENCE_TEXTS if "1e-9" not in text])
+@pytest.mark.parametrize("text", [text for text in DIVERGENCE_TEXTS if text not in NEAR_A_POLE])
 def test_reference_is_the_formula(models, text):
     """In float64, at any sharpness."""
     drawn, options = MODELS[models]
