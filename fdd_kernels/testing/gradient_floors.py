@@ -12,20 +12,19 @@ from fdd_kernels.lens.divergences import DIVERGENCES
 from fdd_kernels.objectives.fdd.api import fdd_loss_reference
 from fdd_kernels.objectives.fdd.reference import distance_of
 from fdd_kernels.objectives.fdd.terms import RowTerms
-from fdd_kernels.testing.problems import Outcome, Problem, evaluate
-from fdd_kernels.testing.value_floors import (
-    PERTURBATIONS,
+from fdd_kernels.testing.dense_call import (
     UNDERFLOW,
     DenseCall,
     centred,
     dense_call,
     gemm_rounding,
     summation_rounding,
-    sums_and_grads,
     unit_roundoff,
     working_dtype,
     working_unit,
 )
+from fdd_kernels.testing.problems import Outcome, Problem, evaluate
+from fdd_kernels.testing.value_floors import PERTURBATIONS, sums_and_grads
 
 
 def _moved(problem: Problem, seed: int, summation: float, unit: float, options: dict) -> Problem:
