@@ -84,6 +84,7 @@ def page() -> str:
         fused_logit_kd,
         fused_rank_kd,
         fused_rows,
+        fused_sinkhorn_kd,
         fused_topk_kd,
         row_statistics,
         selected_logprobs,
@@ -98,6 +99,7 @@ def page() -> str:
         fused_logit_kd,
         fused_rank_kd,
         fused_rows,
+        fused_sinkhorn_kd,
     )
     parts = [
         TITLE.strip(),

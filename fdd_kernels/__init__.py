@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fdd_kernels.objectives.logits.rank import fused_rank_kd
     from fdd_kernels.objectives.logits.rows import fused_rows
     from fdd_kernels.objectives.logits.selected import selected_logprobs
+    from fdd_kernels.objectives.logits.sinkhorn import fused_sinkhorn_kd
     from fdd_kernels.objectives.logits.statistics import RowStatistics, row_statistics
     from fdd_kernels.objectives.logits.top_k import fused_topk_kd
     from fdd_kernels.objectives.schedules import (
@@ -58,6 +59,7 @@ __all__ = [
     "fused_logit_kd",
     "fused_rank_kd",
     "fused_rows",
+    "fused_sinkhorn_kd",
     "fused_topk_kd",
     "gram_loss",
     "layer_costs",
@@ -84,6 +86,7 @@ _HOMES = {
     "fused_logit_kd": "objectives.logits.divergence",
     "fused_rank_kd": "objectives.logits.rank",
     "fused_rows": "objectives.logits.rows",
+    "fused_sinkhorn_kd": "objectives.logits.sinkhorn",
     "fused_topk_kd": "objectives.logits.top_k",
     "row_statistics": "objectives.logits.statistics",
     "selected_logprobs": "objectives.logits.selected",
