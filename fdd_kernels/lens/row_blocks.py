@@ -49,6 +49,8 @@ RowFunction = Callable[..., tuple[Tensor, GradOf | None]]
 ROW_FUNCTIONS: dict[str, RowFunction] = {}
 # How many of a call's tensors, the last ones, are per column; none where it is not listed.
 PER_COLUMN: dict[str, int] = {}
+ATTENTION: set[str] = set()
+CAUSAL = "causal"  # among what leaves out columns
 
 
 def row_function(function: RowFunction) -> RowFunction:
@@ -65,6 +67,19 @@ def column_function(per_column: int) -> Callable[[RowFunction], RowFunction]:
         return row_function(function)
 
     return register
+
+
+def attention_function(function: RowFunction) -> RowFunction:
+    """Register a row function of attention's scores.
+
+    Its inputs are queries (G * T, d) in place of hidden states and keys (G * T, d) in place of the
+    head, of G groups with T = V rows each, and of keys maybe fewer groups. Its first word says what
+    is compared, the second lists what leaves out columns. The tensors of the call, per row its
+    position and its sequence's id, and the same and whether it is seen per column, are (B * T) for
+    G a multiple of B. A block has (g * r, c) scores and tensors (g, r) and (g, c).
+    """
+    ATTENTION.add(function.__name__)
+    return column_function(3)(function)
 
 
 def split_columns(name: str, tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -102,6 +117,16 @@ class RowSpec:
         function, *words = structure.split("|")
         head = LensSpec.decode("|", numbers[:4], columns)
         return RowSpec(head, function, tuple(words), tuple(numbers[4:].tolist()), outputs)
+
+    @property
+    def is_attention(self) -> bool:
+        """Whether every group of rows has columns of its own; see `attention_function`."""
+        return self.function in ATTENTION
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a row of attention sees no column after itself."""
+        return self.is_attention and CAUSAL in self.words[1].split(",")
 
     def of_block(self, block: RowBlock) -> tuple[Tensor, GradOf | None]:
         """Call the row function."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fdd_kernels.backends.torch_stream import tiling
+from fdd_kernels.backends.torch_stream.attention_blocks import AttentionWalk
 from fdd_kernels.backends.torch_stream.problem import TorchModel, TorchProblem
 from fdd_kernels.common.sizes import GIB, MIB
 from fdd_kernels.lens.inputs import LensInputs
@@ -52,32 +53,56 @@ def row_blocks(
         The values (R, outputs), 0 where a row is not valid, and the gradients of
         sum(upstream * values) in the dtype of sums, unrounded.
     """
-    problem = TorchProblem(inputs, spec.head)
-    dtype, columns = problem.dtype, spec.head.columns
-    models = [problem.student, *_teachers(problem)]
-    per_row, per_column = split_columns(spec.function, per_row)
-    values = inputs.student_weight.new_zeros((problem.total_rows, spec.outputs), dtype=dtype)
+    walk = (AttentionWalk if spec.is_attention else _HeadWalk)(inputs, per_row, spec)
+    dtype = inputs.statistics_dtype
+    values = inputs.student_weight.new_zeros((inputs.rows, spec.outputs), dtype=dtype)
     student = (*inputs.student_hidden, inputs.student_weight, inputs.student_bias)
     gradients = [
         torch.zeros_like(t, dtype=dtype, memory_format=torch.contiguous_format) if need else None
         for t, need in zip(student, needed if upstream is not None else [False] * 3)
     ]
-    for rows, _, _ in problem.row_blocks(block_rows(columns, dtype.itemsize, problem.device.type)):
-        logits = [_logits(model, rows, columns) for model in models[:2]]
-        before = None
-        if problem.student.softcap is not None and upstream is not None:
-            before = logits[0].clone()
-        others = [functools.partial(_logits, model, rows, columns) for model in models[2:]]
-        of_rows = tuple([t[rows] for t in per_row])
-        block = RowBlock(*(*logits, None)[:2], of_rows, tuple(per_column), tuple(others))
-        del logits
+    size = block_rows(spec.head.columns, dtype.itemsize, inputs.device.type)
+    for rows, place in walk.places(size):
+        block = walk.block(place)
         values[rows], grad_of = spec.of_block(block)
         if upstream is None:
             continue
         grad_u = grad_of(upstream[rows])
         del block, grad_of
-        _add_gradients(problem.student, rows, problem.student.chain(grad_u, before), *gradients)
+        walk.add_gradients(place, grad_u, *gradients)
     return [values, *[g for g in gradients if g is not None]]
+
+
+class _HeadWalk:
+    """The blocks of rows that one head turns into logits."""
+
+    def __init__(self, inputs: LensInputs, tensors: list[Tensor], spec: RowSpec):
+        self.problem = TorchProblem(inputs, spec.head)
+        self.models = [self.problem.student, *_teachers(self.problem)]
+        self.columns, self.before = spec.head.columns, None
+        self.per_row, self.per_column = split_columns(spec.function, tensors)
+
+    def places(self, size: int) -> Iterator[tuple[Tensor | slice, Tensor | slice]]:
+        """Yield the rows of every block twice: those of results, and the block's place."""
+        for rows, _, _ in self.problem.row_blocks(size):
+            yield rows, rows
+
+    def block(self, rows: Tensor | slice) -> RowBlock:
+        """Compute the logits of a block."""
+        compute = [functools.partial(_logits, model, rows, self.columns) for model in self.models]
+        logits = [of_model() for of_model in compute[:2]]
+        if self.problem.student.softcap is not None:
+            self.before = logits[0].clone()
+        of_rows = tuple([t[rows] for t in self.per_row])
+        return RowBlock(*(*logits, None)[:2], of_rows, tuple(self.per_column), tuple(compute[2:]))
+
+    def add_gradients(
+        self, rows: Tensor | slice, grad_u: Tensor, *gradients: Tensor | None
+    ) -> None:
+        """Add a block's gradients, from dL/du (r, V), to those that are needed."""
+        student = self.problem.student
+        grad_x, self.before = student.chain(grad_u, self.before), None
+        _add_gradients(student, rows, grad_x, *gradients)
 
 
 def _teachers(problem: TorchProblem) -> list[TorchModel]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -150,8 +151,8 @@ def fused_attention_kd(
     Memory and gradients are as in `fused_relation_kd`; the student's queries and keys get gradient.
 
     Args:
-        q_s, q_t: queries (B, H, T, d) after position embedding, as many heads of both models. Widths
-            d may differ.
+        q_s, q_t: queries (B, H, T, d) after position embedding, as many heads of both models; d may
+            differ.
         k_s, k_t: keys (B, H, T, d), or fewer heads that divide H: each is shared by as many
             consecutive heads of queries, as in grouped-query attention.
         causal: a query sees keys up to its own position only.
@@ -183,7 +184,7 @@ def fused_attention_kd(
         reduction=reduction,
         backend=backend,
     )
-    tensors = {"q_s": q_s, "k_s": k_s, "teacher's q_t": q_t, "teacher's k_t": k_t}
+    tensors = {"q_s": q_s, "k_s": k_s, "q_t": q_t, "k_t": k_t}
     _check_dimensions(tensors, 4, "(sequences, heads, positions, width)")
     for name, tensor in tensors.items():
         if (tensor.shape[0], tensor.shape[2]) != (q_s.shape[0], q_s.shape[2]):
@@ -193,14 +194,14 @@ def fused_attention_kd(
             )
     if q_t.shape[1] != q_s.shape[1]:
         raise ValueError(
-            f"teacher's q_t has {q_t.shape[1]} heads and q_s {q_s.shape[1]}: heads are compared one "
+            f"q_t has {q_t.shape[1]} heads and q_s {q_s.shape[1]}: heads are compared one "
             "by one, choose or average heads of the teacher first"
         )
-    for name, keys, queries in (("k_s", k_s, q_s), ("teacher's k_t", k_t, q_t)):
+    for name, keys, queries in (("k_s", k_s, q_s), ("k_t", k_t, q_t)):
         if not keys.shape[1] or queries.shape[1] % keys.shape[1]:
             raise ValueError(
-                f"{name} has {keys.shape[1]} heads, which do not divide the {queries.shape[1]} heads "
-                "of its queries: pass as many, or grouped keys"
+                f"{name} has {keys.shape[1]} heads, which do not divide the {queries.shape[1]} "
+                "heads of its queries: pass as many, or grouped keys"
             )
         if keys.shape[3] != queries.shape[3]:
             raise ValueError(
@@ -222,7 +223,5 @@ def _check_dimensions(tensors: dict[str, Tensor], dimensions: int, meaning: str)
 
 
 def _loss(inputs: AttentionInputs, heads: dict[str, Tensor], o: AttentionOptions) -> Tensor:
-    from dataclasses import replace
-
     with torch.autocast(next(iter(heads.values())).device.type, enabled=False):
         return attention_loss(replace(inputs, tensors=heads), o)

@@ -15,7 +15,7 @@ from torch import Tensor
 from fdd_kernels.backends import resolve_row_backend
 from fdd_kernels.engine.row_blocks import asks_for_gradient, row_sum, row_values
 from fdd_kernels.lens.inputs import LensInputs
-from fdd_kernels.lens.row_blocks import RowSpec
+from fdd_kernels.lens.row_blocks import CAUSAL, RowSpec
 from fdd_kernels.lens.spec import LensSpec
 from fdd_kernels.objectives.numbers import check_numbers, describe
 from fdd_kernels.objectives.option_checks import (
@@ -26,7 +26,6 @@ from fdd_kernels.objectives.option_checks import (
 )
 from fdd_kernels.objectives.reduction import loss_denominator, reduce_rows
 from fdd_kernels.objectives.relations.formulas import (
-    CAUSAL,
     KINDS,
     MASK,
     PACKED,
@@ -158,7 +157,8 @@ def attention_loss(inputs: AttentionInputs, o: AttentionOptions) -> Tensor:
     divisor = loss_denominator(
         o.reduction, valid.numel(), valid, valid.device, inputs.num_items_in_batch
     )
-    if resolve_row_backend(o.backend) == "reference":
+    backend = resolve_row_backend(o.backend) if length else "reference"
+    if backend == "reference":
         values = _dense(tensors, scales, flags, (at, ids), (at, ids, seen), o)
     else:
         numbers = tuple([float(n) for n in (o.nearest,) if n is not None])
@@ -169,7 +169,6 @@ def attention_loss(inputs: AttentionInputs, o: AttentionOptions) -> Tensor:
         flat = [t.reshape(-1, t.shape[-1]) for t in tensors]
         of_kernel = LensInputs([flat[0]], flat[1], None, [flat[2]], flat[3], None, None, None)
         known = not (isinstance(divisor, Tensor) and divisor.requires_grad)
-        backend = resolve_row_backend(o.backend)
         if known and o.reduction != "none" and asks_for_gradient(of_kernel):
             weights = valid[:, None].expand(sequences, heads, length).to(of_kernel.statistics_dtype)
             weights = weights / (heads if divisor is None else heads * divisor)

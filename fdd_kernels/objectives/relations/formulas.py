@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from fdd_kernels.lens.divergences import DIVERGENCES
-from fdd_kernels.lens.row_blocks import GradOf, RowBlock, attention_function
+from fdd_kernels.lens.row_blocks import CAUSAL, GradOf, RowBlock, attention_function
 from fdd_kernels.lens.softmax import log_softmax_, logit_gradient_, sum_over_tokens
 from fdd_kernels.objectives.dense import expected_ratio
 
 KINDS = ("kl", "jeffreys", "mse")
-CAUSAL, SELF, MASK, PACKED = "causal", "self", "mask", "packed"  # what leaves out columns
+SELF, MASK, PACKED = "self", "mask", "packed"  # what leaves out columns, beside CAUSAL
 _KL, _REVERSE_KL = (DIVERGENCES[name].value for name in ("kl", "reverse_kl"))
 
 
@@ -44,7 +44,9 @@ def left_out(
 
 
 @attention_function
-def attention_rows(block: RowBlock, kind: str, flags: str, *nearest: float) -> tuple[Tensor, GradOf]:
+def attention_rows(
+    block: RowBlock, kind: str, flags: str, *nearest: float
+) -> tuple[Tensor, GradOf]:
     """Compare the rows of attention (n, c) with n = g * r.
 
     "kl" KL(p || q) and "jeffreys" KL(p || q) + KL(q || p) of the softmaxes, "mse" the mean square
@@ -102,7 +104,7 @@ def _divergence(kind: str, s: Tensor, t: Tensor):
 def dense_rows(
     s: Tensor, t: Tensor, hidden: Tensor | None, kind: str, nearest: int | None
 ) -> Tensor:
-    """Compute the same from all scores (..., T, T), differentiable any number of times: (..., T)."""
+    """Compute the same, (..., T), from all scores (..., T, T); differentiable at will."""
     hidden = torch.zeros_like(s, dtype=torch.bool) if hidden is None else hidden.expand_as(s)
     if nearest is not None and nearest < s.shape[-1]:
         at = t.masked_fill(hidden, -torch.inf).topk(nearest, -1).indices

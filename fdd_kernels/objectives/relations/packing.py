@@ -68,9 +68,7 @@ def _check_integers(name: str, tensor, shape: tuple[int, int] | None, device) ->
         raise ValueError(f"{name} is on {tensor.device} and student's tensors on {device}: move it")
 
 
-def visible(
-    seen: Tensor, ids: Tensor | None, causal: bool, exclude_self: bool
-) -> Tensor:
+def visible(seen: Tensor, ids: Tensor | None, causal: bool, exclude_self: bool) -> Tensor:
     """Count the positions that each one sees, (B, T), of those that are `seen` (B, T) bool."""
     length = seen.shape[1]
     at = torch.arange(length, device=seen.device).expand_as(seen)
