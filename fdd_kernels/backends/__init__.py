@@ -52,8 +52,8 @@ class Backend:
             `stats_and_grad`; 0 where two operations are faster.
         stats_and_grad: both operations at once, one row block after another, with the block's
             logits cached in between.
-        row_blocks: `row_blocks(inputs, per_row, spec, upstream, needed)` -> values and gradients of
-            a row function (`lens/row_blocks.py`); None where the backend has none.
+        row_blocks: `row_blocks(inputs, per_row, shared, spec, upstream, needed)` -> values and
+            gradients of a row function (`lens/row_blocks.py`); None where the backend has none.
 
     `stats_and_grad(inputs, spec, block_rows, upstream_of, needed, refine)` returns gradients and
     `Statistics`. Per block it calls `upstream_of(rows, shifts, requests, moments)` with the block's

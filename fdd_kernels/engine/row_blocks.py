@@ -2,10 +2,15 @@
 
 One operator computes values and, for an upstream gradient that is known, gradients with them: each
 GEMM then runs once. Where the upstream gradient is known in backward alone, the operator runs
-again.
+again. A row function that is not registered is called past the operator, which the compiler cannot
+record.
 """
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,24 +31,44 @@ from fdd_kernels.lens.row_blocks import RowSpec
 _FIELDS = len(LensInputs._fields)
 
 
+class Extra(NamedTuple):
+    """What a row function takes beside logits: tensors (R, ...), and tensors for all rows."""
+
+    per_row: Sequence[Tensor] = ()
+    shared: Sequence[Tensor] = ()
+
+
 @torch.library.custom_op(
     "fdd_kernels::row_blocks",
     mutates_args=(),
     schema="(Tensor[] student_hidden, Tensor student_weight, Tensor? student_bias, "
     "Tensor[] teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias, Tensor? valid, "
-    "Tensor? labels, Tensor[] per_row, str structure, Tensor numbers, SymInt columns, "
-    "SymInt outputs, str backend, Tensor? upstream, bool[] needed) -> Tensor[]",
+    "Tensor? labels, Tensor[] per_row, Tensor[] shared, str structure, Tensor numbers, "
+    "SymInt columns, SymInt outputs, str backend, Tensor? upstream, bool[] needed) -> Tensor[]",
 )
 def row_blocks(*arguments):
     """Values (R, outputs) of a row function; with `upstream` (R, outputs) also the gradients that
     `needed` marks of [student_hidden, student_weight, student_bias], in the dtype of sums.
     """
-    inputs, (per_row, *encoded) = LensInputs(*arguments[:_FIELDS]), arguments[_FIELDS:]
+    return _run(*arguments)
+
+
+def _run(*arguments):
+    inputs, (per_row, shared, *encoded) = LensInputs(*arguments[:_FIELDS]), arguments[_FIELDS:]
     *encoded, backend, upstream, needed = encoded
     with torch.autocast(inputs.device.type, enabled=False):
         return BACKENDS[backend].row_blocks(
-            inputs, per_row, RowSpec.decode(*encoded), upstream, needed
+            inputs, per_row, shared, RowSpec.decode(*encoded), upstream, needed
         )
+
+
+def _compute(inputs: LensInputs, extra: Extra, encoded: tuple, *arguments) -> list[Tensor]:
+    """Call the operator, or what it calls where it cannot take the row function."""
+    if isinstance(encoded[0], str):
+        return row_blocks(*inputs, *extra, *encoded, *arguments)
+    # The compiler looks into a backward pass that runs within a function that it has compiled.
+    run = torch.compiler.disable(_run) if "torch._dynamo" in sys.modules else _run
+    return run(*inputs, *extra, *encoded, *arguments)
 
 
 @row_blocks.register_fake
@@ -64,19 +89,20 @@ def _(*arguments):
     ]
 
 
-def row_values(spec: RowSpec, inputs: LensInputs, per_row: list[Tensor], backend: str) -> Tensor:
+def row_values(spec: RowSpec, inputs: LensInputs, extra: Extra, backend: str) -> Tensor:
     """Compute the values of all rows, (R, outputs), differentiable once."""
     if not asks_for_gradient(inputs):
-        return row_blocks(*inputs, per_row, *spec.encode(), backend, None, [False] * 3)[0]
-    return _RowValues.apply(*spec.encode(), backend, len(per_row), *flatten(inputs), *per_row)
+        return _compute(inputs, extra, spec.encode(), backend, None, [False] * 3)[0]
+    arguments = (*spec.encode(), backend, *map(len, extra))
+    return _RowValues.apply(*arguments, *flatten(inputs), *extra.per_row, *extra.shared)
 
 
 def row_sum(
-    spec: RowSpec, inputs: LensInputs, per_row: list[Tensor], backend: str, weights: Tensor
+    spec: RowSpec, inputs: LensInputs, extra: Extra, backend: str, weights: Tensor
 ) -> Tensor:
     """Compute sum(weights * values), weights (R, outputs), with its gradients formed in forward."""
-    arguments = (*spec.encode(), backend, len(per_row), weights)
-    return _RowSum.apply(*arguments, *flatten(inputs), *per_row)
+    arguments = (*spec.encode(), backend, *map(len, extra), weights)
+    return _RowSum.apply(*arguments, *flatten(inputs), *extra.per_row, *extra.shared)
 
 
 def asks_for_gradient(inputs: LensInputs) -> bool:
@@ -85,37 +111,40 @@ def asks_for_gradient(inputs: LensInputs) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in student)
 
 
-def _unpack(count: int, tensors: tuple) -> tuple[LensInputs, list[Tensor]]:
-    """Split the tensors of an autograd Function: the inputs, and `count` tensors per row."""
-    split = len(tensors) - count
-    return unflatten(1, tuple(tensors[:split])), list(tensors[split:])
+def _unpack(counts: tuple[int, int], tensors: tuple) -> tuple[LensInputs, Extra]:
+    """Split the tensors of an autograd Function; `counts` are those of `Extra`."""
+    per_row, shared = counts
+    first, second = len(tensors) - per_row - shared, len(tensors) - shared
+    extra = Extra(list(tensors[first:second]), list(tensors[second:]))
+    return unflatten(1, tuple(tensors[:first])), extra
 
 
 # Arguments in front of the tensors; of the module, since Dynamo traces no attribute of a Function.
-_BEFORE_VALUES, _BEFORE_SUM = 6, 7
+_BEFORE_VALUES, _BEFORE_SUM = 7, 8
 
 
 class _RowValues(torch.autograd.Function):
     """See `row_values`. Saves the inputs alone, and computes every block again in backward."""
 
     @staticmethod
-    def forward(ctx, structure, numbers, columns, outputs, backend: str, count: int, *tensors):
-        inputs, per_row = _unpack(count, tensors)
+    def forward(ctx, structure, numbers, columns, outputs, backend, per_row, shared, *tensors):
+        ctx.counts = per_row, shared
+        inputs, extra = _unpack(ctx.counts, tensors)
         ctx.structure, ctx.columns, ctx.outputs = structure, columns, outputs
-        ctx.backend, ctx.count = backend, count
+        ctx.backend = backend
         ctx.needed = list(ctx.needs_input_grad[_BEFORE_VALUES : _BEFORE_VALUES + 3])
         save(ctx, numbers, *tensors)
         spec = structure, numbers, columns, outputs
-        return row_blocks(*inputs, per_row, *spec, backend, None, [False] * 3)[0]
+        return _compute(inputs, extra, spec, backend, None, [False] * 3)[0]
 
     @staticmethod
     def backward(ctx, upstream: Tensor):
         refuse_batches(upstream)
         numbers, *tensors = saved(ctx)
-        inputs, per_row = _unpack(ctx.count, tuple(tensors))
+        inputs, extra = _unpack(ctx.counts, tuple(tensors))
         spec = ctx.structure, numbers, ctx.columns, ctx.outputs
         with torch.no_grad():
-            _, *found = row_blocks(*inputs, per_row, *spec, ctx.backend, upstream, ctx.needed)
+            _, *found = _compute(inputs, extra, spec, ctx.backend, upstream, ctx.needed)
             found = rounded(found, inputs, ctx.needed)
         return as_backward_result(ctx, _BEFORE_VALUES, found, inputs, (upstream,))
 
@@ -128,15 +157,19 @@ class _RowSum(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, structure, numbers, columns, outputs, backend, count: int, weights, *tensors):
-        inputs, per_row = _unpack(count, tensors)
+    def forward(
+        ctx, structure, numbers, columns, outputs, backend, per_row, shared, weights, *tensors
+    ):
+        ctx.counts = per_row, shared
+        inputs, extra = _unpack(ctx.counts, tensors)
         needed = list(ctx.needs_input_grad[_BEFORE_SUM : _BEFORE_SUM + 3])
         spec = structure, numbers, columns, outputs
-        values, *found = row_blocks(*inputs, per_row, *spec, backend, weights, needed)
+        values, *found = _compute(inputs, extra, spec, backend, weights, needed)
         ctx.structure, ctx.columns, ctx.outputs = structure, columns, outputs
-        ctx.backend, ctx.count, ctx.needed = backend, count, needed
-        ctx.gradients = None
-        if torch.compiler.is_compiling():
+        ctx.backend, ctx.needed = backend, needed
+        # The compiler may also meet the backward pass of a forward pass that it did not record.
+        ctx.gradients, ctx.is_compiled = None, torch.compiler.is_compiling()
+        if ctx.is_compiled:
             save(ctx, *tensors, *found)
         else:
             save(ctx, *tensors, numbers, weights)
@@ -148,19 +181,17 @@ class _RowSum(torch.autograd.Function):
         refuse_batches(upstream)
         tensors = saved(ctx)
         with torch.no_grad():
-            if torch.compiler.is_compiling():
+            if ctx.is_compiled:
                 split = len(tensors) - sum(ctx.needed)
-                inputs, _ = _unpack(ctx.count, tuple(tensors[:split]))
+                inputs, _ = _unpack(ctx.counts, tuple(tensors[:split]))
                 found = [gradient * upstream for gradient in tensors[split:]]
             else:
                 *tensors, numbers, weights = tensors
-                inputs, per_row = _unpack(ctx.count, tuple(tensors))
+                inputs, extra = _unpack(ctx.counts, tuple(tensors))
                 found, ctx.gradients = ctx.gradients, None
                 if found is None:
                     spec = ctx.structure, numbers, ctx.columns, ctx.outputs
-                    _, *found = row_blocks(
-                        *inputs, per_row, *spec, ctx.backend, weights, ctx.needed
-                    )
+                    _, *found = _compute(inputs, extra, spec, ctx.backend, weights, ctx.needed)
                 found = scaled(found, upstream)
             found = rounded(found, inputs, ctx.needed)
         return as_backward_result(ctx, _BEFORE_SUM, found, inputs, (upstream,))

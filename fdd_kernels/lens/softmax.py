@@ -44,10 +44,21 @@ def logit_gradient_(grad: Tensor, log_q: Tensor) -> Tensor:
 
 def sum_over_tokens(function: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
     """Sum an elementwise function of matrices (r, C) over the tokens, (r, 1), in parts of a row."""
-    columns = matrices[0].shape[-1]
-    size = max(1, -(-columns // _PARTS))
     total = 0.0
-    for first in range(0, columns, size):
-        part = [matrix[:, first : first + size] for matrix in matrices]
-        total = total + function(*part).sum(-1, keepdim=True)
+    for part in _parts(matrices[0]):
+        total = total + function(*[m[:, part] for m in matrices]).sum(-1, keepdim=True)
     return total
+
+
+def map_over_tokens(function: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
+    """Compute an elementwise function of matrices (r, C), (r, C), in parts of a row."""
+    result = torch.empty_like(matrices[0])
+    for part in _parts(result):
+        result[:, part] = function(*[m[:, part] for m in matrices])
+    return result
+
+
+def _parts(matrix: Tensor) -> list[slice]:
+    columns = matrix.shape[-1]
+    size = max(1, -(-columns // _PARTS))
+    return [slice(first, first + size) for first in range(0, columns, size)]

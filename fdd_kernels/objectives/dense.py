@@ -12,9 +12,12 @@ def dense_logits(
     bias: Tensor | None,
     scale: float,
     softcap: float | None,
-    columns: int,
+    columns: int | None,
 ) -> Tensor:
-    """Compute softcap(scale * (h W^T + b)) of one layer, (R, V), in float32 or better."""
+    """Compute softcap(scale * (h W^T + b)) of one layer, (R, V), in float32 or better.
+
+    `columns` is V, None for all rows of the head.
+    """
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     if weight is None:
         return hidden.to(torch.promote_types(wide, hidden.dtype))

@@ -13,8 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from fdd_kernels import fused_topk_kd, row_statistics
 from fdd_kernels.backends.torch_stream import blocks
+from fdd_kernels.engine.row_blocks import Extra, row_sum, row_values
 from fdd_kernels.engine.row_blocks import row_blocks as operator
-from fdd_kernels.engine.row_blocks import row_sum, row_values
 from fdd_kernels.lens.row_blocks import ROW_FUNCTIONS, RowSpec, row_function
 from fdd_kernels.lens.softmax import log_softmax_, logit_gradient_
 from fdd_kernels.lens.spec import LensSpec
@@ -115,7 +115,14 @@ def test_the_operator_passes_torchs_own_checks(name):
     if name != "decoupled_kd":
         teacher = [[], None, None]
     arguments = [[*p.student_hidden], p.student_weight, p.student_bias, *teacher]
-    arguments += [torch.tensor([True, False, True, True]), None, per_row, *spec.encode(), "torch"]
+    arguments += [
+        torch.tensor([True, False, True, True]),
+        None,
+        per_row,
+        [],
+        *spec.encode(),
+        "torch",
+    ]
     for upstream, needed in (
         (None, [False] * 3),
         (torch.rand(4, outputs), [True] * 3),
@@ -158,9 +165,10 @@ def test_a_row_function_is_all_that_a_sorted_loss_needs(known, monkeypatch):
     inputs = inputs.flattened(-100, (0,))
     leaves = list(p.leaves.values())
     if known:
-        found = row_sum(spec, inputs, [], "torch", torch.full((8, 1), 0.5, dtype=torch.float64))
+        weights = torch.full((8, 1), 0.5, dtype=torch.float64)
+        found = row_sum(spec, inputs, Extra(), "torch", weights)
     else:
-        found = row_values(spec, inputs, [], "torch").sum() / 2
+        found = row_values(spec, inputs, Extra(), "torch").sum() / 2
     gradients = torch.autograd.grad(found, leaves)
     z_s = p.student_hidden[0] @ p.student_weight.T + p.student_bias
     z_t = p.teacher_hidden[0] @ p.teacher_weight.T + p.teacher_bias

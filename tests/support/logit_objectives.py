@@ -6,8 +6,9 @@ the valid rows, and are differentiated by autograd.
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -86,7 +87,11 @@ class Call:
 
     @property
     def has_teacher(self) -> bool:
-        return self.function is fused_decoupled_kd
+        return "teacher_hidden" in self._parameters
+
+    @property
+    def _parameters(self) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(self.function).parameters
 
     def to(self, dtype: torch.dtype) -> Call:
         return replace(self, problem=self.problem.to(dtype))
@@ -140,7 +145,7 @@ class Call:
             cap = o.get(f"{prefix}softcap")
             u = u if cap is None else cap * torch.tanh(u / cap)
             u = u[:, self._live(columns)] if cap is None else u
-            logits[side] = u / self.temperature
+            logits[side] = u / self.temperature_of(u)
         row = self._renumbered(row, len(p.student_weight))
         if move is not None and "logprobs" in row:
             row["logprobs"] = move("logprobs", row["logprobs"].to(F64))
@@ -154,7 +159,11 @@ class Call:
 
     @property
     def temperature(self) -> float:
-        return self.options.get("temperature", 4.0 if self.has_teacher else 1.0)
+        return self.options.get("temperature", self._parameters["temperature"].default)
+
+    def temperature_of(self, u: Tensor) -> float | Tensor:
+        """The temperature of logits (R, V), of tokens that can occur."""
+        return u.std(-1, keepdim=True) if self.temperature == "std" else self.temperature
 
     def _reduced(self, values: Tensor, row: dict[str, Tensor], valid: Tensor) -> Tensor:
         if not self.is_loss:
@@ -206,7 +215,9 @@ class Call:
             return row
         number = self._live(columns).cumsum(0) - 1
         tokens = {
-            n: t.where(t < 0, number[t.clamp(min=0)]) for n, t in row.items() if n != "logprobs"
+            n: t.where(t < 0, number[t.clamp(min=0)])
+            for n, t in row.items()
+            if not t.is_floating_point()
         }
         return {**row, **tokens}
 
@@ -311,8 +322,11 @@ def _moved(call: Call, upstream, unit: float, common: float, seed: int) -> Truth
         bias = None if bias is None else bias.detach()[:columns]
         off = scale * gemm_rounding(h, weight.detach()[:columns], bias, unit)
         off = off + 3 * unit * u.detach().abs().where(u.detach().isfinite(), 0.0)
-        off = off + common * call.temperature
-        return u + off * random
+        if call.temperature == "std":  # a sum over the vocabulary itself
+            off = off + common * u.detach().abs().where(u.detach().isfinite(), 0.0)
+            live = u.detach()[:, u.isfinite().all(0)]
+            return u + (off + common * live.std(-1, keepdim=True)) * random
+        return u + (off + common * call.temperature) * random
 
     return call.truth(upstream, move)
 

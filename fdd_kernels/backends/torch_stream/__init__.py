@@ -6,7 +6,7 @@ logits are never rounded below that. Beyond inputs, outputs and statistics it al
 accumulators of bounded size.
 """
 
-from fdd_kernels.backends.torch_stream.blocks import row_blocks
+from fdd_kernels.backends.torch_stream.blocks import logits_of_rows, row_blocks
 from fdd_kernels.backends.torch_stream.gradients import grad
 from fdd_kernels.backends.torch_stream.problem import scale_and_cap_
 from fdd_kernels.backends.torch_stream.statistics import add_second_pass, stats
@@ -17,6 +17,7 @@ __all__ = [
     "add_second_pass",
     "choose_tiles",
     "grad",
+    "logits_of_rows",
     "memory",
     "row_blocks",
     "scale_and_cap_",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fdd_kernels.lens.inputs import LensInputs
-from fdd_kernels.lens.row_blocks import RowBlock, RowSpec, split_columns
+from fdd_kernels.lens.row_blocks import RowBlock, RowSpec
 
 
 class Place(NamedTuple):
@@ -29,17 +29,19 @@ class Place(NamedTuple):
 
 
 class AttentionWalk:
-    """The blocks of one call; see `walk` in blocks.py."""
+    """The blocks of one call; `columns` is T."""
 
-    def __init__(self, inputs: LensInputs, tensors: list[Tensor], spec: RowSpec):
-        self.inputs, self.head, self.length = inputs, spec.head, spec.head.columns
-        self.dtype, self.groups = inputs.statistics_dtype, inputs.rows // max(1, self.length)
-        self.per_row, self.per_column = split_columns(spec.function, tensors)
-        self.causal = spec.is_causal
+    def __init__(
+        self, inputs: LensInputs, per_row: list[Tensor], shared: list[Tensor], spec: RowSpec
+    ):
+        self.inputs, self.head, self.causal = inputs, spec.head, spec.is_causal
+        self.columns = self.length = spec.head.columns
+        self.dtype, self.groups = inputs.statistics_dtype, inputs.rows // self.length
+        self.per_row, self.per_column = per_row, shared
 
     def places(self, size: int) -> Iterator[tuple[slice, Place]]:
         """Yield blocks of at most `size` rows, and which rows (G * T) they are."""
-        length, many = self.length, size // max(1, self.length)
+        length, many = self.length, size // self.length
         if many:
             for first in range(0, self.groups, many):
                 groups = slice(first, min(first + many, self.groups))
@@ -53,7 +55,7 @@ class AttentionWalk:
                 columns = slice(0, last if self.causal else length)
                 yield rows, Place(slice(group, group + 1), slice(first, last), columns)
 
-    def block(self, place: Place) -> RowBlock:
+    def block(self, place: Place, asks_gradient: bool) -> RowBlock:
         """Compute the scores of a block."""
         inputs, groups, rows, columns = self.inputs, *place
         scores = [
@@ -65,7 +67,7 @@ class AttentionWalk:
         ]
         per_row = [self._part(t, groups, rows) for t in self.per_row]
         per_column = [self._part(t, groups, columns) for t in self.per_column]
-        return RowBlock(*scores, tuple(per_row), tuple(per_column))
+        return RowBlock(*scores, tuple(per_row), tuple(per_column), (), asks_gradient)
 
     def add_gradients(
         self, place: Place, grad: Tensor, grad_queries: Tensor | None, grad_keys: Tensor | None, _
@@ -105,4 +107,4 @@ class AttentionWalk:
     def _of(self, split: Tensor, groups: slice) -> Tensor:
         """Return the index of each group of a block among those of a tensor."""
         every = torch.arange(groups.start, groups.stop, device=split.device)
-        return every // max(1, self.groups // max(1, len(split)))
+        return every // (self.groups // len(split))

@@ -16,7 +16,7 @@ from fdd_kernels.backends.torch_stream.attention_blocks import AttentionWalk
 from fdd_kernels.backends.torch_stream.problem import TorchModel, TorchProblem
 from fdd_kernels.common.sizes import GIB, MIB
 from fdd_kernels.lens.inputs import LensInputs
-from fdd_kernels.lens.row_blocks import MATRICES, RowBlock, RowSpec, split_columns
+from fdd_kernels.lens.row_blocks import MATRICES, RowBlock, RowSpec
 
 # Of all matrices (r, V) of a row block; at least one row.
 BLOCK_BYTES = {"cpu": 128 * MIB}
@@ -25,15 +25,16 @@ ACCELERATOR_BLOCK_BYTES = GIB
 _OWN_MATRICES = 1
 
 
-def block_rows(columns: int, itemsize: int, device_type: str) -> int:
-    """Choose the rows of a block."""
+def block_rows(columns: int, itemsize: int, device_type: str, matrices: float = MATRICES) -> int:
+    """Choose the rows of a block, for a row function that holds `matrices` of them."""
     budget = BLOCK_BYTES.get(device_type, ACCELERATOR_BLOCK_BYTES)
-    return max(1, budget // ((MATRICES + _OWN_MATRICES) * columns * itemsize))
+    return max(1, int(budget // ((matrices + _OWN_MATRICES) * columns * itemsize)))
 
 
 def row_blocks(
     inputs: LensInputs,
     per_row: list[Tensor],
+    shared: list[Tensor],
     spec: RowSpec,
     upstream: Tensor | None,
     needed: list[bool],
@@ -45,7 +46,7 @@ def row_blocks(
     Args:
         inputs: one hidden state of the student; of the teachers one each, or none. The heads of
             several teachers lie side by side along their widths.
-        per_row: tensors (R, ...) for the row function, and (V, ...) for one that takes columns.
+        per_row, shared: tensors (R, ...) and whole tensors for the row function.
         upstream: (R, outputs), with which gradients are formed; None for none.
         needed: which gradients of [student_hidden, student_weight, student_bias] are formed.
 
@@ -53,7 +54,7 @@ def row_blocks(
         The values (R, outputs), 0 where a row is not valid, and the gradients of
         sum(upstream * values) in the dtype of sums, unrounded.
     """
-    walk = (AttentionWalk if spec.is_attention else _HeadWalk)(inputs, per_row, spec)
+    walk = (AttentionWalk if spec.of_attention else _HeadWalk)(inputs, per_row, shared, spec)
     dtype = inputs.statistics_dtype
     values = inputs.student_weight.new_zeros((inputs.rows, spec.outputs), dtype=dtype)
     student = (*inputs.student_hidden, inputs.student_weight, inputs.student_bias)
@@ -61,9 +62,9 @@ def row_blocks(
         torch.zeros_like(t, dtype=dtype, memory_format=torch.contiguous_format) if need else None
         for t, need in zip(student, needed if upstream is not None else [False] * 3)
     ]
-    size = block_rows(spec.head.columns, dtype.itemsize, inputs.device.type)
+    size = block_rows(walk.columns, dtype.itemsize, inputs.device.type, spec.matrices)
     for rows, place in walk.places(size):
-        block = walk.block(place)
+        block = walk.block(place, upstream is not None)
         values[rows], grad_of = spec.of_block(block)
         if upstream is None:
             continue
@@ -74,27 +75,32 @@ def row_blocks(
 
 
 class _HeadWalk:
-    """The blocks of rows that one head turns into logits."""
+    """The blocks of rows of which heads make logits; `columns` is the largest vocabulary."""
 
-    def __init__(self, inputs: LensInputs, tensors: list[Tensor], spec: RowSpec):
-        self.problem = TorchProblem(inputs, spec.head)
+    def __init__(
+        self, inputs: LensInputs, per_row: list[Tensor], shared: list[Tensor], spec: RowSpec
+    ):
+        self.problem, self.per_row, self.shared = TorchProblem(inputs, spec.head), per_row, shared
         self.models = [self.problem.student, *_teachers(self.problem)]
-        self.columns, self.before = spec.head.columns, None
-        self.per_row, self.per_column = split_columns(spec.function, tensors)
+        self.widths = [spec.head.columns, *[len(model.weight) for model in self.models[1:]]]
+        self.columns, self.before = max(self.widths), None
 
     def places(self, size: int) -> Iterator[tuple[Tensor | slice, Tensor | slice]]:
-        """Yield the rows of every block twice: those of results, and the block's place."""
+        """Yield blocks of at most `size` rows: which rows of the results, and where it lies."""
         for rows, _, _ in self.problem.row_blocks(size):
             yield rows, rows
 
-    def block(self, rows: Tensor | slice) -> RowBlock:
+    def block(self, rows: Tensor | slice, asks_gradient: bool) -> RowBlock:
         """Compute the logits of a block."""
-        compute = [functools.partial(_logits, model, rows, self.columns) for model in self.models]
+        compute = [
+            functools.partial(_logits, model, rows, columns)
+            for model, columns in zip(self.models, self.widths)
+        ]
         logits = [of_model() for of_model in compute[:2]]
-        if self.problem.student.softcap is not None:
+        if self.problem.student.softcap is not None and asks_gradient:
             self.before = logits[0].clone()
-        of_rows = tuple([t[rows] for t in self.per_row])
-        return RowBlock(*(*logits, None)[:2], of_rows, tuple(self.per_column), tuple(compute[2:]))
+        more = tuple([t[rows] for t in self.per_row]), tuple(self.shared), tuple(compute[2:])
+        return RowBlock(*(*logits, None)[:2], *more, asks_gradient)
 
     def add_gradients(
         self, rows: Tensor | slice, grad_u: Tensor, *gradients: Tensor | None
@@ -125,6 +131,19 @@ def _tiles(model: TorchModel, columns: int) -> Iterator[slice]:
         size = max(1, tiling.OPERAND_BYTES // (model.dtype.itemsize * model.weight.shape[1]))
     for first in range(0, columns, size):
         yield slice(first, min(first + size, columns))
+
+
+def logits_of_rows(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Compute the logits (r, V) of hidden states (r, D), a model beside the call's two."""
+    model = TorchModel([hidden], weight, bias, logit_scale, softcap, dtype)
+    return _logits(model, slice(None), len(weight))
 
 
 def _logits(model: TorchModel, rows: Tensor | slice, columns: int) -> Tensor:

@@ -243,7 +243,7 @@ def _direction(
     backend = resolve_row_backend(o.backend)
     call = LogitCall(options, spec, backend, (count,), scores, divisor, None)
     formula = Formula(o.row_function, (o.exclude,), (), dense(o.row_function))
-    return call.loss(formula, *per_row, column_tags, present)
+    return call.loss(formula, *per_row, shared=(column_tags, present))
 
 
 def _weights(inputs: ContrastiveInputs, rows: Side, count: int) -> Tensor:

@@ -1,7 +1,7 @@
 """The contrastive losses of a block of scores (r, C), and their dense forms.
 
 Tensors of every row function, per row: its own column's index, its tag and the teachers' weights
-(r, M), and labels (r,) for InfoNCE; per column: tags, and which columns there are.
+(r, M), and labels (r,) for InfoNCE; shared: tags of columns, and which columns there are.
 
 Shape suffixes: r rows of a block, C columns, M teachers.
 """
@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from fdd_kernels.lens.divergences import DIVERGENCES
-from fdd_kernels.lens.row_blocks import GradOf, RowBlock, column_function
+from fdd_kernels.lens.row_blocks import GradOf, RowBlock, row_function
 from fdd_kernels.lens.softmax import log_softmax_, logit_gradient_, sum_over_tokens
 from fdd_kernels.objectives.dense import expected_ratio
 
-_PER_COLUMN = 2
 _KL = DIVERGENCES["kl"].value
 
 
@@ -38,12 +37,12 @@ def _without(z: Tensor, left_out: Tensor) -> Tensor:
     return z.masked_fill_(left_out, -torch.inf)
 
 
-@column_function(_PER_COLUMN)
+@row_function
 def infonce(block: RowBlock, exclude: str) -> tuple[Tensor, GradOf]:
     """Compute -log q of the label's column, which is never left out."""
     own, tags, _, labels = block.per_row
     at = labels[:, None]
-    left_out = _left_out(exclude, own, tags, *block.per_column)
+    left_out = _left_out(exclude, own, tags, *block.shared)
     log_q = _without(block.student, left_out.clone().scatter_(-1, at, False))
     log_softmax_(log_q)
     value = -log_q.gather(-1, at)
@@ -54,11 +53,11 @@ def infonce(block: RowBlock, exclude: str) -> tuple[Tensor, GradOf]:
     return value, grad_of
 
 
-@column_function(_PER_COLUMN)
+@row_function
 def contrastive_kl(block: RowBlock, exclude: str) -> tuple[Tensor, GradOf]:
     """Compute KL(p || q) with p the weighted mean of the teachers' softmaxes."""
     own, tags, weights = block.per_row
-    left_out = _left_out(exclude, own, tags, *block.per_column)
+    left_out = _left_out(exclude, own, tags, *block.shared)
     log_q, log_p = _without(block.student, left_out), None
     log_softmax_(log_q)
     for of_teacher, log_weight in zip(_teachers(block), weights.log().unbind(-1)):
@@ -82,12 +81,12 @@ def _teachers(block: RowBlock) -> Iterator[Tensor]:
         yield compute()
 
 
-@column_function(_PER_COLUMN)
+@row_function
 def supcon(block: RowBlock, exclude: str) -> tuple[Tensor, GradOf]:
     """Compute -mean of log q over the positives, the columns of the row's tag; 0 without any."""
     own, tags, _ = block.per_row
-    left_out = _left_out(exclude, own, tags, *block.per_column)
-    positive = (tags[:, None] == block.per_column[0]).logical_and_(~left_out)
+    left_out = _left_out(exclude, own, tags, *block.shared)
+    positive = (tags[:, None] == block.shared[0]).logical_and_(~left_out)
     log_q = _without(block.student, left_out)
     del left_out
     log_softmax_(log_q)
@@ -99,14 +98,14 @@ def supcon(block: RowBlock, exclude: str) -> tuple[Tensor, GradOf]:
     return -torch.where(positive, log_q, 0.0).sum(-1, keepdim=True) / count, grad_of
 
 
-@column_function(_PER_COLUMN)
+@row_function
 def supcon_of_teacher(block: RowBlock, exclude: str) -> tuple[Tensor, GradOf]:
     """Compute the mean over the positives t of lse_j(a . s_j) - a . t; 0 without any.
 
     The first half of the columns are the student's s, in the softmax, the others the teacher's t.
     """
     own, tags, _ = block.per_row
-    (column_tags, present), z = block.per_column, block.student
+    (column_tags, present), z = block.shared, block.student
     half = z.shape[-1] // 2
     left_out = _left_out(exclude, own, tags, column_tags[:half], present[:half])
     positive = (tags[:, None] == column_tags[:half]).logical_and_(~left_out)
@@ -124,14 +123,14 @@ def supcon_of_teacher(block: RowBlock, exclude: str) -> tuple[Tensor, GradOf]:
     return torch.where(count > 0, lse - mean, 0.0), grad_of
 
 
-@column_function(_PER_COLUMN)
+@row_function
 def margin_mse(block: RowBlock, exclude: str) -> tuple[Tensor, GradOf]:
     """Compute 2 Var_c(s - t), the mean of squared differences of margins over all pairs of columns.
 
     With e the difference from its mean over the C columns, the gradient is 4 e / C.
     """
     own, tags, _ = block.per_row
-    left_out = _left_out(exclude, own, tags, *block.per_column)
+    left_out = _left_out(exclude, own, tags, *block.shared)
     count = (left_out.shape[-1] - left_out.sum(-1, keepdim=True)).clamp_(min=1)
     e = block.student.sub_(block.teacher).masked_fill_(left_out, 0.0)
     e.sub_(e.sum(-1, keepdim=True) / count).masked_fill_(left_out, 0.0)

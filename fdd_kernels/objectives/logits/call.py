@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from fdd_kernels.backends import backend_names, resolve_row_backend
-from fdd_kernels.engine.row_blocks import asks_for_gradient, row_sum, row_values
+from fdd_kernels.engine.row_blocks import Extra, asks_for_gradient, row_sum, row_values
 from fdd_kernels.lens.inputs import LensInputs
-from fdd_kernels.lens.row_blocks import RowSpec, split_columns
+from fdd_kernels.lens.row_blocks import RowFunction, RowSpec
 from fdd_kernels.lens.spec import LensSpec
 from fdd_kernels.objectives.dense import dense_logits
 from fdd_kernels.objectives.inputs import LossInputs
@@ -97,6 +97,7 @@ class LogitOptions:
     shift: bool = False
     reduction: str = "mean"
     vocab_size: int | None = None
+    teacher_vocab_size: int | None = None
     backend: str = "auto"
     prefix: str = "student_"
 
@@ -107,8 +108,9 @@ class LogitOptions:
                 value = getattr(self, f"{side}_{name}")
                 require_number(f"{prefix}{name}", value, positive=True, optional=name == "softcap")
         require_int("ignore_index", self.ignore_index, minimum=-(2**63))
-        if self.vocab_size is not None:
-            require_int("vocab_size", self.vocab_size, minimum=1)
+        for name in ("vocab_size", "teacher_vocab_size"):
+            if getattr(self, name) is not None:
+                require_int(name, getattr(self, name), minimum=1)
         require_choice("reduction", self.reduction, REDUCTIONS)
         require_choice("backend", self.backend, backend_names())
 
@@ -123,13 +125,13 @@ class Formula:
     """One objective, and its parameters.
 
     Attributes:
-        name, words, numbers, outputs: of the `RowSpec`.
-        dense: `dense(u_s, u_t, *per_row, *words, *numbers)` -> values (R, outputs) from the logits
-            (R, V) of all rows, in operations that autograd can differentiate. Of several teachers
-            u_t is a list; tensors per column follow those per row.
+        function, words, numbers, outputs: of the `RowSpec`.
+        dense: `dense(u_s, u_t, *per_row, *shared, *words, *numbers)` -> values (R, outputs) from
+            the logits (R, V) of all rows, in operations that autograd can differentiate. Of several
+            teachers u_t is a list.
     """
 
-    name: str
+    function: str | RowFunction
     words: tuple[str, ...]
     numbers: tuple[float, ...]
     dense: Callable[..., Tensor]
@@ -157,19 +159,24 @@ class LogitCall:
         options: LogitOptions,
         *,
         predicts_labels: bool = False,
+        own_vocabularies: bool = False,
         **more: Tensor,
     ) -> LogitCall:
         """Check a call before any work.
 
         Args:
             predicts_labels: labels are tokens that are compared, not only marks of positions.
+            own_vocabularies: each model has its own; `vocab_size` is then the student's.
             more: further tensors of the call, by name.
 
         Raises:
             TypeError, ValueError: naming the argument, its value and the remedy.
         """
         inputs = inputs.checked()
-        columns = compared_tokens(inputs, options.vocab_size)
+        of_student = replace(inputs, teacher_hidden=()) if own_vocabularies else inputs
+        columns = compared_tokens(of_student, options.vocab_size)
+        if own_vocabularies:
+            _check_teacher_vocabulary(inputs, options.teacher_vocab_size)
         check_tokens(inputs)
         if options.shift and (inputs.labels is None or inputs.labels.ndim == 0):
             raise ValueError(
@@ -190,6 +197,10 @@ class LogitCall:
             options.reduction, rows.rows, rows.valid, rows.device, inputs.num_items_in_batch
         )
         rows, weights = inputs.weighted(rows)
+        if inputs.teacher_hidden:
+            last = options.teacher_vocab_size if own_vocabularies else columns
+            bias = rows.teacher_bias if rows.teacher_bias is None else rows.teacher_bias[:last]
+            rows = rows._replace(teacher_weight=rows.teacher_weight[:last], teacher_bias=bias)
         head = LensSpec(
             columns=columns,
             requests=(),
@@ -206,21 +217,22 @@ class LogitCall:
         valid = counted if self.rows.valid is None else self.rows.valid & counted
         return replace(self, rows=self.rows._replace(valid=valid))
 
-    def values(self, formula: Formula, *per_row: Tensor) -> Tensor:
+    def values(self, formula: Formula, *per_row: Tensor, shared: Sequence[Tensor] = ()) -> Tensor:
         """Compute the values of all rows, (R, outputs); 0 where a row is not valid."""
         inputs = self.rows._replace(labels=None)
         if self.backend == "reference":
             with torch.autocast(inputs.device.type, enabled=False):
-                return self._dense_values(formula, per_row)
-        return row_values(self._spec(formula), inputs, list(per_row), self.backend)
+                return self._dense_values(formula, per_row, shared)
+        extra = Extra(list(per_row), list(shared))
+        return row_values(self._spec(formula), inputs, extra, self.backend)
 
-    def loss(self, formula: Formula, *per_row: Tensor) -> Tensor:
+    def loss(self, formula: Formula, *per_row: Tensor, shared: Sequence[Tensor] = ()) -> Tensor:
         """Compute the loss from a formula with one value per row."""
         options, divisor = self.options, self.denominator
         divides = isinstance(divisor, Tensor) and divisor.requires_grad
         is_known = options.reduction != "none" and self.backend != "reference" and not divides
         if not is_known or not asks_for_gradient(self.rows):
-            return self._reduced(self.values(formula, *per_row))
+            return self._reduced(self.values(formula, *per_row, shared=shared))
         weights = self.weights
         if weights is None:
             weights = self.rows.student_weight.new_ones(
@@ -230,8 +242,8 @@ class LogitCall:
         if divisor is not None:
             weights = (weights / divisor).to(weights.dtype)
         inputs = self.rows._replace(labels=None)
-        spec = self._spec(formula)
-        return row_sum(spec, inputs, list(per_row), self.backend, weights[:, None])
+        spec, extra = self._spec(formula), Extra(list(per_row), list(shared))
+        return row_sum(spec, inputs, extra, self.backend, weights[:, None])
 
     def _reduced(self, values: Tensor) -> Tensor:
         shape = self.leading_shape if self.options.reduction == "none" else None
@@ -239,9 +251,12 @@ class LogitCall:
         return reduce_rows(values[:, 0] * self.options.factor, *rows)
 
     def _spec(self, formula: Formula) -> RowSpec:
-        return RowSpec(self.head, formula.name, formula.words, formula.numbers, formula.outputs)
+        parts = formula.function, formula.words, formula.numbers, formula.outputs
+        return RowSpec(self.head, *parts)
 
-    def _dense_values(self, formula: Formula, per_row: tuple[Tensor, ...]) -> Tensor:
+    def _dense_values(
+        self, formula: Formula, per_row: tuple[Tensor, ...], shared: Sequence[Tensor]
+    ) -> Tensor:
         """Compute the valid rows' values densely, and put them in their places."""
         inputs, head = self.rows, self.head
         valid = torch.arange(inputs.rows, device=inputs.device)
@@ -250,18 +265,39 @@ class LogitCall:
         dtype = inputs.statistics_dtype
         student = inputs.student_weight, inputs.student_bias
         teacher = inputs.teacher_weight, inputs.teacher_bias
-        of_rows, of_columns = split_columns(formula.name, per_row)
         u_s, u_t = (
-            dense_logits(h[0][valid].to(dtype), *of_head, head.columns) if len(h) == 1 else None
+            dense_logits(h[0][valid].to(dtype), *of_head) if len(h) == 1 else None
             for h, *of_head in (
-                (inputs.student_hidden, *student, head.student_logit_scale, head.student_softcap),
-                (inputs.teacher_hidden, *teacher, head.teacher_logit_scale, head.teacher_softcap),
+                (
+                    inputs.student_hidden,
+                    *student,
+                    head.student_logit_scale,
+                    head.student_softcap,
+                    head.columns,
+                ),
+                (
+                    inputs.teacher_hidden,
+                    *teacher,
+                    head.teacher_logit_scale,
+                    head.teacher_softcap,
+                    None,
+                ),
             )
         )
         if len(inputs.teacher_hidden) > 1:  # their heads lie side by side
             states = inputs.teacher_hidden
             heads = inputs.teacher_weight.split([h.shape[1] for h in states], dim=1)
             u_t = [h[valid].to(dtype) @ w.to(dtype).T for h, w in zip(states, heads)]
-        of_rows = [t[valid] for t in of_rows]
-        found = formula.dense(u_s, u_t, *of_rows, *of_columns, *formula.words, *formula.numbers)
+        per_row = [t[valid] for t in per_row]
+        found = formula.dense(u_s, u_t, *per_row, *shared, *formula.words, *formula.numbers)
         return found.new_zeros((inputs.rows, formula.outputs)).index_copy(0, valid, found)
+
+
+def _check_teacher_vocabulary(inputs: LogitInputs, size: int | None) -> None:
+    if size is not None and not inputs.teacher_hidden:
+        raise ValueError(f"teacher_vocab_size={size} was given without a teacher: leave it out")
+    if size is not None and size > len(inputs.teacher_weight):
+        raise ValueError(
+            f"teacher_vocab_size={size} is larger than the teacher's vocabulary, which has "
+            f"{len(inputs.teacher_weight)} tokens"
+        )

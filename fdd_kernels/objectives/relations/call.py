@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fdd_kernels.backends import resolve_row_backend
-from fdd_kernels.engine.row_blocks import asks_for_gradient, row_sum, row_values
+from fdd_kernels.engine.row_blocks import Extra, asks_for_gradient, row_sum, row_values
 from fdd_kernels.lens.inputs import LensInputs
 from fdd_kernels.lens.row_blocks import CAUSAL, RowSpec
 from fdd_kernels.lens.spec import LensSpec
@@ -163,17 +163,19 @@ def attention_loss(inputs: AttentionInputs, o: AttentionOptions) -> Tensor:
     else:
         numbers = tuple([float(n) for n in (o.nearest,) if n is not None])
         head = LensSpec(length, (), (), scales[0], None, scales[1], None)
-        spec = RowSpec(head, "attention_rows", (o.kind, flags), numbers, 1)
-        columns = [t.clone() for t in (at, ids)] + [seen]
-        per_row = [t.reshape(-1) for t in (at, ids, *columns)]
+        name = "nearest_rows" if numbers else "attention_rows"
+        spec = RowSpec(head, name, (o.kind, flags), numbers, 1)
+        # Compiled code refuses one tensor in two places.
+        rows, columns = [at, ids], [at.clone(), ids.clone(), seen]
+        extra = Extra(*[[t.reshape(-1) for t in tensors] for tensors in (rows, columns)])
         flat = [t.reshape(-1, t.shape[-1]) for t in tensors]
         of_kernel = LensInputs([flat[0]], flat[1], None, [flat[2]], flat[3], None, None, None)
         known = not (isinstance(divisor, Tensor) and divisor.requires_grad)
         if known and o.reduction != "none" and asks_for_gradient(of_kernel):
             weights = valid[:, None].expand(sequences, heads, length).to(of_kernel.statistics_dtype)
             weights = weights / (heads if divisor is None else heads * divisor)
-            return row_sum(spec, of_kernel, per_row, backend, weights.reshape(-1, 1))
-        values = row_values(spec, of_kernel, per_row, backend)
+            return row_sum(spec, of_kernel, extra, backend, weights.reshape(-1, 1))
+        values = row_values(spec, of_kernel, extra, backend)
     values = values.view(sequences, heads, length).mean(1).view(-1)
     shape = (sequences, length) if o.reduction == "none" else None
     return reduce_rows(values, valid.view(-1), shape, divisor)

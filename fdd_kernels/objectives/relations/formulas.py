@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fdd_kernels.lens.divergences import DIVERGENCES
-from fdd_kernels.lens.row_blocks import CAUSAL, GradOf, RowBlock, attention_function
+from fdd_kernels.lens.row_blocks import CAUSAL, GradOf, RowBlock, row_function
 from fdd_kernels.lens.softmax import log_softmax_, logit_gradient_, sum_over_tokens
 from fdd_kernels.objectives.dense import expected_ratio
 
@@ -43,35 +43,49 @@ def left_out(
     return found
 
 
-@attention_function
-def attention_rows(
-    block: RowBlock, kind: str, flags: str, *nearest: float
-) -> tuple[Tensor, GradOf]:
-    """Compare the rows of attention (n, c) with n = g * r.
+@row_function(of_attention=True)
+def attention_rows(block: RowBlock, kind: str, flags: str) -> tuple[Tensor, GradOf]:
+    """Compare the rows of attention (n, c) with n = g * r, the student's with the teacher's.
 
     "kl" KL(p || q) and "jeffreys" KL(p || q) + KL(q || p) of the softmaxes, "mse" the mean square
-    of the scores' difference; over the `nearest` columns by the teacher's scores, if given.
+    of the scores' difference.
     """
-    s, t = block.student, block.teacher
-    hidden = left_out(flags, block.per_row, block.per_column)
-    if hidden is not None:
-        hidden = hidden.expand(block.per_row[0].shape + s.shape[-1:]).reshape(s.shape)
-        for scores in (s, t):
-            scores.masked_fill_(hidden, -torch.inf)
-    shape, at = s.shape, None
-    if nearest and int(nearest[0]) < s.shape[-1]:
-        t, at = t.topk(int(nearest[0]), -1)
-        s, hidden = s.gather(-1, at), t == -torch.inf
-    if kind == "mse":
-        value, of_scores = _mse(s, t, hidden)
-    else:
-        value, of_scores = _divergence(kind, s, t)
+    hidden = _hide(block, flags)
+    value, of_scores = _compare(kind, block.student, block.teacher, hidden)
+    return value, lambda upstream: of_scores().mul_(upstream)
+
+
+# The scores, and of the columns that are chosen both models' scores, indices of 8 bytes, and what a
+# comparison holds besides.
+@row_function(of_attention=True, matrices=8.5)
+def nearest_rows(block: RowBlock, kind: str, flags: str, k: float) -> tuple[Tensor, GradOf]:
+    """Compare rows of attention over the k columns with the teacher's largest scores."""
+    _hide(block, flags)
+    s = block.student
+    t, at = block.teacher.topk(min(int(k), s.shape[-1]), -1)
+    value, of_scores = _compare(kind, s.gather(-1, at), t, t == -torch.inf)
 
     def grad_of(upstream: Tensor) -> Tensor:
-        grad = of_scores().mul_(upstream)
-        return grad if at is None else grad.new_zeros(shape).scatter_(-1, at, grad)
+        return s.zero_().scatter_(-1, at, of_scores().mul_(upstream))
 
     return value, grad_of
+
+
+def _hide(block: RowBlock, flags: str) -> Tensor | None:
+    """Set the scores of columns that are not seen to -inf; mark them, (n, c)."""
+    hidden = left_out(flags, block.per_row, block.shared)
+    if hidden is None:
+        return None
+    shape = block.student.shape
+    hidden = hidden.expand(*block.per_row[0].shape, shape[-1]).reshape(shape)
+    for scores in (block.student, block.teacher):
+        scores.masked_fill_(hidden, -torch.inf)
+    return hidden
+
+
+def _compare(kind: str, s: Tensor, t: Tensor, hidden: Tensor | None):
+    """Return values (n, 1) and a function that returns dL/ds; overwrites the scores."""
+    return _mse(s, t, hidden) if kind == "mse" else _divergence(kind, s, t)
 
 
 def _mse(s: Tensor, t: Tensor, hidden: Tensor | None):
