@@ -78,9 +78,11 @@ def page() -> str:
         FDDConfig,
         FDDLossTerms,
         RowStatistics,
+        fused_attention_kd,
         fused_contrastive_kd,
         fused_decoupled_kd,
         fused_fdd_loss,
+        fused_relation_kd,
         fused_topk_kd,
         row_statistics,
         selected_logprobs,
@@ -92,6 +94,8 @@ def page() -> str:
         selected_logprobs,
         row_statistics,
         fused_contrastive_kd,
+        fused_relation_kd,
+        fused_attention_kd,
     )
     parts = [
         TITLE.strip(),

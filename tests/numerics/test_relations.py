@@ -66,8 +66,8 @@ class TestFormulas:
         monkeypatch.setattr(blocks, "block_rows", lambda *_: 3)
         computed, block = [], attention_blocks.AttentionWalk.block
 
-        def recorded(walk, place):
-            found = block(walk, place)
+        def recorded(*arguments):
+            found = block(*arguments)
             computed.append(found.student.numel())
             return found
 
