@@ -82,7 +82,10 @@ def page() -> str:
         fused_contrastive_kd,
         fused_decoupled_kd,
         fused_fdd_loss,
+        fused_logit_kd,
+        fused_rank_kd,
         fused_relation_kd,
+        fused_rows,
         fused_topk_kd,
         row_statistics,
         selected_logprobs,
@@ -96,6 +99,9 @@ def page() -> str:
         fused_contrastive_kd,
         fused_relation_kd,
         fused_attention_kd,
+        fused_logit_kd,
+        fused_rank_kd,
+        fused_rows,
     )
     parts = [
         TITLE.strip(),

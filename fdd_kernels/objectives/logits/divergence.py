@@ -30,6 +30,7 @@ from fdd_kernels.objectives.logits.temperature import (
     at_temperature,
     at_temperature_,
     encode_temperature,
+    student_at_temperature_,
 )
 from fdd_kernels.objectives.option_checks import require_divergence
 
@@ -245,8 +246,8 @@ def logit_kd(
     softcap: float = 0.0,
 ) -> tuple[Tensor, GradOf]:
     """Compute the loss of a row block; see `_mixed` for the other teachers."""
-    z, chain = at_temperature_(block.student, temperature)
-    log_p = at_temperature_(block.teacher, temperature)[0]
+    z, chain = student_at_temperature_(block.student, temperature)
+    log_p = at_temperature_(block.teacher, temperature)
     if divergence == RELATIVE_MSE:
         return _relative_mse(z, log_p, chain)
     log_softmax_(log_p)
@@ -255,10 +256,9 @@ def logit_kd(
         log_p += log_w[:, :1]
         for m, tensors in enumerate(heads_of(hidden, block.shared, has_bias), 1):
             u = logits_of_rows(*tensors, logit_scale, softcap or None, z.dtype)
-            other = at_temperature_(u, temperature)[0]
-            log_softmax_(other)
-            torch.logaddexp(log_p, other.add_(log_w[:, m : m + 1]), out=log_p)
-            del u, other
+            log_softmax_(at_temperature_(u, temperature))
+            torch.logaddexp(log_p, u.add_(log_w[:, m : m + 1]), out=log_p)
+            del u
     log_softmax_(z)
     log_q, parts = z, _parts(divergence, z, log_p)
     value = torch.zeros_like(z[:, :1])

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from fdd_kernels.lens.row_blocks import GradOf, RowBlock, row_function
-from fdd_kernels.lens.softmax import log_softmax_, logit_gradient_
+from fdd_kernels.lens.softmax import log_softmax_, logit_gradient_, sum_over_tokens
 from fdd_kernels.objectives.logits.call import Formula, LogitCall, LogitInputs, LogitOptions
 from fdd_kernels.objectives.logits.temperature import (
     at_temperature,
     at_temperature_,
     encode_temperature,
+    student_at_temperature_,
 )
 from fdd_kernels.objectives.option_checks import require_choice, require_int
 
@@ -142,22 +143,19 @@ def fused_rank_kd(
 @row_function(matrices=8)
 def uld(block: RowBlock, temperature: float) -> tuple[Tensor, GradOf]:
     """Compute the loss of a row block; its gradient with respect to log q is q sign(q - p)."""
-    log_q, chain = at_temperature_(block.student, temperature)
-    log_p, _ = at_temperature_(block.teacher, temperature)
-    del block
-    log_softmax_(log_p)
-    p = log_p.exp_().sort(-1, descending=True).values
-    del log_p
+    p = at_temperature_(block.teacher, temperature)
+    log_softmax_(p)
+    p.copy_(p.exp_().sort(-1, descending=True).values)
+    log_q, chain = student_at_temperature_(block.student, temperature)
     log_softmax_(log_q)
     q, order = log_q.exp().sort(-1, descending=True)
     common = min(p.shape[-1], q.shape[-1])
-    gap = q[:, :common] - p[:, :common]
-    value = gap.abs().sum(-1, keepdim=True)
-    value += q[:, common:].sum(-1, keepdim=True) + p[:, common:].sum(-1, keepdim=True)
-    del p
+    gap = p[:, :common].sub_(q[:, :common])
+    value = sum_over_tokens(torch.abs, p)  # beyond the student's last token, p itself
+    value += q[:, common:].sum(-1, keepdim=True)
 
     def grad_of(upstream: Tensor) -> Tensor:
-        q[:, :common] *= gap.sign_()
+        q[:, :common] *= gap.sign_().neg_()
         grad = torch.empty_like(q).scatter_(-1, order, q)
         return chain(logit_gradient_(grad, log_q).mul_(upstream))
 
@@ -176,16 +174,15 @@ def _dense_uld(u_s: Tensor, u_t: Tensor, temperature: float) -> Tensor:
     return (q - p).abs().sum(-1, keepdim=True)
 
 
-@row_function(matrices=9)
+@row_function(matrices=10)
 def listmle(block: RowBlock, k: float, temperature: float) -> tuple[Tensor, GradOf]:
     """Compute the loss of a row block.
 
     With l_i the log-sum-exp from rank i on, the gradient at rank j is exp(s_j) times the sum of
     exp(-l_i) over i <= min(j, k), less 1 if j <= k.
     """
-    z, chain = at_temperature_(block.student, temperature)
-    ids = _in_teachers_order(z, at_temperature_(block.teacher, temperature)[0], int(k))
-    del block
+    z, chain = student_at_temperature_(block.student, temperature)
+    ids = _in_teachers_order(z, block.teacher, int(k))
     ranked = z.gather(-1, ids)
     absent = ranked == -torch.inf
     rest = z.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)

@@ -12,10 +12,13 @@ from torch import Tensor
 
 from fdd_kernels.lens.row_blocks import GradOf, RowBlock
 from fdd_kernels.objectives.logits.call import Formula, LogitCall, LogitInputs, LogitOptions
-from fdd_kernels.objectives.logits.temperature import at_temperature, encode_temperature
+from fdd_kernels.objectives.logits.temperature import STD, at_temperature, encode_temperature
 from fdd_kernels.objectives.numbers import debugging, describe
 from fdd_kernels.objectives.option_checks import require_number
 from fdd_kernels.objectives.validation import require_plain
+
+# That autograd holds beside `fn`'s.
+_MATRICES_OF_STD = 3
 
 
 def _outside_compiler(function: Callable) -> Callable:
@@ -156,7 +159,8 @@ def fused_rows(
     for name, tensor in named.items():
         _check_per_row(name, tensor, student_hidden)
     call = LogitCall.of(inputs, options, own_vocabularies=True, **named)
-    function = _RowsOf(fn, number, matrices)
+    of_temperature = _MATRICES_OF_STD if temperature == STD else 0
+    function = _RowsOf(fn, number, matrices + of_temperature)
     leading, rows = len(call.leading_shape), call.rows.rows
     per_row = [t.detach().reshape(rows, *t.shape[leading:]) for t in per_row]
     return call.loss(Formula(function, (), (), function.dense), *per_row)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fdd_kernels.lens.softmax import sum_over_tokens
+
 STD = "std"
 _OF_ROW = 0.0  # stands for "std" among numbers
 
@@ -41,8 +43,15 @@ def at_temperature(u: Tensor, temperature: float) -> Tensor:
     return torch.where(u == -torch.inf, -torch.inf, z)
 
 
-def at_temperature_(u: Tensor, temperature: float) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Divide logits (r, V) by the temperature in place.
+def at_temperature_(u: Tensor, temperature: float) -> Tensor:
+    """Divide logits (r, V) by the temperature in place."""
+    return u.div_(temperature if temperature != _OF_ROW else row_std(u))
+
+
+def student_at_temperature_(
+    u: Tensor, temperature: float
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Divide logits (r, V) by the temperature; they are overwritten.
 
     Returns:
         z, which may be overwritten, and a function that turns dL/dz into dL/du in place. With the
@@ -50,15 +59,14 @@ def at_temperature_(u: Tensor, temperature: float) -> tuple[Tensor, Callable[[Te
     """
     if temperature != _OF_ROW:
         return u.div_(temperature), lambda grad: grad.div_(temperature)
-    std = row_std(u)
-    z = _finite(u).div_(std)
-    excluded = u == -torch.inf
+    std, excluded = row_std(u), u == -torch.inf
+    count = (~excluded).sum(-1, keepdim=True)
+    z = u.masked_fill_(excluded, 0.0).div_(std)
 
     def chain(grad: Tensor) -> Tensor:
-        count = (~excluded).sum(-1, keepdim=True)
-        along = (grad * z).sum(-1, keepdim=True) / (count - 1).clamp(min=1)
+        along = sum_over_tokens(torch.mul, grad, z) / (count - 1).clamp(min=1)
         mean = z.sum(-1, keepdim=True) / count.clamp(min=1)
-        grad.sub_((z - mean).masked_fill_(excluded, 0.0).mul_(along))
+        grad.sub_(z.sub_(mean).masked_fill_(excluded, 0.0).mul_(along))
         return grad.div_(std)
 
     return z.masked_fill(excluded, -torch.inf), chain
@@ -69,11 +77,10 @@ def row_std(u: Tensor) -> Tensor:
 
     Of a row whose logits are all equal it is 1.
     """
-    excluded = u == -torch.inf
-    count = (~excluded).sum(-1, keepdim=True)
-    mean = _finite(u).sum(-1, keepdim=True) / count.clamp(min=1)
-    squares = (u - mean).masked_fill(excluded, 0.0).square()
-    variance = squares.sum(-1, keepdim=True) / (count - 1).clamp(min=1)
+    count = (u != -torch.inf).sum(-1, keepdim=True)
+    mean = sum_over_tokens(_finite, u) / count.clamp(min=1)
+    squares = sum_over_tokens(lambda x: _finite(x - mean).square(), u)
+    variance = squares / (count - 1).clamp(min=1)
     return torch.where(variance > 0, variance, 1.0).sqrt()
 
 
