@@ -332,7 +332,7 @@ def _check_tokens(
 
 def _check_teacher_is_constant(named: dict[str, Tensor | None]) -> None:
     for name, tensor in named.items():
-        is_teacher = name.startswith("teacher") and tensor is not None
+        is_teacher = tensor is not None and (name.startswith("teacher") or name.endswith("_t"))
         if is_teacher and torch.is_grad_enabled() and tensor.requires_grad:
             raise ValueError(
                 f"{name} requires grad, but the loss never sends gradient to the teacher: run the "
