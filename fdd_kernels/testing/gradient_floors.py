@@ -198,6 +198,9 @@ def _softmax_floors(
         found.append((term, factor * summation * grad.abs().sum(-1) * z_s.logsumexp(-1)))
         own = 12 * unit * (grad.abs() * z_s.where(z_s.isfinite(), 0.0)).sum(-1)
         found.append((term, factor * own))
+        # A probability that is no normal number may be 0, and its part of the gradient with it.
+        lost = torch.where(log_q.exp() < UNDERFLOW * tiny, grad.abs(), 0.0)
+        found.append((term, factor * (lost * z_s.where(z_s.isfinite(), 0.0)).sum(-1)))
         if divergence.name == "tv":
             near = (log_q - log_p).abs() <= (3 * sum(off) + 2 * summation)[:, None]
             jumps = torch.where(near, log_q.exp(), 0.0)
