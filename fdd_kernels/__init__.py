@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from fdd_kernels.objectives.logits.sinkhorn import fused_sinkhorn_kd
     from fdd_kernels.objectives.logits.statistics import RowStatistics, row_statistics
     from fdd_kernels.objectives.logits.top_k import fused_topk_kd
+    from fdd_kernels.objectives.relations.api import fused_attention_kd, fused_relation_kd
     from fdd_kernels.objectives.schedules import (
         GradientBalance,
         Stages,
@@ -54,12 +55,14 @@ __all__ = [
     "align_layers",
     "attention_transfer",
     "fdd_loss_reference",
+    "fused_attention_kd",
     "fused_contrastive_kd",
     "fused_decoupled_kd",
     "fused_fdd_loss",
     "fused_gold_loss",
     "fused_logit_kd",
     "fused_rank_kd",
+    "fused_relation_kd",
     "fused_rows",
     "fused_sinkhorn_kd",
     "fused_topk_kd",
@@ -94,6 +97,8 @@ _HOMES = {
     "row_statistics": "objectives.logits.statistics",
     "selected_logprobs": "objectives.logits.selected",
     "Distiller": "hf.distiller",
+    "fused_attention_kd": "objectives.relations.api",
+    "fused_relation_kd": "objectives.relations.api",
     "fused_contrastive_kd": "objectives.contrastive.api",
     "advantage_kd": "objectives.fdd.advantage",
     "RowDeltas": "objectives.features.deltas",

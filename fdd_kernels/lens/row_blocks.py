@@ -54,11 +54,27 @@ RowFunction = Callable[..., tuple[Tensor, GradOf | None]]
 ROW_FUNCTIONS: dict[str, RowFunction] = {}
 
 
-def row_function(function: RowFunction | None = None, *, matrices: float = MATRICES) -> RowFunction:
-    """Register a row function, which holds at most `matrices`, under its name."""
+CAUSAL = "causal"
+
+
+def row_function(
+    function: RowFunction | None = None,
+    *,
+    matrices: float = MATRICES,
+    of_attention: bool = False,
+) -> RowFunction:
+    """Register a row function, which holds at most `matrices`, under its name.
+
+    With `of_attention` its call has, in place of hidden states and heads, queries (G * T, d) and
+    keys (G * T, d) of G groups of T = V rows each, of keys maybe fewer groups; every group of rows
+    has columns of its own. Tensors per row are (B * T, ...) for G a multiple of B, and those that
+    are shared (B * T, ...) too, for columns. A block has scores (g * r, c), and tensors (g, r, ...)
+    and (g, c, ...). With `CAUSAL` in its second word a row sees no column after itself, and the
+    backend may leave such columns out of a block.
+    """
     if function is None:
-        return functools.partial(row_function, matrices=matrices)
-    function.matrices = matrices
+        return functools.partial(row_function, matrices=matrices, of_attention=of_attention)
+    function.matrices, function.of_attention = matrices, of_attention
     ROW_FUNCTIONS[function.__name__] = function
     return function
 
@@ -89,6 +105,16 @@ class RowSpec:
     def _function(self) -> RowFunction:
         named = isinstance(self.function, str)
         return ROW_FUNCTIONS[self.function] if named else self.function
+
+    @property
+    def of_attention(self) -> bool:
+        """Whether every group of rows has columns of its own; see `row_function`."""
+        return getattr(self._function, "of_attention", False)
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a row of attention sees no column after itself."""
+        return self.of_attention and CAUSAL in self.words[1].split(",")
 
     def encode(self) -> tuple[str | RowSpec, Tensor, int, int]:
         """Return the spec as operator arguments: structure, numbers, V, outputs.

@@ -196,14 +196,14 @@ def check_shift(shift: bool, labels: Tensor | None) -> None:
 
 
 def check_feature_options(options: object, names: Sequence[str]) -> None:
-    """Refuse options of logits in feature space: `names` are those neither None nor 1 by default.
+    """Refuse options of logits in feature space: `names` are those not None, 1 or "kl" by default.
 
     Raises:
         ValueError: names the first option that was given.
     """
     for name in names:
         value = getattr(options, name)
-        if value not in (None, 1.0):
+        if value not in (None, 1.0, "kl"):
             raise ValueError(
                 f"{name}={value} was given with teacher_weight=None: feature space compares raw "
                 "features, without softmax, soft cap or scale"
@@ -332,7 +332,7 @@ def _check_tokens(
 
 def _check_teacher_is_constant(named: dict[str, Tensor | None]) -> None:
     for name, tensor in named.items():
-        is_teacher = name.startswith("teacher") and tensor is not None
+        is_teacher = tensor is not None and (name.startswith("teacher") or name.endswith("_t"))
         if is_teacher and torch.is_grad_enabled() and tensor.requires_grad:
             raise ValueError(
                 f"{name} requires grad, but the loss never sends gradient to the teacher: run the "

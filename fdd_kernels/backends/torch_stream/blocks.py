@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fdd_kernels.backends.torch_stream import tiling
+from fdd_kernels.backends.torch_stream.attention_blocks import AttentionWalk
 from fdd_kernels.backends.torch_stream.problem import TorchModel, TorchProblem
 from fdd_kernels.common.sizes import GIB, MIB
 from fdd_kernels.lens.inputs import LensInputs
@@ -53,32 +54,61 @@ def row_blocks(
         The values (R, outputs), 0 where a row is not valid, and the gradients of
         sum(upstream * values) in the dtype of sums, unrounded.
     """
-    problem = TorchProblem(inputs, spec.head)
-    dtype, models = problem.dtype, [problem.student, *_teachers(problem)]
-    columns = [spec.head.columns, *[len(model.weight) for model in models[1:]]]
-    values = inputs.student_weight.new_zeros((problem.total_rows, spec.outputs), dtype=dtype)
+    walk = (AttentionWalk if spec.of_attention else _HeadWalk)(inputs, per_row, shared, spec)
+    dtype = inputs.statistics_dtype
+    values = inputs.student_weight.new_zeros((inputs.rows, spec.outputs), dtype=dtype)
     student = (*inputs.student_hidden, inputs.student_weight, inputs.student_bias)
     gradients = [
         torch.zeros_like(t, dtype=dtype, memory_format=torch.contiguous_format) if need else None
         for t, need in zip(student, needed if upstream is not None else [False] * 3)
     ]
-    size = block_rows(max(columns), dtype.itemsize, problem.device.type, spec.matrices)
-    for rows, _, _ in problem.row_blocks(size):
-        compute = [functools.partial(_logits, m, rows, c) for m, c in zip(models, columns)]
-        logits = [of_model() for of_model in compute[:2]]
-        before = None
-        if problem.student.softcap is not None and upstream is not None:
-            before = logits[0].clone()
-        more = tuple([t[rows] for t in per_row]), tuple(shared), tuple(compute[2:])
-        block = RowBlock(*(*logits, None)[:2], *more, upstream is not None)
-        del logits
+    size = block_rows(walk.columns, dtype.itemsize, inputs.device.type, spec.matrices)
+    for rows, place in walk.places(size):
+        block = walk.block(place, upstream is not None)
         values[rows], grad_of = spec.of_block(block)
         if upstream is None:
             continue
         grad_u = grad_of(upstream[rows])
-        del block, more, grad_of
-        _add_gradients(problem.student, rows, problem.student.chain(grad_u, before), *gradients)
+        del block, grad_of
+        walk.add_gradients(place, grad_u, *gradients)
     return [values, *[g for g in gradients if g is not None]]
+
+
+class _HeadWalk:
+    """The blocks of rows of which heads make logits; `columns` is the largest vocabulary."""
+
+    def __init__(
+        self, inputs: LensInputs, per_row: list[Tensor], shared: list[Tensor], spec: RowSpec
+    ):
+        self.problem, self.per_row, self.shared = TorchProblem(inputs, spec.head), per_row, shared
+        self.models = [self.problem.student, *_teachers(self.problem)]
+        self.widths = [spec.head.columns, *[len(model.weight) for model in self.models[1:]]]
+        self.columns, self.before = max(self.widths), None
+
+    def places(self, size: int) -> Iterator[tuple[Tensor | slice, Tensor | slice]]:
+        """Yield blocks of at most `size` rows: which rows of the results, and where it lies."""
+        for rows, _, _ in self.problem.row_blocks(size):
+            yield rows, rows
+
+    def block(self, rows: Tensor | slice, asks_gradient: bool) -> RowBlock:
+        """Compute the logits of a block."""
+        compute = [
+            functools.partial(_logits, model, rows, columns)
+            for model, columns in zip(self.models, self.widths)
+        ]
+        logits = [of_model() for of_model in compute[:2]]
+        if self.problem.student.softcap is not None and asks_gradient:
+            self.before = logits[0].clone()
+        more = tuple([t[rows] for t in self.per_row]), tuple(self.shared), tuple(compute[2:])
+        return RowBlock(*(*logits, None)[:2], *more, asks_gradient)
+
+    def add_gradients(
+        self, rows: Tensor | slice, grad_u: Tensor, *gradients: Tensor | None
+    ) -> None:
+        """Add a block's gradients, from dL/du (r, V), to those that are needed."""
+        student = self.problem.student
+        grad_x, self.before = student.chain(grad_u, self.before), None
+        _add_gradients(student, rows, grad_x, *gradients)
 
 
 def _teachers(problem: TorchProblem) -> list[TorchModel]:

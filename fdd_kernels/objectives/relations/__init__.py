@@ -1,0 +1,1 @@
+"""Objectives of relations between positions: rows of attention, without their matrices."""
