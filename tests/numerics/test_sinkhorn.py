@@ -14,7 +14,7 @@ from fdd_kernels import fused_sinkhorn_kd
 from fdd_kernels.backends.torch_stream import tiling
 from fdd_kernels.objectives.logits import sinkhorn
 from fdd_kernels.testing import Problem, random_problem, unit_roundoff
-from fdd_kernels.testing.value_floors import gemm_rounding, summation_rounding
+from fdd_kernels.testing.dense_call import gemm_rounding, summation_rounding
 from tests.support.allocations import allocated_peak
 from tests.support.logit_objectives import norms
 
