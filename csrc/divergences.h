@@ -1,6 +1,6 @@
-// The divergences that are compiled in. A new one is an entry of `Divergence`, its name here, a case
-// in each of the two functions of divergences_impl.h, and one in divergence_constants() if it has
-// parameters (-Werror=switch finds a missing one).
+// The divergences that are compiled in. A new one is an entry of `Divergence`, its name here, a
+// case in each of the two functions of divergences_impl.h and in parameter_count() of
+// divergences.cpp (-Werror=switch finds a missing one).
 #pragma once
 
 #include <utility>
@@ -37,8 +37,8 @@ constexpr std::pair<const char*, Divergence> kDivergences[] = {
 // (lens/divergences.py: expectation_of).
 enum class Expectation { kNone, kTeacher, kStudent };
 
-// What divergences_impl.h takes instead of the parameters. In float, 1 - alpha would lose its digits
-// where alpha is close to 1.
+// What divergences_impl.h takes instead of the parameters. In float, 1 - alpha would lose its
+// digits where alpha is close to 1.
 struct MixtureConstants {
   float share, rest;  // the parameter and 1 - the parameter, both above 0
 };

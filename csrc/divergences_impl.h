@@ -13,7 +13,7 @@ inline Constants constants_of(const float* floats) {
 
 // log(rest + share e^x) with rest + share = 1. Where e^x would overflow, `rest` is nothing.
 inline Vec log_mixture(Vec x, float share, float rest) {
-  const Vec most = min(x, splat(80.f)), e = exp(most);
+  const Vec most = select(x > 80.f, splat(80.f), x), e = exp(most);  // NaN stays
   const Vec gap = share * select(abs(x) < kNear, exp_tail(x) * x * x + x, e - 1.f);
   return log_of(rest + share * e, gap) + max(x - 80.f, Vec{});
 }
@@ -112,10 +112,11 @@ inline Vec divergence_grad(Divergence divergence, Vec log_q, Vec log_p, const fl
       return rest * rest * times(exp(log_q), over_mixture(x, rest, share));
     }
     case Divergence::kSkewReverseKl: {
-      // -q (log(m / q) + alpha (1 - alpha) (q - p) / m)
+      // q ((1 - alpha) y - alpha (e^y - 1 - y)) with y = log(q / m)
       const auto [share, rest] = constants_of<MixtureConstants>(constants);
-      const Vec ratio = over_mixture(x, share, rest);
-      return -times(exp(log_q), log_mixture(-x, rest, share) + share * rest * ratio);
+      const Vec y = -log_mixture(-x, rest, share);
+      const Vec tail = select(abs(y) < kNear, exp_tail(y) * y * y, exp(y) - 1.f - y);
+      return times(exp(log_q), rest * y - share * tail);
     }
     case Divergence::kTv:
       return 0.5f * times(exp(log_q), with_sign_of(splat(1.f), x));

@@ -8,4 +8,7 @@ namespace fdd {
 enum RequestStat { kLseS, kLseT, kValue, kGradSum, kRequestStats };
 enum MomentStat { kCount, kMeanS, kMeanT, kMSS, kMTT, kMST, kMDD, kTopS, kTopT, kMomentStats };
 
+// A token with a larger weight is the likeliest of its row, however weights are rounded.
+constexpr float kCertain = 0.625f;
+
 }  // namespace fdd

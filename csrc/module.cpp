@@ -36,8 +36,8 @@ std::vector<std::string> divergences() {
 }
 
 fdd::Request request(const RequestArguments& arguments) {
-  const auto& [student_layer, teacher_layer, temperature, name, expectation, parameters, teacher_mix] =
-      arguments;
+  const auto& [student_layer, teacher_layer, temperature, name, expectation, parameters,
+               teacher_mix] = arguments;
   const auto found = std::find_if(std::begin(fdd::kDivergences), std::end(fdd::kDivergences),
                                   [&](const auto& known) { return name == known.first; });
   TORCH_CHECK_VALUE(found != std::end(fdd::kDivergences), "the C++ kernels know no divergence '",

@@ -285,8 +285,8 @@ void divergence(RowView student, RowView teacher, float teacher_mix, float inv_t
 }
 
 void request_gradient(float* grad, RowView student, const RowView* teacher, float teacher_mix,
-                      float inv_temperature, int64_t n, Divergence divergence, const float* constants,
-                      RequestGradient upstream) {
+                      float inv_temperature, int64_t n, Divergence divergence,
+                      const float* constants, RequestGradient upstream) {
   // dL/dz = value * (grad(log q, log p) - q * sum of grad) + log_sum_exp * q. Without a teacher
   // `grad` is the label's, which the caller adds, and its sum is -1.
   const float of_q = upstream.log_sum_exp - upstream.value * upstream.grad_sum;
@@ -310,8 +310,7 @@ void moment_gradient(float* grad_second, float* grad_first, VectorView s, Vector
     Vec weight = splat(1.f);
     if (upstream.weighted) {
       weight = exp((load(t.second + j) - t.shift_second) * inv_temperature - upstream.log_total);
-      // Of two tokens with half the weight each, rounding may give both more: 0.5 is too low.
-      const Mask is_top = weight > 0.6f;
+      const Mask is_top = weight > kCertain;
       a = select(is_top, splat(upstream.top_s), a);
       b = select(is_top, splat(upstream.top_t), b);
     }
@@ -338,8 +337,8 @@ void chain(float* grad, const float* u, int64_t n, float scale, float softcap) {
 }  // namespace
 
 const RowKernels kKernels = {
-    FDD_ISA_NAME,     transform,       largest, softmax,       moments,   weighted_moments, divergence,
-    request_gradient, moment_gradient, chain,   from_bfloat16, from_half, to_bfloat16,      transpose,
-    interleave};
+    FDD_ISA_NAME,     transform,  largest,          softmax,         moments,
+    weighted_moments, divergence, request_gradient, moment_gradient, chain,
+    from_bfloat16,    from_half,  to_bfloat16,      transpose,       interleave};
 
 }  // namespace fdd::FDD_ISA

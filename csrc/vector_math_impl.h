@@ -93,10 +93,10 @@ inline Vec expm1_nonpositive(Vec x) {
   const Vec near = exp_tail(x) * x * x + x;
   return select(x > -kNear, near, exp(x) - 1.f);
 }
-// log(u) with u = 1 + y above 0, accurate near 1: log of u, plus what its rounding lost. `y` does not
-// count where u is small.
+// log(u) with u = 1 + y above 0, accurate near 1: log of u, plus what its rounding lost. `y` does
+// not count where u is small.
 inline Vec log_of(Vec u, Vec y) {
-  const Vec lost = select(u > 0.5f, (y - (u - 1.f)) / u, Vec{});
+  const Vec lost = select(u > 0.5f, (y - (u - 1.f)) / u, u - u);  // NaN stays
   // u = m * 2^e with sqrt(1/2) <= m < sqrt(2)
   Mask e = ((as_bits(u) - 0x3F3504F3) >> 23);
   const Vec m = as_float(as_bits(u) - (e << 23));

@@ -82,10 +82,12 @@ def page() -> str:
         fused_contrastive_kd,
         fused_decoupled_kd,
         fused_fdd_loss,
+        fused_gold_loss,
         fused_logit_kd,
         fused_rank_kd,
         fused_relation_kd,
         fused_rows,
+        fused_sinkhorn_kd,
         fused_topk_kd,
         row_statistics,
         selected_logprobs,
@@ -102,6 +104,8 @@ def page() -> str:
         fused_logit_kd,
         fused_rank_kd,
         fused_rows,
+        fused_sinkhorn_kd,
+        fused_gold_loss,
     )
     parts = [
         TITLE.strip(),

@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from fdd_kernels.objectives.features.rows import attention_transfer, norm_direction_loss
     from fdd_kernels.objectives.logits.decoupled import fused_decoupled_kd
     from fdd_kernels.objectives.logits.divergence import fused_logit_kd
+    from fdd_kernels.objectives.logits.gold import fused_gold_loss
     from fdd_kernels.objectives.logits.rank import fused_rank_kd
     from fdd_kernels.objectives.logits.rows import fused_rows
     from fdd_kernels.objectives.logits.selected import selected_logprobs
+    from fdd_kernels.objectives.logits.sinkhorn import fused_sinkhorn_kd
     from fdd_kernels.objectives.logits.statistics import RowStatistics, row_statistics
     from fdd_kernels.objectives.logits.top_k import fused_topk_kd
     from fdd_kernels.objectives.relations.api import fused_attention_kd, fused_relation_kd
@@ -57,10 +59,12 @@ __all__ = [
     "fused_contrastive_kd",
     "fused_decoupled_kd",
     "fused_fdd_loss",
+    "fused_gold_loss",
     "fused_logit_kd",
     "fused_rank_kd",
     "fused_relation_kd",
     "fused_rows",
+    "fused_sinkhorn_kd",
     "fused_topk_kd",
     "gram_loss",
     "layer_costs",
@@ -84,9 +88,11 @@ _HOMES = {
     "FDDLossTerms": "objectives.fdd.options",
     "RowStatistics": "objectives.logits.statistics",
     "fused_decoupled_kd": "objectives.logits.decoupled",
+    "fused_gold_loss": "objectives.logits.gold",
     "fused_logit_kd": "objectives.logits.divergence",
     "fused_rank_kd": "objectives.logits.rank",
     "fused_rows": "objectives.logits.rows",
+    "fused_sinkhorn_kd": "objectives.logits.sinkhorn",
     "fused_topk_kd": "objectives.logits.top_k",
     "row_statistics": "objectives.logits.statistics",
     "selected_logprobs": "objectives.logits.selected",

@@ -49,8 +49,12 @@ class FDDSFTTrainer(FDDTrainerMixin, SFTTrainer):
                 "data_collator=fdd_kernels.data.pad_windows and "
                 "train_dataset=Dataset.from_list(cache.dataset('train'))"
             )
-        data = kwargs.get("train_dataset", rest[0] if rest else None)
-        if TOKEN_WEIGHTS in (getattr(data, "column_names", None) or ()) and not is_ready:
+        sets = dict(zip(("train_dataset", "eval_dataset"), rest)) | kwargs
+        columns = [
+            getattr(sets.get(name), "column_names", None) or ()
+            for name in ("train_dataset", "eval_dataset")
+        ]
+        if any(TOKEN_WEIGHTS in of_set for of_set in columns) and not is_ready:
             raise ValueError(
                 f"the data has {TOKEN_WEIGHTS}, which TRL's preparation and collator leave out: "
                 "tokenize the data, and give "

@@ -133,11 +133,18 @@ def _step(x: Tensor) -> Tensor:
     return torch.where(near, torch.expm1(torch.where(near, x, 0.0)), x.exp() - 1)
 
 
-def _log_mixture(x: Tensor, share: float) -> Tensor:
-    """Compute log((1 - share) + share e^x), accurate for any share and free of overflow."""
+def _log_mixture(x: Tensor, share: float, rest: float) -> Tensor:
+    """Compute log(rest + share e^x), share + rest = 1, for any share and free of overflow.
+
+    Both are given: the smaller of the two is lost in 1 minus the larger.
+    """
     above, below = torch.where(x > 32, x, 32.0), torch.where(x > 32, 0.0, x)
-    of_above = above + torch.log(share + (1 - share) * torch.exp(-above))
-    return torch.where(x > 32, of_above, torch.log1p(share * _step(below)))
+    of_above = above + torch.log(share + rest * torch.exp(-above))
+    mixed = rest + share * torch.exp(below)
+    is_small = mixed < 0.5  # log1p of something near -1 would cancel
+    of_small = torch.log(torch.where(is_small, mixed, 1.0))
+    of_other = torch.log1p(share * _step(torch.where(is_small, 0.0, below)))
+    return torch.where(x > 32, of_above, torch.where(is_small, of_small, of_other))
 
 
 def _kl_value(log_q: Tensor, log_p: Tensor) -> Tensor:
@@ -168,13 +175,13 @@ def _jsd_value(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
         _far_where_weightless(p, x),
         _far_where_weightless(q, -x),
     )
-    of_teacher = kl_of(p, m, _log_mixture(of_p, 1 - beta))
-    return beta * of_teacher + (1 - beta) * kl_of(q, m, _log_mixture(of_q, beta))
+    of_teacher = kl_of(p, m, _log_mixture(of_p, 1 - beta, beta))
+    return beta * of_teacher + (1 - beta) * kl_of(q, m, _log_mixture(of_q, beta, 1 - beta))
 
 
 def _jsd_grad(log_q: Tensor, log_p: Tensor, beta: float) -> Tensor:
     q = log_q.exp()
-    return (beta - 1) * q * _log_mixture(_where_weighted(q, log_p - log_q), beta)
+    return (beta - 1) * q * _log_mixture(_where_weighted(q, log_p - log_q), beta, 1 - beta)
 
 
 def _over_mixture(x: Tensor, share: float) -> Tensor:
@@ -191,7 +198,7 @@ def _skew_kl_value(log_q: Tensor, log_p: Tensor, alpha: float) -> Tensor:
     """Compute KL(p || m) with m = alpha p + (1 - alpha) q (DistiLLM)."""
     p, q = log_p.exp(), log_q.exp()
     x = _far_where_weightless(p, log_q - log_p)
-    return kl_of(p, alpha * p + (1 - alpha) * q, _log_mixture(x, 1 - alpha))
+    return kl_of(p, alpha * p + (1 - alpha) * q, _log_mixture(x, 1 - alpha, alpha))
 
 
 def _skew_kl_grad(log_q: Tensor, log_p: Tensor, alpha: float) -> Tensor:
@@ -207,19 +214,20 @@ def _skew_reverse_kl_value(log_q: Tensor, log_p: Tensor, alpha: float) -> Tensor
     """Compute KL(q || m) with m = (1 - alpha) p + alpha q (DistiLLM)."""
     p, q = log_p.exp(), log_q.exp()
     x = _far_where_weightless(q, log_p - log_q)
-    return kl_of(q, (1 - alpha) * p + alpha * q, _log_mixture(x, 1 - alpha))
+    return kl_of(q, (1 - alpha) * p + alpha * q, _log_mixture(x, 1 - alpha, alpha))
 
 
 def _skew_reverse_kl_grad(log_q: Tensor, log_p: Tensor, alpha: float) -> Tensor:
     """Compute q (log q - log m + 1 - alpha q / m), less the multiple (1 - alpha) q.
 
-    What is left, q (-log(m / q) - alpha (1 - alpha) (q - p) / m), is small where the models nearly
-    agree.
+    With y = log(q / m) it is q ((1 - alpha) y - alpha (e^y - 1 - y)), which is small where the
+    models nearly agree and has no difference of nearly equal numbers.
     """
     q = log_q.exp()
-    x = _where_weighted(q, log_q - log_p)
-    ratio = _over_mixture(x, 1 - alpha)
-    return -q * (_log_mixture(-x, 1 - alpha) + alpha * (1 - alpha) * ratio)
+    y = -_log_mixture(_where_weighted(q, log_p - log_q), 1 - alpha, alpha)
+    near = is_near(y)
+    rest = torch.where(near, _series(torch.where(near, y, 0.0)), torch.expm1(y) - y)
+    return q * ((1 - alpha) * y - alpha * rest)
 
 
 def _tv_value(log_q: Tensor, log_p: Tensor) -> Tensor:
@@ -319,7 +327,7 @@ DIVERGENCES: dict[str, Divergence] = {
     "alpha_beta": Divergence(
         _alpha_beta_value,
         _alpha_beta_grad,
-        (Parameter("alpha", 0.2, 0.0), Parameter("beta", 0.7, 0.0)),
+        (Parameter("alpha", 0.2, 0.0, 100.0), Parameter("beta", 0.7, 0.0, 100.0)),
         {(1.0, 0.0): "kl", (0.0, 1.0): "reverse_kl"},
         _no_power,
     ),

@@ -9,6 +9,7 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 def require_choice(name: str, value: Any, choices: tuple) -> None:
+    """Refuse what is not one of the choices."""
     if value not in choices:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
 
@@ -16,6 +17,7 @@ def require_choice(name: str, value: Any, choices: tuple) -> None:
 def require_number(
     name: str, value: Any, *, positive: bool = False, optional: bool = False
 ) -> None:
+    """Refuse what is not a finite number of at least 0, or above 0 if `positive`."""
     if value is None and optional:
         return
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -27,6 +29,7 @@ def require_number(
 
 
 def require_divergence(name: str, value: Any, others: tuple[str, ...] = ()) -> None:
+    """Refuse text that `parse_divergence` does; `others` are further names, for the message."""
     from fdd_kernels.lens.divergence_text import parse_divergence
     from fdd_kernels.lens.divergences import DIVERGENCES
 
@@ -41,6 +44,7 @@ def require_divergence(name: str, value: Any, others: tuple[str, ...] = ()) -> N
 
 
 def require_int(name: str, value: Any, *, minimum: int) -> None:
+    """Refuse what is not a whole number of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < minimum:

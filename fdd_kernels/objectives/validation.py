@@ -196,14 +196,14 @@ def check_shift(shift: bool, labels: Tensor | None) -> None:
 
 
 def check_feature_options(options: object, names: Sequence[str]) -> None:
-    """Refuse options of logits in feature space: `names` are those neither None nor 1 by default.
+    """Refuse options of logits in feature space: `names` are those not None, 1 or "kl" by default.
 
     Raises:
         ValueError: names the first option that was given.
     """
     for name in names:
         value = getattr(options, name)
-        if value not in (None, 1.0):
+        if value not in (None, 1.0, "kl"):
             raise ValueError(
                 f"{name}={value} was given with teacher_weight=None: feature space compares raw "
                 "features, without softmax, soft cap or scale"

@@ -6,6 +6,7 @@ from fdd_kernels.testing.budgets import (
     assert_within_budget,
     excesses,
 )
+from fdd_kernels.testing.dense_call import unit_roundoff
 from fdd_kernels.testing.gradient_floors import PERTURBATIONS, gradient_floors
 from fdd_kernels.testing.problems import (
     Outcome,
@@ -15,7 +16,7 @@ from fdd_kernels.testing.problems import (
     random_problem,
     strided,
 )
-from fdd_kernels.testing.value_floors import unit_roundoff, value_floors
+from fdd_kernels.testing.value_floors import value_floors
 
 __all__ = [
     "PERTURBATIONS",

@@ -28,14 +28,10 @@ from torch import Tensor
 
 from fdd_kernels.objectives.fdd.api import fdd_loss_reference
 from fdd_kernels.objectives.fdd.options import FDDLossTerms
+from fdd_kernels.testing.dense_call import UNDERFLOW, unit_roundoff, working_unit
 from fdd_kernels.testing.gradient_floors import gradient_floors, row_norms
 from fdd_kernels.testing.problems import Outcome, Problem, evaluate, exact
-from fdd_kernels.testing.value_floors import (
-    UNDERFLOW,
-    unit_roundoff,
-    value_floors,
-    working_unit,
-)
+from fdd_kernels.testing.value_floors import value_floors
 
 _UNDERFLOW = UNDERFLOW * torch.finfo(torch.float32).tiny  # per token
 

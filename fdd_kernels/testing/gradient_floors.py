@@ -12,20 +12,19 @@ from fdd_kernels.lens.divergences import DIVERGENCES
 from fdd_kernels.objectives.fdd.api import fdd_loss_reference
 from fdd_kernels.objectives.fdd.reference import distance_of
 from fdd_kernels.objectives.fdd.terms import RowTerms
-from fdd_kernels.testing.problems import Outcome, Problem, evaluate
-from fdd_kernels.testing.value_floors import (
-    PERTURBATIONS,
+from fdd_kernels.testing.dense_call import (
     UNDERFLOW,
     DenseCall,
     centred,
     dense_call,
     gemm_rounding,
     summation_rounding,
-    sums_and_grads,
     unit_roundoff,
     working_dtype,
     working_unit,
 )
+from fdd_kernels.testing.problems import Outcome, Problem, evaluate
+from fdd_kernels.testing.value_floors import PERTURBATIONS, sums_and_grads
 
 
 def _moved(problem: Problem, seed: int, summation: float, unit: float, options: dict) -> Problem:
@@ -199,6 +198,9 @@ def _softmax_floors(
         found.append((term, factor * summation * grad.abs().sum(-1) * z_s.logsumexp(-1)))
         own = 12 * unit * (grad.abs() * z_s.where(z_s.isfinite(), 0.0)).sum(-1)
         found.append((term, factor * own))
+        # A probability that is no normal number may be 0, and its part of the gradient with it.
+        lost = torch.where(log_q.exp() < UNDERFLOW * tiny, grad.abs(), 0.0)
+        found.append((term, factor * (lost * z_s.where(z_s.isfinite(), 0.0)).sum(-1)))
         if divergence.name == "tv":
             near = (log_q - log_p).abs() <= (3 * sum(off) + 2 * summation)[:, None]
             jumps = torch.where(near, log_q.exp(), 0.0)

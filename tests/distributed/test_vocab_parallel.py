@@ -77,7 +77,8 @@ def blocks_of(name: str, way: str) -> list[int]:
 
 
 def valid_rows(problem: Problem) -> int:
-    valid = problem.flattened(-100, ()).valid
+    rows, _ = problem.weighted(problem.flattened(-100, ()))
+    valid = rows.valid
     return math.prod(problem.leading_shape) if valid is None else int(valid.sum())
 
 

@@ -41,7 +41,8 @@ from fdd_kernels.lens.layout import (
     Statistics,
 )
 from fdd_kernels.lens.spec import Layers, LensSpec, PairMoments, Request, of_pair
-from fdd_kernels.testing.value_floors import movement, summation_rounding
+from fdd_kernels.testing.dense_call import summation_rounding
+from fdd_kernels.testing.value_floors import movement
 
 if extension.kernels is None:
     pytest.skip(f"no C++ kernels: {extension.why_missing}", allow_module_level=True)

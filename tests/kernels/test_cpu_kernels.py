@@ -527,6 +527,7 @@ def test_constants_of_the_cpp_side_are_those_of_python():
         for index, name in enumerate(names):
             assert getattr(layout, expected[name.strip()]) == index, name
         assert getattr(layout, size) == len(names) - 1
+    assert f"kCertain = {layout.CERTAIN}f;" in header
     problem = (_build.source_folder() / "problem.h").read_text()
     assert f"kRowPadding = {tiling.ROW_PADDING};" in problem
 

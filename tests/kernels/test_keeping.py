@@ -15,7 +15,7 @@ from fdd_kernels.backends import BACKENDS, torch_stream
 from fdd_kernels.engine.evaluate import Call
 from fdd_kernels.engine.evaluate import evaluate as evaluate_call
 from fdd_kernels.lens.inputs import LensInputs
-from fdd_kernels.lens.layout import VALUE
+from fdd_kernels.lens.layout import MOMENT_STATS, REQUEST_STATS, VALUE
 from fdd_kernels.objectives.fdd.loss import used_by
 from fdd_kernels.objectives.fdd.objective import FDDObjective
 from fdd_kernels.objectives.fdd.options import LossOptions
@@ -144,7 +144,8 @@ def test_a_step_on_a_device_reads_nothing_back(monkeypatch):
 
     def stats_and_grad(inputs, spec, block_rows, upstream_of, needed, refine):
         rows, new = torch.arange(inputs.rows, device=inputs.device), inputs.student_weight.new_zeros
-        shapes = (2, len(inputs.student_hidden)), (len(spec.requests), 4), (len(spec.moments), 7)
+        shapes = [(2, len(inputs.student_hidden)), (len(spec.requests), REQUEST_STATS)]
+        shapes.append((len(spec.moments), MOMENT_STATS))
         statistics = [new((*shape, inputs.rows), dtype=torch.float32) for shape in shapes]
         for block in rows.split(block_rows):
             upstream_of(block, *[s[..., block] for s in statistics])

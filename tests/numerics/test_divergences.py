@@ -40,10 +40,13 @@ MODELS = {
         {"student_softcap": 3.0, "teacher_softcap": 5.0, "teacher_logit_scale": 2.0},
     ),
 }
-FAST = ("plain", "nearly the same", "sharp")
+FAST = ("plain", "sharp and close")
 EACH_MODEL = pytest.mark.parametrize(
     "models", [m if m in FAST else pytest.param(m, marks=pytest.mark.slow) for m in MODELS]
 )
+# There the formula divides what is left of its digits by a tiny parameter. They have limits, and
+# test_registry_accuracy.py.
+NEAR_A_POLE = [t for t in DIVERGENCE_TEXTS if t.startswith("alpha_beta") and "1e-" in t]
 # Each with the next, which is another divergence or the same with another parameter.
 PAIRS = list(zip(DIVERGENCE_TEXTS, [*DIVERGENCE_TEXTS[1:], DIVERGENCE_TEXTS[0]]))
 
@@ -96,8 +99,8 @@ def agree(problem: Problem, text: str, mix: float, additions: int, **options) ->
         assert_same_sums(got.gradients[name], gradient, 50 * additions, name)
 
 
-@pytest.mark.parametrize("text", [text for text in DIVERGENCE_TEXTS if "1e-9" not in text])
-@pytest.mark.parametrize("models", MODELS)
+@EACH_MODEL
+@pytest.mark.parametrize("text", [text for text in DIVERGENCE_TEXTS if text not in NEAR_A_POLE])
 def test_reference_is_the_formula(models, text):
     """In float64, at any sharpness."""
     drawn, options = MODELS[models]
@@ -122,7 +125,9 @@ def test_no_pole_at_a_parameter_of_zero(text, limit):
         torch.testing.assert_close(near.gradients[name], gradient, rtol=0, atol=1e-7 * size)
 
 
-@EACH_MODEL
+@pytest.mark.parametrize(
+    "models", ["plain", *[pytest.param(m, marks=pytest.mark.slow) for m in MODELS if m != "plain"]]
+)
 @pytest.mark.parametrize(("trajectory", "output"), PAIRS)
 def test_every_divergence(backend, device, models, trajectory, output):
     """Each on the trajectory, with another one at the output."""
@@ -189,7 +194,10 @@ def test_tokens_that_one_model_excludes(backend, device, text, side):
 
 
 @pytest.mark.trap("identical models")
-@pytest.mark.parametrize("text", DIVERGENCE_TEXTS)
+@pytest.mark.parametrize(
+    "text",
+    [t if ":" not in t else pytest.param(t, marks=pytest.mark.slow) for t in DIVERGENCE_TEXTS],
+)
 def test_identical_models(backend, device, text):
     """No loss and no gradient but the rounding of two equal products; nothing is NaN."""
     problem = random_problem(**SIZES, device=device, near=0.0)
@@ -206,8 +214,8 @@ def test_identical_models(backend, device, text):
 MIXES = [0.0, 1e-3, 0.4, 0.9, 1 - 2.0**-20]
 
 
+@EACH_MODEL
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("models", MODELS)
 def test_reference_of_a_mixture_is_the_formula(models, mix):
     drawn, options = MODELS[models]
     problem = random_problem(**SIZES, dtype=F64, **drawn)

@@ -76,6 +76,28 @@ def test_ignored_rows_change_nothing(backend, poison):
     assert all(g.isfinite().all() for g in (*reference.terms, *reference.gradients.values()))
 
 
+@pytest.mark.trap("mask not applied")
+@pytest.mark.parametrize("trajectory", ["kl", "jsd", "mse"])
+@pytest.mark.parametrize("side", ["student", "teacher", "both"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dense", [False, True], ids=["", "reference"])
+def test_a_layer_of_weight_zero_may_hold_anything(
+    backend, device, trajectory, side, reduction, dense
+):
+    """NaN in its states changes neither terms nor gradients, and it gets no gradient itself."""
+    problem = random_problem((7,), device=device, layers=4, bias="plain", labels=True)
+    options = {"trajectory": trajectory, "layer_weights": (2.0, 0.0, 0.5), "beta": 0.0}
+    options |= {"reduction": reduction, "ce_weight": 0.5}
+    dirty = problem.map(lambda t: t.clone())
+    for model in ("student", "teacher") if side == "both" else (side,):
+        getattr(dirty, f"{model}_hidden")[1].data[...] = torch.nan
+    outcome = evaluate(dirty, backend="reference" if dense else backend, **options)
+    for tensor in (*outcome.terms, *outcome.gradients.values()):
+        assert tensor.isfinite().all()
+    assert not outcome.gradients["student_hidden[1]"].any()
+    assert_within_budget(problem, outcome, **options)
+
+
 @pytest.mark.trap("all rows masked")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("how", ["mask", "labels"])

@@ -271,6 +271,19 @@ class TestEdges:
         value, gradients = replace(call, more={"ids": ids}).run(way)
         assert not any(t.any() for t in (value, *gradients))
 
+    @pytest.mark.parametrize("way", ["torch", "reference"])
+    @pytest.mark.parametrize("leading", [(0,), (0, 3), (2, 0)], ids=str)
+    @pytest.mark.parametrize("per_position", [None, 1, 4])
+    def test_selected_without_positions(self, per_position, leading, way):
+        """Empty results of the shape of the ids, and gradients of 0."""
+        call = random_call("selected", leading, bias="plain")
+        shape = leading if per_position is None else (*leading, per_position)
+        ids = torch.zeros(shape, dtype=torch.long)
+        value, gradients = replace(call, more={"ids": ids}).run(way)
+        assert value.shape == shape
+        assert [g.shape for g in gradients] == [t.shape for t in call.leaves.values()]
+        assert not any(t.any() for t in (value, *gradients))
+
     @pytest.mark.trap("mask not applied")
     @pytest.mark.parametrize("name", LOSSES)
     @pytest.mark.parametrize("poison", [math.nan, math.inf, 1e30])
@@ -319,12 +332,33 @@ class TestEdges:
         assert all(g.isfinite().all() for g in gradients)
 
     def test_padding_alone(self):
-        """A row whose teacher says nothing: everything is in the tail, of both models."""
+        """A row whose teacher says nothing: everything is in the tail of both models, or nothing is
+        compared.
+        """
         call = random_call("topk_kd", (3,))
         more = {"ids": torch.full((3, 2), -1), "logprobs": torch.full((3, 2), -torch.inf)}
-        for tail, backend in itertools.product(("bucket", "drop"), ("torch", "reference")):
-            value, gradients = replace(call, more=more, options={"tail": tail}).run(backend)
-            assert not any(t.any() for t in (value, *gradients))
+        tails, backends = ("bucket", "drop", "renormalize"), ("torch", "reference")
+        for tail, divergence, backend in itertools.product(tails, ("kl", "jsd"), backends):
+            options = {"tail": tail, "divergence": divergence}
+            value, gradients = replace(call, more=more, options=options).run(backend)
+            assert not any(t.any() for t in (value, *gradients)), options  # NaN is true
+
+    @pytest.mark.parametrize("way", ["torch", "reference"])
+    def test_a_row_of_padding_beside_others(self, way):
+        """Renormalised, it adds 0 to the loss and to every gradient."""
+        call = random_call("topk_kd", (4,), dtype=F64, options={"tail": "renormalize"})
+        more = {n: t.clone() for n, t in call.more.items()}
+        more["ids"][2], more["logprobs"][2] = -1, -torch.inf
+        options = call.options | {"reduction": "none"}
+        values, gradients = replace(call, more=more, options=options).run(way)
+        weights = torch.tensor([1.0, 1.0, 0.0, 1.0], dtype=F64)
+        without = replace(call.problem, token_weights=weights)
+        expected = replace(call, problem=without, options=options).run(way)
+        assert values[2] == 0
+        assert not gradients[0][2].any()
+        for got, true in zip((values, *gradients), (expected[0], *expected[1])):
+            bound = 100 * unit_roundoff(F64) * max(1.0, float(true.abs().max()))
+            assert (got - true).abs().max() <= bound
 
     def test_padding_and_the_order_of_ids_change_nothing(self):
         call = random_call("topk_kd", (6,), tokens=5, dtype=F64)

@@ -144,8 +144,8 @@ def _sorted_loss():
         values = (q.values - p.values).abs().sum(-1, keepdim=True)
 
         def grad_of(upstream):
-            slope = (q.values - p.values).sign() * q.values
-            grad = torch.zeros_like(slope).scatter_(-1, q.indices, slope)
+            of_log_q = (q.values - p.values).sign() * q.values
+            grad = torch.zeros_like(of_log_q).scatter_(-1, q.indices, of_log_q)
             return logit_gradient_(grad, log_q).mul_(upstream / temperature)
 
         return values, grad_of

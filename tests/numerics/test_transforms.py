@@ -19,8 +19,16 @@ from fdd_kernels.objectives.fdd import loss
 from fdd_kernels.objectives.fdd.loss import prepare, used_by
 from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.testing import Problem, assert_within_budget, evaluate, exact, random_problem
+from tests.support.options import skip_what_triton_refuses
 
 OPTIONS = {"ce_weight": 0.5, "trajectory": "jsd"}
+LATER = {
+    "trajectory": "jsd:0.3",
+    "output_divergence": "jsd:0.6",
+    "derivative": "weighted_cosine",
+    "derivative_temperature": 0.5,
+    "layer_weights": (0.5, 2.0),
+}
 
 
 def full(**changes) -> Problem:
@@ -58,6 +66,8 @@ class TestCompile:
         "options",
         [
             {"shift": True, "reduction": "none", "derivative": "mse"},
+            pytest.param(LATER, marks=pytest.mark.slow),
+            pytest.param({"teacher_mix": 0.3, "output_in_dynamics": True}, marks=pytest.mark.slow),
             pytest.param(
                 {
                     "trajectory": "jsd",
@@ -82,6 +92,9 @@ class TestCompile:
     )
     def test_options(self, options):
         problem = full()
+        if "layer_weights" in options:
+            weights = torch.linspace(0, 2, math.prod(problem.leading_shape))
+            problem = replace(problem, token_weights=weights.view(problem.leading_shape))
         assert_within_budget(
             problem, evaluate(problem, compiled(), backend="torch", **options), **options
         )
@@ -275,9 +288,11 @@ def test_checkpointing(backend, reentrant):
 
 
 @pytest.mark.trap("gradients scaled in place in backward")
-def test_backward_under_retain_graph_twice(backend):
-    problem = full()
-    loss = fused_fdd_loss(**problem.arguments, **OPTIONS, backend=backend)
+@pytest.mark.parametrize("options", [OPTIONS, LATER, {"teacher_mix": 0.4}], ids=",".join)
+def test_backward_under_retain_graph_twice(backend, options):
+    problem = full(token_weights=options is LATER)
+    skip_what_triton_refuses(problem, backend, **options)
+    loss = fused_fdd_loss(**problem.arguments, **options, backend=backend)
     leaves = list(problem.leaves.values())
     first = torch.autograd.grad(loss, leaves, retain_graph=True)
     kept = [g.clone() for g in first]
@@ -292,14 +307,19 @@ def test_backward_under_retain_graph_twice(backend):
 
 
 @pytest.mark.trap("double backward silently wrong")
-@pytest.mark.parametrize("beta", [0.0, 1.0], ids=["linear_in_the_statistics", "not_linear"])
-def test_double_backward_raises(backend, beta):
+@pytest.mark.parametrize(
+    "options",
+    [{"beta": 0.0}, {"beta": 1.0}, {"derivative": "weighted_cosine"}, {"teacher_mix": 0.4}],
+    ids=["linear_in_the_statistics", "not_linear", "weighted_cosine", "teacher_mix"],
+)
+def test_double_backward_raises(backend, options):
     """Also of a gradient penalty on layers below the loss, which have second derivatives."""
     problem = random_problem()
+    skip_what_triton_refuses(problem, backend, **options)
     first, second = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
     states = tuple([second(first(h.detach())).tanh() for h in problem.student_hidden])
     loss = fused_fdd_loss(
-        **replace(problem, student_hidden=states).arguments, beta=beta, backend=backend
+        **replace(problem, student_hidden=states).arguments, **options, backend=backend
     )
     for leaf in (problem.student_weight, first.weight):
         gradient = torch.autograd.grad(loss, leaf, create_graph=True)[0]

@@ -17,9 +17,12 @@ from fdd_kernels.testing import (
     Problem,
     assert_within_budget,
     evaluate,
+    exact,
     random_problem,
     unit_roundoff,
+    value_floors,
 )
+from fdd_kernels.testing.gradient_floors import gradient_floors, row_norms
 from tests.support.options import skip_what_triton_refuses
 from tests.support.oracles import weighted_cosine
 
@@ -146,9 +149,9 @@ GAPS = [0.0, 3.0, 8.0, 16.0, 28.0, 45.0, 60.0]
 
 
 @WITH_REDUCTION
-@pytest.mark.parametrize("top", [0, 31, 59])
+@pytest.mark.parametrize("top", [0, pytest.param(31, marks=pytest.mark.slow), 59])
 @pytest.mark.parametrize("gap", GAPS)
-@pytest.mark.parametrize("near", [None, 1e-2, 1e-4])
+@pytest.mark.parametrize("near", [None, pytest.param(1e-2, marks=pytest.mark.slow), 1e-4])
 def test_sharp_teachers(backend, gap, top, near, reduction):
     check_tokens(sharp(gap, top, near=near), backend, torch.float32, reduction=reduction)
 
@@ -167,8 +170,10 @@ def test_temperatures_of_the_weights(backend, temperature):
         check_tokens(sharp(gap, 20), backend, torch.float32, temperature, reduction="none")
 
 
-@pytest.mark.parametrize("top", [0, 700, 2047, 2048, 2999])
-@pytest.mark.parametrize("gap", [4.0, 35.0])
+@pytest.mark.parametrize(
+    "top", [*[pytest.param(top, marks=pytest.mark.slow) for top in (0, 700, 2047)], 2048, 2999]
+)
+@pytest.mark.parametrize("gap", [pytest.param(4.0, marks=pytest.mark.slow), 35.0])
 def test_the_likeliest_token_in_any_tile(backend, gap, top):
     problem = sharp(gap, top, columns=3000, rows=2)
     if backend == "triton":
@@ -219,8 +224,11 @@ def test_few_tokens_that_are_not_excluded(backend, live, dense):
     skip_what_triton_refuses(problem, backend, **options)
     outcome = evaluate(problem, backend=backend, **options)
     if live == 2:  # two tokens: the deltas are parallel, or opposite
+        floors = value_floors(problem, **options).derivative
+        if dense:  # 1 - cos as it stands: products, two sums, a root and a quotient of size 1
+            floors = floors + 8 * unit_roundoff(torch.float32)
         derivative = outcome.terms.derivative
-        assert ((derivative < 1e-3) | (derivative > 2 - 1e-3)).all()
+        assert (torch.minimum(derivative.abs(), (2 - derivative).abs()) <= floors).all()
         return
     assert (outcome.terms.derivative == 1).all()
     assert not any(gradient.any() for gradient in outcome.gradients.values())
@@ -244,7 +252,8 @@ def test_the_likeliest_token_is_excluded_by_one_model(backend, device, side, wei
     heads = ("student_weight", "student_bias", "teacher_weight", "teacher_bias")
     smaller = replace(problem, **{name: getattr(problem, name).detach()[kept] for name in heads})
     expected = evaluate(smaller.to(F64), fdd_loss_reference, **options).terms.derivative
-    torch.testing.assert_close(outcome.terms.derivative.double(), expected, rtol=1e-4, atol=1e-5)
+    error = (outcome.terms.derivative.double() - expected).abs()
+    assert (error <= value_floors(smaller, **options).derivative).all()
 
 
 CASES = {
@@ -261,7 +270,9 @@ CASES = {
 }
 
 
-@WITH_REDUCTION
+@pytest.mark.parametrize(
+    "reduction", [pytest.param("none", marks=pytest.mark.slow), "sum"], ids=["streamed", "cached"]
+)
 @pytest.mark.parametrize(
     "dtype",
     [
@@ -290,9 +301,10 @@ def test_identical_models(backend, device, spread):
     options = ALONE | {"reduction": "none"}
     skip_what_triton_refuses(problem, backend, **options)
     outcome = evaluate(problem, backend=backend, **options)
-    assert outcome.terms.derivative.abs().max() < 1e-6
-    for gradient in outcome.gradients.values():
-        assert gradient.abs().max() < 1e-4
+    assert (outcome.terms.derivative.abs() <= value_floors(problem, **options).derivative).all()
+    floors = gradient_floors(problem, exact(problem, **options), None, **options)
+    for name, gradient in outcome.gradients.items():
+        assert (row_norms(gradient) <= floors[name]).all(), name
 
 
 @pytest.mark.parametrize("side", ["student", "teacher", "both"])

@@ -216,7 +216,7 @@ WRONG_OPTIONS = [
     (
         {"output_divergence": "alpha_beta:inf,1"},
         ValueError,
-        r"output_divergence='alpha_beta:inf,1' has alpha inf, which is not in \[0, inf\)",
+        r"output_divergence='alpha_beta:inf,1' has alpha inf, which is not in \[0, 100\]",
     ),
     *[
         ({name: text}, ValueError, f"{name}='{text}'{message}")
@@ -225,6 +225,8 @@ WRONG_OPTIONS = [
             ("trajectory", "skew_kl:1", r" has alpha 1, which is not in \[0, 1\)"),
             ("output_divergence", "skew_reverse_kl:-1", r" has alpha -1, .*\[0, 1\)"),
             ("trajectory", "alpha_beta:0,0", ": alpha and beta are both 0: one of them must be"),
+            ("trajectory", "alpha_beta:101,1", r" has alpha 101, which is not in \[0, 100\]"),
+            ("output_divergence", "alpha_beta:1,1e3", r" has beta 1000, .*\[0, 100\]"),
             ("trajectory", "jsd:0.1,0.2", r" gives 2 .*jsd takes 1: write jsd\[:beta\]"),
             ("output_divergence", "alpha_beta:0.2", r" gives 1 .*alpha_beta takes 2: write alpha_"),
             ("output_divergence", "jsd:half", " has a parameter that is no number: write jsd"),
@@ -438,6 +440,8 @@ def test_module_checks_its_options_when_it_is_built():
             ValueError,
             r"layer_weights=\(1,\) has 1 entries and the trajectory 2 layers",
         ),
+        ({"layer_weights": ()}, ValueError, r"layer_weights"),
+        ({"layer_weights": []}, ValueError, r"layer_weights"),
         ({"reduction": "none"}, ValueError, 'reduction="none" has no meaning for a training step'),
         ({"unknown": 1}, TypeError, "unknown"),
     ],

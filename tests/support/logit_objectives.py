@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fdd_kernels import fused_decoupled_kd, fused_topk_kd, selected_logprobs
 from fdd_kernels.testing import Problem, random_problem, unit_roundoff
-from fdd_kernels.testing.value_floors import gemm_rounding, summation_rounding
+from fdd_kernels.testing.dense_call import gemm_rounding, summation_rounding
 from tests.support.oracles import jsd, kl
 
 F32, F64 = torch.float32, torch.float64

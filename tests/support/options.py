@@ -11,12 +11,22 @@ from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.fdd.plan import build_plan
 from fdd_kernels.testing import Problem
 
+# Parameters at the ends of their ranges: weights of a mixture far below float32's unit roundoff, or
+# that close to 1; large powers beside none.
+ENDS = [
+    *["jsd:1e-9", "jsd:1e-6", "jsd:0.999999"],
+    *["skew_kl:1e-9", "skew_kl:1e-6", "skew_kl:0.999999"],
+    *["skew_reverse_kl:1e-9", "skew_reverse_kl:1e-6", "skew_reverse_kl:0.999999"],
+    *["alpha_beta:5,0", "alpha_beta:0,3", "alpha_beta:1e-6,1"],
+]
+
 # Every divergence, at its defaults and at other parameters: near an end, at a pole that is not one.
 DIVERGENCE_TEXTS = [
     *DIVERGENCES,
     *["jsd:0.1", "jsd:0.9", "jsd:1e-3", "skew_kl:0.5", "skew_kl:0.99", "skew_reverse_kl:0.5"],
     *["alpha_beta:1,1", "alpha_beta:0,1.5", "alpha_beta:0.5,0", "alpha_beta:1e-9,0.5"],
     *["alpha_beta:0.5,1e-9", "alpha_beta:0.3,0.3", "alpha_beta:2,0.5"],
+    *ENDS,
 ]
 
 FEATURE_DERIVATIVES = [name for name, distance in DISTANCES.items() if not distance.weighted]

@@ -124,7 +124,8 @@ def later_options(
 
     layers = sizes["layers"] - (not options["output_in_dynamics"])
     if draw.random() < 0.3:
-        more["layer_weights"] = tuple([draw.choice([0.0, 1.0, 2.5]) for _ in range(layers)])
+        chosen = tuple([draw.choice([0.0, 1.0, 2.5]) for _ in range(layers)])
+        more["layer_weights"] = chosen if any(chosen) else None  # there may be nothing else
     if not feature_space:
         if draw.random() < 0.5:
             more["trajectory"] = text()

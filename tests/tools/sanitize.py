@@ -23,6 +23,7 @@ TESTS = [
         "-k",
         "way or ragged or strided or unaligned or half or sets or bits or who_else",
     ],
+    ["tests/kernels/test_cpu_formulas.py", "-k", "not instruction_set"],
     ["tests/numerics/test_backends.py", "-k", "cpu and float32"],
 ]
 

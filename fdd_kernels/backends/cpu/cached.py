@@ -79,7 +79,7 @@ def stats_and_grad(
     memory = None
     statistics = zero_statistics(inputs, spec)
     per_row = (*statistics, *[torch.zeros_like(t) for t in statistics[1:]])
-    for block in rows.split(block_rows):
+    for block in rows.split(block_rows) if len(rows) else ():
         problem = problem_of(inputs, spec, block, tiles)
         if memory is None:  # the first block is the largest
             memory = torch.empty(extension.kernels.cache_size(problem), **F32)

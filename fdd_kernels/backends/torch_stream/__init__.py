@@ -8,6 +8,7 @@ accumulators of bounded size.
 
 from fdd_kernels.backends.torch_stream.blocks import logits_of_rows, row_blocks
 from fdd_kernels.backends.torch_stream.gradients import grad
+from fdd_kernels.backends.torch_stream.pair_costs import pair_cost_gradients, pair_costs
 from fdd_kernels.backends.torch_stream.problem import scale_and_cap_
 from fdd_kernels.backends.torch_stream.statistics import add_second_pass, stats
 from fdd_kernels.backends.torch_stream.tiling import TorchTiles, choose_tiles, memory
@@ -19,6 +20,8 @@ __all__ = [
     "grad",
     "logits_of_rows",
     "memory",
+    "pair_cost_gradients",
+    "pair_costs",
     "row_blocks",
     "scale_and_cap_",
     "stats",

@@ -226,7 +226,6 @@ def divergence_grad(log_q, log_p, a, b, DIVERGENCE: tl.constexpr):
     elif DIVERGENCE == "skew_kl":
         grad = b * b * times(tl.exp(log_q), over_mixture(log_q - log_p, a, b))
     elif DIVERGENCE == "skew_reverse_kl":
-        # The registry's, with (q - p) b / m = q / m - 1: no difference of nearly equal numbers.
         y = -log_mixture(-(log_q - log_p), b, a)  # log(q / m)
         rest = tl.where(tl.abs(y) < 0.3, y * y * expm1_series(y), tl.exp(y) - 1.0 - y)
         grad = times(tl.exp(log_q), b * y - a * rest)

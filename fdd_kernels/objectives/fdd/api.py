@@ -129,9 +129,10 @@ def fused_fdd_loss(
         vocab_group: the process group over which both heads' rows are split (vocabulary
             parallelism): weights and biases are this process's rows, in the order of ranks, the
             student's and the teacher's of the same tokens, unequally many if need be. Hidden
-            states, labels (tokens of the whole vocabulary), options and the upstream gradient must
-            be the same on every process; so is the result. Gradients of the hidden states are
-            complete on every process, those of the head are of this process's rows.
+            states, labels (tokens of the whole vocabulary), mask, token_weights, options and the
+            upstream gradient must be the same on every process; so is the result. Gradients of the
+            hidden states are complete on every process, those of the head are of this process's
+            rows.
 
     Returns:
         The loss, a float32 scalar (float64 for float64 inputs; (...) with reduction="none"), or

@@ -132,13 +132,14 @@ class LossOptions:
             raise ValueError(f"teacher_mix={self.teacher_mix} must be in [0, 1]")
         if self.teacher_mix == 1:
             return
+        from fdd_kernels.lens.distances import DISTANCES
         from fdd_kernels.lens.divergence_text import parse_divergence
 
         for name, weight, value in (
             ("trajectory", self.alpha, self.trajectory),
             ("output_divergence", self.output_kd_weight, self.output_divergence),
         ):
-            if weight and (value in ("mse", "cosine") or parse_divergence(value).name != "kl"):
+            if weight and (value in DISTANCES or parse_divergence(value).name != "kl"):
                 raise ValueError(
                     f"teacher_mix={self.teacher_mix} mixes the target of KL, but "
                     f'{name}={value!r}: use {name}="kl", a weight of 0 for that term, or '
@@ -211,9 +212,10 @@ class FDDConfig(LossOptions):
                 f"student_layers has {len(self.student_layers)} entries and teacher_layers "
                 f"{len(self.teacher_layers)}: they are paired by rank, give as many of each"
             )
-        if self.alpha and self.layer_weights and len(self.layer_weights) != self.dynamics_layers:
+        weights = self.layer_weights
+        if self.alpha and weights is not None and len(weights) != self.dynamics_layers:
             raise ValueError(
-                f"layer_weights={self.layer_weights} has {len(self.layer_weights)} entries and the "
+                f"layer_weights={weights} has {len(weights)} entries and the "
                 f"trajectory {self.dynamics_layers} layers: give one for each"
             )
         if self.reduction == "none":

@@ -41,6 +41,8 @@ class Plan:
     output_kd: int | None
     ce: int | None
     trajectory: tuple[int, ...]
+    # Of its layers, whose weighted sum it is; empty for their mean. A layer of weight 0 has none.
+    trajectory_weights: tuple[float, ...]
     derivative: tuple[int, ...]
     # Per pair, the requests with the log-sum-exps of its layers; empty where deltas need none.
     derivative_requests: tuple[tuple[int, int], ...]
@@ -96,27 +98,30 @@ def build_plan(
     """
     builder, final = _SpecBuilder(), states - 1
     dynamics = range(states if options.output_in_dynamics else final)
+    distance, temperature = None, options.derivative_temperature
+    temperature = options.temperature if temperature is None else temperature
+    if options.beta and options.derivative is not None:
+        distance = DISTANCES[options.derivative]
+    needs_lse = distance is not None and not feature_space and not distance.centred
+    # The derivative takes them of the trajectory's requests, in the order of layers.
+    shares_lse = needs_lse and temperature == options.temperature and options.teacher_mix == 1
     trajectory: list[int] = []
-    weights = options.layer_weights
-    if options.alpha and weights is not None and len(weights) != len(dynamics):
-        raise ValueError(
-            f"layer_weights={weights} has {len(weights)} entries and the trajectory "
-            f"{len(dynamics)} layers: give one for each"
-        )
-    if options.alpha and options.trajectory in DISTANCES:
-        trajectory = [builder.moments_of(None, layer, options.temperature) for layer in dynamics]
-    elif options.alpha:
-        divergence = parse_divergence(options.trajectory), options.teacher_mix
-        for layer in dynamics:
+    weights = _weights_of_layers(options, len(dynamics))
+    for layer, weight in zip(dynamics, weights):
+        if options.trajectory in DISTANCES:
+            if weight:
+                trajectory.append(builder.moments_of(None, layer, options.temperature))
+        elif weight:
+            divergence = parse_divergence(options.trajectory), options.teacher_mix
             trajectory.append(builder.request(layer, options.temperature, *divergence))
+        elif shares_lse:
+            builder.request(layer, temperature, None)
     derivative: list[int] = []
     derivative_requests: list[tuple[int, int]] = []
-    if options.beta and options.derivative is not None:
-        distance, temperature = DISTANCES[options.derivative], options.derivative_temperature
-        temperature = options.temperature if temperature is None else temperature
+    if distance is not None:
         for pair in zip(dynamics, dynamics[1:]):
             derivative.append(builder.moments_of(*pair, temperature, distance.weighted))
-            if not feature_space and not distance.centred:
+            if needs_lse:
                 of_pair = [builder.request(layer, temperature, None) for layer in pair]
                 derivative_requests.append(tuple(of_pair))
     output_kd = ce = None
@@ -125,10 +130,15 @@ def build_plan(
         output_kd = builder.request(final, options.output_temperature, *divergence)
     if options.ce_weight:
         ce = builder.request(final, 1.0, NamedDivergence(NLL))
+    if distance is not None and distance.weighted and not builder.requests:
+        # Without a request the shifts, which weights are relative to, are not near the logits.
+        for layer in dynamics[1:]:
+            builder.request(layer, temperature, None)
     if not (builder.requests or builder.moments):
         raise ValueError(
             f"nothing to compute: {states} hidden state(s) with "
             f"output_in_dynamics={options.output_in_dynamics}, alpha={options.alpha}, "
+            f"layer_weights={options.layer_weights}, "
             f"beta={options.beta}, derivative={options.derivative!r}, "
             f"output_kd_weight={options.output_kd_weight}, ce_weight={options.ce_weight}: give a "
             "term a weight, or more layers"
@@ -144,9 +154,25 @@ def build_plan(
         output_kd=output_kd,
         ce=ce,
         trajectory=tuple(trajectory),
+        trajectory_weights=()
+        if options.layer_weights is None
+        else tuple([weight / len(dynamics) for weight in weights if weight]),
         derivative=tuple(derivative),
         derivative_requests=tuple(derivative_requests),
     )
+
+
+def _weights_of_layers(options: LossOptions, layers: int) -> tuple[float, ...]:
+    """Return the weight of each layer of the trajectory; 0 where it is not computed."""
+    weights = options.layer_weights
+    if not options.alpha or weights is None:
+        return (1.0 if options.alpha else 0.0,) * layers
+    if len(weights) != layers:
+        raise ValueError(
+            f"layer_weights={weights} has {len(weights)} entries and the trajectory {layers} "
+            "layers: give one for each"
+        )
+    return weights
 
 
 class _SpecBuilder:
@@ -232,6 +258,7 @@ def _check_space(options: LossOptions, inputs: LossInputs) -> None:
             "temperature",
             "derivative_temperature",
             "output_temperature",
+            "output_divergence",
             "teacher_mix",
         ),
     )

@@ -17,7 +17,7 @@ from fdd_kernels.lens.spec import LensSpec
 from fdd_kernels.objectives.dense import dense_logits
 from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.fdd.plan import Plan
-from fdd_kernels.objectives.fdd.terms import RowTerms, weigh_layers
+from fdd_kernels.objectives.fdd.terms import RowTerms
 
 
 def dense_models(
@@ -130,14 +130,17 @@ def _dense_row_terms(plan: Plan, o: LossOptions, inputs: LensInputs) -> RowTerms
     dynamics = range(final + 1 if o.output_in_dynamics else final)
     output_kd = trajectory = derivative = ce = None
     if o.alpha and len(dynamics):
-        z_s, z_t = ([u[layer] / o.temperature for layer in dynamics] for u in (u_s, u_t))
-        if o.trajectory in DISTANCES:
-            per_layer = [distance_of(o.trajectory, s, t, live) for s, t in zip(z_s, z_t)]
-        else:
-            per_layer = [_divergence_of(o.trajectory, *z, o.teacher_mix) for z in zip(z_s, z_t)]
-        if o.layer_weights is not None:
-            per_layer = weigh_layers(per_layer, o.layer_weights)
-        trajectory = torch.stack(tuple(per_layer)).mean(0)
+        weights = [1.0] * len(dynamics) if o.layer_weights is None else o.layer_weights
+        per_layer = []
+        for layer, weight in zip(dynamics, weights):
+            if weight:
+                z_s, z_t = (u[layer] / o.temperature for u in (u_s, u_t))
+                if o.trajectory in DISTANCES:
+                    term = distance_of(o.trajectory, z_s, z_t, live)
+                else:
+                    term = _divergence_of(o.trajectory, z_s, z_t, o.teacher_mix)
+                per_layer.append(weight * term)
+        trajectory = torch.stack(per_layer).sum(0) / len(dynamics) if per_layer else None
     if o.beta and o.derivative is not None and len(dynamics) > 1:
         temperature = (
             o.temperature if o.derivative_temperature is None else o.derivative_temperature

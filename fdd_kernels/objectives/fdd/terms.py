@@ -2,7 +2,8 @@
 
 The terms are ordinary PyTorch on tensors of shape (R,) that autograd differentiates.
 `upstream_gradients` has the same derivatives in closed form, in a tenth of the operators, for the
-cached-logits path. Neither has a loop over layers or pairs, or waits for a device.
+cached-logits path. Neither waits for a device, or has a loop over layers or pairs, but for weights
+of layers.
 
 Shape suffixes: P pairs of vectors (one per pair moments), R rows.
 """
@@ -57,6 +58,13 @@ def _run(positions: Sequence[int]) -> slice:
     run = slice(positions[0], positions[-1] + 1)
     assert list(positions) == list(range(run.start, run.stop))
     return run
+
+
+def _positions(positions: Sequence[int]) -> slice | list[int]:
+    """Turn positions into a slice where they follow one another."""
+    positions = list(positions)
+    run = slice(positions[0], positions[-1] + 1)
+    return run if positions == list(range(run.start, run.stop)) else positions
 
 
 def _part(tensor: Tensor, run: slice) -> Tensor:
@@ -128,7 +136,7 @@ def _vectors(
         if distance.centred:
             offset = torch.zeros_like(offset)
         elif term == "trajectory":  # of the features themselves
-            layers = _run([pair.second.student for pair in plan.spec.moments[run]])
+            layers = _positions([pair.second.student for pair in plan.spec.moments[run]])
             offset = offset + shifts[:, layers].transpose(0, 1) / plan.options.temperature
         elif plan.derivative_requests:
             lse = _part(requests, _layers_of_deltas(plan))[:, LSE_S : LSE_T + 1]
@@ -147,22 +155,17 @@ def row_terms_from_statistics(
         sums = _vectors(plan, shifts, requests, moments, static).sums
         values = {term: distance.value(sums.at(run)) for term, (distance, run) in compared.items()}
     if plan.trajectory and "trajectory" not in values:
-        values["trajectory"] = requests[_run(plan.trajectory), VALUE]
-    if plan.trajectory and plan.options.layer_weights is not None:
-        values["trajectory"] = weigh_layers(values["trajectory"], plan.options.layer_weights)
+        values["trajectory"] = requests[_positions(plan.trajectory), VALUE]
+    if plan.trajectory_weights:
+        of_layers = zip(plan.trajectory_weights, values["trajectory"])
+        weighted = torch.stack([weight * of_layer for weight, of_layer in of_layers])
+        values["trajectory"] = weighted.sum(0, keepdim=True)
     values = {term: per_layer.mean(0) for term, per_layer in values.items()}
     return RowTerms(
         output_kd=None if plan.output_kd is None else requests[plan.output_kd, VALUE],
         trajectory=values.get("trajectory"),
         derivative=values.get("derivative"),
         ce=None if plan.ce is None else requests[plan.ce, VALUE],
-    )
-
-
-def weigh_layers(per_layer: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Multiply each layer's terms (R,) by its weight, with 0 * anything = 0; stacked."""
-    return torch.stack(
-        [weight * x if weight else torch.zeros_like(x) for weight, x in zip(weights, per_layer)]
     )
 
 
@@ -181,7 +184,7 @@ def term_weights(
     options, (of_loss, *of_terms) = plan.options, upstream
     factors = (
         options.output_temperature**2 if options.scale_by_t2 else 1.0,
-        1 / max(len(plan.trajectory), 1),
+        1 if plan.trajectory_weights else 1 / max(len(plan.trajectory), 1),
         1 / max(len(plan.derivative), 1),
         1.0,
     )
@@ -199,7 +202,7 @@ def term_weights(
 
 def _weigh_layers(plan: Plan, gradients: Tensor) -> None:
     """Multiply the trajectory's among the gradients by the weights of its layers, in place."""
-    for weight, index in zip(plan.options.layer_weights or (), plan.trajectory):
+    for weight, index in zip(plan.trajectory_weights, plan.trajectory):
         gradients[index].mul_(weight)
 
 
@@ -221,7 +224,7 @@ def upstream_gradients(
     of_requests, of_moments = torch.zeros_like(requests), torch.zeros_like(moments)
     of_value, compared = of_requests[:, VALUE], _compared_vectors(plan)
     if plan.trajectory and "trajectory" not in compared:
-        of_value[_run(plan.trajectory)] = weights.trajectory
+        of_value[_positions(plan.trajectory)] = weights.trajectory
         _weigh_layers(plan, of_value)
     if plan.ce is not None:
         of_value[plan.ce] = weights.ce

@@ -116,7 +116,7 @@ class LogitOptions:
 
     @property
     def factor(self) -> float:
-        """The factor of the loss."""
+        """Return the factor of the loss."""
         return self.temperature**2 if self.scale_by_t2 else 1.0
 
 

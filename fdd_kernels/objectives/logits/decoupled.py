@@ -98,7 +98,7 @@ def fused_decoupled_kd(
             f"nontarget_weight={nontarget_weight}: give one of them a weight"
         )
     if labels is None:
-        raise TypeError("labels is None: the loss sets the label's token apart, pass labels")
+        raise ValueError("labels is None: the loss sets the label's token apart, pass labels")
     options = LogitOptions(
         temperature=temperature,
         scale_by_t2=scale_by_t2,

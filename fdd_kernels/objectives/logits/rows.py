@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from fdd_kernels.lens.row_blocks import GradOf, RowBlock
 from fdd_kernels.objectives.logits.call import Formula, LogitCall, LogitInputs, LogitOptions
+from fdd_kernels.objectives.logits.eager import outside_compiler
 from fdd_kernels.objectives.logits.temperature import STD, at_temperature, encode_temperature
 from fdd_kernels.objectives.numbers import debugging, describe
 from fdd_kernels.objectives.option_checks import require_number
@@ -21,25 +20,7 @@ from fdd_kernels.objectives.validation import require_plain
 _MATRICES_OF_STD = 3
 
 
-def _outside_compiler(function: Callable) -> Callable:
-    """Leave a function, and all that it calls, to eager mode."""
-
-    @functools.wraps(function)
-    def run(*args, **kwargs):
-        if torch.compiler.is_compiling():
-            # Without fullgraph the compiler gives up on the caller's frame and calls it eagerly.
-            raise RuntimeError(
-                f"{function.__name__} calls a Python function on one block of rows after another, "
-                "which torch.compile cannot record: leave out fullgraph=True, or call it from a "
-                "function under torch.compiler.disable"
-            )
-        is_loaded = "torch._dynamo" in sys.modules
-        return (torch.compiler.disable(function) if is_loaded else function)(*args, **kwargs)
-
-    return run
-
-
-@_outside_compiler
+@outside_compiler("it calls a Python function on one block of rows after another")
 def fused_rows(
     fn: Callable[..., Tensor],
     student_hidden: Tensor,

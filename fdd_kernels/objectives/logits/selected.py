@@ -77,7 +77,8 @@ def selected_logprobs(
     check_ids("ids", ids, hidden, "hidden", may_be_single=True)
     call = LogitCall.of(inputs, options, ids=ids)
     check_labels(ids, ignore_index, call.head.columns, "ids")
-    per_row = ids.reshape(call.rows.rows, -1).long()
+    count = 1 if ids.ndim < hidden.ndim else ids.shape[-1]
+    per_row = ids.reshape(call.rows.rows, count).long()
     ignored = per_row == ignore_index
     call = call.where(~ignored.all(-1))
     formula = Formula("selected", (), (float(temperature),), _dense, per_row.shape[1])

@@ -76,7 +76,8 @@ def fused_topk_kd(
         student_hidden: final, normed hidden states (..., D).
         student_weight: LM head (V, D) as in `nn.Linear`.
         ids: (..., K) int64 or int32 tokens, no token twice in a row. An entry -1 whose
-            log-probability is -inf is padding, for rows with fewer than K tokens.
+            log-probability is -inf is padding, for rows with fewer than K tokens. A row of padding
+            alone has the loss 0 and stays in the divisor.
         logprobs: (..., K) the teacher's natural log-probabilities at `temperature`, over the whole
             vocabulary; constants.
         tail: "bucket", "drop" or "renormalize", as above.
@@ -85,8 +86,8 @@ def fused_topk_kd(
         temperature: divides the student's logits.
         scale_by_t2: multiply the loss by temperature squared.
         student_bias: (V,) added to the GEMM's result; -inf marks a token that cannot occur.
-        labels: (...) int64 or int32; positions equal to `ignore_index` drop out. Nothing else is
-            done with them.
+        labels: (...) int64 or int32 tokens that the head has; positions equal to `ignore_index`
+            drop out, and the others have no part in the loss.
         mask: (...) bool or int; positions that are 0 drop out. Never shifted.
         token_weights: (...) floats, finite and at least 0, without gradient: factors of the
             positions. They do not change the divisor; a position of weight 0 is not computed. Never
@@ -145,6 +146,7 @@ def fused_topk_kd(
     call = LogitCall.of(inputs, options, ids=ids, logprobs=logprobs)
     ids, logprobs = ids.reshape(-1, ids.shape[-1]).long(), logprobs.reshape(-1, ids.shape[-1])
     check_top_k(ids, logprobs, call.rows.valid, call.head.columns)
+    call = call.where((ids >= 0).any(-1))
     formula = Formula("top_k", (tail, divergence), (float(temperature),), _dense)
     return call.loss(formula, ids, logprobs.detach())
 
@@ -219,7 +221,7 @@ def _divergence(named: NamedDivergence, tail: str, log_q: Tensor, log_p: Tensor)
 def _dense(
     u: Tensor, _: None, ids: Tensor, log_p: Tensor, tail: str, divergence: str, temperature: float
 ) -> Tensor:
-    """Compute the loss densely, D as differences of log-probabilities."""
+    """Compute the loss densely."""
     absent, log_p = ids < 0, log_p.to(u.dtype)
     z = u / temperature
     chosen = _chosen(ids, u.shape[-1])
@@ -229,15 +231,4 @@ def _dense(
     else:
         others = z.masked_fill(chosen, -torch.inf).logsumexp(-1, keepdim=True)
         log_q, log_p = torch.cat([log_q, others], -1), _with_tail(log_p, others == -torch.inf)
-    log_q = log_q.log_softmax(-1)
-    if tail == "drop":
-        log_q, log_p = log_q[:, :-1], log_p[:, :-1]
-    named = parse_divergence(divergence)
-    if named.name == "jsd":
-        (beta,) = named.parameters
-        present = torch.maximum(log_p, log_q) > -torch.inf
-        weighted = log_p + math.log(beta), log_q + math.log1p(-beta)
-        mixed = torch.logaddexp(*[torch.where(present, log, 0.0) for log in weighted])
-        of_teacher = expected_ratio(log_p, mixed)
-        return beta * of_teacher + (1 - beta) * expected_ratio(log_q, mixed)
-    return expected_ratio(*((log_p, log_q) if named.name == "kl" else (log_q, log_p)))
+    return _divergence(parse_divergence(divergence), tail, log_q.log_softmax(-1), log_p)

@@ -1,0 +1,252 @@
+"""fused_gold_loss against its formula in float64, and against TRL's own loss of merged spans."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fdd_kernels import fused_gold_loss, fused_rank_kd, selected_logprobs
+from fdd_kernels.backends.torch_stream import blocks
+from fdd_kernels.lens.row_blocks import ROW_FUNCTIONS
+from fdd_kernels.objectives.logits import call as logit_call
+from fdd_kernels.testing import unit_roundoff
+from tests.support.allocations import allocated_peak
+
+F32, F64 = torch.float32, torch.float64
+ROWS, SIZES, MATCHED = 10, (20, 27), 9
+
+
+def problem(dtype=F64, sizes=SIZES, matched=MATCHED, rows=ROWS, spread=1.0):
+    """Student and teacher of different vocabularies, and the ids of the same tokens."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=F64).to(dtype)
+
+    ids = torch.stack([torch.randperm(n, generator=generator)[:matched] for n in sizes])
+    weights = [spread * normal(n, width) for n, width in zip(sizes, (8, 5))]
+    student = normal(rows, 8).requires_grad_(), (0.7 * weights[0]).requires_grad_()
+    return [*student, normal(rows, 5), weights[1], ids]
+
+
+def oracle(h, w, t, wt, ids, beta=0.5, weights=None, scales=(None, None), temperature=1.0):
+    """Per row, from probabilities."""
+    q, p = ((a @ b.T / temperature).softmax(-1) for a, b in ((h, w), (t, wt)))
+    q, p = (x if c is None else x * c.exp()[:, None] for x, c in zip((q, p), scales))
+    a, b = q[:, ids[0]], p[:, ids[1]]
+    m = beta * b + (1 - beta) * a
+    if beta in (0, 1):
+        matched = a * (a / b).log() if beta else b * (b / a).log()
+    else:
+        matched = beta * b * (b / m).log() + (1 - beta) * a * (a / m).log()
+    left = [
+        x[:, [i for i in range(x.shape[1]) if i not in of_side.tolist()]]
+        for x, of_side in ((q, ids[0]), (p, ids[1]))
+    ]
+    unmatched = 0.0
+    if all(x.shape[1] for x in left):
+        size = max(x.shape[1] for x in left)
+        left = [
+            torch.nn.functional.pad(x.sort(-1, descending=True).values, (0, size - x.shape[1]))
+            for x in left
+        ]
+        unmatched = (left[0] - left[1]).abs().sum(-1)
+    share = ids.shape[1] / p.shape[1]
+    first, second = weights or (share, 1 - share)
+    return first * matched.sum(-1) + second * unmatched
+
+
+def close(found, expected, columns=27):
+    """Sums of at most `columns` numbers, a dozen operations each, of logits below 2^4."""
+    for got, true in zip(found, expected):
+        unit = (2 if got.dtype == F64 else 1) * unit_roundoff(got.dtype)
+        bound = unit * 16 * (columns + 12 + ROWS) * max(1.0, float(true.detach().abs().max()))
+        assert (got - true).detach().abs().max() <= bound
+
+
+class TestFormula:
+    @pytest.mark.parametrize("way", ["torch", "reference"])
+    @pytest.mark.parametrize("beta", [0, 0.1, 0.5, 1])
+    @pytest.mark.parametrize("weights", [None, (0.3, 0.0), (0, 2)])
+    @pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+    def test_values_and_gradients(self, beta, weights, dtype, way):
+        p = problem(dtype)
+        named = dict(zip(("matched_weight", "unmatched_weight"), weights or (None, None)))
+        value = fused_gold_loss(*p, jsd_beta=beta, temperature=2.0, backend=way, **named)
+        wide = [t.detach().double().requires_grad_(t.requires_grad) for t in p[:4]]
+        true = oracle(*wide, p[4], beta, weights, temperature=2.0).mean()
+        close(
+            [value, *torch.autograd.grad(value, p[:2])],
+            [true, *torch.autograd.grad(true, wide[:2])],
+        )
+
+    @pytest.mark.parametrize("way", ["torch", "reference"])
+    @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+    @pytest.mark.parametrize("beta", [0, 0.4, 1])
+    def test_log_scales_and_their_gradient(self, beta, reduction, way):
+        p, options = problem(), {"reduction": reduction, "temperature": 2.0, "scale_by_t2": True}
+        scales = [-torch.arange(ROWS, dtype=F64) / n for n in (4, 7)]
+        mask = torch.arange(ROWS) != 3
+        scales[0][3] = -torch.inf  # of a position that is left out
+        leaves = [*p[:2], scales[0].requires_grad_()]
+        names = "student_log_scale", "teacher_log_scale"
+        token_weights = torch.linspace(0.5, 2, ROWS)
+        value = fused_gold_loss(
+            *p,
+            **dict(zip(names, scales)),
+            jsd_beta=beta,
+            mask=mask,
+            token_weights=token_weights,
+            backend=way,
+            **options,
+        )
+        kept = mask.nonzero()[:, 0]
+        of_kept = p[0][kept], p[1], p[2][kept], p[3], p[4]
+        found = oracle(*of_kept, beta, scales=[c[kept] for c in scales], temperature=2.0)
+        each = value.new_zeros(ROWS).index_put((kept,), 4 * found * token_weights[kept])
+        true = {"mean": each.sum() / (ROWS - 1), "sum": each.sum(), "none": each}[reduction]
+        upstream = torch.linspace(-1, 2, ROWS, dtype=F64) if reduction == "none" else None
+        gradients = [torch.autograd.grad(x, leaves, upstream) for x in (value, true)]
+        assert not gradients[0][2][3]
+        close([value, *gradients[0]], [true, *gradients[1]])
+
+    @pytest.mark.parametrize("way", ["torch", "reference"])
+    def test_without_a_match_it_is_uld(self, way):
+        p = problem(matched=0)
+        value = fused_gold_loss(*p, backend=way)
+        close([value], [fused_rank_kd(*p[:4], kind="uld")])
+
+    @pytest.mark.parametrize("way", ["torch", "reference"])
+    def test_where_one_side_is_all_matched_nothing_is_sorted(self, way):
+        """As in TRL."""
+        p = problem(sizes=(9, 27))
+        value = fused_gold_loss(*p, backend=way)
+        close([value], [oracle(*p).mean()])
+        all_of_both = problem(sizes=(9, 9))
+        close([fused_gold_loss(*all_of_both, backend=way)], [oracle(*all_of_both).mean()])
+
+    @pytest.mark.parametrize("rows", [1, 3])
+    def test_row_blocks(self, rows, monkeypatch):
+        monkeypatch.setattr(blocks, "block_rows", lambda *_: rows)
+        self.test_log_scales_and_their_gradient(0.4, "mean", "torch")
+        self.test_values_and_gradients(0.5, None, F32, "torch")
+
+    def test_compiled(self):
+        torch._dynamo.reset()
+        p = problem(F32)
+
+        def step(hidden, weight):
+            return fused_gold_loss(2 * hidden, weight, *p[2:])
+
+        outcomes = []
+        for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+            value = function(*p[:2])
+            outcomes.append([value, *torch.autograd.grad(value, p[:2])])
+        for a, b in zip(*outcomes):
+            torch.testing.assert_close(a, b)
+
+
+def test_spans_of_trl():
+    """Its alignment by byte offsets, its merged distributions, and its loss of them."""
+    gold_trainer = pytest.importorskip("trl.experimental.gold.gold_trainer")
+    loss = object.__new__(gold_trainer.ULDLoss)
+    # No probability is near 1e-8, where TRL clamps.
+    p, generator = problem(spread=0.3), torch.Generator().manual_seed(1)
+    ids = [torch.randint(0, n, (ROWS,), generator=generator) for n in SIZES]
+    ends = [[2, 3, 5, 6, 9, 11, 12, 15, 17, 20], [1, 3, 4, 6, 10, 12, 14, 15, 19, 20]]
+    offsets = [list(zip([0, *e[:-1]], e)) for e in ends]
+    groups = gold_trainer.ULDLoss._align_by_byte_offsets(*offsets)
+    loss.__dict__ |= {
+        "token_merge_strategy": "observed",
+        "beta": 0.5,
+        "hybrid_matched_weight": None,
+        "_teacher_matched_ids": set(p[4][1].tolist()),
+        "mapping_tensor": torch.zeros(SIZES[1], dtype=torch.int64).index_put((p[4][1],), p[4][0]),
+        "use_hybrid_loss": True,
+    }
+    merged = [
+        loss._merge_probabilities_with_alignment_groups((h @ w.T).softmax(-1), spans, of_side)
+        for h, w, spans, of_side in zip(p[0:4:2], p[1:4:2], groups, ids)
+    ]
+    expected = loss._compute_hybrid_uld_loss(*merged)
+    # The same by ours: the first position of each span, times its other tokens' probabilities.
+    hidden, scales = [], []
+    for h, w, spans, of_side in zip(p[0:4:2], p[1:4:2], groups, ids):
+        logprobs = selected_logprobs(h, w, of_side)
+        hidden.append(h[[span[0] for span in spans]])
+        scales.append(torch.stack([logprobs[span[1:]].sum() for span in spans]))
+    value = fused_gold_loss(
+        hidden[0],
+        p[1],
+        hidden[1],
+        p[3],
+        p[4],
+        student_log_scale=scales[0],
+        teacher_log_scale=scales[1],
+    )
+    close(
+        [value, *torch.autograd.grad(value, p[:2])],
+        [expected, *torch.autograd.grad(expected, p[:2])],
+    )
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_memory(scaled):
+    rows, columns = 64, 8192
+    p = problem(F32, (columns, columns), columns // 2, rows)
+    scale = torch.zeros(rows, requires_grad=True) if scaled else None
+
+    def run():
+        value = fused_gold_loss(*p, student_log_scale=scale)
+        return torch.autograd.grad(value, p[:2])
+
+    allowed = (ROW_FUNCTIONS["gold"].matrices + blocks._OWN_MATRICES) * 4 * rows * columns
+    peak = allocated_peak(run)
+    assert peak <= allowed, peak / (4 * rows * columns)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"jsd_beta": 1.5}, ValueError, r"^jsd_beta=1.5 is not in \[0, 1\]"),
+        (
+            {"matched_weight": 1.0},
+            ValueError,
+            "^matched_weight=1.0 and unmatched_weight=None: pass",
+        ),
+        ({"matched_ids": [1]}, TypeError, "^matched_ids must be a tensor of int64 or int32, got l"),
+        ({"matched_ids": torch.zeros(2, 3)}, TypeError, "^matched_ids must be a tensor of int64"),
+        (
+            {"matched_ids": torch.arange(3)},
+            ValueError,
+            r"^matched_ids has shape \(3,\): it must be",
+        ),
+        ({"matched_ids": torch.tensor([[1], [27]])}, ValueError, "^matched_ids contains 27, which"),
+        ({"matched_ids": torch.tensor([[-1], [2]])}, ValueError, "^matched_ids contains -1, which"),
+        (
+            {"matched_ids": torch.tensor([[1, 1], [2, 3]])},
+            ValueError,
+            "of the student twice: match",
+        ),
+        ({"student_log_scale": torch.zeros(3)}, ValueError, "^student_log_scale is a float32"),
+        ({"student_log_scale": 0.5}, TypeError, "^student_log_scale must be a tensor"),
+        (
+            {"teacher_log_scale": torch.zeros(ROWS, requires_grad=True)},
+            ValueError,
+            "^teacher_log_scale requires grad.*detach",
+        ),
+        ({"teacher_vocab_size": 28}, ValueError, "^teacher_vocab_size=28 is larger than"),
+        ({"temperature": math.nan}, ValueError, "^temperature=nan must be finite"),
+    ],
+)
+def test_errors(changes, error, message, monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("work was done before the arguments were checked")
+
+    for name in ("row_sum", "row_values", "dense_logits"):
+        monkeypatch.setattr(logit_call, name, fail)
+    names = "student_hidden", "student_weight", "teacher_hidden", "teacher_weight", "matched_ids"
+    with pytest.raises(error, match=message):
+        fused_gold_loss(**{**dict(zip(names, problem())), **changes})
