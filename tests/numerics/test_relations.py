@@ -75,6 +75,13 @@ class TestFormulas:
         random_call("attention", 1, 9, 1, causal=True).value()
         assert computed == [3 * 3, 3 * 6, 3 * 9]
 
+    @pytest.mark.parametrize("size", SIZES + [14, 21, 28, 35])
+    def test_blocks_of_grouped_keys(self, size, monkeypatch):
+        """Some have queries of several groups of keys, some a part of those of one."""
+        monkeypatch.setattr(blocks, "block_rows", lambda *_: size)
+        for keys in ((1, 2), (2, 1), (4, 2)):
+            assert_exact(random_call("attention", heads=4, keys=keys, causal=True))
+
     @pytest.mark.parametrize("way", WAYS)
     @pytest.mark.parametrize("keys", [(1, 1), (2, 4), (4, 1), (1, 2)])
     def test_grouped_keys(self, keys, way):

@@ -38,15 +38,20 @@ class AttentionWalk:
         self.columns = self.length = spec.head.columns
         self.dtype, self.groups = inputs.statistics_dtype, inputs.rows // self.length
         self.per_row, self.per_column = per_row, shared
+        # Groups of queries for each group of keys; no block has parts of several of those.
+        self.share = max(1, inputs.rows // max(1, len(inputs.student_weight)))
 
     def places(self, size: int) -> Iterator[tuple[slice, Place]]:
         """Yield blocks of at most `size` rows, and which rows (G * T) they are."""
         length, many = self.length, size // self.length
         if many:
-            for first in range(0, self.groups, many):
-                groups = slice(first, min(first + many, self.groups))
-                rows = slice(groups.start * length, groups.stop * length)
-                yield rows, Place(groups, slice(0, length), slice(0, length))
+            unit = self.groups if many >= self.share else self.share
+            many = many - many % self.share if many >= self.share else many
+            for start in range(0, self.groups, max(1, unit)):
+                for first in range(start, start + unit, many):
+                    groups = slice(first, min(first + many, start + unit))
+                    rows = slice(groups.start * length, groups.stop * length)
+                    yield rows, Place(groups, slice(0, length), slice(0, length))
             return
         for group in range(self.groups):
             for first in range(0, length, size):
@@ -81,8 +86,12 @@ class AttentionWalk:
             self._split(grad_queries)[groups, rows] = grad_grc @ keys
         if grad_keys is not None:
             queries = self._operand(self.inputs.student_hidden[0], groups, rows)
-            of_keys = self._split(grad_keys)
-            of_keys[:, columns].index_add_(0, self._of(of_keys, groups), grad_grc.mT @ queries)
+            first, many = groups.start // self.share, max(1, count // self.share)
+            of_keys = self._split(grad_keys)[first : first + many, columns]
+            # The rows of all queries that share keys, one after another.
+            of_keys += grad_grc.reshape(many, -1, grad.shape[-1]).mT @ queries.reshape(
+                many, -1, queries.shape[-1]
+            )
 
     def _scores(self, queries: Tensor, keys: Tensor, scale: float, place: Place) -> Tensor:
         """Compute scale * q . k of a block, (g * r, c)."""
