@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fdd_kernels import fused_attention_kd, fused_relation_kd
 from fdd_kernels.testing import unit_roundoff
-from fdd_kernels.testing.value_floors import summation_rounding
+from fdd_kernels.testing.dense_call import summation_rounding
 from tests.support.logit_objectives import MOVES, ROUNDINGS, _assert_below, _most
 
 F32, F64 = torch.float32, torch.float64
