@@ -136,7 +136,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("loss", "changes", "error", "message"), CASES, ids=lambda x: str(x)[:40])
+@pytest.mark.parametrize(
+    ("loss", "changes", "error", "message"), CASES, ids=[f"{c[0]}-{c[-1][:40]}" for c in CASES]
+)
 def test_refused(loss, changes, error, message):
     with pytest.raises(error, match=re.escape(message)):
         fused_contrastive_kd(**(GOOD[loss] | changes))
