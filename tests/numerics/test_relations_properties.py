@@ -278,7 +278,11 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("good", "changes", "error", "message"), ERRORS, ids=lambda x: str(x)[:30])
+@pytest.mark.parametrize(
+    ("good", "changes", "error", "message"),
+    ERRORS,
+    ids=lambda x: x[:30] if isinstance(x, str) else None,
+)
 def test_refused(good, changes, error, message, monkeypatch):
     """Naming argument, value and remedy, before any work."""
     for name in ("row_sum", "row_values", "_dense"):
