@@ -29,7 +29,7 @@ DIVERGENCE_TILES = {
     "tv": 6.25,
     "alpha_beta": 8.25,
     "skew_kl": 10.25,
-    "jsd": 11.5,
+    "jsd": 14.5,
     "skew_reverse_kl": 13.5,
 }
 
