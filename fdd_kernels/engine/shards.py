@@ -21,19 +21,18 @@ from torch import Tensor
 from fdd_kernels.lens.divergences import expectation_of, needs_second_pass
 from fdd_kernels.lens.inputs import LensInputs
 from fdd_kernels.lens.layout import (
-    COUNT,
     GRAD_SUM,
     LSE_S,
     LSE_T,
-    MEAN_S,
-    MEAN_T,
     MOMENT_STATS,
     REQUEST_STATS,
     VALUE,
     Statistics,
+    has_token,
+    lower_shifts,
     merge_moments,
 )
-from fdd_kernels.lens.spec import NLL, LensSpec, PairMoments, Request, of_pair, of_request
+from fdd_kernels.lens.spec import NLL, LensSpec, PairMoments, Request, of_request
 
 # LSE_S, LSE_T and VALUE are exchanged; GRAD_SUM follows from VALUE.
 SENT_REQUEST_STATS = 3
@@ -108,10 +107,10 @@ def _common_shifts(
         if request.divergence != NLL:
             live[:, 1, request.teacher_layer] |= requests[:, index, LSE_T] > -torch.inf
     for index, pair in enumerate(spec.moments):
-        has_token = moments[:, index, COUNT] > (-torch.inf if pair.weighted else 0)
+        any_token = has_token(moments[:, index], pair)
         for layers in pair.layers:
-            live[:, 0, layers.student] |= has_token
-            live[:, 1, layers.teacher] |= has_token
+            live[:, 0, layers.student] |= any_token
+            live[:, 1, layers.teacher] |= any_token
     common = shifts.where(live, -torch.inf).amax(0).where(live.any(0), 0.0)
     return common, (shifts - common).where(live, 0.0)
 
@@ -152,8 +151,6 @@ def _merge_moments(
 ) -> None:
     """Merge one pair's moments, the parts' vectors restated about the common shifts."""
     parts_NkR = parts_NkR.clone()
-    parts_NkR[:, MEAN_S : MEAN_T + 1] += of_pair(offset_N2LR, pair) / pair.temperature
-    if pair.weighted:
-        parts_NkR[:, COUNT] += offset_N2LR[:, 1, pair.second.teacher] / pair.temperature
+    lower_shifts(parts_NkR, pair, offset_N2LR)
     merge = functools.partial(merge_moments, weighted=pair.weighted)
     out_kR.copy_(functools.reduce(merge, parts_NkR.unbind()))

@@ -4,8 +4,9 @@ All processes see the same tokens. A process computes the statistics of its own 
 vocabulary. These are all-gathered, 2 L + 3 requests + 9 moments numbers per row and process, and
 merged by every process (`shards.py`), so that the outputs are the same everywhere. With the merged
 statistics in place of its own, `lens_grad` gives a process its rows of the head's gradient and its
-share of the hidden states' gradients, which are all-reduced. Divergences without a chain rule (jsd,
-skew_kl) are summed in a second pass, once the log-sum-exps of the whole vocabulary are known.
+share of the hidden states' gradients, which are all-reduced. Divergences other than KL and reverse
+KL have no chain rule. They are summed in a second pass, once the log-sum-exps of the whole
+vocabulary are known.
 
 On the cached-logits path all of this happens for one row block after another. The blocks must be
 the same on all processes; `agreement.py` finds their size before any work.

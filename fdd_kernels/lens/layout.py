@@ -28,6 +28,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fdd_kernels.lens.spec import PairMoments, of_pair
+
 LSE_S, LSE_T, VALUE, GRAD_SUM = range(4)
 REQUEST_STATS = 4
 COUNT, MEAN_S, MEAN_T, M_SS, M_TT, M_ST, M_DD, TOP_S, TOP_T = range(9)
@@ -72,6 +74,22 @@ def merge_moments(a: Tensor, b: Tensor, weighted: bool = False) -> Tensor:
             of_b = b[top] + part_a * delta
             out[top] = torch.where(part_b > part_a, of_b, a[top] - part_b * delta)
     return out
+
+
+def has_token(moments: Tensor, pair: PairMoments) -> Tensor:
+    """Say whether a pair's moments (..., MOMENT_STATS, R) are of any token: (..., R)."""
+    return moments[..., COUNT, :] > (-torch.inf if pair.weighted else 0)
+
+
+def lower_shifts(moments: Tensor, pair: PairMoments, by: Tensor) -> None:
+    """Restate a pair's moments (..., MOMENT_STATS, R) about shifts that are lower by `by`
+    (..., 2, L, R), in place; the means of no token stay 0.
+    """
+    of_vectors = of_pair(by, pair) / pair.temperature
+    any_token = has_token(moments, pair)[..., None, :]
+    moments[..., MEAN_S : MEAN_T + 1, :] += torch.where(any_token, of_vectors, 0.0)
+    if pair.weighted:
+        moments[..., COUNT, :] += by[..., 1, pair.second.teacher, :] / pair.temperature
 
 
 def _share(count: Tensor, total: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def _fixed_options(options: LossOptions) -> dict[str, Any]:
     temperature is left out: indexes of earlier releases have none.
     """
     found = {name: getattr(options, name) for name in _FIXED}
-    if options.derivative_temperature in (None, options.temperature):
+    if options.temperature_of_deltas == options.temperature:
         del found["derivative_temperature"]
     return found
 

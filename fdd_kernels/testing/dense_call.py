@@ -130,11 +130,6 @@ class DenseCall:
         off_s, off_t = (off.amax(-1) / temperature for off in (off_s, off_t))
         return log_q, log_p, (off_s, off_t if mix == 1 else torch.maximum(off_s, off_t))
 
-    def pair_temperature(self) -> float:
-        """Return the temperature of the derivative."""
-        given = self.options.derivative_temperature
-        return self.options.temperature if given is None else given
-
     def pairs(self) -> list[tuple[int, int]]:
         """List the derivative's pairs of layers."""
         return list(zip(self.dynamics, self.dynamics[1:])) if self.plan.derivative else []
@@ -145,7 +140,7 @@ class DenseCall:
 
     def pair_vectors(self, first: int, second: int) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the deltas of logits s and t, and the weights' z, of a pair: (R, live V) each."""
-        live, temperature = self.live(), self.pair_temperature()
+        live, temperature = self.live(), self.options.temperature_of_deltas
         s, t = (
             (model[second][0] - model[first][0])[:, live] / temperature
             for model in (self.student, self.teacher)

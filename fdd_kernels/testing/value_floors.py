@@ -164,7 +164,7 @@ def value_floors(problem: Problem, unit: float | None = None, **options) -> FDDL
     per_pair = []
     for first, second in call.pairs():
         (s1, t1, off1), (s2, t2, off2) = (
-            vectors(i, call.pair_temperature(), not plan.feature_space) for i in (first, second)
+            vectors(i, o.temperature_of_deltas, not plan.feature_space) for i in (first, second)
         )
         if DISTANCES[o.derivative].weighted:
             per_pair.append(_weighted_floor(call, first, second, off1 + off2, off2))

@@ -22,7 +22,7 @@ from fdd_kernels.lens.layout import (
     TOP_S,
     TOP_T,
 )
-from fdd_kernels.lens.spec import LensSpec, PairMoments, of_pair
+from fdd_kernels.lens.spec import PairMoments
 
 
 def shifts_of(u_LrC: Tensor, shifts_Lr: Tensor) -> Tensor:
@@ -193,15 +193,3 @@ def tile_moments(s: Tensor, t: Tensor, live: Tensor | None) -> Tensor:
     out[M_SS], out[M_TT], out[M_ST] = (s * s).sum(-1), (t * t).sum(-1), (s * t).sum(-1)
     out[M_DD] = s.sub_(t).square_().sum(-1)
     return out
-
-
-def restate_means(moments: Tensor, spec: LensSpec, rise: Tensor) -> None:
-    """Restate means and weights of the tokens so far about shifts that rose by `rise` (2, L, r), in
-    place.
-    """
-    for moment, pair in zip(moments, spec.moments):
-        of_vectors = of_pair(rise, pair) / pair.temperature
-        any_token = moment[COUNT] > (-torch.inf if pair.weighted else 0)
-        moment[MEAN_S : MEAN_T + 1] -= torch.where(any_token, of_vectors, 0.0)
-        if pair.weighted:
-            moment[COUNT] -= rise[1, pair.second.teacher] / pair.temperature

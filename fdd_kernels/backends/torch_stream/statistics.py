@@ -19,7 +19,6 @@ from fdd_kernels.backends.torch_stream.running import (
     RowMax,
     Softmax,
     no_moments,
-    restate_means,
     shifts_of,
     tile_moments,
     weighted_tile_moments,
@@ -34,6 +33,7 @@ from fdd_kernels.lens.layout import (
     REQUEST_STATS,
     VALUE,
     Statistics,
+    lower_shifts,
     merge_moments,
 )
 from fdd_kernels.lens.spec import NLL, LensSpec, Request, of_request
@@ -149,7 +149,8 @@ def _first_pass(
                 sums.label_logit = torch.where(inside, of_label, sums.label_logit)
         if running:
             below, rise = row_max.subtract(u_s, u_t)
-            restate_means(moments, spec, rise)
+            for of_pair, pair in zip(moments, spec.moments):
+                lower_shifts(of_pair, pair, -rise)
         for sums in running:
             sums.add(u_s, u_t, below, rise)
         live = problem.live_tile(columns) if spec.moments else None

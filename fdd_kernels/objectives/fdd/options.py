@@ -147,6 +147,28 @@ class LossOptions:
                 )
 
     @property
+    def temperature_of_deltas(self) -> float:
+        """The temperature of the derivative."""
+        given = self.derivative_temperature
+        return self.temperature if given is None else given
+
+    def weights_of_layers(self, layers: int) -> tuple[float, ...]:
+        """Return the weight of each of the trajectory's layers; 0 where one is not computed.
+
+        Raises:
+            ValueError: `layer_weights` are of another number of layers.
+        """
+        weights = self.layer_weights
+        if not self.alpha or weights is None:
+            return (1.0 if self.alpha else 0.0,) * layers
+        if len(weights) != layers:
+            raise ValueError(
+                f"layer_weights={weights} has {len(weights)} entries and the trajectory {layers} "
+                "layers: give one for each"
+            )
+        return weights
+
+    @property
     def compares_dynamics(self) -> bool:
         """Whether the loss looks at the sampled layers."""
         return bool(self.alpha or self.beta)
@@ -212,12 +234,7 @@ class FDDConfig(LossOptions):
                 f"student_layers has {len(self.student_layers)} entries and teacher_layers "
                 f"{len(self.teacher_layers)}: they are paired by rank, give as many of each"
             )
-        weights = self.layer_weights
-        if self.alpha and weights is not None and len(weights) != self.dynamics_layers:
-            raise ValueError(
-                f"layer_weights={weights} has {len(weights)} entries and the "
-                f"trajectory {self.dynamics_layers} layers: give one for each"
-            )
+        self.weights_of_layers(self.dynamics_layers)
         if self.reduction == "none":
             raise ValueError(
                 'reduction="none" has no meaning for a training step: use "mean" or "sum"'

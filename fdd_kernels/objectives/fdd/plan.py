@@ -98,15 +98,14 @@ def build_plan(
     """
     builder, final = _SpecBuilder(), states - 1
     dynamics = range(states if options.output_in_dynamics else final)
-    distance, temperature = None, options.derivative_temperature
-    temperature = options.temperature if temperature is None else temperature
+    distance, temperature = None, options.temperature_of_deltas
     if options.beta and options.derivative is not None:
         distance = DISTANCES[options.derivative]
     needs_lse = distance is not None and not feature_space and not distance.centred
     # The derivative takes them of the trajectory's requests, in the order of layers.
     shares_lse = needs_lse and temperature == options.temperature and options.teacher_mix == 1
     trajectory: list[int] = []
-    weights = _weights_of_layers(options, len(dynamics))
+    weights = options.weights_of_layers(len(dynamics))
     for layer, weight in zip(dynamics, weights):
         if options.trajectory in DISTANCES:
             if weight:
@@ -160,19 +159,6 @@ def build_plan(
         derivative=tuple(derivative),
         derivative_requests=tuple(derivative_requests),
     )
-
-
-def _weights_of_layers(options: LossOptions, layers: int) -> tuple[float, ...]:
-    """Return the weight of each layer of the trajectory; 0 where it is not computed."""
-    weights = options.layer_weights
-    if not options.alpha or weights is None:
-        return (1.0 if options.alpha else 0.0,) * layers
-    if len(weights) != layers:
-        raise ValueError(
-            f"layer_weights={weights} has {len(weights)} entries and the trajectory {layers} "
-            "layers: give one for each"
-        )
-    return weights
 
 
 class _SpecBuilder:

@@ -142,10 +142,7 @@ def _dense_row_terms(plan: Plan, o: LossOptions, inputs: LensInputs) -> RowTerms
                 per_layer.append(weight * term)
         trajectory = torch.stack(per_layer).sum(0) / len(dynamics) if per_layer else None
     if o.beta and o.derivative is not None and len(dynamics) > 1:
-        temperature = (
-            o.temperature if o.derivative_temperature is None else o.derivative_temperature
-        )
-        z_s, z_t = ([u[layer] / temperature for layer in dynamics] for u in (u_s, u_t))
+        z_s, z_t = ([u[layer] / o.temperature_of_deltas for layer in dynamics] for u in (u_s, u_t))
         y_s, y_t = (z if plan.feature_space else [x.log_softmax(-1) for x in z] for z in (z_s, z_t))
         per_pair = []
         for first, second in zip(dynamics, dynamics[1:]):

@@ -107,8 +107,8 @@ def fused_logit_kd(
             (unbiased, over tokens that can occur), of each model its own, with gradient through it.
         student_bias, teacher_bias: (V,) added to the GEMM's result; -inf marks a token that cannot
             occur. "relative_mse" leaves out tokens that a model excludes.
-        labels: (...) int64 or int32; positions equal to `ignore_index` drop out. Nothing else is
-            done with them.
+        labels: (...) int64 or int32 tokens that the head has; positions equal to `ignore_index`
+            drop out, and the others have no part in the loss.
         teacher_softcap, teacher_logit_scale: of all teachers.
         Other arguments: as in `fused_decoupled_kd`.
 

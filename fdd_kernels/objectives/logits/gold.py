@@ -80,8 +80,8 @@ def fused_gold_loss(
         student_log_scale, teacher_log_scale: (...) floats, or None for 0. Gradient flows to the
             student's.
         temperature: divides the logits.
-        labels: (...) int64 or int32; positions equal to `ignore_index` drop out. Nothing else is
-            done with them.
+        labels: (...) int64 or int32 tokens that the head has; positions equal to `ignore_index`
+            drop out, and the others have no part in the loss.
         vocab_size, teacher_vocab_size: use only the first tokens of each vocabulary.
         Other arguments: as in `fused_decoupled_kd`.
 

@@ -77,8 +77,8 @@ def fused_rank_kd(
         k: how many of the teacher's first tokens are ranked, all of them if None; for "listmle".
         temperature: divides the logits; "std" divides each row's by their standard deviation
             (unbiased, over tokens that can occur), with gradient through it.
-        labels: (...) int64 or int32; positions equal to `ignore_index` drop out. Nothing else is
-            done with them.
+        labels: (...) int64 or int32 tokens that the head has; positions equal to `ignore_index`
+            drop out, and the others have no part in the loss.
         vocab_size: compare only the first `vocab_size` tokens, of the student alone with "uld".
         teacher_vocab_size: the same of the teacher, with "uld".
         Other arguments: as in `fused_decoupled_kd`.

@@ -70,8 +70,8 @@ def fused_sinkhorn_kd(
         temperature: divides the logits.
         epsilon: the weight of entropy, in units of W, which is between 0 and 2.
         iterations: of rows and columns.
-        labels: (...) int64 or int32; positions equal to `ignore_index` drop out. Nothing else is
-            done with them.
+        labels: (...) int64 or int32 tokens that the head has; positions equal to `ignore_index`
+            drop out, and the others have no part in the loss.
         reduction: "mean" over the groups that have a valid position, "sum", or "none": one number
             per group, in the order of sequences or of ids, 0 where a group has none.
         num_items_in_batch: divide the sum over groups by this number instead.
