@@ -17,7 +17,8 @@ CONFIG = FDDConfig(num_layers=2, num_teacher_layers=3, layer_alignment="sinkhorn
 
 
 def make_distiller() -> tuple[torch.nn.Module, Distiller]:
-    student = tiny_model("llama", depth=3, seed=1, dtype=torch.float64).train()
+    # Not a Llama, whose norms compute in float32.
+    student = tiny_model("gpt2", depth=3, seed=1, dtype=torch.float64).train()
     teacher = tiny_model("gpt2", depth=4, seed=2, dtype=torch.float64)
     return student, Distiller(student, teacher, CONFIG)
 
@@ -31,7 +32,8 @@ def main(rank: int, world: int, folder: Path) -> None:
     wrapped, batch = DistributedDataParallel(student), batches(world)[rank]
     items = distiller.count_positions(batch)
     torch.distributed.all_reduce(items)
-    terms = distiller(batch, num_items_in_batch=items / world, student=wrapped, step=0)
+    items = items.double() / world
+    terms = distiller(batch, num_items_in_batch=items, student=wrapped, step=0)
     terms.loss.backward()
     gradients = {name: p.grad for name, p in student.named_parameters()}
     found = {"alignment": distiller.alignment.state_dict(), "gradients": gradients}

@@ -14,7 +14,7 @@ def test_processes_share_a_pairing(tmp_path, world):
     """The batches have different lengths, the first has weights, and the last has no label."""
     finish_well(start("tests.distributed.alignment_worker", "pairs", world, tmp_path))
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
-    assert all(process == found[0]["alignment"] for process in [f["alignment"] for f in found])
+    assert all(process["alignment"] == found[0]["alignment"] for process in found)
     parts = batches(world)
     sums, count = 0.0, sum(int(make_distiller()[1].count_positions(part)) for part in parts)
     for part in parts:  # a pairing of its own each, whose costs are means over its tokens

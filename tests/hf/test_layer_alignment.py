@@ -122,12 +122,12 @@ def test_the_loss_is_that_of_the_functions_by_hand(method, changes):
 
 def test_an_epsilon_sharpens_the_weights():
     found = {}
-    for epsilon in (1e-3, 1e3):
+    for epsilon in (1e-5, 1e3):
         distiller = Distiller(*models(), replace(CONFIG, alignment_epsilon=epsilon))
         distiller(tiny_batch(), step=0)
         found[epsilon] = torch.tensor(distiller.alignment.weights)
     torch.testing.assert_close(found[1e3], torch.full((3, 5), 0.2), rtol=1e-2, atol=0)
-    assert found[1e-3].amax(1).min() > 0.99
+    assert found[1e-5].amax(1).min() > 0.99
 
 
 def test_pairs_are_found_again_after_so_many_steps_and_not_between():
@@ -176,7 +176,7 @@ def test_a_step_without_usable_costs_changes_nothing(trouble):
             before = weight[0, 0].clone()
             if trouble == "nan":
                 weight[0, 0] = torch.nan
-        loss = distiller(bad, step=step).loss
+        loss = distiller(bad, step=step).loss.detach()
         with torch.no_grad():
             weight[0, 0] = before
         return loss
@@ -272,7 +272,7 @@ CHANGES = [
     ({"layer_alignment": "rank", "alignment_every": 7}, "alignment_every=7 has no effect"),
     (
         {"layer_alignment": "rank", "alignment_every": 100},
-        "num_teacher_layers=5 .*num_layers=3.*layer_alignment",
+        "num_layers=3 and num_teacher_layers=5 are unequal .* a layer_alignment, or layer_weights",
     ),
     ({"num_teacher_layers": 0}, "num_teacher_layers=0 must be at least 1"),
     ({"num_layers": 0}, "layer_alignment='attention' pairs sampled layers, and there are none"),
