@@ -357,8 +357,8 @@ VALUES = {
     "layer_grid": ("linspace", "linspace"),
     "apply_final_norm": (False, False),
     "train_head": (False, False),
-    "schedules": ("temperature=linear:2,1,0,9", "temperature=linear:2,1,0,9"),
-    "stages": ("a=3:beta=1;b:beta=0", "a=3:beta=1;b:beta=0"),
+    "schedules": ("teacher_mix=linear:1,1,0,9", "teacher_mix=linear:1,1,0,9"),
+    "stages": ("a=3:;b:", "a=3:;b:"),
     "gradient_balance": ("output_kd=1,ce=2;every=5", "output_kd=1,ce=2;every=5"),
 }
 
