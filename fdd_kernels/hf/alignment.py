@@ -14,7 +14,7 @@ from torch import Tensor
 from fdd_kernels.hf.wrappers import all_processes
 from fdd_kernels.objectives.alignment.costs import layer_costs
 from fdd_kernels.objectives.alignment.matching import align_layers
-from fdd_kernels.objectives.alignment.methods import compares_all_pairs
+from fdd_kernels.objectives.alignment.methods import RANK, compares_all_pairs
 from fdd_kernels.objectives.fdd.options import FDDConfig, LossOptions
 from fdd_kernels.objectives.inputs import LossInputs
 from fdd_kernels.objectives.layer_pairs import monotone_path
@@ -49,6 +49,7 @@ class LayerAlignment:
         self.costs: Matrix | None = None
         self.weights: Matrix | None = None
         self.derivative_layers: tuple[int, ...] | None = None
+        self._trained: int | None = None  # the last step of this training
 
     def paired_options(
         self, options: LossOptions, inputs: LossInputs, step: int | None
@@ -63,6 +64,8 @@ class LayerAlignment:
             inputs: of the loss; the sampled layers come first among the hidden states.
             step: optimizer steps done so far. Without gradient the last pairing stays.
         """
+        if len(inputs.student_hidden) <= len(self.student_layers):
+            return options  # of a step that compares the final states alone
         if self._is_due(step):
             self._match(options, inputs, step)
         return replace(
@@ -117,8 +120,10 @@ class LayerAlignment:
             return True
         if not torch.is_grad_enabled() or step is None:
             return False
-        since = None if self.step is None else step - self.step
-        return since is None or since < 0 or since >= self.config.alignment_every
+        begins_anew = self._trained is not None and step < self._trained
+        self._trained = step
+        is_first = self.step is None or begins_anew
+        return is_first or step - self.step >= self.config.alignment_every
 
     def _match(self, options: LossOptions, inputs: LossInputs, step: int | None) -> None:
         """Find the pairing; the same on all processes, bit for bit."""
@@ -175,6 +180,27 @@ class LayerAlignment:
         rows += [(0.0,) * teachers + (1.0,)] * output
         scales = options.layer_weights or (1.0,) * len(rows)
         return tuple(tuple(scale * w for w in row) for scale, row in zip(scales, rows, strict=True))
+
+
+def alignment_of(
+    config: FDDConfig,
+    student_layers: tuple[int, ...],
+    teacher_layers: tuple[int, ...],
+    vocab_group: torch.distributed.ProcessGroup | None,
+) -> LayerAlignment | None:
+    """Return the alignment that a config asks for, or None.
+
+    Raises:
+        ValueError: it asks for one, and the heads are split.
+    """
+    if config.layer_alignment == RANK:
+        return None
+    if vocab_group is not None:
+        raise ValueError(
+            f"vocab_group splits the heads, which layer_alignment={config.layer_alignment!r} "
+            'needs whole: leave vocab_group=None, or use layer_alignment="rank"'
+        )
+    return LayerAlignment(config, student_layers, teacher_layers)
 
 
 def _as_lists(value: Any) -> Any:

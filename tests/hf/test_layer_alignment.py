@@ -149,7 +149,7 @@ def test_pairs_are_found_again_after_so_many_steps_and_not_between():
         distiller(tiny_batch(seed=3), step=99)
     assert (distiller.alignment.costs, distiller.alignment.step) == (found[-1], 4)
     expected = by_hand(distiller, tiny_batch(seed=1), CONFIG)[1]
-    distiller(tiny_batch(seed=1), step=6)
+    distiller(tiny_batch(seed=1), step=0)  # another training
     torch.testing.assert_close(costs_of(distiller), expected, rtol=ROUNDING, atol=0.0)
 
 
