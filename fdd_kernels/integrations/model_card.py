@@ -30,8 +30,10 @@ def distillation_section(distiller: Distiller) -> str:
         for field in dataclasses.fields(config)
         if getattr(config, field.name) != getattr(defaults, field.name)
     }
-    pairs = zip(distiller.student_layers, distiller.teacher_layers)
-    layers = ", ".join(f"{s} with {t}" for s, t in pairs)
+    own = distiller.student_layers, distiller.teacher_layers
+    layers = ", ".join(f"{s} with {t}" for s, t in zip(*own))
+    if config.pairs_all_layers:
+        layers = " with ".join(", ".join(map(str, of_model)) for of_model in own)
     weights = (config.output_kd_weight, config.alpha, config.beta, config.ce_weight)
     names = ("output KD", "trajectory", "derivative", "cross-entropy")
     loss = " + ".join(f"{weight:g} · {name}" for weight, name in zip(weights, names))
