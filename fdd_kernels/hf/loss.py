@@ -132,7 +132,8 @@ def _of_hidden(
 ) -> LossInputs:
     """Check hidden targets and put both sides together."""
     device = student.weight.device
-    targets = targets[-len(student.states) :]
+    if len(student.states) == 1:  # the targets may have layers that this loss does not compare
+        targets = targets[-1:]
     if targets[-1] is None and options.compares_output:
         raise ValueError(
             "teacher_states has no final state, which output_kd_weight or output_in_dynamics "

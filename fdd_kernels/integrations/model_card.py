@@ -51,10 +51,11 @@ Dynamics for Effective Knowledge Distillation*, ACL 2025) with fdd_kernels {__ve
 def _layers(distiller: Distiller) -> str:
     """Return which layers of the models were compared, in words."""
     layers = distiller.student_layers, distiller.teacher_layers
-    if distiller.alignment is None:
+    found = distiller.alignment is not None
+    if not found and not distiller.config.pairs_all_layers:
         return ", ".join(f"{s} with {t}" for s, t in zip(*layers)) or "none"
     students, teachers = (", ".join(map(str, of_model)) for of_model in layers)
-    return f"{students} with teacher layers {teachers}, paired from data"
+    return f"{students} with {teachers}{', paired from data' if found else ''}"
 
 
 def model_card(

@@ -32,7 +32,8 @@ def check_tensors(inputs: LossInputs, *, paired: bool = True) -> LossInputs:
     if paired and len(teacher) != len(student):
         raise ValueError(
             f"student_hidden has {len(student)} layers and teacher_hidden {len(teacher)}: layers "
-            "are paired by rank, pass as many of each"
+            "are paired by rank, pass as many of each, or layer_weights with a row for each layer "
+            "of the student and a column for each of the teacher"
         )
     if inputs.student_weight is None:
         raise TypeError(

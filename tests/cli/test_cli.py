@@ -341,6 +341,7 @@ VALUES = {
     "derivative": ("none", None),
     "output_divergence": ("alpha_beta:0.2,0.7", "alpha_beta:0.2,0.7"),
     "layer_weights": ("1,0.5,0", (1.0, 0.5, 0.0)),
+    "derivative_layers": ("0,1,1", (0, 1, 1)),
     "temperature": ("2", 2.0),
     "derivative_temperature": ("1.5", 1.5),
     "output_temperature": ("3", 3.0),
@@ -387,6 +388,15 @@ def test_every_field_of_the_config_is_a_flag(fake_module):
     assert (config.config.teacher_mix, config.config.derivative) == (0.4, "weighted_cosine")
 
 
+def test_weights_of_pairs_have_a_row_for_each_layer_of_the_student(fake_module):
+    layers = ["--student-layers", "1,2", "--teacher-layers", "1,2,3"]
+    options = run_distill(fake_module, *layers, "--layer-weights", "1,0,0;0,0.5,0.5")
+    assert options.config.layer_weights == ((1.0, 0.0, 0.0), (0.0, 0.5, 0.5))
+    layers[1] = "1"
+    options = run_distill(fake_module, *layers, "--layer-weights", "1,0,2;")
+    assert options.config.layer_weights == ((1.0, 0.0, 2.0),)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -408,6 +418,12 @@ def test_every_field_of_the_config_is_a_flag(fake_module):
             "--layer-weights 1.0,2.0 has 2 entries and the trajectory 4 layers: give one for each",
         ),
         (["--layer-weights", "1,1,1,-1"], "--layer-weights entry=-1.0 must be finite"),
+        (
+            ["--layer-weights", "1,0;0,1"],
+            "--layer-weights has shape (2, 2), but the trajectory has 4 layers of the student",
+        ),
+        (["--layer-weights", "1,0;0"], "--layer-weights row 1 has 1 numbers and row 0 2"),
+        (["--derivative-layers", "0,2,1,3"], "--derivative-layers 0,2,1,3 must not decrease"),
         (["--derivative-temperature", "0"], "--derivative-temperature 0.0 must be finite"),
         (["--teacher-mix", "1.5"], "--teacher-mix 1.5 must be in [0, 1]"),
         (

@@ -136,7 +136,7 @@ def test_an_alignment_is_printed_stored_drawn_and_resumed(inputs, tmp_path, monk
     assert "teacher layer" in (run.output / "layer_alignment.svg").read_text()
     assert json.loads((run.output / "metrics.json").read_text())["layer_alignment"] == found
     card = ModelCard.load(run.output / "student" / "README.md").text
-    assert "1, 2 with teacher layers 1, 2, paired from data" in card
+    assert "1, 2 with 1, 2, paired from data" in card
     assert "layer_alignment='attention'" in card
 
     student = weights(run.output)

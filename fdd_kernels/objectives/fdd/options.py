@@ -7,6 +7,13 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, NamedTuple
 
 from fdd_kernels.objectives.fdd.scheduled import WEIGHT_OF_TERM, Scheduled, check_scheduled
+from fdd_kernels.objectives.layer_pairs import (
+    LayerPairs,
+    LayerWeights,
+    checked_derivative_layers,
+    checked_layer_weights,
+    pair_layers,
+)
 from fdd_kernels.objectives.option_checks import (
     REDUCTIONS,
     require_choice,
@@ -52,7 +59,11 @@ class LossOptions:
             alpha_beta[:alpha,beta], mse or cosine; such as "jsd:0.1".
         derivative: cosine, centered_cosine, weighted_cosine, mse or none.
         output_divergence: the divergence at the output, as the trajectory's.
-        layer_weights: weights of the trajectory's layers, one each; all 1 if not given.
+        layer_weights: weights of the trajectory's layers, one each, all 1 if not given. Or of its
+            pairs of layers, a row for each layer of the student, as in 1,0;0.5,0.5.
+        derivative_layers: for each layer of the student, the layer of the teacher that takes its
+            place in deltas, counted from 0 among those compared; by rank if not given, with weights
+            of pairs the increasing path of most weight.
         temperature: divides the logits of the trajectory.
         derivative_temperature: divides the logits of the derivative; as temperature if not given.
         output_temperature: divides the logits of the output KD.
@@ -75,7 +86,8 @@ class LossOptions:
     trajectory: str = "kl"
     derivative: str | None = "cosine"
     output_divergence: str = "kl"
-    layer_weights: tuple[float, ...] | None = None
+    layer_weights: LayerWeights | None = None
+    derivative_layers: tuple[int, ...] | None = None
     temperature: float = 1.0
     derivative_temperature: float | None = None
     output_temperature: float = 1.0
@@ -115,21 +127,12 @@ class LossOptions:
             require_divergence("trajectory", self.trajectory, FEATURE_DISTANCES)
         require_divergence("output_divergence", self.output_divergence)
         require_choice("derivative", self.derivative, (*DERIVATIVES, None))
-        self._check_layer_weights()
+        object.__setattr__(self, "layer_weights", checked_layer_weights(self.layer_weights))
+        own = checked_derivative_layers(self.derivative_layers)
+        object.__setattr__(self, "derivative_layers", own)
         self._check_teacher_mix()
         require_choice("reduction", self.reduction, REDUCTIONS)
         require_choice("backend", self.backend, backend_names())
-
-    def _check_layer_weights(self) -> None:
-        if self.layer_weights is None:
-            return
-        if isinstance(self.layer_weights, (str, int, float)):
-            raise TypeError(
-                f"layer_weights must be a sequence of numbers, got {self.layer_weights!r}"
-            )
-        object.__setattr__(self, "layer_weights", tuple(self.layer_weights))
-        for weight in self.layer_weights:
-            require_number("layer_weights entry", weight)
 
     def _check_teacher_mix(self) -> None:
         require_number("teacher_mix", self.teacher_mix)
@@ -157,21 +160,20 @@ class LossOptions:
         given = self.derivative_temperature
         return self.temperature if given is None else given
 
-    def weights_of_layers(self, layers: int) -> tuple[float, ...]:
-        """Return the weight of each of the trajectory's layers; 0 where one is not computed.
+    @property
+    def pairs_all_layers(self) -> bool:
+        """Whether `layer_weights` are of pairs: the models may have unequal numbers of layers."""
+        return bool(self.layer_weights) and isinstance(self.layer_weights[0], tuple)
 
-        Raises:
-            ValueError: `layer_weights` are of another number of layers.
+    def layer_pairs(self, students: int, teachers: int) -> LayerPairs:
+        """Return the pairs of layers that trajectory and derivative compare; see `pair_layers`.
+
+        None where neither has a weight: the call may then have the final states alone.
         """
-        weights = self.layer_weights
-        if not self.alpha or weights is None:
-            return (1.0 if self.alpha else 0.0,) * layers
-        if len(weights) != layers:
-            raise ValueError(
-                f"layer_weights={weights} has {len(weights)} entries and the trajectory {layers} "
-                "layers: give one for each"
-            )
-        return weights
+        if not self.compares_dynamics:
+            return LayerPairs((), ())
+        weights = self.layer_weights if self.alpha or self.pairs_all_layers else None
+        return pair_layers(weights, self.derivative_layers, students, teachers)
 
     def has_term(self, term: str) -> bool:
         """Whether a term of `FDDLossTerms` has a weight."""
@@ -201,7 +203,8 @@ class FDDConfig(LossOptions):
         layer_grid: "floor" samples Q, 2Q, ..., num_layers * Q with Q = depth // (num_layers + 1),
             the paper's rule; "linspace" spreads num_layers evenly over 1..depth - 1.
         student_layers, teacher_layers: explicit 1-based layers (the state after that many blocks);
-            they replace the grid, must be given together and are paired in order.
+            they replace the grid and must be given together. They are paired in order, as many of
+            each, unless `layer_weights` are of pairs.
         apply_final_norm: apply the model's final norm to the sampled layers before its head, as to
             the output.
         train_head: whether the student's head receives gradient from the loss.
@@ -238,7 +241,8 @@ class FDDConfig(LossOptions):
                 if "logit_scale" not in f.name
             }
         )
-        object.__setattr__(self, "layer_weights", checked.layer_weights)
+        for name in ("layer_weights", "derivative_layers"):
+            object.__setattr__(self, name, getattr(checked, name))
         require_int("num_layers", self.num_layers, minimum=0)
         require_choice("layer_grid", self.layer_grid, LAYER_GRIDS)
         for name in ("student_layers", "teacher_layers"):
@@ -249,14 +253,16 @@ class FDDConfig(LossOptions):
                     require_int(f"{name} entry", layer, minimum=0)
         if (self.student_layers is None) != (self.teacher_layers is None):
             raise ValueError(
-                "student_layers and teacher_layers must be given together: they are paired by rank"
+                "student_layers and teacher_layers must be given together: they are compared"
             )
-        if self.student_layers is not None and len(self.student_layers) != len(self.teacher_layers):
+        counts = [len(layers or ()) for layers in (self.student_layers, self.teacher_layers)]
+        if counts[0] != counts[1] and not self.pairs_all_layers:
             raise ValueError(
-                f"student_layers has {len(self.student_layers)} entries and teacher_layers "
-                f"{len(self.teacher_layers)}: they are paired by rank, give as many of each"
+                f"student_layers has {counts[0]} entries and teacher_layers {counts[1]}: they are "
+                "paired by rank, give as many of each, or layer_weights with a row for each layer "
+                "of the student and a column for each of the teacher"
             )
-        self.weights_of_layers(self.dynamics_layers)
+        self.layer_pairs(self.dynamics_layers, self.teacher_dynamics_layers)
         if self.reduction == "none":
             raise ValueError(
                 'reduction="none" has no meaning for a training step: use "mean" or "sum"'
@@ -266,9 +272,16 @@ class FDDConfig(LossOptions):
 
     @property
     def dynamics_layers(self) -> int:
-        """How many layers trajectory and derivative compare."""
-        sampled = self.num_layers if self.student_layers is None else len(self.student_layers)
-        return sampled + self.output_in_dynamics
+        """How many layers of the student trajectory and derivative compare."""
+        return self._sampled(self.student_layers) + self.output_in_dynamics
+
+    @property
+    def teacher_dynamics_layers(self) -> int:
+        """How many layers of the teacher they compare with."""
+        return self._sampled(self.teacher_layers) + self.output_in_dynamics
+
+    def _sampled(self, layers: tuple[int, ...] | None) -> int:
+        return self.num_layers if layers is None else len(layers)
 
     @property
     def changes(self) -> tuple[str, ...]:

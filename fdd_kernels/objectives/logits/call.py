@@ -189,7 +189,7 @@ class LogitCall:
         check_numbers(inputs)
         if options.shift:
             inputs = inputs.shifted(options.ignore_index)
-        rows = inputs.flattened(options.ignore_index, (0,))
+        rows = inputs.flattened(options.ignore_index, (0,), (0,))
         if rows.labels is not None:
             labelled = columns if predicts_labels else len(inputs.student_weight)
             check_labels(rows.labels, options.ignore_index, labelled)
