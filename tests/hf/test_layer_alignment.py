@@ -184,10 +184,10 @@ def test_a_step_without_usable_costs_changes_nothing(trouble):
     assert float(step_badly(0)) == 0 if trouble == "labels" else step_badly(0).isnan()
     assert distiller.alignment.step is None
     distiller(tiny_batch(), step=1)
-    found = distiller.state_dict()
+    found = distiller.alignment.state_dict()
     assert distiller.alignment.step == 1
     step_badly(3)
-    assert distiller.state_dict() == found
+    assert distiller.alignment.state_dict() == found
     distiller(tiny_batch(seed=2), step=4)
     assert distiller.alignment.step == 4
 
@@ -276,6 +276,7 @@ CHANGES = [
     ),
     ({"num_teacher_layers": 0}, "num_teacher_layers=0 must be at least 1"),
     ({"num_layers": 0}, "layer_alignment='attention' pairs sampled layers, and there are none"),
+    ({"alpha": 0.0, "beta": 0.0}, "alpha=0 and beta=0 leave both out"),
     ({"layer_weights": ((1.0,) * 5,) * 3}, "layer_weights=.*layer_alignment='attention' finds"),
     ({"derivative_layers": (0, 1, 2)}, r"derivative_layers=\(0, 1, 2\) .* one of the two"),
     ({"layer_weights": (1.0, 2.0)}, "has 2 entries and the trajectory 3 layers"),

@@ -65,13 +65,19 @@ def check_alignment(config: FDDConfig) -> None:
             f"(num_layers={config.num_layers}): sample some, or use "
             'layer_alignment="rank"'
         )
+    if not (config.ever("alpha") or config.ever("beta")):
+        raise ValueError(
+            f"layer_alignment={method!r} pairs the layers of trajectory and derivative, but "
+            "alpha=0 and beta=0 leave both out: give one of them a weight, or use "
+            'layer_alignment="rank"'
+        )
     _check_backend(config)
 
 
 def _check_backend(config: FDDConfig) -> None:
     """Refuse a backend that cannot compute the pairs which the method may choose."""
     method = config.layer_alignment
-    has_derivative = bool(config.beta) and config.derivative is not None
+    has_derivative = bool(config.ever("beta")) and config.derivative is not None
     one_pair = method == "monotone" or (method == "argmin" and not has_derivative)
     if one_pair or compares_all_pairs(config.backend):
         return
