@@ -3,8 +3,9 @@ gives the value and the gradients of the dense float64 formula in tests/support/
 
 Budget: u the unit roundoff of float64, 2^-53. No number goes through more than `OPERATIONS`
 roundings (inner products over widths, sums over vocabulary, rows and candidates, iterations of
-Sinkhorn). So the result is that of inputs moved by as much, and a movement of all inputs in random directions shows how far
-results move; of `MOVEMENTS` of them the largest counts, twice, since both sides round.
+Sinkhorn). So the result is that of inputs moved by as much, and a movement of all inputs in random
+directions shows how far results move; of `MOVEMENTS` of them the largest counts, twice, since both
+sides round.
 """
 
 from __future__ import annotations
