@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -234,7 +235,7 @@ def _(n):
 
 @system("TinyBERT, stage 2", up_to_a_constant=True)
 def _(n):
-    return cross_entropy((n.t @ n.wt.T).softmax(-1), logs(n.h, n.w)).mean()
+    return -((n.t @ n.wt.T).softmax(-1) * logs(n.h, n.w)).mean()
 
 
 # Rows of one side as columns of the other
@@ -271,16 +272,20 @@ def _(n):
     return -(one_hot * scores).sum() / one_hot.sum() + apart
 
 
-@system("HPCR", up_to_a_constant=True)
-def _(n):
+def proxy_contrast(n: Names) -> Tensor:
+    """SupCon of vectors with the class vectors of the batch, one column for each sample."""
     log_q = similarity(n.a, n.protos[n.c], 1 / 0.09).log_softmax(1)
     positive = n.c[:, None] == n.c
-    supcon = -((positive * log_q).sum(1) / positive.sum(1)).mean()
+    return -((positive * log_q).sum(1) / positive.sum(1)).mean()
+
+
+@system("HPCR", up_to_a_constant=True)
+def _(n):
     kept = ~torch.eye(n.N, dtype=torch.bool)
     new, old = (similarity(x, x, 1 / 0.09)[kept].view(n.N, -1).log_softmax(1) for x in (n.a, n.oa))
     proxies = n.protos.detach()
     apart = mean_squares((n.a @ n.protos.T)[:, n.c], (n.oa @ proxies.T)[:, n.c])
-    return 0.8 * supcon + 0.1 * apart + 0.5 * cross_entropy(old.exp(), new).mean()
+    return 0.8 * proxy_contrast(n) + 0.1 * apart + 0.5 * cross_entropy(old.exp(), new).mean()
 
 
 @system("NT-Xent of KD3, VidLanKD")
@@ -557,6 +562,17 @@ def _(n):
     return mean / lengths[0] * output + 0.5 * mean / lengths[1] * trajectory
 
 
+@system("KD warm-up of DKD, ND")
+def _(n):
+    return FORMULAS["DKD"](n) / 16 * 5 / 20
+
+
+@system("HPCR's weight")
+def _(n):
+    weight = (1.8 - 0.5625) * (1 - math.cos(2 * math.pi * 300 / 500)) / 2 + 0.5625
+    return weight * proxy_contrast(n)
+
+
 @system("learned weights")
 def _(n):
     first, second = n.mix.softmax(0)
@@ -648,6 +664,16 @@ def _(n):
     z = (n.h @ n.w.T).gather(-1, (n.t @ n.wt.T).topk(4).indices)
     pairs = [(i, j) for i in range(4) for j in range(i + 1, 4)]
     return sum(F.softplus(z[..., j] - z[..., i]) for i, j in pairs).mean() / len(pairs)
+
+
+@system("hinge ranking")
+def _(n):
+    log_p, log_q = logs(n.t, n.wt), logs(n.h, n.w)
+    p, ids = log_p.exp().topk(4)
+    q = log_q.exp().gather(-1, ids)
+    pairs = [(i, j) for i in range(4) for j in range(i + 1, 4)]
+    hinges = [torch.relu(p[..., i] - p[..., j] - (q[..., i] - q[..., j])) for i, j in pairs]
+    return sum(hinges).mean() / len(pairs)
 
 
 @system("cosine, MSE of states")

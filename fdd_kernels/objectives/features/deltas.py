@@ -88,6 +88,8 @@ def row_deltas(
     """
     require_choice("kind", kind, KINDS)
     _check(hidden, kind, reference, groups, mask, process_group)
+    if not isinstance(as_layers, bool):
+        raise TypeError(f"as_layers must be a bool, got {type(as_layers).__name__}")
     valid = None if mask is None else mask != 0
     if kind == "adjacent":
         valid = _both_valid(valid, groups if isinstance(groups, Tensor) else None)
