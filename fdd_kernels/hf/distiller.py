@@ -113,7 +113,9 @@ class Distiller:
         self.schedules = Schedules(
             self.config, options_for(self.config, self.student, self.teacher)
         )
-        self.alignment = alignment_of(self.config, self.student_layers, self.teacher_layers, vocab_group)
+        self.alignment = alignment_of(
+            self.config, self.student_layers, self.teacher_layers, vocab_group
+        )
         self._compare = DistillationLoss(self.alignment)
         self._require_trainable(self.student.read_head())
         for options in self.schedules.possible:

@@ -13,9 +13,7 @@ if TYPE_CHECKING:  # the options of the command line need no torch
     from fdd_kernels.objectives.fdd.options import LossOptions
 
 
-def planned_pairs(
-    options: LossOptions, method: str, students: int, teachers: int
-) -> LossOptions:
+def planned_pairs(options: LossOptions, method: str, students: int, teachers: int) -> LossOptions:
     """Return the options with a pairing of the most memory among those that a method may find.
 
     Args:

@@ -131,7 +131,7 @@ def test_an_alignment_is_printed_stored_drawn_and_resumed(inputs, tmp_path, monk
     assert len(set(logged)) == 2
     assert all(1 <= layer <= 2 for layer in logged)
     printed = console.file.getvalue()
-    assert "teacher layers that each student layer learns from, since step 3" in printed
+    assert "weights of the teacher's layers for each student layer, of step 3" in printed
     assert f"{found['weights'][0][0]:.2f}" in printed
     assert "teacher layer" in (run.output / "layer_alignment.svg").read_text()
     assert json.loads((run.output / "metrics.json").read_text())["layer_alignment"] == found

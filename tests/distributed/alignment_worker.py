@@ -1,5 +1,5 @@
-"""One process of test_alignment_processes.py: python -m tests.distributed.alignment_worker KIND RANK
-WORLD FOLDER
+"""One process of test_alignment_processes.py: python -m tests.distributed.alignment_worker KIND
+RANK WORLD FOLDER
 """
 
 import sys

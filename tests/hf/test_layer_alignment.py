@@ -23,9 +23,8 @@ from fdd_kernels.objectives.alignment.methods import METHODS
 from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.fdd.plan import make_plan
 from fdd_kernels.objectives.inputs import LossInputs
-from fdd_kernels.teacher_cache import SummaryCache, TeacherCache
 from tests.support.dense import gradients, models
-from tests.support.hf_models import tiny_batch, tiny_model
+from tests.support.hf_models import tiny_batch
 from tests.support.training import examples, trainer
 
 CONFIG = FDDConfig(
@@ -223,9 +222,7 @@ def test_permuted_layers_are_found(method):
     picked = [2, 0, 3, 1]
     epsilon = {"alignment_epsilon": 0.01} if method in ("attention", "sinkhorn") else {}
     alignment, _ = alignment_of(method, picked, **epsilon)
-    right = torch.zeros(4, 4).index_put(
-        (torch.tensor(picked), torch.arange(4)), torch.ones(4)
-    )
+    right = torch.zeros(4, 4).index_put((torch.tensor(picked), torch.arange(4)), torch.ones(4))
     found = torch.tensor(alignment.weights)
     if method == "monotone":  # it cannot follow: its pairs are those of the least total cost
         assert list(alignment.derivative_layers) == sorted(alignment.derivative_layers)
@@ -315,7 +312,7 @@ def test_training_needs_the_step():
 
 
 def test_layers_that_a_model_does_not_have():
-    with pytest.raises(ValueError, match="num_teacher_layers=9 .*lower num_teacher_layers"):
+    with pytest.raises(ValueError, match=r"num_teacher_layers=9 .*lower num_teacher_layers"):
         Distiller(*models(), replace(CONFIG, num_teacher_layers=9))
 
 
@@ -328,7 +325,7 @@ def test_a_state_of_other_layers_is_refused():
     assert twin.state_dict() == distiller.state_dict()
     assert torch.equal(*[d(tiny_batch(), step=1).loss for d in (twin, distiller)])
     other = Distiller(*models(), replace(CONFIG, num_teacher_layers=4))
-    with pytest.raises(ValueError, match="has teacher_layers=.* this training"):
+    with pytest.raises(ValueError, match=r"has teacher_layers=.* this training"):
         other.load_state_dict(state)
 
 
@@ -394,9 +391,7 @@ def test_a_plot(tmp_path, name):
     wide = torch.eye(2, 40)
     plot_layer_alignment(wide, (1, 2), range(40), str(tmp_path / name))
     with pytest.raises(ValueError, match=r"costs has shape \(2, 2\), but .* 2 rows and 3 columns"):
-        plot_layer_alignment(
-            weights, (2, 4), (3, 6, 9), tmp_path / name, costs=torch.zeros(2, 2)
-        )
+        plot_layer_alignment(weights, (2, 4), (3, 6, 9), tmp_path / name, costs=torch.zeros(2, 2))
 
 
 def test_a_plot_without_matplotlib(tmp_path, monkeypatch):

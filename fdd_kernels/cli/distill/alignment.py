@@ -17,8 +17,10 @@ def print_alignment(found: dict[str, Any], console: Console) -> None:
     Args:
         found: as of `LayerAlignment.record`.
     """
-    title = f"teacher layers that each student layer learns from, since step {found['step']}"
-    table = Table("student", *map(str, found["teacher_layers"]), title=title)
+    console.print(
+        f"weights of the teacher's layers for each student layer, of step {found['step']}"
+    )
+    table = Table("student", *map(str, found["teacher_layers"]))
     for layer, weights in zip(found["student_layers"], found["weights"]):
         table.add_row(str(layer), *(f"{weight:.2f}" for weight in weights))
     console.print(table)

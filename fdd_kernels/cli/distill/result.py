@@ -125,9 +125,7 @@ def _data_names(options: DistillOptions, run: Run) -> list[str]:
     return [Path(file).name for file in run.trainer.distiller.teacher.files.contents["data"] or ()]
 
 
-def _write(
-    options: DistillOptions, run: Run, metrics: dict[str, Any], console: Console
-) -> None:
+def _write(options: DistillOptions, run: Run, metrics: dict[str, Any], console: Console) -> None:
     """Write the adapter, the student with its card, and the metrics, each completely or not at
     all; before the metrics the plot of the layers' pairing.
     """
