@@ -21,7 +21,7 @@ SWEPT = {"rows": "tokens R", "columns": "vocabulary V", "layers": "layers L"}
 class Workload:
     """One problem: a call of the loss and the measures taken of it.
 
-    `layers` counts the final state; the teacher has as many if `teacher_layers` is None. `objective`
+    `layers` counts the final state; `teacher_layers` of None are as many. `objective`
     is the public function, `options` are its options, and `tensors` names what it takes besides
     states and heads: labels, own (labels that are the rows' own numbers), token_weights, ids (with
     logprobs). With `heads` the objective compares attention: rows and columns are positions,
