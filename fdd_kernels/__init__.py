@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fdd_kernels.objectives.features.gram import gram_loss
     from fdd_kernels.objectives.features.relational import relational_kd
     from fdd_kernels.objectives.features.rows import attention_transfer, norm_direction_loss
+    from fdd_kernels.objectives.gradient_balance import GradientBalance
     from fdd_kernels.objectives.logits.decoupled import fused_decoupled_kd
     from fdd_kernels.objectives.logits.divergence import fused_logit_kd
     from fdd_kernels.objectives.logits.gold import fused_gold_loss
@@ -32,12 +33,8 @@ if TYPE_CHECKING:
     from fdd_kernels.objectives.logits.statistics import RowStatistics, row_statistics
     from fdd_kernels.objectives.logits.top_k import fused_topk_kd
     from fdd_kernels.objectives.relations.api import fused_attention_kd, fused_relation_kd
-    from fdd_kernels.objectives.schedules import (
-        GradientBalance,
-        Stages,
-        TAIDSchedule,
-        WeightSchedule,
-    )
+    from fdd_kernels.objectives.schedules import Stages, WeightSchedule
+    from fdd_kernels.objectives.taid import TAIDSchedule
 
 __all__ = [
     "Distiller",
@@ -107,9 +104,9 @@ _HOMES = {
     "relational_kd": "objectives.features.relational",
     "attention_transfer": "objectives.features.rows",
     "norm_direction_loss": "objectives.features.rows",
-    "GradientBalance": "objectives.schedules",
+    "GradientBalance": "objectives.gradient_balance",
     "Stages": "objectives.schedules",
-    "TAIDSchedule": "objectives.schedules",
+    "TAIDSchedule": "objectives.taid",
     "WeightSchedule": "objectives.schedules",
 }
 

@@ -89,9 +89,12 @@ def described(cls: type) -> dict[str, str]:
 
 
 def option_fields(cls: type) -> Iterator[tuple[dataclasses.Field, str]]:
-    """Yield the fields that can be options, with their annotation without "| None"."""
+    """Yield the fields that can be options, with their annotation without "| None"; what may be
+    given as text is "str".
+    """
     for field in dataclasses.fields(cls):
         kind = str(field.type).removesuffix(" | None")
+        kind = "str" if kind.endswith(" | str") else kind
         if kind == "bool" or kind in KINDS:
             yield field, kind
 

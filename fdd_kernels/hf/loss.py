@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -15,8 +16,12 @@ from fdd_kernels.hf.teachers import Teacher
 from fdd_kernels.hf.wrappers import own_rows
 from fdd_kernels.objectives.fdd.loss import fdd_call
 from fdd_kernels.objectives.fdd.options import FDDLossTerms, LossOptions
+from fdd_kernels.objectives.fdd.scheduled import WEIGHT_OF_TERM
 from fdd_kernels.objectives.fdd.summary import SummaryLoss
 from fdd_kernels.objectives.inputs import LossInputs
+
+# The options that may change from call to call of one `SummaryLoss`.
+_WEIGHTS = frozenset(WEIGHT_OF_TERM.values())
 
 
 class DistillationLoss:
@@ -92,7 +97,8 @@ class DistillationLoss:
         first call, and again whenever the head has moved or changed.
         """
         head = student.weight
-        key = (targets.head, targets.layers, options, head.data_ptr(), head._version)
+        others = [getattr(options, f.name) for f in fields(options) if f.name not in _WEIGHTS]
+        key = (targets.head, targets.layers, *others, head.data_ptr(), head._version)
         if self._summary_loss is None or self._summary_key != key:
             if head_digest(head, student.bias) != targets.head:
                 raise ValueError(
@@ -102,6 +108,7 @@ class DistillationLoss:
                 )
             self._summary_loss = SummaryLoss(options, targets.layers, head, student.bias)
             self._summary_key = key
+        self._summary_loss.options = options
         return self._summary_loss
 
 

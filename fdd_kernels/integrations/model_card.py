@@ -32,9 +32,11 @@ def distillation_section(distiller: Distiller) -> str:
     }
     pairs = zip(distiller.student_layers, distiller.teacher_layers)
     layers = ", ".join(f"{s} with {t}" for s, t in pairs)
-    weights = (config.output_kd_weight, config.alpha, config.beta, config.ce_weight)
+    weights = ("output_kd_weight", "alpha", "beta", "ce_weight")
     names = ("output KD", "trajectory", "derivative", "cross-entropy")
-    loss = " + ".join(f"{weight:g} · {name}" for weight, name in zip(weights, names))
+    changing = distiller.logged()
+    shown = [name if name in changing else f"{getattr(config, name):g}" for name in weights]
+    loss = " + ".join(f"{weight} · {name}" for weight, name in zip(shown, names))
     others = ", ".join(f"{name}={value!r}" for name, value in options.items())
     return f"""## Distillation
 

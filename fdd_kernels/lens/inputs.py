@@ -28,9 +28,14 @@ class LensInputs(NamedTuple):
     labels: Tensor | None
 
     @property
+    def depths(self) -> tuple[int, int]:
+        """Count the hidden states of the student and of the teacher."""
+        return len(self.student_hidden), len(self.teacher_hidden)
+
+    @property
     def layers(self) -> int:
         """Count the hidden states of the model that has more of them: L."""
-        return max(len(self.student_hidden), len(self.teacher_hidden))
+        return max(self.depths)
 
     @property
     def rows(self) -> int:

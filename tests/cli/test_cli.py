@@ -357,6 +357,9 @@ VALUES = {
     "layer_grid": ("linspace", "linspace"),
     "apply_final_norm": (False, False),
     "train_head": (False, False),
+    "schedules": ("teacher_mix=linear:1,1,0,9", "teacher_mix=linear:1,1,0,9"),
+    "stages": ("a=3:;b:", "a=3:;b:"),
+    "gradient_balance": ("output_kd=1,ce=2;every=5", "output_kd=1,ce=2;every=5"),
 }
 
 
@@ -419,6 +422,22 @@ def test_every_field_of_the_config_is_a_flag(fake_module):
         (
             ["--student-layers", "1,2"],
             "--student-layers and --teacher-layers must be given together",
+        ),
+        (
+            ["--schedules", "alpha=linear:0,1"],
+            "schedules: alpha: 'linear:0,1' is no WeightSchedule: write linear:initial,final,start",
+        ),
+        (
+            ["--schedules", "alpha=linear:0,1,0,9", "--alpha", "0.3"],
+            "--alpha 0.3 was given beside a schedule of alpha, which would override it",
+        ),
+        (
+            ["--stages", "a=2:alpha=1;b:alpha=0", "--output-kd-weight", "0", "--beta", "0"],
+            "at step 2 the schedule gives --output-kd-weight 0, --alpha 0",
+        ),
+        (
+            ["--gradient-balance", "ce=1"],
+            "--gradient-balance ce=1 names ce, which has no weight at any step: leave it out, or",
         ),
         (["--dtype", "float8"], "--dtype float8 is not one of auto, float32, bfloat16"),
         (

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fdd_kernels.objectives.alignment.transport import optimal_flow
+from fdd_kernels.objectives.logits.eager import outside_compiler
 from fdd_kernels.objectives.numbers import describe, looks_at
 from fdd_kernels.objectives.option_checks import require_choice, require_int, require_number
 
@@ -70,19 +71,17 @@ def align_layers(
     Raises:
         TypeError, ValueError: naming the argument, its value and the remedy, before any work.
             Numbers on a GPU are looked at with FDD_KERNELS_DEBUG=1, and by "emd".
+        RuntimeError: "emd" under torch.compile with fullgraph=True; without, it is left to eager
+            mode.
     """
     _check_options(method, epsilon, iterations, detach)
-    _check_costs(costs, method)
-    costs = costs.detach() if detach else costs
-    costs = costs.to(torch.promote_types(costs.dtype, torch.float32))
-    student, teacher = _checked_masses(masses, costs, method)
+    if method == "emd":
+        return _exact_flow(costs, masses)
+    costs, student, teacher = _checked(costs, method, masses, detach)
     if method == "argmin":
         return _hard(costs.argmin(1), student, costs)
     if method == "monotone":
         return _hard(_monotone_assignment(student[:, None] * costs), student, costs)
-    if method == "emd":
-        flow = optimal_flow(*[t.double().cpu().numpy() for t in (costs, student, teacher)])
-        return torch.from_numpy(flow).to(costs)
     if epsilon is None:
         spread = costs.detach().std(correction=0)
         epsilon = SMOOTH[method] * torch.where(spread > 0, spread, 1 / SMOOTH[method])
@@ -91,6 +90,24 @@ def align_layers(
     if method == "attention":
         return student[:, None] * scores.softmax(1)
     return _sinkhorn_flow(scores, student.log(), teacher.log(), iterations)
+
+
+@outside_compiler('method="emd" is computed on the host', "align_layers")
+def _exact_flow(costs: Tensor, masses: tuple[Masses, Masses] | None) -> Tensor:
+    """Compute the weights of "emd"."""
+    costs, *of_layers = _checked(costs, "emd", masses, detach=True)
+    flow = optimal_flow(*[t.double().cpu().numpy() for t in (costs, *of_layers)])
+    return torch.from_numpy(flow).to(costs)
+
+
+def _checked(
+    costs: Tensor, method: str, masses: tuple[Masses, Masses] | None, detach: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Check costs and masses; return the costs in float32 or better, and the masses."""
+    _check_costs(costs, method)
+    costs = costs.detach() if detach else costs
+    costs = costs.to(torch.promote_types(costs.dtype, torch.float32))
+    return costs, *_checked_masses(masses, costs, method)
 
 
 def _hard(chosen: Tensor, masses: Tensor, costs: Tensor) -> Tensor:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, NamedTuple
 
+from fdd_kernels.objectives.fdd.scheduled import WEIGHT_OF_TERM, Scheduled, check_scheduled
 from fdd_kernels.objectives.option_checks import (
     REDUCTIONS,
     require_choice,
@@ -12,9 +14,12 @@ from fdd_kernels.objectives.option_checks import (
     require_int,
     require_number,
 )
+from fdd_kernels.objectives.schedules import Schedule, Stages
 
 if TYPE_CHECKING:  # without torch the command line can show its options
     from torch import Tensor
+
+    from fdd_kernels.objectives.gradient_balance import GradientBalance
 
 LAYER_GRIDS = ("floor", "linspace")
 
@@ -168,6 +173,11 @@ class LossOptions:
             )
         return weights
 
+    def has_term(self, term: str) -> bool:
+        """Whether a term of `FDDLossTerms` has a weight."""
+        is_there = term != "derivative" or self.derivative is not None
+        return is_there and bool(getattr(self, WEIGHT_OF_TERM[term]))
+
     @property
     def compares_dynamics(self) -> bool:
         """Whether the loss looks at the sampled layers."""
@@ -195,6 +205,15 @@ class FDDConfig(LossOptions):
         apply_final_norm: apply the model's final norm to the sampled layers before its head, as to
             the output.
         train_head: whether the student's head receives gradient from the loss.
+        schedules: options that change during training: a dictionary of alpha, beta,
+            output_kd_weight, ce_weight, teacher_mix or a temperature to a `WeightSchedule`, of
+            teacher_mix also to a `TAIDSchedule`; or as text
+            "alpha=linear:0,1,0,500;teacher_mix=taid:1000". It is stored as text.
+        stages: `Stages` that change these options from phase to phase, or as text
+            "dynamics=1000:alpha=1,ce_weight=0;task:alpha=0,ce_weight=1".
+        gradient_balance: a `GradientBalance` of the terms output_kd, trajectory, derivative and ce,
+            whose weights multiply their own; or as text
+            "output_kd=1,trajectory=0.5;every=100;smoothing=0.9".
     """
 
     student_logit_scale: float | None = None
@@ -205,6 +224,9 @@ class FDDConfig(LossOptions):
     teacher_layers: tuple[int, ...] | None = None
     apply_final_norm: bool = True
     train_head: bool = True
+    schedules: Mapping[str, Schedule] | str | None = None
+    stages: Stages | str | None = None
+    gradient_balance: GradientBalance | str | None = None
 
     def __post_init__(self) -> None:
         for name in ("student_logit_scale", "teacher_logit_scale"):
@@ -239,9 +261,29 @@ class FDDConfig(LossOptions):
             raise ValueError(
                 'reduction="none" has no meaning for a training step: use "mean" or "sum"'
             )
+        for name, text in check_scheduled(self, checked).texts.items():
+            object.__setattr__(self, name, text)
 
     @property
     def dynamics_layers(self) -> int:
         """How many layers trajectory and derivative compare."""
         sampled = self.num_layers if self.student_layers is None else len(self.student_layers)
         return sampled + self.output_in_dynamics
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """The options by which others change during training. If there are any, a training must
+        pass `step` to its `Distiller` and save its state.
+        """
+        names = ("schedules", "stages", "gradient_balance")
+        return tuple([name for name in names if getattr(self, name) is not None])
+
+    def values_at_turns(self) -> list[dict[str, float]]:
+        """Return the scheduled options at every step where what the loss needs may change."""
+        scheduled = Scheduled(self.schedules, self.stages, None)
+        return [scheduled.at(step) for step in scheduled.turns]
+
+    def ever(self, name: str) -> float:
+        """Return the largest value of an option over all steps: 0 for a weight never given."""
+        own = getattr(self, name)
+        return max(values.get(name, own) for values in self.values_at_turns())

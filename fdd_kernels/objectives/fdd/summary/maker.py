@@ -186,7 +186,7 @@ class SummaryMaker:
             live = live & finite_tokens(teacher_bias, head.columns, live.device)
         mean = self._mean_of(live).to(dtype)
         sizes = choose_tiles(
-            layers,
+            (layers, layers),
             max(rows, 1),
             head.columns,
             width,
