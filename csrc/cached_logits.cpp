@@ -1,8 +1,8 @@
 // Logits cached between statistics and gradients, so that both head GEMMs run once.
 //
-// Threads divide the vocabulary. The rows of all layers, M = L r, share each GEMM: a head is loaded
-// once per pass and needs no packing. Its rows are operand A, and the hidden states, transposed
-// once, operand B.
+// Threads divide the vocabulary. The rows of all layers of a model, M = L r, share each GEMM: its
+// head is loaded once per pass and needs no packing. Rows of the head are operand A, and the hidden
+// states, transposed once, operand B.
 #include <ATen/Parallel.h>
 #include <ATen/ops/from_blob.h>
 
@@ -28,7 +28,7 @@ float* read_stacked(const Problem& problem, const Model& model, int64_t padded, 
 
 // The stacked hidden states (M, D).
 Scratch stack(const Problem& problem, const Model& model, int64_t padded) {
-  const int64_t words = model.words(), all = problem.layers * padded;
+  const int64_t words = model.words(), all = model.layers() * padded;
   Scratch out(all * words);
   at::parallel_for(0, all, 16, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m)
@@ -41,7 +41,7 @@ Scratch stack(const Problem& problem, const Model& model, int64_t padded) {
 Scratch stack_paired(const Problem& problem, const Model& model, int64_t padded) {
   if (!model.bf16) return stack(problem, model, padded);
   Scratch out;
-  interleaved(problem.layers * padded, model.width(), &out, [&](int64_t m, float* buffer) {
+  interleaved(model.layers() * padded, model.width(), &out, [&](int64_t m, float* buffer) {
     return read_stacked(problem, model, padded, m, buffer);
   });
   return out;
@@ -50,7 +50,7 @@ Scratch stack_paired(const Problem& problem, const Model& model, int64_t padded)
 // The same as an operand B (D, M); empty for the identity.
 Scratch stack_transposed(const Problem& problem, const Model& model, int64_t padded) {
   if (!model.weight.defined()) return Scratch();
-  const int64_t words = model.words(), all = problem.layers * padded;
+  const int64_t words = model.words(), all = model.layers() * padded;
   const Scratch rows = stack(problem, model, padded);
   Scratch out(words * all);
   at::parallel_for(0, (words + kPadding - 1) / kPadding, 1, [&](int64_t begin, int64_t end) {
@@ -72,16 +72,16 @@ CachedLogits::CachedLogits(const Problem& problem, float* memory)
 
 int64_t CachedLogits::size(const Problem& problem) {
   const CachedLogits cached(problem, nullptr);
-  return cached.tiles() * problem.layers * cached.rows_ * cached.ld_ *
-         (problem.needs_teacher ? 2 : 1);
+  return cached.tiles() * problem.all_layers() * cached.rows_ * cached.ld_;
 }
 
 void CachedLogits::compute() {
   const Scratch student = stack_transposed(problem_, problem_.student, rows_);
   const Scratch teacher =
       problem_.needs_teacher ? stack_transposed(problem_, problem_.teacher, rows_) : Scratch();
+  const int64_t most_layers = std::max(problem_.layers(kStudent), problem_.layers(kTeacher));
   at::parallel_for(0, tiles(), 1, [&](int64_t begin, int64_t end) {
-    Scratch weight, raw(width_ * problem_.layers * rows_);
+    Scratch weight, raw(width_ * most_layers * rows_);
     for (int64_t tile = begin; tile < end; ++tile) {
       compute_model(problem_.student, tile, student.get(), &weight, raw.get(),
                     logits(tile, kStudent));
@@ -95,19 +95,19 @@ void CachedLogits::compute() {
 
 void CachedLogits::compute_model(const Model& model, int64_t tile, const float* hidden_DM,
                                  Scratch* weight, float* raw_cM, float* out_Mc) const {
-  const int64_t all = problem_.layers * rows_, columns = count(tile);
+  const int64_t all = model.layers() * rows_, columns = count(tile);
   if (model.weight.defined()) {
     const Operand head = head_as_a(model, first(tile), columns, weight);
     gemm(columns, all, model.width(), head, {hidden_DM, all, model.bf16}, raw_cM, all, false);
     row_kernels().transpose(raw_cM, all, columns, all, out_Mc, ld_);
   } else {
-    for (int64_t layer = 0; layer < problem_.layers; ++layer)
+    for (int64_t layer = 0; layer < model.layers(); ++layer)
       for (int64_t row = 0; row < problem_.count(); ++row)
         model.hidden[layer].read(problem_.rows[row], first(tile), columns,
                                  out_Mc + (layer * rows_ + row) * ld_);
   }
   const float* bias = model.bias.empty() ? nullptr : model.bias.data() + first(tile);
-  for (int64_t layer = 0; layer < problem_.layers; ++layer)
+  for (int64_t layer = 0; layer < model.layers(); ++layer)
     for (int64_t row = 0; row < problem_.count(); ++row)
       row_kernels().transform(out_Mc + (layer * rows_ + row) * ld_, columns, bias, model.scale,
                               model.softcap);
@@ -117,7 +117,7 @@ void gradients_of(const CachedLogits& cached, const Statistics& statistics,
                   const Upstream& upstream, const Gradients& out) {
   const Problem& problem = cached.problem();
   const int64_t rows = problem.count(), padded = cached.padded_rows(),
-                all = problem.layers * padded;
+                layers = problem.layers(kStudent), all = layers * padded;
   const int64_t width = problem.student.width(), ld = cached.ld();
   const Scratch hidden =
       out.weight.defined() ? stack_paired(problem, problem.student, padded) : Scratch();
@@ -159,7 +159,7 @@ void gradients_of(const CachedLogits& cached, const Statistics& statistics,
     const std::lock_guard lock(guard);
     sums.emplace(begin, std::move(sum));
   });
-  at::parallel_for(0, out.hidden ? problem.layers * rows : 0, 16, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, out.hidden ? layers * rows : 0, 16, [&](int64_t begin, int64_t end) {
     for (const auto& [_, sum] : sums)
       for (int64_t m = begin; m < end; ++m) {
         const float* part = sum.get() + (m / rows * padded + m % rows) * width;

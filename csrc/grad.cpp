@@ -24,12 +24,13 @@ class Backward {
         upstream_(upstream),
         out_(out),
         wants_columns_(out.weight.defined() || out.bias),
+        layers_(problem.layers(kStudent)),
         ld_rows_(round_up(problem.count(), kPadding)) {}
 
   void run(const Interrupt& interrupt) {
     const int64_t width = problem_.tiles.panel;
     if (wants_columns_)
-      grad_columns_.resize(problem_.layers * std::min(width, problem_.columns) * ld_rows_);
+      grad_columns_.resize(layers_ * std::min(width, problem_.columns) * ld_rows_);
     for (int64_t start = 0; start < problem_.columns; start += width) {
       interrupt();
       panel_.pack(problem_, start, std::min(width, problem_.columns - start));
@@ -47,7 +48,7 @@ class Backward {
                   width = problem_.student.width();
     at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
       TileLogits logits(problem_);
-      Scratch grad(problem_.layers * logits.layer_stride());
+      Scratch grad(layers_ * logits.layer_stride());
       SplitGemm split;
       for (int64_t block = begin; block < end; ++block) {
         const int64_t first_row = block * tiles.rows,
@@ -56,11 +57,11 @@ class Backward {
         for (int64_t local = 0; local < panel_.count(); local += tiles.columns) {
           const int64_t count = std::min(tiles.columns, panel_.count() - local);
           logits.compute(panel_, panel_.first() + local, count);
-          std::memset(grad.get(), 0, sizeof(float) * problem_.layers * logits.layer_stride());
+          std::memset(grad.get(), 0, sizeof(float) * layers_ * logits.layer_stride());
           for (int64_t row = first_row; row < last_row; ++row)
             form_row(problem_, statistics_, upstream_, logits.view(), grad.get(), row,
                      row - first_row, panel_.first() + local, count);
-          for (int64_t layer = 0; layer < problem_.layers; ++layer) {
+          for (int64_t layer = 0; layer < layers_; ++layer) {
             const float* g = grad.get() + layer * logits.layer_stride();
             if (out_.hidden)
               split.gemm(last_row - first_row, width, count, g, logits.ld(),
@@ -93,7 +94,7 @@ class Backward {
                       first = panel_.first() + local;
         float* target = in_place ? out_.weight.data_ptr<float>() + first * width : sum.get();
         if (target && !in_place) std::memset(target, 0, sizeof(float) * count * width);
-        for (int64_t layer = 0; layer < problem_.layers; ++layer) {
+        for (int64_t layer = 0; layer < layers_; ++layer) {
           const float* g = columns_of(layer, local);
           for (int64_t row = 0; target && row < problem_.count(); row += kRowChunk) {
             const int64_t last = std::min(row + kRowChunk, problem_.count());
@@ -115,7 +116,7 @@ class Backward {
   const Upstream& upstream_;
   const Gradients& out_;
   const bool wants_columns_;
-  const int64_t ld_rows_;
+  const int64_t layers_, ld_rows_;
   Panel panel_;
   Operand weight_rows_{};
   Scratch weight_copy_, grad_columns_;  // grad_columns_: G^T, (L, p, R)
@@ -129,8 +130,8 @@ void form_row(const Problem& problem, const Statistics& statistics, const Upstre
   const RowKernels& kernels = row_kernels();
   const int64_t stride = logits.layer_stride, total = statistics.total_rows, at = problem.rows[row];
   const auto grad_row = [&](int64_t layer) { return grad + layer * stride + local * logits.ld; };
-  const float* shifts_s = statistics.shifts + at;
-  const float* shifts_t = statistics.shifts + problem.layers * total + at;
+  const float* shifts_s = statistics.shifts_of(kStudent) + at;
+  const float* shifts_t = statistics.shifts_of(kTeacher) + at;
   for (size_t i = 0; i < problem.requests.size(); ++i) {
     const Request& request = problem.requests[i];
     const auto [student_layer, teacher_layer] = request.layers;
@@ -178,7 +179,7 @@ void form_row(const Problem& problem, const Statistics& statistics, const Upstre
         problem.vector(pair, kTeacher, logits.teacher(0, local), stride, shifts_t, total),
         problem.excluded_from(first_column), pair.inv_temperature, count, upstream);
   }
-  for (int64_t layer = 0; layer < problem.layers; ++layer)
+  for (int64_t layer = 0; layer < problem.layers(kStudent); ++layer)
     kernels.chain(grad_row(layer), logits.student(layer, local), count, problem.student.scale,
                   problem.student.softcap);
 }

@@ -17,7 +17,7 @@ namespace {
 // Found in the file before it is loaded (fdd_kernels/backends/cpu/extension.py): with another
 // torch, loading may crash. Raise the number of the interface, there too, with every change of what
 // the functions of this module take or return.
-constexpr char kBuiltFor[] = "fdd_kernels built for torch " TORCH_VERSION "; interface 5;";
+constexpr char kBuiltFor[] = "fdd_kernels built for torch " TORCH_VERSION "; interface 6;";
 
 // (hidden states, weight, bias, logit scale, soft cap or 0)
 using ModelArguments = std::tuple<std::vector<at::Tensor>, std::optional<at::Tensor>,
@@ -93,6 +93,23 @@ std::vector<int64_t> integers(const at::Tensor& tensor) {
   return {data, data + longs.numel()};
 }
 
+// Refuses layers that the hidden states lack. NLL looks at the student's alone.
+void check_layers(const fdd::Problem& p) {
+  const auto check = [&](const fdd::Layers& layers, bool of_teacher) {
+    TORCH_CHECK_INDEX(layers[fdd::kStudent] < p.layers(fdd::kStudent) &&
+                          (!of_teacher || layers[fdd::kTeacher] < p.layers(fdd::kTeacher)),
+                      "student layer ", layers[fdd::kStudent], " and teacher layer ",
+                      layers[fdd::kTeacher], " of ", p.layers(fdd::kStudent), " and ",
+                      p.layers(fdd::kTeacher), " hidden states");
+  };
+  for (const fdd::Request& request : p.requests)
+    check(request.layers, request.divergence != fdd::Divergence::kNll);
+  for (const fdd::PairMoments& pair : p.moments) {
+    check(pair.second, true);
+    if (pair.first) check(*pair.first, true);
+  }
+}
+
 fdd::Problem problem(const ModelArguments& student, const ModelArguments& teacher,
                      bool needs_teacher, int64_t columns, const at::Tensor& rows,
                      const std::optional<at::Tensor>& labels,
@@ -103,7 +120,6 @@ fdd::Problem problem(const ModelArguments& student, const ModelArguments& teache
   p.student = model(student, columns);
   p.teacher = model(teacher, columns);
   p.needs_teacher = needs_teacher;
-  p.layers = int64_t(p.student.hidden.size());
   p.columns = columns;
   p.rows = integers(rows);
   if (labels) {
@@ -115,6 +131,7 @@ fdd::Problem problem(const ModelArguments& student, const ModelArguments& teache
     p.moments.push_back({first, second, float(1 / temperature), weighted});
   p.tiles = {tiles[0], tiles[1], tiles[2]};
   p.excluded = excluded_columns(p);
+  check_layers(p);
   return p;
 }
 
@@ -127,7 +144,7 @@ void check_signals() {
 fdd::Statistics statistics(const at::Tensor& shifts, const at::Tensor& requests,
                            const at::Tensor& moments) {
   return {shifts.data_ptr<float>(), requests.data_ptr<float>(), moments.data_ptr<float>(),
-          shifts.size(2)};
+          shifts.size(1), shifts.size(2)};
 }
 
 fdd::Upstream upstream(const at::Tensor& requests, const at::Tensor& moments) {

@@ -117,12 +117,12 @@ TileLogits::TileLogits(const Problem& problem)
     : problem_(problem),
       max_rows_(problem.tiles.rows),
       ld_(round_up(problem.tiles.columns, kPadding)),
-      logits_s_(problem.layers * max_rows_ * ld_),
-      logits_t_(problem.needs_teacher ? problem.layers * max_rows_ * ld_ : 0),
-      copies_s_(problem.layers),
-      copies_t_(problem.layers),
-      operands_s_(problem.layers),
-      operands_t_(problem.layers) {}
+      logits_s_(problem.layers(kStudent) * max_rows_ * ld_),
+      logits_t_(problem.layers(kTeacher) * max_rows_ * ld_),
+      copies_s_(problem.layers(kStudent)),
+      copies_t_(problem.layers(kTeacher)),
+      operands_s_(problem.layers(kStudent)),
+      operands_t_(problem.layers(kTeacher)) {}
 
 Operand hidden_as_a(const Problem& problem, const Model& model, int64_t layer, int64_t begin,
                     int64_t end, Scratch* copy) {
@@ -145,20 +145,20 @@ Operand hidden_as_b(const Problem& problem, const Model& model, int64_t layer, i
 void TileLogits::set_rows(int64_t begin, int64_t end) {
   begin_ = begin;
   end_ = end;
-  for (int64_t layer = 0; layer < problem_.layers; ++layer) {
+  for (int64_t layer = 0; layer < problem_.layers(kStudent); ++layer)
     operands_s_[layer] =
         hidden_as_a(problem_, problem_.student, layer, begin, end, &copies_s_[layer]);
-    if (problem_.needs_teacher && problem_.teacher.weight.defined())
-      operands_t_[layer] =
-          hidden_as_a(problem_, problem_.teacher, layer, begin, end, &copies_t_[layer]);
-  }
+  if (!problem_.teacher.weight.defined()) return;
+  for (int64_t layer = 0; layer < problem_.layers(kTeacher); ++layer)
+    operands_t_[layer] =
+        hidden_as_a(problem_, problem_.teacher, layer, begin, end, &copies_t_[layer]);
 }
 
 void TileLogits::compute_model(const Model& model, const std::vector<Operand>& operands,
                                const float* packed, int64_t first, int64_t count, float* out) {
   const RowKernels& kernels = row_kernels();
   const int64_t rows = end_ - begin_;
-  for (int64_t layer = 0; layer < problem_.layers; ++layer) {
+  for (int64_t layer = 0; layer < model.layers(); ++layer) {
     float* logits = out + layer * layer_stride();
     if (model.weight.defined()) {
       gemm(rows, count, model.width(), operands[layer], {packed, count, model.bf16}, logits, ld_,

@@ -1,8 +1,9 @@
 // One call of the operations: inputs, softmax requests and pair moments, and tiles of logits. See
 // fdd_kernels/lens/spec.py.
 //
-// Names carry shapes: L layers, R rows, r rows of a block, C tokens of the vocabulary (columns of
-// the logits), c tokens of a tile, p tokens of a panel, D a width.
+// Names carry shapes: L layers of a model, which may have more than the other, R rows, r rows of a
+// block, C tokens of the vocabulary (columns of the logits), c tokens of a tile, p tokens of a
+// panel, D a width.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -59,6 +60,7 @@ struct Model {
   float scale = 1.f, softcap = 0.f;
   bool bf16 = false;  // head and hidden states are multiplied as bfloat16
 
+  int64_t layers() const { return int64_t(hidden.size()); }
   int64_t width() const { return hidden[0].columns(); }
   // 4-byte words of a row of W or of a hidden state as an operand. Transposing words also
   // transposes a bf16 operand B, whose rows come in pairs.
@@ -70,7 +72,7 @@ struct Model {
 struct Problem {
   Model student, teacher;
   bool needs_teacher = false;
-  int64_t layers = 0, columns = 0;
+  int64_t columns = 0;
   std::vector<int64_t> rows;    // the valid rows, as positions in the tensors
   std::vector<int64_t> labels;  // per position in `rows`; empty without NLL
   std::vector<Request> requests;
@@ -80,6 +82,11 @@ struct Problem {
   Tiles tiles{};
 
   int64_t count() const { return int64_t(rows.size()); }
+  // Layers whose logits are computed: 0 of a teacher that nothing is compared with.
+  int64_t layers(ModelIndex model) const {
+    return model == kStudent ? student.layers() : needs_teacher ? teacher.layers() : 0;
+  }
+  int64_t all_layers() const { return layers(kStudent) + layers(kTeacher); }
   const float* excluded_from(int64_t column) const {
     return excluded.empty() ? nullptr : excluded.data() + column;
   }
@@ -118,7 +125,7 @@ Operand head_as_b(const Model& model, int64_t first, int64_t count, Scratch* cop
 Operand interleaved(int64_t count, int64_t width, Scratch* copy,
                     const std::function<const void*(int64_t, float*)>& row);
 
-// The logits of a tile: all layers of a block of rows, both models.
+// The logits of a tile: all layers of a block of rows, of both models.
 struct TileView {
   const float *logits_s, *logits_t;
   int64_t layer_stride, ld;
@@ -157,7 +164,7 @@ class TileLogits {
 // tiles of problem.tiles.columns columns, one after another.
 //
 // Rows are padded with zeros to a multiple of kRowPadding, so that the GEMM library meets few
-// shapes: it compiles a kernel for each. M = L * padded rows of all layers.
+// shapes: it compiles a kernel for each. M = L * padded rows of all layers of a model.
 class CachedLogits {
  public:
   static constexpr int64_t kRowPadding = 8;
@@ -179,9 +186,10 @@ class CachedLogits {
   void compute_model(const Model& model, int64_t tile, const float* hidden_DM, Scratch* weight,
                      float* raw_cM, float* out_Mc) const;
 
+  // A tile has the layers of the student first.
   float* logits(int64_t tile, ModelIndex model) const {
-    const int64_t models = problem_.needs_teacher ? 2 : 1;
-    return memory_ + (tile * models + model) * problem_.layers * rows_ * ld_;
+    const int64_t before = model == kTeacher ? problem_.layers(kStudent) : 0;
+    return memory_ + (tile * problem_.all_layers() + before) * rows_ * ld_;
   }
 
   const Problem& problem_;
@@ -190,12 +198,15 @@ class CachedLogits {
 };
 
 // Statistics as one float array each, in the layout of layout.h: shifts (2, L, R), requests
-// (requests, kRequestStats, R), moments (pairs, kMomentStats, R). R counts all rows of the tensors.
+// (requests, kRequestStats, R), moments (pairs, kMomentStats, R). L counts the layers of the model
+// that has more, R all rows of the tensors.
 struct Statistics {
   float* shifts;
   float* requests;
   float* moments;
-  int64_t total_rows;
+  int64_t layers, total_rows;
+  // The shifts of one model, (L, R).
+  float* shifts_of(ModelIndex model) const { return shifts + model * layers * total_rows; }
 };
 
 // Upstream gradients in the layout of the statistics.
@@ -204,10 +215,10 @@ struct Upstream {
   const float* moments;
 };
 
-// Where gradients go, zeroed by the caller; undefined or null: not wanted.
+// Where gradients of the student go, zeroed by the caller; undefined or null: not wanted.
 struct Gradients {
-  float* hidden = nullptr;  // (L, problem.count(), Ds), rows in the order of problem.rows; added to
-  // (C', Ds) contiguous; float32 is added to, any other dtype written once per column.
+  float* hidden = nullptr;  // (L, problem.count(), D), rows in the order of problem.rows; added to
+  // (C', D) contiguous; float32 is added to, any other dtype written once per column.
   at::Tensor weight;
   float* bias = nullptr;  // (C'); added to
 };
@@ -223,8 +234,8 @@ void statistics_of(const CachedLogits& cached, const Statistics& out);
 void gradients_of(const CachedLogits& cached, const Statistics& statistics,
                   const Upstream& upstream, const Gradients& out);
 
-// grad += dL/dx of one row of a tile, all layers: `row` counts within problem.rows, `local` within
-// the tile; grad has the tile's layout.
+// grad += dL/dx of one row of a tile, all layers of the student: `row` counts within problem.rows,
+// `local` within the tile; grad has the layout of the tile's student.
 void form_row(const Problem& problem, const Statistics& statistics, const Upstream& upstream,
               const TileView& logits, float* grad, int64_t row, int64_t local, int64_t first_column,
               int64_t count);

@@ -93,11 +93,10 @@ class Rows {
     for_each_tile(interrupt, [&](const TileView& logits, int64_t row, int64_t local, int64_t column,
                                  int64_t count) {
       if (column == 0 && !problem_.requests.empty()) {
-        for (int64_t layer = 0; layer < problem_.layers; ++layer) {
+        for (int64_t layer = 0; layer < problem_.layers(kStudent); ++layer)
           *shift(kStudent, layer, row) = kernels.largest(logits.student(layer, local), count);
-          if (problem_.needs_teacher)
-            *shift(kTeacher, layer, row) = kernels.largest(logits.teacher(layer, local), count);
-        }
+        for (int64_t layer = 0; layer < problem_.layers(kTeacher); ++layer)
+          *shift(kTeacher, layer, row) = kernels.largest(logits.teacher(layer, local), count);
       }
       for (size_t i = 0; i < problem_.requests.size(); ++i) {
         const Request& request = problem_.requests[i];
@@ -201,7 +200,7 @@ class Rows {
 
  private:
   float* shift(ModelIndex model, int64_t layer, int64_t row) {
-    return out_.shifts + (model * problem_.layers + layer) * out_.total_rows + problem_.rows[row];
+    return out_.shifts_of(model) + layer * out_.total_rows + problem_.rows[row];
   }
   // Replaces the first tile's largest logit by the row's as the shift, and restates the means of
   // the pair moments about it. Sums without a finite logit keep their shift.

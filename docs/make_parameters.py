@@ -12,6 +12,37 @@ import re
 import sys
 from pathlib import Path
 
+# Public names in the order of docs/functions.md, after those of the loss.
+NAMES = (
+    "fused_fdd_loss",
+    "FDDConfig",
+    "FDDLossTerms",
+    "fused_decoupled_kd",
+    "fused_topk_kd",
+    "selected_logprobs",
+    "row_statistics",
+    "RowStatistics",
+    "fused_logit_kd",
+    "fused_rank_kd",
+    "fused_rows",
+    "fused_sinkhorn_kd",
+    "fused_gold_loss",
+    "fused_contrastive_kd",
+    "fused_relation_kd",
+    "fused_attention_kd",
+    "gram_loss",
+    "attention_transfer",
+    "norm_direction_loss",
+    "relational_kd",
+    "row_deltas",
+    "layer_costs",
+    "align_layers",
+    "advantage_kd",
+    "WeightSchedule",
+    "Stages",
+    "GradientBalance",
+    "TAIDSchedule",
+)
 PAGE = Path(__file__).with_name("parameters.md")
 TITLE = """# Parameters
 
@@ -74,48 +105,10 @@ def described(heading: str, target) -> str:
 
 def page() -> str:
     """The text of docs/parameters.md."""
-    from fdd_kernels import (
-        FDDConfig,
-        FDDLossTerms,
-        RowStatistics,
-        fused_attention_kd,
-        fused_contrastive_kd,
-        fused_decoupled_kd,
-        fused_fdd_loss,
-        fused_gold_loss,
-        fused_logit_kd,
-        fused_rank_kd,
-        fused_relation_kd,
-        fused_rows,
-        fused_sinkhorn_kd,
-        fused_topk_kd,
-        row_statistics,
-        selected_logprobs,
-    )
+    import fdd_kernels
 
-    others = (
-        fused_decoupled_kd,
-        fused_topk_kd,
-        selected_logprobs,
-        row_statistics,
-        fused_contrastive_kd,
-        fused_relation_kd,
-        fused_attention_kd,
-        fused_logit_kd,
-        fused_rank_kd,
-        fused_rows,
-        fused_sinkhorn_kd,
-        fused_gold_loss,
-    )
-    parts = [
-        TITLE.strip(),
-        described("`fused_fdd_loss`", fused_fdd_loss),
-        described("`FDDConfig`", FDDConfig),
-        described("`FDDLossTerms`", FDDLossTerms),
-        *[described(f"`{function.__name__}`", function) for function in others],
-        described("`RowStatistics`", RowStatistics),
-    ]
-    return "\n\n".join(parts) + "\n"
+    found = [described(f"`{name}`", getattr(fdd_kernels, name)) for name in NAMES]
+    return "\n\n".join([TITLE.strip(), *found]) + "\n"
 
 
 def main() -> None:

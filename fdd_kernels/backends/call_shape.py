@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fdd_kernels.lens.spec import LensSpec
 
@@ -14,7 +14,7 @@ class CallShape:
     """The numbers that decide how much memory a backend allocates, and how it cuts the work.
 
     Attributes:
-        layers: L, of the layers that a request or a pair uses.
+        layers: L of the student, of the layers that a request or a pair uses.
         rows: R.
         columns: V.
         student_width, teacher_width: D of each model.
@@ -25,6 +25,7 @@ class CallShape:
         threads: the CPU's.
         device: its type, such as "cpu" or "cuda".
         device_memory: the GPU's bytes; None where they are not known.
+        teacher_layers: L of the teacher, likewise; None stands for as many as the student has.
     """
 
     layers: int
@@ -39,6 +40,16 @@ class CallShape:
     threads: int = 1
     device: str = "cpu"
     device_memory: int | None = None
+    teacher_layers: int | None = None
+
+    @property
+    def depths(self) -> tuple[int, int]:
+        """Count the layers of the student and of the teacher."""
+        return self.layers, self.layers if self.teacher_layers is None else self.teacher_layers
+
+    def with_equal_layers(self) -> CallShape:
+        """Count as many layers of both models, as `LensInputs.with_equal_layers`."""
+        return replace(self, layers=max(self.depths), teacher_layers=None)
 
     @property
     def narrow(self) -> bool:

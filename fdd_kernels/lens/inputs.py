@@ -28,9 +28,14 @@ class LensInputs(NamedTuple):
     labels: Tensor | None
 
     @property
+    def depths(self) -> tuple[int, int]:
+        """Count the hidden states of the student and of the teacher."""
+        return len(self.student_hidden), len(self.teacher_hidden)
+
+    @property
     def layers(self) -> int:
         """Count the hidden states of the model that has more of them: L."""
-        return max(len(self.student_hidden), len(self.teacher_hidden))
+        return max(self.depths)
 
     @property
     def rows(self) -> int:
@@ -78,9 +83,9 @@ class LensInputs(NamedTuple):
         )
         return extended, [*needed[:count], *[False] * lacking, *needed[count:]]
 
-    def of_layers(self, layers: tuple[int, ...]) -> LensInputs:
-        """Select some layers of both models."""
+    def of_layers(self, students: Sequence[int], teachers: Sequence[int]) -> LensInputs:
+        """Select some layers of each model."""
         return self._replace(
-            student_hidden=[self.student_hidden[layer] for layer in layers],
-            teacher_hidden=[self.teacher_hidden[layer] for layer in layers],
+            student_hidden=[self.student_hidden[layer] for layer in students],
+            teacher_hidden=[self.teacher_hidden[layer] for layer in teachers],
         )

@@ -78,7 +78,7 @@ def test_peak_memory_of_a_fresh_process(layers, rows, columns, dtype, train_head
 
 EXTREMES = tuple(
     product(
-        (1, 5, 64),  # layers
+        ((1, 1), (5, 5), (64, 64), (4, 33), (33, 4)),  # layers
         (1, 2047, 10**6),  # rows
         (1, 32001, 262144, 10**7),  # columns
         ((1, 1), (768, 1024), (16384, 16384)),  # widths
@@ -100,14 +100,15 @@ def check_tiles(layers, rows, columns, widths, itemsize, device_type):
     assert tiles.resident_rows >= tiles.rows
     # As _tile_gradient holds them: u before and after the shift, the teacher's, the gradient, and
     # temporaries.
-    logits = (4 * layers + 8) * tiles.rows * tiles.columns * itemsize
-    operands = sum(widths) * (tiles.columns + layers * tiles.rows) * itemsize
+    logits = (3 * layers[0] + layers[1] + 8) * tiles.rows * tiles.columns * itemsize
+    states = sum(n * width for n, width in zip(layers, widths))
+    operands = (sum(widths) * tiles.columns + states * tiles.rows) * itemsize
     # its gradient, once more where it is written in its own dtype
     head_tile = widths[0] * tiles.columns * itemsize
-    resident = layers * min(tiles.resident_rows, rows) * widths[0] * itemsize
+    resident = layers[0] * min(tiles.resident_rows, rows) * widths[0] * itemsize
     assert logits <= tiling.TILE_BYTES.get(device_type, tiling.ACCELERATOR_TILE_BYTES)
     # One layer's GEMM of a row block, and the accumulator of a 16-bit head.
-    product_of_block = layers * tiles.rows * widths[0] * itemsize
+    product_of_block = layers[0] * tiles.rows * widths[0] * itemsize
     whole = (
         logits + operands + 2 * head_tile + resident + product_of_block + tiling.ACCUMULATOR_BYTES
     )

@@ -206,6 +206,21 @@ def test_compiled(method):
     assert torch.equal(function(costs, method), align_layers(costs, method))
 
 
+def test_emd_is_left_to_eager_mode():
+    torch._dynamo.reset()
+    costs = torch.rand(3, 4, generator=torch.Generator().manual_seed(4)).requires_grad_()
+
+    def loss(costs):
+        return (align_layers(2 * costs, "emd") * costs).sum()
+
+    found = torch.compile(loss, backend="aot_eager")(costs)
+    assert torch.equal(found, loss(costs))
+    assert torch.equal(*[torch.autograd.grad(x, costs)[0] for x in (found, loss(costs))])
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match=r"align_layers is not a graph.*emd.*fullgraph"):
+        torch.compile(loss, backend="aot_eager", fullgraph=True)(costs)
+
+
 def test_masses_of_the_teacher_alone_set_the_sum():
     weights = align_layers(torch.rand(2, 3), "emd", masses=(None, [2.0, 0.0, 1.0]))
     assert torch.equal(weights.sum(1), torch.tensor([1.5, 1.5]))

@@ -169,6 +169,13 @@ def test_every_cost_is_within_its_budget(backend, cost, dtype):
     assert_pairs_within_budget(problem, backend, trajectory=cost, temperature=2.0)
 
 
+@pytest.mark.parametrize("cost", ["kl", "jsd", "cosine"])
+@pytest.mark.parametrize("depths", [(1, 4), (4, 1)], ids=lambda d: "x".join(map(str, d)))
+def test_any_number_of_layers_is_within_its_budget(backend, depths, cost):
+    problem = layered(depths, (9,), 300, labels=True, mask=True, bias="plain")
+    assert_pairs_within_budget(problem, backend, trajectory=cost)
+
+
 @pytest.mark.parametrize("cost", ["kl", "mse", "cosine"])
 @pytest.mark.parametrize("near", [1e-2, 1e-4])
 def test_costs_are_exact_where_the_models_nearly_agree(backend, cost, near):

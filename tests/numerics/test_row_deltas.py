@@ -189,26 +189,142 @@ def compare(got, true, leaves, backend) -> None:
         assert_same_sums(a.detach() / 10, b.detach() / 10, 16 * (12 + 11 + 5), f"backend {backend}")
 
 
-def test_deviations_in_feature_space():
-    (h_s, _), (h_t, _), mask = models()
-    projection = draw(5, 4, seed=5).requires_grad_()
-    true = (((h_s @ projection.T)[mask]) - ((h_s @ projection.T)[mask]).mean(0)) - (
-        h_t[mask] - h_t[mask].mean(0)
+CLASSES = torch.tensor([[2, 7, 2, 7, 7, 2], [7, 7, 2, 2, 7, 2]])
+PACKED = torch.tensor([[4, 4, 4, 4, 9, 9], [1, 1, 5, 5, 5, 5]])
+KINDS = {
+    "batch": {},
+    "batch, constant": {"detach_reference": True},
+    "sequence": {"groups": "sequence"},
+    "classes": {"groups": CLASSES},
+    "stored": {"reference": "stored"},
+    "stored, with gradient": {"reference": "stored", "detach_reference": False},
+    "adjacent": {"kind": "adjacent"},
+    "adjacent, packed": {"kind": "adjacent", "groups": PACKED},
+}
+
+
+def ends(h, mask, stored, kind="deviation", groups=None, reference=None, detach_reference=None):
+    """The oracle's two ends of each delta, and which deltas are valid."""
+    if kind == "adjacent":
+        ids = torch.zeros_like(PACKED) if groups is None else groups
+        valid = mask[:, 1:] & mask[:, :-1] & (ids[:, 1:] == ids[:, :-1])
+        return h[:, :-1], h[:, 1:], valid
+    if reference is not None:
+        means = (stored if detach_reference is False else stored.detach()).expand_as(h)
+        return means, h, mask
+    if groups is None:
+        ids = torch.zeros_like(CLASSES)
+    else:
+        ids = torch.tensor([[0], [1]]).expand(2, 6) if isinstance(groups, str) else groups
+    means = torch.zeros_like(h)
+    for index in ids.unique():
+        chosen = (ids == index)[..., None]
+        mean = h[(ids == index) & mask].mean(0)
+        means = torch.where(chosen, mean.detach() if detach_reference else mean, means)
+    return means, h, mask
+
+
+@pytest.fixture(params=KINDS)
+def of_kind(request):
+    """The states of both models with the ends of their deltas, and `row_deltas` of them."""
+    (h_s, w_s), (h_t, w_t), mask = models()
+    stored = draw(4, seed=6).requires_grad_(), draw(5, seed=7)
+    models_of = []
+    for h, w, reference in zip((h_s, h_t), (w_s, w_t), stored):
+        options = KINDS[request.param]
+        given = options | {"reference": reference} if "reference" in options else options
+        if reference is stored[1]:
+            given = {k: v for k, v in given.items() if k != "detach_reference"}
+        spoiled = h if h is h_s else h.masked_fill(~mask[..., None], torch.nan)
+        models_of.append((w, ends(h, mask, reference, **options), spoiled, given))
+    leaves = [h_s, w_s] + [stored[0]] * (request.param == "stored, with gradient")
+    return models_of, leaves, mask
+
+
+def test_every_kind_in_lens_space(backend, of_kind):
+    """Deltas of rows under a head give the deltas of logits: nothing crosses a sequence."""
+    models_of, leaves, mask = of_kind
+    d_s, d_t = ((after - before)[valid] @ w.T for w, (before, after, valid), *_ in models_of)
+    s, t = (row_deltas(h, mask=mask, **given) for *_, h, given in models_of)
+    got = fused_fdd_loss(
+        s.rows,
+        models_of[0][0],
+        t.rows,
+        models_of[1][0],
+        mask=s.mask,
+        trajectory="mse",
+        output_in_dynamics=True,
+        output_kd_weight=0.0,
+        beta=0.0,
+        backend=backend,
     )
-    s, t = row_deltas(h_s, mask=mask), row_deltas(h_t, mask=mask)
+    compare(got, (d_s - d_t).square().mean(), leaves, backend)
+
+
+@pytest.mark.parametrize("derivative", ["cosine", "centered_cosine", "mse"])
+def test_every_kind_under_a_soft_cap(backend, of_kind, derivative):
+    """Log-probabilities of capped logits at both ends of each delta."""
+    models_of, leaves, mask = of_kind
+    caps, temperature = (2.0, 3.0), 1.5
+    deltas = []
+    for (w, (*pair, valid), *_), cap in zip(models_of, caps):
+        y = [(cap * torch.tanh(h[valid] @ w.T / cap) / temperature).log_softmax(-1) for h in pair]
+        deltas.append(y[1] - y[0])
+    if derivative == "mse":
+        true = (deltas[0] - deltas[1]).square().mean()
+    else:
+        means = [d.mean(-1, keepdim=True) * (derivative == "centered_cosine") for d in deltas]
+        true = 1 - torch.cosine_similarity(*[d - m for d, m in zip(deltas, means)])
+        true = true.mean()
+    s, t = (row_deltas(h, mask=mask, as_layers=True, **given) for *_, h, given in models_of)
+    got = fused_fdd_loss(
+        s.rows,
+        models_of[0][0],
+        t.rows,
+        models_of[1][0],
+        mask=s.mask,
+        derivative=derivative,
+        temperature=temperature,
+        student_softcap=caps[0],
+        teacher_softcap=caps[1],
+        output_in_dynamics=True,
+        output_kd_weight=0.0,
+        alpha=0.0,
+        backend=backend,
+    )
+    compare(got, true, leaves, backend)
+
+
+def test_every_kind_in_feature_space(of_kind):
+    models_of, leaves, mask = of_kind
+    projection = draw(5, 4, seed=5).requires_grad_()
+    d_s, d_t = ((after - before)[valid] for _, (before, after, valid), *_ in models_of)
+    s, t = (row_deltas(h, mask=mask, **given) for *_, h, given in models_of)
     got = fused_fdd_loss(
         s.rows,
         projection,
         t.rows,
         None,
-        mask=mask,
+        mask=s.mask,
         trajectory="mse",
         output_in_dynamics=True,
-        output_kd_weight=0.0,
         beta=0.0,
-        derivative=None,
     )
-    compare(got, true.square().mean(), (h_s, projection), "auto")
+    leaves = [projection, *[leaf for leaf in leaves if leaf.shape != (11, 4)]]
+    compare(got, (d_s @ projection.T - d_t).square().mean(), leaves, "auto")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_both_ends_of_a_delta(dtype):
+    hidden, mask = draw(2, 6, 3).to(dtype), models()[2]
+    spoiled = hidden.masked_fill(~mask[..., None], torch.nan)
+    for kind, groups in (("deviation", None), ("adjacent", PACKED)):
+        (before, after), valid = row_deltas(spoiled, kind, mask=mask, groups=groups, as_layers=True)
+        assert before.dtype == after.dtype == dtype
+        assert torch.equal(valid, row_deltas(spoiled, kind, mask=mask, groups=groups).mask)
+        first, last, _ = ends(hidden.double(), mask, None, kind, groups)
+        for got, true in ((before, first), (after, last)):
+            close(got, true.masked_fill(~valid[..., None], 0), hidden)
 
 
 def test_log_probabilities_differ_by_a_constant_of_the_row():

@@ -141,7 +141,7 @@ def test_a_large_vocabulary_in_tiles(monkeypatch):
     monkeypatch.setattr("fdd_kernels.backends.torch_stream.tiling.TILE_BYTES", {"cpu": 2**15})
     monkeypatch.setattr("fdd_kernels.backends.torch_stream.tiling.OPERAND_BYTES", 2**12)
     monkeypatch.setattr("fdd_kernels.objectives.fdd.summary.maker._HEAD_BYTES", 2**12)
-    assert torch_stream.choose_tiles(4, 1, 701, 8, 8, 4, "cpu").columns < 701, (
+    assert torch_stream.choose_tiles((4, 4), 1, 701, 8, 8, 4, "cpu").columns < 701, (
         "this test sees one tile"
     )
     assert_within_budget(problem, _from_statistics(problem))
@@ -224,6 +224,8 @@ def test_second_derivatives_are_refused():
         ({"derivative": "weighted_cosine"}, "derivative='weighted_cosine'"),
         ({"teacher_mix": 0.5}, "teacher_mix=0.5"),
         ({"student_softcap": 30.0}, "student_softcap=30.0"),
+        ({"layer_weights": ((1.0, 0.5),)}, "layer_weights=.*layers of the teacher than its own"),
+        ({"derivative_layers": (0, 0)}, "derivative_layers=.*layers of the teacher than its own"),
     ],
 )
 def test_objectives_that_cannot_be_served_are_refused(options, message):

@@ -125,6 +125,7 @@ def test_nan_is_refused_where_debugging_asks_for_it(monkeypatch, objective):
         (lambda: row_deltas(S, reference=LABELS), TypeError, "reference is a int64 tensor"),
         (lambda: row_deltas(S, reference=T[None]), ValueError, "reference has shape"),
         (lambda: row_deltas(S, mask=LABELS[0]), ValueError, r"mask has shape \(5,\)"),
+        (lambda: row_deltas(S, as_layers=1), TypeError, "as_layers must be a bool, got int"),
         (lambda: row_deltas(S, groups="rows"), ValueError, "groups='rows' is not"),
         (
             lambda: row_deltas(S, reference=T, groups="all"),

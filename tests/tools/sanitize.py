@@ -21,10 +21,11 @@ TESTS = [
     [
         "tests/kernels/test_cpu_kernels.py",
         "-k",
-        "way or ragged or strided or unaligned or half or sets or bits or who_else",
+        "way or ragged or strided or unaligned or half or sets or bits or who_else or pairing",
     ],
     ["tests/kernels/test_cpu_formulas.py", "-k", "not instruction_set"],
     ["tests/numerics/test_backends.py", "-k", "cpu and float32"],
+    ["tests/numerics/test_layer_costs.py", "-k", "cpu and any_number"],
 ]
 
 

@@ -28,8 +28,7 @@ from fdd_kernels.lens.spec import LensSpec
 def cached_rows(inputs: LensInputs, spec: LensSpec, needed: list[bool]) -> int:
     """Choose the rows of a block (`tiling.block_rows`); 0 where the call streams.
 
-    0 also for float16: its gradients would underflow before a loss scaler has scaled them; and
-    where one model has more hidden states than the other.
+    0 also for float16: its gradients would underflow before a loss scaler has scaled them.
     """
     weight = inputs.student_weight
     trained = [
@@ -38,16 +37,15 @@ def cached_rows(inputs: LensInputs, spec: LensSpec, needed: list[bool]) -> int:
     if (
         not trained
         or inputs.statistics_dtype == torch.float64
-        or len(inputs.student_hidden) != len(inputs.teacher_hidden)
         or any(t.dtype == torch.float16 for t in trained)
     ):
         return 0
+    student_layers, teacher_layers = inputs.depths
     return tiling.block_rows(
-        len(inputs.student_hidden),
+        (student_layers, teacher_layers if spec.needs_teacher else 0),
         inputs.rows if inputs.valid is None else int(inputs.valid.sum()),
         spec.columns,
         weight.shape[1],
-        models=2 if spec.needs_teacher else 1,
         head_sum_bytes=weight.numel() * FLOAT
         if needed[-2] and weight.dtype != torch.float32
         else 0,

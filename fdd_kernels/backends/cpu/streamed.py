@@ -4,7 +4,6 @@ Rows are cut into blocks and the vocabulary into panels of tiles. The head rows 
 converted to float32 and packed once for all rows and layers; then row blocks run in parallel. GEMMs
 and sums are float32 whatever the inputs are (bf16 operands stay bf16 where the processor has
 instructions for them). Buffers that grow with the problem are allocated here, not in C++.
-The kernels take as many hidden states of both models: the last of the model with fewer is repeated.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def _streamed_problem(inputs: LensInputs, spec: LensSpec, rows: Tensor, *, backw
         else 0
     )
     tiles = tiling.choose_tiles(
-        len(inputs.student_hidden),
+        inputs.depths,
         len(rows),
         spec.columns,
         student_width * (2 if backward else 1) + teacher_width,
@@ -51,7 +50,6 @@ def stats(inputs: LensInputs, spec: LensSpec) -> Statistics:
     """Compute the statistics of all rows; 0 where a row is not valid."""
     if inputs.statistics_dtype == torch.float64:
         return torch_stream.stats(inputs, spec)
-    inputs, _ = inputs.with_equal_layers()
     statistics = zero_statistics(inputs, spec)
     problem = _streamed_problem(inputs, spec, valid_rows(inputs), backward=False)
     extension.kernels.stats(problem, *statistics)
@@ -69,7 +67,6 @@ def grad(
     """
     if inputs.statistics_dtype == torch.float64:
         return torch_stream.grad(inputs, spec, per_row, needed)
-    inputs, needed = inputs.with_equal_layers(needed)
     per_row = tuple(t.contiguous() for t in per_row)
     *needs_hidden, needs_weight, needs_bias = needed
     rows, layers = valid_rows(inputs), len(inputs.student_hidden)

@@ -15,8 +15,10 @@ PACK_BYTES = 8 * MIB  # of both heads' rows of a panel
 GRADIENT_BYTES = 24 * MIB  # of dL/dlogits of a panel for all rows and layers
 CACHED_BYTES = 96 * MIB  # of the cached logits of a row block, all layers and columns
 ROW_PADDING = 8  # rows of a block are padded to a multiple of this (CachedLogits::kRowPadding)
-MAX_GEMM_ROWS = 512  # rows x layers of a block: more would leave the L2
-MIN_GEMM_ROWS = 32  # rows x layers of a block: fewer were slower than streaming (45, V = 262144)
+# Rows x layers of a block, of the model with more layers: more would leave the L2; fewer were
+# slower than streaming (45, V = 262144).
+MAX_GEMM_ROWS = 512
+MIN_GEMM_ROWS = 32
 HIDDEN_BYTES = 48 * MIB  # of float32 sums of the hidden states' gradients
 WEIGHT_BYTES = 32 * MIB  # of a float32 sum of the head's gradient, where its dtype is narrower
 RUNTIME_BYTES = 2 * MIB  # of generated code and buffers of the GEMM library
@@ -32,19 +34,25 @@ class CpuTiles:
 
 
 def choose_tiles(
-    layers: int, rows: int, columns: int, packed_width: int, threads: int, *, backward: bool
+    layers: tuple[int, int],
+    rows: int,
+    columns: int,
+    packed_width: int,
+    threads: int,
+    *,
+    backward: bool,
 ) -> CpuTiles:
     """Choose tiles whose logits stay in a core's L2, with work for every thread and every buffer
     within its budget.
 
-    A budget is exceeded only by a panel of the smallest tile, 16 columns: gradients of more than
-    78,000 rows of 5 layers.
+    `layers` are numbers of layers, the student's and the teacher's. A budget is exceeded only by a
+    panel of the smallest tile, 16 columns: gradients of more than 78,000 rows of 5 layers.
     """
     tile_columns = min(TILE_COLUMNS, round_up(columns, 16))
-    most_columns = GRADIENT_BYTES // (FLOAT * layers * max(rows, 1)) if backward else columns
+    most_columns = GRADIENT_BYTES // (FLOAT * layers[0] * max(rows, 1)) if backward else columns
     if most_columns < tile_columns:
         tile_columns = max(16, most_columns // 16 * 16)
-    rows_in_cache = TILE_BYTES // (2 * FLOAT * layers * tile_columns)
+    rows_in_cache = TILE_BYTES // (FLOAT * sum(layers) * tile_columns)
     # At least two blocks a thread where there are rows enough: no thread waits long for others.
     tile_rows = max(8, min(rows_in_cache, 128, round_up(-(-rows // (2 * threads)), 8)))
     panel = min(PACK_BYTES // (FLOAT * max(packed_width, 1)), most_columns)
@@ -64,12 +72,11 @@ def round_up(n: int, multiple: int) -> int:
 
 
 def block_rows(
-    layers: int,
+    layers: tuple[int, int],
     rows: int,
     columns: int,
     width: int,
     *,
-    models: int,
     head_sum_bytes: int,
     threads: int,
 ) -> int:
@@ -80,27 +87,26 @@ def block_rows(
     columns leave threads idle.
 
     Args:
-        layers: L of each model.
+        layers: L of the student, and L of the teacher or 0 where its logits are not needed.
         rows: valid rows of the call.
         columns: V.
         width: the student's hidden width.
-        models: 2, or 1 where the teacher's logits are not needed.
         head_sum_bytes: bytes that a float32 sum of the head's gradient over several blocks takes
             beyond the gradient itself.
         threads: threads of the kernels.
     """
-    tiles = -(-columns // TILE_COLUMNS)
+    tiles, student_layers, most_layers = -(-columns // TILE_COLUMNS), layers[0], max(layers)
     if rows == 0 or tiles < threads:
         return 0
     most = min(
-        CACHED_BYTES // (FLOAT * models * layers * tiles * TILE_COLUMNS),
+        CACHED_BYTES // (FLOAT * sum(layers) * tiles * TILE_COLUMNS),
         # Operands and each thread's sum of the hidden states' gradients.
-        HIDDEN_BYTES // (FLOAT * layers * width * (threads + 3)),
-        MAX_GEMM_ROWS // layers,
+        HIDDEN_BYTES // (FLOAT * width * (student_layers * threads + 3 * most_layers)),
+        MAX_GEMM_ROWS // most_layers,
     )
     most = most // ROW_PADDING * ROW_PADDING
     if most == 0 or (
-        rows > most and (most * layers < MIN_GEMM_ROWS or head_sum_bytes > WEIGHT_BYTES)
+        rows > most and (most * most_layers < MIN_GEMM_ROWS or head_sum_bytes > WEIGHT_BYTES)
     ):
         return 0
     # blocks of nearly equal size
@@ -113,11 +119,10 @@ def memory(shape: CallShape) -> dict[str, int]:
         FLOAT * shape.columns * shape.student_width if shape.narrow and shape.train_head else 0
     )
     rows = block_rows(
-        shape.layers,
+        shape.depths,
         shape.rows,
         shape.columns,
         shape.student_width,
-        models=2,
         head_sum_bytes=head_sum,
         threads=shape.threads,
     )
@@ -127,35 +132,36 @@ def memory(shape: CallShape) -> dict[str, int]:
 
 def _cached_memory(shape: CallShape, rows: int, head_sum: int) -> dict[str, int]:
     width, teacher_width = shape.student_width, shape.teacher_width if shape.teacher_head else 0
-    all_rows, tile = shape.layers * round_up(rows, ROW_PADDING), min(TILE_COLUMNS, shape.columns)
+    student_rows, teacher_rows = (n * round_up(rows, ROW_PADDING) for n in shape.depths)
+    tile = min(TILE_COLUMNS, shape.columns)
     head_rows = tile * max(width, teacher_width) if shape.narrow else 0
-    forward = all_rows * (width + teacher_width + max(width, teacher_width)) + shape.threads * (
-        tile * all_rows + head_rows
+    states, teacher_states = student_rows * width, teacher_rows * teacher_width
+    forward = (
+        states
+        + teacher_states
+        + max(states, teacher_states)
+        + shape.threads * (tile * max(student_rows, teacher_rows) + head_rows)
     )
-    trained = all_rows * width if shape.train_head else 0
-    backward = (
-        all_rows * width
-        + trained
-        + shape.threads * (all_rows * width + 2 * tile * all_rows + head_rows)
-    )
+    trained = states if shape.train_head else 0
+    backward = states + trained + shape.threads * (states + 2 * tile * student_rows + head_rows)
     return {
-        "cached logits": FLOAT * 2 * all_rows * round_up(shape.columns, tile),
+        "cached logits": FLOAT * (student_rows + teacher_rows) * round_up(shape.columns, tile),
         "operands and sums of a block": FLOAT * max(forward, backward),
         "sum of the head's gradient": head_sum if rows < shape.rows else 0,
     }
 
 
 def _streamed_memory(shape: CallShape, head_sum: int) -> dict[str, int]:
-    layers, rows, width = shape.layers, shape.rows, shape.student_width
+    (layers, teacher_layers), rows, width = shape.depths, shape.rows, shape.student_width
     teacher_width = shape.teacher_width if shape.teacher_head else 0
     tiles = choose_tiles(
-        layers, rows, shape.columns, 2 * width + teacher_width, shape.threads, backward=True
+        shape.depths, rows, shape.columns, 2 * width + teacher_width, shape.threads, backward=True
     )
     set_rows = min(rows, max(1, HIDDEN_BYTES // (FLOAT * layers * width)))
     panel = min(tiles.panel, shape.columns)
-    tile = 3 * layers * tiles.rows * tiles.columns * FLOAT
+    tile = (2 * layers + teacher_layers) * tiles.rows * tiles.columns * FLOAT
     if shape.narrow:
-        tile += layers * tiles.rows * (width + teacher_width) * FLOAT
+        tile += (layers * width + teacher_layers * teacher_width) * tiles.rows * FLOAT
         tile += (256 + tiles.columns) * width * FLOAT if shape.train_head else 0
     return {
         "sums of hidden gradients": FLOAT * layers * set_rows * width

@@ -96,7 +96,7 @@ class TorchProblem:
         self.count = self.total_rows if inputs.valid is None else len(self.valid_rows)
         teacher_width = inputs.teacher_hidden[0].shape[-1] if spec.needs_teacher else 0
         self.tiles = tiling.choose_tiles(
-            self.layers,
+            inputs.depths,
             max(self.count, 1),
             spec.columns,
             inputs.student_hidden[0].shape[-1],

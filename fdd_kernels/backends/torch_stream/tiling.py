@@ -14,9 +14,9 @@ ACCELERATOR_TILE_BYTES = 128 * MIB
 OPERAND_BYTES = 48 * MIB  # of a row block's hidden states, and of a tile's head rows
 ACCUMULATOR_BYTES = 96 * MIB  # of a gradient that is accumulated in a wider dtype than its own
 RUNTIME_BYTES = 6 * MIB  # of generated code and buffers of the GEMM library
-# Tiles of one layer that are held while gradients are formed: for each layer the student's logits
-# before and after the shift, the teacher's, their gradient, and that of the tile before.
-LAYER_TILES = 5
+# Tiles of one layer that are held while gradients are formed: the student's logits before and after
+# the shift, their gradient, and that of the tile before; the teacher's logits.
+STUDENT_TILES, TEACHER_TILES = 4, 1
 # Besides, the temporaries of one request or one pair at a time; a mask of a tile is a quarter.
 # Every gradient takes FEWEST_TILES; the formulas in `lens/divergences.py` take more, by name, and
 # one that is not listed is taken for the largest.
@@ -46,7 +46,7 @@ class TorchTiles:
 
 
 def choose_tiles(
-    layers: int,
+    layers: tuple[int, int],
     rows: int,
     columns: int,
     student_width: int,
@@ -54,17 +54,22 @@ def choose_tiles(
     itemsize: int,
     device_type: str,
 ) -> TorchTiles:
-    """Choose tiles that keep every buffer within the byte budgets of this file."""
-    # The student's logits twice (before and after the shift), the teacher's and the gradient for
-    # every layer, and about twelve temporaries of one layer.
-    elements = TILE_BYTES.get(device_type, ACCELERATOR_TILE_BYTES) // (itemsize * (4 * layers + 12))
-    width = student_width + teacher_width
-    most_columns = max(1, OPERAND_BYTES // (itemsize * width))
-    most_rows = max(1, OPERAND_BYTES // (itemsize * width * layers))
+    """Choose tiles that keep every buffer within the byte budgets of this file.
+
+    `layers` are numbers of layers, the student's and the teacher's.
+    """
+    student_layers, teacher_layers = layers
+    # For every layer the student's logits twice (before and after the shift) and their gradient, or
+    # the teacher's logits; and about twelve temporaries of one layer.
+    tiles = 3 * student_layers + teacher_layers + 12
+    elements = TILE_BYTES.get(device_type, ACCELERATOR_TILE_BYTES) // (itemsize * tiles)
+    most_columns = max(1, OPERAND_BYTES // (itemsize * (student_width + teacher_width)))
+    states = student_layers * student_width + teacher_layers * teacher_width
+    most_rows = max(1, OPERAND_BYTES // (itemsize * states))
     tile_columns = max(1, min(columns, 2048, most_columns))
     tile_rows = max(1, min(rows, most_rows, elements // tile_columns))
     tile_columns = max(1, min(columns, most_columns, max(tile_columns, elements // tile_rows)))
-    resident = max(tile_rows, ACCUMULATOR_BYTES // (itemsize * layers * student_width))
+    resident = max(tile_rows, ACCUMULATOR_BYTES // (itemsize * student_layers * student_width))
     return TorchTiles(tile_rows, tile_columns, resident)
 
 
@@ -82,19 +87,19 @@ def temporary_tiles(spec: LensSpec | None) -> float:
 
 def memory(shape: CallShape) -> dict[str, int]:
     """Count the bytes in use at the peak of a call by part, beside gradients and statistics."""
-    layers, rows, width = shape.layers, shape.rows, shape.student_width
+    (layers, teacher_layers), rows, width = shape.depths, shape.rows, shape.student_width
     tiles = choose_tiles(
-        layers, rows, shape.columns, width, shape.teacher_width, FLOAT, shape.device
+        shape.depths, rows, shape.columns, width, shape.teacher_width, FLOAT, shape.device
     )
     block, resident = min(tiles.rows, rows), min(rows, tiles.resident_rows)
     converted = width + (shape.teacher_width if shape.teacher_head else 0) if shape.narrow else 0
     head_sum = FLOAT * shape.columns * width
     several = shape.narrow and shape.train_head and rows > resident
-    count = LAYER_TILES * layers + temporary_tiles(shape.spec)
+    count = STUDENT_TILES * layers + TEACHER_TILES * teacher_layers + temporary_tiles(shape.spec)
     return {
         "sums of hidden gradients": FLOAT * layers * resident * width,
         "sum of the head's gradient": head_sum if several and head_sum <= ACCUMULATOR_BYTES else 0,
-        "operands": FLOAT * layers * block * (width + shape.teacher_width)
+        "operands": FLOAT * block * (layers * width + teacher_layers * shape.teacher_width)
         + FLOAT * tiles.columns * ((width if shape.train_head else 0) + converted),
         "tiles": round(FLOAT * block * tiles.columns * count),
         "runtime": RUNTIME_BYTES,

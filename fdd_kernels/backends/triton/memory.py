@@ -61,6 +61,7 @@ def memory(shape: CallShape) -> dict[str, int]:
 
     Gradients and statistics are the caller's.
     """
+    shape = shape.with_equal_layers()  # as the kernels take the states
     asked, budget = chosen_strategy(), cache_budget(shape.device_memory)
     rows = rows_of_cache(shape, budget) if asked in ("auto", "cached") else 0
     if rows:

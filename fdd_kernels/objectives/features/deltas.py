@@ -10,17 +10,18 @@ from torch import Tensor
 from fdd_kernels.objectives.features.groups import check_groups
 from fdd_kernels.objectives.inputs import LossInputs
 from fdd_kernels.objectives.option_checks import require_choice
-from fdd_kernels.objectives.validation import check_tokens, require_float
+from fdd_kernels.objectives.tensors import require_float
+from fdd_kernels.objectives.validation import check_tokens
 
 KINDS = ("deviation", "adjacent")
 
 
 class RowDeltas(NamedTuple):
     """Deltas of rows, (..., T, D) or (..., T - 1, D), and which of them are valid, bool or None for
-    all: the `mask` of a loss.
+    all: the `mask` of a loss. With `as_layers` the rows are the two states of each delta.
     """
 
-    rows: Tensor
+    rows: Tensor | tuple[Tensor, Tensor]
     mask: Tensor | None
 
 
@@ -33,6 +34,7 @@ def row_deltas(
     mask: Tensor | None = None,
     detach_reference: bool | None = None,
     process_group: torch.distributed.ProcessGroup | None = None,
+    as_layers: bool = False,
 ) -> RowDeltas:
     """Subtract from each hidden state a point of reference, or the state before it.
 
@@ -47,6 +49,17 @@ def row_deltas(
     A head without bias and soft cap is linear, so these are the deltas of the logits: exact for
     "mse" and "cosine" of the logits. Log-probabilities have the same deltas but for a constant over
     the vocabulary. Leave out a head's bias, which cancels in every delta.
+
+    A head with a soft cap is not linear. Then let the derivative compare the log-probabilities at
+    both ends of each delta: they are the two layers of a call::
+
+        s, t = (row_deltas(h, mask=mask, as_layers=True) for h in (student_hidden, teacher_hidden))
+        fused_fdd_loss(s.rows, student_weight, t.rows, teacher_weight, mask=s.mask,
+                       student_softcap=30.0, output_in_dynamics=True, output_kd_weight=0.0,
+                       alpha=0.0)
+
+    A deviation is then log softmax(z(h)) - log softmax(z(m)), from the prediction at the mean
+    state m; the mean of capped logits over rows is not computed.
 
     Source: none has a formula; mean-squared deviations and differences of neighbours as features'
     dynamics.
@@ -64,6 +77,8 @@ def row_deltas(
             is, the batch's mean is not (the gradient's mean is then subtracted as well).
         process_group: take the mean over the rows of all its processes; with "all" rows only. The
             backward pass communicates as well: it adds up the gradients of all processes' losses.
+        as_layers: return in place of each delta the states that it lies between, (m, h) or
+            (h_t, h_(t+1)).
 
     Returns:
         `RowDeltas`: rows in the dtype of `hidden`, 0 where they are not valid.
@@ -73,9 +88,13 @@ def row_deltas(
     """
     require_choice("kind", kind, KINDS)
     _check(hidden, kind, reference, groups, mask, process_group)
+    if not isinstance(as_layers, bool):
+        raise TypeError(f"as_layers must be a bool, got {type(as_layers).__name__}")
     valid = None if mask is None else mask != 0
     if kind == "adjacent":
-        return _adjacent(hidden, groups if isinstance(groups, Tensor) else None, valid)
+        valid = _both_valid(valid, groups if isinstance(groups, Tensor) else None)
+        before, after = hidden[..., :-1, :], hidden[..., 1:, :]
+        return _finished(before, after, valid, hidden.dtype, as_layers)
     work = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     if isinstance(reference, Tensor):
         constant = detach_reference in (None, True)
@@ -84,21 +103,28 @@ def row_deltas(
         constant = bool(detach_reference)
     if constant:
         reference = reference.detach()
-    return _finished((hidden.to(work) - reference.to(work)).to(hidden.dtype), valid)
+    before = reference.to(work).expand(hidden.shape)
+    return _finished(before, hidden.to(work), valid, hidden.dtype, as_layers)
 
 
-def _finished(rows: Tensor, valid: Tensor | None) -> RowDeltas:
+def _finished(
+    before: Tensor, after: Tensor, valid: Tensor | None, dtype: torch.dtype, as_layers: bool
+) -> RowDeltas:
+    """Return the deltas from `before` to `after`, or both, 0 where not valid."""
+    found = [before, after] if as_layers else [after - before]
     if valid is not None:
-        rows = torch.where(valid[..., None], rows, 0.0)
-    return RowDeltas(rows, valid)
+        found = [torch.where(valid[..., None], rows, 0.0) for rows in found]
+    found = tuple([rows.to(dtype) for rows in found])
+    return RowDeltas(found if as_layers else found[0], valid)
 
 
-def _adjacent(hidden: Tensor, ids: Tensor | None, valid: Tensor | None) -> RowDeltas:
+def _both_valid(valid: Tensor | None, ids: Tensor | None) -> Tensor | None:
+    """Tell which neighbours are both valid, and of one sequence."""
     both = None if valid is None else valid[..., 1:] & valid[..., :-1]
-    if ids is not None:
-        together = ids[..., 1:] == ids[..., :-1]
-        both = together if both is None else both & together
-    return _finished(hidden[..., 1:, :] - hidden[..., :-1, :], both)
+    if ids is None:
+        return both
+    together = ids[..., 1:] == ids[..., :-1]
+    return together if both is None else both & together
 
 
 def _means(hidden: Tensor, groups: Tensor | str, valid: Tensor | None, process_group) -> Tensor:
