@@ -362,6 +362,13 @@ VALUES = {
     "stages": ("a=3:;b:", "a=3:;b:"),
     "gradient_balance": ("output_kd=1,ce=2;every=5", "output_kd=1,ce=2;every=5"),
 }
+# Those that do not go with the others' `derivative_layers`.
+ALIGNMENT = {
+    "layer_alignment": ("sinkhorn", "sinkhorn"),
+    "alignment_every": ("50", 50),
+    "alignment_epsilon": ("0.5", 0.5),
+    "num_teacher_layers": ("6", 6),
+}
 
 
 def test_every_field_of_the_config_is_a_flag(fake_module):
@@ -381,9 +388,15 @@ def test_every_field_of_the_config_is_a_flag(fake_module):
         "student_layers": (1, 2),
         "teacher_layers": (3, 5),
     }
-    assert {f.name for f in fields(FDDConfig)} - set(NOT_OPTIONS) == expected.keys()
+    named = expected.keys() | ALIGNMENT.keys()
+    assert {f.name for f in fields(FDDConfig)} - set(NOT_OPTIONS) == named
     for name, value in expected.items():
         assert getattr(config, name) == value, name
+    flags = [f"--{name.replace('_', '-')}={given}" for name, (given, _) in ALIGNMENT.items()]
+    config = run_distill(fake_module, *flags).config
+    assert {name: (given, getattr(config, name)) for name, (given, _) in ALIGNMENT.items()} == (
+        ALIGNMENT
+    )
     config = run_distill(fake_module, "--teacher-mix", "0.4", "--derivative", "weighted_cosine")
     assert (config.config.teacher_mix, config.config.derivative) == (0.4, "weighted_cosine")
 
@@ -418,6 +431,16 @@ def test_weights_of_pairs_have_a_row_for_each_layer_of_the_student(fake_module):
             "--layer-weights 1.0,2.0 has 2 entries and the trajectory 4 layers: give one for each",
         ),
         (["--layer-weights", "1,1,1,-1"], "--layer-weights entry=-1.0 must be finite"),
+        (["--layer-alignment", "best"], "--layer-alignment best is not one of 'rank', 'argmin'"),
+        (
+            ["--layer-alignment", "emd", "--alignment-epsilon", "0.1"],
+            "--alignment-epsilon 0.1 has no effect on --layer-alignment emd: leave it at None, or "
+            "use --layer-alignment attention or",
+        ),
+        (
+            ["--num-teacher-layers", "6"],
+            "--num-layers 4 and --num-teacher-layers 6 are unequal numbers of layers",
+        ),
         (
             ["--layer-weights", "1,0;0,1"],
             "--layer-weights has shape (2, 2), but the trajectory has 4 layers of the student",

@@ -24,6 +24,7 @@ RUN_FILE, METRICS_FILE, STUDENT_FOLDER, ADAPTER_FOLDER = (
     "student",
     "adapter",
 )
+ALIGNMENT_FILE = "layer_alignment.svg"
 # Options that may change when a run is resumed.
 _FREE_OPTIONS = (
     "output",
@@ -57,7 +58,7 @@ def settle_run(options: DistillOptions, processes: int = 1) -> dict[str, Any] | 
     output, run = options.output, run_record(options, processes)
     record, saved = output / RUN_FILE, checkpoints(output)
     if not options.resume:
-        for name in (METRICS_FILE, RUN_FILE):
+        for name in (METRICS_FILE, RUN_FILE, ALIGNMENT_FILE):
             (output / name).unlink(missing_ok=True)
         for folder in (
             *saved,

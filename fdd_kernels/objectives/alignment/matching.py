@@ -10,18 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fdd_kernels.objectives.alignment.methods import METHODS, SMOOTH, TRANSPORT
 from fdd_kernels.objectives.alignment.transport import optimal_flow
 from fdd_kernels.objectives.layer_pairs import monotone_path
 from fdd_kernels.objectives.logits.eager import outside_compiler
 from fdd_kernels.objectives.numbers import describe, looks_at
 from fdd_kernels.objectives.option_checks import require_choice, require_int, require_number
-
-METHODS = ("argmin", "monotone", "attention", "sinkhorn", "emd")
-# Methods whose weights change smoothly with the costs: the default of epsilon, in standard
-# deviations of the costs.
-SMOOTH = {"attention": 1.0, "sinkhorn": 0.1}
-# Methods whose columns have given sums too.
-TRANSPORT = ("sinkhorn", "emd")
 
 Masses = Sequence[float] | Tensor | None
 

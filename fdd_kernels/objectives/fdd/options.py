@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, NamedTuple
 
+from fdd_kernels.objectives.alignment.methods import RANK, check_alignment
 from fdd_kernels.objectives.fdd.scheduled import WEIGHT_OF_TERM, Scheduled, check_scheduled
 from fdd_kernels.objectives.layer_pairs import (
     LayerPairs,
@@ -18,6 +19,7 @@ from fdd_kernels.objectives.option_checks import (
     REDUCTIONS,
     require_choice,
     require_divergence,
+    require_head_options,
     require_int,
     require_number,
 )
@@ -110,19 +112,9 @@ class LossOptions:
         require_number(
             "derivative_temperature", self.derivative_temperature, positive=True, optional=True
         )
-        for name in (
-            "student_softcap",
-            "teacher_softcap",
-            "student_logit_scale",
-            "teacher_logit_scale",
-        ):
-            require_number(name, getattr(self, name), positive=True, optional="softcap" in name)
-        from fdd_kernels.backends import backend_names
+        require_head_options(self)
         from fdd_kernels.lens.divergences import DERIVATIVES, FEATURE_DISTANCES
 
-        require_int("ignore_index", self.ignore_index, minimum=-(2**63))
-        if self.vocab_size is not None:
-            require_int("vocab_size", self.vocab_size, minimum=1)
         if self.trajectory not in FEATURE_DISTANCES:
             require_divergence("trajectory", self.trajectory, FEATURE_DISTANCES)
         require_divergence("output_divergence", self.output_divergence)
@@ -132,7 +124,6 @@ class LossOptions:
         object.__setattr__(self, "derivative_layers", own)
         self._check_teacher_mix()
         require_choice("reduction", self.reduction, REDUCTIONS)
-        require_choice("backend", self.backend, backend_names())
 
     def _check_teacher_mix(self) -> None:
         require_number("teacher_mix", self.teacher_mix)
@@ -200,11 +191,19 @@ class FDDConfig(LossOptions):
 
     Args:
         num_layers: number of layers to sample in each model; 4 is the paper's L_D.
+        num_teacher_layers: number of layers to sample in the teacher; num_layers if not given.
+            Another number needs a layer_alignment, or weights of pairs in layer_weights.
         layer_grid: "floor" samples Q, 2Q, ..., num_layers * Q with Q = depth // (num_layers + 1),
             the paper's rule; "linspace" spreads num_layers evenly over 1..depth - 1.
         student_layers, teacher_layers: explicit 1-based layers (the state after that many blocks);
             they replace the grid and must be given together. They are paired in order, as many of
-            each, unless `layer_weights` are of pairs.
+            each, unless `layer_weights` are of pairs or there is a `layer_alignment`.
+        layer_alignment: how the sampled layers are paired: rank, in order; or from the data, by
+            argmin, monotone, attention, sinkhorn or emd, as in `align_layers`. The costs are those
+            of the trajectory, and the derivative takes the monotone pairing.
+        alignment_every: optimizer steps from one matching to the next; the first is at step 0.
+        alignment_epsilon: the temperature of attention and sinkhorn, in units of the costs; it
+            follows the costs' spread if not given.
         apply_final_norm: apply the model's final norm to the sampled layers before its head, as to
             the output.
         train_head: whether the student's head receives gradient from the loss.
@@ -225,6 +224,10 @@ class FDDConfig(LossOptions):
     layer_grid: str = "floor"
     student_layers: tuple[int, ...] | None = None
     teacher_layers: tuple[int, ...] | None = None
+    num_teacher_layers: int | None = None
+    layer_alignment: str = RANK
+    alignment_every: int = 100
+    alignment_epsilon: float | None = None
     apply_final_norm: bool = True
     train_head: bool = True
     schedules: Mapping[str, Schedule] | str | None = None
@@ -255,14 +258,7 @@ class FDDConfig(LossOptions):
             raise ValueError(
                 "student_layers and teacher_layers must be given together: they are compared"
             )
-        counts = [len(layers or ()) for layers in (self.student_layers, self.teacher_layers)]
-        if counts[0] != counts[1] and not self.pairs_all_layers:
-            raise ValueError(
-                f"student_layers has {counts[0]} entries and teacher_layers {counts[1]}: they are "
-                "paired by rank, give as many of each, or layer_weights with a row for each layer "
-                "of the student and a column for each of the teacher"
-            )
-        self.layer_pairs(self.dynamics_layers, self.teacher_dynamics_layers)
+        self._check_pairs()
         if self.reduction == "none":
             raise ValueError(
                 'reduction="none" has no meaning for a training step: use "mean" or "sum"'
@@ -270,18 +266,36 @@ class FDDConfig(LossOptions):
         for name, text in check_scheduled(self, checked).texts.items():
             object.__setattr__(self, name, text)
 
+    def _check_pairs(self) -> None:
+        if self.num_teacher_layers is not None:
+            require_int("num_teacher_layers", self.num_teacher_layers, minimum=1)
+        check_alignment(self)
+        counts = self.dynamics_layers, self.teacher_dynamics_layers
+        if self.layer_alignment != RANK:
+            counts = counts[0], counts[0]  # for the length of `layer_weights`
+        elif counts[0] != counts[1] and not self.pairs_all_layers:
+            names = "student_layers", "teacher_layers"
+            if self.student_layers is None:
+                names = "num_layers", "num_teacher_layers"
+            given = " and ".join(f"{name}={getattr(self, name)}" for name in names)
+            raise ValueError(
+                f"{given} are unequal numbers of layers, which are paired by rank: give as many of "
+                "each, a layer_alignment, or layer_weights with a row for each layer of the "
+                "student and a column for each of the teacher"
+            )
+        self.layer_pairs(*counts)
+
     @property
     def dynamics_layers(self) -> int:
         """How many layers of the student trajectory and derivative compare."""
-        return self._sampled(self.student_layers) + self.output_in_dynamics
+        return _count(self.student_layers, self.num_layers) + self.output_in_dynamics
 
     @property
     def teacher_dynamics_layers(self) -> int:
         """How many layers of the teacher they compare with."""
-        return self._sampled(self.teacher_layers) + self.output_in_dynamics
-
-    def _sampled(self, layers: tuple[int, ...] | None) -> int:
-        return self.num_layers if layers is None else len(layers)
+        given = self.num_teacher_layers
+        sampled = self.num_layers if given is None else given
+        return _count(self.teacher_layers, sampled) + self.output_in_dynamics
 
     @property
     def changes(self) -> tuple[str, ...]:
@@ -289,7 +303,8 @@ class FDDConfig(LossOptions):
         pass `step` to its `Distiller` and save its state.
         """
         names = ("schedules", "stages", "gradient_balance")
-        return tuple([name for name in names if getattr(self, name) is not None])
+        found = [name for name in names if getattr(self, name) is not None]
+        return tuple(found + ["layer_alignment"] * (self.layer_alignment != RANK))
 
     def values_at_turns(self) -> list[dict[str, float]]:
         """Return the scheduled options at every step where what the loss needs may change."""
@@ -300,3 +315,7 @@ class FDDConfig(LossOptions):
         """Return the largest value of an option over all steps: 0 for a weight never given."""
         own = getattr(self, name)
         return max(values.get(name, own) for values in self.values_at_turns())
+
+
+def _count(layers: tuple[int, ...] | None, sampled: int) -> int:
+    return sampled if layers is None else len(layers)
