@@ -11,6 +11,7 @@ from fdd_kernels import _moved
 from fdd_kernels.version import __version__
 
 if TYPE_CHECKING:
+    from fdd_kernels.hf.alignment_plot import plot_layer_alignment
     from fdd_kernels.hf.distiller import Distiller
     from fdd_kernels.objectives.alignment.costs import layer_costs
     from fdd_kernels.objectives.alignment.matching import align_layers
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from fdd_kernels.objectives.features.gram import gram_loss
     from fdd_kernels.objectives.features.relational import relational_kd
     from fdd_kernels.objectives.features.rows import attention_transfer, norm_direction_loss
+    from fdd_kernels.objectives.gradient_balance import GradientBalance
     from fdd_kernels.objectives.logits.decoupled import fused_decoupled_kd
     from fdd_kernels.objectives.logits.divergence import fused_logit_kd
     from fdd_kernels.objectives.logits.gold import fused_gold_loss
@@ -32,12 +34,8 @@ if TYPE_CHECKING:
     from fdd_kernels.objectives.logits.statistics import RowStatistics, row_statistics
     from fdd_kernels.objectives.logits.top_k import fused_topk_kd
     from fdd_kernels.objectives.relations.api import fused_attention_kd, fused_relation_kd
-    from fdd_kernels.objectives.schedules import (
-        GradientBalance,
-        Stages,
-        TAIDSchedule,
-        WeightSchedule,
-    )
+    from fdd_kernels.objectives.schedules import Stages, WeightSchedule
+    from fdd_kernels.objectives.taid import TAIDSchedule
 
 __all__ = [
     "Distiller",
@@ -69,6 +67,7 @@ __all__ = [
     "gram_loss",
     "layer_costs",
     "norm_direction_loss",
+    "plot_layer_alignment",
     "relational_kd",
     "row_deltas",
     "row_statistics",
@@ -97,6 +96,7 @@ _HOMES = {
     "row_statistics": "objectives.logits.statistics",
     "selected_logprobs": "objectives.logits.selected",
     "Distiller": "hf.distiller",
+    "plot_layer_alignment": "hf.alignment_plot",
     "fused_attention_kd": "objectives.relations.api",
     "fused_relation_kd": "objectives.relations.api",
     "fused_contrastive_kd": "objectives.contrastive.api",
@@ -107,9 +107,9 @@ _HOMES = {
     "relational_kd": "objectives.features.relational",
     "attention_transfer": "objectives.features.rows",
     "norm_direction_loss": "objectives.features.rows",
-    "GradientBalance": "objectives.schedules",
+    "GradientBalance": "objectives.gradient_balance",
     "Stages": "objectives.schedules",
-    "TAIDSchedule": "objectives.schedules",
+    "TAIDSchedule": "objectives.taid",
     "WeightSchedule": "objectives.schedules",
 }
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Mapping
-from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fdd_kernels.hf.alignment import alignment_of
 from fdd_kernels.hf.batches import check_batch
+from fdd_kernels.hf.compatibility import options_for, require_shared_vocabulary
 from fdd_kernels.hf.compiled import compile_blocks
 from fdd_kernels.hf.heads import Head
 from fdd_kernels.hf.layers import paired_layers
@@ -17,9 +20,11 @@ from fdd_kernels.hf.loss import DistillationLoss
 from fdd_kernels.hf.model_reader import ModelReader
 from fdd_kernels.hf.positions import valid_positions
 from fdd_kernels.hf.routers import RouterLoss, router_coefficient
+from fdd_kernels.hf.schedule import Schedules
 from fdd_kernels.hf.targets import StudentSide, Targets
 from fdd_kernels.hf.teachers import Teacher, as_teacher, model_states, require_model
-from fdd_kernels.hf.wrappers import data_parallel, inside_forward, own_rows
+from fdd_kernels.hf.unreached import parameters_outside, refuse_unreached, waits_for_all
+from fdd_kernels.hf.wrappers import inside_forward, own_rows
 from fdd_kernels.objectives.fdd.options import FDDConfig, FDDLossTerms, LossOptions
 from fdd_kernels.objectives.reduction import safe_denominator
 
@@ -55,7 +60,7 @@ class Distiller:
             (`fdd_kernels.teacher_cache.open_teacher_cache`) replaces a teacher; batches then
             consist of its windows.
         config: layers and loss options; soft caps and logit scales are the models' own unless given
-            there.
+            there. If options change during training (`schedules`, ...), pass `step`: see the call.
         vocab_group: the process group over which tensor parallelism splits the rows of the heads
             (DTensors, as `parallelize_module` with `ColwiseParallel` makes them). Its processes
             must see the same batches.
@@ -103,42 +108,28 @@ class Distiller:
         self.student_layers, self.teacher_layers = paired_layers(
             self.config, self.student.depth, self.teacher.depth
         )
-        self._require_shared_vocabulary()
+        require_shared_vocabulary(self.config, self.student.vocabulary, self.teacher.vocabulary)
         compile_blocks(student, self.student.blocks)
-        self.options = self._loss_options()
-        self._compare = DistillationLoss()
+        self.schedules = Schedules(
+            self.config, options_for(self.config, self.student, self.teacher)
+        )
+        self.alignment = alignment_of(
+            self.config, self.student_layers, self.teacher_layers, vocab_group
+        )
+        self._compare = DistillationLoss(self.alignment)
         self._require_trainable(self.student.read_head())
-        self.teacher.require(self.config, self.options, self._needed(self.teacher_layers))
+        for options in self.schedules.possible:
+            layers = self._needed(self.teacher_layers, options)
+            self.teacher.require(self.config, options, layers)
 
-    def _require_shared_vocabulary(self) -> None:
-        vocabularies = self.student.vocabulary, self.teacher.vocabulary
-        if self.config.vocab_size is None and vocabularies[0] != vocabularies[1]:
-            raise ValueError(
-                f"the student's vocabulary has {vocabularies[0]} entries and the teacher's "
-                f"{vocabularies[1]}: if one is only padded, set FDDConfig(vocab_size=N) with N <= "
-                f"{min(vocabularies)} to compare the first N tokens"
-            )
-        if (self.config.vocab_size or 0) > min(vocabularies):
-            raise ValueError(
-                f"vocab_size={self.config.vocab_size} is larger than a vocabulary (student "
-                f"{vocabularies[0]}, teacher {vocabularies[1]})"
-            )
+    @property
+    def options(self) -> LossOptions:
+        """The loss options of the last step, soft caps and scales included."""
+        return self.schedules.options
 
-    def _needed(self, layers: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the sampled layers that the loss uses."""
-        return layers if self.config.compares_dynamics else ()
-
-    def _loss_options(self) -> LossOptions:
-        """Return the config's loss options, with the models' soft caps and scales where it has
-        none.
-        """
-        given = {f.name: getattr(self.config, f.name) for f in fields(LossOptions)}
-        for side, model in (("student", self.student), ("teacher", self.teacher)):
-            if given[f"{side}_softcap"] is None:
-                given[f"{side}_softcap"] = model.transform.softcap
-            if given[f"{side}_logit_scale"] is None:
-                given[f"{side}_logit_scale"] = model.transform.scale
-        return LossOptions(**given)
+    def _needed(self, layers: tuple[int, ...], *options: LossOptions) -> tuple[int, ...]:
+        """Return the sampled layers that the loss uses with any of the options."""
+        return layers if any(o.compares_dynamics for o in options) else ()
 
     def _require_trainable(self, head: Head) -> None:
         if self.config.train_head and head.requires_grad and head.storage != "parameter":
@@ -153,33 +144,21 @@ class Distiller:
         loss.
 
         They belong to the head with `train_head=False`, and to blocks after the last state that the
-        loss needs. DistributedDataParallel waits for all gradients unless it is given
+        loss needs at every step. DistributedDataParallel waits for all gradients unless it is given
         `find_unused_parameters=True`.
         """
-        model, idle = self.student.model, []
-        if not self.config.train_head:
-            idle.append(self.student.head)
-        if not self._runs_to_the_end:
-            idle.extend(self.student.blocks[max(self._needed(self.student_layers), default=0) :])
-        if not idle:
-            return []
-        idle = {module for part in idle for module in part.modules()}
-        reached = {
-            id(p)
-            for module in model.modules()
-            if module not in idle
-            for p in module.parameters(recurse=False)
-        }
-        return [
-            name for name, p in model.named_parameters() if p.requires_grad and id(p) not in reached
-        ]
+        idle = [] if self.config.train_head else [self.student.head]
+        for options in self.schedules.possible:
+            if not self._runs_to_the_end(options):
+                last = max(self._needed(self.student_layers, options), default=0)
+                idle.extend(self.student.blocks[last:])
+        return parameters_outside(self.student.model, idle)
 
-    @property
-    def _runs_to_the_end(self) -> bool:
+    def _runs_to_the_end(self, options: LossOptions) -> bool:
         """Whether the loss needs the student's last block. A router loss does: every block has
         routers.
         """
-        output = self.options.compares_output or bool(self.options.ce_weight)
+        output = options.compares_output or bool(options.ce_weight)
         return output or bool(router_coefficient(self.student.model))
 
     def count_positions(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -192,14 +171,18 @@ class Distiller:
         L tensors (batch, sequence, Dt); of a cached summary `SummaryTargets`.
 
         The last state is None, and the teacher stops after its last sampled layer, if the loss does
-        not need the final state: no output KD, and no `output_in_dynamics`. Pass the targets to
-        several students' `distiller(batch, teacher_states=...)` to run the teacher once.
+        not need the final state at any step: no output KD, and no `output_in_dynamics`. Pass the
+        targets to several students' `distiller(batch, teacher_states=...)` to run the teacher once.
         """
+        return self._targets(batch, *self.schedules.possible)
+
+    def _targets(self, batch: Mapping[str, Tensor], *options: LossOptions) -> Targets:
+        """Return the targets that the loss needs with any of the options."""
         return self.teacher.targets(
             batch,
-            self._needed(self.teacher_layers),
+            self._needed(self.teacher_layers, *options),
             apply_final_norm=self.config.apply_final_norm,
-            final=self.options.compares_output,
+            final=any(o.compares_output for o in options),
         )
 
     def __call__(
@@ -209,6 +192,7 @@ class Distiller:
         num_items_in_batch: Tensor | float | None = None,
         teacher_states: Targets | None = None,
         student: nn.Module | None = None,
+        step: int | None = None,
     ) -> DistillerTerms:
         """Compute the loss of one batch.
 
@@ -228,6 +212,9 @@ class Distiller:
             teacher_states: the result of `teacher_states(batch)`, of this distiller or of another
                 with the same teacher and teacher layers, to save running the teacher again.
             student: the student as wrapped for data parallelism after this distiller was made.
+            step: the optimizer steps done before, the same for all micro-batches of a step. Needed
+                in training if the config has options that change (`config.changes`); all processes
+                then take the same steps together. Without gradients None is the last step.
 
         Returns:
             `DistillerTerms`, which are `FDDLossTerms`, of scalars.
@@ -240,55 +227,61 @@ class Distiller:
                 another shape; labels that are not one a token; tokens or positions that a model
                 does not have; DistributedDataParallel without `find_unused_parameters`, and
                 parameters that get no gradient; a router loss that is asked for and cannot be
-                computed.
+                computed; no `step` where it is needed, or an earlier one than before.
             TypeError: `batch` is no mapping of tensors.
         """
         check_batch(batch)
         if student is not None:
             compile_blocks(student, self.student.blocks)
         model = self._student if student is None else student
-        self._require_gradients_for(model)
+        if waits_for_all(model):
+            weight = self.config.output_kd_weight
+            why = f"train_head={self.config.train_head}, output_kd_weight={weight:g}"
+            refuse_unreached(self.parameters_without_gradient(), why)
+        options = self.schedules.begin(step)
         if teacher_states is None:
-            teacher_states = self.teacher_states(batch)
-        with inside_forward(model, self._loss) as loss:
+            teacher_states = self._targets(batch, options)
+        with inside_forward(model, functools.partial(self._loss, options)) as loss:
             values, router = loss(batch, teacher_states, num_items_in_batch)
         terms = DistillerTerms(*values)
         terms.router = router
         return terms
 
-    def _require_gradients_for(self, model: nn.Module) -> None:
-        """Raise ValueError if DistributedDataParallel would wait for gradients that this loss does
-        not compute.
+    def logged(self) -> dict[str, float]:
+        """Return the options that change during training, at the last step, by name, for logs; of a
+        layer alignment the mean teacher layer of each student layer.
         """
-        wrapper = data_parallel(model)
-        is_ddp = isinstance(wrapper, nn.parallel.DistributedDataParallel)
-        if not is_ddp or not torch.is_grad_enabled():
-            return
-        if wrapper.find_unused_parameters or wrapper.static_graph:
-            return
-        names = self.parameters_without_gradient()
-        if names:
-            raise ValueError(
-                f"{len(names)} parameters that train, {names[0]} for one, get no gradient from "
-                f"this loss (train_head={self.config.train_head}, "
-                f"output_kd_weight={self.config.output_kd_weight:g}), and DistributedDataParallel "
-                "would wait for it: wrap the student with find_unused_parameters=True "
-                "(TrainingArguments(ddp_find_unused_parameters=True), accelerate's "
-                "DistributedDataParallelKwargs, Lightning's "
-                'strategy="ddp_find_unused_parameters_true"), or freeze them with '
-                "requires_grad_(False) before"
-            )
+        pairs = {} if self.alignment is None else self.alignment.mean_layers()
+        return self.schedules.values() | pairs
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next steps depend on, as JSON can hold it. Call it between two steps, in
+        all processes together; it is the same in all.
+        """
+        alignment = None if self.alignment is None else self.alignment.state_dict()
+        return {"schedules": self.schedules.state_dict(), "alignment": alignment}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a state, in every process: the next step continues with the same numbers.
+
+        Raises:
+            ValueError: the state of a distiller with another config.
+        """
+        if "schedules" not in state:
+            raise ValueError(f"the state has {sorted(state)}: it is not of a Distiller")
+        self.schedules.load_state_dict(state["schedules"])
+        if self.alignment is not None:
+            self.alignment.load_state_dict(state["alignment"] or {})
 
     def _loss(
-        self, batch: Mapping[str, Tensor], targets: Targets, num_items_in_batch
+        self, options: LossOptions, batch: Mapping[str, Tensor], targets: Targets, items
     ) -> tuple[FDDLossTerms, Tensor | None]:
         """Compute the terms, and the router loss or None; `loss` includes it."""
         coefficient, routers = router_coefficient(self.student.model), RouterLoss(self.student)
-        layers, norm = self._needed(self.student_layers), self.config.apply_final_norm
+        layers, norm = self._needed(self.student_layers, options), self.config.apply_final_norm
+        final = self._runs_to_the_end(options)
         with routers if coefficient else contextlib.nullcontext():
-            states = model_states(
-                self.student, batch, layers, apply_final_norm=norm, final=self._runs_to_the_end
-            )
+            states = model_states(self.student, batch, layers, apply_final_norm=norm, final=final)
         # Anew in each step: the head may have been resized, replaced or adapted.
         head = self.student.read_head()
         self._require_trainable(head)
@@ -301,28 +294,27 @@ class Distiller:
                 for t in (weight, bias)
             )
         student = StudentSide(states, weight, bias, vocabulary)
-        terms = self._compare(
-            student,
-            self.teacher,
-            targets,
-            batch,
-            self.options,
-            num_items_in_batch,
-            self.vocab_group,
-        )
+
+        def compare(side: StudentSide, options: LossOptions, items) -> FDDLossTerms:
+            group, step = self.vocab_group, self.schedules.step
+            return self._compare(side, self.teacher, targets, batch, options, items, group, step)
+
+        count = functools.partial(self.count_positions, batch)
+        if self.schedules.is_first:
+            options = self.schedules.balance(student, count, compare)
+        terms = compare(student, options, items)
+        self.schedules.record(terms, count, items)
         if not coefficient:
             return terms, None
-        share = self._share(batch, num_items_in_batch).to(terms.loss.device)
+        share = self._share(batch, items).to(terms.loss.device)
         router = routers(batch).to(terms.loss) * share
         return terms._replace(loss=terms.loss + coefficient * router), router.detach()
 
-    def _share(
-        self, batch: Mapping[str, Tensor], num_items_in_batch: Tensor | float | None
-    ) -> Tensor:
+    def _share(self, batch: Mapping[str, Tensor], items: Tensor | float | None) -> Tensor:
         """Return the batch's valid positions divided by the denominator of its terms: 1, or its
         share of an optimizer step.
         """
         count = self.count_positions(batch).float()
-        if num_items_in_batch is not None:
-            return (count / safe_denominator(num_items_in_batch)).to(count.dtype)
+        if items is not None:
+            return (count / safe_denominator(items)).to(count.dtype)
         return count if self.options.reduction == "sum" else count.clamp(max=1)

@@ -69,6 +69,14 @@ def data_parallel(model: nn.Module) -> nn.Module | None:
     return model if isinstance(model, (nn.parallel.DistributedDataParallel, FSDPModule)) else None
 
 
+def all_processes() -> torch.distributed.ProcessGroup | None:
+    """Return the group of all processes of this run; None if there is one alone."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    group = torch.distributed.group.WORLD
+    return group if group.size() > 1 else None
+
+
 @contextmanager
 def inside_forward(model: nn.Module, function: Callable) -> Iterator[Callable]:
     """Yield a callable that runs `function`, inside the forward of a data-parallel `model`."""

@@ -83,6 +83,7 @@ class AtomicCheckpoints:
                 self.accelerator.wait_for_everyone()
                 self._writing = folder.parent
                 super()._save_checkpoint(model, trial)
+                self._write_more(folder)
                 self._name_best_checkpoint(target)
                 if self.args.should_save:
                     self._save_state(folder / TRAINER_STATE_NAME)
@@ -99,6 +100,11 @@ class AtomicCheckpoints:
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(target))
+
+    def _write_more(self, folder: Path) -> None:
+        """Write further files into the folder of an unfinished checkpoint. All processes call it
+        together, those too that write nothing.
+        """
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         # Uploads run in the background: do not start one from a folder that will be renamed.

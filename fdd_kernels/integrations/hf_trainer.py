@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import warnings
 from pathlib import Path
@@ -21,6 +22,8 @@ from fdd_kernels.integrations.proven import ProvenCheckpoints
 from fdd_kernels.integrations.sums import StepSums, WeightedSums
 from fdd_kernels.objectives.fdd.options import FDDConfig
 
+# In a checkpoint, the state of what changes during training: see `Distiller.state_dict`.
+STATE_FILE = "fdd_state.json"
 # Steps in a row that float16's scaler may skip; each skip halves its scale, which starts at 65536.
 _SKIPPED_STEPS = 20
 
@@ -116,10 +119,12 @@ class FDDTrainerMixin(ProvenCheckpoints):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Compute the FDD loss of one micro-batch, and record its terms for the next log."""
-        if unwrap(self.model) is not self.distiller.student.model:  # a new student: `model_init`
-            self.distiller = Distiller(self.model, self.teacher, self.fdd_config)
+        self._follow_model()
+        step = self.state.global_step if torch.is_grad_enabled() else None
         with self.accelerator.autocast():
-            terms = self.distiller(inputs, num_items_in_batch=num_items_in_batch, student=model)
+            terms = self.distiller(
+                inputs, num_items_in_batch=num_items_in_batch, student=model, step=step
+            )
         loss = terms.loss
         if not model.training:
             self._means.add(terms.named(), self.distiller.count_positions(inputs))
@@ -131,6 +136,11 @@ class FDDTrainerMixin(ProvenCheckpoints):
             # Data parallelism averages gradients over processes, but they must add up.
             loss = loss * self.accelerator.num_processes
         return (loss, {"loss": loss}) if return_outputs else loss
+
+    def _follow_model(self) -> None:
+        """Make a new distiller for a new student: `model_init` makes one at each training."""
+        if unwrap(self.model) is not self.distiller.student.model:
+            self.distiller = Distiller(self.model, self.teacher, self.fdd_config)
 
     def training_step(self, model, inputs, num_items_in_batch=None, *args, **kwargs):
         """Train on one micro-batch. After a step's last one, check that the loss is finite, and
@@ -150,6 +160,7 @@ class FDDTrainerMixin(ProvenCheckpoints):
         if len(step.returned) < self.current_gradient_accumulation_steps:
             return loss
         means, scale, finite = step.finish(self.accelerator.reduce)
+        self._log_alignment()
         if finite:
             self._skipped_steps = 0
             self._means.add(means, torch.ones(()))
@@ -164,6 +175,15 @@ class FDDTrainerMixin(ProvenCheckpoints):
             # The trainer sums the losses of the step; make that sum the mean too.
             loss = scale * loss + (scale - 1) * sum(step.returned[:-1])
         return loss
+
+    def _log_alignment(self) -> None:
+        """Add a pairing of layers that was found in this step to the history of logs: callbacks and
+        reports take numbers alone.
+        """
+        found, step = self.distiller.alignment, self.state.global_step
+        if found is not None and found.step == step:
+            entry = {"layer_alignment": found.record(), "epoch": self.state.epoch, "step": step}
+            self.state.log_history.append(entry)
 
     def _scale_gradients(self, scale: float) -> None:
         if self.is_deepspeed_enabled:
@@ -182,11 +202,32 @@ class FDDTrainerMixin(ProvenCheckpoints):
         self._held_over, self._epoch_iterator, self._skipped_steps = [], None, 0
         return super().train(*args, **kwargs)
 
+    def _write_more(self, folder: Path) -> None:
+        super()._write_more(folder)
+        if self.distiller.config.changes:
+            state = self.distiller.state_dict()  # of all processes
+            if self.args.should_save:
+                (folder / STATE_FILE).write_text(json.dumps(state, allow_nan=False) + "\n", "utf-8")
+
+    def _missing(self, folder: Path) -> list[str]:
+        is_needed = self.distiller.config.changes and not (folder / STATE_FILE).is_file()
+        return [*super()._missing(folder), *([STATE_FILE] if is_needed else [])]
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.distiller.config.changes:
+            self._follow_model()
+            text = (Path(checkpoint) / STATE_FILE).read_text("utf-8")
+            self.distiller.load_state_dict(json.loads(text))
+
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Add the mean of each term since the last training log."""
+        """Add the mean of each term since the last training log, and the options that change as
+        they are now.
+        """
         if "loss" in logs:
             (means, _), self._means = self._means.means(self.accelerator.reduce), WeightedSums()
             logs |= {name: value for name, value in means.items() if name != "loss"}
+            logs |= self.distiller.logged()
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
@@ -269,6 +310,9 @@ class FDDTrainer(FDDTrainerMixin, Trainer):
     over all valid tokens of an optimizer step, also under gradient accumulation and data
     parallelism, and over the batches that were used, if the trainer replaces its data set's. A
     student with experts and `output_router_logits` adds its router loss, logged as `router`.
+
+    Options that change during training (`FDDConfig(schedules=...)` and others) follow the trainer's
+    step; they are logged under their names, and a checkpoint holds their state.
 
     A checkpoint is complete or does not exist, and training resumes only from a complete one: see
     `AtomicCheckpoints`.

@@ -31,6 +31,7 @@ from fdd_kernels.hf.teachers import Teacher, place_teacher
 from fdd_kernels.integrations.finite import require_finite, warn_of_nothing
 from fdd_kernels.objectives.fdd.options import FDDConfig
 
+STATE = "fdd_state"  # in a checkpoint: see `Distiller.state_dict`
 _ADAMW = functools.partial(torch.optim.AdamW, lr=1e-4)
 
 
@@ -49,7 +50,8 @@ class FDDLightningModule(pl.LightningModule):
 
     Batches are mappings as `Distiller` takes them. Every term is logged as `train_loss`,
     `train_output_kd`, ... each step and as `val_...`, `test_...`, means over all valid tokens, in
-    evaluation.
+    evaluation. Options that change during training are logged under their names, and a checkpoint
+    holds their state.
 
     The gradient of an optimizer step is that of the mean over all valid tokens of its
     micro-batches, on all processes. Lightning divides by `accumulate_grad_batches` and averages
@@ -109,6 +111,26 @@ class FDDLightningModule(pl.LightningModule):
             )
         place_teacher(*self._teacher, strategy.root_device)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.distiller.config.changes:
+            checkpoint[STATE] = self.distiller.state_dict()  # of all processes
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over the state of the options that change.
+
+        Raises:
+            ValueError: there are such options, and the checkpoint has none of their state.
+        """
+        changes = self.distiller.config.changes
+        if changes and STATE not in checkpoint:
+            raise ValueError(
+                f"the checkpoint lacks {STATE!r}, the state of {', '.join(changes)}: it is of a "
+                "training without them. Load its student's weights alone, or give an fdd_config "
+                "without them"
+            )
+        if changes:
+            self.distiller.load_state_dict(checkpoint[STATE])
+
     def configure_optimizers(self):
         return self._optimizer([p for p in self.student.parameters() if p.requires_grad])
 
@@ -118,18 +140,22 @@ class FDDLightningModule(pl.LightningModule):
         self._begin_step()
 
     def forward(
-        self, batch: Mapping[str, Tensor], num_items_in_batch: Tensor | float | None = None
+        self,
+        batch: Mapping[str, Tensor],
+        num_items_in_batch: Tensor | float | None = None,
+        step: int | None = None,
     ) -> DistillerTerms:
         """Compute the loss of one batch: see `Distiller`."""
-        return self.distiller(batch, num_items_in_batch=num_items_in_batch)
+        return self.distiller(batch, num_items_in_batch=num_items_in_batch, step=step)
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
         count, processes = self.distiller.count_positions(batch), self.trainer.world_size
         counted = self.trainer.strategy.reduce(count.to(self.device), reduce_op="sum")
         tokens = counted.clamp(min=1)
         # The average of these losses over processes is the mean over their tokens.
-        terms = self(batch, tokens / processes)
+        terms = self(batch, tokens / processes, self.trainer.global_step)
         self._log("train", terms, len(next(iter(batch.values()))), sync_dist=processes > 1)
+        self.log_dict(self.distiller.logged(), batch_size=1)
         if self._tokens is None:
             self._tokens, self._first_tokens = tokens, tokens
         else:

@@ -1,26 +1,54 @@
-"""Weights that change during training: plain objects with a state that JSON can hold."""
+"""Weights that change during training: plain objects with a text and a state that JSON can hold.
+
+Imports no torch: the command line parses their texts before it does.
+"""
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from fdd_kernels.objectives.option_checks import require_choice, require_int, require_number
 
 
 class Schedule:
-    """What all schedules share: `state_dict` and `load_state_dict`.
+    """What all schedules share: a text, and a state.
 
-    A schedule that loads another's state continues with the same numbers, bit for bit, if both
-    were made with the same arguments.
+    `str(schedule)` is a text of its arguments and `parse` makes a schedule of it. Schedules of one
+    text are equal; the state has no part in that. A schedule that loads another's state continues
+    with the same numbers, bit for bit, if both were made with the same arguments.
     """
 
     _state: tuple[str, ...] = ("step",)
+    _form: str  # of the text, for errors
     step: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Schedule:
+        """Make a schedule from its text.
+
+        Raises:
+            TypeError, ValueError: no such text, or a number out of range.
+        """
+        try:
+            return cls._of(text)
+        except NoFormError:
+            raise ValueError(f"{text!r} is no {cls.__name__}: write {cls._form}") from None
+
+    @classmethod
+    def _of(cls, text: str) -> Schedule:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}.parse({str(self)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is type(self) and str(other) == str(self)
+
+    def __hash__(self) -> int:
+        return hash((type(self), str(self)))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as numbers, strings, lists and dictionaries."""
@@ -42,6 +70,37 @@ class Schedule:
             setattr(self, name, dict(value) if isinstance(value, Mapping) else value)
 
 
+class NoFormError(ValueError):
+    """A text that is not of a schedule's form."""
+
+
+def as_number(text: str, kind: Callable[[str], Any] = float) -> Any:
+    """Parse a number in the text of a schedule."""
+    try:
+        return kind(text)
+    except ValueError:
+        raise NoFormError from None
+
+
+def as_numbers(text: str) -> dict[str, float]:
+    """Parse "name=number,name=number"."""
+    pairs = [part.partition("=") for part in text.split(",")] if text.strip() else []
+    found = {name.strip(): as_number(value) for name, _, value in pairs}
+    if len(found) < len(pairs) or "" in found:
+        raise NoFormError
+    return found
+
+
+def number_text(value: float) -> str:
+    """Write a number in the shortest way that `as_number` parses to the same bits."""
+    return repr(float(value)).removesuffix(".0")
+
+
+def numbers_text(values: Mapping[str, float]) -> str:
+    """Write numbers as `as_numbers` parses them."""
+    return ",".join(f"{name}={number_text(value)}" for name, value in values.items())
+
+
 class WeightSchedule(Schedule):
     """A weight that goes from `initial` at step `start` to `final` at step `end`.
 
@@ -56,6 +115,8 @@ class WeightSchedule(Schedule):
         TypeError, ValueError: a number out of range, or `end` not after `start`.
     """
 
+    _form = "linear:initial,final,start,end or cosine:initial,final,start,end"
+
     def __init__(
         self, initial: float, final: float, start: int, end: int, shape: str = "linear"
     ) -> None:
@@ -66,8 +127,20 @@ class WeightSchedule(Schedule):
         require_choice("shape", shape, ("linear", "cosine"))
         if end <= start:
             raise ValueError(f"end={end} must be after start={start}")
-        self.initial, self.final, self.start, self.end = initial, final, start, end
-        self.shape = shape
+        self.initial, self.final = float(initial), float(final)
+        self.start, self.end, self.shape = start, end, shape
+
+    @classmethod
+    def _of(cls, text: str) -> Schedule:
+        shape, _, rest = text.partition(":")
+        parts = rest.split(",")
+        if shape not in ("linear", "cosine") or len(parts) != 4:
+            raise NoFormError
+        return cls(*map(as_number, parts[:2]), *[as_number(p, int) for p in parts[2:]], shape)
+
+    def __str__(self) -> str:
+        ends = f"{number_text(self.initial)},{number_text(self.final)}"
+        return f"{self.shape}:{ends},{self.start},{self.end}"
 
     def at(self, step: int) -> float:
         """Return the weight at a step."""
@@ -102,8 +175,11 @@ class Stages(Schedule):
             weights. `steps` of the last may be None.
 
     Raises:
-        TypeError, ValueError: no phase, two of one name, or numbers out of range.
+        TypeError, ValueError: no phase, two of one name or a name with one of "=:;", or numbers out
+            of range.
     """
+
+    _form = "name=steps:weight=number,...;name:weight=number,..."
 
     def __init__(self, phases: Sequence[tuple[str, int | None, Mapping[str, float]]]) -> None:
         if not phases:
@@ -111,6 +187,8 @@ class Stages(Schedule):
         names = [name for name, _, _ in phases]
         if len(set(names)) != len(names):
             raise ValueError(f"phases have the names {names}: each must have its own")
+        if any(set("=:;") & set(name) for name in names):
+            raise ValueError(f'phases have the names {names}: use names without "=", ":" and ";"')
         for index, (name, steps, weights) in enumerate(phases):
             if steps is not None or index < len(phases) - 1:
                 require_int(f"steps of phase {name!r}", steps, minimum=1)
@@ -121,192 +199,57 @@ class Stages(Schedule):
                 )
             for weight, value in weights.items():
                 require_number(f"{weight} of phase {name!r}", value)
-        self.phases = [(name, steps, dict(weights)) for name, steps, weights in phases]
+        self.phases = [
+            (name, steps, {k: float(v) for k, v in weights.items()})
+            for name, steps, weights in phases
+        ]
+
+    @classmethod
+    def _of(cls, text: str) -> Schedule:
+        phases = []
+        for part in text.split(";"):
+            head, colon, weights = part.partition(":")
+            name, given, steps = head.partition("=")
+            if not colon:
+                raise NoFormError
+            phases.append(
+                (name.strip(), as_number(steps, int) if given else None, as_numbers(weights))
+            )
+        return cls(phases)
+
+    def __str__(self) -> str:
+        return ";".join(
+            f"{name}{'' if steps is None else f'={steps}'}:{numbers_text(weights)}"
+            for name, steps, weights in self.phases
+        )
 
     @property
     def name(self) -> str:
         """The name of the current phase."""
-        return self._current()[0]
+        return self._at(self.step)[0]
 
     @property
     def weights(self) -> dict[str, float]:
         """The weights of the current phase."""
-        return dict(self._current()[2])
+        return self.at(self.step)
+
+    def at(self, step: int) -> dict[str, float]:
+        """Return the weights at a step."""
+        return dict(self._at(step)[2])
+
+    @property
+    def begins(self) -> list[int]:
+        """The first step of each phase."""
+        return [0, *itertools.accumulate(steps for _, steps, _ in self.phases[:-1])]
 
     def advance(self) -> None:
         """Go to the next step."""
         self.step += 1
 
-    def _current(self) -> tuple[str, int | None, dict[str, float]]:
-        left = self.step
+    def _at(self, step: int) -> tuple[str, int | None, dict[str, float]]:
+        left = step
         for phase in self.phases[:-1]:
             left -= phase[1]
             if left < 0:
                 return phase
         return self.phases[-1]
-
-
-class GradientBalance(Schedule):
-    """Weights that keep the terms' gradients, at the student's states, in a fixed ratio.
-
-    Every `every` steps, with n_k the length of term k's gradient over all states::
-
-        w_k = ratio_k * mean of n / n_k
-
-    so that every weighted gradient has the length ratio_k times the mean length. A term whose
-    gradient is 0 or not finite keeps its weight and is in no mean. As GradNorm (Chen et al., ICML
-    2018) without its training rates, and solved for the weights instead of learning them. One
-    backward pass to the states for each term and measurement.
-
-    Args:
-        ratios: for each term the wanted share, greater than 0, such as {"output_kd": 1.0,
-            "trajectory": 1.0}.
-        every: steps from one measurement to the next; the first is at step 0.
-        smoothing: share of the earlier lengths in a moving average, in [0, 1).
-
-    Raises:
-        TypeError, ValueError: a number out of range.
-    """
-
-    _state = ("step", "weights", "lengths")
-
-    def __init__(
-        self, ratios: Mapping[str, float], every: int = 100, smoothing: float = 0.0
-    ) -> None:
-        if not ratios:
-            raise ValueError("ratios is empty: pass a number for each term")
-        for name, ratio in ratios.items():
-            require_number(f"ratio of {name!r}", ratio, positive=True)
-        require_int("every", every, minimum=1)
-        require_number("smoothing", smoothing)
-        if smoothing >= 1:
-            raise ValueError(f"smoothing={smoothing} must be below 1")
-        self.ratios, self.every, self.smoothing = dict(ratios), every, smoothing
-        self.weights: dict[str, float] = dict.fromkeys(ratios, 1.0)
-        self.lengths: dict[str, float] = {}
-
-    def update(
-        self,
-        terms: Mapping[str, Tensor],
-        states: Tensor | Sequence[Tensor],
-        process_group: torch.distributed.ProcessGroup | None = None,
-    ) -> dict[str, float]:
-        """Measure if it is time, go to the next step and return the weights of this one.
-
-        Args:
-            terms: the terms' values, scalars, without their weights; their graph stays.
-            states: hidden states of the student that the terms depend on.
-            process_group: whose processes share the weights: lengths are over the states of all.
-
-        Raises:
-            ValueError: terms other than those of `ratios`.
-        """
-        if set(terms) != set(self.ratios):
-            raise ValueError(f"terms are {sorted(terms)}, ratios {sorted(self.ratios)}: match them")
-        if self.step % self.every == 0:
-            states = [states] if isinstance(states, Tensor) else list(states)
-            self._balance(
-                {k: _gradient_length(term, states, process_group) for k, term in terms.items()}
-            )
-        self.step += 1
-        return dict(self.weights)
-
-    def _balance(self, measured: Mapping[str, float]) -> None:
-        for name, length in measured.items():
-            if 0 < length < math.inf:
-                before = self.lengths.get(name, length)
-                self.lengths[name] = self.smoothing * before + (1 - self.smoothing) * length
-        if self.lengths:
-            mean = math.fsum(self.lengths.values()) / len(self.lengths)
-            for name, length in self.lengths.items():
-                self.weights[name] = self.ratios[name] * mean / length
-
-
-class TAIDSchedule(Schedule):
-    """The interpolation t of TAID: `teacher_mix=schedule.t` in `fused_fdd_loss`.
-
-    With m a moving average of the relative drop of the loss, at each update but the first::
-
-        m <- momentum * m + (1 - momentum) * (previous - loss) / previous
-        t <- min(end, max(start + (end - start) * step / total_steps,
-                          t + rate * sigmoid(m) * (1 - t)))
-
-    The first update only remembers the loss. Source: Shing et al., "TAID: Temporally Adaptive
-    Interpolated Distillation for Efficient Knowledge Transfer in Language Models", ICLR 2025, and
-    its code; t is float64 here.
-
-    Args:
-        total_steps: of the training.
-        start, end: t at its beginning and end.
-        rate: alpha of the paper; 0 leaves the line from start to end.
-        momentum: beta of the paper.
-
-    Raises:
-        TypeError, ValueError: a number out of range.
-    """
-
-    _state = ("step", "t", "average", "previous")
-
-    def __init__(
-        self,
-        total_steps: int,
-        start: float = 0.4,
-        end: float = 1.0,
-        rate: float = 5e-4,
-        momentum: float = 0.99,
-    ) -> None:
-        require_int("total_steps", total_steps, minimum=1)
-        for name, value in (("start", start), ("end", end), ("rate", rate), ("momentum", momentum)):
-            require_number(name, value)
-            if value > 1 or (name == "momentum" and value == 1):
-                raise ValueError(f"{name}={value} must be in [0, 1{')' if value == 1 else ']'}")
-        if end <= start:
-            raise ValueError(f"end={end} must be greater than start={start}")
-        self.total_steps, self.start, self.end = total_steps, start, end
-        self.rate, self.momentum = rate, momentum
-        self.t, self.average, self.previous = float(start), 0.0, None
-
-    def update(self, loss: Tensor | float, step: int | None = None) -> float:
-        """Take the distillation loss of a step, and return t for the next one.
-
-        Args:
-            loss: a scalar; a tensor's number is looked at. With several processes pass the mean
-                over them, or their t differ.
-            step: the optimizer's step, if there are several updates a step (gradient
-                accumulation); otherwise updates are counted, from 0.
-
-        Raises:
-            ValueError: a loss that is not finite.
-        """
-        loss = float(loss.detach()) if isinstance(loss, Tensor) else float(loss)
-        if not math.isfinite(loss):
-            raise ValueError(f"loss={loss} must be finite: leave out the update of such a step")
-        if step is not None:
-            require_int("step", step, minimum=0)
-            self.step = step
-        if self.previous is not None:
-            drop = (self.previous - loss) / (self.previous + 1e-15)
-            self.average = self.momentum * self.average + (1 - self.momentum) * drop
-            line = self.start + (self.end - self.start) * self.step / self.total_steps
-            pushed = self.t + self.rate * _sigmoid(self.average) * (1 - self.t)
-            self.t = min(self.end, max(line, pushed))
-        self.previous = loss
-        self.step += 1
-        return self.t
-
-
-def _sigmoid(x: float) -> float:
-    """Compute 1 / (1 + e^-x) without overflow."""
-    return (1 + math.tanh(x / 2)) / 2
-
-
-def _gradient_length(term: Tensor, states: Sequence[Tensor], process_group) -> float:
-    """Return the length of a term's gradient over all states."""
-    found = (torch.zeros_like(term),)  # of a term that is not computed
-    if term.requires_grad:
-        found = torch.autograd.grad(term, states, retain_graph=True, materialize_grads=True)
-    norms = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64) for g in found])
-    squares = norms.square().sum()
-    if process_group is not None:
-        torch.distributed.all_reduce(squares, group=process_group)
-    return math.sqrt(float(squares))

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import peft
 import pytest
@@ -254,6 +255,9 @@ def test_records_of_earlier_versions_are_understood(inputs, whole, tmp_path):
         "layer_weights",
         "derivative_temperature",
         "teacher_mix",
+        "schedules",
+        "stages",
+        "gradient_balance",
     ):
         del record[f"config.{name}"]
     for role in ("teacher", "student"):
@@ -269,9 +273,75 @@ def test_records_of_earlier_versions_are_understood(inputs, whole, tmp_path):
         ({"layer_weights": (1, 0.5)}, r"layer_weights was None, is \[1, 0\.5\]"),
         ({"derivative_temperature": 2.0}, r"derivative_temperature was None, is 2\.0"),
         ({"teacher_mix": 0.5}, r"teacher_mix was 1\.0, is 0\.5"),
+        ({"stages": "a:beta=1"}, r"stages was None, is 'a:beta=1'"),
     ):
         with pytest.raises(UserError, match=named):
             distill(options(inputs, output, config=FDDConfig(num_layers=2, **changes)), quiet())
+
+
+def test_one_divergence_in_other_words_is_the_same_run(inputs, whole, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(whole, output)
+    record = json.loads((output / "run.json").read_text())
+    record |= {"config.trajectory": "jsd", "config.output_divergence": "jsd:1e-1"}
+    (output / "run.json").write_text(json.dumps(record))
+
+    def resumed(**changes) -> str:
+        console = quiet()
+        distill(options(inputs, output, config=FDDConfig(num_layers=2, **changes)), console)
+        return console.file.getvalue()
+
+    same = {"trajectory": "jsd:0.5", "output_divergence": "jsd:0.1"}
+    assert "finished; nothing to do" in resumed(**same)
+    for name, other in (
+        ("trajectory", "jsd:0.4"),
+        ("trajectory", "mse"),
+        ("output_divergence", "kl"),
+    ):
+        with pytest.raises(UserError, match=f"{name} was 'jsd.*', is '{other}'"):
+            resumed(**(same | {name: other}))
+
+
+CHANGING = FDDConfig(
+    num_layers=2,
+    schedules="teacher_mix=taid:60,0.4,1,0.2;alpha=linear:0,1,0,5",
+    stages="both=3:ce_weight=0;task:ce_weight=1",
+    gradient_balance="output_kd=1,trajectory=0.5;every=2;smoothing=0.5",
+)
+
+
+def test_options_that_change_are_resumed(inputs, tmp_path):
+    """Bit for bit, with their state; the run's record holds their texts."""
+    config = {"config": CHANGING, "gradient_accumulation": 2, "save_steps": 3}
+    distill(options(inputs, tmp_path / "whole", **config), quiet())
+    with pytest.MonkeyPatch.context() as patch:
+        FullDisk(patch, lambda path: "/checkpoint-6" in path)
+        with pytest.raises(UserError, match="checkpoint-3 is complete"):
+            distill(options(inputs, tmp_path / "parts", **config), quiet())
+    console = quiet()
+    distill(options(inputs, tmp_path / "parts", **config), console)
+    assert "resuming from checkpoint-3" in console.file.getvalue()
+    same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    whole, parts = (
+        json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "parts")
+    )
+    assert whole["held_out"] == parts["held_out"]
+    names = ("teacher_mix", "alpha", "ce_weight", "output_kd_weight", "loss")
+    found = [
+        [[log[name] for name in names] for log in run["history"] if "loss" in log]
+        for run in (whole, parts)
+    ]
+    assert found[0] == found[1]
+    assert len(found[0]) == 6
+    record = json.loads((tmp_path / "parts" / "run.json").read_text())
+    for name in CHANGING.changes:
+        assert record[f"config.{name}"] == getattr(CHANGING, name)
+    card = (tmp_path / "parts" / "student" / "README.md").read_text()
+    assert "alpha · trajectory + 1 · derivative + ce_weight · cross-entropy" in card
+    assert f"stages={CHANGING.stages!r}" in card
+    config["config"] = replace(CHANGING, stages=None)
+    with pytest.raises(UserError, match=r"config.stages was 'both=3:.*', is None"):
+        distill(options(inputs, tmp_path / "parts", **config), quiet())
 
 
 def test_a_tensor_that_differs_is_found(tmp_path):

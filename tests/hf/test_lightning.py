@@ -181,6 +181,65 @@ def test_resumes_from_a_checkpoint(tmp_path):
     )
 
 
+CHANGING = replace(
+    CONFIG,
+    ce_weight=0.0,
+    schedules="teacher_mix=taid:60,0.4,1,0.2;temperature=linear:1,2,0,5",
+    stages="both=4:alpha=1,ce_weight=0;task:alpha=0.1,ce_weight=1",
+    gradient_balance="output_kd=1,trajectory=0.5;every=2;smoothing=0.5",
+)
+
+
+def changing():
+    model = module()
+    model.distiller = Distiller(model.student, *model._teacher, CHANGING)
+    return model
+
+
+def test_options_that_change_are_logged_and_resumed(tmp_path):
+    """Six steps, without a stop and with one after three; bit for bit."""
+    logs = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            logs.append({k: float(v) for k, v in trainer.logged_metrics.items()})
+
+    options = {"accumulate_grad_batches": 2, "log_every_n_steps": 1}
+    whole, first, second = changing(), changing(), changing()
+    data = batches()[:6]  # three steps in a pass
+    fit(whole, tmp_path, train=data, max_epochs=2, callbacks=[Watch()], **options)
+    assert logs[0]["teacher_mix"] == pytest.approx(0.4)
+    assert logs[-1]["teacher_mix"] > 0.46
+    assert [log["ce_weight"] for log in logs] == [0.0] * 8 + [1.0] * 4
+    trainer = fit(first, tmp_path, train=data, max_epochs=1, **options)
+    trainer.save_checkpoint(tmp_path / "half.ckpt", weights_only=False)
+    trainer = pl.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        **options,
+    )
+    loader = torch.utils.data.DataLoader(data, batch_size=None)
+    trainer.fit(second, loader, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    assert trainer.global_step == 6
+    wanted = dict(whole.student.named_parameters())
+    assert_same(dict(second.student.named_parameters()), wanted, rtol=0, atol=0)
+    assert second.distiller.state_dict() == whole.distiller.state_dict()
+    # A second training begins anew; a checkpoint without the state is refused.
+    fit(second, tmp_path, train=data, max_steps=1, **options)
+    assert second.distiller.schedules.step == 0
+    fit(module(), tmp_path, max_epochs=1).save_checkpoint(tmp_path / "plain.ckpt")
+    with pytest.raises(
+        ValueError, match=r"lacks 'fdd_state', the state of schedules, stages, grad"
+    ):
+        trainer.fit(changing(), loader, ckpt_path=tmp_path / "plain.ckpt", weights_only=True)
+
+
 def test_the_teacher_is_no_part_of_the_module(tmp_path):
     model = module()
     teacher = {name: p.clone() for name, p in model.distiller.teacher.model.named_parameters()}

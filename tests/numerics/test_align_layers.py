@@ -206,8 +206,7 @@ def test_compiled(method):
     assert torch.equal(function(costs, method), align_layers(costs, method))
 
 
-def test_emd_leaves_compiled_code():
-    """Its flow is computed on the host: the graph ends there and goes on after it."""
+def test_emd_is_left_to_eager_mode():
     torch._dynamo.reset()
     costs = torch.rand(3, 4, generator=torch.Generator().manual_seed(4)).requires_grad_()
 
@@ -217,6 +216,9 @@ def test_emd_leaves_compiled_code():
     found = torch.compile(loss, backend="aot_eager")(costs)
     assert torch.equal(found, loss(costs))
     assert torch.equal(*[torch.autograd.grad(x, costs)[0] for x in (found, loss(costs))])
+    torch._dynamo.reset()
+    with pytest.raises(RuntimeError, match=r"align_layers is not a graph.*emd.*fullgraph"):
+        torch.compile(loss, backend="aot_eager", fullgraph=True)(costs)
 
 
 def test_masses_of_the_teacher_alone_set_the_sum():

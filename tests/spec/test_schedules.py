@@ -186,7 +186,74 @@ def test_a_resume_gives_the_same_numbers(index, stop):
         assert first.state_dict() == saved  # nothing is shared
 
 
+TEXTS = [
+    (WeightSchedule(0, 1, 0, 500), "linear:0,1,0,500"),
+    (WeightSchedule(0.1, 1e-30, 3, 4, "cosine"), "cosine:0.1,1e-30,3,4"),
+    (TAIDSchedule(1000), "taid:1000"),
+    (TAIDSchedule(9, rate=0), "taid:9,0.4,1,0,0.99"),
+    (
+        Stages(PHASES),
+        "dynamics=3:alpha=1,ce_weight=0;both=2:alpha=0.5,ce_weight=0.5;task:alpha=0,ce_weight=1",
+    ),
+    (Stages([("only", 1, {})]), "only=1:"),
+    (GradientBalance({"a": 1, "b": 0.3}), "a=1,b=0.3"),
+    (
+        GradientBalance({"output_kd": 2}, every=7, smoothing=0.9),
+        "output_kd=2;every=7;smoothing=0.9",
+    ),
+]
+
+
+@pytest.mark.parametrize(("schedule", "text"), TEXTS, ids=[text for _, text in TEXTS])
+def test_a_schedule_is_its_text(schedule, text):
+    """Equality and hash are by the text; the state has no part in them."""
+    kind = type(schedule)
+    assert str(schedule) == text
+    parsed = kind.parse(text)
+    assert parsed == schedule
+    assert hash(parsed) == hash(schedule)
+    assert eval(repr(parsed), {kind.__name__: kind}) == schedule
+    assert parsed.state_dict() == schedule.state_dict()
+    parsed.step += 1
+    assert parsed == schedule
+    assert all((other == schedule) == (other is schedule) for other, _ in TEXTS)
+    assert schedule != text
+
+
+def test_the_text_of_a_number_has_its_bits():
+    for value in (0.1 + 0.2, 1 / 3, 5e-324, 1.7e308, 1e16, 12345678.9):
+        schedule = WeightSchedule(value, 0.0, 0, 1)
+        assert WeightSchedule.parse(str(schedule)).initial == value
+    assert TAIDSchedule.parse("taid:20,0.3,0.9").end == 0.9
+    assert Stages.parse(" a = 3 : alpha = 1 ; b : alpha = 0 ") == Stages.parse(
+        "a=3:alpha=1;b:alpha=0"
+    )
+
+
+def test_the_steps_of_stages():
+    stages = Stages(PHASES)
+    assert stages.begins == [0, 3, 5]
+    assert [stages.at(step)["alpha"] for step in range(7)] == [1, 1, 1, 0.5, 0.5, 0, 0]
+    assert stages.step == 0
+
+
 WRONG = [
+    *(
+        (
+            lambda kind=kind, text=text: kind.parse(text),
+            ValueError,
+            f"{text!r} is no {kind.__name__}: write",
+        )
+        for kind, texts in (
+            (WeightSchedule, ("", "linear", "linear:0,1,0", "linear:0,1,0,x", "step:0,1,0,1")),
+            (TAIDSchedule, ("taid", "taid:", "taid:1.5", "tait:5", "taid:5,0.4,1,0,0.99,1")),
+            (Stages, ("", "a", "a=1", "a=x:alpha=1", "a:alpha", "a:alpha=1,alpha=2", "a:alpha=x")),
+            (GradientBalance, ("a", "a=x", "a=1;every", "a=1;every=1.5", "a=1;each=3")),
+        )
+        for text in texts
+    ),
+    (lambda: WeightSchedule.parse("linear:0,-1,0,9"), ValueError, "final=-1.0 must be finite"),
+    (lambda: Stages([("a=b", 1, {})]), ValueError, 'use names without "=", ":" and ";"'),
     (lambda: WeightSchedule(-1, 0, 0, 1), ValueError, "initial=-1 must be finite and at least 0"),
     (lambda: WeightSchedule(1, math.nan, 0, 1), ValueError, "final=nan"),
     (lambda: WeightSchedule(1, 0, 3, 3), ValueError, "end=3 must be after start=3"),

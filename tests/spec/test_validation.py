@@ -479,7 +479,10 @@ def test_a_config_goes_through_json_and_pickle():
 
 def test_a_config_pickled_before_an_option_existed_has_its_default():
     config = FDDConfig(beta=0.5)
-    for name in ("output_divergence", "layer_weights", "derivative_temperature", "teacher_mix"):
+    for name in (
+        *("output_divergence", "layer_weights", "derivative_temperature", "teacher_mix"),
+        *("schedules", "stages", "gradient_balance"),
+    ):
         del config.__dict__[name]
     assert pickle.loads(pickle.dumps(config)) == FDDConfig(beta=0.5)
 

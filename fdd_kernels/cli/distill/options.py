@@ -168,7 +168,7 @@ class DistillOptions(TeacherOptions):
             "alpha": layers >= 1,
             "beta": layers >= 2 and config.derivative is not None,
         }
-        if any(getattr(config, name) and possible for name, possible in terms.items()):
+        if any(config.ever(name) and possible for name, possible in terms.items()):
             return
         if not config.beta or config.derivative is None:
             given = ", ".join(f"{name}={getattr(config, name):g}" for name in terms)

@@ -115,12 +115,12 @@ def _require_labels_in_vocabulary(config: FDDConfig, vocabulary: Vocabulary) -> 
     if (
         config.vocab_size is not None
         and config.vocab_size < tokens
-        and config.ce_weight
+        and config.ever("ce_weight")
         and not vocabulary.unshared
     ):
         raise UserError(
             f"vocab_size={config.vocab_size} leaves out some of the tokenizer's {tokens} tokens, "
-            f"but cross-entropy (ce_weight={config.ce_weight:g}) needs all of them: leave "
+            f"but cross-entropy (ce_weight={config.ever('ce_weight'):g}) needs all of them: leave "
             f"vocab_size out, or give at least {tokens}"
         )
 

@@ -84,11 +84,12 @@ class Report(TrainerCallback):
 
 
 def shown_terms(config: FDDConfig) -> list[str]:
-    """The loss, its terms of nonzero weight, and the router's term, which only some students
-    have.
+    """The loss, its terms of nonzero weight at some step, and the router's term, which only some
+    students have.
     """
-    derivative = config.derivative is not None and config.beta
-    weights = (1, config.output_kd_weight, config.alpha, derivative, config.ce_weight, 1)
+    derivative = config.derivative is not None and config.ever("beta")
+    weights = (*map(config.ever, ("output_kd_weight", "alpha")), derivative)
+    weights = (1, *weights, config.ever("ce_weight"), 1)
     return [name for name, weight in zip(TERMS, weights) if weight]
 
 

@@ -1,0 +1,39 @@
+"""What a student and a teacher must have in common, and what the loss takes from each."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from fdd_kernels.hf.model_reader import ModelReader
+from fdd_kernels.hf.teachers import Teacher
+from fdd_kernels.objectives.fdd.options import FDDConfig, LossOptions
+
+
+def require_shared_vocabulary(config: FDDConfig, student: int, teacher: int) -> None:
+    """Raise ValueError if the heads differ in size and `vocab_size` does not say what to compare.
+
+    Args:
+        student, teacher: rows of their heads.
+    """
+    if config.vocab_size is None and student != teacher:
+        raise ValueError(
+            f"the student's vocabulary has {student} entries and the teacher's {teacher}: if one "
+            f"is only padded, set FDDConfig(vocab_size=N) with N <= {min(student, teacher)} to "
+            "compare the first N tokens"
+        )
+    if (config.vocab_size or 0) > min(student, teacher):
+        raise ValueError(
+            f"vocab_size={config.vocab_size} is larger than a vocabulary (student {student}, "
+            f"teacher {teacher})"
+        )
+
+
+def options_for(config: FDDConfig, student: ModelReader, teacher: Teacher) -> LossOptions:
+    """Return the config's loss options, with the models' soft caps and scales where it has none."""
+    given = {f.name: getattr(config, f.name) for f in fields(LossOptions)}
+    for side, model in (("student", student), ("teacher", teacher)):
+        if given[f"{side}_softcap"] is None:
+            given[f"{side}_softcap"] = model.transform.softcap
+        if given[f"{side}_logit_scale"] is None:
+            given[f"{side}_logit_scale"] = model.transform.scale
+    return LossOptions(**given)

@@ -1,0 +1,68 @@
+"""Options that change during training in two gloo processes, against one process."""
+
+import pytest
+import torch
+
+from fdd_kernels import Distiller
+from tests.distributed.schedule_worker import CONFIG, STAGED, batches, models, train
+from tests.support.processes import finish_well, start
+
+WORKER = "tests.distributed.schedule_worker"
+
+
+def alone(config):
+    """The same steps in one process. GradientBalance measures the first micro-batch: here it is
+    made of the first ones of both processes.
+    """
+    student, teacher = models()
+    distiller = Distiller(student, teacher, config)
+
+    def items(step):
+        return sum(distiller.count_positions(batch) for batch in batches(step, 4))
+
+    def joined(step):
+        parts = batches(step, 4)
+        return [together(parts[:2]), together(parts[2:])]
+
+    return train(distiller, student, joined, items), student
+
+
+def together(parts: list[dict]) -> dict:
+    """Micro-batches as one, padded on the right."""
+    longest = max(part["input_ids"].shape[1] for part in parts)
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    return {
+        key: torch.cat(
+            [
+                torch.nn.functional.pad(part[key], (0, longest - part[key].shape[1]), value=value)
+                for part in parts
+            ]
+        )
+        for key, value in fill.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"), [("state", CONFIG), pytest.param("stage", STAGED, marks=pytest.mark.slow)]
+)
+def test_two_processes_agree_and_equal_one(tmp_path, kind, config):
+    finish_well(start(WORKER, kind, 2, tmp_path))
+    first, second = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2))
+    assert first["logged"] == second["logged"]
+    assert first["state"] == second["state"]
+    for name, weight in first["weights"].items():
+        assert torch.equal(weight, second["weights"][name]), name
+    logged, student = alone(config)
+    # The same sums in float64 in another order, over four steps that depend on one another.
+    for found, expected in zip(first["logged"], logged, strict=True):
+        assert found == pytest.approx(expected, rel=2**-36)
+    for name, parameter in student.named_parameters():
+        torch.testing.assert_close(
+            first["weights"][name], parameter.detach(), rtol=2**-30, atol=2**-36, msg=name
+        )
+    if kind == "stage":
+        # The head, and what comes after the last sampled layer, at the first stage.
+        assert "parameters that train" in first["refused"]
+        assert "find_unused_parameters=True" in first["refused"]
+    else:
+        assert first["refused"] == ""
