@@ -12,18 +12,26 @@ from tests.support.training import CONFIG, TERMS, examples, pad
 WORKER = "tests.distributed.trainer_worker"
 
 
-def run(kind, folder):
-    finish_well(start(WORKER, kind, 2, folder))
-    return [torch.load(folder / f"found-{rank}.pt", weights_only=True) for rank in range(2)]
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """The folder, and the results of both processes by kind."""
+    folder, kinds = tmp_path_factory.mktemp("found"), ("best-first", "partial")
+    finish_well(start(WORKER, ",".join(kinds), 2, folder))
+    files = {kind: [folder / f"{kind}-{rank}.pt" for rank in range(2)] for kind in kinds}
+    return folder, {
+        kind: [torch.load(file, weights_only=True) for file in of_kind]
+        for kind, of_kind in files.items()
+    }
 
 
 @pytest.mark.slow
-def test_every_process_has_the_best_student_and_evaluates_each_row_once(tmp_path):
+def test_every_process_has_the_best_student_and_evaluates_each_row_once(found):
     """Five rows for two processes with two at a time: three of the last four rows are there a
     second time.
     """
-    first, second = run("best-first", tmp_path)
-    assert first["best"] == second["best"] == str(tmp_path / "run" / "checkpoint-1")
+    folder, results = found
+    first, second = results["best-first"]
+    assert first["best"] == second["best"] == str(folder / "run" / "checkpoint-1")
     for name, weight in first["weights"].items():
         assert torch.equal(weight, second["weights"][name]), name
     student = tiny_model("llama", depth=3, seed=1)
@@ -34,19 +42,19 @@ def test_every_process_has_the_best_student_and_evaluates_each_row_once(tmp_path
     for key, rows in (("metrics", examples(HELD_OUT)), ("stream", examples(STREAMED, seed=3))):
         with torch.no_grad():
             terms = distiller(pad(rows))
-        for found in (first[key], second[key]):
+        for metrics in (first[key], second[key]):
             for name in ("loss", *TERMS):
-                assert found[f"eval_{name}"] == pytest.approx(
+                assert metrics[f"eval_{name}"] == pytest.approx(
                     float(getattr(terms, name)), rel=1e-5
                 ), (key, name)
 
 
 @pytest.mark.slow
-def test_parameters_that_the_loss_does_not_reach(tmp_path):
+def test_parameters_that_the_loss_does_not_reach(found):
     """FDDTrainer tells DistributedDataParallel of them; in a hand-written loop an error does,
     before torch would hang.
     """
-    for found in run("partial", tmp_path):
-        assert found["steps"] == {False: 3, True: 3}
-        assert "10 parameters that train" in found["refused"]
-        assert "find_unused_parameters=True" in found["refused"]
+    for result in found[1]["partial"]:
+        assert result["steps"] == {False: 3, True: 3}
+        assert "10 parameters that train" in result["refused"]
+        assert "find_unused_parameters=True" in result["refused"]

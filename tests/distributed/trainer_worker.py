@@ -1,5 +1,5 @@
-"""One process of test_trainer_processes.py: python -m tests.distributed.trainer_worker KIND RANK
-WORLD FOLDER
+"""One process of test_trainer_processes.py: python -m tests.distributed.trainer_worker KINDS RANK
+WORLD FOLDER, with the kinds separated by commas.
 """
 
 import os
@@ -87,15 +87,16 @@ def partial(folder: Path) -> dict:
     return {"steps": steps}
 
 
-def main(kind: str, rank: int, world: int, folder: Path) -> None:
+def main(kinds: str, rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), **address}
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
     )
-    found = {"best-first": best_first, "partial": partial}[kind](folder)
-    torch.save(found, folder / f"found-{rank}.pt")
+    for kind in kinds.split(","):
+        found = {"best-first": best_first, "partial": partial}[kind](folder)
+        torch.save(found, folder / f"{kind}-{rank}.pt")
 
 
 if __name__ == "__main__":
