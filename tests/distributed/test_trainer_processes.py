@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fdd_kernels import Distiller
-from tests.distributed.trainer_worker import HELD_OUT, STREAMED
+from tests.distributed.trainer_worker import HELD_OUT, KINDS, STREAMED
 from tests.support.hf_models import tiny_model
 from tests.support.processes import finish_well, start
 from tests.support.training import CONFIG, TERMS, examples, pad
@@ -15,12 +15,11 @@ WORKER = "tests.distributed.trainer_worker"
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """The folder, and the results of both processes by kind."""
-    folder, kinds = tmp_path_factory.mktemp("found"), ("best-first", "partial")
-    finish_well(start(WORKER, ",".join(kinds), 2, folder))
-    files = {kind: [folder / f"{kind}-{rank}.pt" for rank in range(2)] for kind in kinds}
+    folder = tmp_path_factory.mktemp("found")
+    finish_well(start(WORKER, ",".join(KINDS), 2, folder))
     return folder, {
-        kind: [torch.load(file, weights_only=True) for file in of_kind]
-        for kind, of_kind in files.items()
+        kind: [torch.load(folder / f"{kind}-{rank}.pt", weights_only=True) for rank in range(2)]
+        for kind in KINDS
     }
 
 
@@ -31,7 +30,7 @@ def test_every_process_has_the_best_student_and_evaluates_each_row_once(found):
     """
     folder, results = found
     first, second = results["best-first"]
-    assert first["best"] == second["best"] == str(folder / "run" / "checkpoint-1")
+    assert first["best"] == second["best"] == str(folder / "best-first/run/checkpoint-1")
     for name, weight in first["weights"].items():
         assert torch.equal(weight, second["weights"][name]), name
     student = tiny_model("llama", depth=3, seed=1)
@@ -47,6 +46,18 @@ def test_every_process_has_the_best_student_and_evaluates_each_row_once(found):
                 assert metrics[f"eval_{name}"] == pytest.approx(
                     float(getattr(terms, name)), rel=1e-5
                 ), (key, name)
+
+
+@pytest.mark.slow
+def test_options_that_change_are_the_same_in_every_process_and_resumed(found):
+    processes = found[1]["changing"]
+    expected = processes[0]["whole"]
+    assert expected["state"]["schedules"]["teacher_mix"]["t"] > 0.41
+    assert expected["state"]["schedules"]["gradient_balance"]["weights"]["trajectory"] != 1
+    for one in [process[kind] for process in processes for kind in ("whole", "resumed")]:
+        assert one["state"] == expected["state"]
+        for name, weight in expected["weights"].items():
+            assert torch.equal(one["weights"][name], weight), name
 
 
 @pytest.mark.slow
