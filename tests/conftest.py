@@ -17,6 +17,7 @@ import torch
 
 import fdd_kernels
 from fdd_kernels.backends import BACKENDS, why_unavailable
+from tests.support.options import INTERPRETED
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported: never ask it
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -28,8 +29,6 @@ hypothesis.settings.register_profile(
 hypothesis.settings.register_profile("search", deadline=None, max_examples=1500)
 hypothesis.settings.load_profile("fdd")
 
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 if INTERPRETED:
     from triton import language
@@ -94,6 +93,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Those with a time limit of their own are the longest: first, so that no process is left alone
+    # with one at the end.
+    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA or HIP device, and this machine has none")
         for item in items:

@@ -19,6 +19,7 @@ from fdd_kernels.objectives.option_checks import (
     REDUCTIONS,
     require_choice,
     require_divergence,
+    require_head_options,
     require_int,
     require_number,
 )
@@ -111,19 +112,9 @@ class LossOptions:
         require_number(
             "derivative_temperature", self.derivative_temperature, positive=True, optional=True
         )
-        for name in (
-            "student_softcap",
-            "teacher_softcap",
-            "student_logit_scale",
-            "teacher_logit_scale",
-        ):
-            require_number(name, getattr(self, name), positive=True, optional="softcap" in name)
-        from fdd_kernels.backends import backend_names
+        require_head_options(self)
         from fdd_kernels.lens.divergences import DERIVATIVES, FEATURE_DISTANCES
 
-        require_int("ignore_index", self.ignore_index, minimum=-(2**63))
-        if self.vocab_size is not None:
-            require_int("vocab_size", self.vocab_size, minimum=1)
         if self.trajectory not in FEATURE_DISTANCES:
             require_divergence("trajectory", self.trajectory, FEATURE_DISTANCES)
         require_divergence("output_divergence", self.output_divergence)
@@ -133,7 +124,6 @@ class LossOptions:
         object.__setattr__(self, "derivative_layers", own)
         self._check_teacher_mix()
         require_choice("reduction", self.reduction, REDUCTIONS)
-        require_choice("backend", self.backend, backend_names())
 
     def _check_teacher_mix(self) -> None:
         require_number("teacher_mix", self.teacher_mix)

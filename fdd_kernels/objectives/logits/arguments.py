@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fdd_kernels.backends import backend_names
 from fdd_kernels.objectives.inputs import LossInputs
 from fdd_kernels.objectives.option_checks import (
     REDUCTIONS,
     require_choice,
-    require_int,
+    require_head_options,
     require_number,
 )
 from fdd_kernels.objectives.tensors import require_float
@@ -122,16 +121,8 @@ class LogitOptions:
 
     def __post_init__(self) -> None:
         require_number("temperature", self.temperature, positive=True)
-        for side, prefix in (("student", self.prefix), ("teacher", "teacher_")):
-            for name in ("softcap", "logit_scale"):
-                value = getattr(self, f"{side}_{name}")
-                require_number(f"{prefix}{name}", value, positive=True, optional=name == "softcap")
-        require_int("ignore_index", self.ignore_index, minimum=-(2**63))
-        for name in ("vocab_size", "teacher_vocab_size"):
-            if getattr(self, name) is not None:
-                require_int(name, getattr(self, name), minimum=1)
+        require_head_options(self, self.prefix)
         require_choice("reduction", self.reduction, REDUCTIONS)
-        require_choice("backend", self.backend, backend_names())
 
     @property
     def factor(self) -> float:
