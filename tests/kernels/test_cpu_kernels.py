@@ -374,6 +374,16 @@ def test_every_way_to_the_gradients(way, dtype, options):
     )
 
 
+@pytest.mark.parametrize("divergence", ["kl", "reverse_kl"])
+def test_identical_models_have_no_gradient_in_every_way(way, divergence):
+    """Not even one of rounding, which AdamW would turn into steps."""
+    problem = random_problem((40,), 300, 24, 24, layers=3, near=0.0)
+    options = {"trajectory": divergence, "output_divergence": divergence, "temperature": 2.0}
+    loss, *found = gradients(problem, **options)
+    assert loss == 0
+    assert not any(gradient.any() for gradient in found)
+
+
 def test_every_way_in_feature_space(way):
     problem = random_problem((40,), 300, 24, layers=3, feature_space=True)
     check(problem, trajectory="mse", derivative="mse", output_in_dynamics=True)
