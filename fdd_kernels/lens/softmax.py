@@ -134,14 +134,16 @@ def kl_of_logits_(
     p = RowSoftmax.of_exps_(z_t.exp_(), at_t)
     if hidden is not None:
         hidden.fill_(w, 0.0)
+    size = max(1, len(w) // _PARTS)
     if w.device.type == "cpu":
-        expected = torch.linalg.vecdot(p.exps, w)[:, None] * p.top
+        expected = sum_over_tokens(torch.mul, p.exps, w) * p.top
         value = q.others.log1p() - p.others.log1p() - expected
         near = (value < _FAR).nonzero()[:, 0]
-        for rows in near.split(max(1, len(w) // _PARTS)) if len(near) else ():
-            value[rows] = _kl_of_rows(q, p, w, rows)
+        parts = near.split(size) if len(near) else ()
     else:
-        value = _kl_of_rows(q, p, w, slice(None))
+        value, parts = torch.empty_like(p.top), [slice(i, i + size) for i in range(0, len(w), size)]
+    for rows in parts:
+        value[rows] = _kl_of_rows(q, p, w, rows)
 
     def grad_of(upstream: Tensor) -> Tensor:
         exact = [(at, _difference(q, p, at) * upstream) for at in (p.at, q.at)]
@@ -158,10 +160,8 @@ def _kl_of_rows(q: RowSoftmax, p: RowSoftmax, w: Tensor, rows: Tensor | slice) -
     log_ratio = (q.others.log1p() - p.others.log1p())[rows]
     top_q, top_p = q.top[rows], p.top[rows]
 
-    def of_columns(e_q: Tensor, e_p: Tensor, w: Tensor) -> Tensor:
-        return kl_of(e_p * top_p, e_q * top_q, w - log_ratio)
-
-    return sum_over_tokens(of_columns, q.exps[rows], p.exps[rows], w[rows])
+    of_tokens = kl_of(p.exps[rows] * top_p, q.exps[rows] * top_q, w[rows] - log_ratio)
+    return of_tokens.sum(-1, keepdim=True)
 
 
 def _difference(q: RowSoftmax, p: RowSoftmax, at: Tensor) -> Tensor:

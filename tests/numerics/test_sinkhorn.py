@@ -188,7 +188,7 @@ class TestFormula:
 
     @pytest.mark.parametrize("columns", [1, 3, 36, 37])
     def test_tiles_of_every_size(self, columns, monkeypatch):
-        monkeypatch.setitem(GROUP_BYTES, "cpu", 8 * 10 * 7 * columns)
+        monkeypatch.setitem(GROUP_BYTES, "cpu", 8 * 10 * 6 * columns)
         check(random_problem(layers=1, dtype=F64, bias="padded"), student_softcap=4.0)
 
     def test_the_gradient_goes_through_the_iterations(self):

@@ -87,6 +87,7 @@ def row_blocks(
         grad_u = grad_of(upstream[rows])
         del block, grad_of
         walk.add_gradients(place, grad_u, *gradients)
+        del grad_u  # before the next block
     return [values, *[g for g in gradients if g is not None]]
 
 

@@ -18,8 +18,14 @@ from fdd_kernels.lens.spec import LensSpec
 # Of all tiles of a group at hand; at least one token's.
 GROUP_BYTES = {"cpu": 128 * MIB}
 ACCELERATOR_GROUP_BYTES = GIB
-# Tiles (b, c) at hand: of both models logits and probabilities, of the student's gradient three.
-_TILES = 7
+# Tiles (b, c) at hand: of both models logits and probabilities, of the student's gradient two.
+TILES = 6
+
+
+def tile_columns(of_token: int, columns: int, itemsize: int, device_type: str) -> int:
+    """Choose the tokens of a tile, of which each takes so many numbers."""
+    budget = GROUP_BYTES.get(device_type, ACCELERATOR_GROUP_BYTES)
+    return max(1, min(columns, budget // (itemsize * of_token)))
 
 
 class GroupOfRows:
@@ -33,10 +39,11 @@ class GroupOfRows:
         self.problem, self.temperature = problem, temperature
         self.models = problem.student, problem.teacher
         self.hidden = [model.rows(rows) for model in self.models]
-        budget = GROUP_BYTES.get(problem.device.type, ACCELERATOR_GROUP_BYTES)
         converted = [m.weight.shape[1] for m in self.models if m.weight.dtype != problem.dtype]
-        size = budget // (problem.dtype.itemsize * max(_TILES * len(rows), *converted, 1))
-        self.size = max(1, min(problem.spec.columns, size))
+        of_token = max(TILES * len(rows), *converted, 1)
+        self.size = tile_columns(
+            of_token, problem.spec.columns, problem.dtype.itemsize, problem.device.type
+        )
         self._held: dict[int, Tensor] = {}
 
     def tiles(self) -> Iterator[slice]:

@@ -230,13 +230,16 @@ def _direction(
         head = torch.cat([head, columns.teachers[0].to(head.dtype)])
         column_tags, present = torch.cat([column_tags] * 2), torch.cat([present] * 2)
     teachers = list(rows.teachers) if o.has_teachers else []
+    their_columns = columns.teachers[0] if len(teachers) == 1 else None
+    if len(teachers) > 1:
+        their_columns = torch.cat(columns.teachers, 1)
     whole = rows.whole and (labels is None or columns.whole)
     scores = LensInputs(
         [rows.student],
         head,
         None,
         teachers,
-        torch.cat(columns.teachers, 1) if teachers else None,
+        their_columns,
         None,
         None if whole else valid,
         None,

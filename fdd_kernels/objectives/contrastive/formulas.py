@@ -53,7 +53,7 @@ def _positives(tags: Tensor, column_tags: Tensor, left_out: Hidden | None) -> Te
     return marked if left_out is None else marked.logical_and_(~left_out.mask)
 
 
-@row_function
+@row_function(matrices=1.25)
 def infonce(block: RowBlock, exclude: str, there: str) -> tuple[Tensor, GradOf]:
     """Compute -log q of the label's column, which is never left out."""
     own, tags, _, labels = block.per_row
