@@ -97,6 +97,39 @@ def sinkhorn_memory(
     return walk | {"iterations": missing, "numbers": NUMBERS * rows}
 
 
+def layer_costs_memory(
+    rows: int,
+    columns: int,
+    student_width: int,
+    teacher_width: int,
+    layers: int,
+    teacher_layers: int,
+    *,
+    device: str = "cpu",
+) -> dict[str, int]:
+    """Count the bytes of `layer_costs` by KL with gradients, by the backend "torch"; see its
+    `memory` for the tiles, which are bounded::
+
+        tiles + 4 D (2 Ls R + V) + 12 R (2 max(Ls, Lt) + 4 Ls Lt)
+    """
+    from fdd_kernels.backends import BACKENDS, CallShape
+    from fdd_kernels.lens.layout import REQUEST_STATS
+    from fdd_kernels.objectives.alignment.objective import cost_spec
+    from fdd_kernels.objectives.alignment.options import CostOptions
+
+    depths = layers, teacher_layers
+    spec = cost_spec(CostOptions(), columns, *depths)
+    sizes = layers, rows, columns, student_width, teacher_width, FLOAT
+    call = CallShape(*sizes, spec=spec, device=device, teacher_layers=teacher_layers)
+    numbers = 2 * max(depths) + REQUEST_STATS * layers * teacher_layers
+    parts = BACKENDS["torch"].memory(call)
+    del parts["runtime"]  # of libraries
+    return parts | {
+        "gradients": FLOAT * student_width * (layers * rows + columns),
+        "statistics": 3 * FLOAT * rows * numbers,
+    }
+
+
 def _block(kind: str, columns: int, rows: int, device: str) -> tuple[int, int]:
     """Count the bytes of a block of scores, and its rows."""
     import fdd_kernels.objectives.contrastive.formulas

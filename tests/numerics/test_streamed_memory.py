@@ -12,10 +12,16 @@ from fdd_kernels import (
     fused_contrastive_kd,
     fused_relation_kd,
     fused_sinkhorn_kd,
+    layer_costs,
 )
-from fdd_kernels.backends.torch_stream import blocks
+from fdd_kernels.backends.torch_stream import blocks, tiling
 from fdd_kernels.backends.torch_stream.pair_costs import GROUP_BYTES
-from fdd_kernels.memory.streamed import attention_memory, contrastive_memory, sinkhorn_memory
+from fdd_kernels.memory.streamed import (
+    attention_memory,
+    contrastive_memory,
+    layer_costs_memory,
+    sinkhorn_memory,
+)
 from tests.support.allocations import allocated_peak
 
 # A formula adds up parts that are not all there at the peak.
@@ -85,6 +91,23 @@ def test_sinkhorn(rows, columns, iterations, budget, monkeypatch):
     teacher = draw(rows, 8, grad=False), draw(columns, 8, grad=False)
     measured = peak(fused_sinkhorn_kd, *student, *teacher, iterations=iterations)
     assert_predicted(measured, sinkhorn_memory(rows, columns, 8, iterations=iterations))
+
+
+@pytest.mark.parametrize("depths", [(2, 4), (4, 8)], ids=lambda d: "x".join(map(str, d)))
+@pytest.mark.parametrize(("rows", "columns"), [(64, 4096), (512, 256)])
+def test_layer_costs(depths, rows, columns, monkeypatch):
+    monkeypatch.setitem(tiling.TILE_BYTES, "cpu", 2**20)
+    widths = 16, 24
+    models = []
+    for width, layers, grad in zip(widths, depths, (True, False)):
+        models.append([draw(rows, width, grad=grad) for _ in range(layers)])
+        models.append(draw(columns, width, grad=grad))
+    leaves = [*models[0], models[1]]
+
+    def run():
+        return torch.autograd.grad(layer_costs(*models, backend="torch").sum(), leaves)
+
+    assert_predicted(allocated_peak(run), layer_costs_memory(rows, columns, *widths, *depths))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
