@@ -196,7 +196,6 @@ class Schedules:
         Raises:
             ValueError: the state of other schedules.
         """
-        self._begin_anew()
         found = self._stateful()
         given = {*state, *state.get("values", ())}
         wanted = {"step", "values", *found, *self.values()}
@@ -205,7 +204,8 @@ class Schedules:
                 f"the state has {sorted(given)}, but the schedules of this config have "
                 f"{sorted(wanted)}: it is of another config"
             )
-        for name, schedule in found.items():
+        self._begin_anew()
+        for name, schedule in self._stateful().items():
             schedule.load_state_dict(state[name])
         self.step = state["step"]
         self.options = replace(self._fixed, **state["values"])

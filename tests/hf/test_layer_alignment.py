@@ -399,11 +399,29 @@ def test_a_state_of_other_layers_is_refused():
         other.load_state_dict(state)
 
 
+def test_a_loaded_state_replaces_what_was_trained_after_it():
+    distiller = Distiller(*models(), CONFIG)
+    distiller(tiny_batch(), step=0)
+    state = json.loads(json.dumps(distiller.state_dict()))
+    distiller(tiny_batch(), step=5)
+    assert distiller.alignment.step == 5
+    distiller.load_state_dict(state)
+    distiller(tiny_batch(), step=1)  # before the next matching, at step 2
+    assert distiller.alignment.record() == state["alignment"]
+
+
 def test_without_an_alignment_nothing_changes():
     student, teacher = models()
     distiller = Distiller(student, teacher, FDDConfig(num_layers=3))
     assert distiller.alignment is None
     assert distiller(tiny_batch()).loss.requires_grad
+    aligned = Distiller(*models(), CONFIG)
+    for one, other in ((distiller, aligned), (aligned, distiller)):
+        with pytest.raises(ValueError, match="layer alignment, but the config has layer_align"):
+            one.load_state_dict(other.state_dict())
+    for state in ({}, {"schedules": {"step": None, "values": {}}}):
+        with pytest.raises(ValueError, match="it is not of a Distiller"):
+            aligned.load_state_dict(state)
 
 
 def run(folder, **arguments):
