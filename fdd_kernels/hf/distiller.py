@@ -143,8 +143,8 @@ class Distiller:
         """Return the names of the student's parameters that train but get no gradient from this
         loss.
 
-        They belong to the head with `train_head=False`, and to blocks after the last state that the
-        loss needs at every step. DistributedDataParallel waits for all gradients unless it is given
+        They belong to the head with `train_head=False`, and to blocks that the loss does not need
+        at every step. DistributedDataParallel waits for all gradients unless it is given
         `find_unused_parameters=True`.
         """
         idle = [] if self.config.train_head else [self.student.head]
