@@ -28,8 +28,8 @@ class LayerAlignment:
 
     `layer_costs` of the first micro-batch of such a step, without gradient and averaged over the
     valid tokens of all processes, become weights by `align_layers`. A step whose costs are not
-    finite, or that has no valid token, leaves the pairing as it is; the next step tries again.
-    The output is not part of it: with `output_in_dynamics` it is paired with the output.
+    finite, or that has no valid token, leaves the pairing as it is; the next micro-batch tries
+    again. The output is not part of it: with `output_in_dynamics` it is paired with the output.
 
     Attributes:
         student_layers, teacher_layers: the sampled layers, Ls and Lt, as in a config.
@@ -110,6 +110,7 @@ class LayerAlignment:
                 )
         for name in _STATE:
             setattr(self, name, _as_tuples(state[name]))
+        self._trained = None  # the steps that follow are not after those of another training
 
     @property
     def _output(self) -> bool:

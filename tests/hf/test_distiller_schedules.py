@@ -255,13 +255,16 @@ def test_errors_are_named():
     distiller(batch, step=2)
     with pytest.raises(ValueError, match=r"step=1 is before the last one, 2"):
         distiller(batch, step=1)
-    plain = Distiller(student, teacher, PLAIN)
+    plain, before = Distiller(student, teacher, PLAIN), distiller.state_dict()
+    paired = Distiller(student, teacher, replace(PLAIN, layer_alignment="monotone"))
     for state, message in (
-        (plain.state_dict(), r"the state has \['step', 'values'\], but.*of another config"),
+        (paired.state_dict(), r"the state has \['step', 'values'\], but.*of another config"),
+        (plain.state_dict(), "the state has no layer alignment, but.*of another config"),
         ({"step": 1}, r"the state has \['step'\]: it is not of a Distiller"),
     ):
         with pytest.raises(ValueError, match=message):
             distiller.load_state_dict(state)
+        assert distiller.state_dict() == before
     weights = Distiller(student, teacher, replace(PLAIN, schedules="alpha=linear:0,1,0,9"))
     weights(batch, step=2)
     weights(batch, step=1)  # depends on the step alone

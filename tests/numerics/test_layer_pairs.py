@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from fdd_kernels import (
     FDDLossTerms,
@@ -427,6 +428,23 @@ def test_compiled(options):
     assert_equal(evaluate(problem, function, upstream), expected)
 
 
+@pytest.mark.slow
+def test_compiled_once_for_all_weights():
+    """The first weights alone, then one graph for all others that are not 0."""
+    torch._dynamo.reset()
+    counter, problem = CompileCounterWithBackend("aot_eager"), layered((2, 3))
+
+    def loss(**arguments):
+        return fused_fdd_loss(**arguments)
+
+    function = torch.compile(loss, fullgraph=True, backend=counter)
+    for i in range(10):
+        weights = ((1.0 + i, 0.3, 0.2 + i / 7), (0.1 + i / 9, 0.5, 3.0 + i))
+        options = {"layer_weights": weights, "derivative_layers": (0, 2), "backend": "torch"}
+        assert_equal(evaluate(problem, function, **options), evaluate(problem, **options))
+    assert counter.frame_count == 2
+
+
 def test_autocast(backend):
     problem = layered((2, 3), token_weights=False)  # autocast does not round weights
     options = {"layer_weights": soft((2, 3)), "backend": backend}
@@ -546,3 +564,9 @@ def test_errors(options, error, message):
     problem = layered((2, 3))
     with pytest.raises(error, match=message):
         fused_fdd_loss(**problem.arguments, **({"layer_weights": MATRIX} | options))
+
+
+def test_one_layer_has_no_derivative_and_needs_no_work_for_it():
+    with pytest.raises(ValueError, match=r"nothing to compute.*or more layers"):
+        build_plan(LossOptions(alpha=0, output_kd_weight=0), 7, 2)
+    assert len(build_plan(LossOptions(alpha=0), 7, 2).spec.requests) == 1  # the output's
