@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks.call import LOSS, Call
 from benchmarks.inputs import build_problem
-from benchmarks.objectives import dense_rows
+from benchmarks.objectives import OBJECTIVES, dense_rows
 from benchmarks.providers import Provider, gradients_of
 from benchmarks.workloads import Workload
 from fdd_kernels import fdd_loss_reference
@@ -42,6 +42,9 @@ COARSE, COARSE_ROUNDED = 0.02, 0.2
 
 def sample_shape(workload: Workload) -> tuple[int, int]:
     """Choose rows and columns of the small check."""
+    if workload.heads:
+        rows = min(workload.rows, math.isqrt(ROW_ELEMENTS // workload.heads))
+        return rows, rows
     columns = workload.columns
     if not workload.feature_space:
         columns = min(columns, HEAD_ELEMENTS // (workload.student_width + workload.teacher_width))
@@ -167,11 +170,16 @@ def small_check(workload: Workload, device: torch.device) -> SmallCheck:
 
 
 class TimedCallCheck:
-    """Compare gradients of the hidden states of a few rows of the timed call with float64."""
+    """Compare gradients of the hidden states of the last few rows of the timed call with float64;
+    of all rows where these depend on one another.
+    """
 
     def __init__(self, workload: Workload, problem: Call):
         self.workload, self.problem = workload, problem
         self.rows = max(1, min(workload.rows, 4))
+        if not OBJECTIVES[workload.objective].rows_alone:
+            self.rows = workload.rows
+        self.part = slice(workload.rows - self.rows, workload.rows)
         self._truth: dict[str, dict[str, Tensor]] = {}
 
     def run(self, provider: Provider, gradients: dict[str, Tensor]) -> dict[str, Any]:
@@ -179,17 +187,18 @@ class TimedCallCheck:
         options = provider.options(self.workload)
         key = repr(sorted(options.items()))
         if key not in self._truth:
-            some = _rows_of(self.problem, slice(0, self.rows)).frozen("student_weight")
-            upstream = 1 / self.workload.rows
+            some = _rows_of(self.problem, self.part).frozen("student_weight")
             if some.objective == LOSS:
+                upstream = 1 / self.workload.rows
                 truth = exact(some, upstream, reduction="sum", **options).gradients
             else:
-                loss_of = lambda *call: dense_rows(*call).sum() * upstream  # noqa: E731
+                part = self.rows / self.workload.rows
+                loss_of = lambda *call: dense_rows(*call).mean() * part  # noqa: E731
                 truth = gradients_of(loss_of, some.to(torch.float64), options)[1]
             self._truth[key] = truth
         worst = 0.0
         for name, true in self._truth[key].items():
-            error = (gradients[name][: self.rows].double() - true).norm(dim=-1)
+            error = (gradients[name][self.part].double() - true).norm(dim=-1)
             worst = max(worst, _relative(error, true.norm(dim=-1)))
         limit = COARSE_ROUNDED if provider.rounds_logits and self.workload.itemsize < 4 else COARSE
         return {"rows": self.rows, "error": worst, "limit": limit, "passed": worst <= limit}

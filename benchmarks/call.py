@@ -24,16 +24,18 @@ class Call(Problem):
     Attributes:
         objective: a name of `objectives.OBJECTIVES`.
         ids, logprobs: the teacher's likeliest tokens and their log-probabilities, (R, K).
+        heads: of attention, where rows are positions, hidden states are queries and weights keys.
     """
 
     objective: str = LOSS
     ids: Tensor | None = None
     logprobs: Tensor | None = None
+    heads: int | None = None
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Return the keyword arguments of `fused_fdd_loss`."""
-        own = ("objective", "ids", "logprobs")
+        own = ("objective", "ids", "logprobs", "heads")
         return {name: value for name, value in super().arguments.items() if name not in own}
 
     @property

@@ -44,21 +44,23 @@ def build_problem(
             piece.copy_(drawn.mul_(scale))
         return out
 
-    def states(width: int, stream: int) -> list[Tensor]:
+    def states(width: int, layers: int, stream: int) -> list[Tensor]:
         hidden = [normal(rows, width, 1.0, stream)]
-        for layer in range(1, workload.layers):
+        for layer in range(1, layers):
             update = normal(rows, width, 0.6, stream + layer)
             hidden.append(update.add_(hidden[-1], alpha=0.8))
         return hidden
 
     def head(width: int, stream: int) -> Tensor:
-        return normal(columns, width, SPREAD / math.sqrt(width), stream)
+        # Attention divides its scores by the root of a head's width itself.
+        scale = SPREAD if workload.heads else SPREAD / math.sqrt(width)
+        return normal(columns, width, scale, stream)
 
     def beside(tensor: Tensor, stream: int) -> Tensor:
         return tensor * (1 + normal(*tensor.shape, workload.near, stream))
 
     student_hidden, student_weight = (
-        states(workload.student_width, 100),
+        states(workload.student_width, workload.layers, 100),
         head(workload.student_width, 1),
     )
     teacher_weight = None
@@ -66,7 +68,8 @@ def build_problem(
         teacher_hidden = [beside(h, 300 + i) for i, h in enumerate(student_hidden)]
         teacher_weight = beside(student_weight, 3)
     else:
-        teacher_hidden = states(workload.teacher_width, 200)
+        teacher_layers = workload.teacher_layers or workload.layers
+        teacher_hidden = states(workload.teacher_width, teacher_layers, 200)
         if not workload.feature_space:
             teacher_weight = head(workload.teacher_width, 2)
     call = Call(
@@ -75,6 +78,7 @@ def build_problem(
         teacher_hidden=tuple([h.to(device) for h in teacher_hidden]),
         teacher_weight=None if teacher_weight is None else teacher_weight.to(device),
         objective=workload.objective,
+        heads=workload.heads,
     )
     return replace(call, **_per_token(call, workload))
 
@@ -86,6 +90,8 @@ def _per_token(call: Call, workload: Workload) -> dict[str, Tensor]:
     found = {}
     if "labels" in workload.tensors:
         found["labels"] = torch.randint(columns, (count,), generator=generator).to(device)
+    if "own" in workload.tensors:
+        found["labels"] = torch.arange(count, device=device)
     if "token_weights" in workload.tensors:
         found["token_weights"] = torch.rand(count, generator=generator).to(device)
     if "ids" in workload.tensors:

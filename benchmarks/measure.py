@@ -14,7 +14,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,10 +162,8 @@ def measure_memory(
     On a CPU the peak is of resident memory, in a process whose allocator gives freed memory back
     (`runner.RETURN_FREED_MEMORY`). The gradients are part of it, and are also reported alone.
     """
-    width = min(workload.teacher_width, 64)
-    small = {"student_width": min(workload.student_width, 64), "teacher_width": width}
-    small["columns"] = width if workload.feature_space else min(workload.columns, 256)
-    tiny = replace(workload, rows=min(workload.rows, 64), **small)
+    widths = min(workload.student_width, 64), min(workload.teacher_width, 64)
+    tiny = workload.resized(min(workload.rows, 64), min(workload.columns, 256), *widths)
     step(provider, build_problem(tiny, device), provider.options(tiny), device)
     if provider.rows is not None:  # another path through the code may load modules of its own
         provider.rows(build_problem(tiny, device), provider.options(tiny)).sum().backward()

@@ -12,8 +12,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import fdd_kernels
+from benchmarks import streamed
 from benchmarks.call import Call, objective_of
 from benchmarks.dense import fdd_rows, kl, log_probabilities
+from benchmarks.workloads import Workload
 from fdd_kernels.testing import Problem
 
 Rows = Callable[[Call, dict[str, Any]], Tensor]
@@ -28,15 +30,18 @@ class Objective:
     Attributes:
         fused: `fused(call, options)` by this package, with "backend" and "reduction" in the
             options; one without `reduction` gives numbers per row.
-        dense: `dense(call, options)`, the same per row in plain PyTorch, (R,) or (R, n).
+        dense: `dense(call, options)`, the same per row in plain PyTorch, (R,) or (R, n); (1,) where
+            rows depend on one another.
         teacher: whether it multiplies by the teacher's head.
         gradient: whether it has one.
+        rows_alone: whether a row's number depends on no other row.
     """
 
     fused: Rows
     dense: Rows
     teacher: bool = True
     gradient: bool = True
+    rows_alone: bool = True
 
 
 def _student(call: Call) -> tuple[Tensor, Tensor]:
@@ -121,7 +126,20 @@ OBJECTIVES = {
     "fused_topk_kd": Objective(_fused_topk, _topk_rows, teacher=False),
     "selected_logprobs": Objective(_selected, _logprob_rows, teacher=False),
     "row_statistics": Objective(_statistics, _statistics_rows, gradient=False),
+    "fused_contrastive_kd": Objective(streamed.fused_contrastive, streamed.contrastive_rows),
+    "fused_relation_kd": Objective(streamed.fused_relation, streamed.attention_rows),
+    "fused_attention_kd": Objective(streamed.fused_attention, streamed.attention_rows),
+    "layer_costs": Objective(streamed.fused_costs, streamed.cost_rows),
+    "fused_sinkhorn_kd": Objective(
+        streamed.fused_transport, streamed.transport_rows, rows_alone=False
+    ),
 }
+
+
+def has_teacher(workload: Workload) -> bool:
+    """Tell whether the workload's objective multiplies by the teacher's head."""
+    objective = OBJECTIVES[workload.objective]
+    return objective.teacher and workload.loss_options.get("loss") != "infonce"
 
 
 def fused(call: Problem, options: dict[str, Any]) -> Tensor:

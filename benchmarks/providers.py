@@ -9,7 +9,7 @@ import functools
 import importlib
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -68,7 +68,7 @@ class Provider:
 
     def unsupported(self, workload: Workload) -> str | None:
         """Say why it cannot compute any part of this workload's loss; None if it can."""
-        if workload.group == "objectives":
+        if workload.group == "objectives" or workload.objective != LOSS:
             called = self.kind != "packages"
             return self.refusal(workload) if called else "is not called for other objectives"
         if workload.feature_space and not self.feature_space:
@@ -151,9 +151,8 @@ def _backend(name: str) -> Provider:
 
     def refusal(workload: Workload) -> str | None:
         """Call it at tiny shape: it refuses before any work."""
-        shape = {"rows": 1, "columns": 64, "student_width": 16, "teacher_width": 16}
         on_gpu = "cuda" in backend.devices and torch.cuda.is_available()
-        call = build_problem(replace(workload, **shape), "cuda" if on_gpu else "cpu")
+        call = build_problem(workload.resized(1, 64, 16, 16), "cuda" if on_gpu else "cpu")
         try:
             rows(call, workload.loss_options)
         except ValueError as error:

@@ -29,7 +29,7 @@ from fdd_kernels.objectives.fdd.options import LossOptions
 # fixed threshold it gives them back, so that the high-water mark is of memory in use, as
 # max_memory_allocated is on a GPU.
 RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
-DEFAULT_REPEATS = {"tiny": 2, "quick": 3, "full": 3, "limits": 3, "objectives": 5}
+DEFAULT_REPEATS = {"tiny": 2, "quick": 3, "full": 3, "limits": 3, "objectives": 5, "streamed": 3}
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """`pytest benchmarks`: forward and backward of a suite's workloads with every provider.
 
-FDD_BENCH_SUITE=tiny|quick|full|limits chooses the shapes (tiny), FDD_BENCH_THREADS the threads.
+FDD_BENCH_SUITE, a suite of `python -m benchmarks`, chooses the shapes (tiny), and
+FDD_BENCH_THREADS the threads.
 """
 
 from __future__ import annotations

@@ -21,13 +21,15 @@ SWEPT = {"rows": "tokens R", "columns": "vocabulary V", "layers": "layers L"}
 class Workload:
     """One problem: a call of the loss and the measures taken of it.
 
-    `layers` counts the final state. `objective` is the public function, `options` are its options,
-    and `tensors` names what it takes besides states and heads: labels, token_weights, ids (with
-    logprobs). `beside` are options of a call that this package takes in turn with it, for the ratio
-    of their times. `providers` are names or kinds of providers, all if None
-    (`providers.of_workload`); `repeats` and `threads` are the run's if None. `sweep` is the field
-    that a scaling sweep varies. `near` makes the teacher the student plus noise of this relative
-    size.
+    `layers` counts the final state; `teacher_layers` of None are as many. `objective`
+    is the public function, `options` are its options, and `tensors` names what it takes besides
+    states and heads: labels, own (labels that are the rows' own numbers), token_weights, ids (with
+    logprobs). With `heads` the objective compares attention: rows and columns are positions,
+    hidden states queries and weights keys. `beside` are options of a call that this package takes
+    in turn with it, for the ratio of their times. `providers` are names or kinds of providers, all
+    if None (`providers.of_workload`); `repeats` and `threads` are the run's if None. `sweep` is the
+    field that a scaling sweep varies. `near` makes the teacher the student plus noise of this
+    relative size.
     """
 
     name: str
@@ -37,6 +39,8 @@ class Workload:
     student_width: int
     teacher_width: int
     layers: int = 5
+    teacher_layers: int | None = None
+    heads: int | None = None
     dtype: str = "float32"
     train_head: bool = True
     objective: str = LOSS
@@ -57,6 +61,27 @@ class Workload:
             raise ValueError(f"{self.name}: dtype {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.feature_space and self.columns != self.teacher_width:
             raise ValueError(f"{self.name}: in feature space columns are the teacher's width")
+        widths = self.student_width, self.teacher_width
+        if self.heads and (self.rows != self.columns or any(w % self.heads for w in widths)):
+            raise ValueError(
+                f"{self.name}: rows and columns are positions, and heads divide widths"
+            )
+
+    def resized(self, rows: int, columns: int, student_width: int, teacher_width: int) -> Workload:
+        """Take other sizes, as near to these as the objective allows."""
+        if self.heads:
+            columns = rows
+            student_width, teacher_width = (
+                self.heads * max(1, width // self.heads) for width in (student_width, teacher_width)
+            )
+        if self.feature_space:
+            columns = teacher_width
+        sizes = {"rows": rows, "columns": columns}
+        return replace(self, **sizes, student_width=student_width, teacher_width=teacher_width)
+
+    def with_rows(self, rows: int) -> Workload:
+        """Take another number of rows."""
+        return self.resized(rows, self.columns, self.student_width, self.teacher_width)
 
     @property
     def loss_options(self) -> dict[str, Any]:
@@ -85,11 +110,26 @@ class Workload:
 
     def describe(self) -> str:
         """Describe the shapes in one line."""
+        if self.heads:
+            widths = f"D={self.student_width}/{self.teacher_width}"
+            return f"T={self.rows} H={self.heads} {widths} {self.dtype}"
         head = f"{'trainable' if self.train_head else 'frozen'} "
         head += "projection" if self.feature_space else "head"
         columns = f"{'C' if self.feature_space else 'V'}={self.columns}"
         widths = f"D={self.student_width}/{self.teacher_width}"
-        return f"R={self.rows} {columns} {widths} L={self.layers} {self.dtype} {head}"
+        layers = f"{self.layers}" + (f"/{self.teacher_layers}" if self.teacher_layers else "")
+        if self.objective == "fused_contrastive_kd":
+            return f"R={self.rows} C={self.columns} {widths} {self.dtype}"
+        return f"R={self.rows} {columns} {widths} L={layers} {self.dtype} {head}"
+
+    @property
+    def extent(self) -> tuple[str, str, int]:
+        """Return what flat memory is shown against: its name, a text, and its number."""
+        if self.teacher_layers:
+            text = f"Ls x Lt={self.layers} x {self.teacher_layers}"
+            return "Ls x Lt", text, self.layers * self.teacher_layers
+        name = "T" if self.heads else "R=C" if self.rows == self.columns else "R"
+        return name, f"{name}={self.rows}", self.rows
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"options": self.loss_options, "beside": dict(self.beside)}
@@ -235,8 +275,70 @@ def objectives(output: Workload = KD, dynamics: Workload = GPT2) -> list[Workloa
     return found
 
 
+_FEW = replace(GPT2, rows=128)
+
+
+def streamed(rows: int = 4096, positions: int = 2048, costs: Workload = _FEW) -> list[Workload]:
+    """List the objectives that hold no matrix of rows x columns, positions x positions or layers x
+    tokens x vocabulary, and points of their memory against these.
+    """
+    one = {"layers": 1, "group": "objectives"}
+    about = one | {"providers": ("dense", "dense-compile", "backends")}
+    scales = ("scale", 14.0), ("teacher_scale", 14.0)
+    contrastive = {"objective": "fused_contrastive_kd", "tensors": ("own",)}
+    infonce = Workload(
+        "infonce",
+        "InfoNCE, the positive of a row is its own column",
+        *(rows, rows, 512, 768),
+        options=(("loss", "infonce"), scales[0]),
+        **contrastive | about,
+    )
+    similarities = replace(
+        infonce,
+        name="contrastive_kl",
+        text="KL between the similarities of teacher and student",
+        options=(("loss", "kl"), *scales),
+    )
+    relation = Workload(
+        "relation",
+        "MiniLM's relations of queries and keys",
+        *(positions, positions, 768, 768),
+        heads=12,
+        tensors=("own",),
+        objective="fused_relation_kd",
+        **about,
+    )
+    attention = {"objective": "fused_attention_kd", "text": "KL between both models' attention"}
+    attention = replace(relation, name="attention", **attention)
+    causal = {"text": "the same, causal", "options": (("causal", True),)}
+    causal = replace(attention, name="attention_causal", **causal)
+    depths = {"layers": 4, "teacher_layers": 8}
+    text = "KL of every layer of the student and every one of the teacher"
+    matrix = replace(costs, name="layer_costs", text=text, objective="layer_costs")
+    matrix = replace(matrix, **about | depths)
+    text = "SinKD's distance of all rows, one group"
+    transport = replace(costs, name="sinkhorn", text=text, objective="fused_sinkhorn_kd")
+    transport = replace(transport, rows=costs.rows // 2, **about)
+    points = [
+        *[replace(infonce, rows=n, columns=n) for n in (rows, 2 * rows, 4 * rows)],
+        *[w.with_rows(n * positions // 2) for w in (relation, causal) for n in (1, 2, 4)],
+        *[replace(matrix, layers=n, teacher_layers=2 * n) for n in (2, 4, 8)],
+    ]
+    return [
+        *(infonce, similarities, relation, attention, causal, matrix, transport),
+        *[_flat(point) for point in points],
+    ]
+
+
+def _flat(workload: Workload) -> Workload:
+    """Measure this package's memory alone."""
+    name = f"{workload.name}-{workload.extent[2]}"
+    about = {"group": "flatness", "measures": ("memory",), "providers": ("backends",)}
+    return replace(workload, name=name, text=f"peak memory of {workload.objective}", **about)
+
+
 _SUITES = {"tiny": _tiny, "quick": _quick, "full": _full, "limits": _limits}
-_SUITES["objectives"] = objectives
+_SUITES |= {"objectives": objectives, "streamed": streamed}
 SUITES = tuple(_SUITES)
 
 

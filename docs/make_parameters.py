@@ -37,6 +37,7 @@ NAMES = (
     "row_deltas",
     "layer_costs",
     "align_layers",
+    "plot_layer_alignment",
     "advantage_kd",
     "WeightSchedule",
     "Stages",

@@ -11,6 +11,7 @@ from fdd_kernels import _moved
 from fdd_kernels.version import __version__
 
 if TYPE_CHECKING:
+    from fdd_kernels.hf.alignment_plot import plot_layer_alignment
     from fdd_kernels.hf.distiller import Distiller
     from fdd_kernels.objectives.alignment.costs import layer_costs
     from fdd_kernels.objectives.alignment.matching import align_layers
@@ -66,6 +67,7 @@ __all__ = [
     "gram_loss",
     "layer_costs",
     "norm_direction_loss",
+    "plot_layer_alignment",
     "relational_kd",
     "row_deltas",
     "row_statistics",
@@ -94,6 +96,7 @@ _HOMES = {
     "row_statistics": "objectives.logits.statistics",
     "selected_logprobs": "objectives.logits.selected",
     "Distiller": "hf.distiller",
+    "plot_layer_alignment": "hf.alignment_plot",
     "fused_attention_kd": "objectives.relations.api",
     "fused_relation_kd": "objectives.relations.api",
     "fused_contrastive_kd": "objectives.contrastive.api",

@@ -20,10 +20,15 @@ from benchmarks.providers import gradients_of
 from benchmarks.recorded import CACHE_BYTES, STRATEGY, environment
 from benchmarks.workloads import TINYLLAMA, Workload
 from benchmarks.workloads import objectives as objectives_of
+from benchmarks.workloads import streamed as streamed_of
 from fdd_kernels.testing import Problem
 
 LAYERS = 5
-OBJECTIVES = {f"objective {w.name}": w for w in objectives_of(TINYLLAMA, TINYLLAMA)}
+PAIR = replace(TINYLLAMA, rows=4096)
+STREAMED = streamed_of(rows=32768, positions=8192, costs=replace(TINYLLAMA, rows=2048))
+OBJECTIVES = {
+    f"objective {w.name}": w for w in (*objectives_of(PAIR, PAIR), *STREAMED) if w.in_overview
+}
 STRATEGIES = ("auto", "cached", "slabbed", "one_pass")
 Gradients = tuple[Tensor, list[Tensor]]
 
@@ -76,18 +81,18 @@ class Bench:
     def workload(
         self, pair: str, rows: int = 4096, *, trained: bool = True, layers: int = LAYERS
     ) -> Workload:
-        """Take the shapes of a pair, or of an objective, in bfloat16; in a dry run tiny shapes, the
-        same for all pairs of the same options.
+        """Take the shapes of a pair, or of an objective with its own rows and layers, in bfloat16;
+        in a dry run tiny shapes, the same for all pairs of the same options.
         """
-        if pair in OBJECTIVES:
-            full, layers = OBJECTIVES[pair], OBJECTIVES[pair].layers
-        else:
-            full = PAIRS[pair]
-        full = replace(full, rows=rows, layers=layers, train_head=trained, dtype="bfloat16")
+        full = OBJECTIVES.get(pair)
+        if full is None:
+            full = replace(PAIRS[pair], rows=rows, layers=layers)
+        layers = full.layers
+        full = replace(full, train_head=trained, dtype="bfloat16")
         if not self.card.dry:
             return full
-        toy = {"rows": 2, "columns": 21, "student_width": 4, "teacher_width": 6}
-        return replace(full, name="toy", text="", layers=min(layers, 3), **toy)
+        toy = full.resized(2, 21, 4, 6)
+        return replace(toy, name="toy", text="", layers=min(layers, 3))
 
     def call(self, workload: Workload) -> ModelCall:
         """Describe the call for the model."""

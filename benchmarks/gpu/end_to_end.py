@@ -7,7 +7,7 @@ from __future__ import annotations
 import importlib.util
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -152,7 +152,7 @@ def measure(bench: Bench, workload: Workload, name: str) -> dict:
         predicted = _predicted(bench, workload, way)
         if predicted is None or predicted.kept < 1.5 * bench.card.memory():
             break
-        workload = replace(workload, rows=workload.rows // 2)
+        workload = workload.with_rows(workload.rows // 2)
     while True:
         try:
             found = _measured(bench, workload, way)
@@ -163,7 +163,7 @@ def measure(bench: Bench, workload: Workload, name: str) -> dict:
         bench.report(f"{workload.rows} rows", "out of memory")
         bench.forget()
         bench.compiled = None
-        workload = replace(workload, rows=workload.rows // 2)
+        workload = workload.with_rows(workload.rows // 2)
     if workload.rows < wanted:
         found["ours_at_these_rows"] = _measured(bench, workload, WAYS["auto"])
     return found

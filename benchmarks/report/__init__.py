@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from benchmarks.call import LOSS
 from benchmarks.workloads import Workload
 from fdd_kernels.common.sizes import GIB, MIB
 
@@ -48,6 +49,9 @@ def _row(result: dict[str, Any], name: str, entry: dict[str, Any]) -> dict[str, 
     row |= {key: entry.get(key) for key in ("status", "reason", "computes")}
     row |= {"workload": workload["name"], "provider": name, "result": result}
     row |= {"tokens": workload["rows"], "point": workload[workload.get("sweep") or "rows"]}
+    described = Workload.from_json(workload)
+    row["objective"] = described.objective
+    row["extent_name"], row["against"], row["extent"] = described.extent
     for which in ("forward", "total"):
         spread = time.get(which, {})
         row[which], row[f"{which}_min"] = spread.get("median"), spread.get("min")
@@ -63,6 +67,7 @@ def _row(result: dict[str, Any], name: str, entry: dict[str, Any]) -> dict[str, 
 
 
 _TEXTS = ("group", "sweep", "status", "reason", "computes", "workload", "provider", "result")
+_TEXTS += ("objective", "extent_name", "against")
 
 
 def figures(record: dict[str, Any]) -> pd.DataFrame:
@@ -70,7 +75,8 @@ def figures(record: dict[str, Any]) -> pd.DataFrame:
 
     `of_gemms`: time over the GEMM-only lower bound; `vs_dense`: how many times as fast as dense
     eager PyTorch; `off`: predicted over measured memory, minus 1; `point`: the value of the swept
-    field; `beside`: seconds of the call beside it; `result`: the record's entry of the workload.
+    field; `beside`: seconds of the call beside it; `result`: the record's entry of the workload;
+    `extent_name`, `against`, `extent`: those of `Workload.extent`.
     """
     rows = [_row(r, name, e) for r in record["results"] for name, e in r["providers"].items()]
     frame = pd.DataFrame(rows)
@@ -161,7 +167,8 @@ def notes(record: dict[str, Any]) -> list[str]:
             lines.append(f"threads, {name}: {speed} as on {few.threads:.0f}")
     for run in frame[(frame.group == "flatness") & frame.memory.notna()].itertuples():
         rest = f"{memory(run.memory - run.gradients)} of it not gradients"
-        what = f"memory, {run.provider}, R={run.tokens:.0f}"
+        of = "" if run.objective == LOSS else f" of {run.objective}"
+        what = f"memory{of}, {run.provider}, {run.against}"
         lines.append(f"{what}: {memory(run.memory)} beyond inputs, {rest}")
     for run in frame[frame.beside.notna()].itertuples():
         other = ", ".join(f"{k}={v}" for k, v in run.result["workload"]["beside"].items())

@@ -23,7 +23,7 @@ TITLES = {
     "time": "Time",
     "memory": "Memory",
     "scaling": "Growth",
-    "flatness": "Memory against rows",
+    "flatness": "Memory against sizes",
     "accuracy": "Accuracy",
     "planner": "The memory planner",
 }
@@ -139,18 +139,23 @@ def scaling(frame: pd.DataFrame) -> Figure | None:
 
 
 def flatness(frame: pd.DataFrame) -> Figure | None:
-    """Plot memory beyond inputs and gradients against rows."""
-    points = frame[(frame.group == "flatness") & frame.memory.notna()].sort_values("tokens")
-    if points.empty:
+    """Plot memory beyond inputs and gradients against what it does not grow with, a panel per
+    objective.
+    """
+    points = frame[(frame.group == "flatness") & frame.memory.notna()].sort_values("extent")
+    panels = list(points.groupby("objective", sort=False))
+    if not panels:
         return None
-    figure, (axis,) = _grid(1, 3.2)
-    for name, rows in points.groupby("provider", sort=False):
-        rest = (rows.memory - rows.gradients) / MIB
-        axis.plot(rows.tokens, rest, "o-", color=color(name), label=name)
-    axis.set(xscale="log", ylim=(0, None), xlabel="rows R")
-    axis.set_ylabel("MiB beyond inputs and gradients")
-    axis.legend()
-    axis.grid(alpha=0.3)
+    figure, axes = _grid(len(panels), 3.2)
+    for axis, (objective, of_objective) in zip(axes, panels):
+        for name, rows in of_objective.groupby("provider", sort=False):
+            rest = (rows.memory - rows.gradients) / MIB
+            axis.plot(rows.extent, rest, "o-", color=color(name), label=name)
+        axis.set(xscale="log", ylim=(0, None), xlabel=of_objective.extent_name.iloc[0])
+        axis.set_ylabel("MiB beyond inputs and gradients")
+        axis.set_title(objective, loc="left", fontsize=10)
+        axis.legend()
+        axis.grid(alpha=0.3)
     return figure
 
 

@@ -50,6 +50,13 @@ def word(text: str) -> str | None:
     return None if text.lower() == "none" else text
 
 
+def layer_weights(text: str) -> tuple:
+    """Parse numbers separated by commas, or with a semicolon rows of them."""
+    one_row = numbers(float, "0.5,1 or 1,0;0.5,0.5")
+    rows = tuple([one_row(row) for row in text.removesuffix(";").split(";")])
+    return rows if ";" in text else rows[0]
+
+
 # By annotation without "| None": the parser of a value, and its placeholder in the help.
 KINDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "str": (word, "NAME"),
@@ -58,6 +65,7 @@ KINDS: dict[str, tuple[Callable[[str], Any], str]] = {
     "Path": (Path, "PATH"),
     "tuple[int, ...]": (numbers(int, "2,4,6"), "N,N"),
     "tuple[float, ...]": (numbers(float, "0.5,1"), "X,X"),
+    "LayerWeights": (layer_weights, "X,X;X,X"),
     "tuple[str, ...]": (lambda text: tuple(text.split(",")), "NAME,NAME"),
 }
 

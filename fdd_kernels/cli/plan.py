@@ -34,6 +34,8 @@ OBJECTIVE = (
     "trajectory",
     "derivative",
     "output_divergence",
+    "layer_weights",
+    "derivative_layers",
     "temperature",
     "derivative_temperature",
     "output_temperature",
@@ -133,25 +135,30 @@ def run_plan(arguments: argparse.Namespace) -> int:
         option: read_model(text, option)
         for option, text in (("--student", arguments.student), ("--teacher", arguments.teacher))
     }
-    for option, model in models.items():
-        try:
-            layer_grid(model.depth, arguments.num_layers, "floor")
-        except ValueError as error:
-            raise UserError(
-                f"--num-layers {arguments.num_layers}, {option} with {model.depth} blocks: {error}"
-            ) from error
+    layers = dict.fromkeys(models, arguments.num_layers)
     try:
         objective = LossOptions(**given_options(arguments, LossOptions))
-        build_plan(objective, columns=1, states=arguments.num_layers + 1)
+        if objective.pairs_all_layers:
+            columns = len(objective.layer_weights[0])
+            layers["--teacher"] = columns - objective.output_in_dynamics
+        build_plan(objective, 1, *[number + 1 for number in layers.values()])
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
+    for option, model in models.items():
+        try:
+            layer_grid(model.depth, layers[option], "floor")
+        except ValueError as error:
+            raise UserError(
+                f"--num-layers {layers[option]}, {option} with {model.depth} blocks: {error}"
+            ) from error
     setup = Setup(
         student=models["--student"],
         teacher=models["--teacher"],
         tokens=tokens,
         optimizer=arguments.optimizer,
         dtype=arguments.dtype,
-        layers=arguments.num_layers,
+        layers=layers["--student"],
+        teacher_layers=layers["--teacher"],
         backend=arguments.backend,
         device=arguments.device,
         train_head=not arguments.frozen_head,

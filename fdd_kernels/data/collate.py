@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from fdd_kernels.data.records import TOKEN_WEIGHTS
+
 IGNORED = -100
 _FILL = {"input_ids": 0, "attention_mask": 0, "labels": IGNORED}
-_WEIGHTS = "token_weights"
 
 
 def pad_windows(
@@ -36,7 +37,7 @@ def pad_windows(
     windows = [
         {"attention_mask": [1] * len(window["input_ids"])} | dict(window) for window in windows
     ]
-    for name in ("labels", _WEIGHTS):
+    for name in ("labels", TOKEN_WEIGHTS):
         having = sum(name in window for window in windows)
         if having not in (0, len(windows)):
             raise ValueError(
@@ -47,8 +48,8 @@ def pad_windows(
         for name, value in _FILL.items()
         if name in windows[0]
     }
-    if _WEIGHTS in windows[0]:
-        batch[_WEIGHTS] = _padded(windows, _WEIGHTS, torch.float32, 0.0)
+    if TOKEN_WEIGHTS in windows[0]:
+        batch[TOKEN_WEIGHTS] = _padded(windows, TOKEN_WEIGHTS, torch.float32, 0.0)
     numbers = [
         name
         for name, value in windows[0].items()

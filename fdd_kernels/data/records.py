@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from fdd_kernels.common.errors import UserError
 from fdd_kernels.data.messages import Chat, Message, chat_of, check_messages, messages_of_share_gpt
 
+TOKEN_WEIGHTS = "token_weights"
 _SHAPES = (
     '"text", "prompt" and "completion", "messages", "conversations", "instruction" and "output", '
     'or "input_ids"'
@@ -29,11 +31,12 @@ class Tokens:
 @dataclass(frozen=True)
 class Record:
     """One document: `value` is a text, a (prompt, completion) pair, a chat, or tokens. `source` is
-    its file and line.
+    its file and line. `weights` are its tokens' `token_weights`: one number for all, or a list.
     """
 
     source: str
     value: str | tuple[str, str] | Chat | Tokens
+    weights: float | list[float] | None = None
 
 
 def read_records(path: Path) -> Iterator[Record]:
@@ -53,6 +56,9 @@ def read_records(path: Path) -> Iterator[Record]:
       and its answer;
     - "input_ids", perhaps with "labels": a document tokenized by the models' tokenizer.
 
+    Beside them may be "token_weights": a number, the weight of all tokens, or beside "input_ids" a
+    list of one for each.
+
     Raises:
         UserError: names the file and the line or row that is not UTF-8, not valid, or none of
             these.
@@ -68,7 +74,8 @@ def record_of(entry: Any, source: str) -> Record:
     """
     if not isinstance(entry, dict):
         raise UserError(f"{source}: expected a JSON object, got {type(entry).__name__}")
-    return Record(source, _value(entry, source))
+    value = _value(entry, source)
+    return Record(source, value, _weights(entry.get(TOKEN_WEIGHTS), value, source))
 
 
 def record_of_row(row: dict[str, Any], source: str) -> Record:
@@ -228,3 +235,33 @@ def _tokens(ids: Any, labels: Any, source: str) -> Tokens:
             "not shifted"
         )
     return Tokens(ids, labels)
+
+
+def _weights(given: Any, value: Any, source: str) -> float | list[float] | None:
+    if given is None:
+        return None
+    if isinstance(given, list) and not isinstance(value, Tokens):
+        raise UserError(
+            f'{source}: "{TOKEN_WEIGHTS}" is a list, but only "input_ids" have known tokens: give '
+            "one number for the whole document"
+        )
+    if isinstance(given, list) and len(given) != len(value.ids):
+        raise UserError(
+            f'{source}: {len(value.ids)} "input_ids", but {len(given)} "{TOKEN_WEIGHTS}": give '
+            "each token one, not shifted, or one number for all"
+        )
+    numbers = [_number(weight) for weight in (given if isinstance(given, list) else [given])]
+    if None in numbers:
+        raise UserError(
+            f'{source}: "{TOKEN_WEIGHTS}" must be finite numbers of at least 0, got {given!r}'
+        )
+    return numbers if isinstance(given, list) else numbers[0]
+
+
+def _number(weight: Any) -> float | None:
+    """Return a weight, which tables of text have as text; None if it is none."""
+    try:
+        number = math.nan if isinstance(weight, bool) else float(weight)
+    except (TypeError, ValueError):
+        return None
+    return number if 0 <= number < math.inf else None

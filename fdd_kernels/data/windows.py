@@ -17,7 +17,7 @@ import numpy as np
 from fdd_kernels.common.errors import UserError
 from fdd_kernels.data.chats import chat_pieces
 from fdd_kernels.data.collate import IGNORED
-from fdd_kernels.data.records import Chat, Record, Tokens
+from fdd_kernels.data.records import TOKEN_WEIGHTS, Chat, Record, Tokens
 from fdd_kernels.data.sources import Source, import_datasets, open_source
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ _PIECE = 1 << 20
 
 @dataclass
 class Windows:
-    """Token windows (input_ids, attention_mask, labels; at most max_length tokens each).
+    """Token windows (input_ids, attention_mask, labels; at most max_length tokens each). If a
+    document has `token_weights`, every window has, 1 where its document has none.
 
     Attributes:
         train: training windows: those of `load_windows`, a list, or a `datasets.Dataset`.
@@ -114,6 +115,9 @@ def load_windows(
     for record in source.records(advance):
         result.documents += 1
         ids, labels = tokenize(record, tokenizer)
+        weights = record.weights
+        if isinstance(weights, float):
+            weights = [weights] * len(ids)
         added, foreign = 0, None
         for start in (
             range(0, len(ids), max_length) if isinstance(record.value, str | Tokens) else (0,)
@@ -122,7 +126,7 @@ def load_windows(
             if not unshared.isdisjoint(ids[part]):
                 foreign = next(token for token in ids[part] if token in unshared)
             elif any(label != IGNORED for label in labels[part][1:]):
-                table.add(ids[part], labels[part])
+                table.add(ids[part], labels[part], None if weights is None else weights[part])
                 added += 1
         if foreign is not None:
             result.not_shared.append(
@@ -182,13 +186,16 @@ class _WindowTable:
 
     def __init__(self) -> None:
         self.lengths = array("i")
-        self._batches: list = []
+        self._pieces: list = []
         self._start()
 
     def _start(self) -> None:
         self._ids, self._labels, self._first = array("i"), array("i"), len(self.lengths)
+        self._weights = array("f")  # of all tokens up to the last window that has weights
 
-    def add(self, ids: list[int], labels: list[int]) -> None:
+    def add(self, ids: list[int], labels: list[int], weights: list[float] | None) -> None:
+        if weights is not None:
+            self._weights.extend([1.0] * (len(self._ids) - len(self._weights)) + weights)
         self._ids.extend(ids)
         self._labels.extend(labels)
         self.lengths.append(len(ids))
@@ -205,10 +212,14 @@ class _WindowTable:
         )
         ids, labels = (np.frombuffer(values, np.int32) for values in (self._ids, self._labels))
         columns = {"input_ids": ids, "attention_mask": np.ones(len(ids), np.int8), "labels": labels}
+        if self._weights:
+            weights = np.ones(len(ids), np.float32)
+            weights[: len(self._weights)] = self._weights
+            columns[TOKEN_WEIGHTS] = weights
         arrays = [
             pa.ListArray.from_arrays(offsets, pa.array(values)) for values in columns.values()
         ]
-        self._batches.append(pa.RecordBatch.from_arrays(arrays, names=list(columns)))
+        self._pieces.append(pa.Table.from_arrays(arrays, names=list(columns)))
         self._start()
 
     def dataset(self) -> Dataset:
@@ -217,5 +228,19 @@ class _WindowTable:
 
         datasets = import_datasets("windows")
         self._close()
+        pieces = self._pieces
+        if any(TOKEN_WEIGHTS in piece.column_names for piece in pieces):
+            pieces = [_weighted(piece) for piece in pieces]
         # With a fingerprint given, the data set does not hash its content.
-        return datasets.Dataset(pa.Table.from_batches(self._batches), fingerprint=uuid.uuid4().hex)
+        return datasets.Dataset(pa.concat_tables(pieces), fingerprint=uuid.uuid4().hex)
+
+
+def _weighted(piece):
+    """Return a piece with weights, 1 if it has none."""
+    import pyarrow as pa
+
+    if TOKEN_WEIGHTS in piece.column_names:
+        return piece
+    ids = piece["input_ids"].chunk(0)
+    ones = pa.array(np.ones(len(ids.values), np.float32))
+    return piece.append_column(TOKEN_WEIGHTS, pa.ListArray.from_arrays(ids.offsets, ones))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fdd_kernels.hf.alignment import alignment_of
 from fdd_kernels.hf.batches import check_batch
 from fdd_kernels.hf.compatibility import options_for, require_shared_vocabulary
 from fdd_kernels.hf.compiled import compile_blocks
@@ -112,7 +113,10 @@ class Distiller:
         self.schedules = Schedules(
             self.config, options_for(self.config, self.student, self.teacher)
         )
-        self._compare = DistillationLoss()
+        self.alignment = alignment_of(
+            self.config, self.student_layers, self.teacher_layers, vocab_group
+        )
+        self._compare = DistillationLoss(self.alignment)
         self._require_trainable(self.student.read_head())
         for options in self.schedules.possible:
             layers = self._needed(self.teacher_layers, options)
@@ -244,14 +248,18 @@ class Distiller:
         return terms
 
     def logged(self) -> dict[str, float]:
-        """Return the options that change during training, at the last step, by name, for logs."""
-        return self.schedules.values()
+        """Return the options that change during training, at the last step, by name, for logs; of a
+        layer alignment the mean teacher layer of each student layer.
+        """
+        pairs = {} if self.alignment is None else self.alignment.mean_layers()
+        return self.schedules.values() | pairs
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the next steps depend on, as JSON can hold it. Call it between two steps, in
         all processes together; it is the same in all.
         """
-        return {"schedules": self.schedules.state_dict(), "alignment": None}
+        alignment = None if self.alignment is None else self.alignment.state_dict()
+        return {"schedules": self.schedules.state_dict(), "alignment": alignment}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state, in every process: the next step continues with the same numbers.
@@ -262,6 +270,8 @@ class Distiller:
         if "schedules" not in state:
             raise ValueError(f"the state has {sorted(state)}: it is not of a Distiller")
         self.schedules.load_state_dict(state["schedules"])
+        if self.alignment is not None:
+            self.alignment.load_state_dict(state["alignment"] or {})
 
     def _loss(
         self, options: LossOptions, batch: Mapping[str, Tensor], targets: Targets, items
@@ -286,8 +296,8 @@ class Distiller:
         student = StudentSide(states, weight, bias, vocabulary)
 
         def compare(side: StudentSide, options: LossOptions, items) -> FDDLossTerms:
-            group = self.vocab_group
-            return self._compare(side, self.teacher, targets, batch, options, items, group)
+            group, step = self.vocab_group, self.schedules.step
+            return self._compare(side, self.teacher, targets, batch, options, items, group, step)
 
         count = functools.partial(self.count_positions, batch)
         if self.schedules.is_first:

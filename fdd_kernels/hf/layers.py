@@ -1,4 +1,4 @@
-"""Choose the layers to compare: each model has its own grid, and layers are paired by rank."""
+"""Choose the layers to compare: each model has its own grid."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from fdd_kernels.objectives.fdd.options import FDDConfig
 
 
-def layer_grid(depth: int, num_layers: int, grid: str) -> tuple[int, ...]:
+def layer_grid(
+    depth: int, num_layers: int, grid: str, option: str = "num_layers"
+) -> tuple[int, ...]:
     """Return `num_layers` 1-based layers of a model with `depth` blocks; layer k is the state after
-    k blocks.
+    k blocks. `option` is the name of their number, for the error.
 
     "floor" is the paper's rule: Q, 2Q, ..., with Q = depth // (num_layers + 1). "linspace" takes
     num_layers + 2 evenly spaced points over 0..depth and rounds the inner ones.
@@ -24,8 +26,8 @@ def layer_grid(depth: int, num_layers: int, grid: str) -> tuple[int, ...]:
         layers = tuple(round(depth * rank / (num_layers + 1)) for rank in range(1, num_layers + 1))
     if len({0, *layers}) != num_layers + 1:
         raise ValueError(
-            f"num_layers={num_layers} with layer_grid={grid!r} needs a deeper model: one of depth "
-            f"{depth} gives layers {list(layers)}; lower num_layers or name student_layers and "
+            f"{option}={num_layers} with layer_grid={grid!r} needs a deeper model: one of depth "
+            f"{depth} gives layers {list(layers)}; lower {option} or name student_layers and "
             "teacher_layers"
         )
     return layers
@@ -47,16 +49,20 @@ def require_layers(name: str, layers: Sequence[int], depth: int) -> None:
 def paired_layers(
     config: FDDConfig, student_depth: int, teacher_depth: int
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the sampled layers of student and teacher, in depth order and paired by rank.
+    """Return the sampled layers of student and teacher, in depth order; as many of each unless the
+    config says otherwise.
 
     Raises:
         ValueError: a model is too shallow for the grid, or an explicit layer does not exist or is
             out of order.
     """
     if config.student_layers is None:
+        of_teacher = config.num_layers, config.layer_grid, "num_layers"
+        if config.num_teacher_layers is not None:
+            of_teacher = config.num_teacher_layers, config.layer_grid, "num_teacher_layers"
         return (
             layer_grid(student_depth, config.num_layers, config.layer_grid),
-            layer_grid(teacher_depth, config.num_layers, config.layer_grid),
+            layer_grid(teacher_depth, *of_teacher),
         )
     for name, layers, depth in (
         ("student_layers", config.student_layers, student_depth),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fdd_kernels.engine.evaluate import evaluate
+from fdd_kernels.hf.alignment import LayerAlignment
 from fdd_kernels.hf.heads import head_digest
 from fdd_kernels.hf.positions import TOKEN_WEIGHTS, next_labels, token_shape, valid_positions
 from fdd_kernels.hf.targets import HiddenTargets, StudentSide, SummaryTargets, Targets
@@ -28,9 +29,13 @@ class DistillationLoss:
     """`loss(student, teacher, targets, batch, options)` -> `FDDLossTerms`.
 
     Between calls it stores the `SummaryLoss` of the last summary alone.
+
+    Args:
+        alignment: pairs the sampled layers of hidden targets; None: the options say how.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, alignment: LayerAlignment | None = None) -> None:
+        self._alignment = alignment
         self._summary_loss: SummaryLoss | None = None
         self._summary_key: tuple | None = None  # the student's head and summary that it is for
 
@@ -43,6 +48,7 @@ class DistillationLoss:
         options: LossOptions,
         num_items_in_batch: Tensor | float | None = None,
         vocab_group: torch.distributed.ProcessGroup | None = None,
+        step: int | None = None,
     ) -> FDDLossTerms:
         """Compute the loss of one batch.
 
@@ -50,6 +56,7 @@ class DistillationLoss:
             teacher: whose head hidden targets are multiplied by.
             options: soft caps and scales included.
             vocab_group: the process group that splits the rows of both heads.
+            step: optimizer steps done so far; see `LayerAlignment`.
 
         Raises:
             ValueError: hidden targets without the final state, where the loss needs it, or of a
@@ -59,6 +66,8 @@ class DistillationLoss:
             inputs = _of_hidden(
                 student, teacher, targets, batch, options, num_items_in_batch, vocab_group
             )
+            if self._alignment is not None:
+                options = self._alignment.paired_options(options, inputs, step)
             return FDDLossTerms(*evaluate(fdd_call(inputs, options, vocab_group)))
         if vocab_group is not None:
             raise ValueError(
@@ -123,7 +132,8 @@ def _of_hidden(
 ) -> LossInputs:
     """Check hidden targets and put both sides together."""
     device = student.weight.device
-    targets = targets[-len(student.states) :]
+    if len(student.states) == 1:  # the targets may have layers that this loss does not compare
+        targets = targets[-1:]
     if targets[-1] is None and options.compares_output:
         raise ValueError(
             "teacher_states has no final state, which output_kd_weight or output_in_dynamics "

@@ -160,6 +160,7 @@ class FDDTrainerMixin(ProvenCheckpoints):
         if len(step.returned) < self.current_gradient_accumulation_steps:
             return loss
         means, scale, finite = step.finish(self.accelerator.reduce)
+        self._log_alignment()
         if finite:
             self._skipped_steps = 0
             self._means.add(means, torch.ones(()))
@@ -174,6 +175,15 @@ class FDDTrainerMixin(ProvenCheckpoints):
             # The trainer sums the losses of the step; make that sum the mean too.
             loss = scale * loss + (scale - 1) * sum(step.returned[:-1])
         return loss
+
+    def _log_alignment(self) -> None:
+        """Add a pairing of layers that was found in this step to the history of logs: callbacks and
+        reports take numbers alone.
+        """
+        found, step = self.distiller.alignment, self.state.global_step
+        if found is not None and found.step == step:
+            entry = {"layer_alignment": found.record(), "epoch": self.state.epoch, "step": step}
+            self.state.log_history.append(entry)
 
     def _scale_gradients(self, scale: float) -> None:
         if self.is_deepspeed_enabled:

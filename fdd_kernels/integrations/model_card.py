@@ -30,8 +30,6 @@ def distillation_section(distiller: Distiller) -> str:
         for field in dataclasses.fields(config)
         if getattr(config, field.name) != getattr(defaults, field.name)
     }
-    pairs = zip(distiller.student_layers, distiller.teacher_layers)
-    layers = ", ".join(f"{s} with {t}" for s, t in pairs)
     weights = ("output_kd_weight", "alpha", "beta", "ce_weight")
     names = ("output KD", "trajectory", "derivative", "cross-entropy")
     changing = distiller.logged()
@@ -44,10 +42,20 @@ Trained by Feature Dynamics Distillation (FDD; Gong et al., *Beyond Logits: Alig
 Dynamics for Effective Knowledge Distillation*, ACL 2025) with fdd_kernels {__version__}.
 
 - Teacher: {public_name(distiller.teacher.name)}
-- Layers of student with teacher: {layers or "none"}
+- Layers of student with teacher: {_layers(distiller)}
 - Loss: {loss}
 - Options other than the defaults: {others or "none"}
 """
+
+
+def _layers(distiller: Distiller) -> str:
+    """Return which layers of the models were compared, in words."""
+    layers = distiller.student_layers, distiller.teacher_layers
+    found = distiller.alignment is not None
+    if not found and not distiller.config.pairs_all_layers:
+        return ", ".join(f"{s} with {t}" for s, t in zip(*layers)) or "none"
+    students, teachers = (", ".join(map(str, of_model)) for of_model in layers)
+    return f"{students} with {teachers}{', paired from data' if found else ''}"
 
 
 def model_card(

@@ -4,6 +4,9 @@ TRL's.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from typing import Any
+
 from torch import nn
 from trl import SFTTrainer
 
@@ -50,11 +53,7 @@ class FDDSFTTrainer(FDDTrainerMixin, SFTTrainer):
                 "train_dataset=Dataset.from_list(cache.dataset('train'))"
             )
         sets = dict(zip(("train_dataset", "eval_dataset"), rest)) | kwargs
-        columns = [
-            getattr(sets.get(name), "column_names", None) or ()
-            for name in ("train_dataset", "eval_dataset")
-        ]
-        if any(TOKEN_WEIGHTS in of_set for of_set in columns) and not is_ready:
+        if not is_ready and any(TOKEN_WEIGHTS in names for names in _columns(sets)):
             raise ValueError(
                 f"the data has {TOKEN_WEIGHTS}, which TRL's preparation and collator leave out: "
                 "tokenize the data, and give "
@@ -68,3 +67,13 @@ class FDDSFTTrainer(FDDTrainerMixin, SFTTrainer):
                 "FDDSFTTrainer's loss is the FDD loss: leave loss_type at its default, not "
                 f"{loss_type!r}"
             )
+
+
+def _columns(sets: dict[str, Any]) -> Iterator[Iterable[str]]:
+    """Yield the column names of all data sets; of a stream that does not know, its first row's."""
+    for name in ("train_dataset", "eval_dataset"):
+        given = sets.get(name)
+        for of_name in given.values() if isinstance(given, dict) else [given]:
+            names = getattr(of_name, "column_names", ())
+            # TRL itself looks at the first row too.
+            yield next(iter(of_name), ()) if names is None else names

@@ -83,9 +83,9 @@ class LensInputs(NamedTuple):
         )
         return extended, [*needed[:count], *[False] * lacking, *needed[count:]]
 
-    def of_layers(self, layers: tuple[int, ...]) -> LensInputs:
-        """Select some layers of both models."""
+    def of_layers(self, students: Sequence[int], teachers: Sequence[int]) -> LensInputs:
+        """Select some layers of each model."""
         return self._replace(
-            student_hidden=[self.student_hidden[layer] for layer in layers],
-            teacher_hidden=[self.teacher_hidden[layer] for layer in layers],
+            student_hidden=[self.student_hidden[layer] for layer in students],
+            teacher_hidden=[self.teacher_hidden[layer] for layer in teachers],
         )

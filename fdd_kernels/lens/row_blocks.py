@@ -54,7 +54,8 @@ RowFunction = Callable[..., tuple[Tensor, GradOf | None]]
 ROW_FUNCTIONS: dict[str, RowFunction] = {}
 
 
-CAUSAL = "causal"
+# What rows of attention do not see: columns after themselves, and those of other sequences.
+CAUSAL, PACKED = "causal", "packed"
 
 
 def row_function(
@@ -69,8 +70,9 @@ def row_function(
     keys (G * T, d) of G groups of T = V rows each, of keys maybe fewer groups; every group of rows
     has columns of its own. Tensors per row are (B * T, ...) for G a multiple of B, and those that
     are shared (B * T, ...) too, for columns. A block has scores (g * r, c), and tensors (g, r, ...)
-    and (g, c, ...). With `CAUSAL` in its second word a row sees no column after itself, and the
-    backend may leave such columns out of a block.
+    and (g, c, ...). With `CAUSAL` in its second word a row sees no column after itself; with
+    `PACKED` none with another number than its own in the second tensor per row, where equal numbers
+    lie side by side. The backend may leave such columns out of a block.
     """
     if function is None:
         return functools.partial(row_function, matrices=matrices, of_attention=of_attention)
@@ -111,10 +113,9 @@ class RowSpec:
         """Whether every group of rows has columns of its own; see `row_function`."""
         return getattr(self._function, "of_attention", False)
 
-    @property
-    def is_causal(self) -> bool:
-        """Whether a row of attention sees no column after itself."""
-        return self.of_attention and CAUSAL in self.words[1].split(",")
+    def leaves_out(self, flag: str) -> bool:
+        """Say whether rows of attention do not see what `CAUSAL` or `PACKED` names."""
+        return self.of_attention and flag in self.words[1].split(",")
 
     def encode(self) -> tuple[str | RowSpec, Tensor, int, int]:
         """Return the spec as operator arguments: structure, numbers, V, outputs.

@@ -33,7 +33,8 @@ class LossShape:
     Args:
         rows: valid tokens.
         columns: tokens of the vocabulary.
-        layers: hidden states of each model, the final state included.
+        layers: hidden states of the student, the final state included.
+        teacher_layers: of the teacher; None: as many.
         itemsize: bytes of a number of states and heads.
         options: of the loss; None: the defaults.
         softcap: the logits are soft-capped.
@@ -49,6 +50,12 @@ class LossShape:
     feature_space: bool = False
     options: LossOptions | None = None
     softcap: bool = False
+    teacher_layers: int | None = None
+
+    @property
+    def depths(self) -> tuple[int, int]:
+        """The hidden states of the student and of the teacher."""
+        return self.layers, self.layers if self.teacher_layers is None else self.teacher_layers
 
     def fdd_plan(self) -> Plan:
         """The requests and pair moments of the call."""
@@ -58,7 +65,7 @@ class LossShape:
         return build_plan(
             self.options or LossOptions(),
             self.columns,
-            self.layers,
+            *self.depths,
             leading_shape=(self.rows,),
             feature_space=self.feature_space,
         )
@@ -69,7 +76,8 @@ class LossShape:
 
         plan = self.fdd_plan()
         return CallShape(
-            layers=len(plan.layers),
+            layers=len(plan.student_layers),
+            teacher_layers=len(plan.teacher_layers),
             rows=self.rows,
             columns=self.columns,
             student_width=self.student_width,
@@ -105,9 +113,10 @@ class LossMemory:
 
 def input_bytes(shape: LossShape) -> int:
     """Bytes of the hidden states and heads of both models."""
-    width = shape.student_width + shape.teacher_width
-    heads = shape.columns * (shape.student_width if shape.feature_space else width)
-    return shape.itemsize * (shape.layers * shape.rows * width + heads)
+    widths, columns = (shape.student_width, shape.teacher_width), shape.columns
+    heads = columns * (shape.student_width if shape.feature_space else sum(widths))
+    states = sum(layers * width for layers, width in zip(shape.depths, widths))
+    return shape.itemsize * (shape.rows * states + heads)
 
 
 def _gradients(shape: LossShape) -> dict[str, int]:
@@ -123,7 +132,7 @@ def _statistics(plan: Plan, rows: int) -> int:
     from fdd_kernels.lens.layout import MOMENT_STATS, REQUEST_STATS
 
     numbers = (
-        2 * len(plan.layers)
+        2 * max(len(plan.student_layers), len(plan.teacher_layers))
         + REQUEST_STATS * len(plan.spec.requests)
         + MOMENT_STATS * len(plan.spec.moments)
     )
@@ -135,12 +144,14 @@ def dense_tensors(shape: LossShape) -> int:
     before the head's gradient; of KL and the cosine, which take the fewest.
     """
     plan = shape.fdd_plan()
-    layers = len(plan.layers)
+    students, teachers = len(plan.student_layers), len(plan.teacher_layers)
+    pairs = max(len(plan.trajectory) - students, 0)  # beside one for each layer of the student
     if shape.feature_space:
-        return 3 * layers + 1
-    return (5 * layers - 1 if plan.derivative else 2 * layers + 3) + (
-        layers if shape.softcap else 0
-    )
+        return 2 * students + teachers + pairs + 1
+    # Logits, and with deltas log-softmax and deltas of both models.
+    of_layers = students + teachers
+    count = of_layers * 5 // 2 - 1 if plan.derivative else of_layers + 3
+    return count + pairs + (students if shape.softcap else 0)
 
 
 def _dense(shape: LossShape) -> dict[str, int]:
@@ -149,7 +160,7 @@ def _dense(shape: LossShape) -> dict[str, int]:
     Early: the logits of all layers and no gradient. Late: the logits of few layers, none in feature
     space, with three tensors of the head's size: the gradient so far, that of one layer, their sum.
     """
-    tensor, layers = FLOAT * shape.rows * shape.columns, len(shape.fdd_plan().layers)
+    tensor, layers = FLOAT * shape.rows * shape.columns, len(shape.fdd_plan().student_layers)
     gradients = _gradients(shape)
     head = gradients["gradient of the head"]
     early = dense_tensors(shape) * tensor - sum(gradients.values())

@@ -24,7 +24,8 @@ class Setup:
 
     Args:
         tokens: of one micro-batch.
-        layers: compared layers without the final state.
+        layers: compared layers of the student without the final state.
+        teacher_layers: of the teacher; None: as many.
         backend: "auto" is the default one on the device.
         checkpointing: gradient checkpointing in the student.
         teacher_elsewhere: the teacher's states come from a cache or another device.
@@ -49,6 +50,7 @@ class Setup:
     teacher_dtype: str | None = None
     device_memory: int | None = None
     objective: LossOptions | None = None
+    teacher_layers: int | None = None
 
     @property
     def chosen_backend(self) -> str:
@@ -96,6 +98,7 @@ class Setup:
             train_head=self.train_head and self.lora_rank is None,
             options=self.objective,
             softcap=self.student.softcap,
+            teacher_layers=None if self.teacher_layers is None else self.teacher_layers + 1,
         )
 
 
@@ -122,7 +125,7 @@ def step_memory(setup: Setup, *, dense: bool = False) -> dict[str, int]:
         ),
         "teacher weights": 0 if setup.teacher_elsewhere else setup.teacher_bytes,
         "teacher head": teacher_head if setup.teacher_elsewhere else 0,
-        "teacher states": (setup.layers + 1)
+        "teacher states": setup.loss.depths[1]
         * setup.tokens
         * setup.teacher.width
         * setup.teacher_itemsize,

@@ -68,18 +68,24 @@ class LossInputs:
         last = torch.full_like(self.labels[..., :1], ignore_index)
         return replace(self, labels=torch.cat([self.labels[..., 1:], last], dim=-1))
 
-    def flattened(self, ignore_index: int, layers: Sequence[int]) -> LensInputs:
+    def flattened(
+        self, ignore_index: int, students: Sequence[int], teachers: Sequence[int]
+    ) -> LensInputs:
         """Return the tensors as the kernels take them, with R rows and the states of all layers.
 
-        Under autocast, heads and the states of `layers` that are float32 take its dtype, as in
-        `nn.Linear`. Rows are valid where the label is not `ignore_index` and the mask is not 0.
+        Under autocast, heads and the states of the layers `students` and `teachers` that are
+        float32 take its dtype, as in `nn.Linear`. Rows are valid where the label is not
+        `ignore_index` and the mask is not 0.
         """
-        students, teachers = (
+        of_student, of_teacher = (
             [
                 _autocast(h.reshape(-1, h.shape[-1])) if i in layers else h.reshape(-1, h.shape[-1])
                 for i, h in enumerate(states)
             ]
-            for states in (self.student_hidden, self.teacher_hidden)
+            for states, layers in (
+                (self.student_hidden, students),
+                (self.teacher_hidden, teachers),
+            )
         )
         valid, labels = None, None
         if self.labels is not None:
@@ -89,10 +95,10 @@ class LossInputs:
             unmasked = self.mask.reshape(-1) != 0
             valid = unmasked if valid is None else valid & unmasked
         return LensInputs(
-            students,
+            of_student,
             _autocast(self.student_weight),
             _autocast(self.student_bias),
-            teachers,
+            of_teacher,
             _autocast(self.teacher_weight),
             _autocast(self.teacher_bias),
             valid,

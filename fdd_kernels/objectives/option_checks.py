@@ -49,3 +49,25 @@ def require_int(name: str, value: Any, *, minimum: int) -> None:
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < minimum:
         raise ValueError(f"{name}={value} must be at least {minimum}")
+
+
+def require_head_options(options: Any, student: str = "student_") -> None:
+    """Check what the options of several objectives have in common: soft caps and logit scales of
+    both models, ignore_index, vocabularies and the backend.
+
+    `student` is the prefix of the student's options in the public function.
+    """
+    from fdd_kernels.backends import backend_names
+
+    for side, prefix in (("student_", student), ("teacher_", "teacher_")):
+        require_number(
+            f"{prefix}softcap", getattr(options, f"{side}softcap"), positive=True, optional=True
+        )
+        scale = getattr(options, f"{side}logit_scale")
+        require_number(f"{prefix}logit_scale", scale, positive=True)
+    require_int("ignore_index", options.ignore_index, minimum=-(2**63))
+    for name in ("vocab_size", "teacher_vocab_size"):
+        size = getattr(options, name, None)
+        if size is not None:
+            require_int(name, size, minimum=1)
+    require_choice("backend", options.backend, backend_names())

@@ -13,8 +13,13 @@ from torch.autograd import forward_ad
 from fdd_kernels.backends import is_recording
 from fdd_kernels.objectives.inputs import LossInputs
 from fdd_kernels.objectives.numbers import check_token_weights, describe
-
-FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from fdd_kernels.objectives.tensors import (
+    FLOAT_DTYPES,
+    INTEGERS,
+    MASKS,
+    check_entries,
+    require_float,
+)
 
 
 def check_tensors(inputs: LossInputs, *, paired: bool = True) -> LossInputs:
@@ -32,7 +37,8 @@ def check_tensors(inputs: LossInputs, *, paired: bool = True) -> LossInputs:
     if paired and len(teacher) != len(student):
         raise ValueError(
             f"student_hidden has {len(student)} layers and teacher_hidden {len(teacher)}: layers "
-            "are paired by rank, pass as many of each"
+            "are paired by rank, pass as many of each, or layer_weights with a row for each layer "
+            "of the student and a column for each of the teacher"
         )
     if inputs.student_weight is None:
         raise TypeError(
@@ -86,13 +92,12 @@ def check_places(named: dict[str, Tensor | None], first: str, tensor: Tensor) ->
 
 def check_tokens(inputs: LossInputs) -> None:
     """Check labels and mask against the hidden states."""
-    integers = torch.int64, torch.int32
     for name, tensor, dtypes in (
-        ("labels", inputs.labels, integers),
-        ("mask", inputs.mask, (torch.bool, *integers, torch.uint8)),
+        ("labels", inputs.labels, INTEGERS),
+        ("mask", inputs.mask, MASKS),
     ):
         if tensor is not None:
-            _check_tokens(name, tensor, inputs.leading_shape, inputs.device, dtypes)
+            _check_positions(name, tensor, dtypes, inputs.leading_shape, inputs.device)
     if inputs.token_weights is not None:
         check_row_weights(inputs.token_weights, inputs.leading_shape, inputs.device)
 
@@ -101,8 +106,18 @@ def check_row_weights(
     weights: Tensor, leading_shape: tuple[int, ...], device: torch.device
 ) -> None:
     """Check token weights against the hidden states' leading shape."""
-    _check_tokens("token_weights", weights, leading_shape, device, FLOAT_DTYPES)
+    _check_positions("token_weights", weights, FLOAT_DTYPES, leading_shape, device)
     check_token_weights(weights)
+
+
+def _check_positions(
+    name: str, tensor, dtypes: tuple, leading_shape: tuple[int, ...], device: torch.device
+) -> None:
+    remedy = (
+        f", but the hidden states have {leading_shape} before their width: one entry per hidden "
+        "state"
+    )
+    check_entries(name, tensor, dtypes, leading_shape, device, "student_hidden", remedy)
 
 
 def check_transforms(inputs: LossInputs, backend: str, **more: Tensor) -> None:
@@ -260,31 +275,6 @@ def _as_states(name: str, states) -> tuple[Tensor, ...]:
     return tuple(states)
 
 
-def require_float(name: str, tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in FLOAT_DTYPES:
-        raise TypeError(
-            f"{name} is a {describe(tensor)}: pass float32, bfloat16, float16 or float64 "
-            "(dequantise it first)"
-        )
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name} has layout {tensor.layout}: pass a dense tensor (.to_dense())")
-    require_plain(name, tensor)
-
-
-def require_plain(name: str, tensor: Tensor) -> None:
-    """Refuse a DTensor, which stands for the tensors of several processes."""
-    if torch.compiler.is_compiling():
-        return
-    if hasattr(tensor, "placements"):  # a DTensor, whose module takes long to import
-        raise TypeError(
-            f"{name} is a DTensor with placements {tensor.placements}: pass all of it "
-            "(.full_tensor()), or, of heads that are split over their rows, this process's rows "
-            "(.to_local()) together with vocab_group"
-        )
-
-
 def _check_head(
     prefix: str, states: tuple[Tensor, ...], weight: Tensor | None, bias: Tensor | None
 ) -> None:
@@ -308,26 +298,6 @@ def _check_head(
                 f"{prefix}bias has shape {tuple(bias.shape)}, {prefix}weight "
                 f"{tuple(weight.shape)}: it must be ({weight.shape[0]},)"
             )
-
-
-def _check_tokens(
-    name: str, tensor, leading_shape: tuple[int, ...], device: torch.device, dtypes: tuple
-) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in dtypes:
-        raise TypeError(
-            f"{name} is a {describe(tensor)}: expected "
-            f"{' or '.join(str(d).split('.')[1] for d in dtypes)}"
-        )
-    if tuple(tensor.shape) != leading_shape:
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}, but the hidden states have {leading_shape} "
-            "before their width: one entry per hidden state"
-        )
-    require_plain(name, tensor)
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device} and student_hidden on {device}: move it")
 
 
 def _check_teacher_is_constant(named: dict[str, Tensor | None]) -> None:

@@ -5,6 +5,7 @@ Shape suffixes: P pairs of vectors (one per pair moments), R rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from fdd_kernels.lens.distances import Sums
 from fdd_kernels.lens.layout import M_DD, M_SS, M_ST, M_TT
+from fdd_kernels.lens.spec import Layers
 
 
 class Vectors(NamedTuple):
@@ -24,6 +26,21 @@ class Vectors(NamedTuple):
     of_s: Tensor
     of_t: Tensor
     of_difference: Tensor
+
+
+def positions_of(positions: Sequence[int]) -> slice | list[int]:
+    """Turn positions into a slice, a view without a copy, where they follow one another."""
+    positions = list(positions)
+    run = slice(positions[0], positions[-1] + 1)
+    return run if positions == list(range(run.start, run.stop)) else positions
+
+
+def shifts_of(shifts: Tensor, pairs: Sequence[Layers]) -> Tensor:
+    """Select the shifts of pairs of layers, (P, 2, R) from (2, L, R)."""
+    students, teachers = (positions_of(layers) for layers in zip(*pairs))
+    if students == teachers:  # by rank: one operator, perhaps a view
+        return shifts[:, students].transpose(0, 1)
+    return torch.stack([shifts[0, students], shifts[1, teachers]], 1)
 
 
 def about_zero(

@@ -168,6 +168,12 @@ class SummaryCache(WindowCache):
                 "same layers, or cache the teacher again"
             )
         super().require(config, options, layers)
+        if config.layer_alignment != "rank":
+            raise ValueError(
+                f"layer_alignment={config.layer_alignment!r} compares every layer of the student "
+                "with every layer of the teacher, but a summary has pairs by rank alone: use the "
+                "teacher, or a cache of its states"
+            )
         check_options(options)
         given = _fixed_options(options)
         for name in _FIXED:

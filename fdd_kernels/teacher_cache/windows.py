@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from fdd_kernels.data import IGNORED, Window, Windows
 from fdd_kernels.hf.positions import (
     SHIFT_LABELS,
+    TOKEN_WEIGHTS,
     attended_positions,
     precedes_label,
     valid_positions,
@@ -25,7 +26,8 @@ _SHOWN = 8
 
 def pack_windows(windows: Windows) -> dict[str, Tensor]:
     """Concatenate windows: `input_ids` and `labels` (tokens,) int32, and the offsets `starts` and
-    `rows` (windows + 1,) int64 of each window's tokens and rows.
+    `rows` (windows + 1,) int64 of each window's tokens and rows. If a window has `token_weights`
+    there are also those, (tokens,) float32, 1 in windows without.
 
     There is one row for each valid position: one whose next token has a label.
 
@@ -34,13 +36,19 @@ def pack_windows(windows: Windows) -> dict[str, Tensor]:
         TypeError: windows without a length.
     """
     starts, rows, pieces = [0], [0], {"input_ids": [], "labels": []}
+    weights, are_given = [], False
     for index, window in enumerate(
         chain(_sized("train", windows.train), _sized("held_out", windows.held_out))
     ):
         ids, labels = (torch.as_tensor(window[name], dtype=torch.int32) for name in pieces)
-        if len(labels) != len(ids) or not all(window.get("attention_mask", (1,))):
+        own = window.get(TOKEN_WEIGHTS)
+        are_given = are_given or own is not None
+        weights.append(torch.ones(len(ids)) if own is None else torch.as_tensor(own).float())
+        lengths = {len(ids), len(labels), len(weights[-1])}
+        if len(lengths) > 1 or not all(window.get("attention_mask", (1,))):
             raise ValueError(
-                f"window {index} must have as many labels as input_ids, and no padding"
+                f"window {index} must have as many labels, and token_weights if any, as "
+                "input_ids, and no padding"
             )
         count = int(precedes_label(labels, IGNORED).sum())
         if not count:
@@ -51,6 +59,8 @@ def pack_windows(windows: Windows) -> dict[str, Tensor]:
         pieces["labels"].append(labels)
     empty = torch.zeros(0, dtype=torch.int32)
     tokens = {name: torch.cat([empty, *parts]) for name, parts in pieces.items()}
+    if are_given:
+        tokens[TOKEN_WEIGHTS] = torch.cat(weights)
     return {**tokens, "starts": torch.tensor(starts), "rows": torch.tensor(rows)}
 
 
@@ -96,8 +106,16 @@ class WindowTable:
 
     def window(self, index: int) -> tuple[Tensor, Tensor]:
         """Return tokens and labels (length,) of one window."""
-        part = slice(int(self.starts[index]), int(self.starts[index + 1]))
+        part = self._part(index)
         return self.input_ids[part], self.labels[part]
+
+    def weights(self, index: int) -> Tensor | None:
+        """Return the weights (length,) of the tokens of one window; None if there are none."""
+        weights = self._tensors.get(TOKEN_WEIGHTS)
+        return None if weights is None else weights[self._part(index)]
+
+    def _part(self, index: int) -> slice:
+        return slice(int(self.starts[index]), int(self.starts[index + 1]))
 
     def match(self, batch: Mapping[str, Tensor]) -> tuple[list[int], Tensor]:
         """Find the windows of a batch, and the positions that their cached rows belong to.
@@ -171,7 +189,9 @@ class WindowTable:
 
 
 class CachedWindows(Dataset, Sequence):
-    """Windows as dicts of lists input_ids, attention_mask, labels, and their `teacher_index`."""
+    """Windows as dicts of lists input_ids, attention_mask, labels, token_weights if there are any,
+    and their `teacher_index`.
+    """
 
     def __init__(self, table: WindowTable, indices: range) -> None:
         self.table, self.indices = table, indices
@@ -182,9 +202,12 @@ class CachedWindows(Dataset, Sequence):
     def __getitem__(self, item: int) -> dict[str, Any]:
         index = self.indices[item]
         ids, labels = self.table.window(index)
-        return {
+        window = {
             "input_ids": ids.tolist(),
             "attention_mask": [1] * len(ids),
             "labels": labels.tolist(),
-            TEACHER_INDEX: index,
         }
+        weights = self.table.weights(index)
+        if weights is not None:
+            window[TOKEN_WEIGHTS] = weights.tolist()
+        return window | {TEACHER_INDEX: index}

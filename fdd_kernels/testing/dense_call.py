@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fdd_kernels.lens.distances import DISTANCES
 from fdd_kernels.lens.divergence_text import NamedDivergence, parse_divergence
+from fdd_kernels.lens.spec import Layers
 from fdd_kernels.objectives.dense import dense_logits
 from fdd_kernels.objectives.fdd.loss import prepare
 from fdd_kernels.objectives.fdd.objective import reduce_terms
@@ -16,12 +17,14 @@ from fdd_kernels.objectives.fdd.options import FDDLossTerms, LossOptions
 from fdd_kernels.objectives.fdd.plan import Plan
 from fdd_kernels.objectives.fdd.reference import mixed_target
 from fdd_kernels.objectives.fdd.terms import RowTerms
+from fdd_kernels.objectives.layer_pairs import LayerPairs
 from fdd_kernels.objectives.reduction import loss_denominator
 from fdd_kernels.testing.problems import Problem
 
 # A number below so many times the smallest normal one may count as 0, before the division by a
 # temperature.
 UNDERFLOW = 64
+LAST = Layers(-1, -1)  # the final states
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
@@ -89,8 +92,10 @@ class DenseCall:
     teacher: list[tuple[Tensor, Tensor]]
 
     @property
-    def dynamics(self) -> range:
-        return range(len(self.student) - (not self.options.output_in_dynamics))
+    def layers(self) -> LayerPairs:
+        """The pairs of layers of trajectory and derivative."""
+        left_out = not self.options.output_in_dynamics
+        return self.options.layer_pairs(len(self.student) - left_out, len(self.teacher) - left_out)
 
     @property
     def summation(self) -> float:
@@ -100,29 +105,25 @@ class DenseCall:
         shape = self.plan.leading_shape
         return reduce_terms(rows, self.options, self.valid, shape, self.denominator, self.weights)
 
-    def layers_mean(self, per_layer: list[Tensor]) -> Tensor:
-        """Reduce the trajectory's layers to the term per row."""
-        weights = self.options.layer_weights or [1.0] * len(per_layer)
-        return torch.stack([weight * x for weight, x in zip(weights, per_layer)]).mean(0)
-
-    def divergences(self) -> list[tuple[str, int, float, NamedDivergence]]:
-        """List the divergences of the call: term, layer, temperature, divergence."""
+    def divergences(self) -> list[tuple[str, float, Layers, float, NamedDivergence]]:
+        """List the divergences of the call: term, weight in it, layers, temperature, divergence."""
         o, plan, found = self.options, self.plan, []
         if plan.trajectory and o.trajectory not in DISTANCES:
             divergence = parse_divergence(o.trajectory)
-            found += [("trajectory", i, o.temperature, divergence) for i in self.dynamics]
+            for i, j, weight in self.layers.weighted():
+                found.append(("trajectory", weight, Layers(i, j), o.temperature, divergence))
         if plan.output_kd is not None:
-            last, divergence = len(self.student) - 1, parse_divergence(o.output_divergence)
-            found.append(("output_kd", last, o.output_temperature, divergence))
+            divergence = parse_divergence(o.output_divergence)
+            found.append(("output_kd", 1.0, LAST, o.output_temperature, divergence))
         return found
 
     def log_probabilities(
-        self, layer: int, temperature: float
+        self, layers: Layers, temperature: float
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Return log q and log p (of TAID's target) at a layer, (R, V), and how far off each may
+        """Return log q and log p (of TAID's target) at two layers, (R, V), and how far off each may
         be, (R,).
         """
-        (u_s, off_s), (u_t, off_t) = self.student[layer], self.teacher[layer]
+        (u_s, off_s), (u_t, off_t) = self.student[layers.student], self.teacher[layers.teacher]
         z_s, mix = u_s / temperature, self.options.teacher_mix
         log_q, log_p = (
             z.log_softmax(-1) for z in (z_s, mixed_target(z_s, u_t / temperature, mix).detach())
@@ -130,24 +131,25 @@ class DenseCall:
         off_s, off_t = (off.amax(-1) / temperature for off in (off_s, off_t))
         return log_q, log_p, (off_s, off_t if mix == 1 else torch.maximum(off_s, off_t))
 
-    def pairs(self) -> list[tuple[int, int]]:
-        """List the derivative's pairs of layers."""
-        return list(zip(self.dynamics, self.dynamics[1:])) if self.plan.derivative else []
+    def pairs(self) -> list[tuple[Layers, Layers]]:
+        """List the derivative's pairs of deltas, by the layers that they lead from and to."""
+        ends = [Layers(*layers) for layers in enumerate(self.layers.derivative)]
+        return list(zip(ends, ends[1:])) if self.plan.derivative else []
 
     def live(self) -> Tensor:
         """Mark the columns that are finite in both models, (V,)."""
         return (self.student[0][0].isfinite() & self.teacher[0][0].isfinite()).all(0)
 
-    def pair_vectors(self, first: int, second: int) -> tuple[Tensor, Tensor, Tensor]:
+    def pair_vectors(self, first: Layers, second: Layers) -> tuple[Tensor, Tensor, Tensor]:
         """Compute the deltas of logits s and t, and the weights' z, of a pair: (R, live V) each."""
         live, temperature = self.live(), self.options.temperature_of_deltas
         s, t = (
-            (model[second][0] - model[first][0])[:, live] / temperature
-            for model in (self.student, self.teacher)
+            (model[to][0] - model[start][0])[:, live] / temperature
+            for model, start, to in zip((self.student, self.teacher), first, second)
         )
-        return s, t, self.teacher[second][0][:, live] / temperature
+        return s, t, self.teacher[second.teacher][0][:, live] / temperature
 
-    def underflow(self, first: int, second: int) -> Tensor:
+    def underflow(self, first: Layers, second: Layers) -> Tensor:
         """Mark the rows of a pair whose weighted variances are no numbers of the working dtype.
 
         A weight below its smallest normal number may be 0. Where the average weight about the mean

@@ -35,8 +35,7 @@ def _moved(problem: Problem, seed: int, summation: float, unit: float, options: 
     """
     generator = torch.Generator().manual_seed(seed)
     problem = problem.to(torch.float64)
-    rows, layers = math.prod(problem.leading_shape), len(problem.student_hidden)
-    eye = torch.eye(layers * rows, dtype=torch.float64, device=problem.student_weight.device)
+    rows, device = math.prod(problem.leading_shape), problem.student_weight.device
     names = ("temperature", "output_temperature", "derivative_temperature")
     temperature = max(options.get(name) or 1.0 for name in names)
     changed = {}
@@ -52,10 +51,8 @@ def _moved(problem: Problem, seed: int, summation: float, unit: float, options: 
         moved = off * (
             2 * torch.rand(off.shape, generator=generator, dtype=torch.float64).to(off.device) - 1
         )
-        at = [
-            eye[i * rows : (i + 1) * rows].reshape(*problem.leading_shape, -1)
-            for i in range(layers)
-        ]
+        eye = torch.eye(len(flat), dtype=torch.float64, device=device)
+        at = eye.reshape(len(hidden), *problem.leading_shape, len(flat))
         grown = [
             torch.cat([h.detach(), e], -1).requires_grad_(h.requires_grad)
             for h, e in zip(hidden, at)
@@ -186,15 +183,10 @@ def _softmax_floors(
     problem = problem.to(torch.float64)
     call = replace(dense_call(problem, unit, options), tiny=tiny)
     summation, found = call.summation, []
-    layers = 1 / max(len(call.dynamics), 1)
-    for term, layer, temperature, divergence in call.divergences():
-        log_q, log_p, off = call.log_probabilities(layer, temperature)
-        z_s, log_q = call.student[layer][0] / temperature, log_q.detach()
+    for term, factor, layers, temperature, divergence in call.divergences():
+        log_q, log_p, off = call.log_probabilities(layers, temperature)
+        z_s, log_q = call.student[layers.student][0] / temperature, log_q.detach()
         grad = DIVERGENCES[divergence.name].grad(log_q, log_p, *divergence.parameters)
-        weights = call.options.layer_weights
-        factor = 1.0
-        if term == "trajectory":
-            factor = layers if weights is None else layers * weights[layer]
         found.append((term, factor * summation * grad.abs().sum(-1) * z_s.logsumexp(-1)))
         own = 12 * unit * (grad.abs() * z_s.where(z_s.isfinite(), 0.0)).sum(-1)
         found.append((term, factor * own))

@@ -69,6 +69,7 @@ def random_problem(
     student_width: int = 8,
     teacher_width: int = 12,
     layers: int = 3,
+    teacher_layers: int | None = None,
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -88,6 +89,7 @@ def random_problem(
     Args:
         leading: leading shape of the hidden states; `columns` the vocabulary (the teacher's width
             in feature space).
+        teacher_layers: hidden states of the teacher; None: as many as the student's `layers`.
         spread: standard deviation of the logits.
         bias: None, "plain", or "padded": -inf in the last eighth of the columns of both models.
         labels, mask: with labels, about a quarter of them -100; with a mask, about a quarter of it
@@ -99,13 +101,15 @@ def random_problem(
     """
     generator = torch.Generator().manual_seed(seed)
     live = max(1, columns - max(1, columns // 8))
+    teacher_layers = layers if teacher_layers is None else teacher_layers
+    depth = max(layers, teacher_layers)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     def model(width: int) -> dict[str, Any]:
         hidden = [normal(*leading, width)]
-        for _ in range(layers - 1):
+        for _ in range(depth - 1):
             hidden.append(0.8 * hidden[-1] + 0.6 * normal(*leading, width))
         return {
             "hidden": hidden,
@@ -149,9 +153,9 @@ def random_problem(
         return drawn.where(torch.rand(leading, generator=generator) < 0.75, -100)
 
     return Problem(
-        student_hidden=tuple([finish(h, True) for h in student["hidden"]]),
+        student_hidden=tuple([finish(h, True) for h in student["hidden"][:layers]]),
         student_weight=finish(student["weight"], True),
-        teacher_hidden=tuple([finish(h, False) for h in teacher["hidden"]]),
+        teacher_hidden=tuple([finish(h, False) for h in teacher["hidden"][:teacher_layers]]),
         teacher_weight=finish(teacher["weight"], False),
         labels=tokens(labels, draw_labels),
         student_bias=finish(student["bias"], True),

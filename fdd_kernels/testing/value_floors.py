@@ -8,10 +8,11 @@ from torch import Tensor
 from fdd_kernels.lens.distances import DISTANCES, Sums
 from fdd_kernels.lens.divergence_text import NamedDivergence
 from fdd_kernels.lens.divergences import DIVERGENCES
+from fdd_kernels.lens.spec import Layers
 from fdd_kernels.objectives.fdd.options import FDDLossTerms
 from fdd_kernels.objectives.fdd.reference import distance_of
 from fdd_kernels.objectives.fdd.terms import RowTerms
-from fdd_kernels.testing.dense_call import DenseCall, centred, dense_call
+from fdd_kernels.testing.dense_call import LAST, DenseCall, centred, dense_call
 from fdd_kernels.testing.problems import Problem
 
 PERTURBATIONS = 3  # random movements, where a derivative alone is no bound
@@ -87,10 +88,10 @@ def _sums_rounding(kind: str, s: Tensor, t: Tensor, summation: float) -> Tensor:
 
 
 def _divergence_floor(
-    call: DenseCall, layer: int, temperature: float, divergence: NamedDivergence
+    call: DenseCall, layers: Layers, temperature: float, divergence: NamedDivergence
 ) -> Tensor:
     """Bound the error of one divergence, (R,)."""
-    log_q, log_p, off = call.log_probabilities(layer, temperature)
+    log_q, log_p, off = call.log_probabilities(layers, temperature)
     some = (log_q.isfinite() | log_p.isfinite()).any(0)
     s, t, summation = log_q.detach()[:, some], log_p[:, some], call.summation
     value = lambda a, b: divergence.value(a, b).sum(-1)  # noqa: E731
@@ -104,14 +105,18 @@ def _divergence_floor(
 
 
 def _distance_floor(
-    call: DenseCall, kind: str, s: Tensor, t: Tensor, off: Tensor, common: float
+    call: DenseCall,
+    kind: str,
+    vectors: tuple[Tensor, Tensor],
+    off: tuple[Tensor, Tensor],
+    common: float,
 ) -> Tensor:
     """Bound the error of the distance of vectors (R, C) whose elements are off by `off`, (R,)."""
     value = lambda a, b: distance_of(kind, a, b)  # noqa: E731
     return (
-        movement(value, (s, t), (off, off), common)[0]
-        + call.summation * value(s, t)
-        + _angle_rounding(kind, *centred(kind, s, t, None), call.unit)
+        movement(value, vectors, off, common)[0]
+        + call.summation * value(*vectors)
+        + _angle_rounding(kind, *centred(kind, *vectors, None), call.unit)
     )
 
 
@@ -124,12 +129,18 @@ def _weighted_distance(kind: str, s: Tensor, t: Tensor, z: Tensor) -> Tensor:
     return DISTANCES[kind].value(Sums(torch.ones_like(ss), torch.stack([ss, tt], 1), st, dd))[0]
 
 
-def _weighted_floor(call: DenseCall, first: int, second: int, off: Tensor, off_z: Tensor) -> Tensor:
+def _weighted_floor(
+    call: DenseCall,
+    first: Layers,
+    second: Layers,
+    off: tuple[Tensor, Tensor],
+    off_z: Tensor,
+) -> Tensor:
     """Bound the error of the weighted distance of a pair: also the weights are off."""
     kind, vectors = call.options.derivative, [v.detach() for v in call.pair_vectors(first, second)]
     value = lambda *vectors: _weighted_distance(kind, *vectors)  # noqa: E731
     about_means = centred(kind, *vectors)
-    floor, _ = movement(value, tuple(vectors), (off, off, off_z + 4 * call.unit), 0.0)
+    floor, _ = movement(value, tuple(vectors), (*off, off_z + 4 * call.unit), 0.0)
     floor = (
         floor + call.summation * value(*vectors) + _angle_rounding(kind, *about_means, call.unit)
     )
@@ -145,39 +156,45 @@ def value_floors(problem: Problem, unit: float | None = None, **options) -> FDDL
     call = dense_call(problem, unit, options)
     o, plan, live = call.options, call.plan, call.live()
 
-    def vectors(layer: int, temperature: float, softmax: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """Return both models' vectors (R, live C) at a layer and how far they may be off, (R,)."""
+    def vectors(layers: Layers, temperature: float, softmax: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return both models' vectors (R, live C) at layers, and how far they may be off, (R,)."""
         found, off = [], 0.0
-        for u, d in (call.student[layer], call.teacher[layer]):
+        for u, d in (call.student[layers.student], call.teacher[layers.teacher]):
             z = u.detach() / temperature
             found.append((z.log_softmax(-1) if softmax else z)[:, live])
             off = torch.maximum(torch.as_tensor(off), (d / temperature)[:, live].amax(-1))
         return *found, off
 
     rows: dict[str, list[Tensor]] = {"trajectory": [], "output_kd": []}
-    for term, *divergence in call.divergences():
-        rows[term].append(_divergence_floor(call, *divergence))
+    for term, weight, *divergence in call.divergences():
+        rows[term].append(weight * _divergence_floor(call, *divergence))
     if plan.trajectory and o.trajectory in DISTANCES:
-        for layer in call.dynamics:
-            of_layer = vectors(layer, o.temperature, softmax=False)
-            rows["trajectory"].append(_distance_floor(call, o.trajectory, *of_layer, 0.0))
+        for i, j, weight in call.layers.weighted():
+            s, t, off = vectors(Layers(i, j), o.temperature, softmax=False)
+            floor = _distance_floor(call, o.trajectory, (s, t), (off, off), 0.0)
+            rows["trajectory"].append(weight * floor)
     per_pair = []
     for first, second in call.pairs():
         (s1, t1, off1), (s2, t2, off2) = (
-            vectors(i, o.temperature_of_deltas, not plan.feature_space) for i in (first, second)
+            vectors(ends, o.temperature_of_deltas, not plan.feature_space)
+            for ends in (first, second)
         )
+        # A layer minus itself has no direction, whatever its logits round to.
+        is_still = DISTANCES[o.derivative].directional and first.teacher == second.teacher
+        off = off1 + off2, (off1 + off2) * (not is_still)
         if DISTANCES[o.derivative].weighted:
-            per_pair.append(_weighted_floor(call, first, second, off1 + off2, off2))
+            per_pair.append(_weighted_floor(call, first, second, off, off2))
             continue
         common = 0.0 if plan.feature_space else 2 * call.summation
-        per_pair.append(_distance_floor(call, o.derivative, s2 - s1, t2 - t1, off1 + off2, common))
+        deltas = s2 - s1, t2 - t1
+        per_pair.append(_distance_floor(call, o.derivative, deltas, off, common))
     ce = None
     if plan.ce is not None:
-        ce = 3 * vectors(len(call.student) - 1, 1.0, softmax=True)[2] + call.summation
+        ce = 3 * vectors(LAST, 1.0, softmax=True)[2] + call.summation
     return call.reduce(
         RowTerms(
-            output_kd=rows["output_kd"][0] if rows["output_kd"] else None,
-            trajectory=call.layers_mean(rows["trajectory"]) if rows["trajectory"] else None,
+            output_kd=sum(rows["output_kd"]) if rows["output_kd"] else None,
+            trajectory=sum(rows["trajectory"]) if rows["trajectory"] else None,
             derivative=torch.stack(per_pair).mean(0) if per_pair else None,
             ce=ce,
         )

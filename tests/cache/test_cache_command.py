@@ -2,6 +2,7 @@
 models.
 """
 
+import json
 import shutil
 
 import pytest
@@ -14,6 +15,7 @@ from fdd_kernels.teacher_cache import TeacherCache
 from tests.support.cache_inputs import digests
 from tests.support.commands import (
     FROM_CACHE,
+    TEXT,
     FullDisk,
     cache_options,
     options,
@@ -56,6 +58,25 @@ class TestCommands:
         console = quiet()
         distill(options(inputs, tmp_path / "cache", teacher_cache=cached, **FROM_CACHE), console)
         assert "finished; nothing to do" in console.file.getvalue()
+
+    def test_weights_in_the_data(self, inputs, tmp_path):
+        """Twice the weight of every document is twice the loss, with a live teacher and a cache."""
+        found = {}
+        for weight in (1, 2):
+            data = tmp_path / f"{weight}.jsonl"
+            entries = [{"text": line, "token_weights": weight} for line in TEXT.splitlines()]
+            data.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+            cache = tmp_path / f"cache-{weight}"
+            cache_teacher(cache_options(inputs, cache, data=data), quiet())
+            for name, given in (
+                ("live", {"data": data}),
+                ("cached", {"teacher_cache": cache, **FROM_CACHE}),
+            ):
+                run = options(inputs, tmp_path / f"{name}-{weight}", max_steps=1, **given)
+                history = distill(run, quiet())["history"]
+                found[name, weight] = next(log["loss"] for log in history if "loss" in log)
+        for name in ("live", "cached"):
+            assert found[name, 2] == pytest.approx(2 * found[name, 1], rel=1e-5)
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "int8", "float8"])
     def test_it_learns_from_every_storage(self, inputs, tmp_path, dtype):

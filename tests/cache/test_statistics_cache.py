@@ -227,6 +227,7 @@ class TestRefusals:
             ({"output_in_dynamics": True}, "output_in_dynamics=True"),
             ({"student_layers": (1, 2), "teacher_layers": LAYERS[:2]}, "is of \\[1, 2, 4\\]"),
             ({"apply_final_norm": False}, "apply_final_norm=False"),
+            ({"layer_alignment": "emd"}, "layer_alignment='emd' .*a cache of its states"),
         ],
         ids=str,
     )

@@ -264,6 +264,27 @@ class TestTraining:
         with pytest.raises(ValueError, match="split='test' is not one of 'train', 'held_out'"):
             cache.dataset("test")
 
+    def test_weights_of_windows_are_kept(self, caches, windows, tmp_path):
+        """1 in windows without."""
+        train = [dict(window) for window in windows.train]
+        for number, window in enumerate(train[1:], 1):
+            window["token_weights"] = [number + 0.5 * (at % 2) for at in window["input_ids"]]
+        cache = write(tmp_path, replace(windows, train=train))
+        train[0]["token_weights"] = [1.0] * len(train[0]["input_ids"])
+        for row, window in zip(cache.dataset("train"), train, strict=True):
+            assert row["token_weights"] == window["token_weights"]
+        held_out = cache.dataset("held_out")
+        assert {weight for row in held_out for weight in row["token_weights"]} == {1.0}
+        batch, student = batch_of(cache), student_model()
+        live = Distiller(student, teacher_model(), CONFIG)
+        same_loss_and_gradients(student, Distiller(student, cache, CONFIG), live, batch)
+        assert "token_weights" not in caches["float32"].dataset("train")[0]
+        train[2]["token_weights"].pop()
+        with pytest.raises(
+            ValueError, match="window 2 must have as many labels, and token_weights"
+        ):
+            write(tmp_path / "b", replace(windows, train=train))
+
     def test_the_shares_of_processes_add_up_to_the_whole(self, caches):
         """Two ranks with the usual sampler take each window once; their gradients add up to one
         process's.

@@ -341,6 +341,7 @@ VALUES = {
     "derivative": ("none", None),
     "output_divergence": ("alpha_beta:0.2,0.7", "alpha_beta:0.2,0.7"),
     "layer_weights": ("1,0.5,0", (1.0, 0.5, 0.0)),
+    "derivative_layers": ("0,1,1", (0, 1, 1)),
     "temperature": ("2", 2.0),
     "derivative_temperature": ("1.5", 1.5),
     "output_temperature": ("3", 3.0),
@@ -361,6 +362,13 @@ VALUES = {
     "stages": ("a=3:;b:", "a=3:;b:"),
     "gradient_balance": ("output_kd=1,ce=2;every=5", "output_kd=1,ce=2;every=5"),
 }
+# Those that do not go with the others' `derivative_layers`.
+ALIGNMENT = {
+    "layer_alignment": ("sinkhorn", "sinkhorn"),
+    "alignment_every": ("50", 50),
+    "alignment_epsilon": ("0.5", 0.5),
+    "num_teacher_layers": ("6", 6),
+}
 
 
 def test_every_field_of_the_config_is_a_flag(fake_module):
@@ -380,11 +388,26 @@ def test_every_field_of_the_config_is_a_flag(fake_module):
         "student_layers": (1, 2),
         "teacher_layers": (3, 5),
     }
-    assert {f.name for f in fields(FDDConfig)} - set(NOT_OPTIONS) == expected.keys()
+    named = expected.keys() | ALIGNMENT.keys()
+    assert {f.name for f in fields(FDDConfig)} - set(NOT_OPTIONS) == named
     for name, value in expected.items():
         assert getattr(config, name) == value, name
+    flags = [f"--{name.replace('_', '-')}={given}" for name, (given, _) in ALIGNMENT.items()]
+    config = run_distill(fake_module, *flags).config
+    assert {name: (given, getattr(config, name)) for name, (given, _) in ALIGNMENT.items()} == (
+        ALIGNMENT
+    )
     config = run_distill(fake_module, "--teacher-mix", "0.4", "--derivative", "weighted_cosine")
     assert (config.config.teacher_mix, config.config.derivative) == (0.4, "weighted_cosine")
+
+
+def test_weights_of_pairs_have_a_row_for_each_layer_of_the_student(fake_module):
+    layers = ["--student-layers", "1,2", "--teacher-layers", "1,2,3"]
+    options = run_distill(fake_module, *layers, "--layer-weights", "1,0,0;0,0.5,0.5")
+    assert options.config.layer_weights == ((1.0, 0.0, 0.0), (0.0, 0.5, 0.5))
+    layers[1] = "1"
+    options = run_distill(fake_module, *layers, "--layer-weights", "1,0,2;")
+    assert options.config.layer_weights == ((1.0, 0.0, 2.0),)
 
 
 @pytest.mark.parametrize(
@@ -408,6 +431,22 @@ def test_every_field_of_the_config_is_a_flag(fake_module):
             "--layer-weights 1.0,2.0 has 2 entries and the trajectory 4 layers: give one for each",
         ),
         (["--layer-weights", "1,1,1,-1"], "--layer-weights entry=-1.0 must be finite"),
+        (["--layer-alignment", "best"], "--layer-alignment best is not one of 'rank', 'argmin'"),
+        (
+            ["--layer-alignment", "emd", "--alignment-epsilon", "0.1"],
+            "--alignment-epsilon 0.1 has no effect on --layer-alignment emd: leave it at None, or "
+            "use --layer-alignment attention or",
+        ),
+        (
+            ["--num-teacher-layers", "6"],
+            "--num-layers 4 and --num-teacher-layers 6 are unequal numbers of layers",
+        ),
+        (
+            ["--layer-weights", "1,0;0,1"],
+            "--layer-weights has shape (2, 2), but the trajectory has 4 layers of the student",
+        ),
+        (["--layer-weights", "1,0;0"], "--layer-weights row 1 has 1 numbers and row 0 2"),
+        (["--derivative-layers", "0,2,1,3"], "--derivative-layers 0,2,1,3 must not decrease"),
         (["--derivative-temperature", "0"], "--derivative-temperature 0.0 must be finite"),
         (["--teacher-mix", "1.5"], "--teacher-mix 1.5 must be in [0, 1]"),
         (

@@ -569,6 +569,50 @@ def test_windows_of_several_pieces(tmp_path, tokenizer, monkeypatch):
     ][::9]
 
 
+def test_weights_of_documents_and_of_tokens(tmp_path, tokenizer, monkeypatch):
+    """A number for a whole document, a list for tokens; 1 in documents without."""
+    tokens = {"input_ids": [1, 2, 3, 4, 5], "token_weights": [0, 0.5, 1, 2, 3]}
+    entries = [{"input_ids": [6, 7]}, tokens, {"text": "two", "token_weights": 0.25}]
+    path = write(tmp_path / "a.jsonl", *entries, tokens | {"token_weights": 4})
+    for piece in (1 << 20, 6, 1):
+        monkeypatch.setattr("fdd_kernels.data.windows._PIECE", piece)
+        weights = [w["token_weights"] for w in load(path, tokenizer, max_length=3).train]
+        assert weights[:3] == [[1, 1], [0, 0.5, 1], [2, 3]]
+        assert {w for window in weights[3:-2] for w in window} == {0.25}
+        assert weights[-2:] == [[4, 4, 4], [4, 4]]
+    assert pad_windows(load(path, tokenizer).train[:])["token_weights"].dtype == torch.float32
+
+
+def test_weights_in_tables(tmp_path, tokenizer):
+    rows = datasets.Dataset.from_list([{"text": "one", "token_weights": w} for w in (0.5, None)])
+    table = tmp_path / "a.csv"
+    table.write_text("text,token_weights\none,0.5\n")
+    for data, expected in ((rows, [0.5, 1.0]), (table, [0.5])):
+        found = load(data, tokenizer).train
+        assert [set(window["token_weights"]) for window in found] == [{w} for w in expected]
+    (window,) = load(write(tmp_path / "c.jsonl", {"text": "one"}), tokenizer).train
+    assert "token_weights" not in window
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"text": "one", "token_weights": [1.0]}, 'is a list, but only "input_ids" have known'),
+        ({"input_ids": [1, 2], "token_weights": [1.0]}, '2 "input_ids", but 1 "token_weights"'),
+        ({"text": "one", "token_weights": -1}, "finite numbers of at least 0, got -1"),
+        ({"text": "one", "token_weights": float("nan")}, "at least 0, got nan"),
+        ({"text": "one", "token_weights": True}, "at least 0, got True"),
+        ({"text": "one", "token_weights": "much"}, "at least 0, got 'much'"),
+        ({"input_ids": [1, 2], "token_weights": [1, None]}, r"at least 0, got \[1, None\]"),
+    ],
+    ids=lambda value: value[:30] if isinstance(value, str) else None,
+)
+def test_wrong_weights_name_the_line(tmp_path, tokenizer, entry, message):
+    path = write(tmp_path / "a.jsonl", {"text": "one"}, entry)
+    with pytest.raises(UserError, match=f"a.jsonl:2: .*{message}"):
+        load(path, tokenizer)
+
+
 def test_tokens_that_one_model_lacks_are_left_out(tmp_path, tokenizer):
     unshared = frozenset(tokenizer("x")["input_ids"])
     path = write(tmp_path / "a.jsonl", {"text": "one"}, {"text": "x"}, {"text": "and " * 30 + "x"})

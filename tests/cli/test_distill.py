@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -112,6 +114,48 @@ def test_every_option_of_the_objective(inputs, tmp_path):
     console = quiet()
     distill(run, console)
     assert "finished; nothing to do" in console.file.getvalue()
+
+
+def test_an_alignment_is_printed_stored_drawn_and_resumed(inputs, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    config = FDDConfig(num_layers=2, layer_alignment="attention", alignment_every=3)
+    run, console = options(inputs, tmp_path / "run", config=config), quiet()
+    metrics = distill(run, console)
+    found = metrics["layer_alignment"]
+    assert (found["step"], found["student_layers"], found["teacher_layers"]) == (3, [1, 2], [1, 2])
+    assert [sum(row) for row in found["weights"]] == pytest.approx([1.0, 1.0])
+    entries = [entry for entry in metrics["history"] if "layer_alignment" in entry]
+    assert [entry["step"] for entry in entries] == [0, 3]
+    assert entries[-1]["layer_alignment"] == found
+    logged = [entry["aligned_layer/2"] for entry in metrics["history"] if "loss" in entry]
+    assert len(set(logged)) == 2
+    assert all(1 <= layer <= 2 for layer in logged)
+    printed = console.file.getvalue()
+    assert "weights of the teacher's layers for each student layer, of step 3" in printed
+    assert f"{found['weights'][0][0]:.2f}" in printed
+    assert "teacher layer" in (run.output / "layer_alignment.svg").read_text()
+    assert json.loads((run.output / "metrics.json").read_text())["layer_alignment"] == found
+    card = ModelCard.load(run.output / "student" / "README.md").text
+    assert "1, 2 with 1, 2, paired from data" in card
+    assert "layer_alignment='attention'" in card
+
+    student = weights(run.output)
+    shutil.rmtree(run.output / "checkpoint-6")
+    for name in ("metrics.json", "layer_alignment.svg"):
+        (run.output / name).unlink()
+    for module in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, module, None)
+    console = quiet()
+    resumed = distill(run, console)
+    printed = console.file.getvalue()
+    assert "resuming from checkpoint-4" in printed
+    assert "layer_alignment.svg was not drawn: plot_layer_alignment needs matplotlib" in printed
+    same(weights(run.output), student)
+    assert resumed["layer_alignment"] == found
+    again = [entry for entry in resumed["history"] if "layer_alignment" in entry]
+    assert again == entries
+    with pytest.raises(UserError, match=r"layer_alignment was 'attention', is 'emd'"):
+        distill(replace(run, config=replace(config, layer_alignment="emd")), quiet())
 
 
 def test_the_card_says_how_many_epochs_it_were(inputs, tmp_path):

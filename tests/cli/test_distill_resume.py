@@ -279,6 +279,29 @@ def test_records_of_earlier_versions_are_understood(inputs, whole, tmp_path):
             distill(options(inputs, output, config=FDDConfig(num_layers=2, **changes)), quiet())
 
 
+def test_one_divergence_in_other_words_is_the_same_run(inputs, whole, tmp_path):
+    output = tmp_path / "run"
+    shutil.copytree(whole, output)
+    record = json.loads((output / "run.json").read_text())
+    record |= {"config.trajectory": "jsd", "config.output_divergence": "jsd:1e-1"}
+    (output / "run.json").write_text(json.dumps(record))
+
+    def resumed(**changes) -> str:
+        console = quiet()
+        distill(options(inputs, output, config=FDDConfig(num_layers=2, **changes)), console)
+        return console.file.getvalue()
+
+    same = {"trajectory": "jsd:0.5", "output_divergence": "jsd:0.1"}
+    assert "finished; nothing to do" in resumed(**same)
+    for name, other in (
+        ("trajectory", "jsd:0.4"),
+        ("trajectory", "mse"),
+        ("output_divergence", "kl"),
+    ):
+        with pytest.raises(UserError, match=f"{name} was 'jsd.*', is '{other}'"):
+            resumed(**(same | {name: other}))
+
+
 CHANGING = FDDConfig(
     num_layers=2,
     schedules="teacher_mix=taid:60,0.4,1,0.2;alpha=linear:0,1,0,5",

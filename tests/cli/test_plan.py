@@ -280,6 +280,7 @@ def test_the_objective_is_in_the_prediction(capsys):
         ["--derivative-temperature", "2"],
         ["--teacher-mix", "0.5"],
         ["--ce-weight", "1"],
+        ["--layer-weights", ";".join(["1,1,1,1,1,1"] * 4)],  # of six teacher layers
     ):
         assert loss(*more)[0] > plain, more
     assert loss("--beta", "0")[0] < plain

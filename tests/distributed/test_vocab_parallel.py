@@ -77,7 +77,7 @@ def blocks_of(name: str, way: str) -> list[int]:
 
 
 def valid_rows(problem: Problem) -> int:
-    rows, _ = problem.weighted(problem.flattened(-100, ()))
+    rows, _ = problem.weighted(problem.flattened(-100, (), ()))
     valid = rows.valid
     return math.prod(problem.leading_shape) if valid is None else int(valid.sum())
 

@@ -361,3 +361,25 @@ def test_mixed_dtypes_and_autocast():
         assert float(term) == pytest.approx(float(value), rel=1e-5), name
     terms.loss.backward()
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients(student).values())
+
+
+def test_teacher_layers_of_another_number():
+    """The trajectory is linear in the weights of pairs; one teacher layer each is that layer."""
+    batch, layers = tiny_batch(), {"student_layers": (1, 3), "teacher_layers": (2, 4, 6)}
+
+    def outcome(**options):
+        student, teacher = models()
+        terms = Distiller(student, teacher, FDDConfig(**options))(batch)
+        (terms.trajectory + terms.derivative).backward()
+        return [terms.trajectory, terms.derivative, *gradients(student).values()]
+
+    def weighted(*weights):
+        return outcome(layer_weights=weights, derivative_layers=(0, 2), **layers)
+
+    by_rank = outcome(student_layers=(1, 3), teacher_layers=(2, 6))
+    first, second = weighted((1, 0, 0), (0, 0, 1)), weighted((0, 1, 0), (0, 0, 1))
+    for a, b in zip(first, by_rank):
+        torch.testing.assert_close(a, b)
+    for a, b, c in zip(weighted((0.25, 0.75, 0), (0, 0, 1)), first, second):
+        torch.testing.assert_close(a, 0.25 * b + 0.75 * c)
+    assert abs(first[0] - second[0]) > 1e-3

@@ -6,7 +6,7 @@ import torch
 from tests.support.hf_models import tiny_model, tiny_tokenizer
 
 trl = pytest.importorskip("trl")
-from datasets import Dataset  # noqa: E402
+from datasets import Dataset, IterableDataset  # noqa: E402
 from peft import LoraConfig  # noqa: E402
 
 from fdd_kernels import Distiller, FDDConfig, fdd_loss_reference  # noqa: E402
@@ -76,6 +76,25 @@ def test_token_weights_need_a_collator_that_passes_them_on(tmp_path):
     found = trainer.compute_loss(trainer.model, dict(batch))
     del batch["token_weights"]
     torch.testing.assert_close(found, 2 * trainer.compute_loss(trainer.model, dict(batch)))
+
+
+def test_token_weights_of_a_stream_need_a_collator_too(tmp_path):
+    """Streams may not know their columns, and an evaluation may have several sets."""
+    rows = [{"input_ids": [5, 6, 7], "token_weights": [2.0] * 3}] * 4
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    assert stream.column_names is None
+    plain = Dataset.from_list(TEXTS)
+    for sets in (
+        {"train_dataset": stream},
+        {"train_dataset": plain, "eval_dataset": {"a": plain, "b": stream}},
+    ):
+        with pytest.raises(ValueError, match=r"token_weights, which TRL's.*pad_windows"):
+            FDDSFTTrainer(
+                model=tiny_model("llama", seed=1, depth=3),
+                args=trl.SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, max_steps=1),
+                teacher=tiny_model("gpt2", seed=2, depth=3),
+                **sets,
+            )
 
 
 @pytest.mark.parametrize(

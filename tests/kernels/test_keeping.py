@@ -162,7 +162,7 @@ def test_a_step_on_a_device_reads_nothing_back(monkeypatch):
     plan, _ = make_plan(options, p)
     p = replace(p.map(lambda t: t.to("meta")), labels=p.labels.to("meta"), mask=p.mask.to("meta"))
     for items in (None, 7, torch.empty((), dtype=torch.float64, device="meta")):
-        tensors = p.shifted(-100).flattened(-100, plan.layers)
+        tensors = p.shifted(-100).flattened(-100, plan.student_layers, plan.teacher_layers)
         check_labels(tensors.labels, -100, plan.spec.columns)
         inputs = used_by(plan, tensors)
         denominator = loss_denominator(

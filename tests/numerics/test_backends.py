@@ -75,6 +75,11 @@ SMOKE = {
         "temperature": 2.0,
     },
     "layers": {"trajectory": "tv", "layer_weights": (0.5, 2.0), "derivative": None},
+    "pairs": {
+        "layer_weights": ((1.0, 0.5), (0.0, 2.0)),
+        "derivative_layers": (0, 0),
+        "derivative": "centered_cosine",
+    },
     "powers": {"trajectory": "alpha_beta:0.4,0.8", "output_kd_weight": 0.0, "derivative": None},
     "reverse": {"trajectory": "skew_reverse_kl", "derivative": "weighted_cosine"},
     "mixture": {"teacher_mix": 0.4, "output_temperature": 2.0, "derivative": None},

@@ -84,16 +84,16 @@ def logit_rounding(h, w, unit):
     return of_gemm + summation_rounding(len(w), unit)
 
 
-def magnitudes(h, w, t, wt, ids, weights=None, scales=(None, None), temperature=1.0, beta=None):
-    """The sums of magnitudes in a row's value (R,), and in the gradient of its logits (R, V)."""
-    q_one, p = ((a @ b.T / temperature).softmax(-1) for a, b in ((h, w), (t, wt)))
-    q, p = (x if c is None else x * c.exp()[:, None] for x, c in zip((q_one, p), scales))
-    first, second = weights_of(p, ids, weights)
-    a, b = q[:, ids[0]], p[:, ids[1]]
-    matched = first * (a + b) * (1 + a.log().abs() + b.log().abs())
-    of_tokens = (second * q).index_copy(1, ids[0], matched)
-    value = of_tokens.sum(1) + second * p.sum(1)
-    return value, (of_tokens + q_one * of_tokens.sum(1, keepdim=True)) / temperature
+def term_roundings(h, w, t, wt, ids, unit, weights=None, scales=(None, None), temperature=1.0):
+    """How far off the summand of each token and its derivative may be, (R, V): four roundings of a
+    probability, whose exponent has a rounding too, and of its logarithm.
+    """
+    logs = [(a @ b.T / temperature).log_softmax(-1) for a, b in ((h, w), (t, wt))]
+    logs = [x if c is None else x + c[:, None] for x, c in zip(logs, scales)]
+    (q, p), (first, second) = (x.exp() for x in logs), weights_of(logs[1], ids, weights)
+    a, b, log_a, log_b = q[:, ids[0]], p[:, ids[1]], logs[0][:, ids[0]], logs[1][:, ids[1]]
+    matched = first * (a + b) * (1 + log_a.abs() + log_b.abs())
+    return 4 * unit * (second * q * (1 + logs[0].abs())).index_copy(1, ids[0], matched)
 
 
 def assert_exact(p, found, reduce=torch.mean, leaf_scale=None, **options) -> None:
@@ -122,23 +122,36 @@ def assert_exact(p, found, reduce=torch.mean, leaf_scale=None, **options) -> Non
             return off[i] * (2 * torch.rand(x.shape, generator=generator, dtype=F64) - 1)
 
         moved.append(exact(move))
-    columns = max(len(w), len(wt))
-    relative = unit * (math.sqrt(columns) + math.sqrt(len(h)) + 12)
-    of_row, of_logits = magnitudes(h, w, t, wt, p[4], **options)
+    zero = torch.zeros_like(off[0]).requires_grad_()
+    value = oracle(*wide, p[4], move=lambda i, x: zero if i == 0 else 0.0, **options)
+    (of_logits,) = torch.autograd.grad(reduce(value), zero)
     rows = torch.zeros(len(h), dtype=F64).requires_grad_()
     (factor,) = torch.autograd.grad(reduce(rows), rows)
-    factor = factor.abs()[:, None]
+    of_terms = {name: value for name, value in options.items() if name != "beta"}
+    apart = factor.abs()[:, None] * term_roundings(h, w, t, wt, p[4], unit, **of_terms).detach()
+    # Roundings of terms are independent; that of their sum is common to a row's tokens.
+    of_row = apart.norm(dim=1, keepdim=True)
+    common = of_row * (h @ w.T / temperature).softmax(-1)
+    squares = (apart.square() + common.square()) / temperature**2
     own = [
-        (factor[:, 0] * of_row).sum(),
-        ((factor * of_logits) @ w.abs()),
-        ((factor * of_logits).T @ h.abs()),
-        factor[:, 0] * of_logits.sum(1) * temperature,
+        of_row.norm(),
+        (squares @ w.square()).sqrt(),
+        (squares.T @ h.square()).sqrt(),
+        of_row[:, 0],
     ]
-    for i, (got, true, magnitude) in enumerate(zip(found, exact(), own)):
+    relative = unit * (math.sqrt(max(len(w), len(wt))) + math.sqrt(len(h)) + 12)
+    grad = of_logits.abs()
+    sums = [value.abs().detach() @ factor.abs(), grad @ w.abs(), grad.T @ h.abs()]
+    sums.append(temperature * grad.sum(1))
+    for i, (got, true, terms, total) in enumerate(zip(found, exact(), own, sums)):
         movement = torch.stack([m[i] - true for m in moved]).abs().amax(0)
         movement = movement.clamp(min=float(movement.mean()))
-        bound = relative * (true.abs() + magnitude) + 2 * movement + unit_roundoff(low) * true.abs()
-        assert ((got.detach().double() - true).abs() <= bound).all(), f"result {i}"
+        bound = relative * (true.abs() + total) + terms + 2 * movement
+        bound = bound + unit_roundoff(low) * true.abs()
+        error = (got.detach().double() - true).abs()
+        assert (error <= bound).all(), (
+            f"result {i}: {float((error / bound).max()):.2g} of its bound"
+        )
 
 
 def assert_away_from_ties(h, w, t, wt, ids, options, logits_off) -> None:

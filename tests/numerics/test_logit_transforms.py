@@ -162,7 +162,7 @@ def test_a_row_function_is_all_that_a_sorted_loss_needs(known, monkeypatch):
     head = LensSpec(37, (), (), 1.0, None, 1.0, None)
     spec = RowSpec(head, "sorted_difference", (), (2.0,), 1)
     inputs = replace(p, student_hidden=[*p.student_hidden], teacher_hidden=[*p.teacher_hidden])
-    inputs = inputs.flattened(-100, (0,))
+    inputs = inputs.flattened(-100, (0,), (0,))
     leaves = list(p.leaves.values())
     if known:
         weights = torch.full((8, 1), 0.5, dtype=torch.float64)

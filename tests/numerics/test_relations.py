@@ -39,6 +39,28 @@ def views(name: str) -> list[dict]:
     ]
 
 
+@pytest.fixture
+def computed(monkeypatch) -> dict[str, list[int]]:
+    """How many scores each block has, and how many gradients of scores enter GEMMs."""
+    found = {"scores": [], "gradients": []}
+    walk = attention_blocks.AttentionWalk
+    block, add_gradients = walk.block, walk.add_gradients
+
+    def recorded_block(*arguments):
+        result = block(*arguments)
+        assert result.student.shape == result.teacher.shape
+        found["scores"].append(result.student.numel())
+        return result
+
+    def recorded_gradients(self, place, grad, *rest):
+        found["gradients"].append(grad.numel())
+        return add_gradients(self, place, grad, *rest)
+
+    monkeypatch.setattr(walk, "block", recorded_block)
+    monkeypatch.setattr(walk, "add_gradients", recorded_gradients)
+    return found
+
+
 class TestFormulas:
     @pytest.mark.parametrize("way", WAYS)
     @pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
@@ -57,30 +79,54 @@ class TestFormulas:
     @pytest.mark.parametrize("size", SIZES)
     @pytest.mark.parametrize("name", NAMES)
     def test_blocks_of_every_size(self, name, size, monkeypatch):
-        """Also of causal rows, which compute no column after themselves."""
+        """Also of causal rows and of packed sequences, which compute no columns in vain."""
         monkeypatch.setattr(blocks, "block_rows", lambda *_: size)
+        monkeypatch.setitem(attention_blocks.SCORES, "cpu", 0)
         for options in views(name)[:: 2 if name == "relation" else 1]:
             assert_exact(random_call(name, keys=(1, 2), **options))
 
-    def test_causal_rows_compute_no_later_columns(self, monkeypatch):
+    def test_causal_rows_compute_no_later_columns(self, computed, monkeypatch):
         monkeypatch.setattr(blocks, "block_rows", lambda *_: 3)
-        computed, block = [], attention_blocks.AttentionWalk.block
-
-        def recorded(*arguments):
-            found = block(*arguments)
-            computed.append(found.student.numel())
-            return found
-
-        monkeypatch.setattr(attention_blocks.AttentionWalk, "block", recorded)
         random_call("attention", 1, 9, 1, causal=True).value()
-        assert computed == [3 * 3, 3 * 6, 3 * 9]
+        assert computed["scores"] == [3 * 3, 3 * 6, 3 * 9]
+
+    @pytest.mark.parametrize(
+        ("size", "options", "scores"),
+        [
+            # 2 heads of each sequence at a time; some rows of one head; up to themselves
+            (1000, {}, [2 * 4 * 4, 2 * 5 * 5, 2 * 1, 2 * 8 * 8]),
+            (4, {}, [4 * 4] * 2 + [4 * 5, 1 * 5] * 2 + [2] + [4 * 8] * 4),
+            (3, {"causal": True}, [9, 4] * 2 + [9, 10] * 2 + [2] + [9, 18, 16] * 2),
+        ],
+        ids=["whole", "rows", "causal"],
+    )
+    def test_packed_rows_compute_no_other_sequences(
+        self, size, options, scores, computed, monkeypatch
+    ):
+        """Neither their scores nor, in the gradients, products with them."""
+        monkeypatch.setattr(blocks, "block_rows", lambda *_: size)
+        monkeypatch.setitem(attention_blocks.SCORES, "cpu", 0)
+        random_call("attention", 2, 9, 2, lengths=[4, 5, 1, 8], **options).run()
+        assert computed == {"scores": scores, "gradients": scores}
+
+    def test_short_sequences_are_computed_together(self, computed, monkeypatch):
+        """Up to a least number of scores; rows of the batch that are packed alike too."""
+        monkeypatch.setitem(attention_blocks.SCORES, "cpu", 2 * 4 * 4)
+        call = random_call("attention", 3, 9, 2, lengths=[1, 1, 2, 5] * 2 + [3, 2, 4])
+        assert_exact(call)
+        computed["scores"].clear()
+        call.value()
+        assert computed["scores"] == [4 * 4 * 4, 4 * 5 * 5, 2 * 3 * 3, 2 * 2 * 2, 2 * 4 * 4]
 
     @pytest.mark.parametrize("size", SIZES + [14, 21, 28, 35])
-    def test_blocks_of_grouped_keys(self, size, monkeypatch):
+    @pytest.mark.parametrize("lengths", [None, [3, 4, 1, 6]], ids=["one", "packed"])
+    def test_blocks_of_grouped_keys(self, lengths, size, monkeypatch):
         """Some have queries of several groups of keys, some a part of those of one."""
         monkeypatch.setattr(blocks, "block_rows", lambda *_: size)
+        monkeypatch.setitem(attention_blocks.SCORES, "cpu", 0)
         for keys in ((1, 2), (2, 1), (4, 2)):
-            assert_exact(random_call("attention", heads=4, keys=keys, causal=True))
+            options = {"keys": keys, "causal": True, "lengths": lengths}
+            assert_exact(random_call("attention", heads=4, **options))
 
     @pytest.mark.parametrize("way", WAYS)
     @pytest.mark.parametrize("keys", [(1, 1), (2, 4), (4, 1), (1, 2)])

@@ -224,6 +224,8 @@ def test_second_derivatives_are_refused():
         ({"derivative": "weighted_cosine"}, "derivative='weighted_cosine'"),
         ({"teacher_mix": 0.5}, "teacher_mix=0.5"),
         ({"student_softcap": 30.0}, "student_softcap=30.0"),
+        ({"layer_weights": ((1.0, 0.5),)}, "layer_weights=.*layers of the teacher than its own"),
+        ({"derivative_layers": (0, 0)}, "derivative_layers=.*layers of the teacher than its own"),
     ],
 )
 def test_objectives_that_cannot_be_served_are_refused(options, message):

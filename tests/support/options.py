@@ -37,8 +37,9 @@ def skip_what_triton_refuses(problem: Problem, backend: str, **options) -> None:
     if backend != "triton":
         return
     options = LossOptions(**{k: v for k, v in options.items() if k != "num_items_in_batch"})
-    columns, states = len(problem.student_weight), len(problem.student_hidden)
-    plan = build_plan(options, columns, states, feature_space=problem.feature_space)
+    columns = len(problem.student_weight)
+    states = len(problem.student_hidden), len(problem.teacher_hidden)
+    plan = build_plan(options, columns, *states, feature_space=problem.feature_space)
     reason = BACKENDS[backend].refusal(plan.spec)
     if reason is not None:
         pytest.skip(reason)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
+from hypothesis import assume
 from hypothesis import strategies as st
 
 from fdd_kernels.lens.divergences import DERIVATIVES, FEATURE_DISTANCES
@@ -102,3 +104,29 @@ def calls(draw):
     if live == 1 and options["trajectory"] == "cosine":
         options["trajectory"] = "mse"  # likewise
     return problem, options, upstream
+
+
+@st.composite
+def paired_calls(draw):
+    """Draw calls whose models have any numbers of layers, with weights of pairs of layers."""
+    problem, options, upstream = draw(calls())
+    output = options["output_in_dynamics"]
+    students = len(problem.student_hidden) - (not output)
+    assume(students)
+    teachers = draw(st.integers(1, 4))
+    other = random_problem(
+        problem.leading_shape,
+        1,
+        1,
+        problem.teacher_hidden[0].shape[-1],
+        teachers + (not output),
+        dtype=problem.teacher_hidden[0].dtype,
+        seed=draw(SEEDS),
+    )
+    row = st.lists(WEIGHTS, min_size=teachers, max_size=teachers).map(tuple)
+    options["layer_weights"] = tuple(draw(st.lists(row, min_size=students, max_size=students)))
+    if draw(st.booleans()):
+        layers = st.integers(0, teachers - 1)
+        drawn = draw(st.lists(layers, min_size=students, max_size=students))
+        options["derivative_layers"] = tuple(sorted(drawn))
+    return replace(problem, teacher_hidden=other.teacher_hidden), options, upstream

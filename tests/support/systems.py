@@ -437,10 +437,34 @@ def _(n):
     return (weights * feature_costs(n, (1, 2))).sum() / (3 * n.B)
 
 
+def costs_of(n: Names, count: int) -> list[list[Tensor]]:
+    """Compute the mean KL of every pair of the first layers."""
+    s, t = layers_of(n)
+    return [[kl(theirs, ours).mean() for theirs in t[:count]] for ours in s[:count]]
+
+
+@system("FDD, pairs with weights")
+def _(n):
+    output, _, derivative = terms_of(n)
+    (a, b), (c, d) = costs_of(n, 2)
+    return output + (0.7 * a + 0.3 * b + 0.4 * c + 0.6 * d) / 2 + derivative
+
+
+@system("FDD, pairs found from costs")
+def _(n):
+    costs = torch.stack([torch.stack(row) for row in costs_of(n, 2)])
+    weights = (-costs / costs.std(correction=0)).softmax(1).detach()
+    paths = {(i, j): float(weights[0, i] + weights[1, j]) for i, j in ((0, 0), (0, 1), (1, 1))}
+    i, j = max(paths, key=paths.get)
+    s, t = layers_of(n)
+    of_pair = 1 - torch.cosine_similarity(s[1] - s[0], t[j] - t[i], dim=-1)
+    derivative = torch.ones(()) if i == j else of_pair.mean()
+    return kl(t[2], s[2]).mean() + (weights * costs).sum() / 2 + derivative
+
+
 @system("trajectory matrix, ours")
 def _(n):
-    s, t = layers_of(n)
-    costs = [[kl(theirs, ours).mean() for theirs in t] for ours in s]
+    costs = costs_of(n, 3)
     triples = [(i, j, k) for i in range(3) for j in range(i, 3) for k in range(j, 3)]
     return min(sum(costs[row][column] for row, column in enumerate(p)) / 3 for p in triples)
 

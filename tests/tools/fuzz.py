@@ -98,6 +98,8 @@ def configuration(seed: int, later: bool = True) -> tuple[Problem, dict, str]:
     if later:
         weights, more = later_options(seed, sizes, options, feature_space)
         problem, options = replace(problem, token_weights=weights), options | more
+        problem, more = paired_layers(seed, problem, options["output_in_dynamics"])
+        options |= more
     what = (
         f"{sizes} {dtype} spread={spread:.3g} near={near} bias={bias} feature_space={feature_space}"
     )
@@ -143,6 +145,23 @@ def later_options(
         chosen = [draw.choice([0.0, 1.0, 3 * draw.random()]) for _ in range(sizes["leading"][0])]
         weights = torch.tensor(chosen)
     return weights, more
+
+
+def paired_layers(seed: int, problem: Problem, with_output: bool) -> tuple[Problem, dict]:
+    """Draw a teacher of another depth and weights of pairs of layers, or change nothing."""
+    draw = random.Random(f"pairs {seed}")
+    students, teachers = len(problem.student_hidden) - (not with_output), draw.randint(1, 4)
+    numbers = [0.0, 0.0, 1.0, 2.5]
+    weights = [[draw.choice(numbers) for _ in range(teachers)] for _ in range(students)]
+    if draw.random() < 0.7 or not any(map(any, weights)):  # there may be nothing else
+        return problem, {}
+    *sampled, final = problem.teacher_hidden
+    states = [draw.choice([*sampled, final]) * draw.uniform(0.5, 1.5) for _ in range(teachers)]
+    options = {"layer_weights": weights}
+    if draw.random() < 0.5:
+        options["derivative_layers"] = sorted(draw.choices(range(teachers), k=students))
+    own = states[: teachers - with_output]
+    return replace(problem, teacher_hidden=(*own, final)), options
 
 
 def failures(seed: int, backends: list[str], later: bool = True) -> list[str]:

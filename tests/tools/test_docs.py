@@ -263,6 +263,15 @@ def test_the_page_of_parameters_is_current():
     assert PAGE.read_text(encoding="utf-8") == page(), "run `python -m docs.make_parameters`"
 
 
+def test_the_page_of_parameters_has_every_function():
+    """But what takes the options of the loss, returns a pair, or is a class for training loops."""
+    import fdd_kernels
+    from docs.make_parameters import NAMES
+
+    elsewhere = {"Distiller", "FusedFDDLoss", "RowDeltas", "__version__", "fdd_loss_reference"}
+    assert set(NAMES) == set(fdd_kernels.__all__) - elsewhere
+
+
 def anchors(page):
     """The anchors of a page's headings, as Markdown renderers make them."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)

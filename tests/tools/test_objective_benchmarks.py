@@ -1,4 +1,4 @@
-"""The suite of objectives: its dense forms compute what this package computes, and its tables."""
+"""The suites of objectives: their dense forms compute what this package computes, and tables."""
 
 from dataclasses import replace
 
@@ -11,7 +11,7 @@ pytest.importorskip("jinja2")
 
 from benchmarks import objectives, record, report
 from benchmarks.accuracy import TimedCallCheck, small_check
-from benchmarks.gemms import gemm_shapes
+from benchmarks.gemms import gemm_shapes, operations
 from benchmarks.inputs import build_problem
 from benchmarks.measure import step, time_workload
 from benchmarks.providers import PROVIDERS, of_workload
@@ -24,7 +24,9 @@ from tests.support.benchmark_records import entry, spread, synthetic
 
 CPU = torch.device("cpu")
 SMALL = {"rows": 6, "columns": 97, "student_width": 16, "teacher_width": 24}
-WORKLOADS = {w.name: replace(w, **SMALL) for w in suite("objectives")}
+STREAMED = [w for w in suite("streamed") if w.in_overview]
+POINTS = [w for w in suite("streamed") if w.group == "flatness"]
+WORKLOADS = {w.name: w.resized(**SMALL) for w in (*suite("objectives"), *STREAMED)}
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
@@ -64,6 +66,22 @@ def test_every_divergence_is_measured():
     assert {parse_divergence(text).name for text in options} == set(DIVERGENCES)
 
 
+def test_every_streamed_objective_is_measured():
+    names = {"fused_contrastive_kd", "fused_relation_kd", "fused_attention_kd", "layer_costs"}
+    assert {w.objective for w in STREAMED} == names | {"fused_sinkhorn_kd"}
+    assert {w.objective for w in POINTS} == names
+
+
+@pytest.mark.parametrize("name", ["infonce", "attention_causal", "layer_costs", "sinkhorn"])
+def test_streamed_objectives_are_timed_and_checked(name):
+    reported = {}
+    providers = [PROVIDERS["dense"], PROVIDERS["torch"]]
+    time_workload(WORKLOADS[name], providers, 1, CPU, reported.__setitem__)
+    for provider in providers:
+        assert reported[provider.name]["check"]["passed"]
+        assert len(reported[provider.name]["total"]["all"]) == 1
+
+
 def test_a_call_beside_is_timed_in_the_same_rounds():
     reported = {}
     workload = WORKLOADS["weighted_cosine"]
@@ -90,6 +108,17 @@ def test_gemms_are_those_of_the_objective():
     assert shapes["jsd"] == {"student", "teacher", "grad_hidden", "grad_head"}
     assert shapes["fused_topk_kd"] == {"student", "grad_hidden", "grad_head"}
     assert shapes["row_statistics"] == {"student", "teacher"}
+    assert shapes["infonce"] == {"student", "grad_hidden", "grad_head"}
+    assert shapes["contrastive_kl"] == shapes["jsd"]
+    of_heads = {name: WORKLOADS[name] for name in ("attention", "attention_causal", "relation")}
+    assert gemm_shapes(of_heads["attention"])["teacher"] == (6, 2, 6)
+    assert gemm_shapes(of_heads["attention_causal"])["grad_head"] == (6, 3, 1)
+    work = {name: operations(w)["total"] for name, w in of_heads.items()}
+    assert work["relation"] == work["attention"] == 2 * work["attention_causal"]
+    costs = replace(WORKLOADS["layer_costs"], teacher_layers=None)
+    one = 2 * costs.rows * costs.columns * costs.teacher_width
+    more = operations(WORKLOADS["layer_costs"])["forward"] - operations(costs)["forward"]
+    assert more == 4 * one
 
 
 def test_who_cannot_compute_an_objective_says_so():
@@ -117,9 +146,35 @@ def test_the_report_has_one_table_and_the_ratios():
     assert side_by_side(synthetic()).empty
 
 
+def test_memory_is_shown_against_what_it_does_not_grow_with(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks.report.plots import write_plots
+
+    data = synthetic(torch=entry(2.0))
+    data["results"] = [
+        synthetic(point, torch=entry(2.0, memory=n * 2**20))["results"][0]
+        for n, point in enumerate(POINTS, 100)
+    ]
+    lines = [line for line in report.notes(data) if line.startswith("memory of ")]
+    assert len(lines) == len(POINTS)
+    expected = (
+        "memory of fused_contrastive_kd, torch, R=C=4096: 100 MiB beyond inputs, 99 MiB of it"
+    )
+    assert lines[0].startswith(expected)
+    assert any("layer_costs, torch, Ls x Lt=8 x 16: " in line for line in lines)
+    assert tmp_path / "flatness.svg" in write_plots(data, tmp_path)
+    assert side_by_side(data).empty
+
+
+def test_sizes_that_an_objective_does_not_have_are_refused():
+    with pytest.raises(ValueError, match="rows and columns are positions"):
+        replace(WORKLOADS["relation"], rows=5)
+    assert WORKLOADS["relation"].with_rows(5).columns == 5
+
+
 def test_records_without_the_fields_of_today_are_compared(tmp_path):
     old, new = synthetic(), synthetic(cpu=entry(3.0), dense=entry(8.0))
-    for name in ("objective", "tensors", "beside"):
+    for name in ("objective", "tensors", "beside", "teacher_layers", "heads"):
         del old["results"][0]["workload"][name]
     record.save(tmp_path / "old.json", old)
     old = record.load(tmp_path / "old.json")

@@ -1,8 +1,9 @@
 """Row blocks of attention: every group, one head of one sequence, has queries and keys of its own.
 
-A block is some groups as a whole, or some rows of one group; of a causal one, the columns that
-those rows see. Where a tensor has fewer groups than the queries, each of its groups stands for as
-many consecutive ones: grouped keys, and what a sequence has for all of its heads.
+A block is some groups as a whole, or some rows of one group; of a causal one, the columns up to
+those rows. Of packed sequences a block has one, or several short ones, and no column of others.
+Where a tensor has fewer groups than the queries, each of its groups stands for as many consecutive
+ones: grouped keys, and what a sequence has for all of its heads.
 
 Shape suffixes: G groups of queries, g groups of a block, r rows of each, c columns, T positions of
 a sequence, d a width.
@@ -10,6 +11,8 @@ a sequence, d a width.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -17,7 +20,11 @@ import torch
 from torch import Tensor
 
 from fdd_kernels.lens.inputs import LensInputs
-from fdd_kernels.lens.row_blocks import RowBlock, RowSpec
+from fdd_kernels.lens.row_blocks import CAUSAL, PACKED, RowBlock, RowSpec
+
+# Scores of a block below which it takes longer than it saves to leave out other sequences.
+SCORES = {"cpu": 2**16}
+ACCELERATOR_SCORES = 2**22
 
 
 class Place(NamedTuple):
@@ -34,31 +41,66 @@ class AttentionWalk:
     def __init__(
         self, inputs: LensInputs, per_row: list[Tensor], shared: list[Tensor], spec: RowSpec
     ):
-        self.inputs, self.head, self.causal = inputs, spec.head, spec.is_causal
+        self.inputs, self.head = inputs, spec.head
+        self.causal, self.packed = spec.leaves_out(CAUSAL), spec.leaves_out(PACKED)
         self.columns = self.length = spec.head.columns
         self.dtype, self.groups = inputs.statistics_dtype, inputs.rows // self.length
         self.per_row, self.per_column = per_row, shared
         # Groups of queries for each group of keys; no block has parts of several of those.
         self.share = max(1, inputs.rows // max(1, len(inputs.student_weight)))
 
-    def places(self, size: int) -> Iterator[tuple[slice, Place]]:
-        """Yield blocks of at most `size` rows, and which rows (G * T) they are."""
-        length, many = self.length, size // self.length
-        if many:
-            unit = self.groups if many >= self.share else self.share
-            many = many - many % self.share if many >= self.share else many
-            for start in range(0, self.groups, max(1, unit)):
-                for first in range(start, start + unit, many):
-                    groups = slice(first, min(first + many, start + unit))
-                    rows = slice(groups.start * length, groups.stop * length)
-                    yield rows, Place(groups, slice(0, length), slice(0, length))
+    def places(self, size: int) -> Iterator[tuple[slice | Tensor, Place]]:
+        """Yield blocks of at most `size` rows, and which rows (G * T) they are.
+
+        For packed sequences a host waits once for the device.
+        """
+        for groups, span in self._spans():
+            for place in self._places(groups, span, size):
+                yield self._rows(place), place
+
+    def _spans(self) -> Iterator[tuple[slice, slice]]:
+        """Yield groups, and positions of theirs that see none but one another."""
+        if not self.packed:
+            yield slice(0, self.groups), slice(0, self.length)
             return
-        for group in range(self.groups):
-            for first in range(0, length, size):
-                last = min(first + size, length)
-                rows = slice(group * length + first, group * length + last)
-                columns = slice(0, last if self.causal else length)
-                yield rows, Place(slice(group, group + 1), slice(first, last), columns)
+        ids = self.per_row[1].view(-1, self.length)
+        is_last = torch.nn.functional.pad(ids[:, 1:] != ids[:, :-1], (0, 1), value=True)
+        ends: list[list[int]] = [[] for _ in ids]
+        for sequence, last in is_last.nonzero().tolist():
+            ends[sequence].append(last + 1)
+        heads = self.groups // max(1, len(ids))
+        least = math.isqrt(SCORES.get(ids.device.type, ACCELERATOR_SCORES) // max(1, heads))
+        first = 0
+        for runs, alike in itertools.groupby([_runs(of_row, least) for of_row in ends]):
+            groups = slice(first, first + heads * len(list(alike)))
+            yield from ((groups, run) for run in runs)
+            first = groups.stop
+
+    def _places(self, groups: slice, span: slice, size: int) -> Iterator[Place]:
+        """Cut groups and a span of their positions into blocks."""
+        many = size // (span.stop - span.start)
+        if many:
+            unit = groups.stop - groups.start if many >= self.share else self.share
+            many = many - many % self.share if many >= self.share else many
+            for start in range(groups.start, groups.stop, max(1, unit)):
+                for first in range(start, start + unit, many):
+                    yield Place(slice(first, min(first + many, start + unit)), span, span)
+            return
+        for group in range(groups.start, groups.stop):
+            for first in range(span.start, span.stop, size):
+                last = min(first + size, span.stop)
+                columns = slice(span.start, last if self.causal else span.stop)
+                yield Place(slice(group, group + 1), slice(first, last), columns)
+
+    def _rows(self, place: Place) -> slice | Tensor:
+        """Return which rows (G * T) a block has, group after group."""
+        length, (groups, rows, _) = self.length, place
+        first, last = groups.start * length, (groups.stop - 1) * length
+        if first == last or rows == slice(0, length):
+            return slice(first + rows.start, last + rows.stop)
+        device = self.inputs.device
+        starts = torch.arange(groups.start, groups.stop, device=device)[:, None] * length
+        return (starts + torch.arange(rows.start, rows.stop, device=device)).flatten()
 
     def block(self, place: Place, asks_gradient: bool) -> RowBlock:
         """Compute the scores of a block."""
@@ -117,3 +159,12 @@ class AttentionWalk:
         """Return the index of each group of a block among those of a tensor."""
         every = torch.arange(groups.start, groups.stop, device=split.device)
         return every // (self.groups // len(split))
+
+
+def _runs(ends: list[int], least: int) -> list[slice]:
+    """Join packed sequences, which end at `ends`, while they have at most `least` positions."""
+    starts = [0]
+    for end, following in zip(ends, ends[1:]):
+        if following - starts[-1] > least:
+            starts.append(end)
+    return [slice(*span) for span in zip(starts, [*starts[1:], ends[-1]])]

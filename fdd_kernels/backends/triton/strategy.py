@@ -27,7 +27,6 @@ CACHE_BYTES = "FDD_KERNELS_CACHE_BYTES"
 MOST_CACHE_BYTES = 2048 * MIB
 CACHE_SHARE = 32  # of the device's memory
 SLAB_BYTES = 256 * MIB
-STATE_BYTES = 64 * MIB
 GRADIENT_BYTES = 128 * MIB  # dL/dlogits of a slab
 ALIGNMENT = 16  # elements: rows of scratch start where 128-bit loads and the vendor's GEMM want
 SLAB_TOKENS = 2048  # a slab is a multiple of this: of every kernel's tile

@@ -13,10 +13,16 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 
+from fdd_kernels.cli.distill.alignment import draw_alignment, print_alignment
 from fdd_kernels.cli.distill.options import DistillOptions
 from fdd_kernels.cli.distill.prepare import Run
 from fdd_kernels.cli.distill.processes import Processes
-from fdd_kernels.cli.distill.run_folder import ADAPTER_FOLDER, METRICS_FILE, STUDENT_FOLDER
+from fdd_kernels.cli.distill.run_folder import (
+    ADAPTER_FOLDER,
+    ALIGNMENT_FILE,
+    METRICS_FILE,
+    STUDENT_FOLDER,
+)
 from fdd_kernels.cli.distill.trainer import TERMS, shown_terms
 from fdd_kernels.cli.loading import first_line
 from fdd_kernels.common.atomic import atomic_directory, write_text
@@ -72,6 +78,7 @@ def write_result(
         UserError: the disk is full.
     """
     trainer, windows = run.trainer, run.windows
+    alignment = trainer.distiller.alignment
     metrics = {
         "steps": trainer.state.global_step,
         "epochs": round(trainer.state.epoch or 0.0, 4),
@@ -81,6 +88,7 @@ def write_result(
         "max_length": run.max_length,
         "student_layers": trainer.distiller.student_layers,
         "teacher_layers": trainer.distiller.teacher_layers,
+        "layer_alignment": None if alignment is None else alignment.record(),
         "vocab_size": run.config.vocab_size,
         "held_out_before": evaluations[0] if evaluations else None,
         "held_out": evaluations[-1] if evaluations else None,
@@ -93,7 +101,7 @@ def write_result(
         },
     }
     with Activity(console, "writing the student"):
-        processes.first(lambda: _write(options, run, metrics))
+        processes.first(lambda: _write(options, run, metrics, console))
     if windows.held_out:
         table = Table("validation", "before", "after", title=f"after {metrics['steps']} steps")
         before, after = metrics["held_out_before"], metrics["held_out"]
@@ -101,6 +109,8 @@ def write_result(
             if name in after:
                 table.add_row(name, f"{before[name]:.4f}", f"{after[name]:.4f}")
         console.print(table)
+    if alignment is not None:
+        print_alignment(metrics["layer_alignment"], console)
     console.print(
         f"wrote {options.output / STUDENT_FOLDER} and {options.output / METRICS_FILE}",
         soft_wrap=True,
@@ -115,9 +125,9 @@ def _data_names(options: DistillOptions, run: Run) -> list[str]:
     return [Path(file).name for file in run.trainer.distiller.teacher.files.contents["data"] or ()]
 
 
-def _write(options: DistillOptions, run: Run, metrics: dict[str, Any]) -> None:
+def _write(options: DistillOptions, run: Run, metrics: dict[str, Any], console: Console) -> None:
     """Write the adapter, the student with its card, and the metrics, each completely or not at
-    all.
+    all; before the metrics the plot of the layers' pairing.
     """
     output, student = options.output, run.trainer.accelerator.unwrap_model(run.trainer.model)
     try:
@@ -137,6 +147,8 @@ def _write(options: DistillOptions, run: Run, metrics: dict[str, Any]) -> None:
                 terms=shown_terms(run.config),
             )
             card.save(folder / "README.md")
+        if metrics["layer_alignment"] is not None:
+            draw_alignment(metrics["layer_alignment"], output / ALIGNMENT_FILE, console)
         write_text(
             output / METRICS_FILE, json.dumps(as_json(metrics), indent=1, allow_nan=False) + "\n"
         )

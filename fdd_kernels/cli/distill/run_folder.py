@@ -15,6 +15,7 @@ from fdd_kernels.common.atomic import remove_directory, write_text
 from fdd_kernels.common.errors import UserError
 from fdd_kernels.data.sources import open_source
 from fdd_kernels.integrations.checkpoints import NOT_FINITE, PREFIX, checkpoints
+from fdd_kernels.lens.divergence_text import parse_divergence
 from fdd_kernels.objectives.fdd.options import FDDConfig
 
 RUN_FILE, METRICS_FILE, STUDENT_FOLDER, ADAPTER_FOLDER = (
@@ -23,6 +24,7 @@ RUN_FILE, METRICS_FILE, STUDENT_FOLDER, ADAPTER_FOLDER = (
     "student",
     "adapter",
 )
+ALIGNMENT_FILE = "layer_alignment.svg"
 # Options that may change when a run is resumed.
 _FREE_OPTIONS = (
     "output",
@@ -56,7 +58,7 @@ def settle_run(options: DistillOptions, processes: int = 1) -> dict[str, Any] | 
     output, run = options.output, run_record(options, processes)
     record, saved = output / RUN_FILE, checkpoints(output)
     if not options.resume:
-        for name in (METRICS_FILE, RUN_FILE):
+        for name in (METRICS_FILE, RUN_FILE, ALIGNMENT_FILE):
             (output / name).unlink(missing_ok=True)
         for folder in (
             *saved,
@@ -143,12 +145,22 @@ def _differences(before: dict[str, Any], now: dict[str, Any], options: DistillOp
     found = []
     for key in {**before, **now}:
         was, is_now = (record.get(key, defaults.get(key)) for record in (before, now))
-        if key in _LENGTH or was == is_now:
+        if key in _LENGTH or was == is_now or _same_divergence(key, was, is_now):
             continue
         if key in ("teacher", "student") and same_model(was, is_now, getattr(options, key)):
             continue
         found.append(_in_words(key, was, is_now))
     return found
+
+
+def _same_divergence(key: str, was: Any, is_now: Any) -> bool:
+    """Whether two texts name one divergence: "jsd" is "jsd:0.5"."""
+    if key not in ("config.trajectory", "config.output_divergence"):
+        return False
+    try:
+        return parse_divergence(was) == parse_divergence(is_now)
+    except (AttributeError, ValueError):  # a distance of features, or a record with other content
+        return False
 
 
 def _in_words(key: str, was: Any, is_now: Any) -> str:

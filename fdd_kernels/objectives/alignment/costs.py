@@ -150,7 +150,7 @@ def _cost_call(inputs: LossInputs, options: CostOptions) -> Call:
     check_numbers(inputs)
     if options.shift:
         inputs = inputs.shifted(options.ignore_index)
-    rows = inputs.flattened(options.ignore_index, range(max(layers)))
+    rows = inputs.flattened(options.ignore_index, *map(range, layers))
     if rows.labels is not None and not inputs.feature_space:
         check_labels(rows.labels, options.ignore_index, len(inputs.student_weight))
     denominator = None

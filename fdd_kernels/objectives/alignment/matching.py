@@ -10,17 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fdd_kernels.objectives.alignment.methods import METHODS, SMOOTH, TRANSPORT
 from fdd_kernels.objectives.alignment.transport import optimal_flow
+from fdd_kernels.objectives.layer_pairs import monotone_path
 from fdd_kernels.objectives.logits.eager import outside_compiler
 from fdd_kernels.objectives.numbers import describe, looks_at
 from fdd_kernels.objectives.option_checks import require_choice, require_int, require_number
-
-METHODS = ("argmin", "monotone", "attention", "sinkhorn", "emd")
-# Methods whose weights change smoothly with the costs: the default of epsilon, in standard
-# deviations of the costs.
-SMOOTH = {"attention": 1.0, "sinkhorn": 0.1}
-# Methods whose columns have given sums too.
-TRANSPORT = ("sinkhorn", "emd")
 
 Masses = Sequence[float] | Tensor | None
 
@@ -42,7 +37,7 @@ def align_layers(
 
         "argmin"     F_ij = a_i at the cheapest teacher layer of each row
         "monotone"   F_ij = a_i at j(i), with j(1) <= j(2) <= ... of the least sum_i a_i C_i,j(i)
-                     (dynamic programming)
+                     (dynamic programming; of equal sums the path nearest to the diagonal)
         "attention"  F_ij = a_i softmax_j(-C_ij / epsilon)
         "sinkhorn"   argmin over F with row sums a and column sums b of sum F C + epsilon F log F,
                      by `iterations` steps in the log domain: columns, then rows
@@ -65,8 +60,8 @@ def align_layers(
             "attention" and "sinkhorn" alone; a default epsilon stays a constant.
 
     Returns:
-        (Ls, Lt) in float32 on the costs' device, float64 for float64 costs. "emd" waits for the
-        device and computes on the host.
+        (Ls, Lt) in float32 on the costs' device, float64 for float64 costs. "monotone"
+        and "emd" wait for the device and compute on the host.
 
     Raises:
         TypeError, ValueError: naming the argument, its value and the remedy, before any work.
@@ -81,7 +76,7 @@ def align_layers(
     if method == "argmin":
         return _hard(costs.argmin(1), student, costs)
     if method == "monotone":
-        return _hard(_monotone_assignment(student[:, None] * costs), student, costs)
+        return _hard(_monotone_columns(student[:, None] * costs), student, costs)
     if epsilon is None:
         spread = costs.detach().std(correction=0)
         epsilon = SMOOTH[method] * torch.where(spread > 0, spread, 1 / SMOOTH[method])
@@ -115,21 +110,17 @@ def _hard(chosen: Tensor, masses: Tensor, costs: Tensor) -> Tensor:
     return torch.zeros_like(costs).scatter(1, chosen[:, None], masses[:, None])
 
 
-def _monotone_assignment(costs_ST: Tensor) -> Tensor:
-    """Find the columns j(1) <= j(2) <= ... of the least sum of costs, (S,).
+@torch.library.custom_op(
+    "fdd_kernels::monotone_columns", mutates_args=(), schema="(Tensor costs) -> Tensor"
+)
+def _monotone_columns(costs_ST):
+    """Find the columns of `monotone_path` on the host, (S,) int64."""
+    return torch.tensor(monotone_path(costs_ST.tolist()), device=costs_ST.device)
 
-    The best sum that ends in column j is the row's cost there plus the least of the best sums of
-    the row before up to j.
-    """
-    best, came_from = costs_ST[0], []
-    for of_row in costs_ST[1:]:
-        least, column = best.cummin(0)
-        best = of_row + least
-        came_from.append(column)
-    chosen = [best.argmin(keepdim=True)]
-    for column in reversed(came_from):
-        chosen.append(column[chosen[-1]])
-    return torch.cat(chosen[::-1])
+
+@_monotone_columns.register_fake
+def _(costs_ST):
+    return costs_ST.new_empty(costs_ST.shape[0], dtype=torch.int64)
 
 
 def _sinkhorn_flow(

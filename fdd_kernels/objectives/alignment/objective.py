@@ -15,7 +15,7 @@ from fdd_kernels.lens.spec import Layers, LensSpec, PairMoments, Request
 from fdd_kernels.objectives.alignment.options import CostOptions
 from fdd_kernels.objectives.fdd.reference import dense_models, distance_of
 from fdd_kernels.objectives.reduction import reduce_rows
-from fdd_kernels.objectives.vectors import about_zero
+from fdd_kernels.objectives.vectors import about_zero, shifts_of
 
 
 def cost_spec(options: CostOptions, columns: int, students: int, teachers: int) -> LensSpec:
@@ -70,10 +70,7 @@ class CostObjective:
         """Compute the costs (Ls, Lt), or (Ls, Lt, ...) per row."""
         if self.spec.requests:
             return self._reduced(statistics.requests[:, VALUE])
-        pairs = [pair.second for pair in self.spec.moments]
-        shifts = torch.stack(
-            [of_model[list(layers)] for of_model, layers in zip(statistics.shifts, zip(*pairs))], 1
-        )
+        shifts = shifts_of(statistics.shifts, [pair.second for pair in self.spec.moments])
         moments = statistics.moments
         offset = moments[:, MEAN_S : MEAN_T + 1] + shifts / self.options.temperature
         sums = about_zero(moments, moments[:, COUNT], offset).sums

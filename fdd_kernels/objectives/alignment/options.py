@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fdd_kernels.backends import backend_names
 from fdd_kernels.lens import divergences
 from fdd_kernels.objectives.option_checks import (
-    require_choice,
     require_divergence,
-    require_int,
+    require_head_options,
     require_number,
 )
 
@@ -43,9 +41,5 @@ class CostOptions:
         distances = divergences.FEATURE_DISTANCES
         if self.cost not in distances:
             require_divergence("cost", self.cost, distances)
-        for name in OF_LOGITS:
-            require_number(name, getattr(self, name), positive=True, optional="softcap" in name)
-        require_int("ignore_index", self.ignore_index, minimum=-(2**63))
-        if self.vocab_size is not None:
-            require_int("vocab_size", self.vocab_size, minimum=1)
-        require_choice("backend", self.backend, backend_names())
+        require_number("temperature", self.temperature, positive=True)
+        require_head_options(self)

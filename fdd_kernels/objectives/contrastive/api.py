@@ -13,8 +13,10 @@ from fdd_kernels.lens.spec import LensSpec
 from fdd_kernels.objectives.contrastive.formulas import dense
 from fdd_kernels.objectives.contrastive.inputs import ContrastiveInputs, ContrastiveOptions
 from fdd_kernels.objectives.contrastive.sides import Side, own_offset
-from fdd_kernels.objectives.logits.call import Formula, LogitCall, LogitOptions
+from fdd_kernels.objectives.logits.arguments import LogitOptions
+from fdd_kernels.objectives.logits.call import Formula, LogitCall
 from fdd_kernels.objectives.reduction import loss_denominator
+from fdd_kernels.objectives.teacher_weights import weights_of_rows
 
 
 def fused_contrastive_kd(
@@ -248,9 +250,8 @@ def _direction(
 
 def _weights(inputs: ContrastiveInputs, rows: Side, count: int) -> Tensor:
     """Return the teachers' weights for each row, (N, M)."""
-    weights, many = inputs.teacher_weights, max(1, len(inputs.pairs))
+    weights, student = inputs.teacher_weights, rows.student
     if weights is None:
-        weights = [1.0] * many
-    weights = torch.as_tensor(weights, dtype=rows.student.dtype, device=rows.student.device)
-    weights = weights.detach() if weights.ndim == 2 else weights.detach()[:, None]
-    return weights.T.expand(count, many).contiguous()
+        weights = [1.0] * max(1, len(inputs.pairs))
+    weights = torch.as_tensor(weights, dtype=student.dtype, device=student.device)
+    return weights_of_rows(weights, count, student.dtype).contiguous()

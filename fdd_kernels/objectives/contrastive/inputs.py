@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fdd_kernels.backends import resolve_row_backend
+from fdd_kernels.backends import backend_names, resolve_row_backend
 from fdd_kernels.objectives.numbers import check_labels, check_numbers, describe, looks_at
 from fdd_kernels.objectives.option_checks import (
     REDUCTIONS,
@@ -17,19 +17,23 @@ from fdd_kernels.objectives.option_checks import (
     require_int,
     require_number,
 )
-from fdd_kernels.objectives.validation import (
+from fdd_kernels.objectives.teacher_weights import check_teacher_weights
+from fdd_kernels.objectives.tensors import (
     FLOAT_DTYPES,
+    INTEGERS,
+    MASKS,
+    check_entries,
+    require_float,
+)
+from fdd_kernels.objectives.validation import (
     check_num_items,
     check_places,
     check_transforms,
-    require_float,
-    require_plain,
 )
 
 LOSSES = ("infonce", "kl", "supcon", "margin_mse")
 EXCLUDES = ("none", "self", "same_tag")
 POSITIVES = ("student", "teacher")
-_INTEGERS = (torch.int64, torch.int32)
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,8 @@ class ContrastiveOptions:
         require_choice("symmetric", self.symmetric, (True, False))
         require_int("ignore_index", self.ignore_index, minimum=-(2**63))
         require_choice("reduction", self.reduction, REDUCTIONS)
-        resolve_row_backend(require_backend(self.backend))
+        require_choice("backend", self.backend, backend_names())
+        resolve_row_backend(self.backend)
         if self.positives == "teacher" and self.loss != "supcon":
             raise ValueError(
                 f'positives="teacher" belongs to loss="supcon", but loss="{self.loss}": leave '
@@ -81,14 +86,6 @@ class ContrastiveOptions:
     def normalizes(self) -> bool:
         """Whether vectors are divided by their lengths."""
         return self.loss != "margin_mse" if self.normalize is None else self.normalize
-
-
-def require_backend(name: str) -> str:
-    """Refuse a name that is no backend, and return it."""
-    from fdd_kernels.backends import backend_names
-
-    require_choice("backend", name, backend_names())
-    return name
 
 
 @dataclass(frozen=True)
@@ -216,34 +213,18 @@ class ContrastiveInputs:
             )
 
     def _check_integers(self, o: ContrastiveOptions) -> None:
-        masks = (torch.bool, *_INTEGERS, torch.uint8)
         for name, count, dtypes in (
-            ("labels", self.rows, _INTEGERS),
-            ("row_tags", self.rows, _INTEGERS),
-            ("column_tags", self.columns, _INTEGERS),
-            ("mask", self.rows, masks),
-            ("column_mask", self.columns, masks),
+            ("labels", self.rows, INTEGERS),
+            ("row_tags", self.rows, INTEGERS),
+            ("column_tags", self.columns, INTEGERS),
+            ("mask", self.rows, MASKS),
+            ("column_mask", self.columns, MASKS),
         ):
-            tensor = getattr(self, name)
-            if tensor is None:
-                continue
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-            if tensor.dtype not in dtypes:
-                names = " or ".join(str(d).split(".")[1] for d in dtypes)
-                raise TypeError(f"{name} is a {describe(tensor)}: expected {names}")
-            side = "student_b" if name.startswith("column") else "student_a"
-            if tuple(tensor.shape) != (count,):
-                raise ValueError(
-                    f"{name} has shape {tuple(tensor.shape)}, but {side} has {count} rows: pass "
-                    f"one entry per row, ({count},)"
-                )
-            require_plain(name, tensor)
-            if tensor.device != self.student_a.device:
-                raise ValueError(
-                    f"{name} is on {tensor.device} and student_a on {self.student_a.device}: move "
-                    "it"
-                )
+            if getattr(self, name) is not None:
+                side = "student_b" if name.startswith("column") else "student_a"
+                remedy = f", but {side} has {count} rows: pass one entry per row, ({count},)"
+                given = name, getattr(self, name), dtypes, (count,)
+                check_entries(*given, self.student_a.device, "student_a", remedy)
         if self.labels is not None and o.loss != "infonce":
             raise ValueError(
                 f'labels are the positives of loss="infonce", but loss="{o.loss}": leave them out'
@@ -298,23 +279,8 @@ class ContrastiveInputs:
             for m, weight in enumerate(weights):
                 require_number(f"teacher_weights[{m}]", weight)
             weights = torch.tensor([float(w) for w in weights])
-        allowed = [(count,)] if o.symmetric else [(count,), (count, self.rows)]
-        if tuple(weights.shape) not in allowed:
-            raise ValueError(
-                f"teacher_weights has shape {tuple(weights.shape)}: pass one weight per teacher, "
-                f"({count},)" + ("" if o.symmetric else f", or per row, ({count}, {self.rows})")
-            )
-        if weights.requires_grad:
-            raise ValueError("teacher_weights requires grad, but is a constant: pass it detached")
-        if looks_at(weights):
-            legal = (weights >= 0) & (weights < torch.inf)
-            if not legal.all():
-                raise ValueError(
-                    f"teacher_weights contains {float(weights[~legal][0])}: weights are finite and "
-                    "at least 0"
-                )
-            if weights.numel() and not weights.sum(0).all():
-                raise ValueError("teacher_weights are all 0: give a teacher a weight")
+        shapes = [(count,)] if o.symmetric else [(count,), (count, self.rows)]
+        check_teacher_weights(weights, shapes, None if self.mask is None else self.mask != 0)
 
     def _check_pairing(self, o: ContrastiveOptions, with_group: bool) -> None:
         """Check what takes each row's own column: labels that are not given, self, symmetry."""

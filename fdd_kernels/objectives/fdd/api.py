@@ -36,7 +36,8 @@ def fused_fdd_loss(
     trajectory: str = "kl",
     derivative: str | None = "cosine",
     output_divergence: str = "kl",
-    layer_weights: Sequence[float] | None = None,
+    layer_weights: Sequence[float] | Sequence[Sequence[float]] | Tensor | None = None,
+    derivative_layers: Sequence[int] | None = None,
     temperature: float = 1.0,
     derivative_temperature: float | None = None,
     output_temperature: float = 1.0,
@@ -78,8 +79,9 @@ def fused_fdd_loss(
 
     Args:
         student_hidden, teacher_hidden: L tensors (..., Ds) and (..., Dt) in depth order, paired by
-            rank. The last is the model's final, already normed state; those before it are the
-            sampled layers. A single tensor is L = 1: plain output distillation.
+            rank unless `layer_weights` are of pairs: then as many as each model has. The last is
+            the model's final, already normed state; those before it are the sampled layers. A
+            single tensor is L = 1: plain output distillation.
         student_weight, teacher_weight: LM heads (V, Ds) and (V, Dt) as in `nn.Linear`.
             `teacher_weight=None` compares features instead of predictions: the student's weight
             then projects to the teacher's width, (Dt, Ds), there is no softmax and no output term,
@@ -107,7 +109,16 @@ def fused_fdd_loss(
             of length 0, as between two equal hidden states, has cosine 0 and gradient 0.
         output_divergence: the divergence of the output KD, as those of `trajectory`.
         layer_weights: one number per layer of the trajectory, at least 0: it is then their weighted
-            sum over the number of layers.
+            sum over the number of layers. Or W (Ls, Lt), a number for each pair of a student and a
+            teacher layer: sum over i, j of W_ij KL(p^j || q^i) / Ls, such as Ls times the weights
+            of `align_layers`. The models may then have unequal numbers of layers; the final states
+            count only with `output_in_dynamics`. A tensor is taken as constants, which waits for
+            its device. Triton computes one teacher layer for each student layer alone.
+        derivative_layers: j(i) for each student layer of the trajectory, never decreasing: deltas
+            y_s^(i+1) - y_s^i are compared with y_t^j(i+1) - y_t^j(i). Counted from 0 among the
+            teacher's layers of the trajectory. None: by rank, or with W the path of the largest sum
+            of W_i,j(i), nearest to the diagonal where several have it. Where j(i+1) = j(i) the
+            teacher's delta has length 0.
         temperature, derivative_temperature, output_temperature: divide the logits of the
             trajectory, of the derivative (None: as `temperature`) and of the output KD; CE uses 1.
         teacher_mix: t in [0, 1]: KL of output and trajectory is to softmax((1 - t) z_s + t z_t)
@@ -156,6 +167,7 @@ def fused_fdd_loss(
         derivative=derivative,
         output_divergence=output_divergence,
         layer_weights=layer_weights,
+        derivative_layers=derivative_layers,
         temperature=temperature,
         derivative_temperature=derivative_temperature,
         output_temperature=output_temperature,
@@ -207,9 +219,9 @@ class FusedFDDLoss(nn.Module):
 
     Args:
         **options: any of ignore_index, shift, alpha, beta, output_kd_weight, ce_weight, trajectory,
-            derivative, output_divergence, layer_weights, temperature, derivative_temperature,
-            output_temperature, teacher_mix, scale_by_t2, the soft caps and logit scales,
-            output_in_dynamics, reduction, vocab_size, backend; see `fused_fdd_loss`.
+            derivative, output_divergence, layer_weights, derivative_layers, temperature,
+            derivative_temperature, output_temperature, teacher_mix, scale_by_t2, the soft caps and
+            logit scales, output_in_dynamics, reduction, vocab_size, backend; see `fused_fdd_loss`.
         return_terms: return `FDDLossTerms`.
 
     Raises:

@@ -46,7 +46,7 @@ def prepare(inputs: LossInputs, options: LossOptions) -> tuple[Plan, LensInputs]
     plan, inputs = make_plan(options, inputs)
     if options.shift:
         inputs = inputs.shifted(options.ignore_index)
-    return plan, inputs.flattened(options.ignore_index, plan.layers)
+    return plan, inputs.flattened(options.ignore_index, plan.student_layers, plan.teacher_layers)
 
 
 def _denominator(options: LossOptions, tensors: LensInputs, items) -> Tensor | float | None:
@@ -55,7 +55,7 @@ def _denominator(options: LossOptions, tensors: LensInputs, items) -> Tensor | f
 
 def used_by(plan: Plan, tensors: LensInputs) -> LensInputs:
     """Drop the tensors that the plan's spec does not look at."""
-    used = tensors.of_layers(plan.layers)
+    used = tensors.of_layers(plan.student_layers, plan.teacher_layers)
     return used._replace(labels=None) if plan.ce is None else used
 
 

@@ -6,11 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, NamedTuple
 
+from fdd_kernels.objectives.alignment.methods import RANK, check_alignment
 from fdd_kernels.objectives.fdd.scheduled import WEIGHT_OF_TERM, Scheduled, check_scheduled
+from fdd_kernels.objectives.layer_pairs import (
+    LayerPairs,
+    LayerWeights,
+    checked_derivative_layers,
+    checked_layer_weights,
+    pair_layers,
+)
 from fdd_kernels.objectives.option_checks import (
     REDUCTIONS,
     require_choice,
     require_divergence,
+    require_head_options,
     require_int,
     require_number,
 )
@@ -52,7 +61,11 @@ class LossOptions:
             alpha_beta[:alpha,beta], mse or cosine; such as "jsd:0.1".
         derivative: cosine, centered_cosine, weighted_cosine, mse or none.
         output_divergence: the divergence at the output, as the trajectory's.
-        layer_weights: weights of the trajectory's layers, one each; all 1 if not given.
+        layer_weights: weights of the trajectory's layers, one each, all 1 if not given. Or of its
+            pairs of layers, a row for each layer of the student, as in 1,0;0.5,0.5.
+        derivative_layers: for each layer of the student, the layer of the teacher that takes its
+            place in deltas, counted from 0 among those compared; by rank if not given, with weights
+            of pairs the increasing path of most weight.
         temperature: divides the logits of the trajectory.
         derivative_temperature: divides the logits of the derivative; as temperature if not given.
         output_temperature: divides the logits of the output KD.
@@ -75,7 +88,8 @@ class LossOptions:
     trajectory: str = "kl"
     derivative: str | None = "cosine"
     output_divergence: str = "kl"
-    layer_weights: tuple[float, ...] | None = None
+    layer_weights: LayerWeights | None = None
+    derivative_layers: tuple[int, ...] | None = None
     temperature: float = 1.0
     derivative_temperature: float | None = None
     output_temperature: float = 1.0
@@ -98,38 +112,18 @@ class LossOptions:
         require_number(
             "derivative_temperature", self.derivative_temperature, positive=True, optional=True
         )
-        for name in (
-            "student_softcap",
-            "teacher_softcap",
-            "student_logit_scale",
-            "teacher_logit_scale",
-        ):
-            require_number(name, getattr(self, name), positive=True, optional="softcap" in name)
-        from fdd_kernels.backends import backend_names
+        require_head_options(self)
         from fdd_kernels.lens.divergences import DERIVATIVES, FEATURE_DISTANCES
 
-        require_int("ignore_index", self.ignore_index, minimum=-(2**63))
-        if self.vocab_size is not None:
-            require_int("vocab_size", self.vocab_size, minimum=1)
         if self.trajectory not in FEATURE_DISTANCES:
             require_divergence("trajectory", self.trajectory, FEATURE_DISTANCES)
         require_divergence("output_divergence", self.output_divergence)
         require_choice("derivative", self.derivative, (*DERIVATIVES, None))
-        self._check_layer_weights()
+        object.__setattr__(self, "layer_weights", checked_layer_weights(self.layer_weights))
+        own = checked_derivative_layers(self.derivative_layers)
+        object.__setattr__(self, "derivative_layers", own)
         self._check_teacher_mix()
         require_choice("reduction", self.reduction, REDUCTIONS)
-        require_choice("backend", self.backend, backend_names())
-
-    def _check_layer_weights(self) -> None:
-        if self.layer_weights is None:
-            return
-        if isinstance(self.layer_weights, (str, int, float)):
-            raise TypeError(
-                f"layer_weights must be a sequence of numbers, got {self.layer_weights!r}"
-            )
-        object.__setattr__(self, "layer_weights", tuple(self.layer_weights))
-        for weight in self.layer_weights:
-            require_number("layer_weights entry", weight)
 
     def _check_teacher_mix(self) -> None:
         require_number("teacher_mix", self.teacher_mix)
@@ -157,21 +151,20 @@ class LossOptions:
         given = self.derivative_temperature
         return self.temperature if given is None else given
 
-    def weights_of_layers(self, layers: int) -> tuple[float, ...]:
-        """Return the weight of each of the trajectory's layers; 0 where one is not computed.
+    @property
+    def pairs_all_layers(self) -> bool:
+        """Whether `layer_weights` are of pairs: the models may have unequal numbers of layers."""
+        return bool(self.layer_weights) and isinstance(self.layer_weights[0], tuple)
 
-        Raises:
-            ValueError: `layer_weights` are of another number of layers.
+    def layer_pairs(self, students: int, teachers: int) -> LayerPairs:
+        """Return the pairs of layers that trajectory and derivative compare; see `pair_layers`.
+
+        None where neither has a weight: the call may then have the final states alone.
         """
-        weights = self.layer_weights
-        if not self.alpha or weights is None:
-            return (1.0 if self.alpha else 0.0,) * layers
-        if len(weights) != layers:
-            raise ValueError(
-                f"layer_weights={weights} has {len(weights)} entries and the trajectory {layers} "
-                "layers: give one for each"
-            )
-        return weights
+        if not self.compares_dynamics:
+            return LayerPairs((), ())
+        weights = self.layer_weights if self.alpha or self.pairs_all_layers else None
+        return pair_layers(weights, self.derivative_layers, students, teachers)
 
     def has_term(self, term: str) -> bool:
         """Whether a term of `FDDLossTerms` has a weight."""
@@ -198,10 +191,19 @@ class FDDConfig(LossOptions):
 
     Args:
         num_layers: number of layers to sample in each model; 4 is the paper's L_D.
+        num_teacher_layers: number of layers to sample in the teacher; num_layers if not given.
+            Another number needs a layer_alignment, or weights of pairs in layer_weights.
         layer_grid: "floor" samples Q, 2Q, ..., num_layers * Q with Q = depth // (num_layers + 1),
             the paper's rule; "linspace" spreads num_layers evenly over 1..depth - 1.
         student_layers, teacher_layers: explicit 1-based layers (the state after that many blocks);
-            they replace the grid, must be given together and are paired in order.
+            they replace the grid and must be given together. They are paired in order, as many of
+            each, unless `layer_weights` are of pairs or there is a `layer_alignment`.
+        layer_alignment: how the sampled layers are paired: rank, in order; or from the data, by
+            argmin, monotone, attention, sinkhorn or emd, as in `align_layers`. The costs are those
+            of the trajectory, and the derivative takes the monotone pairing.
+        alignment_every: optimizer steps from one matching to the next; the first is at step 0.
+        alignment_epsilon: the temperature of attention and sinkhorn, in units of the costs; it
+            follows the costs' spread if not given.
         apply_final_norm: apply the model's final norm to the sampled layers before its head, as to
             the output.
         train_head: whether the student's head receives gradient from the loss.
@@ -222,6 +224,10 @@ class FDDConfig(LossOptions):
     layer_grid: str = "floor"
     student_layers: tuple[int, ...] | None = None
     teacher_layers: tuple[int, ...] | None = None
+    num_teacher_layers: int | None = None
+    layer_alignment: str = RANK
+    alignment_every: int = 100
+    alignment_epsilon: float | None = None
     apply_final_norm: bool = True
     train_head: bool = True
     schedules: Mapping[str, Schedule] | str | None = None
@@ -238,7 +244,8 @@ class FDDConfig(LossOptions):
                 if "logit_scale" not in f.name
             }
         )
-        object.__setattr__(self, "layer_weights", checked.layer_weights)
+        for name in ("layer_weights", "derivative_layers"):
+            object.__setattr__(self, name, getattr(checked, name))
         require_int("num_layers", self.num_layers, minimum=0)
         require_choice("layer_grid", self.layer_grid, LAYER_GRIDS)
         for name in ("student_layers", "teacher_layers"):
@@ -249,14 +256,9 @@ class FDDConfig(LossOptions):
                     require_int(f"{name} entry", layer, minimum=0)
         if (self.student_layers is None) != (self.teacher_layers is None):
             raise ValueError(
-                "student_layers and teacher_layers must be given together: they are paired by rank"
+                "student_layers and teacher_layers must be given together: they are compared"
             )
-        if self.student_layers is not None and len(self.student_layers) != len(self.teacher_layers):
-            raise ValueError(
-                f"student_layers has {len(self.student_layers)} entries and teacher_layers "
-                f"{len(self.teacher_layers)}: they are paired by rank, give as many of each"
-            )
-        self.weights_of_layers(self.dynamics_layers)
+        self._check_pairs()
         if self.reduction == "none":
             raise ValueError(
                 'reduction="none" has no meaning for a training step: use "mean" or "sum"'
@@ -264,11 +266,36 @@ class FDDConfig(LossOptions):
         for name, text in check_scheduled(self, checked).texts.items():
             object.__setattr__(self, name, text)
 
+    def _check_pairs(self) -> None:
+        if self.num_teacher_layers is not None:
+            require_int("num_teacher_layers", self.num_teacher_layers, minimum=1)
+        check_alignment(self)
+        counts = self.dynamics_layers, self.teacher_dynamics_layers
+        if self.layer_alignment != RANK:
+            counts = counts[0], counts[0]  # for the length of `layer_weights`
+        elif counts[0] != counts[1] and not self.pairs_all_layers:
+            names = "student_layers", "teacher_layers"
+            if self.student_layers is None:
+                names = "num_layers", "num_teacher_layers"
+            given = " and ".join(f"{name}={getattr(self, name)}" for name in names)
+            raise ValueError(
+                f"{given} are unequal numbers of layers, which are paired by rank: give as many of "
+                "each, a layer_alignment, or layer_weights with a row for each layer of the "
+                "student and a column for each of the teacher"
+            )
+        self.layer_pairs(*counts)
+
     @property
     def dynamics_layers(self) -> int:
-        """How many layers trajectory and derivative compare."""
-        sampled = self.num_layers if self.student_layers is None else len(self.student_layers)
-        return sampled + self.output_in_dynamics
+        """How many layers of the student trajectory and derivative compare."""
+        return _count(self.student_layers, self.num_layers) + self.output_in_dynamics
+
+    @property
+    def teacher_dynamics_layers(self) -> int:
+        """How many layers of the teacher they compare with."""
+        given = self.num_teacher_layers
+        sampled = self.num_layers if given is None else given
+        return _count(self.teacher_layers, sampled) + self.output_in_dynamics
 
     @property
     def changes(self) -> tuple[str, ...]:
@@ -276,7 +303,8 @@ class FDDConfig(LossOptions):
         pass `step` to its `Distiller` and save its state.
         """
         names = ("schedules", "stages", "gradient_balance")
-        return tuple([name for name in names if getattr(self, name) is not None])
+        found = [name for name in names if getattr(self, name) is not None]
+        return tuple(found + ["layer_alignment"] * (self.layer_alignment != RANK))
 
     def values_at_turns(self) -> list[dict[str, float]]:
         """Return the scheduled options at every step where what the loss needs may change."""
@@ -287,3 +315,7 @@ class FDDConfig(LossOptions):
         """Return the largest value of an option over all steps: 0 for a weight never given."""
         own = getattr(self, name)
         return max(values.get(name, own) for values in self.values_at_turns())
+
+
+def _count(layers: tuple[int, ...] | None, sampled: int) -> int:
+    return sampled if layers is None else len(layers)

@@ -27,24 +27,25 @@ from fdd_kernels.objectives.validation import (
 class Plan:
     """What one call computes, and where each term is found among the statistics.
 
-    `layers` are positions among the hidden states given; `spec` counts within them. A term is one
-    index into `spec.requests` or `spec.moments`, or one per layer or pair; None or empty if it is
-    not computed.
+    `student_layers` and `teacher_layers` are positions among the hidden states given; `spec` counts
+    within them. A term is one index into `spec.requests` or `spec.moments`, or one per pair of
+    layers or of deltas; None or empty if it is not computed.
     """
 
     options: LossOptions
     backend: str
     feature_space: bool
     leading_shape: tuple[int, ...]
-    layers: tuple[int, ...]
+    student_layers: tuple[int, ...]
+    teacher_layers: tuple[int, ...]
     spec: LensSpec
     output_kd: int | None
     ce: int | None
     trajectory: tuple[int, ...]
-    # Of its layers, whose weighted sum it is; empty for their mean. A layer of weight 0 has none.
+    # Of its pairs of layers, whose weighted sum it is, without those of 0; empty for their mean.
     trajectory_weights: tuple[float, ...]
     derivative: tuple[int, ...]
-    # Per pair, the requests with the log-sum-exps of its layers; empty where deltas need none.
+    # Per pair of deltas, the requests with their layers' log-sum-exps; empty where they need none.
     derivative_requests: tuple[tuple[int, int], ...]
 
 
@@ -57,7 +58,7 @@ def make_plan(options: LossOptions, inputs: LossInputs) -> tuple[Plan, LossInput
         TypeError, ValueError: naming the argument, its value and the remedy.
         RuntimeError: the backend asked for cannot run here.
     """
-    inputs = check_tensors(inputs)
+    inputs = check_tensors(inputs, paired=not options.pairs_all_layers)
     _check_space(options, inputs)
     columns = compared_tokens(inputs, options.vocab_size)
     check_tokens(inputs)
@@ -69,6 +70,7 @@ def make_plan(options: LossOptions, inputs: LossInputs) -> tuple[Plan, LossInput
         options,
         columns,
         len(inputs.student_hidden),
+        len(inputs.teacher_hidden),
         leading_shape=inputs.leading_shape,
         feature_space=inputs.feature_space,
     )
@@ -82,6 +84,7 @@ def build_plan(
     options: LossOptions,
     columns: int,
     states: int,
+    teacher_states: int | None = None,
     *,
     leading_shape: tuple[int, ...] = (),
     feature_space: bool = False,
@@ -91,37 +94,46 @@ def build_plan(
 
     Args:
         columns: tokens of the vocabulary (features in feature space) that are compared.
-        states: hidden states per model, the final one included.
+        states: hidden states of the student, the final one included.
+        teacher_states: of the teacher; None: as many.
 
     Raises:
-        ValueError: nothing is left to compute.
+        ValueError: nothing is left to compute, or `layer_weights` or `derivative_layers` of another
+            number of layers.
     """
-    builder, final = _SpecBuilder(), states - 1
-    dynamics = range(states if options.output_in_dynamics else final)
+    final = Layers(states - 1, (states if teacher_states is None else teacher_states) - 1)
+    builder = _SpecBuilder()
+    pairs = options.layer_pairs(*[layer + options.output_in_dynamics for layer in final])
+    deltas = [Layers(*ends) for ends in enumerate(pairs.derivative)]
+    weights = {Layers(i, j): weight for i, j, weight in pairs.weighted() if options.alpha}
     distance, temperature = None, options.temperature_of_deltas
     if options.beta and options.derivative is not None:
         distance = DISTANCES[options.derivative]
     needs_lse = distance is not None and not feature_space and not distance.centred
-    # The derivative takes them of the trajectory's requests, in the order of layers.
+    # The derivative takes them of the trajectory's requests.
     shares_lse = needs_lse and temperature == options.temperature and options.teacher_mix == 1
     trajectory: list[int] = []
-    weights = options.weights_of_layers(len(dynamics))
-    for layer, weight in zip(dynamics, weights):
+    trajectory_weights: list[float] = []
+    # The derivative's first: their log-sum-exps are a run of requests, in the order of layers.
+    for pair in dict.fromkeys([*deltas, *weights]):
+        weight = weights.get(pair)
+        if weight:
+            trajectory_weights.append(weight)
         if options.trajectory in DISTANCES:
             if weight:
-                trajectory.append(builder.moments_of(None, layer, options.temperature))
+                trajectory.append(builder.moments_of(None, pair, options.temperature))
         elif weight:
             divergence = parse_divergence(options.trajectory), options.teacher_mix
-            trajectory.append(builder.request(layer, options.temperature, *divergence))
+            trajectory.append(builder.request(pair, options.temperature, *divergence))
         elif shares_lse:
-            builder.request(layer, temperature, None)
+            builder.request(pair, temperature, None)
     derivative: list[int] = []
     derivative_requests: list[tuple[int, int]] = []
     if distance is not None:
-        for pair in zip(dynamics, dynamics[1:]):
-            derivative.append(builder.moments_of(*pair, temperature, distance.weighted))
+        for ends in zip(deltas, deltas[1:]):
+            derivative.append(builder.moments_of(*ends, temperature, distance.weighted))
             if needs_lse:
-                of_pair = [builder.request(layer, temperature, None) for layer in pair]
+                of_pair = [builder.request(layers, temperature, None) for layers in ends]
                 derivative_requests.append(tuple(of_pair))
     output_kd = ce = None
     if options.output_kd_weight and not feature_space:
@@ -131,8 +143,8 @@ def build_plan(
         ce = builder.request(final, 1.0, NamedDivergence(NLL))
     if distance is not None and distance.weighted and not builder.requests:
         # Without a request the shifts, which weights are relative to, are not near the logits.
-        for layer in dynamics[1:]:
-            builder.request(layer, temperature, None)
+        for layers in deltas[1:]:
+            builder.request(layers, temperature, None)
     if not (builder.requests or builder.moments):
         raise ValueError(
             f"nothing to compute: {states} hidden state(s) with "
@@ -148,21 +160,20 @@ def build_plan(
         backend=backend,
         feature_space=feature_space,
         leading_shape=leading_shape,
-        layers=layers,
-        spec=builder.spec(options, columns, layers),
+        student_layers=layers[0],
+        teacher_layers=layers[1],
+        spec=builder.spec(options, columns, *layers),
         output_kd=output_kd,
         ce=ce,
         trajectory=tuple(trajectory),
-        trajectory_weights=()
-        if options.layer_weights is None
-        else tuple([weight / len(dynamics) for weight in weights if weight]),
+        trajectory_weights=() if options.layer_weights is None else tuple(trajectory_weights),
         derivative=tuple(derivative),
         derivative_requests=tuple(derivative_requests),
     )
 
 
 class _SpecBuilder:
-    """Collects requests and pair moments, each once. Layers are paired by rank."""
+    """Collects requests and pair moments, each once."""
 
     def __init__(self) -> None:
         self.requests: list[Request] = []
@@ -170,16 +181,16 @@ class _SpecBuilder:
 
     def request(
         self,
-        layer: int,
+        layers: Layers,
         temperature: float,
         divergence: NamedDivergence | None,
         teacher_mix: float = 1.0,
     ) -> int:
         """Return the index of a request; None asks for the log-sum-exps alone."""
         name, parameters = divergence or (None, ())
-        request = Request(layer, layer, temperature, name, parameters, teacher_mix)
+        request = Request(*layers, temperature, name, parameters, teacher_mix)
         if divergence is None:
-            # Any other request of this layer and temperature that looks at both models has them.
+            # Any other request of these layers and temperature that looks at both models has them.
             for index, other in enumerate(self.requests):
                 has_both = other.divergence != NLL and other.teacher_mix == 1
                 if other[:3] == request[:3] and has_both:
@@ -189,33 +200,46 @@ class _SpecBuilder:
         return self.requests.index(request)
 
     def moments_of(
-        self, first: int | None, second: int, temperature: float, weighted: bool = False
+        self, first: Layers | None, second: Layers, temperature: float, weighted: bool = False
     ) -> int:
-        """Return the index of the moments of a pair of layers, or of one layer's own logits."""
-        ends = None if first is None else Layers(first, first), Layers(second, second)
-        pair = PairMoments(*ends, temperature, weighted)
+        """Return the index of the moments of a pair of deltas, or of layers' own logits."""
+        pair = PairMoments(first, second, temperature, weighted)
         if pair not in self.moments:
             self.moments.append(pair)
         return self.moments.index(pair)
 
-    def layers(self) -> tuple[int, ...]:
-        """List the layers that are looked at, in depth order."""
-        used = {request.student_layer for request in self.requests}
-        used |= {layers.student for pair in self.moments for layers in pair.layers}
-        return tuple(sorted(used))
+    def layers(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """List the layers of student and teacher that are looked at, in depth order.
 
-    def spec(self, options: LossOptions, columns: int, layers: tuple[int, ...]) -> LensSpec:
-        """Return the spec, whose layers count within `layers`."""
+        Where each layer of the student has a single layer of the teacher, these are listed one for
+        one, some perhaps twice: every backend computes pairs by rank.
+        """
+        pairs = [request[:2] for request in self.requests]
+        pairs += [layers for pair in self.moments for layers in pair.layers]
+        students = sorted({student for student, _ in pairs})
+        teachers = [sorted({t for s, t in pairs if s == student}) for student in students]
+        if max([len(of_student) for of_student in teachers]) == 1:
+            return tuple(students), tuple([of_student[0] for of_student in teachers])
+        return tuple(students), tuple(sorted({teacher for _, teacher in pairs}))
+
+    def spec(
+        self,
+        options: LossOptions,
+        columns: int,
+        students: tuple[int, ...],
+        teachers: tuple[int, ...],
+    ) -> LensSpec:
+        """Return the spec, whose layers count within those of `layers`."""
 
         def place(pair: Layers | None) -> Layers | None:
-            return None if pair is None else Layers(*[layers.index(layer) for layer in pair])
+            if pair is None:
+                return None
+            at = students.index(pair.student)
+            by_rank = teachers[at : at + 1] == (pair.teacher,)
+            return Layers(at, at if by_rank else teachers.index(pair.teacher))
 
         requests = [
-            request._replace(
-                student_layer=layers.index(request.student_layer),
-                teacher_layer=layers.index(request.teacher_layer),
-            )
-            for request in self.requests
+            Request(*place(Layers(*request[:2])), *request[2:]) for request in self.requests
         ]
         return LensSpec(
             columns=columns,

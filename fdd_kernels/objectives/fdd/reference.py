@@ -125,34 +125,36 @@ def dense_row_terms(plan: Plan, inputs: LensInputs) -> RowTerms:
 
 
 def _dense_row_terms(plan: Plan, o: LossOptions, inputs: LensInputs) -> RowTerms:
-    valid, final = inputs.valid, len(inputs.student_hidden) - 1
+    valid = inputs.valid
     u_s, u_t, live = dense_models(inputs, plan.spec)
-    dynamics = range(final + 1 if o.output_in_dynamics else final)
+    layers = o.layer_pairs(*[len(u) - (not o.output_in_dynamics) for u in (u_s, u_t)])
     output_kd = trajectory = derivative = ce = None
-    if o.alpha and len(dynamics):
-        weights = [1.0] * len(dynamics) if o.layer_weights is None else o.layer_weights
-        per_layer = []
-        for layer, weight in zip(dynamics, weights):
-            if weight:
-                z_s, z_t = (u[layer] / o.temperature for u in (u_s, u_t))
-                if o.trajectory in DISTANCES:
-                    term = distance_of(o.trajectory, z_s, z_t, live)
-                else:
-                    term = _divergence_of(o.trajectory, z_s, z_t, o.teacher_mix)
-                per_layer.append(weight * term)
-        trajectory = torch.stack(per_layer).sum(0) / len(dynamics) if per_layer else None
-    if o.beta and o.derivative is not None and len(dynamics) > 1:
-        z_s, z_t = ([u[layer] / o.temperature_of_deltas for layer in dynamics] for u in (u_s, u_t))
+    if o.alpha:
+        per_pair = []
+        for i, j, weight in layers.weighted():
+            z_s, z_t = u_s[i] / o.temperature, u_t[j] / o.temperature
+            if o.trajectory in DISTANCES:
+                term = distance_of(o.trajectory, z_s, z_t, live)
+            else:
+                term = _divergence_of(o.trajectory, z_s, z_t, o.teacher_mix)
+            per_pair.append(weight * term)
+        trajectory = torch.stack(per_pair).sum(0) if per_pair else None
+    if o.beta and o.derivative is not None and len(layers.derivative) > 1:
+        layers_s = range(len(layers.derivative))
+        z_s, z_t = (
+            [u[layer] / o.temperature_of_deltas for layer in own]
+            for u, own in ((u_s, layers_s), (u_t, layers.derivative))
+        )
         y_s, y_t = (z if plan.feature_space else [x.log_softmax(-1) for x in z] for z in (z_s, z_t))
         per_pair = []
-        for first, second in zip(dynamics, dynamics[1:]):
-            deltas = y_s[second] - y_s[first], y_t[second] - y_t[first]
-            per_pair.append(distance_of(o.derivative, *deltas, live, z_t[second]))
+        for i in layers_s[1:]:
+            deltas = y_s[i] - y_s[i - 1], y_t[i] - y_t[i - 1]
+            per_pair.append(distance_of(o.derivative, *deltas, live, z_t[i]))
         derivative = torch.stack(per_pair).mean(0)
     if o.output_kd_weight and not plan.feature_space:
-        z_s, z_t = (u[final] / o.output_temperature for u in (u_s, u_t))
+        z_s, z_t = (u[-1] / o.output_temperature for u in (u_s, u_t))
         output_kd = _divergence_of(o.output_divergence, z_s, z_t, o.teacher_mix)
     if o.ce_weight:
         targets = inputs.labels if valid is None else torch.where(valid, inputs.labels, 0)
-        ce = F.cross_entropy(u_s[final], targets.long(), reduction="none")
+        ce = F.cross_entropy(u_s[-1], targets.long(), reduction="none")
     return RowTerms(output_kd, trajectory, derivative, ce)

@@ -3,7 +3,7 @@
 The terms are ordinary PyTorch on tensors of shape (R,) that autograd differentiates.
 `upstream_gradients` has the same derivatives in closed form, in a tenth of the operators, for the
 cached-logits path. Neither waits for a device, or has a loop over layers or pairs, but for weights
-of layers.
+of pairs of layers.
 
 Shape suffixes: P pairs of vectors (one per pair moments), R rows.
 """
@@ -27,7 +27,7 @@ from fdd_kernels.lens.layout import (
     VALUE,
 )
 from fdd_kernels.objectives.fdd.plan import Plan
-from fdd_kernels.objectives.vectors import Vectors, about_zero
+from fdd_kernels.objectives.vectors import Vectors, about_zero, positions_of, shifts_of
 
 _COMPARED_ELEMENTS = 2**22  # of the hidden states that are compared at a time
 
@@ -35,7 +35,7 @@ _COMPARED_ELEMENTS = 2**22  # of the hidden states that are compared at a time
 class RowTerms(NamedTuple):
     """The four terms per row, (R,) each, before weights; None for one that is not computed.
 
-    Trajectory and derivative are means over layers and pairs.
+    Trajectory and derivative are means, or weighted sums, over pairs of layers and of deltas.
     """
 
     output_kd: Tensor | None
@@ -58,13 +58,6 @@ def _run(positions: Sequence[int]) -> slice:
     run = slice(positions[0], positions[-1] + 1)
     assert list(positions) == list(range(run.start, run.stop))
     return run
-
-
-def _positions(positions: Sequence[int]) -> slice | list[int]:
-    """Turn positions into a slice where they follow one another."""
-    positions = list(positions)
-    run = slice(positions[0], positions[-1] + 1)
-    return run if positions == list(range(run.start, run.stop)) else positions
 
 
 def _part(tensor: Tensor, run: slice) -> Tensor:
@@ -136,8 +129,8 @@ def _vectors(
         if distance.centred:
             offset = torch.zeros_like(offset)
         elif term == "trajectory":  # of the features themselves
-            layers = _positions([pair.second.student for pair in plan.spec.moments[run]])
-            offset = offset + shifts[:, layers].transpose(0, 1) / plan.options.temperature
+            own = shifts_of(shifts, [pair.second for pair in plan.spec.moments[run]])
+            offset = offset + own / plan.options.temperature
         elif plan.derivative_requests:
             lse = _part(requests, _layers_of_deltas(plan))[:, LSE_S : LSE_T + 1]
             offset = offset - (lse[1:] - lse[:-1])
@@ -155,12 +148,12 @@ def row_terms_from_statistics(
         sums = _vectors(plan, shifts, requests, moments, static).sums
         values = {term: distance.value(sums.at(run)) for term, (distance, run) in compared.items()}
     if plan.trajectory and "trajectory" not in values:
-        values["trajectory"] = requests[_positions(plan.trajectory), VALUE]
+        values["trajectory"] = requests[positions_of(plan.trajectory), VALUE]
     if plan.trajectory_weights:
-        of_layers = zip(plan.trajectory_weights, values["trajectory"])
-        weighted = torch.stack([weight * of_layer for weight, of_layer in of_layers])
+        of_pairs = zip(plan.trajectory_weights, values["trajectory"])
+        weighted = torch.stack([weight * of_pair for weight, of_pair in of_pairs])
         values["trajectory"] = weighted.sum(0, keepdim=True)
-    values = {term: per_layer.mean(0) for term, per_layer in values.items()}
+    values = {term: per_pair.mean(0) for term, per_pair in values.items()}
     return RowTerms(
         output_kd=None if plan.output_kd is None else requests[plan.output_kd, VALUE],
         trajectory=values.get("trajectory"),
@@ -200,8 +193,8 @@ def term_weights(
     return TermWeights(*weights)
 
 
-def _weigh_layers(plan: Plan, gradients: Tensor) -> None:
-    """Multiply the trajectory's among the gradients by the weights of its layers, in place."""
+def _weigh_pairs(plan: Plan, gradients: Tensor) -> None:
+    """Multiply the trajectory's among the gradients by the weights of its pairs, in place."""
     for weight, index in zip(plan.trajectory_weights, plan.trajectory):
         gradients[index].mul_(weight)
 
@@ -224,8 +217,8 @@ def upstream_gradients(
     of_requests, of_moments = torch.zeros_like(requests), torch.zeros_like(moments)
     of_value, compared = of_requests[:, VALUE], _compared_vectors(plan)
     if plan.trajectory and "trajectory" not in compared:
-        of_value[_positions(plan.trajectory)] = weights.trajectory
-        _weigh_layers(plan, of_value)
+        of_value[positions_of(plan.trajectory)] = weights.trajectory
+        _weigh_pairs(plan, of_value)
     if plan.ce is not None:
         of_value[plan.ce] = weights.ce
     if plan.output_kd is not None:  # perhaps a request of the trajectory
@@ -248,7 +241,7 @@ def upstream_gradients(
         for term, (_, run) in compared.items():
             _part(of_moments, run).mul_(getattr(weights, term))
             if term == "trajectory":
-                _weigh_layers(plan, of_moments)
+                _weigh_pairs(plan, of_moments)
         if "derivative" in compared and plan.derivative_requests:
             of_lse = _part(of_requests, _layers_of_deltas(plan))[:, LSE_S]
             of_shift = _part(of_mean, compared["derivative"][1])

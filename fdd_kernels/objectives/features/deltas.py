@@ -10,7 +10,8 @@ from torch import Tensor
 from fdd_kernels.objectives.features.groups import check_groups
 from fdd_kernels.objectives.inputs import LossInputs
 from fdd_kernels.objectives.option_checks import require_choice
-from fdd_kernels.objectives.validation import check_tokens, require_float
+from fdd_kernels.objectives.tensors import require_float
+from fdd_kernels.objectives.validation import check_tokens
 
 KINDS = ("deviation", "adjacent")
 

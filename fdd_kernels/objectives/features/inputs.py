@@ -11,7 +11,8 @@ from fdd_kernels.objectives.inputs import LossInputs
 from fdd_kernels.objectives.numbers import check_numbers
 from fdd_kernels.objectives.option_checks import REDUCTIONS, require_choice
 from fdd_kernels.objectives.reduction import loss_denominator, reduce_rows
-from fdd_kernels.objectives.validation import check_num_items, check_tokens, require_float
+from fdd_kernels.objectives.tensors import require_float
+from fdd_kernels.objectives.validation import check_num_items, check_tokens
 
 
 @dataclass(frozen=True)

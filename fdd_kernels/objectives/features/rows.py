@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fdd_kernels.objectives.features.inputs import FeatureInputs
 from fdd_kernels.objectives.numbers import check_labels
-from fdd_kernels.objectives.validation import require_float
+from fdd_kernels.objectives.tensors import require_float
 
 
 def attention_transfer(

@@ -1,4 +1,4 @@
-"""Tensors, options and checks that the objectives of the logits share, and the way to values."""
+"""One call of an objective of the logits, checked, and the way to its values and loss."""
 
 from __future__ import annotations
 
@@ -8,116 +8,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fdd_kernels.backends import backend_names, resolve_row_backend
+from fdd_kernels.backends import resolve_row_backend
 from fdd_kernels.engine.row_blocks import Extra, asks_for_gradient, row_sum, row_values
 from fdd_kernels.lens.inputs import LensInputs
 from fdd_kernels.lens.row_blocks import RowFunction, RowSpec
 from fdd_kernels.lens.spec import LensSpec
 from fdd_kernels.objectives.dense import dense_logits
-from fdd_kernels.objectives.inputs import LossInputs
+from fdd_kernels.objectives.logits.arguments import LogitInputs, LogitOptions
 from fdd_kernels.objectives.numbers import check_labels, check_numbers
-from fdd_kernels.objectives.option_checks import (
-    REDUCTIONS,
-    require_choice,
-    require_int,
-    require_number,
-)
 from fdd_kernels.objectives.reduction import loss_denominator, reduce_rows
 from fdd_kernels.objectives.validation import (
-    check_heads,
     check_num_items,
+    check_shift,
     check_tokens,
     check_transforms,
     compared_tokens,
-    require_float,
 )
-
-
-@dataclass(frozen=True)
-class LogitInputs(LossInputs):
-    """The tensors of one call with one hidden state per model.
-
-    Attributes:
-        prefix: of the student's tensors in the public function.
-        has_teacher: whether the objective compares with a teacher's logits.
-    """
-
-    prefix: str = "student_"
-    has_teacher: bool = True
-
-    def named_floats(self) -> dict[str, Tensor | None]:
-        """Name every tensor of floating point as error messages do; None for one not given."""
-        named = {
-            f"{self.prefix}hidden": self.student_hidden[0],
-            f"{self.prefix}weight": self.student_weight,
-            f"{self.prefix}bias": self.student_bias,
-        }
-        if self.has_teacher:
-            named |= {
-                "teacher_hidden": self.teacher_hidden[0],
-                "teacher_weight": self.teacher_weight,
-                "teacher_bias": self.teacher_bias,
-            }
-        return named
-
-    def checked(self) -> LogitInputs:
-        """Check hidden states and heads, and return them with the states as tuples.
-
-        Raises:
-            TypeError, ValueError: a wrong type, dtype, shape or device, or a teacher that asks for
-                gradient.
-        """
-        found = {"student_hidden": (), "teacher_hidden": ()}
-        models = {"student": self.prefix} | ({"teacher": "teacher_"} if self.has_teacher else {})
-        for side, prefix in models.items():
-            state, weight = getattr(self, f"{side}_hidden"), getattr(self, f"{side}_weight")
-            require_float(f"{prefix}hidden", state)
-            require_float(f"{prefix}weight", weight)
-            if state.ndim < 1 or state.shape[-1] == 0:
-                raise ValueError(
-                    f"{prefix}hidden has shape {tuple(state.shape)}: it must be (..., width)"
-                )
-            found[f"{side}_hidden"] = (state,)
-        inputs = replace(self, **found)
-        check_heads(inputs, self.prefix, f"{self.prefix}hidden")
-        return inputs
-
-
-@dataclass(frozen=True)
-class LogitOptions:
-    """The options that the objectives of the logits share, as in `fused_fdd_loss`."""
-
-    temperature: float = 1.0
-    scale_by_t2: bool = False
-    student_softcap: float | None = None
-    teacher_softcap: float | None = None
-    student_logit_scale: float = 1.0
-    teacher_logit_scale: float = 1.0
-    ignore_index: int = -100
-    shift: bool = False
-    reduction: str = "mean"
-    vocab_size: int | None = None
-    teacher_vocab_size: int | None = None
-    backend: str = "auto"
-    prefix: str = "student_"
-
-    def __post_init__(self) -> None:
-        require_number("temperature", self.temperature, positive=True)
-        for side, prefix in (("student", self.prefix), ("teacher", "teacher_")):
-            for name in ("softcap", "logit_scale"):
-                value = getattr(self, f"{side}_{name}")
-                require_number(f"{prefix}{name}", value, positive=True, optional=name == "softcap")
-        require_int("ignore_index", self.ignore_index, minimum=-(2**63))
-        for name in ("vocab_size", "teacher_vocab_size"):
-            if getattr(self, name) is not None:
-                require_int(name, getattr(self, name), minimum=1)
-        require_choice("reduction", self.reduction, REDUCTIONS)
-        require_choice("backend", self.backend, backend_names())
-
-    @property
-    def factor(self) -> float:
-        """Return the factor of the loss."""
-        return self.temperature**2 if self.scale_by_t2 else 1.0
 
 
 @dataclass(frozen=True)
@@ -178,18 +84,14 @@ class LogitCall:
         if own_vocabularies:
             _check_teacher_vocabulary(inputs, options.teacher_vocab_size)
         check_tokens(inputs)
-        if options.shift and (inputs.labels is None or inputs.labels.ndim == 0):
-            raise ValueError(
-                "shift=True shifts the labels along their last dimension: pass labels of shape "
-                "(..., sequence)"
-            )
+        check_shift(options.shift, inputs.labels)
         check_num_items(options.reduction, inputs.num_items_in_batch)
         backend = resolve_row_backend(options.backend)
         check_transforms(inputs, backend, **more)
         check_numbers(inputs)
         if options.shift:
             inputs = inputs.shifted(options.ignore_index)
-        rows = inputs.flattened(options.ignore_index, (0,))
+        rows = inputs.flattened(options.ignore_index, (0,), (0,))
         if rows.labels is not None:
             labelled = columns if predicts_labels else len(inputs.student_weight)
             check_labels(rows.labels, options.ignore_index, labelled)
@@ -245,6 +147,21 @@ class LogitCall:
         spec, extra = self._spec(formula), Extra(list(per_row), list(shared))
         return row_sum(spec, inputs, extra, self.backend, weights[:, None])
 
+    def dense_logits(self, rows: Tensor | slice) -> list[Tensor | None]:
+        """Compute both models' logits of `rows`, (r, V); None unless there is one teacher."""
+        inputs, head = self.rows, self.head
+        student = inputs.student_weight, inputs.student_bias
+        teacher = inputs.teacher_weight, inputs.teacher_bias
+        of_student = head.student_logit_scale, head.student_softcap, head.columns
+        of_teacher = head.teacher_logit_scale, head.teacher_softcap, None
+        return [
+            dense_logits(h[0][rows].to(inputs.statistics_dtype), *of_head) if len(h) == 1 else None
+            for h, *of_head in (
+                (inputs.student_hidden, *student, *of_student),
+                (inputs.teacher_hidden, *teacher, *of_teacher),
+            )
+        ]
+
     def _reduced(self, values: Tensor) -> Tensor:
         shape = self.leading_shape if self.options.reduction == "none" else None
         rows = self.rows.valid, shape, self.denominator, self.weights
@@ -258,34 +175,13 @@ class LogitCall:
         self, formula: Formula, per_row: tuple[Tensor, ...], shared: Sequence[Tensor]
     ) -> Tensor:
         """Compute the valid rows' values densely, and put them in their places."""
-        inputs, head = self.rows, self.head
+        inputs = self.rows
         valid = torch.arange(inputs.rows, device=inputs.device)
         if inputs.valid is not None:
             valid = inputs.valid.nonzero()[:, 0]
-        dtype = inputs.statistics_dtype
-        student = inputs.student_weight, inputs.student_bias
-        teacher = inputs.teacher_weight, inputs.teacher_bias
-        u_s, u_t = (
-            dense_logits(h[0][valid].to(dtype), *of_head) if len(h) == 1 else None
-            for h, *of_head in (
-                (
-                    inputs.student_hidden,
-                    *student,
-                    head.student_logit_scale,
-                    head.student_softcap,
-                    head.columns,
-                ),
-                (
-                    inputs.teacher_hidden,
-                    *teacher,
-                    head.teacher_logit_scale,
-                    head.teacher_softcap,
-                    None,
-                ),
-            )
-        )
+        u_s, u_t = self.dense_logits(valid)
         if len(inputs.teacher_hidden) > 1:  # their heads lie side by side
-            states = inputs.teacher_hidden
+            dtype, states = inputs.statistics_dtype, inputs.teacher_hidden
             heads = inputs.teacher_weight.split([h.shape[1] for h in states], dim=1)
             u_t = [h[valid].to(dtype) @ w.to(dtype).T for h, w in zip(states, heads)]
         per_row = [t[valid] for t in per_row]

@@ -10,7 +10,8 @@ from fdd_kernels.lens.divergence_text import NamedDivergence
 from fdd_kernels.lens.row_blocks import GradOf, RowBlock, row_function
 from fdd_kernels.lens.softmax import log_softmax_, logit_gradient_, sum_over_tokens
 from fdd_kernels.objectives.dense import expected_ratio
-from fdd_kernels.objectives.logits.call import Formula, LogitCall, LogitInputs, LogitOptions
+from fdd_kernels.objectives.logits.arguments import Model, Positions, Reduction, logit_arguments
+from fdd_kernels.objectives.logits.call import Formula, LogitCall
 from fdd_kernels.objectives.option_checks import require_number
 
 _KL = NamedDivergence("kl").value
@@ -99,30 +100,14 @@ def fused_decoupled_kd(
         )
     if labels is None:
         raise ValueError("labels is None: the loss sets the label's token apart, pass labels")
-    options = LogitOptions(
+    inputs, options = logit_arguments(
+        Model(student_hidden, student_weight, student_bias, student_logit_scale, student_softcap),
+        Model(teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap),
+        Positions(labels, mask, token_weights, ignore_index, shift),
+        Reduction(reduction, num_items_in_batch, scale_by_t2),
         temperature=temperature,
-        scale_by_t2=scale_by_t2,
-        student_softcap=student_softcap,
-        teacher_softcap=teacher_softcap,
-        student_logit_scale=student_logit_scale,
-        teacher_logit_scale=teacher_logit_scale,
-        ignore_index=ignore_index,
-        shift=shift,
-        reduction=reduction,
         vocab_size=vocab_size,
         backend=backend,
-    )
-    inputs = LogitInputs(
-        student_hidden=student_hidden,
-        student_weight=student_weight,
-        teacher_hidden=teacher_hidden,
-        teacher_weight=teacher_weight,
-        labels=labels,
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
-        mask=mask,
-        num_items_in_batch=num_items_in_batch,
-        token_weights=token_weights,
     )
     call = LogitCall.of(inputs, options, predicts_labels=True)
     numbers = float(target_weight), float(nontarget_weight), float(temperature)

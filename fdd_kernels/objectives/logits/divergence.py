@@ -19,7 +19,8 @@ from fdd_kernels.lens.softmax import (
     sum_over_tokens,
 )
 from fdd_kernels.objectives.dense import dense_logits
-from fdd_kernels.objectives.logits.call import Formula, LogitCall, LogitInputs, LogitOptions
+from fdd_kernels.objectives.logits.arguments import Model, Positions, Reduction, logit_arguments
+from fdd_kernels.objectives.logits.call import Formula, LogitCall
 from fdd_kernels.objectives.logits.teachers import (
     call_of_teacher,
     check_teachers,
@@ -123,30 +124,14 @@ def fused_logit_kd(
     """
     parse_logit_divergence(divergence)
     uniform, number = encode_temperature(temperature, scale_by_t2)
-    options = LogitOptions(
+    inputs, options = logit_arguments(
+        Model(student_hidden, student_weight, student_bias, student_logit_scale, student_softcap),
+        Model(teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap),
+        Positions(labels, mask, token_weights, ignore_index, shift),
+        Reduction(reduction, num_items_in_batch, scale_by_t2),
         temperature=uniform,
-        scale_by_t2=scale_by_t2,
-        student_softcap=student_softcap,
-        teacher_softcap=teacher_softcap,
-        student_logit_scale=student_logit_scale,
-        teacher_logit_scale=teacher_logit_scale,
-        ignore_index=ignore_index,
-        shift=shift,
-        reduction=reduction,
         vocab_size=vocab_size,
         backend=backend,
-    )
-    inputs = LogitInputs(
-        student_hidden=student_hidden,
-        student_weight=student_weight,
-        teacher_hidden=teacher_hidden,
-        teacher_weight=teacher_weight,
-        labels=labels,
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
-        mask=mask,
-        num_items_in_batch=num_items_in_batch,
-        token_weights=token_weights,
     )
     if teachers is None:
         if teacher_weights is not None:

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from fdd_kernels.lens.row_blocks import GradOf, RowBlock, row_function
 from fdd_kernels.lens.softmax import log_softmax_, logit_gradient_
-from fdd_kernels.objectives.logits.call import Formula, LogitCall, LogitInputs, LogitOptions
+from fdd_kernels.objectives.logits.arguments import Model, Positions, Reduction, logit_arguments
+from fdd_kernels.objectives.logits.call import Formula, LogitCall
 from fdd_kernels.objectives.numbers import describe, looks_at
 from fdd_kernels.objectives.option_checks import require_number
 from fdd_kernels.objectives.reduction import reduce_rows
-from fdd_kernels.objectives.validation import require_float
+from fdd_kernels.objectives.tensors import require_float
 
 _VALUE, _BOTH = "value", "value and derivative"
 
@@ -104,31 +105,15 @@ def fused_gold_loss(
             f"matched_weight={matched_weight} and unmatched_weight={unmatched_weight}: pass both, "
             "or neither for the share of matched tokens"
         )
-    options = LogitOptions(
+    inputs, options = logit_arguments(
+        Model(student_hidden, student_weight, student_bias, student_logit_scale, student_softcap),
+        Model(teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap),
+        Positions(labels, mask, token_weights, ignore_index, shift),
+        Reduction(reduction, num_items_in_batch, scale_by_t2),
         temperature=temperature,
-        scale_by_t2=scale_by_t2,
-        student_softcap=student_softcap,
-        teacher_softcap=teacher_softcap,
-        student_logit_scale=student_logit_scale,
-        teacher_logit_scale=teacher_logit_scale,
-        ignore_index=ignore_index,
-        shift=shift,
-        reduction=reduction,
         vocab_size=vocab_size,
         teacher_vocab_size=teacher_vocab_size,
         backend=backend,
-    )
-    inputs = LogitInputs(
-        student_hidden=student_hidden,
-        student_weight=student_weight,
-        teacher_hidden=teacher_hidden,
-        teacher_weight=teacher_weight,
-        labels=labels,
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
-        mask=mask,
-        num_items_in_batch=num_items_in_batch,
-        token_weights=token_weights,
     )
     call = LogitCall.of(inputs, options, own_vocabularies=True)
     columns = call.head.columns, len(call.rows.teacher_weight)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fdd_kernels.objectives.numbers import describe, looks_at
-from fdd_kernels.objectives.validation import FLOAT_DTYPES, require_plain
+from fdd_kernels.objectives.numbers import looks_at
+from fdd_kernels.objectives.tensors import FLOAT_DTYPES, INTEGERS, require_dtype
 
 PADDING = -1
 # A log-probability that is rounded to bfloat16 moves by at most this share of itself ...
@@ -23,10 +23,7 @@ def check_ids(
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape or device.
     """
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(ids).__name__}")
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name} is a {describe(ids)}: expected int64 or int32")
+    require_dtype(name, ids, INTEGERS)
     _check_shape(name, ids, hidden, of, may_be_single)
 
 
@@ -36,10 +33,7 @@ def check_logprobs(name: str, logprobs: Tensor, ids: Tensor, hidden: Tensor, of:
     Raises:
         TypeError, ValueError: a wrong type, dtype, shape or device, or one that asks for gradient.
     """
-    if not isinstance(logprobs, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(logprobs).__name__}")
-    if logprobs.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name} is a {describe(logprobs)}: expected floats, such as float32")
+    require_dtype(name, logprobs, FLOAT_DTYPES)
     _check_shape(name, logprobs, hidden, of, False)
     if logprobs.shape != ids.shape:
         raise ValueError(
@@ -54,7 +48,6 @@ def check_logprobs(name: str, logprobs: Tensor, ids: Tensor, hidden: Tensor, of:
 
 
 def _check_shape(name: str, tensor: Tensor, hidden: Tensor, of: str, may_be_single: bool) -> None:
-    require_plain(name, tensor)
     if not isinstance(hidden, Tensor):
         return  # refused elsewhere
     leading = hidden.shape[:-1]

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from fdd_kernels.lens.row_blocks import GradOf, RowBlock
-from fdd_kernels.objectives.logits.call import Formula, LogitCall, LogitInputs, LogitOptions
+from fdd_kernels.objectives.logits.arguments import Model, Positions, Reduction, logit_arguments
+from fdd_kernels.objectives.logits.call import Formula, LogitCall
 from fdd_kernels.objectives.logits.eager import outside_compiler
 from fdd_kernels.objectives.logits.temperature import STD, at_temperature, encode_temperature
 from fdd_kernels.objectives.numbers import debugging, describe
 from fdd_kernels.objectives.option_checks import require_number
-from fdd_kernels.objectives.validation import require_plain
+from fdd_kernels.objectives.tensors import require_plain
 
 # That autograd holds beside `fn`'s.
 _MATRICES_OF_STD = 3
@@ -106,36 +107,20 @@ def fused_rows(
         raise TypeError(f"fn must be a function of logits, got {type(fn).__name__}")
     require_number("matrices", matrices, positive=True)
     uniform, number = encode_temperature(temperature, scale_by_t2)
-    options = LogitOptions(
+    inputs, options = logit_arguments(
+        Model(student_hidden, student_weight, student_bias, student_logit_scale, student_softcap),
+        Model(teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap),
+        Positions(labels, mask, token_weights, ignore_index, shift),
+        Reduction(reduction, num_items_in_batch, scale_by_t2),
         temperature=uniform,
-        scale_by_t2=scale_by_t2,
-        student_softcap=student_softcap,
-        teacher_softcap=teacher_softcap,
-        student_logit_scale=student_logit_scale,
-        teacher_logit_scale=teacher_logit_scale,
-        ignore_index=ignore_index,
-        shift=shift,
-        reduction=reduction,
         vocab_size=vocab_size,
         teacher_vocab_size=teacher_vocab_size,
         backend=backend,
     )
-    has_teacher = teacher_hidden is not None or teacher_weight is not None
-    inputs = LogitInputs(
-        student_hidden=student_hidden,
-        student_weight=student_weight,
-        teacher_hidden=teacher_hidden if has_teacher else (),
-        teacher_weight=teacher_weight,
-        labels=labels,
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
-        mask=mask,
-        num_items_in_batch=num_items_in_batch,
-        token_weights=token_weights,
-        has_teacher=has_teacher,
-    )
-    if not has_teacher and teacher_bias is not None:
-        raise ValueError("teacher_bias was given without teacher_hidden and teacher_weight")
+    if teacher_hidden is None and teacher_weight is None:
+        if teacher_bias is not None:
+            raise ValueError("teacher_bias was given without teacher_hidden and teacher_weight")
+        inputs = inputs.without_teacher()
     named = {f"per_row[{i}]": tensor for i, tensor in enumerate(per_row)}
     for name, tensor in named.items():
         _check_per_row(name, tensor, student_hidden)

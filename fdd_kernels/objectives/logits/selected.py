@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fdd_kernels.lens.row_blocks import GradOf, RowBlock, row_function
 from fdd_kernels.lens.softmax import log_softmax_, logit_gradient_
-from fdd_kernels.objectives.logits.call import Formula, LogitCall, LogitInputs, LogitOptions
+from fdd_kernels.objectives.logits.arguments import Model, Positions, Reduction, logit_arguments
+from fdd_kernels.objectives.logits.call import Formula, LogitCall
 from fdd_kernels.objectives.logits.ids import check_ids
 from fdd_kernels.objectives.numbers import check_labels
 
@@ -56,23 +57,15 @@ def selected_logprobs(
         TypeError, ValueError: an argument of a wrong type, shape, device or range; named, before
             any work.
     """
-    options = LogitOptions(
+    inputs, options = logit_arguments(
+        Model(hidden, weight, bias, logit_scale, softcap),
+        None,
+        Positions(ignore_index=ignore_index),
+        Reduction(),
         temperature=temperature,
-        student_softcap=softcap,
-        student_logit_scale=logit_scale,
         vocab_size=vocab_size,
-        ignore_index=ignore_index,
         backend=backend,
         prefix="",
-    )
-    inputs = LogitInputs(
-        student_hidden=hidden,
-        student_weight=weight,
-        teacher_hidden=(),
-        teacher_weight=None,
-        student_bias=bias,
-        prefix="",
-        has_teacher=False,
     )
     check_ids("ids", ids, hidden, "hidden", may_be_single=True)
     call = LogitCall.of(inputs, options, ids=ids)

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from fdd_kernels.engine.pair_costs import pair_costs
 from fdd_kernels.lens.inputs import LensInputs
-from fdd_kernels.objectives.dense import dense_logits
 from fdd_kernels.objectives.features.groups import check_groups, split_into_groups
-from fdd_kernels.objectives.logits.call import LogitCall, LogitInputs, LogitOptions
+from fdd_kernels.objectives.logits.arguments import Model, Positions, Reduction, logit_arguments
+from fdd_kernels.objectives.logits.call import LogitCall
 from fdd_kernels.objectives.logits.eager import outside_compiler
 from fdd_kernels.objectives.option_checks import require_int, require_number
 from fdd_kernels.objectives.reduction import loss_denominator, reduce_rows
@@ -87,28 +87,14 @@ def fused_sinkhorn_kd(
     """
     require_number("epsilon", epsilon, positive=True)
     require_int("iterations", iterations, minimum=1)
-    options = LogitOptions(
+    inputs, options = logit_arguments(
+        Model(student_hidden, student_weight, student_bias, student_logit_scale, student_softcap),
+        Model(teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap),
+        Positions(labels, mask, None, ignore_index, shift),
+        Reduction(reduction, num_items_in_batch),
         temperature=temperature,
-        student_softcap=student_softcap,
-        teacher_softcap=teacher_softcap,
-        student_logit_scale=student_logit_scale,
-        teacher_logit_scale=teacher_logit_scale,
-        ignore_index=ignore_index,
-        shift=shift,
-        reduction=reduction,
         vocab_size=vocab_size,
         backend=backend,
-    )
-    inputs = LogitInputs(
-        student_hidden=student_hidden,
-        student_weight=student_weight,
-        teacher_hidden=teacher_hidden,
-        teacher_weight=teacher_weight,
-        labels=labels,
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
-        mask=mask,
-        num_items_in_batch=num_items_in_batch,
     )
     call = LogitCall.of(inputs, options)
     check_groups(groups, call.leading_shape, call.rows.device)
@@ -149,19 +135,10 @@ def _rows_of_groups(call: LogitCall, groups: Tensor | str) -> list[Tensor]:
 
 def _costs(call: LogitCall, groups: list[Tensor], temperature: float) -> list[Tensor]:
     """Compute W of each group, (b, b)."""
-    inputs, head = call.rows._replace(labels=None, valid=None), call.head
     if call.backend != "reference":
-        return pair_costs(inputs, head, groups, temperature)
-    student = inputs.student_hidden[0], inputs.student_weight, inputs.student_bias
-    teacher = inputs.teacher_hidden[0], inputs.teacher_weight, inputs.teacher_bias
-    models = (
-        (*student, head.student_logit_scale, head.student_softcap),
-        (*teacher, head.teacher_logit_scale, head.teacher_softcap),
-    )
-    q, p = (
-        (dense_logits(h.to(inputs.statistics_dtype), *of_head, head.columns) / temperature)
-        for h, *of_head in models
-    )
+        inputs = call.rows._replace(labels=None, valid=None)
+        return pair_costs(inputs, call.head, groups, temperature)
+    q, p = (u / temperature for u in call.dense_logits(slice(None)))
     return [(q[rows].softmax(-1)[:, None] - p[rows].softmax(-1)).abs().sum(-1) for rows in groups]
 
 

@@ -11,7 +11,8 @@ from fdd_kernels.lens.divergence_text import NamedDivergence
 from fdd_kernels.lens.row_blocks import RowBlock, row_function
 from fdd_kernels.lens.softmax import log_softmax_, sum_over_tokens
 from fdd_kernels.objectives.dense import expected_ratio
-from fdd_kernels.objectives.logits.call import Formula, LogitCall, LogitInputs, LogitOptions
+from fdd_kernels.objectives.logits.arguments import Model, Positions, Reduction, logit_arguments
+from fdd_kernels.objectives.logits.call import Formula, LogitCall
 
 
 class RowStatistics(NamedTuple):
@@ -91,27 +92,14 @@ def row_statistics(
         TypeError, ValueError: an argument of a wrong type, shape, device or range; named, before
             any work.
     """
-    options = LogitOptions(
+    inputs, options = logit_arguments(
+        Model(student_hidden, student_weight, student_bias, student_logit_scale, student_softcap),
+        Model(teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap),
+        Positions(labels, mask, None, ignore_index, shift),
+        Reduction("none"),
         temperature=temperature,
-        student_softcap=student_softcap,
-        teacher_softcap=teacher_softcap,
-        student_logit_scale=student_logit_scale,
-        teacher_logit_scale=teacher_logit_scale,
-        ignore_index=ignore_index,
-        shift=shift,
-        reduction="none",
         vocab_size=vocab_size,
         backend=backend,
-    )
-    inputs = LogitInputs(
-        student_hidden=student_hidden,
-        student_weight=student_weight,
-        teacher_hidden=teacher_hidden,
-        teacher_weight=teacher_weight,
-        labels=labels,
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
-        mask=mask,
     )
     call = LogitCall.of(inputs, options, predicts_labels=True)
     per_row = () if labels is None else (call.rows.labels,)

@@ -8,9 +8,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fdd_kernels.objectives.logits.call import LogitCall, LogitInputs, LogitOptions
-from fdd_kernels.objectives.numbers import describe, looks_at
-from fdd_kernels.objectives.validation import FLOAT_DTYPES
+from fdd_kernels.objectives.logits.arguments import LogitInputs, LogitOptions
+from fdd_kernels.objectives.logits.call import LogitCall
+from fdd_kernels.objectives.numbers import describe
+from fdd_kernels.objectives.teacher_weights import check_teacher_weights, weights_of_rows
+from fdd_kernels.objectives.tensors import FLOAT_DTYPES
+from fdd_kernels.objectives.validation import check_places
 
 
 def check_teachers(teachers: Sequence[tuple[Tensor, ...]], inputs: LogitInputs) -> None:
@@ -57,31 +60,12 @@ def log_weights_of(weights: Tensor | None, count: int, call: LogitCall) -> Tenso
     rows, dtype = call.rows, call.rows.statistics_dtype
     if weights is None:
         weights = torch.ones(count, dtype=dtype, device=rows.device)
-    legal = (count,), (count, *call.leading_shape)
     if not isinstance(weights, Tensor) or weights.dtype not in FLOAT_DTYPES:
         got = describe(weights) if isinstance(weights, Tensor) else type(weights).__name__
         raise TypeError(f"teacher_weights must be a tensor of floats, got {got}")
-    if tuple(weights.shape) not in legal:
-        raise ValueError(
-            f"teacher_weights has shape {tuple(weights.shape)}: it must be {legal[0]} or {legal[1]}"
-        )
-    if weights.device != rows.device:
-        raise ValueError(
-            f"teacher_weights is on {weights.device} and student_hidden on {rows.device}: move it"
-        )
-    if torch.is_grad_enabled() and weights.requires_grad:
-        raise ValueError(
-            "teacher_weights requires grad, but the loss sends gradient to the student alone: pass "
-            ".detach()"
-        )
-    weights = weights.detach().reshape(count, -1).T.to(dtype).expand(rows.rows, count)
-    if looks_at(weights):
-        seen = weights if rows.valid is None else weights[rows.valid]
-        if not (((seen >= 0) & (seen < torch.inf)).all() and (seen.sum(-1) > 0).all()):
-            raise ValueError(
-                "teacher_weights has a position with a weight that is negative or not finite, or "
-                "with weights that sum to 0: correct it, or mask the position"
-            )
+    check_places({"teacher_weights": weights}, "student_hidden", rows.student_hidden[0])
+    check_teacher_weights(weights, [(count,), (count, *call.leading_shape)], rows.valid)
+    weights = weights_of_rows(weights, rows.rows, dtype)
     return (weights / weights.sum(-1, keepdim=True)).log()
 
 

@@ -12,7 +12,8 @@ from fdd_kernels.lens.divergences import DIVERGENCES
 from fdd_kernels.lens.row_blocks import GradOf, RowBlock, row_function
 from fdd_kernels.lens.softmax import log_softmax_, logit_gradient_
 from fdd_kernels.objectives.dense import expected_ratio
-from fdd_kernels.objectives.logits.call import Formula, LogitCall, LogitInputs, LogitOptions
+from fdd_kernels.objectives.logits.arguments import Model, Positions, Reduction, logit_arguments
+from fdd_kernels.objectives.logits.call import Formula, LogitCall
 from fdd_kernels.objectives.logits.ids import check_ids, check_logprobs, check_top_k
 from fdd_kernels.objectives.option_checks import require_choice, require_divergence
 
@@ -118,28 +119,14 @@ def fused_topk_kd(
             "probabilities offer"
         )
     require_divergence("divergence", divergence)
-    options = LogitOptions(
+    inputs, options = logit_arguments(
+        Model(student_hidden, student_weight, student_bias, student_logit_scale, student_softcap),
+        None,
+        Positions(labels, mask, token_weights, ignore_index, shift),
+        Reduction(reduction, num_items_in_batch, scale_by_t2),
         temperature=temperature,
-        scale_by_t2=scale_by_t2,
-        student_softcap=student_softcap,
-        student_logit_scale=student_logit_scale,
-        ignore_index=ignore_index,
-        shift=shift,
-        reduction=reduction,
         vocab_size=vocab_size,
         backend=backend,
-    )
-    inputs = LogitInputs(
-        student_hidden=student_hidden,
-        student_weight=student_weight,
-        teacher_hidden=(),
-        teacher_weight=None,
-        labels=labels,
-        student_bias=student_bias,
-        mask=mask,
-        num_items_in_batch=num_items_in_batch,
-        token_weights=token_weights,
-        has_teacher=False,
     )
     check_ids("ids", ids, student_hidden, "student_hidden")
     check_logprobs("logprobs", logprobs, ids, student_hidden, "student_hidden")

@@ -14,7 +14,7 @@ from fdd_kernels.objectives.relations.call import (
     AttentionOptions,
     attention_loss,
 )
-from fdd_kernels.objectives.validation import require_float
+from fdd_kernels.objectives.tensors import require_float
 
 
 def fused_relation_kd(

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fdd_kernels.backends import resolve_row_backend
+from fdd_kernels.backends import backend_names, resolve_row_backend
 from fdd_kernels.engine.row_blocks import Extra, asks_for_gradient, row_sum, row_values
 from fdd_kernels.lens.inputs import LensInputs
-from fdd_kernels.lens.row_blocks import CAUSAL, RowSpec
+from fdd_kernels.lens.row_blocks import CAUSAL, PACKED, RowSpec
 from fdd_kernels.lens.spec import LensSpec
-from fdd_kernels.objectives.numbers import check_numbers, describe
+from fdd_kernels.objectives.numbers import check_numbers
 from fdd_kernels.objectives.option_checks import (
     REDUCTIONS,
     require_choice,
@@ -28,20 +28,17 @@ from fdd_kernels.objectives.reduction import loss_denominator, reduce_rows
 from fdd_kernels.objectives.relations.formulas import (
     KINDS,
     MASK,
-    PACKED,
     SELF,
     dense_rows,
     left_out,
 )
 from fdd_kernels.objectives.relations.packing import sequence_ids, visible
+from fdd_kernels.objectives.tensors import MASKS, check_entries
 from fdd_kernels.objectives.validation import (
     check_num_items,
     check_places,
     check_transforms,
-    require_plain,
 )
-
-_MASKS = (torch.bool, torch.int64, torch.int32, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -66,8 +63,6 @@ class AttentionOptions:
         for name in ("student_scale", "teacher_scale"):
             require_number(name, getattr(self, name), positive=True, optional=True)
         require_choice("reduction", self.reduction, REDUCTIONS)
-        from fdd_kernels.backends import backend_names
-
         require_choice("backend", self.backend, backend_names())
         resolve_row_backend(self.backend)
 
@@ -106,22 +101,9 @@ class AttentionInputs:
         student = self.tensors[first]
         shape = student.shape[0], student.shape[-2]
         for name, tensor in (("mask", self.mask), (self.row_mask_name, self.row_mask)):
-            if tensor is None:
-                continue
-            if not isinstance(tensor, Tensor):
-                raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-            if tensor.dtype not in _MASKS:
-                raise TypeError(f"{name} is a {describe(tensor)}: expected bool or int")
-            if tuple(tensor.shape) != tuple(shape):
-                raise ValueError(
-                    f"{name} has shape {tuple(tensor.shape)}: it must be (sequences, positions), "
-                    f"{tuple(shape)}"
-                )
-            require_plain(name, tensor)
-            if tensor.device != student.device:
-                raise ValueError(
-                    f"{name} is on {tensor.device} and {first} on {student.device}: move it"
-                )
+            if tensor is not None:
+                remedy = f": it must be (sequences, positions), {shape}"
+                check_entries(name, tensor, MASKS, shape, student.device, first, remedy)
         check_num_items(o.reduction, self.num_items_in_batch)
         check_places(self.named_floats(), first, student)
         check_transforms(self, resolve_row_backend(o.backend))

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from fdd_kernels.lens.divergences import DIVERGENCES
-from fdd_kernels.lens.row_blocks import CAUSAL, GradOf, RowBlock, row_function
+from fdd_kernels.lens.row_blocks import CAUSAL, PACKED, GradOf, RowBlock, row_function
 from fdd_kernels.lens.softmax import log_softmax_, logit_gradient_, sum_over_tokens
 from fdd_kernels.objectives.dense import expected_ratio
 
 KINDS = ("kl", "jeffreys", "mse")
-SELF, MASK, PACKED = "self", "mask", "packed"  # what leaves out columns, beside CAUSAL
+SELF, MASK = "self", "mask"  # what else leaves out columns
 _KL, _REVERSE_KL = (DIVERGENCES[name].value for name in ("kl", "reverse_kl"))
 
 

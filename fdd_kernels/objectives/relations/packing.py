@@ -10,7 +10,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fdd_kernels.objectives.numbers import describe, looks_at
+from fdd_kernels.objectives.numbers import looks_at
+from fdd_kernels.objectives.tensors import INTEGERS, check_entries
+
+_FIRST = "the student's tensors"
 
 
 def sequence_ids(
@@ -25,7 +28,8 @@ def sequence_ids(
     if lengths is not None and positions is not None:
         raise ValueError("lengths and positions were both given: pass one of them")
     if positions is not None:
-        _check_integers("positions", positions, shape, device)
+        remedy = f": it must be {shape}"
+        check_entries("positions", positions, INTEGERS, shape, device, _FIRST, remedy)
         starts = positions[:, 1:] != positions[:, :-1] + 1
         ids = starts.to(torch.int32).cumsum(1, dtype=torch.int32)
         return torch.nn.functional.pad(ids, (1, 0))
@@ -35,7 +39,8 @@ def sequence_ids(
         if isinstance(lengths, str) or not isinstance(lengths, Sequence):
             raise TypeError(f"lengths must be a list of ints, got {type(lengths).__name__}")
         lengths = torch.tensor(lengths, dtype=torch.int64, device=device)
-    _check_integers("lengths", lengths, None, device)
+    remedy = ": it must be one length per sequence, (sequences,)"
+    check_entries("lengths", lengths, INTEGERS, (lengths.numel(),), device, _FIRST, remedy)
     rows, width = shape
     if looks_at(lengths):
         ends = lengths.cumsum(0)
@@ -54,18 +59,6 @@ def sequence_ids(
             )
     numbers = torch.arange(len(lengths), dtype=torch.int32, device=device)
     return numbers.repeat_interleave(lengths, output_size=rows * width).view(rows, width)
-
-
-def _check_integers(name: str, tensor, shape: tuple[int, int] | None, device) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{name} is a {describe(tensor)}: expected int64 or int32")
-    if tensor.ndim != 1 if shape is None else tuple(tensor.shape) != shape:
-        expected = "one length per sequence, (sequences,)" if shape is None else f"{shape}"
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}: it must be {expected}")
-    if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device} and student's tensors on {device}: move it")
 
 
 def visible(seen: Tensor, ids: Tensor | None, causal: bool, exclude_self: bool) -> Tensor:

@@ -93,7 +93,9 @@ def update_moments(
     BLOCK_E: tl.constexpr,
 ):
     """Add a tile to the moments of a pair, whose tokens have weights where `is_weighted`."""
+    is_plain = True
     if WEIGHTED:
+        is_plain = is_weighted == 0
         if is_weighted != 0:
             update_weighted_moments(
                 state,
@@ -111,24 +113,7 @@ def update_moments(
                 BLOCK_C,
                 BLOCK_E,
             )
-        else:
-            update_plain_moments(
-                state,
-                field_stride,
-                carried,
-                everywhere,
-                tile_s,
-                tile_t,
-                before_s,
-                before_t,
-                at_re,
-                pair,
-                inverse,
-                BLOCK_R,
-                BLOCK_C,
-                BLOCK_E,
-            )
-    else:
+    if is_plain:
         update_plain_moments(
             state,
             field_stride,

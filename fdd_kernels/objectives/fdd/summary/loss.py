@@ -134,7 +134,7 @@ class SummaryLoss:
         plan = build_plan(
             options, self.columns, self.layers, leading_shape=(rows,), backend=backend
         )
-        hidden = [student_hidden[i] for i in plan.layers]
+        hidden = [student_hidden[i] for i in plan.student_layers]
         if counted is not None:  # a row of weight 0 may hold anything
             hidden = [torch.where(counted[:, None], h, 0.0) for h in hidden]
             token_weights = token_weights.to(torch.promote_types(hidden[0].dtype, torch.float32))
@@ -212,14 +212,15 @@ class SummaryLoss:
 
     def _position(self, plan: Plan, request: Request) -> int:
         """Find a request among those of the summary; KL's have the log-sum-exps too."""
-        layer = plan.layers[request.student_layer]
+        layer = plan.student_layers[request.student_layer]
         request = request._replace(student_layer=layer, teacher_layer=layer)
         requests = self.available.requests
         return requests.index(request if request in requests else request._replace(divergence="kl"))
 
     def _moment(self, plan: Plan, pair: PairMoments, hidden, summary) -> Tensor:
         """Compute the moments of one pair of layers, (MOMENT_STATS, R)."""
-        first, second = (Layers(*[plan.layers[i] for i in layers]) for layers in pair.layers)
+        own = plan.student_layers
+        first, second = (Layers(*[own[i] for i in layers]) for layers in pair.layers)
         at = self.available.moments.index(pair._replace(first=first, second=second))
         count, mean_t, squares_t = self._scalars(summary, len(self.available.requests) + at)
         mean, gram = self._deltas(count)

@@ -28,6 +28,16 @@ def check_options(options: LossOptions) -> None:
     Raises:
         ValueError: naming the option, and what can serve it.
     """
+    for name, given in (
+        ("layer_weights", options.pairs_all_layers),
+        ("derivative_layers", options.derivative_layers is not None),
+    ):
+        if given:
+            raise ValueError(
+                f"{name}={getattr(options, name)} compares a layer of the student with other "
+                "layers of the teacher than its own, the one that a summary has: use the teacher, "
+                "or a cache of its hidden states"
+            )
     for name, weight in (
         ("trajectory", options.alpha),
         ("output_divergence", options.output_kd_weight),
