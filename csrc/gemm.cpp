@@ -41,10 +41,12 @@ void release_brgemm() {
 }
 
 // Whether brgemm multiplies T on this processor, with or without instructions for T: tried once on
-// a small GEMM.
+// a small GEMM. Not with FDD_KERNELS_GEMM=blas.
 template <class T>
 bool brgemm_works() {
   static const bool works = [] {
+    const char* wanted = std::getenv("FDD_KERNELS_GEMM");
+    if (wanted && std::strcmp(wanted, "blas") == 0) return false;
     T a[16 * 32], b[32 * 16];
     float c[16 * 16];
     for (int i = 0; i < 512; ++i) a[i] = float(i % 7) - 3.f, b[i] = float(i % 5) - 2.f;

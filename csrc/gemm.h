@@ -33,7 +33,8 @@ void gemm(int64_t m, int64_t n, int64_t k, Operand a, Operand b, float* c, int64
 // parallel section.
 void release_gemm();
 
-// "brgemm" (oneDNN's kernels through ATen) or "blas" (ATen's mm) where brgemm does not run.
+// "brgemm" (oneDNN's kernels through ATen), or "blas" (ATen's mm) where brgemm does not run or
+// FDD_KERNELS_GEMM=blas forbids it.
 const char* gemm_library();
 
 // Whether bfloat16 operands stay bfloat16: the processor has instructions for them (AMX,

@@ -288,14 +288,19 @@ void request_gradient(float* grad, RowView student, const RowView* teacher, floa
                       float inv_temperature, int64_t n, Divergence divergence,
                       const float* constants, RequestGradient upstream) {
   // dL/dz = value * (grad(log q, log p) - q * sum of grad) + log_sum_exp * q. Without a teacher
-  // `grad` is the label's, which the caller adds, and its sum is -1.
-  const float of_q = upstream.log_sum_exp - upstream.value * upstream.grad_sum;
+  // `grad` is the label's, which the caller adds, and its sum is -1. With one, the difference is
+  // formed first: it is exactly 0 where the models agree.
+  const bool compares = teacher && divergence != Divergence::kNone;
+  const float of_label = compares ? 0.f : upstream.value * upstream.grad_sum;
+  const float of_q = upstream.log_sum_exp - of_label;
   for_each_vector(n, [&](int64_t j, Mask) {
     const Vec log_q = z_of(student, inv_temperature, j) - student.log_sum_exp;
-    Vec grad_z = of_q * exp(log_q);
-    if (teacher && divergence != Divergence::kNone) {
+    const Vec q = exp(log_q);
+    Vec grad_z = of_q * q;
+    if (compares) {
       const Vec log_p = log_p_of(student, *teacher, teacher_mix, inv_temperature, j);
-      grad_z += upstream.value * divergence_grad(divergence, log_q, log_p, constants);
+      grad_z += upstream.value * (divergence_grad(divergence, log_q, log_p, constants) -
+                                  q * upstream.grad_sum);
     }
     store(grad + j, load(grad + j) + grad_z * inv_temperature);
   });

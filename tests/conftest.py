@@ -94,6 +94,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Those with a time limit of their own are the longest: first, so that no process is left alone
+    # with one at the end.
+    items.sort(key=lambda item: item.get_closest_marker("timeout") is None)
     if not torch.cuda.is_available():
         skip = pytest.mark.skip(reason="needs a CUDA or HIP device, and this machine has none")
         for item in items:

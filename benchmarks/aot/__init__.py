@@ -6,12 +6,13 @@ cases.py     the cases, and the launches that each leads to
 compile.py   the compilation of a launch, and problems in its machine code
 """
 
-from benchmarks.aot.cases import HEAVY, Case, Job, cases, job, jobs, launches
+from benchmarks.aot.cases import HEAVY, TARGETS, Case, Job, cases, job, jobs, launches
 from benchmarks.aot.compile import HARDWARE, TENSOR_CORE, Report, compile_job
 
 __all__ = [
     "HARDWARE",
     "HEAVY",
+    "TARGETS",
     "TENSOR_CORE",
     "Case",
     "Job",

@@ -10,9 +10,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
-from benchmarks.aot import HARDWARE, Report, compile_job, jobs
+from benchmarks.aot import HARDWARE, TARGETS, Report, compile_job, jobs
 
-TARGETS = ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"]
 COLUMNS = "{:10} {:20} {:34} {:15} {:>5} {:>4} {:>5} {:>7} {:>8} {:>5} {:>4}  {}"
 HEADINGS = [
     "target",

@@ -8,10 +8,14 @@ is a run-time value of the same code. Combinations of options enumerated one at 
 (both 16-bit types in one call, one width of the two that 16 divides, heads at odd addresses): each
 mixes the loads of two kernels that are here.
 
-The quick subset has, in bfloat16, every option at the default tile and every option with two heads
-at the tile for few rows, and in float32 the largest kernel. It leaves out code that differs only by
-a type (float16), is part of other code (no deltas; a single head at few rows), or is of smaller
-tiles with registers to spare (pairs of dtypes, ragged widths).
+The quick subset has, in bfloat16, every option at the default tile and options with two heads at
+the tile for few rows, and in float32 the largest kernel. It leaves out code that differs only by a
+type (float16), is part of other code (no deltas; a single head at few rows), or is of smaller tiles
+with registers to spare (pairs of dtypes, ragged widths).
+
+It covers options, tiles and targets by pairs: every option with each of TARGETS, every option with
+each tile, every tile with each target. At few rows a target has every second option. A target that
+is not of TARGETS, and shares the compiler of one that is, has every second option at all.
 """
 
 from __future__ import annotations
@@ -30,6 +34,10 @@ from fdd_kernels.backends.triton import config, gemm
 from fdd_kernels.backends.triton.launch import Launch, recorded
 from fdd_kernels.lens.divergences import DIVERGENCES
 
+TARGETS = ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"]
+# The first of the options of which the quick subset has every second one.
+HALVES = {"cuda:80": 0, "cuda:90": 1, "cuda:100": 0, "hip:gfx942": 1}
+HALVES |= {"cuda:89": 1, "cuda:120": 0, "hip:gfx950": 0}
 HEAVY = ("lens_stats_kernel", "divergence_stats_kernel", "lens_grad_kernel")
 MOST_ROWS = 768  # rows a block where the backend would not cache logits (float16 gradients)
 
@@ -80,18 +88,24 @@ def row_variants(**inputs: Any) -> Iterator[Case]:
     yield Case("kl, whole tiles", {}, columns=49152, **inputs)
 
 
-def cases(quick: bool) -> Iterator[Case]:
-    """List inputs that change a specialisation or a tile, with every option; `quick`: the
-    subset.
+def cases(quick: bool, target: str = TARGETS[0]) -> Iterator[Case]:
+    """List inputs that change a specialisation or a tile, with every option; `quick`: the subset
+    of a target.
     """
     bf16, f16, f32 = torch.bfloat16, torch.float16, torch.float32
     few, ragged = {"rows": 48}, {"student_width": 250, "teacher_width": 333}
     floats = {"student": f32, "teacher": f32}
     if quick:
         left_out = ("no deltas", "labels alone, few rows", "features, few rows")
-        chosen = [*every_option(), *every_option(", few rows", **few)]
-        chosen += [Case("jsd", LENS["jsd"], **floats), *row_variants()]
-        yield from (c for c in chosen if not any(part in c.name for part in left_out))
+        many, some = (
+            [c for c in found if not any(part in c.name for part in left_out)]
+            for found in (every_option(), every_option(", few rows", **few))
+        )
+        half = slice(HALVES[target], None, 2)
+        yield from many if target in TARGETS else many[half]
+        yield from some[half]
+        yield Case("jsd", LENS["jsd"], **floats)
+        yield from row_variants()
         return
     for student, teacher in ((bf16, bf16), (f16, f16), (f32, f32), (f32, bf16), (bf16, f32)):
         yield from every_option(student=student, teacher=teacher)
@@ -232,7 +246,7 @@ def jobs(targets: list[str], quick: bool) -> list[Job]:
     for target in targets:
         architecture = target.removeprefix("hip:").replace("cuda:", "sm_")
         precisions = config.f32_precisions(architecture)
-        for case in (case for case in cases(quick) if case.precision in precisions):
+        for case in (c for c in cases(quick, target) if c.precision in precisions):
             for launch in launches(case, architecture):
                 one = job(target, case, launch)
                 found.setdefault((one.target, one.kernel, *astuple(one)[3:]), one)

@@ -26,6 +26,7 @@ class CallShape:
         device: its type, such as "cpu" or "cuda".
         device_memory: the GPU's bytes; None where they are not known.
         teacher_layers: L of the teacher, likewise; None stands for as many as the student has.
+        backward: gradients are computed; without them, the statistics alone.
     """
 
     layers: int
@@ -41,6 +42,7 @@ class CallShape:
     device: str = "cpu"
     device_memory: int | None = None
     teacher_layers: int | None = None
+    backward: bool = True
 
     @property
     def depths(self) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
-from fdd_kernels.cli.parsing import add_options, given_options
+from fdd_kernels.cli.parsing import add_options, flag, given_options
 from fdd_kernels.common.errors import UserError
 from fdd_kernels.common.sizes import GIB, parse_count, parse_size, show
 from fdd_kernels.memory.models import read_model
@@ -23,7 +23,7 @@ from fdd_kernels.memory.step import (
     advise,
     step_memory,
 )
-from fdd_kernels.objectives.fdd.options import LossOptions
+from fdd_kernels.objectives.fdd.options import FDDConfig, LossOptions
 
 # Options of the loss that its memory depends on.
 OBJECTIVE = (
@@ -75,6 +75,7 @@ def add_plan(commands) -> None:
         metavar="N",
         help="number of compared layers (%(default)s, the paper's)",
     )
+    add_options(plan, FDDConfig, ("num_teacher_layers", "layer_alignment"))
     plan.add_argument(
         "--backend",
         default="auto",
@@ -105,7 +106,7 @@ def add_plan(commands) -> None:
     add_options(plan.add_argument_group("the loss"), LossOptions, OBJECTIVE)
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.add_argument("--plot", type=Path, metavar="FILE", help="draw the parts (png, svg, pdf)")
-    plan.set_defaults(run=run_plan, options=(LossOptions,))
+    plan.set_defaults(run=run_plan, options=(FDDConfig,))
 
 
 def run_plan(arguments: argparse.Namespace) -> int:
@@ -113,7 +114,6 @@ def run_plan(arguments: argparse.Namespace) -> int:
     one. The exit code is 1 if the step with the fused loss does not fit.
     """
     from fdd_kernels.hf.layers import layer_grid
-    from fdd_kernels.objectives.fdd.plan import build_plan
 
     limit = parse_size(arguments.vram, "--vram")
     tokens = parse_count(arguments.tokens, "--tokens")
@@ -135,21 +135,18 @@ def run_plan(arguments: argparse.Namespace) -> int:
         option: read_model(text, option)
         for option, text in (("--student", arguments.student), ("--teacher", arguments.teacher))
     }
-    layers = dict.fromkeys(models, arguments.num_layers)
-    try:
-        objective = LossOptions(**given_options(arguments, LossOptions))
-        if objective.pairs_all_layers:
-            columns = len(objective.layer_weights[0])
-            layers["--teacher"] = columns - objective.output_in_dynamics
-        build_plan(objective, 1, *[number + 1 for number in layers.values()])
-    except (TypeError, ValueError) as error:
-        raise UserError(str(error)) from error
-    for option, model in models.items():
+    config, objective = _options(arguments)
+    layers = [
+        number - config.output_in_dynamics
+        for number in (config.dynamics_layers, config.teacher_dynamics_layers)
+    ]
+    of_teacher = "num_layers" if config.num_teacher_layers is None else "num_teacher_layers"
+    for (option, model), number, name in zip(models.items(), layers, ("num_layers", of_teacher)):
         try:
-            layer_grid(model.depth, layers[option], "floor")
+            layer_grid(model.depth, number, "floor", name)
         except ValueError as error:
             raise UserError(
-                f"--num-layers {layers[option]}, {option} with {model.depth} blocks: {error}"
+                f"{flag(name)} {number}, {option} with {model.depth} blocks: {error}"
             ) from error
     setup = Setup(
         student=models["--student"],
@@ -157,8 +154,9 @@ def run_plan(arguments: argparse.Namespace) -> int:
         tokens=tokens,
         optimizer=arguments.optimizer,
         dtype=arguments.dtype,
-        layers=layers["--student"],
-        teacher_layers=layers["--teacher"],
+        layers=layers[0],
+        teacher_layers=layers[1],
+        alignment=config.layer_alignment,
         backend=arguments.backend,
         device=arguments.device,
         train_head=not arguments.frozen_head,
@@ -192,6 +190,33 @@ def run_plan(arguments: argparse.Namespace) -> int:
     if arguments.plot:
         _draw(fused, dense, limit, arguments.plot)
     return 0 if totals["fused"] <= limit else 1
+
+
+def _options(arguments: argparse.Namespace) -> tuple[FDDConfig, LossOptions]:
+    """Return layers and loss of the training, and the loss alone.
+
+    Raises:
+        UserError: options that do not go together, or with the backend.
+    """
+    from fdd_kernels.backends import check_spec
+    from fdd_kernels.objectives.fdd.plan import build_plan
+
+    given = given_options(arguments, FDDConfig) | {"num_layers": arguments.num_layers}
+    try:
+        objective = LossOptions(**given_options(arguments, LossOptions))
+        if objective.pairs_all_layers:
+            columns = len(objective.layer_weights[0]) - objective.output_in_dynamics
+            given.setdefault("num_teacher_layers", columns)
+        config = FDDConfig(**given)
+        if config.layer_alignment == "rank":
+            counts = config.dynamics_layers, config.teacher_dynamics_layers
+            states = [count + 1 - config.output_in_dynamics for count in counts]
+            plan = build_plan(objective, 1, *states)
+            if arguments.backend != "auto":
+                check_spec(arguments.backend, plan.spec)
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
+    return config, objective
 
 
 def _print(

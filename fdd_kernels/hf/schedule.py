@@ -121,7 +121,8 @@ class Schedules:
         if items is None:
             items = positions.clamp(min=1) if options.reduction == "mean" else 1.0
         loss = options.output_kd_weight * terms.output_kd + options.alpha * terms.trajectory
-        total = loss.detach().double() * items  # over the micro-batch's valid tokens
+        items = torch.as_tensor(items, dtype=torch.float64, device=loss.device).reshape(())
+        total = loss.detach() * items  # over the micro-batch's valid tokens
         sums = torch.stack([total, positions.to(total)])
         self._sums = sums if self._sums is None else self._sums + sums
 

@@ -11,6 +11,8 @@ from fdd_kernels.memory.loss import FLOAT, LossMemory, LossShape, input_bytes
 
 if TYPE_CHECKING:  # the options of the command line need no torch
     from fdd_kernels.objectives.fdd.options import LossOptions
+# Numbers per row and pair while a cost is made of its statistics: of a divergence, of a distance.
+VALUE_NUMBERS, DISTANCE_NUMBERS = 1, 12
 
 
 def planned_pairs(options: LossOptions, method: str, students: int, teachers: int) -> LossOptions:
@@ -67,7 +69,8 @@ def costs_memory(
         spec=spec,
     )
     backend = provider if compares_all_pairs(provider) else "torch"
-    numbers = 2 * max(students, teachers) + REQUEST_STATS * len(spec.requests)
-    numbers += MOMENT_STATS * len(spec.moments)
+    numbers = 2 * max(students, teachers)
+    numbers += (REQUEST_STATS + VALUE_NUMBERS) * len(spec.requests)
+    numbers += (MOMENT_STATS + DISTANCE_NUMBERS) * len(spec.moments)
     parts = BACKENDS[backend].memory(call) | {"statistics": FLOAT * shape.rows * numbers}
     return LossMemory(parts, input_bytes(shape))

@@ -145,13 +145,15 @@ def dense_tensors(shape: LossShape) -> int:
     """
     plan = shape.fdd_plan()
     students, teachers = len(plan.student_layers), len(plan.teacher_layers)
-    pairs = max(len(plan.trajectory) - students, 0)  # beside one for each layer of the student
+    pairs = 0  # beside one for each layer of the student
+    if plan.options.pairs_all_layers:
+        pairs = max(len(plan.trajectory) - len(plan.options.layer_weights), 0)
     if shape.feature_space:
-        return 2 * students + teachers + pairs + 1
+        return 2 * students + teachers + 2 * pairs + 1
     # Logits, and with deltas log-softmax and deltas of both models.
     of_layers = students + teachers
     count = of_layers * 5 // 2 - 1 if plan.derivative else of_layers + 3
-    return count + pairs + (students if shape.softcap else 0)
+    return count + 2 * pairs + (students if shape.softcap else 0)
 
 
 def _dense(shape: LossShape) -> dict[str, int]:

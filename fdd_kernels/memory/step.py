@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from fdd_kernels.memory.alignment import costs_memory, planned_pairs
 from fdd_kernels.memory.loss import LossShape, loss_memory
 from fdd_kernels.memory.models import ModelShape
+from fdd_kernels.objectives.alignment.methods import RANK
 
 if TYPE_CHECKING:  # the options of the command line need no torch
     from fdd_kernels.objectives.fdd.options import LossOptions
@@ -33,6 +35,7 @@ class Setup:
         teacher_dtype: None: that of the student.
         device_memory: bytes of the GPU.
         objective: options of the loss; None: the defaults.
+        alignment: how layers are paired, as `FDDConfig.layer_alignment`.
     """
 
     student: ModelShape
@@ -51,13 +54,27 @@ class Setup:
     device_memory: int | None = None
     objective: LossOptions | None = None
     teacher_layers: int | None = None
+    alignment: str = RANK
 
     @property
     def chosen_backend(self) -> str:
         """The backend whose memory is predicted."""
-        from fdd_kernels.backends import preference
+        from fdd_kernels.backends import BACKENDS, preference
 
-        return preference(self.device)[0] if self.backend == "auto" else self.backend
+        if self.backend != "auto":
+            return self.backend
+        spec = self.loss.fdd_plan().spec
+        return next(b for b in preference(self.device) if BACKENDS[b].refusal(spec) is None)
+
+    @property
+    def paired_objective(self) -> LossOptions | None:
+        """The options of the loss, with the pairs that the alignment may find."""
+        if self.alignment == RANK:
+            return self.objective
+        from fdd_kernels.objectives.fdd.options import LossOptions
+
+        layers = self.layers, self.layers if self.teacher_layers is None else self.teacher_layers
+        return planned_pairs(self.objective or LossOptions(), self.alignment, *layers)
 
     @property
     def itemsize(self) -> int:
@@ -96,7 +113,7 @@ class Setup:
             teacher_width=self.teacher.width,
             itemsize=self.itemsize,
             train_head=self.train_head and self.lora_rank is None,
-            options=self.objective,
+            options=self.paired_objective,
             softcap=self.student.softcap,
             teacher_layers=None if self.teacher_layers is None else self.teacher_layers + 1,
         )
@@ -116,6 +133,10 @@ def step_memory(setup: Setup, *, dense: bool = False) -> dict[str, int]:
     )
     # The head's gradient is already in "gradients".
     in_loss = loss.total - loss.parts["gradient of the head"]
+    if setup.alignment != RANK and not dense:  # the costs of all pairs, before the loss
+        where = {"device": setup.device, "device_memory": setup.device_memory}
+        costs = costs_memory(setup.loss, setup.chosen_backend, **where)
+        in_loss = max(in_loss, costs.total)
     return {
         "student weights": (setup.student.parameters + adapters) * setup.itemsize,
         "gradients": setup.trained * setup.itemsize,

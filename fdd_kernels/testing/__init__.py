@@ -4,6 +4,7 @@ from fdd_kernels.testing.budgets import (
     Excess,
     assert_same_sums,
     assert_within_budget,
+    beyond_budget,
     excesses,
 )
 from fdd_kernels.testing.dense_call import unit_roundoff
@@ -25,6 +26,7 @@ __all__ = [
     "Problem",
     "assert_same_sums",
     "assert_within_budget",
+    "beyond_budget",
     "evaluate",
     "exact",
     "excesses",

@@ -70,6 +70,20 @@ def row_norms(gradient: Tensor) -> Tensor:
     return gradient.abs() if gradient.ndim == 1 else gradient.norm(dim=-1)
 
 
+def relative_floors(
+    problem: Problem, truth: Outcome, unit: float | None = None
+) -> dict[str, Tensor]:
+    """Bound what every gradient loses, per row: its own rounding to the leaf's dtype, and the
+    relative error of the sums it is made of. A part of `gradient_floors`.
+    """
+    unit = working_unit(problem) if unit is None else unit
+    summation, floors = summation_rounding(problem.student_weight.shape[0], unit), {}
+    for name, leaf in problem.leaves.items():
+        relative = unit_roundoff(leaf.dtype) + summation + unit * math.sqrt(leaf.shape[-1])
+        floors[name] = relative * row_norms(truth.gradients[name])
+    return floors
+
+
 def gradient_floors(
     problem: Problem, truth: Outcome, upstream=None, unit: float | None = None, **options
 ) -> dict[str, Tensor]:
@@ -78,13 +92,8 @@ def gradient_floors(
     `truth` is the result of `exact`.
     """
     unit = working_unit(problem) if unit is None else unit
-    columns = problem.student_weight.shape[0]
-    summation = summation_rounding(columns, unit)
-    floors = {}
-    for name, leaf in problem.leaves.items():
-        # Its own rounding to the leaf's dtype, and the relative error of the sums it is made of.
-        relative = unit_roundoff(leaf.dtype) + summation + unit * math.sqrt(leaf.shape[-1])
-        floors[name] = relative * row_norms(truth.gradients[name])
+    summation = summation_rounding(problem.student_weight.shape[0], unit)
+    floors = relative_floors(problem, truth, unit)
     moves = [0.0] * len(floors)
     for seed in range(PERTURBATIONS if floors else 0):
         moved_problem = _moved(problem, seed, summation, unit, options)

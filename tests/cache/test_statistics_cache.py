@@ -13,6 +13,8 @@ from fdd_kernels.cli.cache_teacher import cache_teacher
 from fdd_kernels.cli.distill.run import distill
 from fdd_kernels.common.errors import UserError
 from fdd_kernels.data import pad_windows
+from fdd_kernels.hf import loss
+from fdd_kernels.hf.heads import head_digest
 from fdd_kernels.hf.teachers import TeacherWithHead
 from fdd_kernels.integrations import FDDTrainer
 from fdd_kernels.objectives.fdd.options import LossOptions
@@ -158,6 +160,35 @@ def test_fewer_labels_and_a_divisor(cache):
         torch.testing.assert_close(
             mine, theirs, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def test_weights_that_change_use_one_summary_loss(cache, monkeypatch):
+    """The head's SHA-256 and its Gram matrix are computed once, not for each step's options."""
+    digests = []
+    monkeypatch.setattr(
+        loss, "head_digest", lambda *head: (digests.append(head), head_digest(*head))[1]
+    )
+    student, batch = student_model(), batch_of(cache)
+    config = replace(
+        CONFIG,
+        ce_weight=0.0,
+        schedules="alpha=linear:0,2,0,3",
+        stages="both=2:ce_weight=0,output_kd_weight=1;task:ce_weight=1,output_kd_weight=0",
+        gradient_balance="trajectory=1,derivative=2;every=2",
+    )
+    distiller, summaries = Distiller(student, cache, config), []
+    for step in range(4):
+        terms = distiller(batch, step=step)
+        plain = Distiller(student, cache, replace(CONFIG, **distiller.logged()))
+        for found, expected in zip(terms, plain(batch), strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        summaries.append(distiller._compare._summary_loss)
+    assert len(set(map(id, summaries))) == 1
+    assert len(digests) == 1 + 4  # and one of each plain distiller
+    with pytest.raises(ValueError, match=r"teacher_mix=0.4 mixes the student's logits"):
+        Distiller(student, cache, replace(CONFIG, schedules="teacher_mix=taid:9"))
+    with pytest.raises(ValueError, match=r"temperature=1.1.*, but the summary in .* was made with"):
+        Distiller(student, cache, replace(CONFIG, schedules="temperature=linear:1,2,0,9"))
 
 
 def test_it_trains_without_teacher(cache, tmp_path):

@@ -17,7 +17,7 @@ from benchmarks.measure import step
 from benchmarks.providers import PROVIDERS
 from benchmarks.runner import loss_shape
 from benchmarks.workloads import GPT2 as PAIR
-from fdd_kernels.backends import BACKENDS
+from fdd_kernels.backends import BACKENDS, why_unavailable
 from fdd_kernels.cli.main import main
 from fdd_kernels.common.errors import UserError
 from fdd_kernels.common.sizes import parse_count, parse_size
@@ -25,6 +25,8 @@ from fdd_kernels.lens.divergences import DIVERGENCES
 from fdd_kernels.memory.loss import MIB, LossShape, input_bytes, loss_memory
 from fdd_kernels.memory.models import read_model
 from fdd_kernels.memory.step import Setup, advise, most_tokens, step_memory
+from fdd_kernels.objectives.fdd.options import LossOptions
+from fdd_kernels.testing import evaluate, random_problem
 from tests.support.allocations import allocated_peak
 from tests.support.hf_models import FAMILIES, tiny_config
 
@@ -449,6 +451,30 @@ def test_prediction_agrees_with_the_peak_of_allocations(provider, shape):
     predicted = prediction.total - prediction.parts["runtime"]
     # The C++ kernels take the scratch of their threads from the system; the rest of theirs, and all
     # of the others', is here.
+    low = 0.9 * predicted if provider == "cpu" else 0.99 * predicted
+    assert low <= measured <= 1.01 * predicted, (
+        f"predicted {predicted / MIB:.2f} MiB, allocated {measured / MIB:.2f} MiB"
+    )
+
+
+@pytest.mark.parametrize("trajectory", ["kl", "jsd", "cosine"])
+@pytest.mark.parametrize("depths", [(3, 6), (5, 2)], ids=str)
+@pytest.mark.parametrize("provider", ["cpu", "torch"])
+def test_prediction_of_pairs_of_layers(provider, depths, trajectory):
+    if why_unavailable(provider, torch.device("cpu")):
+        pytest.skip(f"{provider} cannot run here")
+    rows, columns, widths = 64, 16000, (64, 32)
+    weights = [[1.0 + j for j in range(depths[1] - 1)] for _ in range(depths[0] - 1)]
+    options = {"layer_weights": weights, "trajectory": trajectory}
+    problem = random_problem((rows,), columns, *widths, *depths)
+    measured = allocated_peak(lambda: evaluate(problem, backend=provider, **options))
+    objective = LossOptions(**options)
+    layers, teacher_layers = depths
+    shape = LossShape(
+        rows, columns, *widths, layers, options=objective, teacher_layers=teacher_layers
+    )
+    prediction = loss_memory(shape, provider, threads=1)
+    predicted = prediction.total - prediction.parts["runtime"]
     low = 0.9 * predicted if provider == "cpu" else 0.99 * predicted
     assert low <= measured <= 1.01 * predicted, (
         f"predicted {predicted / MIB:.2f} MiB, allocated {measured / MIB:.2f} MiB"

@@ -1,9 +1,10 @@
-"""One process of test_parallel.py: python -m tests.distributed.parallel_worker KIND RANK WORLD
-FOLDER
+"""One process of test_parallel.py: python -m tests.distributed.parallel_worker KINDS RANK WORLD
+FOLDER, with the kinds separated by commas.
 """
 
 import os
 import sys
+import traceback
 from pathlib import Path
 
 import peft
@@ -96,23 +97,25 @@ def zero_step(
         }
 
 
-def main(kind: str, rank: int, world: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
-    )
+def deepspeed_step(kind: str, rank: int, world: int) -> dict:
+    """Return loss and gradients of zero2 or zero3."""
     student, teacher = models(kind)
     distiller = Distiller(student, teacher, CONFIG)
-    if kind.startswith("zero"):
-        batch = batches(world)[rank]
-        items = distiller.count_positions(batch)
-        torch.distributed.all_reduce(items)
-        found = zero_step(
-            int(kind.removeprefix("zero")), rank, world, student, distiller, batch, items
-        )
-        if rank == 0:
-            torch.save(found, folder / "found.pt")
-        return
+    batch = batches(world)[rank]
+    items = distiller.count_positions(batch)
+    torch.distributed.all_reduce(items)
+    stage = int(kind.removeprefix("zero"))
+    return zero_step(stage, rank, world, student, distiller, batch, items)
+
+
+def two_steps(kind: str, rank: int, world: int) -> dict:
+    """Return loss and gradients of the second step, since the first step of FSDP2 is special.
+
+    "sharded-head" spreads the teacher's head over the processes. In "killed" the last process dies
+    between the steps.
+    """
+    student, teacher = models(kind)
+    distiller = Distiller(student, teacher, CONFIG)
     if kind.startswith("fsdp"):
         mesh = init_device_mesh("cpu", (world,))
         for block in distiller.student.blocks:
@@ -126,7 +129,7 @@ def main(kind: str, rank: int, world: int, folder: Path) -> None:
     batch = batches(world)[rank]
     items = distiller.count_positions(batch)
     torch.distributed.all_reduce(items)
-    for step in range(2):  # twice, since the first step of FSDP2 is special
+    for step in range(2):
         student.zero_grad()
         if kind == "killed" and step and rank == world - 1:
             os._exit(9)
@@ -140,8 +143,24 @@ def main(kind: str, rank: int, world: int, folder: Path) -> None:
         for n, gradient in gradients.items()
     }
     assert "forward" not in vars(student)
-    if rank == 0:
-        torch.save({"loss": loss, "gradients": gradients}, folder / "found.pt")
+    return {"loss": loss, "gradients": gradients}
+
+
+def main(kinds: str, rank: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
+    )
+    for kind in kinds.split(","):
+        step = deepspeed_step if kind.startswith("zero") else two_steps
+        path = folder / f"{kind}-{rank}.pt"
+        try:
+            torch.save(step(kind, rank, world), path)
+        except Exception as error:  # a test says whether it is the right one
+            torch.save({"error": f"{type(error).__name__}: {error}"}, path)
+            if kind == "killed":
+                raise
+            traceback.print_exc()
 
 
 if __name__ == "__main__":

@@ -15,62 +15,74 @@ from tests.support.processes import finish, finish_well, start
 WORKER = "tests.distributed.parallel_worker"
 
 
+# One start of processes for these, one after the other: they import for longer than they compute.
+# The last one ends the processes.
+TOGETHER = ("ddp", "fsdp", "fsdp-tied", "fsdp-self", "sharded-head", "killed")
 KINDS = [
-    ("ddp", 2),
+    *[(kind, 2) for kind in TOGETHER[:-2]],
     *[
         pytest.param(kind, world, marks=pytest.mark.slow)
-        for kind, world in (
-            ("ddp", 4),
-            ("fsdp", 2),
-            ("fsdp-tied", 2),
-            ("fsdp-self", 2),
-            ("zero2", 2),
-            ("zero3", 2),
-        )
+        for kind, world in (("ddp", 4), ("zero2", 2), ("zero3", 2))
     ],
 ]
 
 
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """The folder of the results of TOGETHER, and how each process ended."""
+    folder = tmp_path_factory.mktemp("together")
+    return folder, finish(start(WORKER, ",".join(TOGETHER), 2, folder))
+
+
+def results(folder, kind: str, world: int) -> list[dict]:
+    return [torch.load(folder / f"{kind}-{rank}.pt", weights_only=True) for rank in range(world)]
+
+
 @pytest.mark.parametrize(("kind", "world"), KINDS)
-def test_gradients_equal_those_of_one_process(tmp_path, kind, world):
+def test_gradients_equal_those_of_one_process(request, tmp_path, kind, world):
     if kind.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
-    finish_well(start(WORKER, kind, world, tmp_path))
+    if world == 2 and kind in TOGETHER:
+        folder, ends = request.getfixturevalue("together")
+        assert (folder / f"{kind}-0.pt").exists(), ends
+    else:
+        folder = tmp_path
+        finish_well(start(WORKER, kind, world, folder))
+    found, *others = results(folder, kind, world)
+    assert not [result["error"] for result in (found, *others) if "error" in result]
     student, teacher = models(kind)
     distiller = Distiller(student, teacher, CONFIG)
     parts = batches(world)
     items = sum(distiller.count_positions(batch) for batch in parts)
     loss = sum(distiller(batch, num_items_in_batch=items).loss for batch in parts)
     loss.backward()
-    found = torch.load(tmp_path / "found.pt", weights_only=True)
-    torch.testing.assert_close(found["loss"], loss.detach(), rtol=1e-5, atol=0)
     expected = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
-    assert found["gradients"].keys() == expected.keys()
     scale = max(float(gradient.abs().max()) for gradient in expected.values())
-    for name, gradient in expected.items():
-        torch.testing.assert_close(
-            found["gradients"][name],
-            gradient,
-            rtol=1e-4,
-            atol=1e-6 * scale,
-            msg=lambda m, n=name: f"{n}: {m}",
-        )
+    for result in (found, *others):
+        torch.testing.assert_close(result["loss"], loss.detach(), rtol=1e-5, atol=0)
+        assert result["gradients"].keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(
+                result["gradients"][name],
+                gradient,
+                rtol=1e-4,
+                atol=1e-6 * scale,
+                msg=lambda m, n=name: f"{n}: {m}",
+            )
 
 
-@pytest.mark.slow
-def test_a_process_that_is_killed_ends_the_others(tmp_path):
-    (status, errors), (killed, _) = finish(start(WORKER, "killed", 2, tmp_path), seconds=120)
+def test_a_process_that_is_killed_ends_the_others(together):
+    folder, ((status, _), (killed, _)) = together
     assert killed == 9
     assert status not in (0, None)
-    assert "Error" in errors
-    assert not (tmp_path / "found.pt").exists()
+    assert not (folder / "killed-1.pt").exists()
+    found = torch.load(folder / "killed-0.pt", weights_only=True)
+    assert "Error" in found["error"]
 
 
-@pytest.mark.slow
-def test_a_head_that_is_spread_over_processes_is_refused(tmp_path):
-    for status, errors in finish(start(WORKER, "sharded-head", 2, tmp_path)):
-        assert status != 0
-        assert "the teacher's head is a DTensor" in errors
+def test_a_head_that_is_spread_over_processes_is_refused(together):
+    for found in results(together[0], "sharded-head", 2):
+        assert "the teacher's head is a DTensor" in found["error"]
 
 
 def test_fsdp1_is_refused():

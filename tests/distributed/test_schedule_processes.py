@@ -53,12 +53,12 @@ def test_two_processes_agree_and_equal_one(tmp_path, kind, config):
     for name, weight in first["weights"].items():
         assert torch.equal(weight, second["weights"][name]), name
     logged, student = alone(config)
-    # The same sums in float64 in another order, over four steps that depend on one another.
+    # Sums in float64 of at most 60 x 97 addends in another order, 2^-39, over four steps in a row.
     for found, expected in zip(first["logged"], logged, strict=True):
         assert found == pytest.approx(expected, rel=2**-36)
     for name, parameter in student.named_parameters():
         torch.testing.assert_close(
-            first["weights"][name], parameter.detach(), rtol=2**-30, atol=2**-36, msg=name
+            first["weights"][name], parameter.detach(), rtol=2**-36, atol=2**-40, msg=name
         )
     if kind == "stage":
         # The head, and what comes after the last sampled layer, at the first stage.

@@ -42,6 +42,18 @@ def test_every_process_has_the_best_student_and_evaluates_each_row_once(tmp_path
 
 
 @pytest.mark.slow
+def test_options_that_change_are_the_same_in_every_process_and_resumed(tmp_path):
+    found = run("changing", tmp_path)
+    expected = found[0]["whole"]
+    assert expected["state"]["schedules"]["teacher_mix"]["t"] > 0.41
+    assert expected["state"]["schedules"]["gradient_balance"]["weights"]["trajectory"] != 1
+    for one in [process[kind] for process in found for kind in ("whole", "resumed")]:
+        assert one["state"] == expected["state"]
+        for name, weight in expected["weights"].items():
+            assert torch.equal(one["weights"][name], weight), name
+
+
+@pytest.mark.slow
 def test_parameters_that_the_loss_does_not_reach(tmp_path):
     """FDDTrainer tells DistributedDataParallel of them; in a hand-written loop an error does,
     before torch would hang.

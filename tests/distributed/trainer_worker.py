@@ -87,6 +87,38 @@ def partial(folder: Path) -> dict:
     return {"steps": steps}
 
 
+# State that depends on the losses and gradients of both processes.
+CHANGING = FDDConfig(
+    num_layers=2,
+    schedules="teacher_mix=taid:60,0.4,1,0.3",
+    gradient_balance="output_kd=1,trajectory=0.5;every=2;smoothing=0.5",
+)
+
+
+def changing(folder: Path) -> dict:
+    """Four steps without a stop, and again from the checkpoint of the second."""
+    found = {}
+    for kind in ("whole", "resumed"):
+        run = trainer(
+            folder / "run",
+            train=examples([9, 5, 12, 7] * 8),
+            config=CHANGING,
+            student=tiny_model("llama", depth=3, seed=1 if kind == "whole" else 77),
+            max_steps=4,
+            save_strategy="steps",
+            save_steps=2,
+            per_device_train_batch_size=2,
+            gradient_accumulation_steps=2,
+        )
+        resume = None if kind == "whole" else str(folder / "run" / "checkpoint-2")
+        run.train(resume_from_checkpoint=resume)
+        found[kind] = {
+            "state": run.distiller.state_dict(),
+            "weights": {name: p.detach().clone() for name, p in run.model.named_parameters()},
+        }
+    return found
+
+
 def main(kind: str, rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
@@ -94,7 +126,8 @@ def main(kind: str, rank: int, world: int, folder: Path) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
     )
-    found = {"best-first": best_first, "partial": partial}[kind](folder)
+    kinds = {"best-first": best_first, "partial": partial, "changing": changing}
+    found = kinds[kind](folder)
     torch.save(found, folder / f"found-{rank}.pt")
 
 

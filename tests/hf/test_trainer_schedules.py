@@ -26,6 +26,8 @@ SCHEDULED = replace(
     },
     stages=STAGES,
     gradient_balance=GradientBalance({"output_kd": 1.0, "trajectory": 0.5}, every=2, smoothing=0.5),
+    layer_alignment="attention",
+    alignment_every=2,
 )
 NAMES = {"teacher_mix", "temperature", "alpha", "ce_weight", "output_kd_weight"}
 ROWS = examples([9, 5, 12, 7] * 6)

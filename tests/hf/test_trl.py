@@ -147,6 +147,24 @@ def test_trains_logs_evaluates_and_saves(tmp_path):
         assert torch.equal(a, b)
 
 
+def test_options_that_change_are_logged_and_resumed(tmp_path):
+    config = FDDConfig(
+        num_layers=2,
+        schedules="teacher_mix=taid:60,0.4,1,0.2",
+        gradient_balance="output_kd=1,trajectory=0.5;every=2",
+    )
+    saving = {"config": config, "max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    runs = [sft(tmp_path, PAIRS, **saving) for _ in range(2)]
+    runs[0].train()
+    runs[1].train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    mixes = [log["teacher_mix"] for log in runs[0].state.log_history if "teacher_mix" in log]
+    assert mixes[:2] == [0.4, 0.4]
+    assert mixes[-1] > 0.4 + 0.6 * 3 / 60 + 0.01
+    assert runs[1].distiller.state_dict() == runs[0].distiller.state_dict()
+    for one, other in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_trains_on_packed_sequences(tmp_path):
     trainer = sft(
         tmp_path, TEXTS, packing=True, packing_strategy="wrapped", max_length=24, max_steps=2

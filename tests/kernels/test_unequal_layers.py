@@ -1,10 +1,16 @@
-"""The C++ kernels where one model has more hidden states than the other: memory is that of the
-states there are.
+"""The C++ kernels where one model has more hidden states than the other: GEMMs and memory are those
+of the states there are.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import textwrap
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +31,31 @@ if extension.kernels is None:
 
 DEPTHS = pytest.mark.parametrize("depths", [(2, 5), (4, 1), (3, 3)], ids=str)
 ROWS, COLUMNS, WIDTHS = 24, 272, (16, 20)
+
+# Count the multiplications of all GEMMs; the profiler sees one thread.
+COUNT = textwrap.dedent("""
+    import json, sys
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from fdd_kernels.backends.cpu.extension import kernels
+    from tests.kernels.test_unequal_layers import call, with_cached_logits, with_two_operations
+
+    torch.set_num_threads(1)
+
+    def multiplications(events):
+        first = {"aten::mm": 0, "aten::addmm_": 1}  # which of the arguments are the factors
+        factors = [e.input_shapes[first[e.name] :][:2] for e in events if e.name in first]
+        return sum(rows * depth * columns for (rows, depth), (_, columns) in factors)
+
+    inputs, spec = call(json.loads(sys.argv[1]))
+    found = {"library": kernels.gemm_library()}
+    for way in (with_two_operations, with_cached_logits):
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+            way(inputs, spec)
+        found[way.__name__] = multiplications(recorded.events())
+    print(json.dumps(found))
+""")
 
 
 def call(depths: tuple[int, int], rows: int = ROWS) -> tuple[LensInputs, LensSpec]:
@@ -48,11 +79,37 @@ def everything(inputs: LensInputs) -> list[bool]:
     return [True] * (len(inputs.student_hidden) + 1) + [False]
 
 
+def with_two_operations(inputs: LensInputs, spec: LensSpec) -> None:
+    statistics = cpu.stats(inputs, spec)
+    cpu.grad(inputs, spec, (*statistics, *ones(statistics)), everything(inputs))
+
+
 def with_cached_logits(inputs: LensInputs, spec: LensSpec) -> None:
     def upstream_of(rows, *block):
         return *block, *ones(Statistics(*block))
 
     cpu.stats_and_grad(inputs, spec, inputs.rows, upstream_of, everything(inputs), True)
+
+
+@DEPTHS
+def test_every_product_is_of_a_layer_that_exists(depths):
+    """The products are ATen's, so that torch's profiler counts them."""
+    done = subprocess.run(
+        [sys.executable, "-c", COUNT, json.dumps(depths)],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"FDD_KERNELS_GEMM": "blas"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["library"] == "blas"
+    student, teacher = (ROWS * COLUMNS * n * width for n, width in zip(depths, WIDTHS))
+    # of dH and dW, each as large as the student's logits
+    of_gradients = 2 * student
+    assert found["with_cached_logits"] == student + teacher + of_gradients
+    assert found["with_two_operations"] == 2 * (student + teacher) + of_gradients
 
 
 @DEPTHS

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fdd_kernels import layer_costs
+from fdd_kernels import fused_fdd_loss, layer_costs
 from fdd_kernels.backends import BACKENDS, check_spec
 from fdd_kernels.backends.triton import config, strategy
 from fdd_kernels.lens.divergences import DIVERGENCES
@@ -37,7 +37,7 @@ from fdd_kernels.lens.spec import (
     of_pair,
     of_request,
 )
-from fdd_kernels.testing import random_problem
+from fdd_kernels.testing import assert_within_budget, evaluate, random_problem
 
 TOKENS = config.INTERPRETED_ROW_LAUNCH.block  # of a tile
 
@@ -181,3 +181,18 @@ def test_student_layers_that_share_the_only_teacher_layer(named, cost):
         )
     for a, b in zip(*found):
         assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+def test_weights_of_pairs_with_one_teacher_layer_each(named):
+    """The teacher has more layers; two layers of the student share one of them."""
+    problem = random_problem((3,), TOKENS + 9, layers=4, teacher_layers=5, labels=True)
+    weights = ((0.0, 1.0, 0.0, 0.0), (0.0, 0.0, 2.0, 0.0), (0.0, 0.0, 0.5, 0.0))
+    outcome = evaluate(problem, backend="triton", layer_weights=weights)
+    assert_within_budget(problem, outcome, layer_weights=weights)
+
+
+def test_several_teacher_layers_are_refused_before_any_work():
+    problem = random_problem((3,), TOKENS + 9, layers=2, teacher_layers=3)
+    message = r'backend="triton" cannot compute this: student layer 0 .* reference, cpu, torch'
+    with pytest.raises(ValueError, match=message):
+        fused_fdd_loss(**problem.arguments, backend="triton", layer_weights=[[1.0, 0.5]])

@@ -19,6 +19,7 @@ from fdd_kernels.lens.divergences import DERIVATIVES, DIVERGENCES, TRAJECTORIES
 from fdd_kernels.testing import (
     Problem,
     assert_within_budget,
+    beyond_budget,
     evaluate,
     exact,
     excesses,
@@ -414,6 +415,19 @@ def test_budget_catches_one_wrong_row():
     caught = {name for name, excess in excesses(problem, outcome).items() if excess.fraction > 1}
     assert caught == {"student_weight"}
     assert excesses(problem, outcome)["student_weight"].at == 17
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1, 1e-3])
+@pytest.mark.parametrize("most", [0.5, 1.0, 2.0])
+def test_the_first_parts_of_a_budget_decide_as_all_of_it(scale, most):
+    """Errors of every size, from rounding to a thousandth, in one tensor each."""
+    problem = random_problem((6,), 200, 16, 16, near=1e-2)
+    outcome = evaluate(problem, backend="reference")
+    sizes = torch.logspace(-8, -3, len(outcome.gradients)) * scale
+    wrong = {n: g * (1 + float(x)) for (n, g), x in zip(outcome.gradients.items(), sizes)}
+    outcome = outcome._replace(gradients=wrong)
+    above = {n: e for n, e in excesses(problem, outcome).items() if not e.fraction <= most}
+    assert beyond_budget(problem, outcome, most=most) == above
 
 
 @pytest.mark.trap("fixed tolerances that check nothing")

@@ -11,12 +11,19 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fdd_kernels import FDDLossTerms, FusedFDDLoss, align_layers, fused_fdd_loss, layer_costs
-from fdd_kernels.backends import BACKENDS
+from fdd_kernels import (
+    FDDLossTerms,
+    FusedFDDLoss,
+    align_layers,
+    backends,
+    fused_fdd_loss,
+    layer_costs,
+)
+from fdd_kernels.backends import BACKENDS, resolve_backend
 from fdd_kernels.backends.torch_stream.problem import TorchModel
 from fdd_kernels.lens.divergences import DERIVATIVES, FEATURE_DISTANCES, TRAJECTORIES
 from fdd_kernels.objectives.fdd.options import LossOptions
@@ -296,6 +303,31 @@ def test_any_call(backend, call):
     assert_within_budget(problem, outcome, upstream, **options)
 
 
+@settings(max_examples=25)
+@given(call=paired_calls(), order=st.randoms(use_true_random=False))
+def test_teacher_layers_in_another_order_with_their_weights(call, order):
+    """Only the sum has another order; twice the weights are exactly twice the trajectory."""
+    problem, options, upstream = call
+    weights, wide = options["layer_weights"], problem.to(torch.float64)
+    assume(any(map(any, weights)))
+    options |= {"alpha": 1.0, "beta": 0.0, "output_kd_weight": 0.0, "ce_weight": 0.0}
+    if options.get("teacher_mix", 1.0) < 1:
+        options["trajectory"] = "kl"
+    columns = list(range(len(weights[0])))
+    order.shuffle(columns)
+    states = wide.teacher_hidden
+    moved = replace(wide, teacher_hidden=(*[states[j] for j in columns], *states[len(columns) :]))
+    doubled = [[2 * row[j] for j in columns] for row in weights]
+    expected = evaluate(wide, upstream=upstream, backend="torch", **options)
+    got = evaluate(
+        moved, upstream=upstream, backend="torch", **(options | {"layer_weights": doubled})
+    )
+    terms = problem.student_weight.numel() * math.prod(problem.leading_shape) + 40
+    assert_same_sums(got.terms.trajectory, 2 * expected.terms.trajectory, terms)
+    for name, gradient in expected.gradients.items():
+        assert_same_sums(got.gradients[name], 2 * gradient, terms, name)
+
+
 def assert_equal(a: Outcome, b: Outcome) -> None:
     assert all(torch.equal(x, y) for x, y in zip(a.terms, b.terms))
     assert all(torch.equal(x, b.gradients[name]) for name, x in a.gradients.items())
@@ -435,6 +467,18 @@ def test_triton_refuses_several_teacher_layers_and_says_who_can():
     assert "student layer 1 with teacher layers" in refusal(plan.spec)
     one_hot = LossOptions(layer_weights=((0, 1, 0), (0, 0, 2)))
     assert refusal(build_plan(one_hot, 37, 3, 4).spec) is None
+
+
+def test_auto_passes_over_triton_where_it_cannot(monkeypatch):
+    able = replace(BACKENDS["triton"], unavailable=lambda _: None)
+    monkeypatch.setitem(BACKENDS, "triton", able)
+    monkeypatch.setattr(backends, "_warned", set())
+    gpu = torch.device("cuda")
+    plan = build_plan(LossOptions(layer_weights=soft((2, 3))), 37, 3, 4)
+    with pytest.warns(UserWarning, match='"triton" backend is not used on "cuda": student layer 1'):
+        assert resolve_backend("auto", gpu, plan.spec) == "torch"
+    one_hot = LossOptions(layer_weights=((0, 1, 0), (0, 0, 2)))
+    assert resolve_backend("auto", gpu, build_plan(one_hot, 37, 3, 4).spec) == "triton"
 
 
 def test_a_module_holds_weights_of_pairs():

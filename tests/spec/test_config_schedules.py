@@ -37,6 +37,11 @@ WRONG = [
         ValueError,
         "at step 0 the schedule gives output_kd_weight=0, alpha=0.*there is nothing to learn",
     ),
+    (
+        {"schedules": {"output_kd_weight": LINEAR}, "num_layers": 0},
+        ValueError,
+        "output_kd_weight=0, alpha=1, beta=1, ce_weight=0 and there are 0 layers",
+    ),
     ({"gradient_balance": "loss=1"}, ValueError, "names 'loss', which is not one of output_kd"),
     ({"gradient_balance": "ce=1,alpha=2"}, ValueError, "names 'alpha', which is not one of"),
     ({"gradient_balance": "ce=1"}, ValueError, "names ce, which has no weight at any step"),

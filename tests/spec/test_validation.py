@@ -417,7 +417,7 @@ def test_module_checks_its_options_when_it_is_built():
         (
             {"student_layers": (1, 2), "teacher_layers": (1,)},
             ValueError,
-            "student_layers has 2 entries and teacher_layers 1",
+            r"student_layers=\(1, 2\) and teacher_layers=\(1,\) are unequal numbers of layers",
         ),
         (
             {"student_layers": (1.5,), "teacher_layers": (1,)},

@@ -21,17 +21,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-NOT_COPIED = (
-    ".git",
-    ".venv",
-    "build",
-    "runs",
-    "tests",
-    "benchmarks",
-    "*.so",
-    "*.egg-info",
-    "__pycache__",
-)
+# Also what tests that run meanwhile write: hidden folders.
+NOT_COPIED = (".*", "build", "runs", "tests", "benchmarks", "*.so", "*.egg-info", "__pycache__")
 CALL = """
 import sys, torch, fdd_kernels
 from fdd_kernels import fused_fdd_loss

@@ -115,6 +115,8 @@ def block_rows(
 
 def memory(shape: CallShape) -> dict[str, int]:
     """Count the bytes that a call allocates by part, beside gradients and statistics."""
+    if not shape.backward:
+        return _memory_of_statistics(shape) | {"runtime": RUNTIME_BYTES}
     head_sum = (
         FLOAT * shape.columns * shape.student_width if shape.narrow and shape.train_head else 0
     )
@@ -174,4 +176,18 @@ def _streamed_memory(shape: CallShape, head_sum: int) -> dict[str, int]:
         if shape.train_head
         else 0,
         "tiles": shape.threads * tile,
+    }
+
+
+def _memory_of_statistics(shape: CallShape) -> dict[str, int]:
+    widths = shape.student_width, shape.teacher_width if shape.teacher_head else 0
+    tiles = choose_tiles(
+        shape.depths, shape.rows, shape.columns, sum(widths), shape.threads, backward=False
+    )
+    tile = sum(shape.depths) * tiles.rows * tiles.columns
+    if shape.narrow:
+        tile += tiles.rows * sum(n * width for n, width in zip(shape.depths, widths))
+    return {
+        "packed heads": FLOAT * min(tiles.panel, shape.columns) * sum(widths),
+        "tiles": FLOAT * shape.threads * tile,
     }

@@ -32,6 +32,15 @@ DIVERGENCE_TILES = {
     "jsd": 14.5,
     "skew_reverse_kl": 13.5,
 }
+# The same while statistics alone are computed, and of moments of logits.
+STATISTICS_TILES = {
+    **dict.fromkeys((None, NLL, "kl", "reverse_kl", "tv"), 8.25),
+    "alpha_beta": 14.5,
+    "skew_kl": 15.5,
+    "skew_reverse_kl": 15.5,
+    "jsd": 19.5,
+}
+MOMENT_TILES = 4
 
 
 @dataclass(frozen=True)
@@ -92,6 +101,8 @@ def memory(shape: CallShape) -> dict[str, int]:
         shape.depths, rows, shape.columns, width, shape.teacher_width, FLOAT, shape.device
     )
     block, resident = min(tiles.rows, rows), min(rows, tiles.resident_rows)
+    if not shape.backward:
+        return _memory_of_statistics(shape, tiles, block)
     converted = width + (shape.teacher_width if shape.teacher_head else 0) if shape.narrow else 0
     head_sum = FLOAT * shape.columns * width
     several = shape.narrow and shape.train_head and rows > resident
@@ -102,5 +113,27 @@ def memory(shape: CallShape) -> dict[str, int]:
         "operands": FLOAT * block * (layers * width + teacher_layers * shape.teacher_width)
         + FLOAT * tiles.columns * ((width if shape.train_head else 0) + converted),
         "tiles": round(FLOAT * block * tiles.columns * count),
+        "runtime": RUNTIME_BYTES,
+    }
+
+
+def _memory_of_statistics(shape: CallShape, tiles: TorchTiles, block: int) -> dict[str, int]:
+    """Count the bytes of a call without gradients, at the larger of two peaks.
+
+    While a tile's requests or moments are summed; or while the student's logits of the next tile
+    are computed, with those of the tile before, and with two vectors of moments, still there.
+    """
+    (layers, teacher_layers), requests = shape.depths, shape.spec.requests if shape.spec else ()
+    most = max(STATISTICS_TILES.values())
+    temporaries = [MOMENT_TILES, *(STATISTICS_TILES.get(r.divergence, most) for r in requests)]
+    tile = FLOAT * block * tiles.columns
+    summed = tile * (layers + teacher_layers + max(temporaries))
+    converted = FLOAT * tiles.columns * shape.student_width if shape.narrow else 0
+    vectors = 2 if shape.spec and shape.spec.moments else 0
+    computed = tile * (2 * layers + teacher_layers + vectors) + converted
+    states = layers * shape.student_width + teacher_layers * shape.teacher_width
+    return {
+        "operands": FLOAT * block * states,
+        "tiles": round(max(summed, computed)),
         "runtime": RUNTIME_BYTES,
     }

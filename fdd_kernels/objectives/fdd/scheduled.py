@@ -19,6 +19,8 @@ WEIGHT_OF_TERM = {
     "derivative": "beta",
     "ce": "ce_weight",
 }
+# The layers that a term needs among those whose dynamics are compared.
+_LAYERS_OF_TERM = {"trajectory": 1, "derivative": 2}
 SCHEDULED = (
     *("alpha", "beta", "output_kd_weight", "ce_weight", "teacher_mix"),
     *("temperature", "output_temperature", "derivative_temperature"),
@@ -171,26 +173,25 @@ def check_scheduled(config: Any, options: Any) -> Scheduled:
                 f"{name}={value} was given beside a schedule of {name}, which would override it: "
                 "leave one of them out"
             )
-    balanced = dict.fromkeys(found.balance.ratios if found.balance else (), False)
-    for step in found.turns if found.names or balanced else ():
+    unseen = set(found.balance.ratios) if found.balance else set()
+    for step in found.turns if found.names or unseen else ():
         try:
             at_step = replace(options, **found.at(step))
         except (TypeError, ValueError) as error:
             raise type(error)(f"{error} (by the schedule at step {step})") from None
-        if not any(at_step.has_term(term) for term in WEIGHT_OF_TERM):
+        computed = {t for t in WEIGHT_OF_TERM if at_step.has_term(t)}
+        computed -= {t for t, layers in _LAYERS_OF_TERM.items() if config.dynamics_layers < layers}
+        if not computed:
             weights = ", ".join(f"{n}={getattr(at_step, n):g}" for n in WEIGHT_OF_TERM.values())
             raise ValueError(
-                f"at step {step} the schedule gives {weights}: there is nothing to learn; give one "
-                "of them a weight at every step"
+                f"at step {step} the schedule gives {weights} and there are "
+                f"{config.dynamics_layers} layers: there is nothing to learn; give one of them a "
+                "weight at every step"
             )
-        for term in balanced:
-            layers = {"trajectory": 1, "derivative": 2}.get(term, 0)
-            is_there = at_step.has_term(term) and config.dynamics_layers >= layers
-            balanced[term] = balanced[term] or is_there
-    for term, is_there in balanced.items():
-        if not is_there:
-            raise ValueError(
-                f"gradient_balance={str(found.balance)!r} names {term}, which has no weight at any "
-                f"step: leave it out, or give {WEIGHT_OF_TERM[term]} a weight"
-            )
+        unseen -= computed
+    for term in sorted(unseen):
+        raise ValueError(
+            f"gradient_balance={str(found.balance)!r} names {term}, which has no weight at any "
+            f"step: leave it out, or give {WEIGHT_OF_TERM[term]} a weight"
+        )
     return found
