@@ -17,6 +17,7 @@ import torch
 
 import fdd_kernels
 from fdd_kernels.backends import BACKENDS, why_unavailable
+from tests.support.options import INTERPRETED
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub's library is imported: never ask it
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -28,8 +29,6 @@ hypothesis.settings.register_profile(
 hypothesis.settings.register_profile("search", deadline=None, max_examples=1500)
 hypothesis.settings.load_profile("fdd")
 
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 if INTERPRETED:
     from triton import language

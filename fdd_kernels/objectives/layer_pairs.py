@@ -92,6 +92,8 @@ def _entries(name: str, value: Any, of: str) -> list | None:
 
 def _constant(name: str, value: Any) -> Any:
     """Return a tensor or an array as nested lists, anything else as it is."""
+    if isinstance(value, (int, float, str, list, tuple)):  # the compiler may have symbols for them
+        return value
     if getattr(value, "requires_grad", False):
         raise ValueError(f"{name} requires grad, but weights are constants: pass .detach()")
     return value.tolist() if hasattr(value, "tolist") else value

@@ -1,5 +1,5 @@
-"""One process of test_trainer_processes.py: python -m tests.distributed.trainer_worker KIND RANK
-WORLD FOLDER
+"""One process of test_trainer_processes.py: python -m tests.distributed.trainer_worker KINDS RANK
+WORLD FOLDER, with the kinds separated by commas.
 """
 
 import os
@@ -119,16 +119,19 @@ def changing(folder: Path) -> dict:
     return found
 
 
-def main(kind: str, rank: int, world: int, folder: Path) -> None:
+KINDS = {"best-first": best_first, "partial": partial, "changing": changing}
+
+
+def main(kinds: str, rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), **address}
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
     )
-    kinds = {"best-first": best_first, "partial": partial, "changing": changing}
-    found = kinds[kind](folder)
-    torch.save(found, folder / f"found-{rank}.pt")
+    for kind in kinds.split(","):
+        found = KINDS[kind](folder / kind)
+        torch.save(found, folder / f"{kind}-{rank}.pt")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from fdd_kernels import fused_fdd_loss
 from fdd_kernels.backends.torch_stream import tiling
 from fdd_kernels.lens.divergences import DERIVATIVES, TRAJECTORIES
 from fdd_kernels.testing import Problem, assert_within_budget, evaluate, random_problem
-from tests.support.options import FEATURE_DERIVATIVES, skip_what_triton_refuses
+from tests.support.options import FEATURE_DERIVATIVES, INTERPRETED, skip_what_triton_refuses
 
 F32, F64 = torch.float32, torch.float64
 
@@ -118,11 +118,29 @@ def test_smoke(backend, device, name):
     check(problem, backend, **options)
 
 
+# No kernel knows the distance of the derivative, only sums of deltas with weights or without.
+BESIDE_EVERY_TRAJECTORY = ("cosine", "weighted_cosine")
+BESIDE_EVERY_DERIVATIVE = ("kl", "jsd", "mse")  # one pass, two passes, no softmax
+
+
 @pytest.mark.parametrize("derivative", [*DERIVATIVES, None])
 @pytest.mark.parametrize("trajectory", TRAJECTORIES)
 def test_every_trajectory_and_derivative(backend, device, precision, trajectory, derivative):
+    """Interpreted kernels, which take seconds, run the pairs that lead through other code."""
+    if (
+        INTERPRETED
+        and trajectory not in BESIDE_EVERY_DERIVATIVE
+        and derivative not in BESIDE_EVERY_TRAJECTORY
+    ):
+        pytest.skip("its kernels form the same sums as beside another trajectory")
     problem = random_problem(dtype=precision, device=device, layers=4)
     check(problem, backend, trajectory=trajectory, derivative=derivative, reduction="none")
+
+
+OF_LOGITS = {
+    f"{side}_{what}" for side in ("student", "teacher") for what in ("softcap", "logit_scale")
+}
+OF_LOGITS |= {"vocab_size", "teacher_mix", "temperature"}
 
 
 @pytest.mark.trap("soft cap or logit scale ignored")
@@ -170,6 +188,9 @@ def test_every_trajectory_and_derivative(backend, device, precision, trajectory,
 )
 @pytest.mark.parametrize("bias", [pytest.param(None, marks=pytest.mark.slow), "padded"])
 def test_every_option(backend, device, precision, options, bias):
+    """Interpreted kernels run without a bias the options of the logits that it is added to."""
+    if INTERPRETED and bias is None and not OF_LOGITS & {*options}:
+        pytest.skip("its kernels add the bias before they look at these options")
     problem = random_problem(dtype=precision, device=device, bias=bias, labels=True, mask=True)
     skip_what_triton_refuses(problem, backend, **options)
     if "ignore_index" in options:

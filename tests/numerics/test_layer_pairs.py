@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from fdd_kernels import (
     FDDLossTerms,
@@ -425,6 +426,23 @@ def test_compiled(options):
     upstream = upstream_of(problem, options)
     expected = evaluate(problem, upstream=upstream, **options)
     assert_equal(evaluate(problem, function, upstream), expected)
+
+
+@pytest.mark.slow
+def test_compiled_once_for_all_weights():
+    """The first weights alone, then one graph for all others that are not 0."""
+    torch._dynamo.reset()
+    counter, problem = CompileCounterWithBackend("aot_eager"), layered((2, 3))
+
+    def loss(**arguments):
+        return fused_fdd_loss(**arguments)
+
+    function = torch.compile(loss, fullgraph=True, backend=counter)
+    for i in range(10):
+        weights = ((1.0 + i, 0.3, 0.2 + i / 7), (0.1 + i / 9, 0.5, 3.0 + i))
+        options = {"layer_weights": weights, "derivative_layers": (0, 2), "backend": "torch"}
+        assert_equal(evaluate(problem, function, **options), evaluate(problem, **options))
+    assert counter.frame_count == 2
 
 
 def test_autocast(backend):

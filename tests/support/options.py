@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from fdd_kernels.backends import BACKENDS
@@ -10,6 +12,9 @@ from fdd_kernels.lens.divergences import DIVERGENCES
 from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.fdd.plan import build_plan
 from fdd_kernels.testing import Problem
+
+# Only Triton kernels run then.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 # Parameters at the ends of their ranges: weights of a mixture far below float32's unit roundoff, or
 # that close to 1; large powers beside none.
