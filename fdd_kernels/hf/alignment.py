@@ -28,8 +28,9 @@ class LayerAlignment:
 
     `layer_costs` of the first micro-batch of such a step, without gradient and averaged over the
     valid tokens of all processes, become weights by `align_layers`. A step whose costs are not
-    finite, or that has no valid token, leaves the pairing as it is; the next step tries again.
-    The output is not part of it: with `output_in_dynamics` it is paired with the output.
+    finite, or that has no valid token with a weight, leaves the pairing as it is; the next
+    micro-batch tries again. The output is not part of it: with `output_in_dynamics` it is paired
+    with the output.
 
     Attributes:
         student_layers, teacher_layers: the sampled layers, Ls and Lt, as in a config.
@@ -110,6 +111,7 @@ class LayerAlignment:
                 )
         for name in _STATE:
             setattr(self, name, _as_tuples(state[name]))
+        self._trained = None  # the steps that follow are not after those of another training
 
     @property
     def _output(self) -> bool:
@@ -127,8 +129,8 @@ class LayerAlignment:
 
     def _match(self, options: LossOptions, inputs: LossInputs, step: int | None) -> None:
         """Find the pairing; the same on all processes, bit for bit."""
-        costs, tokens = self._mean_costs(options, inputs)
-        usable = tokens > 0 and bool(costs.isfinite().all())
+        costs = self._mean_costs(options, inputs)
+        usable = bool(costs.isfinite().all() and costs.any())
         if not usable and self.weights is not None:
             return
         costs = costs if usable else torch.zeros_like(costs)
@@ -140,9 +142,9 @@ class LayerAlignment:
         self.step = step if usable and torch.is_grad_enabled() else None
 
     @torch.no_grad()
-    def _mean_costs(self, options: LossOptions, inputs: LossInputs) -> tuple[Tensor, int]:
-        """Compute the costs (Ls, Lt) over the tokens of all processes, float64 on the CPU, and the
-        number of these tokens.
+    def _mean_costs(self, options: LossOptions, inputs: LossInputs) -> Tensor:
+        """Compute the costs (Ls, Lt) over the tokens of all processes, float64 on the CPU; 0
+        without a token.
         """
         backend = options.backend if compares_all_pairs(options.backend) else "auto"
         sums = layer_costs(
@@ -171,7 +173,7 @@ class LayerAlignment:
         if group is not None:
             torch.distributed.all_reduce(found, group=group)
         *costs, tokens = found.tolist()
-        return torch.tensor(costs, dtype=torch.float64).view(sums.shape) / max(tokens, 1), tokens
+        return torch.tensor(costs, dtype=torch.float64).view(sums.shape) / max(tokens, 1)
 
     def _layer_weights(self, options: LossOptions) -> Matrix:
         """Return the weights of all pairs of the dynamics' layers, the output among them."""

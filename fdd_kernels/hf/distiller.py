@@ -143,8 +143,8 @@ class Distiller:
         """Return the names of the student's parameters that train but get no gradient from this
         loss.
 
-        They belong to the head with `train_head=False`, and to blocks after the last state that the
-        loss needs at every step. DistributedDataParallel waits for all gradients unless it is given
+        They belong to the head with `train_head=False`, and to blocks that the loss does not need
+        at every step. DistributedDataParallel waits for all gradients unless it is given
         `find_unused_parameters=True`.
         """
         idle = [] if self.config.train_head else [self.student.head]
@@ -235,7 +235,7 @@ class Distiller:
             compile_blocks(student, self.student.blocks)
         model = self._student if student is None else student
         if waits_for_all(model):
-            weight = self.config.output_kd_weight
+            weight = min(options.output_kd_weight for options in self.schedules.possible)
             why = f"train_head={self.config.train_head}, output_kd_weight={weight:g}"
             refuse_unreached(self.parameters_without_gradient(), why)
         options = self.schedules.begin(step)
@@ -267,11 +267,17 @@ class Distiller:
         Raises:
             ValueError: the state of a distiller with another config.
         """
-        if "schedules" not in state:
+        if set(state) != {"schedules", "alignment"}:
             raise ValueError(f"the state has {sorted(state)}: it is not of a Distiller")
+        if (state["alignment"] is None) != (self.alignment is None):
+            raise ValueError(
+                f"the state has {'no' if state['alignment'] is None else 'a'} layer alignment, but "
+                f"the config has layer_alignment={self.config.layer_alignment!r}: it is of another "
+                "config"
+            )
         self.schedules.load_state_dict(state["schedules"])
         if self.alignment is not None:
-            self.alignment.load_state_dict(state["alignment"] or {})
+            self.alignment.load_state_dict(state["alignment"])
 
     def _loss(
         self, options: LossOptions, batch: Mapping[str, Tensor], targets: Targets, items

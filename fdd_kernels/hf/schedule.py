@@ -87,7 +87,7 @@ class Schedules:
             return self.options
         if step == 0:
             self._begin_anew()
-        elif self.step is not None and step < self.step and self._has_state:
+        elif self.step is not None and step < self.step and self._stateful():
             raise ValueError(
                 f"step={step} is before the last one, {self.step}, but the options depend on the "
                 "steps between: pass increasing steps, 0 to begin anew, or load the state of step "
@@ -97,10 +97,6 @@ class Schedules:
         self.step, self.is_first = step, True
         self.options = self._options_at(step)
         return self.options
-
-    @property
-    def _has_state(self) -> bool:
-        return self._scheduled.taid is not None or self._scheduled.balance is not None
 
     def record(
         self,
@@ -127,16 +123,14 @@ class Schedules:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def _end_step(self) -> None:
-        """Give TAID the mean loss of the last step; a loss that is not finite is left out."""
+        """Give TAID the mean loss of the last step. A loss that is not finite is left out, and one
+        of 0, as without valid tokens or in a stage without these terms: TAID divides by it.
+        """
         sums, self._sums = self._sums, None
         if sums is None:
             return
-        group = all_processes()
-        if group is not None:
-            sums = sums.clone()
-            torch.distributed.all_reduce(sums, group=group)
-        total, positions = sums.tolist()
-        if positions and math.isfinite(total):
+        total, positions = _over_processes(sums).tolist()
+        if 0 < total < math.inf:
             self._scheduled.taid.update(total / positions, step=self.step)
 
     def balance(
@@ -171,16 +165,13 @@ class Schedules:
         used, group = [state for state in states if state is not None], all_processes()
         head = [None if t is None else t.detach() for t in (student.weight, student.bias)]
         side = StudentSide(states, *head, student.vocabulary)
-        positions = positions.to(used[0].device, torch.float64)
-        if group is not None:
-            positions = positions.clone()
-            torch.distributed.all_reduce(positions, group=group)
+        items = _over_processes(positions.to(used[0].device, torch.float64)).clamp(min=1)
         found, nothing = {}, dict.fromkeys(WEIGHT_OF_TERM.values(), 0.0)
         for term in self._scheduled.balance.ratios:
             found[term] = 0.0
             if self.options.has_term(term):
                 alone = replace(self.options, **nothing | {WEIGHT_OF_TERM[term]: 1.0})
-                loss = loss_of(side, alone, positions.clamp(min=1)).loss
+                loss = loss_of(side, alone, items).loss
                 found[term] = gradient_length(loss, used, group)
         return found
 
@@ -207,7 +198,6 @@ class Schedules:
         Raises:
             ValueError: the state of other schedules.
         """
-        self._begin_anew()
         found = self._stateful()
         given = {*state, *state.get("values", ())}
         wanted = {"step", "values", *found, *self.values()}
@@ -216,11 +206,23 @@ class Schedules:
                 f"the state has {sorted(given)}, but the schedules of this config have "
                 f"{sorted(wanted)}: it is of another config"
             )
-        for name, schedule in found.items():
+        self._begin_anew()
+        for name, schedule in self._stateful().items():
             schedule.load_state_dict(state[name])
         self.step = state["step"]
         self.options = replace(self._fixed, **state["values"])
 
     def _stateful(self) -> dict[str, Any]:
+        """Return the schedules that depend on the steps before, by what they change."""
         found = {"teacher_mix": self._scheduled.taid, "gradient_balance": self._scheduled.balance}
         return {name: schedule for name, schedule in found.items() if schedule is not None}
+
+
+def _over_processes(sums: Tensor) -> Tensor:
+    """Return the sum of a tensor over all processes."""
+    group = all_processes()
+    if group is None:
+        return sums
+    total = sums.clone()
+    torch.distributed.all_reduce(total, group=group)
+    return total

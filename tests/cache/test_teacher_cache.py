@@ -158,6 +158,17 @@ def test_a_run_may_use_some_of_the_layers(caches):
         same_loss_and_gradients(student, cached, live, batch_of(caches["float32"]))
 
 
+def test_pairs_of_layers_are_found_from_a_cache_as_from_the_teacher(caches):
+    student, batch = student_model(), batch_of(caches["float32"])
+    config = FDDConfig(student_layers=(1, 3), teacher_layers=(1, 2, 4), layer_alignment="attention")
+    distillers = [Distiller(student, t, config) for t in (caches["float32"], teacher_model())]
+    losses = [loss_and_gradients(student, d, batch, step=0)[0].loss for d in distillers]
+    # As in `same_loss_and_gradients`.
+    tolerance = {"rtol": 873 * 2.0**-23, "atol": 0.0}
+    torch.testing.assert_close(*losses, **tolerance)
+    torch.testing.assert_close(*[torch.tensor(d.alignment.costs) for d in distillers], **tolerance)
+
+
 def test_padding_on_the_left(caches):
     """Positions follow the tokens wherever the padding is; the label of the first token is not
     valid.

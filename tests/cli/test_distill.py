@@ -116,6 +116,15 @@ def test_every_option_of_the_objective(inputs, tmp_path):
     assert "finished; nothing to do" in console.file.getvalue()
 
 
+def test_an_alignment_that_was_never_needed(inputs, tmp_path):
+    """A run that ends before the first stage with trajectory or derivative."""
+    stages = "task=9:alpha=0,beta=0;both:alpha=1,beta=1"
+    config = FDDConfig(num_layers=2, layer_alignment="attention", stages=stages)
+    metrics = distill(options(inputs, tmp_path, config=config, max_steps=1), quiet())
+    assert metrics["layer_alignment"] is None
+    assert not (tmp_path / "layer_alignment.svg").exists()
+
+
 def test_an_alignment_is_printed_stored_drawn_and_resumed(inputs, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     config = FDDConfig(num_layers=2, layer_alignment="attention", alignment_every=3)

@@ -258,6 +258,10 @@ def test_records_of_earlier_versions_are_understood(inputs, whole, tmp_path):
         "schedules",
         "stages",
         "gradient_balance",
+        "layer_alignment",
+        "alignment_every",
+        "alignment_epsilon",
+        "num_teacher_layers",
     ):
         del record[f"config.{name}"]
     for role in ("teacher", "student"):
@@ -274,6 +278,7 @@ def test_records_of_earlier_versions_are_understood(inputs, whole, tmp_path):
         ({"derivative_temperature": 2.0}, r"derivative_temperature was None, is 2\.0"),
         ({"teacher_mix": 0.5}, r"teacher_mix was 1\.0, is 0\.5"),
         ({"stages": "a:beta=1"}, r"stages was None, is 'a:beta=1'"),
+        ({"layer_alignment": "emd"}, r"layer_alignment was 'rank', is 'emd'"),
     ):
         with pytest.raises(UserError, match=named):
             distill(options(inputs, output, config=FDDConfig(num_layers=2, **changes)), quiet())

@@ -24,7 +24,7 @@ from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.fdd.plan import make_plan
 from fdd_kernels.objectives.inputs import LossInputs
 from tests.support.dense import gradients, models
-from tests.support.hf_models import tiny_batch
+from tests.support.hf_models import tiny_batch, tiny_model
 from tests.support.training import examples, trainer
 
 CONFIG = FDDConfig(
@@ -33,6 +33,30 @@ CONFIG = FDDConfig(
 # Costs differ from those by hand by the rounding of one division, and weights by that of a cost
 # times the costs' spread over epsilon, which is below 100.
 ROUNDING = 1e3 * torch.finfo(torch.float64).eps
+
+
+def stretched(dtype: torch.dtype = torch.float64) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Make a student of 4 blocks, and a teacher of 8: near the student's, each before one that
+    changes little. Deltas of different layers differ: random models are nearest in one layer.
+    """
+    student = tiny_model("llama", depth=4, seed=1, dtype=dtype)
+    teacher = tiny_model("llama", depth=8, seed=2, dtype=dtype)
+    teacher.lm_head.load_state_dict(student.lm_head.state_dict())
+    parts = student.model.state_dict()
+    teacher.model.load_state_dict({k: v for k, v in parts.items() if "layers" not in k}, False)
+    for index, block in enumerate(student.model.layers):
+        teacher.model.layers[2 * index].load_state_dict(block.state_dict())
+        still = teacher.model.layers[2 * index + 1]
+        with torch.no_grad():
+            still.self_attn.o_proj.weight.mul_(0.05)
+            still.mlp.down_proj.weight.mul_(0.05)
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.01)
+    return student, teacher
+
+
+STRETCHED = replace(CONFIG, student_layers=(1, 2, 3), teacher_layers=(1, 2, 3, 4, 5, 6))
 
 
 def by_hand(distiller: Distiller, batch: dict, config: FDDConfig):
@@ -89,14 +113,14 @@ def costs_of(distiller: Distiller) -> torch.Tensor:
         {},
         {"output_in_dynamics": True, "trajectory": "jsd:0.3", "temperature": 2.0},
         {"layer_weights": (1.0, 0.0, 2.0), "trajectory": "mse", "derivative": "mse"},
-        {"num_teacher_layers": 2, "ce_weight": 0.5, "alpha": 2.0},
-        {"num_teacher_layers": None, "beta": 0.0},
+        {"teacher_layers": (2, 5), "ce_weight": 0.5, "alpha": 2.0},
+        {"teacher_layers": (2, 4, 6), "beta": 0.0},
     ],
     ids=str,
 )
 def test_the_loss_is_that_of_the_functions_by_hand(method, changes):
-    config = replace(CONFIG, layer_alignment=method, **changes)
-    student, teacher = models()
+    config = replace(STRETCHED, layer_alignment=method, **changes)
+    student, teacher = stretched()
     distiller = Distiller(student, teacher, config)
     batch = tiny_batch()
     generator = torch.Generator().manual_seed(3)
@@ -108,6 +132,9 @@ def test_the_loss_is_that_of_the_functions_by_hand(method, changes):
     student.zero_grad()
     expected, costs = by_hand(distiller, batch, config)
     expected.loss.backward()
+    assert len(set(distiller.alignment.derivative_layers)) == min(3, len(config.teacher_layers))
+    if config.derivative == "cosine" and config.beta:
+        assert 0.01 < expected.derivative < 0.9
     tolerance = {"rtol": ROUNDING, "atol": 0.0}
     torch.testing.assert_close(costs_of(distiller), costs, **tolerance)
     for value, wanted in zip(terms, expected, strict=True):
@@ -163,12 +190,57 @@ def test_an_evaluation_before_the_first_step_decides_nothing_for_the_training():
     assert distiller.state_dict() == other.state_dict()
 
 
-@pytest.mark.parametrize("trouble", ["labels", "nan"])
+def test_every_backend(backend):
+    """In float32, where the C++ kernels and Triton compute; Triton takes one pair a layer."""
+    method = "monotone" if backend == "triton" else "attention"
+    config = replace(STRETCHED, layer_alignment=method, backend=backend)
+    student, teacher = stretched(torch.float32)
+    distiller, batch = Distiller(student, teacher, config), tiny_batch()
+    terms = distiller(batch, step=0)
+    terms.loss.backward()
+    found = gradients(student)
+    student.zero_grad()
+    expected, costs = by_hand(distiller, batch, config)
+    expected.loss.backward()
+    rounding = ROUNDING * 2.0**29  # of float32
+    torch.testing.assert_close(costs_of(distiller).float(), costs, rtol=rounding, atol=0.0)
+    for value, wanted in zip(terms, expected, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=rounding, atol=0.0)
+    for name, gradient in gradients(student).items():
+        budget = rounding * float(gradient.abs().max())
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=budget, msg=name)
+
+
+def test_beside_a_schedule_that_leaves_the_dynamics_out_for_a_while():
+    """Nothing is matched before they have a weight; the balance measures with the pairing."""
+    config = replace(
+        STRETCHED,
+        stages="task=2:alpha=0,beta=0,ce_weight=1;dynamics:alpha=1,beta=1,ce_weight=0",
+        gradient_balance="trajectory=1,derivative=0.5;every=1",
+    )
+    distiller = Distiller(*stretched(), config)
+    for step in range(2):
+        distiller(tiny_batch(), step=step).loss.backward()
+        assert distiller.alignment.weights is None
+    assert "aligned_layer/1" not in distiller.logged()
+    terms = distiller(tiny_batch(), step=2)
+    assert distiller.alignment.step == 2
+    plain = replace(config, stages=None, gradient_balance=None)
+    expected, _ = by_hand(distiller, tiny_batch(), plain)
+    torch.testing.assert_close(terms.trajectory, expected.trajectory, rtol=ROUNDING, atol=0.0)
+    torch.testing.assert_close(terms.derivative, expected.derivative, rtol=ROUNDING, atol=0.0)
+    assert distiller.logged()["alpha"] != 1.0  # balanced
+    assert distiller.logged().keys() >= {"aligned_layer/1", "alpha", "beta"}
+
+
+@pytest.mark.parametrize("trouble", ["labels", "token_weights", "nan"])
 def test_a_step_without_usable_costs_changes_nothing(trouble):
     distiller = Distiller(*models(), CONFIG)
     bad, weight = tiny_batch(seed=7), distiller.student.head.weight
     if trouble == "labels":
         bad["labels"] = torch.full_like(bad["labels"], -100)
+    if trouble == "token_weights":
+        bad["token_weights"] = torch.zeros(bad["labels"].shape)
 
     def step_badly(step):
         with torch.no_grad():
@@ -180,7 +252,7 @@ def test_a_step_without_usable_costs_changes_nothing(trouble):
             weight[0, 0] = before
         return loss
 
-    assert float(step_badly(0)) == 0 if trouble == "labels" else step_badly(0).isnan()
+    assert step_badly(0).isnan() if trouble == "nan" else float(step_badly(0)) == 0
     assert distiller.alignment.step is None
     distiller(tiny_batch(), step=1)
     found = distiller.alignment.state_dict()
@@ -329,11 +401,29 @@ def test_a_state_of_other_layers_is_refused():
         other.load_state_dict(state)
 
 
+def test_a_loaded_state_replaces_what_was_trained_after_it():
+    distiller = Distiller(*models(), CONFIG)
+    distiller(tiny_batch(), step=0)
+    state = json.loads(json.dumps(distiller.state_dict()))
+    distiller(tiny_batch(), step=5)
+    assert distiller.alignment.step == 5
+    distiller.load_state_dict(state)
+    distiller(tiny_batch(), step=1)  # before the next matching, at step 2
+    assert distiller.alignment.record() == state["alignment"]
+
+
 def test_without_an_alignment_nothing_changes():
     student, teacher = models()
     distiller = Distiller(student, teacher, FDDConfig(num_layers=3))
     assert distiller.alignment is None
     assert distiller(tiny_batch()).loss.requires_grad
+    aligned = Distiller(*models(), CONFIG)
+    for one, other in ((distiller, aligned), (aligned, distiller)):
+        with pytest.raises(ValueError, match="layer alignment, but the config has layer_align"):
+            one.load_state_dict(other.state_dict())
+    for state in ({}, {"schedules": {"step": None, "values": {}}}):
+        with pytest.raises(ValueError, match="it is not of a Distiller"):
+            aligned.load_state_dict(state)
 
 
 def run(folder, **arguments):

@@ -187,6 +187,8 @@ CHANGING = replace(
     schedules="teacher_mix=taid:60,0.4,1,0.2;temperature=linear:1,2,0,5",
     stages="both=4:alpha=1,ce_weight=0;task:alpha=0.1,ce_weight=1",
     gradient_balance="output_kd=1,trajectory=0.5;every=2;smoothing=0.5",
+    layer_alignment="sinkhorn",
+    alignment_every=2,
 )
 
 
@@ -210,6 +212,8 @@ def test_options_that_change_are_logged_and_resumed(tmp_path):
     fit(whole, tmp_path, train=data, max_epochs=2, callbacks=[Watch()], **options)
     assert logs[0]["teacher_mix"] == pytest.approx(0.4)
     assert logs[-1]["teacher_mix"] > 0.46
+    layers = [log["aligned_layer/1"] for log in logs[::2]]  # at each step
+    assert [layers[i] == layers[i - 1] for i in range(1, 6)] == [True, False, True, False, True]
     assert [log["ce_weight"] for log in logs] == [0.0] * 8 + [1.0] * 4
     trainer = fit(first, tmp_path, train=data, max_epochs=1, **options)
     trainer.save_checkpoint(tmp_path / "half.ckpt", weights_only=False)

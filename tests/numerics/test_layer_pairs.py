@@ -564,3 +564,9 @@ def test_errors(options, error, message):
     problem = layered((2, 3))
     with pytest.raises(error, match=message):
         fused_fdd_loss(**problem.arguments, **({"layer_weights": MATRIX} | options))
+
+
+def test_one_layer_has_no_derivative_and_needs_no_work_for_it():
+    with pytest.raises(ValueError, match=r"nothing to compute.*or more layers"):
+        build_plan(LossOptions(alpha=0, output_kd_weight=0), 7, 2)
+    assert len(build_plan(LossOptions(alpha=0), 7, 2).spec.requests) == 1  # the output's

@@ -8,8 +8,20 @@ import pytest
 
 from fdd_kernels import FDDConfig, GradientBalance, Stages, TAIDSchedule, WeightSchedule
 
+
+class Own(WeightSchedule):
+    """A schedule whose text does not say what it does."""
+
+    def at(self, step: int) -> float:
+        return 0.5
+
+
 LINEAR = WeightSchedule(0, 1, 0, 9)
 WRONG = [
+    ({"schedules": {"alpha": Own(0, 1, 0, 9)}}, TypeError, "a WeightSchedule or its text, got Own"),
+    ({"schedules": ""}, ValueError, "schedules='' has a part without a name: write name="),
+    ({"schedules": "alpha=linear:0,1,0,5;"}, ValueError, "has a part without a name"),
+    ({"stages": "a=5:;b:"}, ValueError, "stages='a=5:;b:' names no option"),
     ({"schedules": 3}, TypeError, "schedules must be a mapping of names to schedules"),
     ({"schedules": {"alpha": 3}}, TypeError, "schedules: alpha must be a WeightSchedule or its"),
     ({"schedules": "alpha"}, ValueError, "schedules: alpha: '' is no WeightSchedule: write linear"),

@@ -12,7 +12,8 @@ from fdd_kernels.hf.alignment_plot import plot_layer_alignment
 
 
 def print_alignment(found: dict[str, Any], console: Console) -> None:
-    """Print the weights of the last matching: a row for each layer of the student.
+    """Print the weights of the last matching, and the layers of the derivative: a row for each
+    layer of the student.
 
     Args:
         found: as of `LayerAlignment.record`.
@@ -20,9 +21,11 @@ def print_alignment(found: dict[str, Any], console: Console) -> None:
     console.print(
         f"weights of the teacher's layers for each student layer, of step {found['step']}"
     )
-    table = Table("student", *map(str, found["teacher_layers"]))
-    for layer, weights in zip(found["student_layers"], found["weights"]):
-        table.add_row(str(layer), *(f"{weight:.2f}" for weight in weights))
+    teachers = found["teacher_layers"]
+    table = Table("student", *map(str, teachers), "derivative")
+    rows = zip(found["student_layers"], found["weights"], found["derivative_layers"])
+    for layer, weights, index in rows:
+        table.add_row(str(layer), *(f"{w:.2f}" for w in weights), str(teachers[index]))
     console.print(table)
 
 

@@ -79,6 +79,7 @@ def write_result(
     """
     trainer, windows = run.trainer, run.windows
     alignment = trainer.distiller.alignment
+    found = alignment is not None and alignment.weights is not None  # not without dynamics
     metrics = {
         "steps": trainer.state.global_step,
         "epochs": round(trainer.state.epoch or 0.0, 4),
@@ -88,7 +89,7 @@ def write_result(
         "max_length": run.max_length,
         "student_layers": trainer.distiller.student_layers,
         "teacher_layers": trainer.distiller.teacher_layers,
-        "layer_alignment": None if alignment is None else alignment.record(),
+        "layer_alignment": alignment.record() if found else None,
         "vocab_size": run.config.vocab_size,
         "held_out_before": evaluations[0] if evaluations else None,
         "held_out": evaluations[-1] if evaluations else None,
@@ -109,7 +110,7 @@ def write_result(
             if name in after:
                 table.add_row(name, f"{before[name]:.4f}", f"{after[name]:.4f}")
         console.print(table)
-    if alignment is not None:
+    if found:
         print_alignment(metrics["layer_alignment"], console)
     console.print(
         f"wrote {options.output / STUDENT_FOLDER} and {options.output / METRICS_FILE}",

@@ -159,7 +159,7 @@ class LossOptions:
     def layer_pairs(self, students: int, teachers: int) -> LayerPairs:
         """Return the pairs of layers that trajectory and derivative compare; see `pair_layers`.
 
-        None where neither has a weight: the call may then have the final states alone.
+        Without a weight of either there are none: the call may have the final states alone.
         """
         if not self.compares_dynamics:
             return LayerPairs((), ())

@@ -112,6 +112,7 @@ def build_plan(
     needs_lse = distance is not None and not feature_space and not distance.centred
     # The derivative takes them of the trajectory's requests.
     shares_lse = needs_lse and temperature == options.temperature and options.teacher_mix == 1
+    shares_lse = shares_lse and len(deltas) > 1
     trajectory: list[int] = []
     trajectory_weights: list[float] = []
     # The derivative's first: their log-sum-exps are a run of requests, in the order of layers.

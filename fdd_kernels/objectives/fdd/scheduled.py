@@ -50,6 +50,8 @@ class Scheduled:
         self.stages = None if stages is None else _fresh("stages", stages, Stages)
         self.balance = None if gradient_balance is None else _balance_of(gradient_balance)
         staged = [] if self.stages is None else list(self.stages.weights)
+        if self.stages is not None and not staged:
+            raise ValueError(f"stages={str(self.stages)!r} names no option: give each phase one")
         for where, names in (("schedules", self.schedules), ("stages", staged)):
             for name in names:
                 if name not in SCHEDULED:
@@ -105,6 +107,10 @@ def _schedules_of(given: Mapping[str, Schedule] | str | None) -> dict[str, Any]:
         names = [name.strip() for name, _ in pairs]
         if len(set(names)) < len(names):
             raise ValueError(f"schedules={given!r} names an option twice: give each one once")
+        if "" in names:
+            raise ValueError(
+                f"schedules={given!r} has a part without a name: write name=schedule;name=schedule"
+            )
         given = dict(zip(names, [text.strip() for _, text in pairs]))
     if not isinstance(given, Mapping):
         raise TypeError(
@@ -139,13 +145,13 @@ def _balance_of(given: GradientBalance | str) -> GradientBalance:
 
 def _fresh(name: str, given: Any, kind: type) -> Any:
     """Return a new schedule of the text of `given`."""
-    if not isinstance(given, (str, kind)):
+    if type(given) not in (str, kind):  # a text does not hold what a subclass changes
         raise TypeError(f"{name} must be a {kind.__name__} or its text, got {type(given).__name__}")
     try:
         made = kind.parse(str(given))
     except (TypeError, ValueError) as error:
         raise type(error)(f"{name}: {error}") from None
-    if isinstance(given, kind) and given.state_dict() != made.state_dict():
+    if not isinstance(given, str) and given.state_dict() != made.state_dict():
         raise ValueError(
             f"{name}={given!r} has a state ({given.state_dict()}), which a config does not hold: "
             "give a new schedule, and load its state with distiller.load_state_dict"
