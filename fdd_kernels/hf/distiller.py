@@ -235,7 +235,7 @@ class Distiller:
             compile_blocks(student, self.student.blocks)
         model = self._student if student is None else student
         if waits_for_all(model):
-            weight = self.config.output_kd_weight
+            weight = min(options.output_kd_weight for options in self.schedules.possible)
             why = f"train_head={self.config.train_head}, output_kd_weight={weight:g}"
             refuse_unreached(self.parameters_without_gradient(), why)
         options = self.schedules.begin(step)

@@ -123,12 +123,14 @@ class Schedules:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def _end_step(self) -> None:
-        """Give TAID the mean loss of the last step; a loss that is not finite is left out."""
+        """Give TAID the mean loss of the last step. A loss that is not finite is left out, and one
+        of 0, as without valid tokens or in a stage without these terms: TAID divides by it.
+        """
         sums, self._sums = self._sums, None
         if sums is None:
             return
         total, positions = _over_processes(sums).tolist()
-        if positions and math.isfinite(total):
+        if 0 < total < math.inf:
             self._scheduled.taid.update(total / positions, step=self.step)
 
     def balance(

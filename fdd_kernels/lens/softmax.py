@@ -108,7 +108,10 @@ def log_softmax_(z: Tensor) -> Tensor:
     a finite logit has log-probabilities and a log-sum-exp of -inf.
     """
     largest, at = subtract_max_(z)
-    above = z.exp().scatter_(-1, at, 0.0).sum(-1, keepdim=True).log1p()
+    of_top = z.gather(-1, at)
+    z.scatter_(-1, at, -torch.inf)
+    above = sum_over_tokens(torch.exp, z).log1p()
+    z.scatter_(-1, at, of_top)
     z -= above
     return largest + above
 
@@ -185,10 +188,11 @@ def logit_gradient_(grad: Tensor, log_q: Tensor) -> Tensor:
 
 def sum_over_tokens(function: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
     """Sum an elementwise function of matrices (r, C) over the tokens, (r, 1), in parts of a row."""
-    total = 0.0
-    for part in _parts(matrices[0]):
-        total = total + function(*[m[:, part] for m in matrices]).sum(-1, keepdim=True)
-    return total
+    sums = [
+        function(*[m[:, part] for m in matrices]).sum(-1, keepdim=True)
+        for part in _parts(matrices[0])
+    ]
+    return torch.cat(sums, -1).sum(-1, keepdim=True)
 
 
 def map_over_tokens(function: Callable[..., Tensor], *matrices: Tensor) -> Tensor:

@@ -34,7 +34,8 @@ class GradientBalance(Schedule):
     Args:
         ratios: for each term the wanted share, greater than 0, such as {"output_kd": 1.0,
             "trajectory": 1.0}.
-        every: steps from one measurement to the next; the first is at step 0.
+        every: steps from one measurement to the next; the first is at step 0, or at the first step
+            with a gradient.
         smoothing: share of the earlier lengths in a moving average, in [0, 1).
 
     Raises:
@@ -75,8 +76,8 @@ class GradientBalance(Schedule):
 
     @property
     def is_due(self) -> bool:
-        """Whether the current step measures."""
-        return self.step % self.every == 0
+        """Whether the current step measures: also while no length was found yet."""
+        return self.step % self.every == 0 or not self.lengths
 
     def update(
         self,

@@ -332,6 +332,7 @@ def test_cache_teacher_passes_its_options_on(monkeypatch):
     )
 
 
+STAGES = "a=3:output_temperature=3;b:output_temperature=1"
 VALUES = {
     "alpha": ("0.5", 0.5),
     "beta": ("0", 0.0),
@@ -344,7 +345,7 @@ VALUES = {
     "derivative_layers": ("0,1,1", (0, 1, 1)),
     "temperature": ("2", 2.0),
     "derivative_temperature": ("1.5", 1.5),
-    "output_temperature": ("3", 3.0),
+    "output_temperature": ("1", 1.0),
     "teacher_mix": ("1", 1.0),
     "scale_by_t2": (None, True),
     "student_softcap": ("30", 30.0),
@@ -359,7 +360,7 @@ VALUES = {
     "apply_final_norm": (False, False),
     "train_head": (False, False),
     "schedules": ("teacher_mix=linear:1,1,0,9", "teacher_mix=linear:1,1,0,9"),
-    "stages": ("a=3:;b:", "a=3:;b:"),
+    "stages": (STAGES, STAGES),
     "gradient_balance": ("output_kd=1,ce=2;every=5", "output_kd=1,ce=2;every=5"),
 }
 # Those that do not go with the others' `derivative_layers`.

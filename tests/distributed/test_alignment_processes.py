@@ -27,7 +27,7 @@ def test_processes_share_a_pairing(tmp_path, world):
     assert_same_sums(of_all, sums / count, terms=2 * world)
 
     student, distiller = make_distiller()
-    distiller.load_state_dict({"alignment": alignment})
+    distiller.alignment.load_state_dict(alignment)
     loss = sum(distiller(part, num_items_in_batch=count, step=0).loss for part in parts)
     loss.backward()
     for name, parameter in student.named_parameters():

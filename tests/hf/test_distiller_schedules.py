@@ -236,6 +236,40 @@ def test_a_loss_that_is_not_finite_is_left_out_by_taid():
     assert distiller.state_dict()["schedules"]["teacher_mix"] == state["schedules"]["teacher_mix"]
 
 
+def test_a_stage_without_its_terms_says_nothing_to_taid():
+    """Nor does a step whose tokens all have weight 0: the relative drop would divide by 0."""
+    student, teacher = models()
+    stages = (
+        "task=2:alpha=0,output_kd_weight=0,ce_weight=1;both:alpha=1,output_kd_weight=1,ce_weight=1"
+    )
+    config = FDDConfig(num_layers=3, stages=stages, schedules="teacher_mix=taid:9,0.4,1,0.2")
+    distiller, schedule = Distiller(student, teacher, config), TAIDSchedule(9, rate=0.2)
+    for step, (batch,) in enumerate(batches(6)):
+        if step == 4:
+            batch["token_weights"] = torch.zeros(batch["labels"].shape)
+        terms = distiller(batch, step=step)
+        loss = float((terms.output_kd + terms.trajectory).detach())
+        assert (loss == 0) == (step in (0, 1, 4))
+        state = distiller.state_dict()["schedules"]["teacher_mix"]
+        if loss:
+            schedule.update(state["previous"], step=step)
+        assert state == schedule.state_dict()
+    assert abs(schedule.average) < 1
+
+
+def test_gradient_balance_measures_until_it_finds_a_gradient():
+    student, teacher = models()
+    balance = "output_kd=1,trajectory=1;every=50"
+    distiller = Distiller(student, teacher, FDDConfig(num_layers=3, gradient_balance=balance))
+    found = []
+    for step, (batch,) in enumerate(batches(3)):
+        if step == 0:
+            batch["labels"][:] = -100
+        distiller(batch, step=step)
+        found.append(distiller.logged())
+    assert found[0] == {"output_kd_weight": 1, "alpha": 1} != found[1] == found[2]
+
+
 def test_errors_are_named():
     student, teacher = models()
     (parts,) = batches(1)

@@ -233,12 +233,14 @@ def test_beside_a_schedule_that_leaves_the_dynamics_out_for_a_while():
     assert distiller.logged().keys() >= {"aligned_layer/1", "alpha", "beta"}
 
 
-@pytest.mark.parametrize("trouble", ["labels", "nan"])
+@pytest.mark.parametrize("trouble", ["labels", "token_weights", "nan"])
 def test_a_step_without_usable_costs_changes_nothing(trouble):
     distiller = Distiller(*models(), CONFIG)
     bad, weight = tiny_batch(seed=7), distiller.student.head.weight
     if trouble == "labels":
         bad["labels"] = torch.full_like(bad["labels"], -100)
+    if trouble == "token_weights":
+        bad["token_weights"] = torch.zeros(bad["labels"].shape)
 
     def step_badly(step):
         with torch.no_grad():
@@ -250,7 +252,7 @@ def test_a_step_without_usable_costs_changes_nothing(trouble):
             weight[0, 0] = before
         return loss
 
-    assert float(step_badly(0)) == 0 if trouble == "labels" else step_badly(0).isnan()
+    assert step_badly(0).isnan() if trouble == "nan" else float(step_badly(0)) == 0
     assert distiller.alignment.step is None
     distiller(tiny_batch(), step=1)
     found = distiller.alignment.state_dict()
@@ -316,6 +318,15 @@ def test_stretched_layers_are_found_in_order(picked):
     one_hot = torch.nn.functional.one_hot(torch.tensor(alignment.derivative_layers), len(picked))
     assert torch.equal(torch.tensor(options.layer_weights), one_hot.float())
     assert options.derivative_layers == alignment.derivative_layers
+
+
+def test_the_derivative_has_a_teacher_layer_of_its_own_for_each_student_layer():
+    """Though every layer of the student is nearest to one layer of the teacher."""
+    alignment, _ = alignment_of("argmin", [0, 3, 3, 3, 3])
+    assert len(set(alignment.derivative_layers)) == 4
+    with pytest.warns(UserWarning, match=r"teacher layer \d with every sampled layer"):
+        alignment, _ = alignment_of("monotone", [0, 0, 0])
+    assert len(set(alignment.derivative_layers)) == 1
 
 
 def test_one_teacher_layer_each_runs_on_every_backend():
