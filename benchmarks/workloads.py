@@ -275,7 +275,7 @@ def objectives(output: Workload = KD, dynamics: Workload = GPT2) -> list[Workloa
     return found
 
 
-_FEW = replace(GPT2, rows=128)
+_FEW = replace(GPT2, rows=64)
 
 
 def streamed(rows: int = 4096, positions: int = 2048, costs: Workload = _FEW) -> list[Workload]:
@@ -318,7 +318,7 @@ def streamed(rows: int = 4096, positions: int = 2048, costs: Workload = _FEW) ->
     matrix = replace(matrix, **about | depths)
     text = "SinKD's distance of all rows, one group"
     transport = replace(costs, name="sinkhorn", text=text, objective="fused_sinkhorn_kd")
-    transport = replace(transport, rows=costs.rows // 2, **about)
+    transport = replace(transport, **about)
     points = [
         *[replace(infonce, rows=n, columns=n) for n in (rows, 2 * rows, 4 * rows)],
         *[w.with_rows(n * positions // 2) for w in (relation, causal) for n in (1, 2, 4)],
