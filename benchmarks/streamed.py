@@ -51,10 +51,10 @@ def contrastive_rows(call: Call, options: dict[str, Any]) -> Tensor:
 
 
 def fused_contrastive(call: Call, options: dict[str, Any]) -> Tensor:
-    """Compute the same by this package."""
+    """Compute the same by this package, where a row's own column is the default."""
     rows, columns, *teacher = _tensors(call)
     if options["loss"] == "infonce":
-        return fdd_kernels.fused_contrastive_kd(rows, columns, labels=call.labels, **options)
+        return fdd_kernels.fused_contrastive_kd(rows, columns, **options)
     return fdd_kernels.fused_contrastive_kd(rows, columns, *teacher, **options)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -37,8 +38,10 @@ class LayerAlignment:
         step: optimizer steps done before the last matching; None before the first of the training.
         costs: (Ls, Lt) costs of the last matching.
         weights: (Ls, Lt) weights of the pairs; each row sums to 1.
-        derivative_layers: for each student layer the index of the teacher layer, weakly
-            increasing, whose changes the derivative compares: the "monotone" pairing of the costs.
+        derivative_layers: for each student layer the index of the teacher layer whose changes the
+            derivative compares: the pairing in the order of depth of the least total cost. Each has
+            a layer of its own, so that no change is 0, but with "monotone", whose own pairing it
+            is, and with fewer layers of the teacher.
     """
 
     def __init__(
@@ -137,9 +140,24 @@ class LayerAlignment:
         method, epsilon = self.config.layer_alignment, self.config.alignment_epsilon
         weights = len(costs) * align_layers(costs, method, epsilon=epsilon)
         self.costs, self.weights = _as_tuples(costs.tolist()), _as_tuples(weights.tolist())
-        self.derivative_layers = monotone_path(self.costs)
+        strictly = method != "monotone" and len(self.teacher_layers) >= len(self.student_layers)
+        self.derivative_layers = monotone_path(self.costs, strictly=strictly)
+        self._warn_of_nothing(options, step)
         # Without gradient it is an evaluation's: the training finds its own.
         self.step = step if usable and torch.is_grad_enabled() else None
+
+    def _warn_of_nothing(self, options: LossOptions, step: int | None) -> None:
+        """Warn where every change of the teacher is 0: one layer of it for all of the student's."""
+        found, when = set(self.derivative_layers), "" if step is None else f" of step {step}"
+        if len(found) == 1 < len(self.student_layers) and options.has_term("derivative"):
+            warnings.warn(
+                f"the layer alignment{when} pairs teacher layer "
+                f"{self.teacher_layers[found.pop()]} with every sampled layer of the student: the "
+                "derivative is constant until another pairing is found. Use another "
+                'layer_alignment than "monotone", and at least as many teacher layers as student '
+                "layers",
+                stacklevel=2,
+            )
 
     @torch.no_grad()
     def _mean_costs(self, options: LossOptions, inputs: LossInputs) -> Tensor:

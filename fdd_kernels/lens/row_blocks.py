@@ -38,6 +38,7 @@ class RowBlock(NamedTuple):
         shared: what it has for all rows, each whole, such as numbers (V, ...) of columns.
         others: functions that compute the logits of further teachers, one matrix at a time.
         asks_gradient: whether the gradient is going to be asked for.
+        hidden_from: of causal attention, the first column that some row does not see.
     """
 
     student: Tensor
@@ -46,6 +47,7 @@ class RowBlock(NamedTuple):
     shared: tuple[Tensor, ...] = ()
     others: tuple[Callable[[], Tensor], ...] = ()
     asks_gradient: bool = True
+    hidden_from: int = 0
 
 
 # (block, *words, *numbers) of a `RowSpec` -> values (r, outputs) and the way to the gradient, None

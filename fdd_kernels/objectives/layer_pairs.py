@@ -154,12 +154,17 @@ def pair_layers(
     return LayerPairs(matrix, derivative_layers)
 
 
-def monotone_path(costs: Sequence[Sequence[float]]) -> tuple[int, ...]:
+def monotone_path(costs: Sequence[Sequence[float]], *, strictly: bool = False) -> tuple[int, ...]:
     """Find the columns j(1) <= j(2) <= ... of the least sum of costs[i][j(i)].
 
     The best sum that ends in column j is the row's cost there plus the least of the best sums of
-    the row before up to j. Of equal sums the path nearest to the diagonal wins.
+    the row before up to j. Of equal sums the path nearest to the diagonal wins. With `strictly`
+    j(1) < j(2) < ..., for which there must be at least as many columns as rows.
     """
+    if strictly:  # j(i) - i does not decrease
+        spare = len(costs[0]) - len(costs)
+        rows_from_i = [row[i : i + spare + 1] for i, row in enumerate(costs)]
+        return tuple([i + j for i, j in enumerate(monotone_path(rows_from_i))])
     rows, columns = len(costs), len(costs[0])
     best = [(0.0, 0, ())] * columns  # of each column: sum, distance to the diagonal, path
     for i, row in enumerate(costs):

@@ -320,6 +320,15 @@ def test_stretched_layers_are_found_in_order(picked):
     assert options.derivative_layers == alignment.derivative_layers
 
 
+def test_the_derivative_has_a_teacher_layer_of_its_own_for_each_student_layer():
+    """Though every layer of the student is nearest to one layer of the teacher."""
+    alignment, _ = alignment_of("argmin", [0, 3, 3, 3, 3])
+    assert len(set(alignment.derivative_layers)) == 4
+    with pytest.warns(UserWarning, match=r"teacher layer \d with every sampled layer"):
+        alignment, _ = alignment_of("monotone", [0, 0, 0])
+    assert len(set(alignment.derivative_layers)) == 1
+
+
 def test_one_teacher_layer_each_runs_on_every_backend():
     """Triton compares a student layer with one teacher layer; so do the pairs of "monotone"."""
     options = alignment_of("monotone", [0, 1, 1, 1, 2, 3])[1]

@@ -524,6 +524,12 @@ def test_the_monotone_path_is_the_best_and_of_equals_the_straightest(costs):
 
     paths = itertools.combinations_with_replacement(range(columns), rows)
     assert rank(monotone_path(costs)) == min(map(rank, paths))
+    if columns >= rows:
+        path = monotone_path(costs, strictly=True)
+        assert rank(path)[0] == min(
+            rank(p)[0] for p in itertools.combinations(range(columns), rows)
+        )
+        assert list(path) == sorted(set(path))
 
 
 MATRIX = ((1.0, 0.0, 0.5), (0.0, 2.0, 0.0))

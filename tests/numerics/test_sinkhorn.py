@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fdd_kernels import fused_sinkhorn_kd
-from fdd_kernels.backends.torch_stream import tiling
+from fdd_kernels.backends.torch_stream.pair_costs import GROUP_BYTES
 from fdd_kernels.objectives.logits import sinkhorn
 from fdd_kernels.testing import Problem, random_problem, unit_roundoff
 from fdd_kernels.testing.dense_call import gemm_rounding, summation_rounding
@@ -188,7 +188,7 @@ class TestFormula:
 
     @pytest.mark.parametrize("columns", [1, 3, 36, 37])
     def test_tiles_of_every_size(self, columns, monkeypatch):
-        monkeypatch.setitem(tiling.TILE_BYTES, "cpu", 8 * 10 * 7 * columns)
+        monkeypatch.setitem(GROUP_BYTES, "cpu", 8 * 10 * 6 * columns)
         check(random_problem(layers=1, dtype=F64, bias="padded"), student_softcap=4.0)
 
     def test_the_gradient_goes_through_the_iterations(self):
@@ -301,7 +301,7 @@ class TestEdges:
 
 def test_memory_does_not_grow_with_the_vocabulary(monkeypatch):
     """But for the head and its gradient."""
-    monkeypatch.setitem(tiling.TILE_BYTES, "cpu", 2**20)
+    monkeypatch.setitem(GROUP_BYTES, "cpu", 2**20)
     rows, columns = 256, 16384
     p = random_problem((rows,), columns, 2, 2, layers=1)
 

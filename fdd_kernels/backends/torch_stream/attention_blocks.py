@@ -115,7 +115,8 @@ class AttentionWalk:
         ]
         per_row = [self._part(t, groups, rows) for t in self.per_row]
         per_column = [self._part(t, groups, columns) for t in self.per_column]
-        return RowBlock(*scores, tuple(per_row), tuple(per_column), (), asks_gradient)
+        hidden_from = rows.start + 1 - columns.start if self.causal else 0
+        return RowBlock(*scores, tuple(per_row), tuple(per_column), (), asks_gradient, hidden_from)
 
     def add_gradients(
         self, place: Place, grad: Tensor, grad_queries: Tensor | None, grad_keys: Tensor | None, _
@@ -123,25 +124,29 @@ class AttentionWalk:
         """Add a block's gradients, from dL/ds (g * r, c), to those that are needed."""
         groups, rows, columns = place
         count = groups.stop - groups.start
-        grad_grc = grad.mul_(self.head.student_logit_scale).view(count, -1, grad.shape[-1])
+        grad_grc, scale = grad.view(count, -1, grad.shape[-1]), self.head.student_logit_scale
         if grad_queries is not None:
             keys = self._operand(self.inputs.student_weight, groups, columns)
-            self._split(grad_queries)[groups, rows] = grad_grc @ keys
+            of_queries = self._split(grad_queries)[groups, rows]
+            of_queries.baddbmm_(grad_grc, keys, beta=0, alpha=scale)
         if grad_keys is not None:
             queries = self._operand(self.inputs.student_hidden[0], groups, rows)
             first, many = groups.start // self.share, max(1, count // self.share)
             of_keys = self._split(grad_keys)[first : first + many, columns]
             # The rows of all queries that share keys, one after another.
-            of_keys += grad_grc.reshape(many, -1, grad.shape[-1]).mT @ queries.reshape(
-                many, -1, queries.shape[-1]
+            of_keys.baddbmm_(
+                grad_grc.reshape(many, -1, grad.shape[-1]).mT,
+                queries.reshape(many, -1, queries.shape[-1]),
+                alpha=scale,
             )
 
     def _scores(self, queries: Tensor, keys: Tensor, scale: float, place: Place) -> Tensor:
         """Compute scale * q . k of a block, (g * r, c)."""
         q_grd = self._operand(queries, place.groups, place.rows)
         k_gcd = self._operand(keys, place.groups, place.columns)
-        scores = torch.bmm(q_grd, k_gcd.mT)
-        return scores.mul_(scale).view(-1, scores.shape[-1])
+        nothing = q_grd.new_zeros(())
+        scores = torch.baddbmm(nothing, q_grd, k_gcd.mT, beta=0, alpha=scale)
+        return scores.view(-1, scores.shape[-1])
 
     def _operand(self, tensor: Tensor, groups: slice, rows: slice) -> Tensor:
         return self._part(tensor, groups, rows).to(self.dtype)

@@ -21,14 +21,29 @@ from fdd_kernels.lens.row_blocks import MATRICES, RowBlock, RowSpec
 # Of all matrices (r, V) of a row block; at least one row.
 BLOCK_BYTES = {"cpu": 128 * MIB}
 ACCELERATOR_BLOCK_BYTES = GIB
+# Matrices of these bytes stay in a CPU's cache from one elementwise pass to the next. A block of
+# fewer than GEMM_ROWS rows would read its head, and add to its gradient, too often.
+CACHED_BYTES = {"cpu": 8 * MIB}
+GEMM_ROWS, ATTENTION_ROWS = 256, 64
 # Beside a row function's: the student's logits before it, for the derivative of a soft cap.
 _OWN_MATRICES = 1
 
 
-def block_rows(columns: int, itemsize: int, device_type: str, matrices: float = MATRICES) -> int:
-    """Choose the rows of a block, for a row function that holds `matrices` of them."""
+def block_rows(
+    columns: int,
+    itemsize: int,
+    device_type: str,
+    matrices: float = MATRICES,
+    least: int = GEMM_ROWS,
+) -> int:
+    """Choose the rows of a block, for a row function that holds `matrices` of them.
+
+    They fit the cache, but are not fewer than `least`; they always fit `BLOCK_BYTES`.
+    """
+    row_bytes = (matrices + _OWN_MATRICES) * columns * itemsize
     budget = BLOCK_BYTES.get(device_type, ACCELERATOR_BLOCK_BYTES)
-    return max(1, int(budget // ((matrices + _OWN_MATRICES) * columns * itemsize)))
+    cached = CACHED_BYTES.get(device_type, budget)
+    return max(1, int(min(budget // row_bytes, max(least, cached // row_bytes))))
 
 
 def row_blocks(
@@ -62,7 +77,8 @@ def row_blocks(
         torch.zeros_like(t, dtype=dtype, memory_format=torch.contiguous_format) if need else None
         for t, need in zip(student, needed if upstream is not None else [False] * 3)
     ]
-    size = block_rows(walk.columns, dtype.itemsize, inputs.device.type, spec.matrices)
+    least = ATTENTION_ROWS if spec.of_attention else GEMM_ROWS
+    size = block_rows(walk.columns, dtype.itemsize, inputs.device.type, spec.matrices, least)
     for rows, place in walk.places(size):
         block = walk.block(place, upstream is not None)
         values[rows], grad_of = spec.of_block(block)
@@ -71,6 +87,7 @@ def row_blocks(
         grad_u = grad_of(upstream[rows])
         del block, grad_of
         walk.add_gradients(place, grad_u, *gradients)
+        del grad_u  # before the next block
     return [values, *[g for g in gradients if g is not None]]
 
 

@@ -10,26 +10,41 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fdd_kernels.backends.torch_stream import tiling
 from fdd_kernels.backends.torch_stream.problem import TorchModel, TorchProblem
+from fdd_kernels.common.sizes import GIB, MIB
 from fdd_kernels.lens.inputs import LensInputs
 from fdd_kernels.lens.spec import LensSpec
 
-# Tiles (b, c) at hand: of both models logits and probabilities, of the student's gradient three.
-_TILES = 7
+# Of all tiles of a group at hand; at least one token's.
+GROUP_BYTES = {"cpu": 128 * MIB}
+ACCELERATOR_GROUP_BYTES = GIB
+# Tiles (b, c) at hand: of both models logits and probabilities, of the student's gradient two.
+TILES = 6
+
+
+def tile_columns(of_token: int, columns: int, itemsize: int, device_type: str) -> int:
+    """Choose the tokens of a tile, of which each takes so many numbers."""
+    budget = GROUP_BYTES.get(device_type, ACCELERATOR_GROUP_BYTES)
+    return max(1, min(columns, budget // (itemsize * of_token)))
 
 
 class GroupOfRows:
-    """The predictions of both models at some rows, tile by tile, at a temperature."""
+    """The predictions of both models at some rows, tile by tile, at a temperature.
+
+    Logits are computed again in every walk over several tiles. Those of a vocabulary that is one
+    tile are held.
+    """
 
     def __init__(self, problem: TorchProblem, rows: Tensor, temperature: float):
         self.problem, self.temperature = problem, temperature
         self.models = problem.student, problem.teacher
         self.hidden = [model.rows(rows) for model in self.models]
-        budget = tiling.TILE_BYTES.get(problem.device.type, tiling.ACCELERATOR_TILE_BYTES)
-        widest = max(h.shape[-1] for h in self.hidden)
-        size = budget // (problem.dtype.itemsize * max(_TILES * len(rows), widest))
-        self.size = max(1, min(problem.spec.columns, size))
+        converted = [m.weight.shape[1] for m in self.models if m.weight.dtype != problem.dtype]
+        of_token = max(TILES * len(rows), *converted, 1)
+        self.size = tile_columns(
+            of_token, problem.spec.columns, problem.dtype.itemsize, problem.device.type
+        )
+        self._held: dict[int, Tensor] = {}
 
     def tiles(self) -> Iterator[slice]:
         """Yield the tiles of the vocabulary."""
@@ -38,8 +53,13 @@ class GroupOfRows:
 
     def logits(self, side: int, columns: slice) -> Tensor:
         """Compute the logits u of a tile, (b, c), of the student (0) or the teacher (1)."""
+        if side in self._held:
+            return self._held[side]
         model: TorchModel = self.models[side]
-        return model.logits(self.hidden[side], model.weight_tile(columns), columns)[0]
+        u = model.logits(self.hidden[side], model.weight_tile(columns), columns)[0]
+        if self.size == self.problem.spec.columns:
+            self._held[side] = u
+        return u
 
     def log_sum_exps(self) -> Tensor:
         """Compute those of both models' logits over the temperature, (2, b, 1)."""
@@ -106,15 +126,17 @@ def pair_cost_gradients(
     sizes = [len(rows) ** 2 for rows in groups]
     for rows, lse, of_costs in zip(groups, lses, upstream.split(sizes)):
         group, of_costs = GroupOfRows(problem, rows, temperature), of_costs.view(len(rows), -1)
-        common = 0.0
-        for tile in group.tiles():
-            _, q, p = group.probabilities(tile, lse)
-            common = common + (q * _of_first(q, p, of_costs)).sum(-1, keepdim=True)
-        for tile in group.tiles():
+        common, tiles = 0.0, list(group.tiles())
+        for tile in tiles:
             u, q, p = group.probabilities(tile, lse)
-            grad = _of_first(q, p, of_costs).sub_(common).mul_(q).div_(temperature)
-            del q, p
-            grad = problem.student.chain(grad, u)
+            of_q = _of_first(q, p, of_costs)
+            common = common + (q * of_q).sum(-1, keepdim=True)
+        for tile in tiles:
+            if len(tiles) > 1:
+                u, q, p = group.probabilities(tile, lse)
+                of_q = _of_first(q, p, of_costs)
+            grad = problem.student.chain(of_q.sub_(common).mul_(q).div_(temperature), u)
+            del q, p, of_q
             if of_bias is not None:
                 of_bias[tile] += grad.sum(0)
             if of_weight is not None:
@@ -125,8 +147,10 @@ def pair_cost_gradients(
 
 
 def _of_first(q: Tensor, p: Tensor, of_costs: Tensor) -> Tensor:
-    """Compute sum over j of of_costs_ij sign(q_i - p_j), (b, c)."""
-    with torch.enable_grad():
-        q = q.detach().requires_grad_()
-        (grad,) = torch.autograd.grad(torch.cdist(q, p, p=1.0), q, of_costs.contiguous())
-    return grad
+    """Compute sum over j of of_costs_ij sign(q_i - p_j), (b, c).
+
+    It is what autograd calls for `torch.cdist`. The distances, its last argument, have no part in
+    the gradient of absolute values.
+    """
+    of_costs = of_costs.contiguous()
+    return torch.ops.aten._cdist_backward(of_costs, q, p, 1.0, of_costs)

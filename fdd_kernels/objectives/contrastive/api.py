@@ -206,7 +206,9 @@ def _sides(inputs: ContrastiveInputs, ignore_index: int, rank: int) -> tuple[Sid
         if i == 0 and inputs.labels is not None:
             present = present & (inputs.labels != ignore_index)
         own = torch.arange(count, device=student.device) + rank * count
-        sides.append(Side(student, teachers, tags[i].to(torch.int64, copy=True), present, own))
+        whole = mask is None and (i == 1 or inputs.labels is None)
+        of_side = tags[i].to(torch.int64, copy=True)
+        sides.append(Side(student, teachers, of_side, present, own, whole))
     return tuple(sides)
 
 
@@ -228,14 +230,18 @@ def _direction(
         head = torch.cat([head, columns.teachers[0].to(head.dtype)])
         column_tags, present = torch.cat([column_tags] * 2), torch.cat([present] * 2)
     teachers = list(rows.teachers) if o.has_teachers else []
+    their_columns = columns.teachers[0] if len(teachers) == 1 else None
+    if len(teachers) > 1:
+        their_columns = torch.cat(columns.teachers, 1)
+    whole = rows.whole and (labels is None or columns.whole)
     scores = LensInputs(
         [rows.student],
         head,
         None,
         teachers,
-        torch.cat(columns.teachers, 1) if teachers else None,
+        their_columns,
         None,
-        valid,
+        None if whole else valid,
         None,
     )
     per_row = [rows.own, rows.tags, _weights(inputs, rows, count)]
@@ -244,7 +250,9 @@ def _direction(
     spec = LensSpec(len(head), (), (), 1.0, None, 1.0, None)
     backend = resolve_row_backend(o.backend)
     call = LogitCall(options, spec, backend, (count,), scores, divisor, None)
-    formula = Formula(o.row_function, (o.exclude,), (), dense(o.row_function))
+    formula = Formula(
+        o.row_function, (o.exclude, "all" if columns.whole else "some"), (), dense(o.row_function)
+    )
     return call.loss(formula, *per_row, shared=(column_tags, present))
 
 

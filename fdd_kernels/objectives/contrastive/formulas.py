@@ -13,66 +13,79 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from fdd_kernels.lens.divergences import DIVERGENCES
 from fdd_kernels.lens.row_blocks import GradOf, RowBlock, row_function
-from fdd_kernels.lens.softmax import log_softmax_, logit_gradient_, sum_over_tokens
+from fdd_kernels.lens.softmax import (
+    Hidden,
+    RowSoftmax,
+    kl_of_logits_,
+    log_softmax_,
+    logit_gradient_,
+    subtract_max_,
+    sum_over_tokens,
+)
 from fdd_kernels.objectives.dense import expected_ratio
-
-_KL = DIVERGENCES["kl"].value
 
 
 def _left_out(
-    exclude: str, own: Tensor, tags: Tensor, column_tags: Tensor, present: Tensor
-) -> Tensor:
-    """Mark the columns that a row is not compared with, (r, C)."""
+    exclude: str, there: str, own: Tensor, tags: Tensor, column_tags: Tensor, present: Tensor
+) -> Hidden | None:
+    """Mark the columns that a row is not compared with, (r, C); None: it is with all.
+
+    `there` says whether "all" columns are present, or "some".
+    """
+    marked = None
     if exclude == "same_tag":
-        return (tags[:, None] == column_tags).logical_or_(~present)
-    if exclude == "self":
-        columns = torch.arange(len(present), device=present.device)
-        return (own[:, None] == columns).logical_or_(~present)
-    return (~present).expand(len(own), -1)
+        marked = tags[:, None] == column_tags
+    elif exclude == "self":
+        marked = own[:, None] == torch.arange(len(present), device=present.device)
+    if there == "some":
+        marked = (~present).expand(len(own), -1) if marked is None else marked | ~present
+    return None if marked is None else Hidden(marked)
 
 
-def _without(z: Tensor, left_out: Tensor) -> Tensor:
-    return z.masked_fill_(left_out, -torch.inf)
+def _without(z: Tensor, left_out: Hidden | None) -> Tensor:
+    return z if left_out is None else left_out.fill_(z, -torch.inf)
 
 
-@row_function
-def infonce(block: RowBlock, exclude: str) -> tuple[Tensor, GradOf]:
+def _positives(tags: Tensor, column_tags: Tensor, left_out: Hidden | None) -> Tensor:
+    """Mark the columns of a row's tag, (r, C)."""
+    marked = tags[:, None] == column_tags
+    return marked if left_out is None else marked.logical_and_(~left_out.mask)
+
+
+@row_function(matrices=1.25)
+def infonce(block: RowBlock, exclude: str, there: str) -> tuple[Tensor, GradOf]:
     """Compute -log q of the label's column, which is never left out."""
     own, tags, _, labels = block.per_row
-    at = labels[:, None]
-    left_out = _left_out(exclude, own, tags, *block.shared)
-    log_q = _without(block.student, left_out.clone().scatter_(-1, at, False))
-    log_softmax_(log_q)
-    value = -log_q.gather(-1, at)
+    at, z = labels[:, None], block.student
+    of_label = z.gather(-1, at)
+    _without(z, _left_out(exclude, there, own, tags, *block.shared)).scatter_(-1, at, of_label)
+    largest_at = subtract_max_(z)[1]
+    of_label = z.gather(-1, at)
+    q = RowSoftmax.of_exps_(z.exp_(), largest_at)
 
     def grad_of(upstream: Tensor) -> Tensor:
-        return logit_gradient_(torch.zeros_like(log_q).scatter_(-1, at, -upstream), log_q)
+        _, lacks = q.at_columns(at)
+        return q.probabilities_(upstream).scatter_(-1, at, -lacks * upstream)
 
-    return value, grad_of
+    return q.others.log1p() - of_label, grad_of
 
 
 @row_function
-def contrastive_kl(block: RowBlock, exclude: str) -> tuple[Tensor, GradOf]:
+def contrastive_kl(block: RowBlock, exclude: str, there: str) -> tuple[Tensor, GradOf]:
     """Compute KL(p || q) with p the weighted mean of the teachers' softmaxes."""
     own, tags, weights = block.per_row
-    left_out = _left_out(exclude, own, tags, *block.shared)
-    log_q, log_p = _without(block.student, left_out), None
-    log_softmax_(log_q)
+    left_out = _left_out(exclude, there, own, tags, *block.shared)
+    z_s = _without(block.student, left_out)
+    if weights.shape[-1] == 1:
+        return kl_of_logits_(z_s, _without(block.teacher, left_out), left_out)
+    log_p = None
     for of_teacher, log_weight in zip(_teachers(block), weights.log().unbind(-1)):
         log_softmax_(_without(of_teacher, left_out))
-        if weights.shape[-1] > 1:
-            of_teacher += log_weight[:, None]
+        of_teacher += log_weight[:, None]
         log_p = of_teacher if log_p is None else torch.logaddexp(log_p, of_teacher, out=log_p)
-    if weights.shape[-1] > 1:
-        # The weights' sum drops out, and the likeliest column's probability is exact again.
-        log_softmax_(log_p)
-
-    def grad_of(upstream: Tensor) -> Tensor:
-        return logit_gradient_(log_p.exp_().neg_(), log_q).mul_(upstream)
-
-    return sum_over_tokens(_KL, log_q, log_p), grad_of
+    # The weights' sum drops out in the softmax.
+    return kl_of_logits_(z_s, log_p, left_out)
 
 
 def _teachers(block: RowBlock) -> Iterator[Tensor]:
@@ -82,11 +95,11 @@ def _teachers(block: RowBlock) -> Iterator[Tensor]:
 
 
 @row_function
-def supcon(block: RowBlock, exclude: str) -> tuple[Tensor, GradOf]:
+def supcon(block: RowBlock, exclude: str, there: str) -> tuple[Tensor, GradOf]:
     """Compute -mean of log q over the positives, the columns of the row's tag; 0 without any."""
     own, tags, _ = block.per_row
-    left_out = _left_out(exclude, own, tags, *block.shared)
-    positive = (tags[:, None] == block.shared[0]).logical_and_(~left_out)
+    left_out = _left_out(exclude, there, own, tags, *block.shared)
+    positive = _positives(tags, block.shared[0], left_out)
     log_q = _without(block.student, left_out)
     del left_out
     log_softmax_(log_q)
@@ -99,7 +112,7 @@ def supcon(block: RowBlock, exclude: str) -> tuple[Tensor, GradOf]:
 
 
 @row_function
-def supcon_of_teacher(block: RowBlock, exclude: str) -> tuple[Tensor, GradOf]:
+def supcon_of_teacher(block: RowBlock, exclude: str, there: str) -> tuple[Tensor, GradOf]:
     """Compute the mean over the positives t of lse_j(a . s_j) - a . t; 0 without any.
 
     The first half of the columns are the student's s, in the softmax, the others the teacher's t.
@@ -107,8 +120,8 @@ def supcon_of_teacher(block: RowBlock, exclude: str) -> tuple[Tensor, GradOf]:
     own, tags, _ = block.per_row
     (column_tags, present), z = block.shared, block.student
     half = z.shape[-1] // 2
-    left_out = _left_out(exclude, own, tags, column_tags[:half], present[:half])
-    positive = (tags[:, None] == column_tags[:half]).logical_and_(~left_out)
+    left_out = _left_out(exclude, there, own, tags, column_tags[:half], present[:half])
+    positive = _positives(tags, column_tags[:half], left_out)
     log_q, scores = z.split(half, -1)
     lse = log_softmax_(_without(log_q, left_out))
     count = positive.sum(-1, keepdim=True)
@@ -124,16 +137,21 @@ def supcon_of_teacher(block: RowBlock, exclude: str) -> tuple[Tensor, GradOf]:
 
 
 @row_function
-def margin_mse(block: RowBlock, exclude: str) -> tuple[Tensor, GradOf]:
+def margin_mse(block: RowBlock, exclude: str, there: str) -> tuple[Tensor, GradOf]:
     """Compute 2 Var_c(s - t), the mean of squared differences of margins over all pairs of columns.
 
     With e the difference from its mean over the C columns, the gradient is 4 e / C.
     """
     own, tags, _ = block.per_row
-    left_out = _left_out(exclude, own, tags, *block.shared)
-    count = (left_out.shape[-1] - left_out.sum(-1, keepdim=True)).clamp_(min=1)
-    e = block.student.sub_(block.teacher).masked_fill_(left_out, 0.0)
-    e.sub_(e.sum(-1, keepdim=True) / count).masked_fill_(left_out, 0.0)
+    left_out = _left_out(exclude, there, own, tags, *block.shared)
+    e = block.student.sub_(block.teacher)
+    count = e.new_full((len(e), 1), e.shape[-1])
+    if left_out is not None:
+        count = (count - left_out.count()).clamp_(min=1)
+        left_out.fill_(e, 0.0)
+    e.sub_(e.sum(-1, keepdim=True) / count)
+    if left_out is not None:
+        left_out.fill_(e, 0.0)
 
     def grad_of(upstream: Tensor) -> Tensor:
         return e.mul_(4 * upstream / count)
@@ -145,11 +163,12 @@ def dense(name: str) -> Callable[..., Tensor]:
     """Return the dense form of a loss, which autograd can differentiate any number of times."""
 
     def of_scores(s: Tensor, t: Tensor | list[Tensor] | None, own, tags, weights, *rest) -> Tensor:
-        *labels, column_tags, present, exclude = rest
+        *labels, column_tags, present, exclude, there = rest
         if name == "supcon_of_teacher":
             s, scores = s.chunk(2, -1)
             column_tags, present = column_tags[: s.shape[-1]], present[: s.shape[-1]]
-        left_out = _left_out(exclude, own, tags, column_tags, present)
+        hidden = _left_out(exclude, there, own, tags, column_tags, present)
+        left_out = s.new_zeros(s.shape, dtype=torch.bool) if hidden is None else hidden.mask
         if name == "margin_mse":
             count = (~left_out).sum(-1, keepdim=True).clamp(min=1)
             e = torch.where(left_out, 0.0, s - t)

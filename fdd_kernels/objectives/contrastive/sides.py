@@ -24,6 +24,7 @@ class Side:
         tags: (N,) int.
         present: (N,) bool; entries that are not are left out.
         own: (N,) int64, the index of each entry's partner among the columns.
+        whole: whether it is known, without looking, that all entries are present.
     """
 
     student: Tensor
@@ -31,13 +32,16 @@ class Side:
     tags: Tensor
     present: Tensor
     own: Tensor
+    whole: bool
 
     def ready(self, normalize: bool) -> Side:
         """Return the side in float32 or float64, with vectors of length 1 if so asked."""
         tensors = self.student, *self.teachers
         double = any(t.dtype == torch.float64 for t in tensors)
-        dtype = torch.float64 if double else torch.float32
-        student, *teachers = (_ready(t.to(dtype), self.present, normalize) for t in tensors)
+        tensors = [t.to(torch.float64 if double else torch.float32) for t in tensors]
+        if not self.whole:  # what is left out may be NaN
+            tensors = [torch.where(self.present[:, None], t, 0.0) for t in tensors]
+        student, *teachers = (_ready(t, normalize) for t in tensors)
         return replace(self, student=student, teachers=tuple(teachers))
 
     def scaled(self, scale: Tensor | float, teacher_scales: tuple[float, ...]) -> Side:
@@ -70,19 +74,18 @@ class Side:
             teachers=tuple([constant(t) for t in self.teachers]),
             tags=constant(self.tags),
             present=constant(self.present.to(torch.uint8)) != 0,
+            whole=False,  # another process may have a mask
         )
 
 
-def _ready(rows: Tensor, present: Tensor, normalize: bool) -> Tensor:
-    """Set entries that are left out to 0, and normalise; a vector of length 0 has gradient 0."""
-    rows = torch.where(present[:, None], rows, 0.0)
+def _ready(rows: Tensor, normalize: bool) -> Tensor:
+    """Normalise vectors (N, D) if so asked; one of length 0 has gradient 0."""
     if not normalize:
         return rows
+    is_zero = torch.linalg.vector_norm(rows.detach(), torch.inf, dim=-1, keepdim=True) == 0
+    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True).clamp(min=_LEAST_NORM)
     # Of a vector of zeros autograd would take g / _LEAST_NORM for the gradient.
-    none = (rows == 0).all(-1, keepdim=True)
-    rows = torch.where(none, 0.0, rows)
-    length = torch.linalg.vector_norm(torch.where(none, 1.0, rows), dim=-1, keepdim=True)
-    return rows / length.clamp(min=_LEAST_NORM)
+    return rows / torch.where(is_zero, torch.inf, length)
 
 
 def own_offset(group, device: torch.device, counts: tuple[int, int]) -> int:

@@ -200,7 +200,7 @@ class FDDConfig(LossOptions):
             each, unless `layer_weights` are of pairs or there is a `layer_alignment`.
         layer_alignment: how the sampled layers are paired: rank, in order; or from the data, by
             argmin, monotone, attention, sinkhorn or emd, as in `align_layers`. The costs are those
-            of the trajectory, and the derivative takes the monotone pairing.
+            of the trajectory, and the derivative takes a pairing in the order of depth.
         alignment_every: optimizer steps from one matching to the next; the first is at step 0.
         alignment_epsilon: the temperature of attention and sinkhorn, in units of the costs; it
             follows the costs' spread if not given.

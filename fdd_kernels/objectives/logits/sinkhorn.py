@@ -57,8 +57,10 @@ def fused_sinkhorn_kd(
     The gradient flows through all iterations, as there. It is computed in the log domain, so that
     no small epsilon underflows.
 
-    W is streamed over tiles of the vocabulary, in two walks; the backward pass takes two more. Of
-    each group, 2 x `iterations` matrices (b, b) wait for it. Its time grows with b^2 x vocabulary.
+    W is streamed over tiles of the vocabulary, in two walks; the backward pass takes two more. A
+    group whose vocabulary fits one tile, at most 128 MiB on a CPU and 1 GiB elsewhere, computes its
+    logits once in each direction. Of each group, 2 x `iterations` matrices (b, b) wait for the
+    backward pass. Its time grows with b^2 x vocabulary.
     Two equal probabilities add 0 to the gradient. The loss can be differentiated once. Under
     torch.compile the call is left to eager mode, and with fullgraph=True it is an error.
 

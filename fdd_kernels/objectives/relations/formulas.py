@@ -11,7 +11,13 @@ from torch import Tensor
 
 from fdd_kernels.lens.divergences import DIVERGENCES
 from fdd_kernels.lens.row_blocks import CAUSAL, PACKED, GradOf, RowBlock, row_function
-from fdd_kernels.lens.softmax import log_softmax_, logit_gradient_, sum_over_tokens
+from fdd_kernels.lens.softmax import (
+    Hidden,
+    kl_of_logits_,
+    log_softmax_,
+    logit_gradient_,
+    sum_over_tokens,
+)
 from fdd_kernels.objectives.dense import expected_ratio
 
 KINDS = ("kl", "jeffreys", "mse")
@@ -50,9 +56,7 @@ def attention_rows(block: RowBlock, kind: str, flags: str) -> tuple[Tensor, Grad
     "kl" KL(p || q) and "jeffreys" KL(p || q) + KL(q || p) of the softmaxes, "mse" the mean square
     of the scores' difference.
     """
-    hidden = _hide(block, flags)
-    value, of_scores = _compare(kind, block.student, block.teacher, hidden)
-    return value, lambda upstream: of_scores().mul_(upstream)
+    return _compare(kind, block.student, block.teacher, _hide(block, flags))
 
 
 # The scores, and of the columns that are chosen both models' scores, indices of 8 bytes, and what a
@@ -63,56 +67,53 @@ def nearest_rows(block: RowBlock, kind: str, flags: str, k: float) -> tuple[Tens
     _hide(block, flags)
     s = block.student
     t, at = block.teacher.topk(min(int(k), s.shape[-1]), -1)
-    value, of_scores = _compare(kind, s.gather(-1, at), t, t == -torch.inf)
-
-    def grad_of(upstream: Tensor) -> Tensor:
-        return s.zero_().scatter_(-1, at, of_scores().mul_(upstream))
-
-    return value, grad_of
+    value, of_scores = _compare(kind, s.gather(-1, at), t, Hidden(t == -torch.inf))
+    return value, lambda upstream: s.zero_().scatter_(-1, at, of_scores(upstream))
 
 
-def _hide(block: RowBlock, flags: str) -> Tensor | None:
-    """Set the scores of columns that are not seen to -inf; mark them, (n, c)."""
-    hidden = left_out(flags, block.per_row, block.shared)
-    if hidden is None:
+def _hide(block: RowBlock, flags: str) -> Hidden | None:
+    """Set the scores of columns that are not seen to -inf, and mark them."""
+    first = block.hidden_from if flags == CAUSAL else 0
+    marked = left_out(flags, block.per_row, [t[:, first:] for t in block.shared])
+    if marked is None:
         return None
-    shape = block.student.shape
-    hidden = hidden.expand(*block.per_row[0].shape, shape[-1]).reshape(shape)
+    shape = len(block.student), block.student.shape[-1] - first
+    marked = marked.expand(*block.per_row[0].shape, shape[-1]).reshape(shape)
+    hidden = Hidden(marked, first)
     for scores in (block.student, block.teacher):
-        scores.masked_fill_(hidden, -torch.inf)
+        hidden.fill_(scores, -torch.inf)
     return hidden
 
 
-def _compare(kind: str, s: Tensor, t: Tensor, hidden: Tensor | None):
-    """Return values (n, 1) and a function that returns dL/ds; overwrites the scores."""
-    return _mse(s, t, hidden) if kind == "mse" else _divergence(kind, s, t)
+def _compare(kind: str, s: Tensor, t: Tensor, hidden: Hidden | None) -> tuple[Tensor, GradOf]:
+    """Return values (n, 1) and the way to dL/ds; overwrites the scores."""
+    if kind == "kl":
+        return kl_of_logits_(s, t, hidden)
+    return _mse(s, t, hidden) if kind == "mse" else _jeffreys(s, t)
 
 
-def _mse(s: Tensor, t: Tensor, hidden: Tensor | None):
+def _mse(s: Tensor, t: Tensor, hidden: Hidden | None) -> tuple[Tensor, GradOf]:
     e, count = s.sub_(t), s.new_full((len(s), 1), s.shape[-1])
     if hidden is not None:
-        e.masked_fill_(hidden, 0.0)
-        count = (count - hidden.sum(-1, keepdim=True)).clamp_(min=1)
-    return sum_over_tokens(torch.square, e) / count, lambda: e.mul_(2 / count)
+        hidden.fill_(e, 0.0)
+        count = (count - hidden.count()).clamp_(min=1)
+    value = sum_over_tokens(torch.square, e) / count
+    return value, lambda upstream: e.mul_(2 * upstream / count)
 
 
-def _divergence(kind: str, s: Tensor, t: Tensor):
+def _jeffreys(s: Tensor, t: Tensor) -> tuple[Tensor, GradOf]:
     log_softmax_(s)
     log_softmax_(t)
-    value = sum_over_tokens(_KL, s, t)
-    if kind == "jeffreys":
-        value = value + sum_over_tokens(_REVERSE_KL, s, t)
+    value = sum_over_tokens(_KL, s, t) + sum_over_tokens(_REVERSE_KL, s, t)
 
-    def of_scores() -> Tensor:
-        if kind == "kl":
-            return logit_gradient_(t.exp_().neg_(), s)
+    def grad_of(upstream: Tensor) -> Tensor:
         # dL/dlog q is q (log q - log p) - p, but for a multiple of q.
         grad, q = s - t, s.exp()
         grad.mul_(q).masked_fill_(q == 0, 0.0)
         del q
-        return logit_gradient_(grad.sub_(t.exp_()), s)
+        return logit_gradient_(grad.sub_(t.exp_()), s).mul_(upstream)
 
-    return value, of_scores
+    return value, grad_of
 
 
 def dense_rows(
