@@ -59,13 +59,14 @@ def train(distiller: Distiller, student, own, items, world: int = 1) -> list[dic
 
 def found_with(config: FDDConfig, rank: int, world: int) -> dict:
     """Train; also the message if DistributedDataParallel is not told of unused parameters."""
-    student, teacher = models()
-    try:
-        wrapped = DistributedDataParallel(student)
-        Distiller(student, teacher, config)(batches(0, 1)[0], student=wrapped, step=0)
-        refused = ""
-    except ValueError as error:
-        refused = str(error)
+    refused = []
+    for static in (False, True):
+        student, teacher = models()
+        try:
+            wrapped = DistributedDataParallel(student, static_graph=static)
+            Distiller(student, teacher, config)(batches(0, 1)[0], student=wrapped, step=0)
+        except ValueError as error:
+            refused.append(str(error))
     student, teacher = models()
     distiller = Distiller(student, teacher, config)
     wrapped = DistributedDataParallel(student, find_unused_parameters=True)
