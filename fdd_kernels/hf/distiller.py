@@ -23,7 +23,13 @@ from fdd_kernels.hf.routers import RouterLoss, router_coefficient
 from fdd_kernels.hf.schedule import Schedules
 from fdd_kernels.hf.targets import StudentSide, Targets
 from fdd_kernels.hf.teachers import Teacher, as_teacher, model_states, require_model
-from fdd_kernels.hf.unreached import parameters_outside, refuse_unreached, waits_for_all
+from fdd_kernels.hf.unreached import (
+    is_static,
+    parameters_outside,
+    refuse_changes,
+    refuse_unreached,
+    waits_for_all,
+)
 from fdd_kernels.hf.wrappers import inside_forward, own_rows
 from fdd_kernels.objectives.fdd.options import FDDConfig, FDDLossTerms, LossOptions
 from fdd_kernels.objectives.reduction import safe_denominator
@@ -147,8 +153,11 @@ class Distiller:
         at every step. DistributedDataParallel waits for all gradients unless it is given
         `find_unused_parameters=True`.
         """
+        return self._without_gradient(*self.schedules.possible)
+
+    def _without_gradient(self, *possible: LossOptions) -> list[str]:
         idle = [] if self.config.train_head else [self.student.head]
-        for options in self.schedules.possible:
+        for options in possible:
             if not self._runs_to_the_end(options):
                 last = max(self._needed(self.student_layers, options), default=0)
                 idle.extend(self.student.blocks[last:])
@@ -238,6 +247,8 @@ class Distiller:
             weight = min(options.output_kd_weight for options in self.schedules.possible)
             why = f"train_head={self.config.train_head}, output_kd_weight={weight:g}"
             refuse_unreached(self.parameters_without_gradient(), why)
+        elif is_static(model):
+            refuse_changes(self._without_gradient(options) for options in self.schedules.possible)
         options = self.schedules.begin(step)
         if teacher_states is None:
             teacher_states = self._targets(batch, options)

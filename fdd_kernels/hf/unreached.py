@@ -39,6 +39,26 @@ def waits_for_all(model: nn.Module) -> bool:
     )
 
 
+def is_static(model: nn.Module) -> bool:
+    """Whether `model` is DistributedDataParallel that expects the gradients of its first backward
+    pass in every other.
+    """
+    return getattr(data_parallel(model), "static_graph", False) and torch.is_grad_enabled()
+
+
+def refuse_changes(names: Iterable[Sequence[str]]) -> None:
+    """Raise ValueError if other parameters are without gradient at one step than at another.
+
+    Args:
+        names: of those parameters, at each step at which they may change.
+    """
+    if len(set(map(tuple, names))) > 1:
+        raise ValueError(
+            "static_graph=True, but schedules or stages leave out other parameters at one step "
+            "than at another: wrap the student with find_unused_parameters=True instead"
+        )
+
+
 def refuse_unreached(names: Sequence[str], why: str) -> None:
     """Raise ValueError if there are parameters that DistributedDataParallel would wait for.
 

@@ -210,8 +210,10 @@ class FDDTrainerMixin(ProvenCheckpoints):
                 (folder / STATE_FILE).write_text(json.dumps(state, allow_nan=False) + "\n", "utf-8")
 
     def _missing(self, folder: Path) -> list[str]:
-        is_needed = self.distiller.config.changes and not (folder / STATE_FILE).is_file()
-        return [*super()._missing(folder), *([STATE_FILE] if is_needed else [])]
+        missing, changes = super()._missing(folder), self.distiller.config.changes
+        if changes and not (folder / STATE_FILE).is_file():
+            missing.append(f"{STATE_FILE} (which a training with {', '.join(changes)} writes)")
+        return missing
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)

@@ -57,19 +57,16 @@ def train(distiller: Distiller, student, own, items, world: int = 1) -> list[dic
     return logged
 
 
-def main(kind: str, rank: int, world: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
-    )
-    config = {"state": CONFIG, "stage": STAGED}[kind]
-    student, teacher = models()
-    try:
-        wrapped = DistributedDataParallel(student)
-        Distiller(student, teacher, config)(batches(0, 1)[0], student=wrapped, step=0)
-        refused = ""
-    except ValueError as error:
-        refused = str(error)
+def found_with(config: FDDConfig, rank: int, world: int) -> dict:
+    """Train; also the message if DistributedDataParallel is not told of unused parameters."""
+    refused = []
+    for static in (False, True):
+        student, teacher = models()
+        try:
+            wrapped = DistributedDataParallel(student, static_graph=static)
+            Distiller(student, teacher, config)(batches(0, 1)[0], student=wrapped, step=0)
+        except ValueError as error:
+            refused.append(str(error))
     student, teacher = models()
     distiller = Distiller(student, teacher, config)
     wrapped = DistributedDataParallel(student, find_unused_parameters=True)
@@ -79,16 +76,27 @@ def main(kind: str, rank: int, world: int, folder: Path) -> None:
 
     own = [batches(step, 2 * world)[rank::world] for step in range(STEPS)]
     logged = train(distiller, wrapped, own.__getitem__, items, world)
-    found = {
+    return {
         "refused": refused,
         "logged": logged,
         "state": distiller.state_dict(),
         "weights": {name: p.detach() for name, p in student.named_parameters()},
     }
+
+
+KINDS = {"state": CONFIG, "stage": STAGED}
+
+
+def main(rank: int, world: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
+    )
+    found = {kind: found_with(config, rank, world) for kind, config in KINDS.items()}
     torch.save(found, folder / f"{rank}.pt")
 
 
 if __name__ == "__main__":
     show_stack_when_asked()
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    main(int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
     leave()

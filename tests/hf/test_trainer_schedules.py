@@ -150,7 +150,7 @@ def test_a_checkpoint_without_the_state_is_refused(whole, tmp_path):
     shutil.copytree(folder / "checkpoint-3", tmp_path / "checkpoint-3")
     (tmp_path / "checkpoint-3" / "fdd_state.json").unlink()
     run = again(tmp_path)
-    with pytest.raises(ValueError, match=r"checkpoint-3' lacks fdd_state.json"):
+    with pytest.raises(ValueError, match=r"checkpoint-3' lacks fdd_state.json \(which a training"):
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     with (
         pytest.warns(UserWarning, match=r"checkpoint-3 lacks fdd_state.json"),

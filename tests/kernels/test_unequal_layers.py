@@ -29,7 +29,8 @@ from tests.support.allocations import allocated_peak
 if extension.kernels is None:
     pytest.skip(f"no C++ kernels: {extension.why_missing}", allow_module_level=True)
 
-DEPTHS = pytest.mark.parametrize("depths", [(2, 5), (4, 1), (3, 3)], ids=str)
+PAIRS = [(2, 5), (4, 1), (3, 3)]
+DEPTHS = pytest.mark.parametrize("depths", PAIRS, ids=str)
 ROWS, COLUMNS, WIDTHS = 24, 272, (16, 20)
 
 # Count the multiplications of all GEMMs; the profiler sees one thread.
@@ -48,12 +49,14 @@ COUNT = textwrap.dedent("""
         factors = [e.input_shapes[first[e.name] :][:2] for e in events if e.name in first]
         return sum(rows * depth * columns for (rows, depth), (_, columns) in factors)
 
-    inputs, spec = call(json.loads(sys.argv[1]))
-    found = {"library": kernels.gemm_library()}
-    for way in (with_two_operations, with_cached_logits):
-        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
-            way(inputs, spec)
-        found[way.__name__] = multiplications(recorded.events())
+    found = []
+    for depths in json.loads(sys.argv[1]):
+        inputs, spec = call(depths)
+        found.append({"library": kernels.gemm_library()})
+        for way in (with_two_operations, with_cached_logits):
+            with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+                way(inputs, spec)
+            found[-1][way.__name__] = multiplications(recorded.events())
     print(json.dumps(found))
 """)
 
@@ -91,11 +94,11 @@ def with_cached_logits(inputs: LensInputs, spec: LensSpec) -> None:
     cpu.stats_and_grad(inputs, spec, inputs.rows, upstream_of, everything(inputs), True)
 
 
-@DEPTHS
-def test_every_product_is_of_a_layer_that_exists(depths):
-    """The products are ATen's, so that torch's profiler counts them."""
+@pytest.fixture(scope="module")
+def counted():
+    """The multiplications of both ways at each of PAIRS, from one process."""
     done = subprocess.run(
-        [sys.executable, "-c", COUNT, json.dumps(depths)],
+        [sys.executable, "-c", COUNT, json.dumps(PAIRS)],
         cwd=Path(__file__).parents[2],
         env=os.environ | {"FDD_KERNELS_GEMM": "blas"},
         capture_output=True,
@@ -103,7 +106,13 @@ def test_every_product_is_of_a_layer_that_exists(depths):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    return dict(zip(PAIRS, json.loads(done.stdout), strict=True))
+
+
+@DEPTHS
+def test_every_product_is_of_a_layer_that_exists(counted, depths):
+    """The products are ATen's, so that torch's profiler counts them."""
+    found = counted[depths]
     assert found["library"] == "blas"
     student, teacher = (ROWS * COLUMNS * n * width for n, width in zip(depths, WIDTHS))
     # of dH and dW, each as large as the student's logits
