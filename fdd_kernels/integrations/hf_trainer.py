@@ -217,10 +217,18 @@ class FDDTrainerMixin(ProvenCheckpoints):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.distiller.config.changes:
+        if checkpoint is None:
+            return
+        file = Path(checkpoint) / STATE_FILE
+        if self.distiller.config.changes:
             self._follow_model()
-            text = (Path(checkpoint) / STATE_FILE).read_text("utf-8")
-            self.distiller.load_state_dict(json.loads(text))
+            self.distiller.load_state_dict(json.loads(file.read_text("utf-8")))
+        elif file.is_file():
+            warnings.warn(
+                f"{file} is of a training with options that change, which this fdd_config does not "
+                "have: it is left out",
+                stacklevel=2,
+            )
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add the mean of each term since the last training log, and the options that change as

@@ -16,7 +16,9 @@ VALUE_NUMBERS, DISTANCE_NUMBERS = 1, 12
 
 
 def planned_pairs(options: LossOptions, method: str, students: int, teachers: int) -> LossOptions:
-    """Return the options with a pairing of the most memory among those that a method may find.
+    """Return the options with a pairing of about the most memory that a method may find.
+
+    Of "argmin" a pairing with up to 1.3% more was seen.
 
     Args:
         method: of `align_layers`.

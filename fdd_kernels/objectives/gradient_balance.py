@@ -25,11 +25,13 @@ class GradientBalance(Schedule):
 
         w_k = ratio_k * mean of n / n_k
 
-    so that every weighted gradient has the length ratio_k times the mean length. A term whose
+    so that every weighted gradient has the length ratio_k times the mean length. A term with a
+    large gradient thus raises the weights of the others, and with them the length of the whole
+    gradient: look at the logged weights, and clip or lower the learning rate. A term whose
     gradient is 0 or not finite has the length measured before; a term without one has the weight 1
-    and is in no mean. As GradNorm (Chen et al., ICML
-    2018) without its training rates, and solved for the weights instead of learning them. One
-    backward pass to the states for each term and measurement.
+    and is in no mean. As GradNorm (Chen et al., ICML 2018) without its training rates, and solved
+    for the weights instead of learning them. One backward pass to the states for each term and
+    measurement.
 
     Args:
         ratios: for each term the wanted share, greater than 0, such as {"output_kd": 1.0,

@@ -56,7 +56,9 @@ def stretched(dtype: torch.dtype = torch.float64) -> tuple[torch.nn.Module, torc
     return student, teacher
 
 
-STRETCHED = replace(CONFIG, student_layers=(1, 2, 3), teacher_layers=(1, 2, 3, 4, 5, 6))
+STRETCHED = replace(
+    CONFIG, student_layers=(1, 2, 3), teacher_layers=(1, 2, 3, 4, 5, 6), num_teacher_layers=None
+)
 
 
 def by_hand(distiller: Distiller, batch: dict, config: FDDConfig):
@@ -353,6 +355,10 @@ CHANGES = [
         "num_layers=3 and num_teacher_layers=5 are unequal .* a layer_alignment, or layer_weights",
     ),
     ({"num_teacher_layers": 0}, "num_teacher_layers=0 must be at least 1"),
+    (
+        {"student_layers": (1, 2), "teacher_layers": (1, 2, 3)},
+        r"num_teacher_layers=5 samples layers, but teacher_layers=\(1, 2, 3\) names them",
+    ),
     ({"num_layers": 0}, "layer_alignment='attention' pairs sampled layers, and there are none"),
     ({"alpha": 0.0, "beta": 0.0}, "alpha=0 and beta=0 leave both out"),
     ({"layer_weights": ((1.0,) * 5,) * 3}, "layer_weights=.*layer_alignment='attention' finds"),

@@ -159,6 +159,9 @@ def test_a_checkpoint_without_the_state_is_refused(whole, tmp_path):
         run.train(resume_from_checkpoint=True)
     # Without options that change there is no such file, and none is asked for.
     plain = again(tmp_path, config=CONFIG)
+    with pytest.warns(UserWarning, match=r"fdd_state.json is of a training with options that ch"):
+        plain.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+    plain = again(tmp_path, config=CONFIG)
     plain.train(resume_from_checkpoint=True)
     assert plain.state.global_step == 6
     assert not (tmp_path / "checkpoint-6" / "fdd_state.json").exists()

@@ -269,6 +269,11 @@ class FDDConfig(LossOptions):
     def _check_pairs(self) -> None:
         if self.num_teacher_layers is not None:
             require_int("num_teacher_layers", self.num_teacher_layers, minimum=1)
+            if self.teacher_layers is not None:
+                raise ValueError(
+                    f"num_teacher_layers={self.num_teacher_layers} samples layers, but "
+                    f"teacher_layers={self.teacher_layers} names them: give one of the two"
+                )
         check_alignment(self)
         counts = self.dynamics_layers, self.teacher_dynamics_layers
         if self.layer_alignment != RANK:
