@@ -85,19 +85,15 @@ class LayerAlignment:
             for layer, row in zip(self.student_layers, self.weights or ())
         }
 
-    def record(self) -> dict[str, Any]:
-        """Return the last matching for logs: layers, weights and costs as lists."""
+    def state_dict(self) -> dict[str, Any]:
+        """Return the layers and the last matching as numbers and lists, also for logs. With it a
+        training resumes with the same pairing and at the same steps.
+        """
         layers = {
             "student_layers": list(self.student_layers),
             "teacher_layers": list(self.teacher_layers),
         }
         return layers | {name: _as_lists(getattr(self, name)) for name in _STATE}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state as numbers and lists. With it a training resumes with the same pairing
-        and at the same steps.
-        """
-        return self.record()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state.

@@ -182,7 +182,7 @@ class FDDTrainerMixin(ProvenCheckpoints):
         """
         found, step = self.distiller.alignment, self.state.global_step
         if found is not None and found.step == step:
-            entry = {"layer_alignment": found.record(), "epoch": self.state.epoch, "step": step}
+            entry = {"layer_alignment": found.state_dict(), "epoch": self.state.epoch, "step": step}
             self.state.log_history.append(entry)
 
     def _scale_gradients(self, scale: float) -> None:

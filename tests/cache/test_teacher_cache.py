@@ -30,6 +30,7 @@ from tests.support.cache_inputs import (
     write,
 )
 from tests.support.hf_models import pad_left, tiny_tokenizer
+from tests.support.training import lightning_options
 
 
 @pytest.mark.parametrize(
@@ -435,13 +436,7 @@ class TestTraining:
             trainer = pl.Trainer(
                 max_steps=3,
                 accumulate_grad_batches=2,
-                accelerator="cpu",
-                devices=1,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                default_root_dir=tmp_path,
+                **lightning_options(tmp_path),
             )
             loaders = [
                 DataLoader(cache.dataset(split), batch_size=2, collate_fn=pad_windows)

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from fdd_kernels import FDDConfig
 from fdd_kernels.integrations import FDDLightningModule
 from tests.support.hf_models import tiny_model
-from tests.support.training import examples, pad
+from tests.support.training import examples, lightning_options, pad
 
 CONFIG = FDDConfig(num_layers=2, ce_weight=0.5)
 # Micro-batches of very unequal numbers of tokens: two optimizer steps of 2 x 2, and half a step at
@@ -32,22 +32,22 @@ def module(**options) -> FDDLightningModule:
     )
 
 
-def fit(model, folder, *, train=None, held_out=None, **options):
+def trainer_of(folder, **options) -> pl.Trainer:
+    """A trainer of one epoch by default, whose data this file divides over processes itself."""
+    own = {"max_epochs": 1, "num_sanity_val_steps": 0, "use_distributed_sampler": False}
+    return pl.Trainer(**(lightning_options(folder) | own | options))
+
+
+def fit(model, folder, *, train=None, held_out=None, resume=None, **options):
+    """Train, from the checkpoint `resume` if there is one; return the trainer."""
     loader = lambda data: torch.utils.data.DataLoader(data, batch_size=None)  # noqa: E731
-    defaults = {
-        "max_epochs": 1,
-        "accelerator": "cpu",
-        "devices": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "default_root_dir": folder,
-        "num_sanity_val_steps": 0,
-        "use_distributed_sampler": False,
-    }
-    trainer = pl.Trainer(**(defaults | options))
-    trainer.fit(model, loader(train or batches()), None if held_out is None else loader(held_out))
+    trainer = trainer_of(folder, **options)
+    trainer.fit(
+        model,
+        loader(train or batches()),
+        None if held_out is None else loader(held_out),
+        **({} if resume is None else {"ckpt_path": resume, "weights_only": True}),
+    )
     return trainer
 
 
@@ -73,20 +73,7 @@ if __name__ == "__main__":
 
     model = module()
     model.__class__ = Shared
-    trainer = pl.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        devices=processes,
-        strategy="ddp",
-        accumulate_grad_batches=2,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        default_root_dir=folder,
-    )
+    trainer = trainer_of(folder, devices=processes, strategy="ddp", accumulate_grad_batches=2)
     trainer.fit(model)
     if trainer.is_global_zero:
         metrics = {name: value.clone() for name, value in trainer.callback_metrics.items()}

@@ -108,6 +108,29 @@ def costs_of(distiller: Distiller) -> torch.Tensor:
     return torch.tensor(distiller.alignment.costs, dtype=torch.float64)
 
 
+def require_by_hand(distiller: Distiller, student, batch: dict, rounding: float):
+    """Compare costs, terms and gradients of step 0 with those by hand; return the latter's terms.
+
+    Gradients are within `rounding` of their largest entry, the others of themselves.
+    """
+    terms = distiller(batch, step=0)
+    terms.loss.backward()
+    found = gradients(student)
+    student.zero_grad()
+    expected, costs = by_hand(distiller, batch, distiller.config)
+    expected.loss.backward()
+    tolerance = {"rtol": rounding, "atol": 0.0}
+    torch.testing.assert_close(costs_of(distiller).to(costs.dtype), costs, **tolerance)
+    for value, wanted in zip(terms, expected, strict=True):
+        torch.testing.assert_close(value, wanted, **tolerance)
+    wanted = gradients(student)
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        budget = rounding * float(gradient.abs().max())
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=budget, msg=name)
+    return expected
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
     "changes",
@@ -128,24 +151,10 @@ def test_the_loss_is_that_of_the_functions_by_hand(method, changes):
     generator = torch.Generator().manual_seed(3)
     batch["token_weights"] = torch.rand(batch["input_ids"].shape, generator=generator)
     student.train()
-    terms = distiller(batch, step=0)
-    terms.loss.backward()
-    found = gradients(student)
-    student.zero_grad()
-    expected, costs = by_hand(distiller, batch, config)
-    expected.loss.backward()
+    expected = require_by_hand(distiller, student, batch, ROUNDING)
     assert len(set(distiller.alignment.derivative_layers)) == min(3, len(config.teacher_layers))
     if config.derivative == "cosine" and config.beta:
         assert 0.01 < expected.derivative < 0.9
-    tolerance = {"rtol": ROUNDING, "atol": 0.0}
-    torch.testing.assert_close(costs_of(distiller), costs, **tolerance)
-    for value, wanted in zip(terms, expected, strict=True):
-        torch.testing.assert_close(value, wanted, **tolerance)
-    wanted = gradients(student)
-    assert found.keys() == wanted.keys()
-    for name, gradient in wanted.items():
-        budget = ROUNDING * float(gradient.abs().max())
-        torch.testing.assert_close(found[name], gradient, rtol=0, atol=budget, msg=name)
 
 
 def test_an_epsilon_sharpens_the_weights():
@@ -197,20 +206,8 @@ def test_every_backend(backend):
     method = "monotone" if backend == "triton" else "attention"
     config = replace(STRETCHED, layer_alignment=method, backend=backend)
     student, teacher = stretched(torch.float32)
-    distiller, batch = Distiller(student, teacher, config), tiny_batch()
-    terms = distiller(batch, step=0)
-    terms.loss.backward()
-    found = gradients(student)
-    student.zero_grad()
-    expected, costs = by_hand(distiller, batch, config)
-    expected.loss.backward()
-    rounding = ROUNDING * 2.0**29  # of float32
-    torch.testing.assert_close(costs_of(distiller).float(), costs, rtol=rounding, atol=0.0)
-    for value, wanted in zip(terms, expected, strict=True):
-        torch.testing.assert_close(value, wanted, rtol=rounding, atol=0.0)
-    for name, gradient in gradients(student).items():
-        budget = rounding * float(gradient.abs().max())
-        torch.testing.assert_close(found[name], gradient, rtol=0, atol=budget, msg=name)
+    distiller = Distiller(student, teacher, config)
+    require_by_hand(distiller, student, tiny_batch(), ROUNDING * 2.0**29)  # that of float32
 
 
 def test_beside_a_schedule_that_leaves_the_dynamics_out_for_a_while():
@@ -424,7 +421,7 @@ def test_a_loaded_state_replaces_what_was_trained_after_it():
     assert distiller.alignment.step == 5
     distiller.load_state_dict(state)
     distiller(tiny_batch(), step=1)  # before the next matching, at step 2
-    assert distiller.alignment.record() == state["alignment"]
+    assert distiller.alignment.state_dict() == state["alignment"]
 
 
 def test_without_an_alignment_nothing_changes():
@@ -470,7 +467,7 @@ def test_a_trainer_logs_and_resumes_bit_for_bit(tmp_path):
     entries = [entry for entry in history if "layer_alignment" in entry]
     assert [entry["step"] for entry in entries] == [0, 2, 4]
     last = entries[-1]["layer_alignment"]
-    assert last == whole.distiller.alignment.record()
+    assert last == whole.distiller.alignment.state_dict()
     assert (last["student_layers"], last["teacher_layers"]) == ([1, 2], [1, 2])
     trained = [entry for entry in history if "loss" in entry]
     layers = [entry["aligned_layer/1"] for entry in trained]

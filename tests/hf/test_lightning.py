@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 from fdd_kernels import Distiller  # noqa: E402
 from fdd_kernels.integrations import NonFiniteLossError  # noqa: E402
-from tests.hf.lightning_worker import CONFIG, batches, fit, module  # noqa: E402
+from tests.hf.lightning_worker import CONFIG, batches, fit, module, trainer_of  # noqa: E402
 from tests.support.training import examples, pad  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -157,22 +157,7 @@ def test_resumes_from_a_checkpoint(tmp_path):
     first = module()
     fit(first, tmp_path, max_epochs=2).save_checkpoint(tmp_path / "half.ckpt", weights_only=False)
     second = module()
-    trainer = pl.Trainer(
-        max_epochs=4,
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-    )
-    trainer.fit(
-        second,
-        torch.utils.data.DataLoader(batches(), batch_size=None),
-        ckpt_path=tmp_path / "half.ckpt",
-        weights_only=True,
-    )
+    fit(second, tmp_path, max_epochs=4, resume=tmp_path / "half.ckpt")
     assert_same(
         dict(second.student.named_parameters()),
         dict(whole.student.named_parameters()),
@@ -217,31 +202,20 @@ def test_options_that_change_are_logged_and_resumed(tmp_path):
     assert [log["ce_weight"] for log in logs] == [0.0] * 8 + [1.0] * 4
     trainer = fit(first, tmp_path, train=data, max_epochs=1, **options)
     trainer.save_checkpoint(tmp_path / "half.ckpt", weights_only=False)
-    trainer = pl.Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
-        **options,
-    )
-    loader = torch.utils.data.DataLoader(data, batch_size=None)
-    trainer.fit(second, loader, ckpt_path=tmp_path / "half.ckpt", weights_only=True)
+    options |= {"train": data, "max_epochs": 2}
+    trainer = fit(second, tmp_path, resume=tmp_path / "half.ckpt", **options)
     assert trainer.global_step == 6
     wanted = dict(whole.student.named_parameters())
     assert_same(dict(second.student.named_parameters()), wanted, rtol=0, atol=0)
     assert second.distiller.state_dict() == whole.distiller.state_dict()
     # A second training begins anew; a checkpoint without the state is refused.
-    fit(second, tmp_path, train=data, max_steps=1, **options)
+    fit(second, tmp_path, max_steps=1, **options)
     assert second.distiller.schedules.step == 0
     fit(module(), tmp_path, max_epochs=1).save_checkpoint(tmp_path / "plain.ckpt")
     with pytest.raises(
         ValueError, match=r"lacks 'fdd_state', the state of schedules, stages, grad"
     ):
-        trainer.fit(changing(), loader, ckpt_path=tmp_path / "plain.ckpt", weights_only=True)
+        fit(changing(), tmp_path, resume=tmp_path / "plain.ckpt", **options)
 
 
 def test_the_teacher_is_no_part_of_the_module(tmp_path):
@@ -337,16 +311,7 @@ def test_rows_that_are_repeated_for_other_processes_do_not_count(tmp_path, count
             rows, num_replicas=2, rank=rank, shuffle=False
         )
         loader = torch.utils.data.DataLoader(rows, batch_size=2, sampler=sampler, collate_fn=pad)
-        trainer = pl.Trainer(
-            accelerator="cpu",
-            devices=1,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            default_root_dir=tmp_path,
-        )
-        (metrics,) = trainer.validate(model, loader, verbose=False)
+        (metrics,) = trainer_of(tmp_path).validate(model, loader, verbose=False)
         found.append(metrics)
     distiller = module().distiller
     counts = [float(distiller.count_positions(pad(rows[rank::2]))) for rank in range(2)]

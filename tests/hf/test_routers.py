@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 from fdd_kernels import Distiller, FDDConfig, FDDLossTerms
 from fdd_kernels.integrations import FDDTrainer
 from tests.support.hf_models import tiny_batch, tiny_model
-from tests.support.training import examples, pad
+from tests.support.training import examples, lightning_options, pad
 
 CONFIG = FDDConfig(num_layers=2, ce_weight=0.5)
 COEFFICIENT = 0.3
@@ -138,13 +138,7 @@ def test_every_trainer_adds_and_logs_it(tmp_path):
     )
     trainer = pl.Trainer(
         max_epochs=1,
-        accelerator="cpu",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=tmp_path,
+        **lightning_options(tmp_path),
         accumulate_grad_batches=2,
     )
     trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))

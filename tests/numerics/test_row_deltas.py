@@ -241,23 +241,19 @@ def of_kind(request):
     return models_of, leaves, mask
 
 
+def loss_of_deltas(models_of, mask, *, as_layers=False, **options) -> torch.Tensor:
+    """Compare the deltas of both models under their heads."""
+    s, t = (row_deltas(h, mask=mask, as_layers=as_layers, **given) for *_, h, given in models_of)
+    (w_s, *_), (w_t, *_) = models_of
+    options = {"output_in_dynamics": True, "output_kd_weight": 0.0} | options
+    return fused_fdd_loss(s.rows, w_s, t.rows, w_t, mask=s.mask, **options)
+
+
 def test_every_kind_in_lens_space(backend, of_kind):
     """Deltas of rows under a head give the deltas of logits: nothing crosses a sequence."""
     models_of, leaves, mask = of_kind
     d_s, d_t = ((after - before)[valid] @ w.T for w, (before, after, valid), *_ in models_of)
-    s, t = (row_deltas(h, mask=mask, **given) for *_, h, given in models_of)
-    got = fused_fdd_loss(
-        s.rows,
-        models_of[0][0],
-        t.rows,
-        models_of[1][0],
-        mask=s.mask,
-        trajectory="mse",
-        output_in_dynamics=True,
-        output_kd_weight=0.0,
-        beta=0.0,
-        backend=backend,
-    )
+    got = loss_of_deltas(models_of, mask, backend=backend, trajectory="mse", beta=0.0)
     compare(got, (d_s - d_t).square().mean(), leaves, backend)
 
 
@@ -276,19 +272,14 @@ def test_every_kind_under_a_soft_cap(backend, of_kind, derivative):
         means = [d.mean(-1, keepdim=True) * (derivative == "centered_cosine") for d in deltas]
         true = 1 - torch.cosine_similarity(*[d - m for d, m in zip(deltas, means)])
         true = true.mean()
-    s, t = (row_deltas(h, mask=mask, as_layers=True, **given) for *_, h, given in models_of)
-    got = fused_fdd_loss(
-        s.rows,
-        models_of[0][0],
-        t.rows,
-        models_of[1][0],
-        mask=s.mask,
+    got = loss_of_deltas(
+        models_of,
+        mask,
+        as_layers=True,
         derivative=derivative,
         temperature=temperature,
         student_softcap=caps[0],
         teacher_softcap=caps[1],
-        output_in_dynamics=True,
-        output_kd_weight=0.0,
         alpha=0.0,
         backend=backend,
     )

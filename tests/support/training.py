@@ -41,6 +41,13 @@ def pad(rows):
     }
 
 
+def lightning_options(folder: Path) -> dict[str, object]:
+    """Options of a Lightning trainer: one process on the CPU that shows and stores nothing."""
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    place = {"accelerator": "cpu", "devices": 1, "default_root_dir": folder}
+    return place | dict.fromkeys(quiet, False)
+
+
 def trainer(
     output, *, train=None, held_out=None, student=None, config=CONFIG, callbacks=None, **arguments
 ):

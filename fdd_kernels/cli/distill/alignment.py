@@ -16,7 +16,7 @@ def print_alignment(found: dict[str, Any], console: Console) -> None:
     layer of the student.
 
     Args:
-        found: as of `LayerAlignment.record`.
+        found: as of `LayerAlignment.state_dict`.
     """
     console.print(
         f"weights of the teacher's layers for each student layer, of step {found['step']}"

@@ -89,7 +89,7 @@ def write_result(
         "max_length": run.max_length,
         "student_layers": trainer.distiller.student_layers,
         "teacher_layers": trainer.distiller.teacher_layers,
-        "layer_alignment": alignment.record() if found else None,
+        "layer_alignment": alignment.state_dict() if found else None,
         "vocab_size": run.config.vocab_size,
         "held_out_before": evaluations[0] if evaluations else None,
         "held_out": evaluations[-1] if evaluations else None,
