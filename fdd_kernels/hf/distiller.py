@@ -21,6 +21,7 @@ from fdd_kernels.hf.heads import Head
 from fdd_kernels.hf.layers import paired_layers
 from fdd_kernels.hf.loss import DistillationLoss
 from fdd_kernels.hf.model_reader import ModelReader
+from fdd_kernels.hf.observer import Observer
 from fdd_kernels.hf.positions import valid_positions
 from fdd_kernels.hf.routers import RouterLoss, router_coefficient
 from fdd_kernels.hf.schedule import Schedules
@@ -112,6 +113,7 @@ class Distiller:
             self.config, self.student_layers, self.teacher_layers, vocab_group
         )
         self._compare = DistillationLoss(self.alignment)
+        self.observer: Observer | None = None
         self._require_trainable(self.student.read_head())
         for options in self.schedules.possible:
             layers = self._needed(self.teacher_layers, options)
@@ -123,8 +125,9 @@ class Distiller:
         return self.schedules.options
 
     def _needed(self, layers: tuple[int, ...], *options: LossOptions) -> tuple[int, ...]:
-        """Return the sampled layers that the loss uses with any of the options."""
-        return layers if any(o.compares_dynamics for o in options) else ()
+        """Return the sampled layers that the loss uses with any of the options, or the observer."""
+        observed = self.observer is not None and self.observer.layers
+        return layers if observed or any(o.compares_dynamics for o in options) else ()
 
     def _require_trainable(self, head: Head) -> None:
         if self.config.train_head and head.requires_grad and head.storage != "parameter":
@@ -153,11 +156,12 @@ class Distiller:
         return parameters_outside(self.student.model, idle)
 
     def _runs_to_the_end(self, options: LossOptions) -> bool:
-        """Whether the loss needs the student's last block. A router loss does: every block has
-        routers.
+        """Whether the loss, or the observer, needs the student's last block. A router loss does:
+        every block has routers.
         """
         output = options.compares_output or bool(options.ce_weight)
-        return output or bool(router_coefficient(self.student.model))
+        observed = self.observer is not None
+        return output or observed or bool(router_coefficient(self.student.model))
 
     def count_positions(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Count the valid positions of a batch, an int64 scalar: the denominator of the mean."""
@@ -188,7 +192,7 @@ class Distiller:
             batch,
             self._needed(self.teacher_layers, *options),
             apply_final_norm=self.config.apply_final_norm,
-            final=any(o.compares_output for o in options),
+            final=self.observer is not None or any(o.compares_output for o in options),
         )
 
     def __call__(
@@ -313,6 +317,8 @@ class Distiller:
                 for t in (weight, bias)
             )
         student = StudentSide(states, weight, bias, vocabulary)
+        if self.observer is not None:
+            self.observer(student, targets, batch, options)
 
         def compare(side: StudentSide, options: LossOptions, items) -> FDDLossTerms:
             group, step = self.vocab_group, self.schedules.step

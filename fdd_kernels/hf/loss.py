@@ -63,7 +63,7 @@ class DistillationLoss:
                 teacher without a head; a summary of another student's head, or with `vocab_group`.
         """
         if not isinstance(targets, SummaryTargets):
-            inputs = _of_hidden(
+            inputs = hidden_inputs(
                 student, teacher, targets, batch, options, num_items_in_batch, vocab_group
             )
             if self._alignment is not None:
@@ -121,7 +121,7 @@ class DistillationLoss:
         return self._summary_loss
 
 
-def _of_hidden(
+def hidden_inputs(
     student: StudentSide,
     teacher: Teacher,
     targets: HiddenTargets,
@@ -130,7 +130,12 @@ def _of_hidden(
     num_items_in_batch,
     vocab_group,
 ) -> LossInputs:
-    """Check hidden targets and put both sides together."""
+    """Check hidden targets and put both sides together, on the device of the student's head.
+
+    Raises:
+        ValueError: targets without the final state, where the loss needs it, or of a teacher
+            without a head.
+    """
     device = student.weight.device
     if len(student.states) == 1:  # the targets may have layers that this loss does not compare
         targets = targets[-1:]
