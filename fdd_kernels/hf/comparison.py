@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fdd_kernels.hf.alignment import LayerAlignment
 from fdd_kernels.hf.heads import Head
 from fdd_kernels.hf.model_reader import ModelReader
+from fdd_kernels.hf.observer import Observer
 from fdd_kernels.hf.targets import StudentSide, Targets
 from fdd_kernels.hf.teachers import Teacher, model_states
 from fdd_kernels.hf.wrappers import own_rows
@@ -32,9 +33,11 @@ class Comparison(ABC):
         vocab_group: the process group that splits the rows of both heads.
 
     Attributes:
+        observer: gets both sides of every batch before its loss; None without one.
         projection: makes the student's states as wide as the teacher's; None where nothing does.
     """
 
+    observer: Observer | None = None
     projection: nn.Linear | None = None
     # Options of `model_states`, for both models.
     _reading: ClassVar[Mapping[str, bool]] = {}
@@ -84,9 +87,9 @@ class Comparison(ABC):
         states = model_states(
             self.student,
             batch,
-            self._sampled(self._student_layers, options),
+            self._seen(self._student_layers, options),
             apply_final_norm=self.config.apply_final_norm,
-            final=whole or self._needs_final(options),
+            final=whole or self.observer is not None or self._needs_final(options),
             **self._reading,
         )
         return self._with_head(states)
@@ -97,9 +100,9 @@ class Comparison(ABC):
         """Run the teacher for what the loss needs with any of the options."""
         return teacher.targets(
             batch,
-            self._sampled(self._teacher_layers, *options),
+            self._seen(self._teacher_layers, *options),
             apply_final_norm=self.config.apply_final_norm,
-            final=any(map(self._compares_final, options)),
+            final=self.observer is not None or any(map(self._compares_final, options)),
             **self._reading,
         )
 
@@ -124,6 +127,11 @@ class Comparison(ABC):
     def _sampled(self, layers: tuple[int, ...], *options: LossOptions) -> tuple[int, ...]:
         """Return those of a model's sampled layers that the loss uses with any of the options."""
         return layers if any(o.compares_dynamics for o in options) else ()
+
+    def _seen(self, layers: tuple[int, ...], *options: LossOptions) -> tuple[int, ...]:
+        """Return those of a model's sampled layers that the loss uses, or the observer."""
+        observed = self.observer is not None and self.observer.layers
+        return layers if observed else self._sampled(layers, *options)
 
     def _with_head(self, states: list[Tensor | None]) -> StudentSide:
         """Read the student's head: anew in each step, since it may have been resized, replaced or

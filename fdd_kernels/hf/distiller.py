@@ -11,20 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from fdd_kernels.hf.alignment import alignment_of
-from fdd_kernels.hf.batches import check_batch
 from fdd_kernels.hf.comparison import Comparison
-from fdd_kernels.hf.compatibility import options_for, require_shared_vocabulary
+from fdd_kernels.hf.compatibility import (
+    options_for,
+    require_same_task,
+    require_shared_vocabulary,
+)
 from fdd_kernels.hf.compiled import compile_blocks
 from fdd_kernels.hf.features import FeatureLoss
 from fdd_kernels.hf.layers import paired_layers
 from fdd_kernels.hf.loss import DistillationLoss
 from fdd_kernels.hf.model_reader import ModelReader
+from fdd_kernels.hf.observer import Observer
 from fdd_kernels.hf.positions import valid_positions
 from fdd_kernels.hf.projection import ProjectionWatch
 from fdd_kernels.hf.routers import RouterLoss, router_coefficient
 from fdd_kernels.hf.schedule import Schedules
 from fdd_kernels.hf.targets import StudentSide, Targets
 from fdd_kernels.hf.teachers import Teacher, as_teacher, require_model
+from fdd_kernels.hf.terms import DistillerTerms
 from fdd_kernels.hf.unreached import (
     is_static,
     parameters_outside,
@@ -35,22 +40,6 @@ from fdd_kernels.hf.unreached import (
 from fdd_kernels.hf.wrappers import inside_forward
 from fdd_kernels.objectives.fdd.options import FDDConfig, FDDLossTerms, LossOptions
 from fdd_kernels.objectives.reduction import safe_denominator
-
-
-class DistillerTerms(FDDLossTerms):
-    """`FDDLossTerms` of a `Distiller`, with one more term for a student with experts.
-
-    Attributes:
-        router: the load balancing loss of a student with experts and
-            `config.output_router_logits`, unweighted like the others; `loss` includes it with the
-            model's own coefficient. Otherwise None.
-    """
-
-    router: Tensor | None = None
-
-    def named(self) -> dict[str, Tensor]:
-        """Return every term by its name, for logs; `router` only if there is one."""
-        return self._asdict() | ({} if self.router is None else {"router": self.router})
 
 
 class Distiller:
@@ -110,6 +99,7 @@ class Distiller:
             )
         self.config, self.vocab_group = config or FDDConfig(), vocab_group
         split = vocab_group is not None
+        self.task = require_same_task(student, teacher)
         self.student = ModelReader(student, "student", split_head=split)
         self.teacher = as_teacher(teacher, split_head=split, student=student)
         self._student = student  # as given: perhaps data-parallel
@@ -145,6 +135,15 @@ class Distiller:
         """
         return self._compare.projection
 
+    @property
+    def observer(self) -> Observer | None:
+        """Gets both sides of every batch before its loss; None without one."""
+        return self._compare.observer
+
+    @observer.setter
+    def observer(self, observer: Observer | None) -> None:
+        self._compare.observer = observer
+
     def parameters_without_gradient(self) -> list[str]:
         """Return the names of the student's parameters that train but get no gradient from this
         loss.
@@ -162,8 +161,16 @@ class Distiller:
 
     def count_positions(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Count the valid positions of a batch, an int64 scalar: the denominator of the mean."""
-        check_batch(batch)
-        return valid_positions(batch, self.config.ignore_index).sum()
+        return self._count(self.task.loss_view(batch))
+
+    def _count(self, view: Mapping[str, Tensor]) -> Tensor:
+        return valid_positions(view, self.config.ignore_index).sum()
+
+    def without_rows_from(self, batch: Mapping[str, Tensor], first: int) -> Mapping[str, Tensor]:
+        """Return the batch without valid positions in rows `first` and later: those that a data
+        loader repeats.
+        """
+        return self.task.without_rows_from(batch, first, self.config.ignore_index)
 
     def teacher_states(self, batch: Mapping[str, Tensor]) -> Targets:
         """Return the teacher's targets: its sampled states and its final state, ready for its head,
@@ -220,7 +227,7 @@ class Distiller:
                 computed; no `step` where it is needed, or an earlier one than before.
             TypeError: `batch` is no mapping of tensors.
         """
-        check_batch(batch)
+        view = self.task.loss_view(batch)
         if student is not None:
             compile_blocks(student, self.student.blocks)
         model = self._student if student is None else student
@@ -234,7 +241,7 @@ class Distiller:
         if teacher_states is None:
             teacher_states = self._compare.targets(self.teacher, batch, options)
         with inside_forward(model, functools.partial(self._loss, options)) as loss:
-            values, router = loss(batch, teacher_states, num_items_in_batch)
+            values, router = loss(batch, view, teacher_states, num_items_in_batch)
         if self._watch is not None and options.compares_dynamics:
             self._watch.look()
         terms = DistillerTerms(*values)
@@ -274,33 +281,40 @@ class Distiller:
             self.alignment.load_state_dict(state["alignment"])
 
     def _loss(
-        self, options: LossOptions, batch: Mapping[str, Tensor], targets: Targets, items
+        self,
+        options: LossOptions,
+        batch: Mapping[str, Tensor],
+        view: Mapping[str, Tensor],
+        targets: Targets,
+        items: Tensor | float | None,
     ) -> tuple[FDDLossTerms, Tensor | None]:
         """Compute the terms, and the router loss or None; `loss` includes it."""
         coefficient, routers = router_coefficient(self.student.model), RouterLoss(self.student)
         with routers if coefficient else contextlib.nullcontext():
             student = self._compare.student_side(batch, options, whole=bool(coefficient))
+        if self.observer is not None:
+            self.observer(student, targets, batch, options)
 
         def compare(side: StudentSide, options: LossOptions, items) -> FDDLossTerms:
             step = self.schedules.step
-            return self._compare(side, self.teacher, targets, batch, options, items, step)
+            return self._compare(side, self.teacher, targets, view, options, items, step)
 
-        count = functools.partial(self.count_positions, batch)
+        count = functools.partial(self._count, view)
         if self.schedules.is_first:
             options = self.schedules.balance(student, count, compare)
         terms = compare(student, options, items)
         self.schedules.record(terms, count, items)
         if not coefficient:
             return terms, None
-        share = self._share(batch, items).to(terms.loss.device)
+        share = self._share(count(), items).to(terms.loss.device)
         router = routers(batch).to(terms.loss) * share
         return terms._replace(loss=terms.loss + coefficient * router), router.detach()
 
-    def _share(self, batch: Mapping[str, Tensor], items: Tensor | float | None) -> Tensor:
-        """Return the batch's valid positions divided by the denominator of its terms: 1, or its
-        share of an optimizer step.
+    def _share(self, count: Tensor, items: Tensor | float | None) -> Tensor:
+        """Return the batch's number of valid positions divided by the denominator of its terms: 1,
+        or its share of an optimizer step.
         """
-        count = self.count_positions(batch).float()
+        count = count.float()
         if items is not None:
             return (count / safe_denominator(items)).to(count.dtype)
         return count if self.options.reduction == "sum" else count.clamp(max=1)

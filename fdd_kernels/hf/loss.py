@@ -118,7 +118,12 @@ def hidden_inputs(
     num_items_in_batch: Tensor | float | None,
     vocab_group: torch.distributed.ProcessGroup | None = None,
 ) -> LossInputs:
-    """Check hidden targets and put both sides together."""
+    """Check hidden targets and put both sides together, on the device of the student's head.
+
+    Raises:
+        ValueError: targets without the final state, where the loss needs it, or of a teacher
+            without a head.
+    """
     device = student.weight.device
     if len(student.states) == 1:  # the targets may have layers that this loss does not compare
         targets = targets[-1:]

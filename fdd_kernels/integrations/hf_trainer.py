@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer
 
 from fdd_kernels.hf.distiller import Distiller
-from fdd_kernels.hf.positions import SHIFT_LABELS, TOKEN_WEIGHTS, ignore_rows_from
+from fdd_kernels.hf.positions import SHIFT_LABELS, TOKEN_WEIGHTS
 from fdd_kernels.hf.teachers import Teacher, place_teacher, require_model
 from fdd_kernels.hf.wrappers import unwrap
-from fdd_kernels.integrations.finite import warn_of_nothing
+from fdd_kernels.integrations.finite import MASKED_LABELS, warn_of_nothing
 from fdd_kernels.integrations.model_card import TAGS, distillation_section
 from fdd_kernels.integrations.proven import ProvenCheckpoints
 from fdd_kernels.integrations.sums import StepSums, WeightedSums
@@ -37,6 +37,8 @@ class FDDTrainerMixin(ProvenCheckpoints):
     # The denominator of the loss is the number of valid tokens of the whole optimizer step: see
     # `get_batch_samples`.
     loss_is_scaled_for_ga = True
+    # Why a step may have no valid position, for the warning.
+    _nothing = MASKED_LABELS
 
     def __init__(
         self, *args, teacher: nn.Module | Teacher, fdd_config: FDDConfig | None = None, **kwargs
@@ -66,7 +68,7 @@ class FDDTrainerMixin(ProvenCheckpoints):
         # For versions of transformers without `loss_is_scaled_for_ga`.
         self.model_accepts_loss_kwargs = True
         self._means = WeightedSums()
-        self._step = StepSums()
+        self._sums = StepSums()
         self._skipped_steps = 0  # in a row
         # Micro-batches of a stream that ended within a step; the next step begins with them.
         self._held_over: list = []
@@ -104,18 +106,17 @@ class FDDTrainerMixin(ProvenCheckpoints):
             self.control.should_epoch_stop = True
         if not batches:
             return [], None
-        count = sum(
-            (self.distiller.count_positions(batch).cpu() for batch in batches),
-            torch.zeros((), dtype=torch.int64),
-        )
-        count = self.accelerator.reduce(count.to(self.args.device), "sum")
-        if not count.item():
-            warn_of_nothing(self.state.global_step + 1)
-        self._step = StepSums()
+        count = self.accelerator.reduce(self._count(batches).to(self.args.device), "sum")
+        self._sums = StepSums()
         # Under context parallelism, the processes that will share these batches have counted the
         # same positions.
         copies = self.get_cp_size() if hasattr(self, "get_cp_size") else 1
         return batches, count.clamp(min=1) // copies
+
+    def _count(self, batches: list) -> Tensor:
+        """Count the valid positions of the data's micro-batches, an int64 scalar."""
+        counts = (self.distiller.count_positions(batch).cpu() for batch in batches)
+        return sum(counts, torch.zeros((), dtype=torch.int64))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Compute the FDD loss of one micro-batch, and record its terms for the next log."""
@@ -132,7 +133,7 @@ class FDDTrainerMixin(ProvenCheckpoints):
             self._means.add(terms.named(), torch.ones(()))
         else:
             positions = self.distiller.count_positions(inputs)
-            self._step.add(terms.named(), positions, num_items_in_batch)
+            self._sums.add(terms.named(), positions, num_items_in_batch)
             # Data parallelism averages gradients over processes, but they must add up.
             loss = loss * self.accelerator.num_processes
         return (loss, {"loss": loss}) if return_outputs else loss
@@ -153,7 +154,7 @@ class FDDTrainerMixin(ProvenCheckpoints):
             NonFiniteLossError: the step's loss is not finite, on any device; no step is taken.
         """
         loss = super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
-        step = self._step
+        step = self._sums
         if not step.has_terms:
             return loss
         step.returned.append(loss)
@@ -161,6 +162,8 @@ class FDDTrainerMixin(ProvenCheckpoints):
             return loss
         means, scale, finite = step.finish(self.accelerator.reduce)
         self._log_alignment()
+        if not step.used:
+            warn_of_nothing(self.state.global_step + 1, self._nothing)
         if finite:
             self._skipped_steps = 0
             self._means.add(means, torch.ones(()))
@@ -290,7 +293,7 @@ class FDDTrainerMixin(ProvenCheckpoints):
         own = min(max(state.remainder - self.accelerator.process_index * rows, 0), rows)
         if own == rows:
             return inputs
-        return ignore_rows_from(inputs, own, self.distiller.config.ignore_index)
+        return self.distiller.without_rows_from(inputs, own)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write the trainer's own card, with a section and tags on the distillation."""

@@ -44,7 +44,10 @@ class StepSums:
 
     Attributes:
         returned: the losses of micro-batches that the trainer has received.
+        used: after `finish`, the number of valid positions in all processes.
     """
+
+    used = 0.0
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -77,8 +80,8 @@ class StepSums:
         """
         *sums, positions = reduce(torch.stack([*self._sums.values(), self._positions]), "sum")
         means = dict(zip(self._sums, sums))
-        items, used, loss = torch.stack(
+        items, self.used, loss = torch.stack(
             [torch.as_tensor(self._items).to(positions), positions, means["loss"]]
         ).tolist()
-        scale = items / used if used else 1.0
+        scale = items / self.used if self.used else 1.0
         return {name: scale * value for name, value in means.items()}, scale, math.isfinite(loss)
