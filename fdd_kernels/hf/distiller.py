@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from fdd_kernels.hf.alignment import alignment_of
-from fdd_kernels.hf.batches import check_batch
-from fdd_kernels.hf.compatibility import options_for, require_shared_vocabulary
+from fdd_kernels.hf.compatibility import (
+    options_for,
+    require_same_task,
+    require_shared_vocabulary,
+)
 from fdd_kernels.hf.compiled import compile_blocks
 from fdd_kernels.hf.heads import Head
 from fdd_kernels.hf.layers import paired_layers
@@ -24,6 +27,7 @@ from fdd_kernels.hf.routers import RouterLoss, router_coefficient
 from fdd_kernels.hf.schedule import Schedules
 from fdd_kernels.hf.targets import StudentSide, Targets
 from fdd_kernels.hf.teachers import Teacher, as_teacher, model_states, require_model
+from fdd_kernels.hf.terms import DistillerTerms
 from fdd_kernels.hf.unreached import (
     is_static,
     parameters_outside,
@@ -34,22 +38,6 @@ from fdd_kernels.hf.unreached import (
 from fdd_kernels.hf.wrappers import inside_forward, own_rows
 from fdd_kernels.objectives.fdd.options import FDDConfig, FDDLossTerms, LossOptions
 from fdd_kernels.objectives.reduction import safe_denominator
-
-
-class DistillerTerms(FDDLossTerms):
-    """`FDDLossTerms` of a `Distiller`, with one more term for a student with experts.
-
-    Attributes:
-        router: the load balancing loss of a student with experts and
-            `config.output_router_logits`, unweighted like the others; `loss` includes it with the
-            model's own coefficient. Otherwise None.
-    """
-
-    router: Tensor | None = None
-
-    def named(self) -> dict[str, Tensor]:
-        """Return every term by its name, for logs; `router` only if there is one."""
-        return self._asdict() | ({} if self.router is None else {"router": self.router})
 
 
 class Distiller:
@@ -109,6 +97,7 @@ class Distiller:
             )
         self.config, self.vocab_group = config or FDDConfig(), vocab_group
         split = vocab_group is not None
+        self.task = require_same_task(student, teacher)
         self.student = ModelReader(student, "student", split_head=split)
         self.teacher = as_teacher(teacher, split_head=split, student=student)
         self._student = student  # as given: perhaps data-parallel
@@ -176,8 +165,16 @@ class Distiller:
 
     def count_positions(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Count the valid positions of a batch, an int64 scalar: the denominator of the mean."""
-        check_batch(batch)
-        return valid_positions(batch, self.config.ignore_index).sum()
+        return self._count(self.task.loss_view(batch))
+
+    def _count(self, view: Mapping[str, Tensor]) -> Tensor:
+        return valid_positions(view, self.config.ignore_index).sum()
+
+    def without_rows_from(self, batch: Mapping[str, Tensor], first: int) -> Mapping[str, Tensor]:
+        """Return the batch without valid positions in rows `first` and later: those that a data
+        loader repeats.
+        """
+        return self.task.without_rows_from(batch, first, self.config.ignore_index)
 
     def teacher_states(self, batch: Mapping[str, Tensor]) -> Targets:
         """Return the teacher's targets: its sampled states and its final state, ready for its head,
@@ -243,7 +240,7 @@ class Distiller:
                 computed; no `step` where it is needed, or an earlier one than before.
             TypeError: `batch` is no mapping of tensors.
         """
-        check_batch(batch)
+        view = self.task.loss_view(batch)
         if student is not None:
             compile_blocks(student, self.student.blocks)
         model = self._student if student is None else student
@@ -257,7 +254,7 @@ class Distiller:
         if teacher_states is None:
             teacher_states = self._targets(batch, options)
         with inside_forward(model, functools.partial(self._loss, options)) as loss:
-            values, router = loss(batch, teacher_states, num_items_in_batch)
+            values, router = loss(batch, view, teacher_states, num_items_in_batch)
         terms = DistillerTerms(*values)
         terms.router = router
         return terms
@@ -295,7 +292,12 @@ class Distiller:
             self.alignment.load_state_dict(state["alignment"])
 
     def _loss(
-        self, options: LossOptions, batch: Mapping[str, Tensor], targets: Targets, items
+        self,
+        options: LossOptions,
+        batch: Mapping[str, Tensor],
+        view: Mapping[str, Tensor],
+        targets: Targets,
+        items: Tensor | float | None,
     ) -> tuple[FDDLossTerms, Tensor | None]:
         """Compute the terms, and the router loss or None; `loss` includes it."""
         coefficient, routers = router_coefficient(self.student.model), RouterLoss(self.student)
@@ -316,28 +318,28 @@ class Distiller:
             )
         student = StudentSide(states, weight, bias, vocabulary)
         if self.observer is not None:
-            self.observer(student, targets, batch, options)
+            self.observer(student, targets, view, options)
 
         def compare(side: StudentSide, options: LossOptions, items) -> FDDLossTerms:
             group, step = self.vocab_group, self.schedules.step
-            return self._compare(side, self.teacher, targets, batch, options, items, group, step)
+            return self._compare(side, self.teacher, targets, view, options, items, group, step)
 
-        count = functools.partial(self.count_positions, batch)
+        count = functools.partial(self._count, view)
         if self.schedules.is_first:
             options = self.schedules.balance(student, count, compare)
         terms = compare(student, options, items)
         self.schedules.record(terms, count, items)
         if not coefficient:
             return terms, None
-        share = self._share(batch, items).to(terms.loss.device)
+        share = self._share(count(), items).to(terms.loss.device)
         router = routers(batch).to(terms.loss) * share
         return terms._replace(loss=terms.loss + coefficient * router), router.detach()
 
-    def _share(self, batch: Mapping[str, Tensor], items: Tensor | float | None) -> Tensor:
-        """Return the batch's valid positions divided by the denominator of its terms: 1, or its
-        share of an optimizer step.
+    def _share(self, count: Tensor, items: Tensor | float | None) -> Tensor:
+        """Return the batch's number of valid positions divided by the denominator of its terms: 1,
+        or its share of an optimizer step.
         """
-        count = self.count_positions(batch).float()
+        count = count.float()
         if items is not None:
             return (count / safe_denominator(items)).to(count.dtype)
         return count if self.options.reduction == "sum" else count.clamp(max=1)

@@ -281,8 +281,7 @@ class FDDTrainerMixin(ProvenCheckpoints):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Return the loss of one batch; there are no logits to return."""
-        ignore_index = self.distiller.config.ignore_index
-        inputs = without_repeats(self._prepare_inputs(inputs), self.accelerator, ignore_index)
+        inputs = without_repeats(self._prepare_inputs(inputs), self.accelerator, self.distiller)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None

@@ -7,11 +7,11 @@ import warnings
 from accelerate import Accelerator
 from torch import Tensor
 
-from fdd_kernels.hf.positions import ignore_rows_from
+from fdd_kernels.hf.distiller import Distiller
 
 
 def without_repeats(
-    inputs: dict[str, Tensor], accelerator: Accelerator, ignore_index: int
+    inputs: dict[str, Tensor], accelerator: Accelerator, distiller: Distiller
 ) -> dict[str, Tensor]:
     """Return the batch without valid positions in rows that repeat earlier ones.
 
@@ -33,4 +33,4 @@ def without_repeats(
         return inputs
     rows = len(next(iter(inputs.values())))
     own = min(max(state.remainder - accelerator.process_index * rows, 0), rows)
-    return inputs if own == rows else ignore_rows_from(inputs, own, ignore_index)
+    return inputs if own == rows else distiller.without_rows_from(inputs, own)
