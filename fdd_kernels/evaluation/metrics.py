@@ -56,8 +56,11 @@ def with_perplexity(means: Mapping[str, float]) -> dict[str, float]:
 
 
 def pairs_by_rank(distiller: Distiller) -> bool:
-    """Say whether each sampled layer of the student has one of the teacher to be compared with."""
-    ranked = distiller.config.layer_alignment == RANK
+    """Say whether each sampled layer of the student predicts tokens and has one of the teacher to
+    be compared with.
+    """
+    config = distiller.config
+    ranked = config.space == "lens" and config.layer_alignment == RANK
     return ranked and len(distiller.student_layers) == len(distiller.teacher_layers)
 
 

@@ -199,9 +199,16 @@ def test_the_trainer_logs_them(models, tmp_path, wanted):
     assert own.predict(ROWS).metrics["test_accuracy"] == metrics["eval_accuracy"]
 
 
-def test_layers_that_are_not_paired_by_rank(models):
-    """They have no KL of their own."""
-    config = FDDConfig(num_layers=1, num_teacher_layers=2, layer_alignment="attention")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_teacher_layers": 2, "layer_alignment": "attention"},
+        {"space": "feature", "trajectory": "mse"},
+    ],
+)
+def test_layers_without_predictions_of_their_own(models, options):
+    """Those that are not paired by rank, and those whose states are compared, have no KL."""
+    config = FDDConfig(num_layers=1, **options)
     distiller = Distiller(*models, config)
     with torch.no_grad(), watching(distiller) as metrics:
         distiller(pad(ROWS))
