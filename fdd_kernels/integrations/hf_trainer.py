@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from fdd_kernels.hf.distiller import Distiller
-from fdd_kernels.hf.positions import SHIFT_LABELS, TOKEN_WEIGHTS, ignore_rows_from
+from fdd_kernels.hf.positions import SHIFT_LABELS, TOKEN_WEIGHTS
 from fdd_kernels.hf.teachers import Teacher, place_teacher, require_model
 from fdd_kernels.hf.wrappers import unwrap
 from fdd_kernels.integrations.finite import MASKED_LABELS, warn_of_nothing
@@ -293,7 +293,7 @@ class FDDTrainerMixin(ProvenCheckpoints):
         own = min(max(state.remainder - self.accelerator.process_index * rows, 0), rows)
         if own == rows:
             return inputs
-        return ignore_rows_from(inputs, own, self.distiller.config.ignore_index)
+        return self.distiller.without_rows_from(inputs, own)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write the trainer's own card, with a section and tags on the distillation."""
