@@ -9,7 +9,10 @@ from typing import Any
 from fdd_kernels.hf.positions import TOKEN_WEIGHTS
 from fdd_kernels.hf.teachers import Teacher, require_model
 from fdd_kernels.integrations.trl_sft import columns_of
+from fdd_kernels.objectives.fdd.options import FDDConfig
 
+# The label of a token that is no part of an answer, as TRL writes it.
+IGNORED = -100
 # Options of SFTConfig that change which tokens count, or how, and that GKDTrainer leaves out; with
 # what they may be.
 SFT_OPTIONS = {
@@ -78,3 +81,12 @@ def require_texts(name: str, sets: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"the data has {found[0]}, but {name} compares texts alone: leave the column out"
             )
+
+
+def require_ignored(config: FDDConfig | None) -> None:
+    """Raise ValueError unless the loss ignores the label that TRL writes."""
+    if config is not None and config.ignore_index != IGNORED:
+        raise ValueError(
+            f"fdd_config.ignore_index={config.ignore_index}, but TRL labels the tokens of a prompt "
+            f"with {IGNORED}: leave ignore_index={IGNORED}"
+        )

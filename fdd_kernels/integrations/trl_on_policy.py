@@ -13,7 +13,9 @@ from torch import Tensor, nn
 
 from fdd_kernels.integrations.hf_trainer import FDDTrainerMixin
 from fdd_kernels.integrations.on_policy_options import (
+    IGNORED,
     SFT_OPTIONS,
+    require_ignored,
     require_options,
     require_teacher,
     require_texts,
@@ -30,9 +32,6 @@ except ImportError as error:
         "later (1.16 is tested). FDDSFTTrainer works without"
     ) from error
 
-# The label of a token that was not generated, as TRL writes it.
-_IGNORED = -100
-
 
 class _OnPolicyMixin(FDDTrainerMixin):
     """Check what the trainers that generate have in common, and pass it on to TRL's.
@@ -48,8 +47,8 @@ class _OnPolicyMixin(FDDTrainerMixin):
     # Whether TRL's trainer needs the teacher too: it gets the same object.
     _generates_with_teacher = False
     _nothing = (
-        "generation gave no token. Look at the prompts and at what ends a completion (end tokens, "
-        "max_completion_length or max_new_tokens, stop strings)"
+        "no answer has a token. Look at the prompts, at what ends generation (end tokens, stop "
+        "strings, max_completion_length or max_new_tokens) and, with lmbda below 1, at the data"
     )
 
     def __init__(
@@ -69,6 +68,7 @@ class _OnPolicyMixin(FDDTrainerMixin):
         require_options(name, args, self._config_class, self._fixed)
         require_teacher(name, teacher, options)
         require_texts(name, sets)
+        require_ignored(options.get("fdd_config"))
         own = {"teacher_model": teacher if self._generates_with_teacher else None, "args": args}
         super().__init__(model, teacher=teacher, **own, **sets, **options)
 
@@ -172,11 +172,11 @@ class FDDDistillationTrainer(_OnPolicyMixin, DistillationTrainer):
         if "pixel_values" in made:
             raise ValueError("a prompt or a tool gave an image: the FDD loss is of texts alone")
         parts = made["prompt_ids"], made["completion_ids"]
-        answered = parts[1].masked_fill(_generated(made) == 0, _IGNORED)
+        answered = parts[1].masked_fill(_generated(made) == 0, IGNORED)
         batch = {
             "input_ids": torch.cat(parts, dim=1),
             "attention_mask": torch.cat([made["prompt_mask"], made["completion_mask"]], dim=1),
-            "labels": torch.cat([torch.full_like(parts[0], _IGNORED), answered], dim=1),
+            "labels": torch.cat([torch.full_like(parts[0], IGNORED), answered], dim=1),
         }
         return pad_right(batch) | {"num_items_in_batch": made["num_items_in_batch"]}
 

@@ -13,6 +13,7 @@ from trl import DistillationConfig, DistillationTrainer
 from trl.experimental.gkd import GKDConfig
 from trl.experimental.server_distillation import ServerDistillationConfig
 
+from fdd_kernels import FDDConfig
 from fdd_kernels.hf.teachers import Teacher
 from fdd_kernels.integrations import FDDDistillationTrainer, FDDGKDTrainer
 from fdd_kernels.integrations.trl_on_policy import pad_right
@@ -102,7 +103,7 @@ def test_generation_without_a_token(tmp_path, monkeypatch):
 
     monkeypatch.setattr(DistillationTrainer, "_generate_single_turn", sometimes)
     trainer = sampling(tmp_path, max_steps=2, callbacks=[seen := Gradients()])
-    with pytest.warns(UserWarning, match=r"no position is valid in step 1.*generation gave no"):
+    with pytest.warns(UserWarning, match=r"no position is valid in step 1.*no answer has a token"):
         trainer.train()
     first, second = trainer.state.log_history[:2]
     assert all(first[name] == 0 for name in TERMS)
@@ -161,6 +162,7 @@ SHARED = [
     ({"beta": 0.25}, ValueError, r'beta=0.25 would be ignored.*output_divergence="jsd:0.25"'),
     ({"teacher_model_init_kwargs": {"dtype": "auto"}}, ValueError, "teacher_model_init_kwargs"),
     ({"label_smoothing_factor": 0.1}, ValueError, "label_smoothing_factor=0"),
+    ({"config": FDDConfig(ignore_index=-1)}, ValueError, "ignore_index=-1, but TRL labels"),
     ({"teacher": Texts()}, TypeError, "teacher is a Texts, which holds fixed texts"),
     ({"teacher": "a/name"}, TypeError, "teacher must be a causal LM, got the string 'a/name'"),
     ({"teacher_model": "a/name"}, TypeError, "takes the teacher once: give teacher="),
