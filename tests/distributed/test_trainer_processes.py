@@ -1,4 +1,6 @@
-"""FDDTrainer in two gloo processes: best checkpoint, evaluation, parameters without a gradient."""
+"""FDDTrainer in two gloo processes: best checkpoint, evaluation, parameters without a gradient,
+generated text.
+"""
 
 import pytest
 import torch
@@ -71,3 +73,18 @@ def test_parameters_that_the_loss_does_not_reach(found):
         assert result["steps"] == {False: 3, True: 3}
         assert "10 parameters that train" in result["refused"]
         assert "find_unused_parameters=True" in result["refused"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sampling", "answering"])
+def test_the_mean_is_over_what_all_processes_generated(found, kind):
+    """Two micro-batches in each, of unlike lengths."""
+    pytest.importorskip("trl", minversion="1.10")
+    from tests.support.on_policy import require_plain_loop
+
+    processes = [process[kind] for process in found[1]["generated"]]
+    texts = [text for process in processes for text in process["texts"]]
+    assert len(texts) == 8
+    assert processes[0]["texts"] != processes[1]["texts"]
+    for process in processes:
+        require_plain_loop(texts, process["log"], process["gradient"])
