@@ -293,7 +293,7 @@ class Distiller:
         with routers if coefficient else contextlib.nullcontext():
             student = self._compare.student_side(batch, options, whole=bool(coefficient))
         if self.observer is not None:
-            self.observer(student, targets, batch, options)
+            self.observer(student, targets, view, options)
 
         def compare(side: StudentSide, options: LossOptions, items) -> FDDLossTerms:
             step = self.schedules.step
