@@ -26,6 +26,7 @@ from fdd_kernels.hf.positions import valid_positions
 from fdd_kernels.hf.routers import RouterLoss, router_coefficient
 from fdd_kernels.hf.schedule import Schedules
 from fdd_kernels.hf.targets import StudentSide, Targets
+from fdd_kernels.hf.tasks import require_causal_lm
 from fdd_kernels.hf.teachers import Teacher, as_teacher, model_states, require_model
 from fdd_kernels.hf.terms import DistillerTerms
 from fdd_kernels.hf.unreached import (
@@ -98,6 +99,8 @@ class Distiller:
         self.config, self.vocab_group = config or FDDConfig(), vocab_group
         split = vocab_group is not None
         self.task = require_same_task(student, teacher)
+        if split:
+            require_causal_lm(self.task, "vocab_group")
         self.student = ModelReader(student, "student", split_head=split)
         self.teacher = as_teacher(teacher, split_head=split, student=student)
         self._student = student  # as given: perhaps data-parallel
@@ -152,7 +155,7 @@ class Distiller:
         for options in possible:
             if not self._runs_to_the_end(options):
                 last = max(self._needed(self.student_layers, options), default=0)
-                idle.extend(self.student.blocks[last:])
+                idle.extend({*self.student.blocks[last:]} - {*self.student.blocks[:last]})
         return parameters_outside(self.student.model, idle)
 
     def _runs_to_the_end(self, options: LossOptions) -> bool:

@@ -173,13 +173,13 @@ def model_states(
     Raises:
         ValueError: tokens or positions that the model does not have.
     """
-    check_tokens(reader.name, reader.model, batch)
     inputs = reader.task.inputs(reader.model, batch)
+    check_tokens(reader.name, reader.model, inputs)
     read = functools.partial(reader.read, apply_final_norm=apply_final_norm)
     try:
         sampled, output = reader.states(inputs, layers, final=final, read=read)
     except IndexError:
-        check_positions(reader.name, reader.model, batch)
+        check_positions(reader.name, reader.model, inputs)
         raise
     return [*sampled, output]
 
