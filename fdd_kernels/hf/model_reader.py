@@ -47,6 +47,7 @@ class ModelReader:
         task: what it predicts.
         vocabulary: V, the rows of its head.
         depth: number of blocks, as often as they run.
+        width: of `features`.
         parts: the backbone, its blocks, and the steps between them and the head.
         transform: soft cap and scale of its logits.
 
@@ -62,6 +63,7 @@ class ModelReader:
 
     parts: ModelParts
     transform: LogitTransform
+    width: int
 
     def __init__(self, model: nn.Module, name: str = "model", *, split_head: bool = False) -> None:
         self.name, self.model, self.split_head = name, unwrap(model), split_head
@@ -152,6 +154,7 @@ class ModelReader:
         model's own; None if they agree.
         """
         (state,), final = self.states(tokens, (len(self.blocks),))
+        self.width = self.features(state).shape[-1]
         for found in (self.read(state), final):
             mine = self.logits(found).float()
             if logits.shape != mine.shape:
@@ -256,8 +259,13 @@ class ModelReader:
         Without the norm the other steps still apply (projections, scales): they give the state the
         head's width.
         """
-        parts = self.parts
-        return parts.head_steps(parts.backbone_steps(state, norms=apply_final_norm))
+        return self.parts.head_steps(self.features(state, apply_final_norm=apply_final_norm))
+
+    def features(self, state: Tensor, *, apply_final_norm: bool = True) -> Tensor:
+        """Make a raw state what the backbone would return for it: apply the steps between the last
+        block and the backbone's output, but none of the head's.
+        """
+        return self.parts.backbone_steps(state, norms=apply_final_norm)
 
 
 ModelLens = ModelReader  # its name in earlier releases

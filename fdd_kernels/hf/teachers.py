@@ -153,10 +153,12 @@ class LiveTeacher(Teacher):
         *,
         apply_final_norm: bool,
         final: bool = True,
+        features: bool = False,
     ) -> HiddenTargets:
-        norm = apply_final_norm
+        """See `Teacher` and, of `features`, `model_states`."""
+        options = {"apply_final_norm": apply_final_norm, "final": final, "features": features}
         with self._as_teacher(), inside_forward(self._model, model_states) as states:
-            return states(self.reader, batch, layers, apply_final_norm=norm, final=final)
+            return states(self.reader, batch, layers, **options)
 
 
 def model_states(
@@ -166,16 +168,18 @@ def model_states(
     *,
     apply_final_norm: bool,
     final: bool = True,
+    features: bool = False,
 ) -> list[Tensor | None]:
     """Run a model's backbone on a batch. Return the states (batch, sequence, width) of `layers`,
-    ready for its head, and the final state or None.
+    ready for its head or as its `features`, and the final state or None.
 
     Raises:
         ValueError: tokens or positions that the model does not have.
     """
     inputs = reader.task.inputs(reader.model, batch)
     check_tokens(reader.name, reader.model, inputs)
-    read = functools.partial(reader.read, apply_final_norm=apply_final_norm)
+    of_state = reader.features if features else reader.read
+    read = functools.partial(of_state, apply_final_norm=apply_final_norm)
     try:
         sampled, output = reader.states(inputs, layers, final=final, read=read)
     except IndexError:
