@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
@@ -115,7 +115,7 @@ def hidden_inputs(
     targets: HiddenTargets,
     batch: Mapping[str, Tensor],
     options: LossOptions,
-    num_items_in_batch: Tensor | float | None,
+    num_items_in_batch: Tensor | float | None = None,
     vocab_group: torch.distributed.ProcessGroup | None = None,
 ) -> LossInputs:
     """Check hidden targets and put both sides together, on the device of the student's head.
@@ -134,16 +134,28 @@ def hidden_inputs(
             "final state too"
         )
     weight, bias = _teacher_head(teacher, device, vocab_group, student.vocabulary)
+    return replace(
+        student_inputs(student, batch, options),
+        teacher_hidden=_complete(targets, batch, weight),
+        teacher_weight=weight,
+        teacher_bias=bias,
+        num_items_in_batch=num_items_in_batch,
+    )
+
+
+def student_inputs(
+    student: StudentSide, batch: Mapping[str, Tensor], options: LossOptions
+) -> LossInputs:
+    """Put a student's side together, on the device of its head, without a teacher."""
+    device = student.weight.device
     return LossInputs(
         _complete(student.states, batch, student.weight),
         student.weight,
-        _complete(targets, batch, weight),
-        weight,
+        (),
+        None,
         next_labels(batch, options.ignore_index),
         student_bias=student.bias,
-        teacher_bias=bias,
         mask=valid_positions(batch, options.ignore_index).to(device),
-        num_items_in_batch=num_items_in_batch,
         token_weights=token_weights_of(batch, device),
     )
 
