@@ -4,9 +4,34 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+from torch import nn
+
 from fdd_kernels.hf.model_reader import ModelReader
+from fdd_kernels.hf.tasks import Task, task_of
 from fdd_kernels.hf.teachers import Teacher
+from fdd_kernels.hf.wrappers import unwrap
 from fdd_kernels.objectives.fdd.options import FDDConfig, LossOptions
+
+
+def require_same_task(student: nn.Module, teacher: nn.Module | Teacher) -> Task:
+    """Return the task of both models, perhaps inside wrappers.
+
+    Raises:
+        TypeError: they are of different tasks.
+    """
+    own = task_of(unwrap(student))
+    if not isinstance(teacher, nn.Module):
+        of_teacher, kind = getattr(teacher, "task", own), type(teacher).__name__
+    else:
+        of_teacher, kind = task_of(unwrap(teacher)), type(unwrap(teacher)).__name__
+    if own is not of_teacher:
+        raise TypeError(
+            f"the student ({type(unwrap(student)).__name__}) is of the task {own} and the teacher "
+            f"({kind}) of the task {of_teacher}: their predictions cannot be compared. Load both "
+            "with the same class of transformers (AutoModelForCausalLM, AutoModelForMaskedLM, "
+            "AutoModelForSeq2SeqLM, ...)"
+        )
+    return own
 
 
 def require_shared_vocabulary(config: FDDConfig, student: int, teacher: int) -> None:

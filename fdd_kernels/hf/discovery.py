@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from fdd_kernels.hf.tail import Recording, Steps
+from fdd_kernels.hf.tasks import Task
 from fdd_kernels.hf.transform import (
     PROBE,
     LogitTransform,
@@ -36,6 +37,7 @@ SUPPORTED = (
     "vision-language models that write text. Not supported are masked LMs (encoders), "
     "sequence-to-sequence models and classifiers"
 )
+_WITH_LENS = ("causal_lm",)
 # Prefixes of the names of inputs other than text.
 _MEDIA = ("pixel_", "image_", "video_", "audio_", "input_features", "input_audio")
 # A model is no causal LM if a prediction changes with later tokens by this part of its largest
@@ -86,12 +88,11 @@ def find_head(name: str, model: nn.Module) -> nn.Module:
     return head
 
 
-def refuse_encoder_decoder(name: str, model: nn.Module) -> None:
-    """Raise TypeError for an encoder-decoder."""
-    if getattr(model.config, "is_encoder_decoder", False):
+def require_lens(name: str, model: nn.Module, task: Task) -> None:
+    """Raise TypeError for a model of another task than those with a lens."""
+    if task.name not in _WITH_LENS:
         raise TypeError(
-            f"{name}: {type(model).__name__} is an encoder-decoder (config.is_encoder_decoder). "
-            f"{SUPPORTED}. {REMEDY}"
+            f"{name}: {type(model).__name__} is of the task {task}. {SUPPORTED}. {REMEDY}"
         )
 
 
@@ -104,7 +105,7 @@ def own_logits(model: nn.Module, tokens: dict[str, Tensor]) -> Tensor:
 
 
 def require_causal(name: str, model: nn.Module, logits: Tensor, eps: float) -> None:
-    """Refuse masked LMs, by transformers' own lists and by the model's logits.
+    """Refuse a model that transformers does not list as a causal LM and that looks ahead.
 
     Args:
         logits: (2, 3, V) of two rows of tokens that differ in their last token alone.
@@ -114,7 +115,7 @@ def require_causal(name: str, model: nn.Module, logits: Tensor, eps: float) -> N
         UserWarning: a model for causal LM whose config lets it look ahead.
 
     Raises:
-        TypeError: a masked LM.
+        TypeError: a model whose predictions change with later tokens.
     """
     from transformers.models.auto import modeling_auto as auto
 
@@ -123,18 +124,13 @@ def require_causal(name: str, model: nn.Module, logits: Tensor, eps: float) -> N
         *auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(),
     }
     kind, largest = type(model).__name__, logits.abs().max()
-    masked = kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() and not getattr(
-        model.config, "is_decoder", False
-    )
     bound = max(_LOOKING_AHEAD, 8 * eps) * largest
     looks_ahead = (logits[0, :2] - logits[1, :2]).abs().max() > bound
-    if kind not in causal and (masked or looks_ahead):
-        why = (
-            "its predictions change with the tokens after them"
-            if looks_ahead
-            else "transformers lists it as a masked LM"
+    if looks_ahead and kind not in causal:
+        raise TypeError(
+            f"{name}: {kind} is no causal LM (its predictions change with the tokens after them), "
+            f"and transformers lists it under no other task. {SUPPORTED}. {REMEDY}"
         )
-        raise TypeError(f"{name}: {kind} is no causal LM ({why}). {SUPPORTED}. {REMEDY}")
     if looks_ahead:
         warnings.warn(
             f"{name}: the predictions of {kind}, as its config is (is_decoder, attn_type), change "

@@ -17,11 +17,12 @@ from fdd_kernels.hf.discovery import (
     find_head,
     observe,
     own_logits,
-    refuse_encoder_decoder,
     require_causal,
+    require_lens,
 )
 from fdd_kernels.hf.heads import Head, read_head
 from fdd_kernels.hf.offload import device_of
+from fdd_kernels.hf.tasks import CAUSAL_LM, task_of
 from fdd_kernels.hf.transform import LogitTransform
 from fdd_kernels.hf.wrappers import evaluating, unwrap, whole
 
@@ -41,8 +42,10 @@ class ModelReader:
 
     Attributes:
         model: the transformers model inside wrappers.
+        task: what it predicts.
         vocabulary: V, the rows of its head.
         depth: number of blocks.
+        width: of `features`.
         parts: the backbone, its blocks, and the steps between them and the head.
         transform: soft cap and scale of its logits.
 
@@ -58,11 +61,13 @@ class ModelReader:
 
     parts: ModelParts
     transform: LogitTransform
+    width: int
 
     def __init__(self, model: nn.Module, name: str = "model", *, split_head: bool = False) -> None:
         self.name, self.model, self.split_head = name, unwrap(model), split_head
-        find_head(name, self.model)  # first: the error for a model without head is the clearest
-        refuse_encoder_decoder(name, self.model)
+        self.task = task_of(self.model)
+        require_lens(name, self.model, self.task)
+        find_head(name, self.model)
         with evaluating(self.model), torch.no_grad():
             self._find_parts()
         self.depth = len(self.blocks)
@@ -112,11 +117,12 @@ class ModelReader:
         def batch(ids: list[list[int]]) -> dict[str, Tensor]:
             # The last token replaces those that a smaller vocabulary does not have.
             tokens = torch.tensor(ids, device=device).clamp(max=self.vocabulary - 1)
-            return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+            return self.task.example(tokens)
 
         tokens = batch([[1, 0, 1], [1, 0, 0]])
         logits = whole(own_logits(self.model, tokens)).float()
-        require_causal(self.name, self.model, logits, eps)
+        if self.task is CAUSAL_LM:
+            require_causal(self.name, self.model, logits, eps)
         recording, self.transform = observe(
             self.name, self.model, self.head, batch([[0, 1]]), self.vocabulary
         )
@@ -144,6 +150,7 @@ class ModelReader:
         model's own; None if they agree.
         """
         (state,), final = self.states(tokens, (len(self.blocks),))
+        self.width = self.features(state).shape[-1]
         for found in (self.read(state), final):
             mine = self.logits(found).float()
             if logits.shape != mine.shape:
@@ -248,8 +255,13 @@ class ModelReader:
         Without the norm the other steps still apply (projections, scales): they give the state the
         head's width.
         """
-        parts = self.parts
-        return parts.head_steps(parts.backbone_steps(state, norms=apply_final_norm))
+        return self.parts.head_steps(self.features(state, apply_final_norm=apply_final_norm))
+
+    def features(self, state: Tensor, *, apply_final_norm: bool = True) -> Tensor:
+        """Make a raw state what the backbone would return for it: apply the steps between the last
+        block and the backbone's output, but none of the head's.
+        """
+        return self.parts.backbone_steps(state, norms=apply_final_norm)
 
 
 ModelLens = ModelReader  # its name in earlier releases

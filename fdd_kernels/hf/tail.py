@@ -85,6 +85,11 @@ class Steps:
             values.update((slot, leaf) for slot, leaf in pairs if slot is not None)
         return values[self.target]
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules among the steps."""
+        return [step.function for step in self.steps if isinstance(step.function, nn.Module)]
+
     def __str__(self) -> str:
         functions = [step.function for step in self.steps]
         named = [type(f) if isinstance(f, nn.Module) else f for f in functions]

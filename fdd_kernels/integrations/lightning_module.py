@@ -26,7 +26,6 @@ except ModuleNotFoundError as error:
         ) from error
 
 from fdd_kernels.hf.distiller import Distiller, DistillerTerms
-from fdd_kernels.hf.positions import ignore_rows_from
 from fdd_kernels.hf.teachers import Teacher, place_teacher
 from fdd_kernels.integrations.finite import require_finite, warn_of_nothing
 from fdd_kernels.objectives.fdd.options import FDDConfig
@@ -196,7 +195,7 @@ class FDDLightningModule(pl.LightningModule):
         self, stage: str, batch: Mapping[str, Tensor], batch_idx: int, loaders: Any, which: int
     ) -> None:
         loader = loaders[which] if isinstance(loaders, (list, tuple)) else loaders
-        batch = _without_repeats(batch, batch_idx, loader, self.distiller.config.ignore_index)
+        batch = _without_repeats(batch, batch_idx, loader, self.distiller)
         tokens = int(self.distiller.count_positions(batch))
         self._log(stage, self(batch), tokens, on_step=False, on_epoch=True, sync_dist=True)
 
@@ -212,7 +211,7 @@ class FDDLightningModule(pl.LightningModule):
 
 
 def _without_repeats(
-    batch: Mapping[str, Tensor], index: int, loader: Any, ignore_index: int
+    batch: Mapping[str, Tensor], index: int, loader: Any, distiller: Distiller
 ) -> Mapping[str, Tensor]:
     """Return the batch without valid positions in rows that a DistributedSampler repeats to give
     every process as many.
@@ -225,4 +224,4 @@ def _without_repeats(
         return batch
     rows = len(next(iter(batch.values())))
     own = -(-(len(sampler.dataset) - sampler.rank) // sampler.num_replicas) - index * size
-    return batch if own >= rows else ignore_rows_from(batch, max(own, 0), ignore_index)
+    return batch if own >= rows else distiller.without_rows_from(batch, max(own, 0))

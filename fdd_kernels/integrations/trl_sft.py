@@ -4,7 +4,7 @@ TRL's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
@@ -53,7 +53,7 @@ class FDDSFTTrainer(FDDTrainerMixin, SFTTrainer):
                 "train_dataset=Dataset.from_list(cache.dataset('train'))"
             )
         sets = dict(zip(("train_dataset", "eval_dataset"), rest)) | kwargs
-        if not is_ready and any(TOKEN_WEIGHTS in names for names in _columns(sets)):
+        if not is_ready and any(TOKEN_WEIGHTS in names for names in columns_of(sets)):
             raise ValueError(
                 f"the data has {TOKEN_WEIGHTS}, which TRL's preparation and collator leave out: "
                 "tokenize the data, and give "
@@ -69,7 +69,7 @@ class FDDSFTTrainer(FDDTrainerMixin, SFTTrainer):
             )
 
 
-def _columns(sets: dict[str, Any]) -> Iterator[Iterable[str]]:
+def columns_of(sets: Mapping[str, Any]) -> Iterator[Iterable[str]]:
     """Yield the column names of all data sets; of a stream that does not know, its first row's."""
     for name in ("train_dataset", "eval_dataset"):
         given = sets.get(name)

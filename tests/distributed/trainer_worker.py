@@ -2,6 +2,7 @@
 WORLD FOLDER, with the kinds separated by commas.
 """
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -119,7 +120,23 @@ def changing(folder: Path) -> dict:
     return found
 
 
-KINDS = {"best-first": best_first, "partial": partial, "changing": changing}
+def generated(folder: Path) -> dict:
+    """One step of each trainer that generates: its text, log and gradients; nothing without trl."""
+    if importlib.util.find_spec("trl") is None:
+        return {}
+    from tests.support.on_policy import Gradients, answering, sampling
+
+    found = {}
+    for make, options in ((sampling, {}), (answering, {"lmbda": 0.5})):
+        seen = Gradients()
+        run = make(folder / make.__name__, callbacks=[seen], **options)
+        run.train()
+        log = run.state.log_history[0]
+        found[make.__name__] = {"texts": run.texts, "log": log, "gradient": seen.found[0]}
+    return found
+
+
+KINDS = {"best-first": best_first, "partial": partial, "changing": changing, "generated": generated}
 
 
 def main(kinds: str, rank: int, world: int, folder: Path) -> None:

@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     BertConfig,
     BertForMaskedLM,
+    BertForMultipleChoice,
     BertForSequenceClassification,
     BertLMHeadModel,
     DistilBertConfig,
@@ -332,17 +333,25 @@ def test_vision_language_models_with_images(kind):
 
 
 class TestNoCausalLM:
-    """The Distiller's constructor refuses, naming the side and the supported kinds."""
+    """The Distiller's constructor refuses, naming the side and the supported kinds, and what
+    student and teacher predict if it differs.
+    """
 
-    def refused(self, model: nn.Module, match: str) -> None:
-        good = tiny_model("llama", depth=3)
-        for models, side in (((model.eval(), good), "student"), ((good, model.eval()), "teacher")):
+    def refused(self, model: nn.Module, match: str, task: str = "causal_lm") -> None:
+        good, kind = tiny_model("llama", depth=3), type(model.eval()).__name__
+        for side in ("student", "teacher"):
+            with pytest.raises(
+                TypeError, match=rf"(?s){side}: {match}.*Supported are .*causal LMs.*"
+            ):
+                ModelReader(model, side)
+        if task != "causal_lm":
             with pytest.raises(
                 TypeError,
-                match=rf"(?s){side}: {match}.*Supported are .*causal LMs.*"
-                "Not supported are masked LMs",
+                match=rf"student \({kind}\) is of the task {task} .*causal_lm.*Load",
             ):
-                Distiller(*models)
+                Distiller(model, good)
+            with pytest.raises(TypeError, match=rf"teacher \({kind}\) of the task {task}:"):
+                Distiller(good, model)
 
     def bert(self, kind: type, **changes) -> nn.Module:
         fields = {
@@ -355,16 +364,11 @@ class TestNoCausalLM:
 
     def test_masked_lm(self):
         self.refused(
-            self.bert(BertForMaskedLM), "BertForMaskedLM is no causal LM .its predictions change"
+            self.bert(BertForMaskedLM), "BertForMaskedLM is of the task masked_lm", "masked_lm"
         )
         config = DistilBertConfig(dim=32, hidden_dim=32, n_layers=3, n_heads=2, vocab_size=VOCAB)
-        self.refused(noisy(DistilBertForMaskedLM(config)), "DistilBertForMaskedLM is no causal LM")
-
-    def test_masked_lm_that_cannot_be_seen_to_look_ahead(self):
-        model = self.bert(BertForMaskedLM)
-        for layer in model.bert.encoder.layer:
-            layer.attention.output.dense.weight.data.zero_()
-        self.refused(model, "BertForMaskedLM is no causal LM .transformers lists it as a masked LM")
+        model = noisy(DistilBertForMaskedLM(config))
+        self.refused(model, "DistilBertForMaskedLM is of the task masked_lm", "masked_lm")
 
     def test_a_model_of_unknown_name_that_looks_ahead(self):
         class Diffusing(type(tiny_model("llama", depth=3))):
@@ -392,19 +396,20 @@ class TestNoCausalLM:
             vocab_size=VOCAB,
             decoder_start_token_id=0,
         )
-        self.refused(
-            T5ForConditionalGeneration(config), "T5ForConditionalGeneration is an encoder-decoder"
-        )
+        model = T5ForConditionalGeneration(config)
+        self.refused(model, "T5ForConditionalGeneration is of the task seq2seq_lm", "seq2seq_lm")
 
     def test_classification(self):
-        self.refused(
+        task = "sequence_classification"
+        for model in (
             self.bert(BertForSequenceClassification),
-            "BertForSequenceClassification.get_output_embeddings.. gives None",
-        )
-        self.refused(
             LlamaForSequenceClassification(tiny_config("llama", depth=3)),
-            "LlamaForSequenceClassification.get_output",
-        )
+        ):
+            self.refused(model, f"{type(model).__name__} is of the task {task}", task)
+
+    def test_multiple_choice(self):
+        match = "BertForMultipleChoice.get_output_embeddings.. gives None"
+        self.refused(self.bert(BertForMultipleChoice), match)
 
     @pytest.mark.parametrize("kind", ["bert", "xlnet"])
     def test_a_causal_lm_configured_to_look_ahead_is_warned_of(self, kind):
