@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ def capture_states(
     final: bool = True,
     read: Callable[[Tensor], Tensor] | None = None,
     head: nn.Module | None = None,
+    result: Callable[[Any], Tensor] | None = None,
 ) -> tuple[dict[int, Tensor], Tensor | None]:
     """Return the states (batch, sequence, width) of `layers` by number, and the final state.
 
@@ -39,6 +41,8 @@ def capture_states(
         read: applied to each state when it is captured, which frees the raw state.
         head: the head of a `backbone` that is the whole model. Its input is the final state, and
             the forward ends there.
+        result: of a `backbone` that is the whole model with its head, makes what is returned as the
+            final state from the result of its forward.
     """
     if not layers and not final:
         return {}, None
@@ -67,9 +71,10 @@ def capture_states(
         try:
             # The whole model may be called from within its own forward (see `inside_forward`),
             # whose hooks have run.
-            output = (backbone if head is None else backbone.forward)(**accepted)
+            is_whole = head is not None or result is not None
+            output = (backbone.forward if is_whole else backbone)(**accepted)
             if head is None:
-                state = final_state(output)
+                state = (result or final_state)(output)
         except _Enough:
             end_forward(backbone, last)
     return captured, state if final else None

@@ -179,6 +179,18 @@ def observe(
     return recording, transform
 
 
+def observe_backbone(name: str, base: nn.Module, tokens: dict[str, Tensor]) -> Recording:
+    """Run a base model to record the steps between its blocks and its output.
+
+    Raises:
+        TypeError: no list of modules that may be the model's blocks.
+    """
+    recording = Recording(base, nn.Identity(), _lists_of_blocks(name, base), base)
+    with recording.watching():
+        base(**tokens)
+    return recording
+
+
 def _lists_of_blocks(name: str, model: nn.Module) -> list[nn.ModuleList]:
     """Return every list of as many modules as the model is deep; without one, outermost lists whose
     length divides the depth, since some models count the parts of their blocks.

@@ -5,6 +5,7 @@ weight, bias, soft cap and scale.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -64,6 +65,8 @@ class ModelReader:
     parts: ModelParts
     transform: LogitTransform
     width: int
+    # Makes the final state from the result of a model that runs with its head.
+    _result: Callable[[Any], Tensor] | None = None
 
     def __init__(self, model: nn.Module, name: str = "model", *, split_head: bool = False) -> None:
         self.name, self.model, self.split_head = name, unwrap(model), split_head
@@ -226,6 +229,7 @@ class ModelReader:
             final=final,
             read=read if at_once else None,
             head=self.head if self.parts.ends_at_head else None,
+            result=self._result,
         )
         if state is not None:
             state = self.parts.head_steps(state)
