@@ -29,6 +29,6 @@ class Observer(ABC):
         batch: Mapping[str, Tensor],
         options: LossOptions,
     ) -> None:
-        """Look at one batch. `options` are the full options of the loss, with the models' soft
-        caps and scales.
+        """Look at one batch, as the loss sees it (`Task.loss_view`). `options` are the full options
+        of the loss, with the models' soft caps and scales.
         """
