@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fdd_kernels.objectives.alignment.methods import RANK
 from fdd_kernels.objectives.fdd.config_checks import check_pairs, check_space
@@ -32,6 +32,20 @@ if TYPE_CHECKING:  # without torch the command line can show its options
     from fdd_kernels.objectives.gradient_balance import GradientBalance
 
 LAYER_GRIDS = ("floor", "linspace")
+# The published setting: FDDConfig.paper().
+PAPER = {
+    "output_kd_weight": 1.0,
+    "alpha": 1.0,
+    "beta": 1.0,
+    "ce_weight": 0.0,
+    "output_divergence": "kl",
+    "trajectory": "kl",
+    "derivative": "cosine",
+    "temperature": 1.0,
+    "output_temperature": 1.0,
+    "num_layers": 4,
+    "layer_grid": "floor",
+}
 
 
 class FDDLossTerms(NamedTuple):
@@ -244,6 +258,15 @@ class FDDConfig(LossOptions):
     schedules: Mapping[str, Schedule] | str | None = None
     stages: Stages | str | None = None
     gradient_balance: GradientBalance | str | None = None
+
+    @classmethod
+    def paper(cls, **options: Any) -> FDDConfig:
+        """Make the published setting of FDD, whatever the defaults are; `options` change it.
+
+        It is the sum, each with weight 1, of KL at the output, KL at the 4 layers of the floor grid
+        and the cosine of the change between them, at temperature 1.
+        """
+        return cls(**(PAPER | options))
 
     def __post_init__(self) -> None:
         for name in ("student_logit_scale", "teacher_logit_scale"):
