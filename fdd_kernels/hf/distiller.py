@@ -28,6 +28,7 @@ from fdd_kernels.hf.projection import ProjectionWatch
 from fdd_kernels.hf.routers import RouterLoss, router_coefficient
 from fdd_kernels.hf.schedule import Schedules
 from fdd_kernels.hf.targets import StudentSide, Targets
+from fdd_kernels.hf.tasks import require_causal_lm
 from fdd_kernels.hf.teachers import Teacher, as_teacher, require_model
 from fdd_kernels.hf.terms import DistillerTerms
 from fdd_kernels.hf.unreached import (
@@ -100,6 +101,8 @@ class Distiller:
         self.config, self.vocab_group = config or FDDConfig(), vocab_group
         split = vocab_group is not None
         self.task = require_same_task(student, teacher)
+        if split:
+            require_causal_lm(self.task, "vocab_group")
         self.student = ModelReader(student, "student", split_head=split)
         self.teacher = as_teacher(teacher, split_head=split, student=student)
         self._student = student  # as given: perhaps data-parallel

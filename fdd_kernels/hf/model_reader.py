@@ -1,4 +1,4 @@
-"""Run a Hugging Face causal LM without its head: the states of chosen layers, and the head's
+"""Run a Hugging Face language model without its head: the states of chosen layers, and the head's
 weight, bias, soft cap and scale.
 """
 
@@ -20,7 +20,7 @@ from fdd_kernels.hf.discovery import (
     require_causal,
     require_lens,
 )
-from fdd_kernels.hf.heads import Head, read_head
+from fdd_kernels.hf.heads import Head, read_head, with_logits_bias
 from fdd_kernels.hf.offload import device_of
 from fdd_kernels.hf.tasks import CAUSAL_LM, task_of
 from fdd_kernels.hf.transform import LogitTransform
@@ -28,14 +28,16 @@ from fdd_kernels.hf.wrappers import evaluating, unwrap, whole
 
 
 class ModelReader:
-    """A causal LM without its head: `states` runs it for the states of chosen layers.
+    """A language model without its head: `states` runs it for the states of chosen layers; of an
+    encoder-decoder those of its decoder.
 
     What runs is the model's `base_model` (transformers' name), if the model calls it beside its
     head. Otherwise (Llama 4 with images, whose text model holds the head) it is the model itself,
     and its forward ends where the head begins.
 
     Args:
-        model: a transformers causal LM, also wrapped by peft or torch.compile.
+        model: a transformers causal LM, masked LM or encoder-decoder, also wrapped by peft or
+            torch.compile.
         name: the model's name in errors.
         split_head: the head may be a DTensor, and so may the logits. Every process of its mesh
             makes the reader.
@@ -44,7 +46,7 @@ class ModelReader:
         model: the transformers model inside wrappers.
         task: what it predicts.
         vocabulary: V, the rows of its head.
-        depth: number of blocks.
+        depth: number of blocks, as often as they run.
         width: of `features`.
         parts: the backbone, its blocks, and the steps between them and the head.
         transform: soft cap and scale of its logits.
@@ -53,8 +55,8 @@ class ModelReader:
         UserWarning: a causal LM whose config lets it look at later tokens.
 
     Raises:
-        TypeError: no causal LM (a masked LM, an encoder-decoder, a classifier), a head of an
-            unknown kind (see `read_head`), no list of blocks; says what was looked for.
+        TypeError: another kind of model (a classifier), a head of an unknown kind (see
+            `read_head`), no list of blocks; says what was looked for.
         ValueError: what was found does not reproduce the model's logits, as where the head's input
             is made of more than the last block's state; says how far off it is.
     """
@@ -79,7 +81,9 @@ class ModelReader:
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The model's blocks; layer k is the state after k of them."""
+        """The model's blocks in the order in which they run; layer k is the state after k of them.
+        A block that runs several times (ALBERT) is there as often.
+        """
         return self.parts.blocks
 
     @property
@@ -91,7 +95,7 @@ class ModelReader:
         """Return the head's effective weight (V, width) and bias (V,). Call it once a step and do
         not store the result.
         """
-        return read_head(self.head, self.name, split=self.split_head)
+        return with_logits_bias(read_head(self.head, self.name, split=self.split_head), self.model)
 
     @property
     def weight(self) -> Tensor:

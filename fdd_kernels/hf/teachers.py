@@ -176,14 +176,14 @@ def model_states(
     Raises:
         ValueError: tokens or positions that the model does not have.
     """
-    check_tokens(reader.name, reader.model, batch)
     inputs = reader.task.inputs(reader.model, batch)
+    check_tokens(reader.name, reader.model, inputs)
     of_state = reader.features if features else reader.read
     read = functools.partial(of_state, apply_final_norm=apply_final_norm)
     try:
         sampled, output = reader.states(inputs, layers, final=final, read=read)
     except IndexError:
-        check_positions(reader.name, reader.model, batch)
+        check_positions(reader.name, reader.model, inputs)
         raise
     return [*sampled, output]
 
