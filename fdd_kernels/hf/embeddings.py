@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from fdd_kernels.engine.evaluate import evaluate
+from fdd_kernels.hf.features import state_inputs
 from fdd_kernels.hf.task_heads import TaskLoss, attended_tokens
 from fdd_kernels.objectives.fdd.loss import fdd_call
 from fdd_kernels.objectives.fdd.options import FDDLossTerms, LossOptions
-from fdd_kernels.objectives.inputs import LossInputs
 
 
 class EmbeddingLoss(TaskLoss):
@@ -27,8 +27,15 @@ class EmbeddingLoss(TaskLoss):
     def _output_kd(self, logits, targets, view, valid, options, items):
         attended = attended_tokens(view).to(logits.device)
         ours, theirs = (self._pooled(states, attended) for states in (logits, targets))
-        weight = self._weight(ours).to(ours.dtype)
-        inputs = LossInputs([ours], weight, [theirs], None, mask=valid, num_items_in_batch=items)
+        inputs = state_inputs(
+            [ours],
+            [theirs],
+            self.projection,
+            mask=valid,
+            rows="states",
+            num_items_in_batch=items,
+            token_weights=None,
+        )
         own = LossOptions(
             trajectory=self.config.output_divergence,
             beta=0.0,

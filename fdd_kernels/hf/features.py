@@ -128,19 +128,12 @@ class FeatureLoss(Comparison):
         """Compute trajectory and derivative of the sampled layers."""
         device = states[0].device
         rows = self._rows(batch, options, num_items_in_batch)
-        mask = rows.mask.to(device)
-        targets = [state.to(device) for state in targets]
-        if self.config.rows == "deviation":
-            states, targets = (
-                [row_deltas(state, mask=mask).rows for state in of_model]
-                for of_model in (states, targets)
-            )
-        inputs = LossInputs(
+        inputs = state_inputs(
             states,
-            self._weight(states[0]),
             targets,
-            None,
-            mask=mask,
+            self.projection,
+            mask=rows.mask.to(device),
+            rows=self.config.rows,
             num_items_in_batch=rows.items,
             token_weights=None if rows.weights is None else rows.weights.to(device),
         )
@@ -159,12 +152,6 @@ class FeatureLoss(Comparison):
     def _needs_projection(self) -> bool:
         return bool(self.config.ever("alpha") or self.config.ever("beta"))
 
-    def _weight(self, like: Tensor) -> Tensor:
-        """Return the projection (Dt, Ds) on the device of a state; without one the identity."""
-        if self.projection is None:
-            return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
-        return self.projection.weight.to(like.device)
-
     def _idle(self, options: LossOptions, whole: bool) -> list[nn.Module]:
         idle = super()._idle(options, whole)
         if self._needs_final(options):
@@ -175,6 +162,47 @@ class FeatureLoss(Comparison):
 
     def _compares_final(self, options: LossOptions) -> bool:
         return bool(options.output_kd_weight)
+
+
+def state_inputs(
+    states: list[Tensor],
+    targets: list[Tensor],
+    projection: nn.Linear | None,
+    *,
+    mask: Tensor,
+    rows: str,
+    num_items_in_batch: Tensor | float | None,
+    token_weights: Tensor | None,
+) -> LossInputs:
+    """Return the inputs of a loss that compares states themselves, on the device of the student's.
+
+    Args:
+        states: of the student, L x (batch, sequence, Ds).
+        targets: of the teacher, L x (batch, sequence, Dt).
+        projection: from Ds to Dt; None for the identity.
+        mask: valid rows, bool (batch, sequence).
+        rows: as `FDDConfig.rows`.
+    """
+    like = states[0]
+    targets = [state.to(like.device) for state in targets]
+    if rows == "deviation":
+        states, targets = (
+            [row_deltas(state, mask=mask).rows for state in of_model]
+            for of_model in (states, targets)
+        )
+    if projection is None:
+        weight = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
+    else:
+        weight = projection.weight.to(like.device)
+    return LossInputs(
+        states,
+        weight,
+        targets,
+        None,
+        mask=mask,
+        num_items_in_batch=num_items_in_batch,
+        token_weights=token_weights,
+    )
 
 
 def _of_states(options: LossOptions) -> LossOptions:

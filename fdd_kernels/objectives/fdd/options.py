@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fdd_kernels.objectives.alignment.methods import RANK
-from fdd_kernels.objectives.fdd.config_checks import check_pairs, check_space
+from fdd_kernels.objectives.fdd.config_checks import check_encoder, check_pairs, check_space
 from fdd_kernels.objectives.fdd.scheduled import WEIGHT_OF_TERM, Scheduled, check_scheduled
 from fdd_kernels.objectives.layer_pairs import (
     LayerPairs,
@@ -230,6 +230,9 @@ class FDDConfig(LossOptions):
             of its batch, layer and model.
         pooling: of embedding models, whose output_divergence is cosine or mse: mean over the tokens
             of a sentence, or cls, its first token.
+        encoder_weight: weight of the encoder's trajectory plus derivative in an encoder-decoder: of
+            states, as in feature space, with a projection and num_layers layers of its own.
+        encoder_trajectory: mse or cosine.
         train_head: whether the student's head receives gradient from the loss.
         schedules: options that change during training: a dictionary of alpha, beta,
             output_kd_weight, ce_weight, teacher_mix or a temperature to a `WeightSchedule`, of
@@ -257,6 +260,8 @@ class FDDConfig(LossOptions):
     projection: str = "auto"
     rows: str = "states"
     pooling: str = "mean"
+    encoder_weight: float = 0.0
+    encoder_trajectory: str = "mse"
     train_head: bool = True
     schedules: Mapping[str, Schedule] | str | None = None
     stages: Stages | str | None = None
@@ -288,6 +293,7 @@ class FDDConfig(LossOptions):
                     require_int(f"{name} entry", layer, minimum=0)
         check_pairs(self)
         check_space(self)
+        check_encoder(self)
         if self.reduction == "none":
             raise ValueError(
                 'reduction="none" has no meaning for a training step: use "mean" or "sum"'
