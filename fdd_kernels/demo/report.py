@@ -55,7 +55,7 @@ class Result:
                     "loss_spread": max(loss) - min(loss),
                     "held_out_kl": statistics.fmean(kl),
                     "kl_spread": max(kl) - min(kl),
-                    "seconds_per_step": statistics.fmean(r.seconds for r in runs)
+                    "seconds_per_step": statistics.fmean(r.seconds[-1] for r in runs)
                     / self.budget.steps,
                 }
             )

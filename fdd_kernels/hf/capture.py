@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor, nn
 
 from fdd_kernels.hf.offload import end_forward
@@ -26,6 +28,7 @@ def capture_states(
     final: bool = True,
     read: Callable[[Tensor], Tensor] | None = None,
     head: nn.Module | None = None,
+    always: bool = False,
 ) -> tuple[dict[int, Tensor], Tensor | None]:
     """Return the states (batch, sequence, width) of `layers` by number, and the final state.
 
@@ -38,8 +41,9 @@ def capture_states(
         read: applied to each state when it is captured, which frees the raw state.
         head: the head of a `backbone` that is the whole model. Its input is the final state, and
             the forward ends there.
+        always: run up to the blocks at least, also if nothing of them is asked for.
     """
-    if not layers and not final:
+    if not (layers or final or always):
         return {}, None
     parameters = inspect.signature(backbone.forward).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
@@ -48,7 +52,7 @@ def capture_states(
     }
     sharded = any(isinstance(module, FSDPModule) for module in backbone.modules())
     # All later blocks, not the next one only: the model may skip that.
-    unneeded = [] if final or sharded else list(blocks[max(layers) :])
+    unneeded = [] if final or sharded else range(max(layers, default=0), len(blocks))
     state = last = None
 
     def stop(module, args) -> None:
@@ -57,9 +61,10 @@ def capture_states(
         if not sharded:
             raise _Enough
 
-    with _hooks(blocks, layers, read) as captured, contextlib.ExitStack() as end:
-        for module in unneeded:
-            end.enter_context(module.register_forward_pre_hook(stop))
+    with captured_states(blocks, layers, read) as captured, contextlib.ExitStack() as end:
+        for index in unneeded:
+            hook = _at_its_turn(blocks, index, stop)
+            end.enter_context(blocks[index].register_forward_pre_hook(hook))
         if head is not None:  # before other hooks that change the head's input
             end.enter_context(head.register_forward_pre_hook(stop, prepend=True))
         try:
@@ -74,10 +79,12 @@ def capture_states(
 
 
 @contextlib.contextmanager
-def _hooks(
-    blocks: nn.ModuleList, layers: tuple[int, ...], read: Callable[[Tensor], Tensor] | None
+def captured_states(
+    blocks: nn.ModuleList,
+    layers: tuple[int, ...],
+    read: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[dict[int, Tensor]]:
-    """Collect states by layer while the backbone runs."""
+    """Collect states by layer while their model runs in the `with` block."""
     captured: dict[int, Tensor] = {}
 
     def store(layer: int, value) -> None:
@@ -90,15 +97,44 @@ def _hooks(
     with contextlib.ExitStack() as hooks:
         for layer in layers:
             if layer > 0:
-                after = blocks[layer - 1].register_forward_hook(
-                    lambda _m, _a, out, layer=layer: store(layer, out)
+                after = _at_its_turn(
+                    blocks, layer - 1, lambda _m, _a, out, layer=layer: store(layer, out)
                 )
-                hooks.enter_context(after)
+                hooks.enter_context(blocks[layer - 1].register_forward_hook(after))
             # For the embeddings, and for a block that was skipped, as those of images in text.
             if layer < len(blocks):
-                before = blocks[layer].register_forward_pre_hook(
+                before = _at_its_turn(
+                    blocks,
+                    layer,
                     lambda _m, args, kwargs, layer=layer: store(layer, [*args, *kwargs.values()]),
-                    with_kwargs=True,
                 )
-                hooks.enter_context(before)
+                hooks.enter_context(
+                    blocks[layer].register_forward_pre_hook(before, with_kwargs=True)
+                )
         yield captured
+
+
+def _at_its_turn(blocks: nn.ModuleList, index: int, hook: Callable) -> Callable:
+    """Return a hook of the block at `index` that does nothing at other calls than this one, where
+    the block stands at several places.
+    """
+    modules, calls = list(blocks), itertools.count()
+    turn = modules[:index].count(modules[index])
+    return lambda *args: hook(*args) if next(calls) == turn else None
+
+
+def require_gradient(name: str, blocks: nn.ModuleList, states: dict[int, Tensor]) -> None:
+    """Raise RuntimeError if a state by layer has no gradient although blocks before it train."""
+    detached = [
+        layer
+        for layer, state in states.items()
+        if torch.is_grad_enabled()
+        and not state.requires_grad
+        and any(p.requires_grad for block in blocks[:layer] for p in block.parameters())
+    ]
+    if detached:
+        raise RuntimeError(
+            f"{name}: the states of layers {detached} carry no gradient although blocks before "
+            "them train: something detaches them (no_grad inside the model, or reentrant gradient "
+            'checkpointing: use gradient_checkpointing_kwargs={"use_reentrant": False})'
+        )

@@ -113,7 +113,7 @@ class Comparison(ABC):
         idle = [] if self.config.train_head else [self.student.head]
         if not (whole or self._needs_final(options)):
             last = max(self._sampled(self._student_layers, options), default=0)
-            idle.extend(self.student.blocks[last:])
+            idle.extend({*self.student.blocks[last:]} - {*self.student.blocks[:last]})
         return idle
 
     def _needs_final(self, options: LossOptions) -> bool:

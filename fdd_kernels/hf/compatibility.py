@@ -18,19 +18,21 @@ def require_same_task(student: nn.Module, teacher: nn.Module | Teacher) -> Task:
 
     Raises:
         TypeError: they are of different tasks.
+        ValueError: encoder-decoders that start with different tokens.
     """
-    own = task_of(unwrap(student))
-    if not isinstance(teacher, nn.Module):
-        of_teacher, kind = getattr(teacher, "task", own), type(teacher).__name__
-    else:
-        of_teacher, kind = task_of(unwrap(teacher)), type(unwrap(teacher)).__name__
+    is_model = isinstance(teacher, nn.Module)
+    student, teacher = unwrap(student), unwrap(teacher) if is_model else teacher
+    own = task_of(student)
+    of_teacher = task_of(teacher) if is_model else getattr(teacher, "task", own)
     if own is not of_teacher:
         raise TypeError(
-            f"the student ({type(unwrap(student)).__name__}) is of the task {own} and the teacher "
-            f"({kind}) of the task {of_teacher}: their predictions cannot be compared. Load both "
-            "with the same class of transformers (AutoModelForCausalLM, AutoModelForMaskedLM, "
-            "AutoModelForSeq2SeqLM, ...)"
+            f"the student ({type(student).__name__}) is of the task {own} and the teacher "
+            f"({type(teacher).__name__}) of the task {of_teacher}: their predictions cannot be "
+            "compared. Load both with the same class of transformers (AutoModelForCausalLM, "
+            "AutoModelForMaskedLM, AutoModelForSeq2SeqLM, ...)"
         )
+    if is_model:
+        own.require_alike(student, teacher)
     return own
 
 

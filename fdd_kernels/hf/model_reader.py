@@ -1,15 +1,16 @@
-"""Run a Hugging Face causal LM without its head: the states of chosen layers, and the head's
+"""Run a Hugging Face language model without its head: the states of chosen layers, and the head's
 weight, bias, soft cap and scale.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from fdd_kernels.hf.capture import capture_states
+from fdd_kernels.hf.capture import capture_states, require_gradient
 from fdd_kernels.hf.discovery import (
     REMEDY,
     ModelParts,
@@ -20,22 +21,27 @@ from fdd_kernels.hf.discovery import (
     require_causal,
     require_lens,
 )
-from fdd_kernels.hf.heads import Head, read_head
+from fdd_kernels.hf.heads import Head, read_head, with_logits_bias
 from fdd_kernels.hf.offload import device_of
 from fdd_kernels.hf.tasks import CAUSAL_LM, task_of
 from fdd_kernels.hf.transform import LogitTransform
 from fdd_kernels.hf.wrappers import evaluating, unwrap, whole
 
+if TYPE_CHECKING:
+    from fdd_kernels.hf.encoder import EncoderReader
+
 
 class ModelReader:
-    """A causal LM without its head: `states` runs it for the states of chosen layers.
+    """A language model without its head: `states` runs it for the states of chosen layers; of an
+    encoder-decoder those of its decoder.
 
     What runs is the model's `base_model` (transformers' name), if the model calls it beside its
     head. Otherwise (Llama 4 with images, whose text model holds the head) it is the model itself,
     and its forward ends where the head begins.
 
     Args:
-        model: a transformers causal LM, also wrapped by peft or torch.compile.
+        model: a transformers causal LM, masked LM or encoder-decoder, also wrapped by peft or
+            torch.compile.
         name: the model's name in errors.
         split_head: the head may be a DTensor, and so may the logits. Every process of its mesh
             makes the reader.
@@ -44,17 +50,18 @@ class ModelReader:
         model: the transformers model inside wrappers.
         task: what it predicts.
         vocabulary: V, the rows of its head.
-        depth: number of blocks.
+        depth: number of blocks, as often as they run.
         width: of `features`.
         parts: the backbone, its blocks, and the steps between them and the head.
         transform: soft cap and scale of its logits.
+        encoder: what stores the states of the encoder's blocks too, in every run; None without one.
 
     Warns:
         UserWarning: a causal LM whose config lets it look at later tokens.
 
     Raises:
-        TypeError: no causal LM (a masked LM, an encoder-decoder, a classifier), a head of an
-            unknown kind (see `read_head`), no list of blocks; says what was looked for.
+        TypeError: another kind of model (a classifier), a head of an unknown kind (see
+            `read_head`), no list of blocks; says what was looked for.
         ValueError: what was found does not reproduce the model's logits, as where the head's input
             is made of more than the last block's state; says how far off it is.
     """
@@ -62,6 +69,7 @@ class ModelReader:
     parts: ModelParts
     transform: LogitTransform
     width: int
+    encoder: EncoderReader | None = None
 
     def __init__(self, model: nn.Module, name: str = "model", *, split_head: bool = False) -> None:
         self.name, self.model, self.split_head = name, unwrap(model), split_head
@@ -79,7 +87,9 @@ class ModelReader:
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The model's blocks; layer k is the state after k of them."""
+        """The model's blocks in the order in which they run; layer k is the state after k of them.
+        A block that runs several times (ALBERT) is there as often.
+        """
         return self.parts.blocks
 
     @property
@@ -91,7 +101,7 @@ class ModelReader:
         """Return the head's effective weight (V, width) and bias (V,). Call it once a step and do
         not store the result.
         """
-        return read_head(self.head, self.name, split=self.split_head)
+        return with_logits_bias(read_head(self.head, self.name, split=self.split_head), self.model)
 
     @property
     def weight(self) -> Tensor:
@@ -222,6 +232,7 @@ class ModelReader:
             final=final,
             read=read if at_once else None,
             head=self.head if self.parts.ends_at_head else None,
+            always=self.encoder is not None,
         )
         if state is not None:
             state = self.parts.head_steps(state)
@@ -230,24 +241,9 @@ class ModelReader:
             raise RuntimeError(
                 f"{self.name}: blocks {missing} did not run, so their states could not be captured"
             )
-        if torch.is_grad_enabled():
-            detached = [
-                layer
-                for layer in layers
-                if not captured[layer].requires_grad and self._trains_up_to(layer)
-            ]
-            if detached:
-                raise RuntimeError(
-                    f"{self.name}: the states of layers {detached} carry no gradient although "
-                    "blocks before them train: something detaches them (no_grad inside the model, "
-                    "or reentrant gradient checkpointing: use "
-                    'gradient_checkpointing_kwargs={"use_reentrant": False})'
-                )
+        require_gradient(self.name, self.blocks, captured)
         states = [captured[layer] for layer in layers]
         return states if at_once or read is None else [read(raw) for raw in states], state
-
-    def _trains_up_to(self, layer: int) -> bool:
-        return any(p.requires_grad for block in self.blocks[:layer] for p in block.parameters())
 
     def read(self, state: Tensor, *, apply_final_norm: bool = True) -> Tensor:
         """Make a raw state ready for the head: apply all steps between the last block and the head.

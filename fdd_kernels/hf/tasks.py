@@ -5,36 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from fdd_kernels.common.model_tasks import task_name
 from fdd_kernels.hf.batches import check_batch
-from fdd_kernels.hf.positions import SHIFT_LABELS, TEACHER_INDEX, TOKEN_WEIGHTS, ignore_rows_from
-
-NOT_MODEL_INPUTS = ("labels", SHIFT_LABELS, TOKEN_WEIGHTS, "num_items_in_batch", TEACHER_INDEX)
-# Task, one of transformers' lists of classes, and the Auto class of code outside of transformers.
-_LISTS = (
-    (
-        "sequence_classification",
-        "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
-        "AutoModelForSequenceClassification",
-    ),
-    (
-        "token_classification",
-        "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
-        "AutoModelForTokenClassification",
-    ),
-    (
-        "question_answering",
-        "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
-        "AutoModelForQuestionAnswering",
-    ),
-    ("seq2seq_lm", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", "AutoModelForSeq2SeqLM"),
-    ("causal_lm", "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "AutoModelForCausalLM"),
-    ("causal_lm", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "AutoModelForImageTextToText"),
-    ("masked_lm", "MODEL_FOR_MASKED_LM_MAPPING_NAMES", "AutoModelForMaskedLM"),
-    ("embedding", "MODEL_MAPPING_NAMES", "AutoModel"),
-    ("embedding", "MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES", "AutoModelForTextEncoding"),
+from fdd_kernels.hf.positions import (
+    SHIFT_LABELS,
+    TEACHER_INDEX,
+    TOKEN_WEIGHTS,
+    ignore_rows_from,
+    token_shape,
 )
+
+_LABELS = (SHIFT_LABELS, "labels")
+_LABELS_TO_SHIFT = torch.tensor([[5, 6, 7]])
+NOT_MODEL_INPUTS = (*_LABELS, TOKEN_WEIGHTS, "num_items_in_batch", TEACHER_INDEX)
 
 
 class Task:
@@ -85,7 +71,87 @@ class Task:
         """Return the batch, of the same shape, without valid positions in rows `first` and later:
         those that a data loader repeats.
         """
-        return ignore_rows_from(batch, first, ignore_index)
+        view = ignore_rows_from(self.loss_view(batch), first, ignore_index)
+        return {**batch, SHIFT_LABELS: view[SHIFT_LABELS]}
+
+    def require_alike(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Raise ValueError if the models' own predictions are not of the same tokens."""
+
+
+class MaskedLM(Task):
+    """Labels are those of their own positions; -100 where no token was replaced."""
+
+    def loss_view(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        check_batch(batch)
+        labels = _own_labels(batch)
+        if labels is None:
+            raise ValueError(
+                "the batch has no labels, which say where a masked LM is to predict: collate with "
+                "transformers' DataCollatorForLanguageModeling(tokenizer, mlm=True), or give "
+                "labels, or shift_labels=input_ids to compare all positions"
+            )
+        return {**batch, SHIFT_LABELS: labels}
+
+
+class Seq2SeqLM(Task):
+    """Positions are the decoder's. Labels are those of its predictions, and its inputs begin with
+    the start token.
+    """
+
+    def loss_view(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the decoder's side of a batch under the names of a causal LM's."""
+        check_batch({k: v for k, v in batch.items() if k not in (*_LABELS, TOKEN_WEIGHTS)})
+        if batch.get("encoder_outputs") is not None:
+            raise ValueError(
+                "the batch has encoder_outputs, which are one model's: leave them out, and student "
+                "and teacher run their own encoders"
+            )
+        labels = _own_labels(batch)
+        if labels is None and not _has_decoder_tokens(batch):
+            raise ValueError(
+                "the batch has neither labels nor decoder_input_ids: an encoder-decoder needs one "
+                "of them. Collate with transformers' DataCollatorForSeq2Seq"
+            )
+        if not _has_decoder_tokens(batch):
+            batch = {**batch, "decoder_input_ids": labels}  # of the same shape
+        check_batch(batch, "decoder_")
+        names = ("input_ids", "inputs_embeds", "attention_mask")
+        view = {name: batch.get(f"decoder_{name}") for name in names}
+        texts, targets = token_shape(batch)[0], token_shape(view)[0]
+        if texts != targets:
+            raise ValueError(
+                f"the batch has {texts} rows of tokens and {targets} of labels or decoder tokens: "
+                "give each text its target"
+            )
+        return view | {SHIFT_LABELS: labels, TOKEN_WEIGHTS: batch.get(TOKEN_WEIGHTS)}
+
+    def inputs(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Add the decoder's tokens, made from the labels by the model's own rule, where the batch
+        has none.
+        """
+        inputs = super().inputs(model, batch)
+        if not _has_decoder_tokens(batch):
+            labels = batch.get("labels")
+            labels = _own_labels(batch) if labels is None else labels
+            inputs["decoder_input_ids"] = _shifted_right(model, labels)
+        return inputs
+
+    def example(self, tokens: Tensor) -> dict[str, Tensor]:
+        return super().example(tokens) | {"decoder_input_ids": tokens}
+
+    def require_alike(self, student: nn.Module, teacher: nn.Module) -> None:
+        try:
+            ours, theirs = (_shifted_right(m, _LABELS_TO_SHIFT.clone()) for m in (student, teacher))
+        except ValueError:  # then every batch must have decoder_input_ids
+            return
+        if not torch.equal(ours, theirs):
+            raise ValueError(
+                f"from the labels {_LABELS_TO_SHIFT[0].tolist()} the student "
+                f"({type(student).__name__}) makes the decoder_input_ids {ours[0].tolist()} and "
+                f"the teacher ({type(teacher).__name__}) {theirs[0].tolist()}: they must start "
+                "with the same token. Set student.config.decoder_start_token_id to the teacher's "
+                f"({getattr(teacher.config, 'decoder_start_token_id', None)})"
+            )
 
 
 class WithoutLens(Task):
@@ -97,8 +163,8 @@ class WithoutLens(Task):
 CAUSAL_LM = Task("causal_lm")
 TASKS = {
     "causal_lm": CAUSAL_LM,
-    "masked_lm": Task("masked_lm"),
-    "seq2seq_lm": Task("seq2seq_lm"),
+    "masked_lm": MaskedLM("masked_lm"),
+    "seq2seq_lm": Seq2SeqLM("seq2seq_lm"),
     "sequence_classification": WithoutLens("sequence_classification"),
     "token_classification": WithoutLens("token_classification"),
     "question_answering": WithoutLens("question_answering"),
@@ -107,40 +173,52 @@ TASKS = {
 
 
 def task_of(model: nn.Module) -> Task:
-    """Return the task of a transformers model inside wrappers.
+    """Return the task of a transformers model inside wrappers; see `task_name`.
 
-    By transformers' lists of classes, which also know the base classes of a user's own class; then
-    by the config. Any other model is taken for a causal LM, and `ModelReader` looks at its logits.
+    Of a class that transformers does not know, `ModelReader` looks at the logits too.
     """
-    found, config = _listed(model), model.config
-    if found in ("sequence_classification", "token_classification", "question_answering"):
-        return TASKS[found]
-    if getattr(config, "is_encoder_decoder", False):
-        return TASKS["embedding" if found == "embedding" else "seq2seq_lm"]
-    # Audio LMs are listed as sequence-to-sequence, and a masked LM may be configured as a decoder.
-    if found in (None, "seq2seq_lm") or (
-        found == "masked_lm" and getattr(config, "is_decoder", False)
-    ):
-        return CAUSAL_LM
-    return TASKS[found]
+    classes = [base.__name__ for base in type(model).__mro__]
+    return TASKS[task_name(classes, getattr(model, "config", None))]
 
 
-def _listed(model: nn.Module) -> str | None:
-    """Return the task in whose lists the model's class is, or its nearest base class in any list;
-    of a class outside of transformers the task by its config's `auto_map`. None without one.
+def require_causal_lm(task: Task, what: str) -> None:
+    """Raise TypeError unless `task` is the causal LM's.
+
+    Args:
+        what: is for causal LMs alone, for the error.
     """
-    from transformers.models.auto import modeling_auto
-
-    lists = [(task, _names(getattr(modeling_auto, mapping))) for task, mapping, _ in _LISTS]
-    for base in type(model).__mro__:
-        for task, names in lists:
-            if base.__name__ in names:
-                return task
-    own, name = getattr(model.config, "auto_map", None) or {}, type(model).__name__
-    return next((task for task, _, auto in _LISTS if name in str(own.get(auto, ""))), None)
+    if task is not CAUSAL_LM:
+        raise TypeError(
+            f"{what} is for causal LMs, but the models are of the task {task}: use Distiller or "
+            "FDDTrainer with both models"
+        )
 
 
-def _names(mapping: Mapping[str, str | tuple[str, ...]]) -> set[str]:
-    """Return the names of classes in one of transformers' lists; a model type may have several."""
-    several = [names if isinstance(names, tuple) else (names,) for names in mapping.values()]
-    return {name for names in several for name in names}
+def _own_labels(batch: Mapping[str, Any]) -> Tensor | None:
+    """Return the labels of the predictions at the same positions: `shift_labels` win."""
+    return next((batch[name] for name in _LABELS if batch.get(name) is not None), None)
+
+
+def _has_decoder_tokens(batch: Mapping[str, Any]) -> bool:
+    names = ("decoder_input_ids", "decoder_inputs_embeds")
+    return any(batch.get(name) is not None for name in names)
+
+
+def _shifted_right(model: nn.Module, labels: Tensor) -> Tensor:
+    """Return the decoder's tokens for labels, by the model's own rule.
+
+    Raises:
+        ValueError: it has none, or no start token.
+    """
+    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    try:
+        if prepare is not None:
+            return prepare(labels=labels)
+        why = "it has no prepare_decoder_input_ids_from_labels"
+    except (TypeError, ValueError) as error:
+        why = str(error)
+    raise ValueError(
+        f"{type(model).__name__} cannot make decoder_input_ids from labels ({why}): set "
+        "config.decoder_start_token_id and config.pad_token_id, or give decoder_input_ids in the "
+        "batch"
+    )

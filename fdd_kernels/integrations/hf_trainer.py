@@ -18,10 +18,10 @@ from fdd_kernels.hf.teachers import Teacher, place_teacher, require_model
 from fdd_kernels.hf.wrappers import unwrap
 from fdd_kernels.integrations.finite import MASKED_LABELS, warn_of_nothing
 from fdd_kernels.integrations.model_card import TAGS, distillation_section
-from fdd_kernels.integrations.proven import ProvenCheckpoints
 from fdd_kernels.integrations.repeats import without_repeats
 from fdd_kernels.integrations.streamed_metrics import watching
 from fdd_kernels.integrations.sums import StepSums, WeightedSums
+from fdd_kernels.integrations.trained_projection import TrainedProjection
 from fdd_kernels.objectives.fdd.options import FDDConfig
 
 # In a checkpoint, the state of what changes during training: see `Distiller.state_dict`.
@@ -30,7 +30,7 @@ STATE_FILE = "fdd_state.json"
 _SKIPPED_STEPS = 20
 
 
-class FDDTrainerMixin(ProvenCheckpoints):
+class FDDTrainerMixin(TrainedProjection):
     """Replace the loss of a `transformers.Trainer`, or of a trainer built on it, by the FDD loss.
 
     Mix it in first: `class MyTrainer(FDDTrainerMixin, SomeTrainer)`. See `FDDTrainer`.
@@ -66,6 +66,7 @@ class FDDTrainerMixin(ProvenCheckpoints):
         self.evaluation_metrics = evaluation_metrics
         place_teacher(teacher, self.args.device)
         self.distiller = Distiller(self.model, teacher, fdd_config)
+        self._require_whole_projection()
         ddp = self.accelerator.ddp_handler
         if (
             ddp is not None
@@ -204,12 +205,12 @@ class FDDTrainerMixin(ProvenCheckpoints):
                 "scaled: use DistributedDataParallel or FSDP2"
             )
         with torch.no_grad():
-            for parameter in self.model.parameters():
+            for parameter in self._trained_parameters(self.model):
                 if parameter.grad is not None:
                     parameter.grad.mul_(scale)
 
     def train(self, *args, **kwargs):
-        """As `ProvenCheckpoints.train`."""
+        """As `TrainedProjection.train`."""
         self._held_over, self._epoch_iterator, self._skipped_steps = [], None, 0
         return super().train(*args, **kwargs)
 
@@ -320,7 +321,8 @@ class FDDTrainer(FDDTrainerMixin, Trainer):
     student with experts and `output_router_logits` adds its router loss, logged as `router`.
 
     Options that change during training (`FDDConfig(schedules=...)` and others) follow the trainer's
-    step; they are logged under their names, and a checkpoint holds their state.
+    step; they are logged under their names, and a checkpoint holds their state. The projection of
+    feature space is in the optimizer, unless that is given, and in every checkpoint.
 
     A checkpoint is complete or does not exist, and training resumes only from a complete one: see
     `AtomicCheckpoints`.

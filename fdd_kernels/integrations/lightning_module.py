@@ -38,14 +38,15 @@ class FDDLightningModule(pl.LightningModule):
     """Distils `teacher` into `student` under a Lightning `Trainer`, with automatic optimisation.
 
     Args:
-        student: a transformers causal LM. Only it is a submodule: the teacher is in no parameter
-            list, state dict or checkpoint, and is never trained.
+        student: a transformers causal LM. Only it is a submodule, and the projection of feature
+            space, if there is one: the teacher is in no parameter list, state dict or checkpoint,
+            and is never trained.
         teacher: as for `FDDTrainer`: a transformers causal LM, which `fit`, `validate` or `test`
             move to their device unless it has a placement of its own; or a teacher cache, whose
             windows `fdd_kernels.data.pad_windows` collates.
         fdd_config: layers and loss options.
-        optimizer: maps the student's trainable parameters to the result of `configure_optimizers`;
-            default AdamW with a learning rate of 1e-4.
+        optimizer: maps the student's trainable parameters, and the projection's, to the result of
+            `configure_optimizers`; default AdamW with a learning rate of 1e-4.
 
     Batches are mappings as `Distiller` takes them. Every term is logged as `train_loss`,
     `train_output_kd`, ... each step and as `val_...`, `test_...`, means over all valid tokens, in
@@ -79,6 +80,7 @@ class FDDLightningModule(pl.LightningModule):
         # In a tuple, which is no module: keeps the teacher out of parameters() and state_dict().
         self._teacher = (teacher,)
         self.distiller = Distiller(student, teacher, fdd_config)
+        self.projection = self.distiller.projection
         self._optimizer = optimizer
         self._begin_step()
 
@@ -99,7 +101,7 @@ class FDDLightningModule(pl.LightningModule):
                 "with DDPStrategy. For models that are sharded use FDDTrainer or an accelerate "
                 "loop with FSDP2"
             )
-        names = self.distiller.parameters_without_gradient() if stage == "fit" else []
+        names = self._without_gradient() if stage == "fit" else []
         kwargs = getattr(strategy, "_ddp_kwargs", {})
         if isinstance(strategy, DDPStrategy) and names and not kwargs.get("find_unused_parameters"):
             raise ValueError(
@@ -109,6 +111,11 @@ class FDDLightningModule(pl.LightningModule):
                 "with requires_grad_(False)"
             )
         place_teacher(*self._teacher, strategy.root_device)
+
+    def _without_gradient(self) -> list[str]:
+        """Return the names of parameters that train and get no gradient at some step."""
+        names = self.distiller.parameters_without_gradient()
+        return names + [f"projection.{name}" for name in self.distiller.idle_projection()]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.distiller.config.changes:
@@ -131,7 +138,7 @@ class FDDLightningModule(pl.LightningModule):
             self.distiller.load_state_dict(checkpoint[STATE])
 
     def configure_optimizers(self):
-        return self._optimizer([p for p in self.student.parameters() if p.requires_grad])
+        return self._optimizer([p for p in self.parameters() if p.requires_grad])
 
     def on_fit_start(self) -> None:
         # from_pretrained gives models in evaluation mode, and Lightning would leave them there
@@ -183,7 +190,7 @@ class FDDLightningModule(pl.LightningModule):
             require_finite(f"step {self.trainer.global_step + 1}", means)
         scale = self.trainer.accumulate_grad_batches * mean
         with torch.no_grad():
-            for parameter in self.student.parameters():
+            for parameter in self.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(scale.to(parameter.grad.dtype))
 

@@ -11,7 +11,9 @@ from torch import nn
 from trl import SFTTrainer
 
 from fdd_kernels.hf.positions import TOKEN_WEIGHTS
+from fdd_kernels.hf.tasks import require_causal_lm, task_of
 from fdd_kernels.hf.teachers import Teacher
+from fdd_kernels.hf.wrappers import unwrap
 from fdd_kernels.integrations.hf_trainer import FDDTrainerMixin
 
 
@@ -36,12 +38,15 @@ class FDDSFTTrainer(FDDTrainerMixin, SFTTrainer):
     Raises:
         ValueError: an option of SFTConfig that changes the loss (`loss_type`); a teacher cache, or
             data with `token_weights`, without `skip_prepare_dataset` or without a collator.
-        TypeError, ValueError: see `FDDTrainer`.
+        TypeError: the student is no causal LM; and see `FDDTrainer`.
+        ValueError: see `FDDTrainer`.
     """
 
     def __init__(
         self, model, args=None, data_collator=None, *rest, teacher: nn.Module | Teacher, **kwargs
     ) -> None:
+        if isinstance(model, nn.Module):
+            require_causal_lm(task_of(unwrap(model)), "FDDSFTTrainer")
         prepared = getattr(args, "dataset_kwargs", None) or {}
         is_ready = prepared.get("skip_prepare_dataset") and data_collator
         if isinstance(teacher, Teacher) and not is_ready:

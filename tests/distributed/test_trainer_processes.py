@@ -7,7 +7,7 @@ import torch
 
 from fdd_kernels import Distiller
 from fdd_kernels.integrations.streamed_metrics import watching
-from tests.distributed.trainer_worker import HELD_OUT, KINDS, STREAMED
+from tests.distributed.trainer_worker import HELD_OUT, KINDS, STREAMED, features
 from tests.support.hf_models import tiny_model
 from tests.support.processes import finish_well, start
 from tests.support.training import CONFIG, examples, pad
@@ -62,6 +62,15 @@ def test_options_that_change_are_the_same_in_every_process_and_resumed(found):
         assert one["state"] == expected["state"]
         for name, weight in expected["weights"].items():
             assert torch.equal(one["weights"][name], weight), name
+
+
+@pytest.mark.slow
+def test_a_projection_has_the_gradient_of_all_processes(found, tmp_path):
+    expected = features(tmp_path, size=4)["weights"]["weight"]
+    for process in found[1]["features"]:
+        # float32 sums over tokens in another order.
+        torch.testing.assert_close(process["weights"]["weight"], expected, rtol=1e-4, atol=2e-6)
+    assert torch.equal(*[process["weights"]["weight"] for process in found[1]["features"]])
 
 
 @pytest.mark.slow

@@ -120,6 +120,30 @@ def changing(folder: Path) -> dict:
     return found
 
 
+FEATURES = FDDConfig(num_layers=2, space="feature", trajectory="mse", projection="linear")
+FEATURE_ROWS = [9, 5, 12, 7]
+
+
+def features(folder: Path, size: int = 2) -> dict:
+    """One step of gradient descent with two of the four rows in each process."""
+    run = trainer(
+        folder / "run",
+        train=examples(FEATURE_ROWS),
+        config=FEATURES,
+        per_device_train_batch_size=size,
+        max_steps=1,
+        optim="sgd",
+        learning_rate=1.0,
+        lr_scheduler_type="constant",
+    )
+    with torch.no_grad():  # the other process's is taken
+        run.distiller.projection.weight.mul_(1 + run.args.process_index)
+    run.train()
+    return {
+        "weights": {name: p.detach() for name, p in run.distiller.projection.named_parameters()}
+    }
+
+
 def generated(folder: Path) -> dict:
     """One step of each trainer that generates: its text, log and gradients; nothing without trl."""
     if importlib.util.find_spec("trl") is None:
@@ -136,7 +160,13 @@ def generated(folder: Path) -> dict:
     return found
 
 
-KINDS = {"best-first": best_first, "partial": partial, "changing": changing, "generated": generated}
+KINDS = {
+    "best-first": best_first,
+    "partial": partial,
+    "changing": changing,
+    "generated": generated,
+    "features": features,
+}
 
 
 def main(kinds: str, rank: int, world: int, folder: Path) -> None:

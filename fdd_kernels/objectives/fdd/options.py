@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fdd_kernels.objectives.alignment.methods import RANK
-from fdd_kernels.objectives.fdd.config_checks import check_pairs, check_space
+from fdd_kernels.objectives.fdd.config_checks import check_encoder, check_pairs, check_space
 from fdd_kernels.objectives.fdd.scheduled import WEIGHT_OF_TERM, Scheduled, check_scheduled
 from fdd_kernels.objectives.layer_pairs import (
     LayerPairs,
@@ -32,6 +32,20 @@ if TYPE_CHECKING:  # without torch the command line can show its options
     from fdd_kernels.objectives.gradient_balance import GradientBalance
 
 LAYER_GRIDS = ("floor", "linspace")
+# The published setting: FDDConfig.paper().
+PAPER = {
+    "output_kd_weight": 1.0,
+    "alpha": 1.0,
+    "beta": 1.0,
+    "ce_weight": 0.0,
+    "output_divergence": "kl",
+    "trajectory": "kl",
+    "derivative": "cosine",
+    "temperature": 1.0,
+    "output_temperature": 1.0,
+    "num_layers": 4,
+    "layer_grid": "floor",
+}
 
 
 class FDDLossTerms(NamedTuple):
@@ -214,6 +228,9 @@ class FDDConfig(LossOptions):
             the widths are equal.
         rows: of feature space: states, or deviation, each state minus the mean over the valid rows
             of its batch, layer and model.
+        encoder_weight: weight of the encoder's trajectory plus derivative in an encoder-decoder: of
+            states, as in feature space, with a projection and num_layers layers of its own.
+        encoder_trajectory: mse or cosine.
         train_head: whether the student's head receives gradient from the loss.
         schedules: options that change during training: a dictionary of alpha, beta,
             output_kd_weight, ce_weight, teacher_mix or a temperature to a `WeightSchedule`, of
@@ -240,10 +257,21 @@ class FDDConfig(LossOptions):
     space: str = "lens"
     projection: str = "auto"
     rows: str = "states"
+    encoder_weight: float = 0.0
+    encoder_trajectory: str = "mse"
     train_head: bool = True
     schedules: Mapping[str, Schedule] | str | None = None
     stages: Stages | str | None = None
     gradient_balance: GradientBalance | str | None = None
+
+    @classmethod
+    def paper(cls, **options: Any) -> FDDConfig:
+        """Make the published setting of FDD, whatever the defaults are; `options` change it.
+
+        It is the sum, each with weight 1, of KL at the output, KL at the 4 layers of the floor grid
+        and the cosine of the change between them, at temperature 1.
+        """
+        return cls(**(PAPER | options))
 
     def __post_init__(self) -> None:
         for name in ("student_logit_scale", "teacher_logit_scale"):
@@ -271,6 +299,7 @@ class FDDConfig(LossOptions):
             )
         check_pairs(self)
         check_space(self)
+        check_encoder(self)
         if self.reduction == "none":
             raise ValueError(
                 'reduction="none" has no meaning for a training step: use "mean" or "sum"'
