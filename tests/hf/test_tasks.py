@@ -1,5 +1,7 @@
 """Masked LMs and encoder-decoders in the lens: their positions, labels and layers."""
 
+import dataclasses
+
 import peft
 import pytest
 import torch
@@ -217,3 +219,115 @@ def test_what_is_for_causal_lms_alone(tmp_path):
     trl = pytest.importorskip("fdd_kernels.integrations.trl_sft")
     with pytest.raises(TypeError, match=r"FDDSFTTrainer is for causal LMs, .* task masked_lm"):
         trl.FDDSFTTrainer(student, teacher=teacher)
+
+
+def dense_encoder_term(student, teacher, batch, config, layers, projection, norms):
+    """Trajectory plus derivative of the encoders' states, sequence by sequence: the mean over a
+    sequence's tokens counts as often as it has target tokens.
+    """
+
+    def states(model, of_model):
+        encoder = model.get_encoder()
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        found = encoder(**inputs, output_hidden_states=True).hidden_states
+        return [norms(encoder)(found[layer]) for layer in of_model]
+
+    ours = [state @ projection.T for state in states(student, layers[0])]
+    with torch.no_grad():
+        theirs = states(teacher, layers[1])
+    mask, targets = batch["attention_mask"].bool(), (batch["labels"] != -100).sum(1)
+
+    def mean(per_token):
+        rows = zip(per_token, mask, targets, strict=True)
+        return sum(row[m].mean() * t for row, m, t in rows) / targets.sum()
+
+    def cosine(s, t):
+        return 1 - torch.nn.functional.cosine_similarity(s, t, dim=-1)
+
+    def mse(s, t):
+        return (s - t).square().mean(-1)
+
+    distance = {"mse": mse, "cosine": cosine}[config.encoder_trajectory]
+    trajectory = sum(mean(distance(s, t)) for s, t in zip(ours, theirs)) / len(ours)
+    return trajectory + mean(cosine(ours[1] - ours[0], theirs[1] - theirs[0]))
+
+
+class TestEncoders:
+    """`encoder_weight`: the encoders' states in feature space."""
+
+    @pytest.mark.parametrize(
+        ("family", "norms", "options"),
+        [
+            ("t5", lambda encoder: encoder.final_layer_norm, {}),
+            ("t5", lambda encoder: lambda h: h, {"apply_final_norm": False}),
+            ("bart", lambda encoder: lambda h: h, {"encoder_trajectory": "cosine"}),
+        ],
+    )
+    def test_loss_and_gradients_equal_the_dense_loss(self, family, norms, options):
+        (student, teacher), batch = pair(family), batch_of(family)
+        plain = dataclasses.replace(CONFIG, **options)
+        config = dataclasses.replace(plain, encoder_weight=0.6)
+        distiller = Distiller(student, teacher, config)
+        terms = distiller(batch)
+        terms.loss.backward()
+        parameters = {**dict(student.named_parameters()), "projection": distiller.projection.weight}
+        found = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+        for parameter in parameters.values():
+            parameter.grad = None
+
+        rest = Distiller(student, teacher, plain)(batch)
+        assert rest.encoder is None
+        # The encoders have 3 and 5 blocks.
+        layers, weight = ((1, 2), (1, 2)), parameters["projection"]
+        expected = dense_encoder_term(student, teacher, batch, config, layers, weight, norms)
+        torch.testing.assert_close(terms.encoder, expected, rtol=1e-6, atol=0)
+        torch.testing.assert_close(terms.loss, rest.loss + 0.6 * expected, rtol=1e-6, atol=0)
+        (rest.loss + 0.6 * expected).backward()
+        for name, parameter in parameters.items():
+            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-6, atol=1e-8, msg=name)
+
+    def test_micro_batches_add_up(self):
+        config = dataclasses.replace(CONFIG, encoder_weight=0.6)
+        distiller, batch = Distiller(*pair("t5"), config), batch_of("t5")
+        whole, items = distiller(batch), distiller.count_positions(batch)
+        parts = [
+            distiller({k: v[row : row + 1] for k, v in batch.items()}, num_items_in_batch=items)
+            for row in range(2)
+        ]
+        torch.testing.assert_close(sum(p.encoder for p in parts), whole.encoder)
+        torch.testing.assert_close(sum(p.loss for p in parts), whole.loss)
+
+    def test_the_teachers_decoder_does_not_run_for_its_encoder(self):
+        (student, teacher), batch = pair("bart"), batch_of("bart")
+        config = FDDConfig(
+            num_layers=2, alpha=0.0, beta=0.0, output_kd_weight=0.0, ce_weight=1.0, encoder_weight=1
+        )
+        distiller, calls = Distiller(student, teacher, config), []
+        teacher.model.decoder.layers[0].register_forward_hook(lambda *_: calls.append(1))
+        states = distiller.teacher_states(batch)
+        terms = distiller(batch, teacher_states=states)
+        assert torch.equal(terms.loss, distiller(batch).loss)
+        assert terms.named()["encoder"] > 0
+        assert not calls
+        with pytest.raises(ValueError, match="teacher_states lack the encoder"):
+            distiller(batch, teacher_states=list(states))
+
+    def test_both_projections_in_feature_space(self):
+        config = FDDConfig(
+            num_layers=2, space="feature", trajectory="mse", encoder_weight=1.0, ce_weight=0.5
+        )
+        distiller = Distiller(*pair("t5"), config)
+        distiller(batch_of("t5")).loss.backward()
+        names = dict(distiller.projection.named_parameters())
+        assert names.keys() == {"decoder.weight", "encoder.weight"}
+        assert all(weight.grad.any() for weight in names.values())
+
+    def test_bad_options(self):
+        with pytest.raises(
+            ValueError, match=r"encoder_weight=0.5 compares the encoders .*masked_lm"
+        ):
+            Distiller(*pair("bert"), FDDConfig(num_layers=2, encoder_weight=0.5))
+        with pytest.raises(ValueError, match="encoder_trajectory"):
+            FDDConfig(encoder_trajectory="kl")
+        with pytest.raises(ValueError, match="encoder_weight=1 needs sampled layers"):
+            FDDConfig(encoder_weight=1.0, num_layers=0)
