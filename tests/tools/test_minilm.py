@@ -52,7 +52,7 @@ def test_the_saved_student_has_the_cosines_that_are_reported(trained):
     assert student.config.num_hidden_layers == 3
     found = []
     with torch.no_grad():
-        for text in minilm.split(options)[1]:
+        for text in minilm.split(options)[1][::4]:
             tokens = tokenizer(
                 text, truncation=True, max_length=options.max_length, return_tensors="pt"
             )
@@ -60,4 +60,4 @@ def test_the_saved_student_has_the_cosines_that_are_reported(trained):
             found.append(torch.cosine_similarity(*means).item())
     reported = next(r for r in result["runs"] if r["objective"] == result["saved"])
     # float32, 6 layers, sums over up to 1536 numbers: 6 * sqrt(1536) * 2**-23 = 3e-5
-    np.testing.assert_allclose(found, reported["found"][-1]["cosine"], rtol=0, atol=3e-5)
+    np.testing.assert_allclose(found, reported["found"][-1]["cosine"][::4], rtol=0, atol=3e-5)
