@@ -6,7 +6,9 @@ import contextlib
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fdd_kernels.hf.offload import end_forward
@@ -27,6 +29,8 @@ def capture_states(
     final: bool = True,
     read: Callable[[Tensor], Tensor] | None = None,
     head: nn.Module | None = None,
+    result: Callable[[Any], Tensor] | None = None,
+    always: bool = False,
 ) -> tuple[dict[int, Tensor], Tensor | None]:
     """Return the states (batch, sequence, width) of `layers` by number, and the final state.
 
@@ -39,8 +43,11 @@ def capture_states(
         read: applied to each state when it is captured, which frees the raw state.
         head: the head of a `backbone` that is the whole model. Its input is the final state, and
             the forward ends there.
+        result: of a `backbone` that is the whole model with its head, makes what is returned as the
+            final state from the result of its forward.
+        always: run up to the blocks at least, also if nothing of them is asked for.
     """
-    if not layers and not final:
+    if not (layers or final or always):
         return {}, None
     parameters = inspect.signature(backbone.forward).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
@@ -49,7 +56,7 @@ def capture_states(
     }
     sharded = any(isinstance(module, FSDPModule) for module in backbone.modules())
     # All later blocks, not the next one only: the model may skip that.
-    unneeded = [] if final or sharded else range(max(layers), len(blocks))
+    unneeded = [] if final or sharded else range(max(layers, default=0), len(blocks))
     state = last = None
 
     def stop(module, args) -> None:
@@ -58,7 +65,7 @@ def capture_states(
         if not sharded:
             raise _Enough
 
-    with _hooks(blocks, layers, read) as captured, contextlib.ExitStack() as end:
+    with captured_states(blocks, layers, read) as captured, contextlib.ExitStack() as end:
         for index in unneeded:
             hook = _at_its_turn(blocks, index, stop)
             end.enter_context(blocks[index].register_forward_pre_hook(hook))
@@ -67,19 +74,22 @@ def capture_states(
         try:
             # The whole model may be called from within its own forward (see `inside_forward`),
             # whose hooks have run.
-            output = (backbone if head is None else backbone.forward)(**accepted)
+            is_whole = head is not None or result is not None
+            output = (backbone.forward if is_whole else backbone)(**accepted)
             if head is None:
-                state = final_state(output)
+                state = (result or final_state)(output)
         except _Enough:
             end_forward(backbone, last)
     return captured, state if final else None
 
 
 @contextlib.contextmanager
-def _hooks(
-    blocks: nn.ModuleList, layers: tuple[int, ...], read: Callable[[Tensor], Tensor] | None
+def captured_states(
+    blocks: nn.ModuleList,
+    layers: tuple[int, ...],
+    read: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[dict[int, Tensor]]:
-    """Collect states by layer while the backbone runs."""
+    """Collect states by layer while their model runs in the `with` block."""
     captured: dict[int, Tensor] = {}
 
     def store(layer: int, value) -> None:
@@ -116,3 +126,20 @@ def _at_its_turn(blocks: nn.ModuleList, index: int, hook: Callable) -> Callable:
     modules, calls = list(blocks), itertools.count()
     turn = modules[:index].count(modules[index])
     return lambda *args: hook(*args) if next(calls) == turn else None
+
+
+def require_gradient(name: str, blocks: nn.ModuleList, states: dict[int, Tensor]) -> None:
+    """Raise RuntimeError if a state by layer has no gradient although blocks before it train."""
+    detached = [
+        layer
+        for layer, state in states.items()
+        if torch.is_grad_enabled()
+        and not state.requires_grad
+        and any(p.requires_grad for block in blocks[:layer] for p in block.parameters())
+    ]
+    if detached:
+        raise RuntimeError(
+            f"{name}: the states of layers {detached} carry no gradient although blocks before "
+            "them train: something detaches them (no_grad inside the model, or reentrant gradient "
+            'checkpointing: use gradient_checkpointing_kwargs={"use_reentrant": False})'
+        )

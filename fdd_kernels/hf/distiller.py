@@ -12,28 +12,26 @@ from torch import Tensor, nn
 
 from fdd_kernels.hf.alignment import alignment_of
 from fdd_kernels.hf.comparison import Comparison
+from fdd_kernels.hf.comparisons import comparison_of
 from fdd_kernels.hf.compatibility import (
     options_for,
     require_same_task,
     require_shared_vocabulary,
 )
 from fdd_kernels.hf.compiled import compile_blocks
-from fdd_kernels.hf.features import FeatureLoss
+from fdd_kernels.hf.encoder import EncoderLoss
 from fdd_kernels.hf.layers import paired_layers
-from fdd_kernels.hf.loss import DistillationLoss
-from fdd_kernels.hf.model_reader import ModelReader
 from fdd_kernels.hf.observer import Observer
-from fdd_kernels.hf.positions import valid_positions
-from fdd_kernels.hf.projection import ProjectionWatch
+from fdd_kernels.hf.projection import ProjectionWatch, both_projections
 from fdd_kernels.hf.routers import RouterLoss, router_coefficient
 from fdd_kernels.hf.schedule import Schedules
 from fdd_kernels.hf.targets import StudentSide, Targets
+from fdd_kernels.hf.task_reader import make_reader
 from fdd_kernels.hf.tasks import require_causal_lm
 from fdd_kernels.hf.teachers import Teacher, as_teacher, require_model
 from fdd_kernels.hf.terms import DistillerTerms
 from fdd_kernels.hf.unreached import (
     is_static,
-    parameters_outside,
     refuse_changes,
     refuse_unreached,
     waits_for_all,
@@ -103,13 +101,14 @@ class Distiller:
         self.task = require_same_task(student, teacher)
         if split:
             require_causal_lm(self.task, "vocab_group")
-        self.student = ModelReader(student, "student", split_head=split)
+        self.student = make_reader(student, "student", split_head=split)
         self.teacher = as_teacher(teacher, split_head=split, student=student)
         self._student = student  # as given: perhaps data-parallel
         self.student_layers, self.teacher_layers = paired_layers(
             self.config, self.student.depth, self.teacher.depth
         )
-        require_shared_vocabulary(self.config, self.student.vocabulary, self.teacher.vocabulary)
+        if self.task.has_lens:
+            require_shared_vocabulary(self.config, self.student.vocabulary, self.teacher.vocabulary)
         compile_blocks(student, self.student.blocks)
         self.schedules = Schedules(
             self.config, options_for(self.config, self.student, self.teacher)
@@ -118,12 +117,16 @@ class Distiller:
             self.config, self.student_layers, self.teacher_layers, vocab_group
         )
         layers = self.student_layers, self.teacher_layers
-        kind = FeatureLoss if self.config.space == "feature" else DistillationLoss
-        self._compare: Comparison = kind(
+        self._compare: Comparison = comparison_of(self.task, self.config)(
             self.config, self.student, self.teacher, layers, self.alignment, vocab_group
         )
         self._compare.require(self.teacher, self.schedules.possible)
-        self._watch = None if self.projection is None else ProjectionWatch(self.projection, student)
+        weight = self.config.encoder_weight
+        self._encoder = EncoderLoss(self.config, self.student, self.teacher) if weight else None
+        of_encoder = None if self._encoder is None else self._encoder.projection
+        self._projection = both_projections(self._compare.projection, of_encoder)
+        watched = of_encoder or self._compare.projection
+        self._watch = None if watched is None else ProjectionWatch(watched, student)
 
     @property
     def options(self) -> LossOptions:
@@ -131,12 +134,17 @@ class Distiller:
         return self.schedules.options
 
     @property
-    def projection(self) -> nn.Linear | None:
-        """The student's projection to the teacher's width in feature space, shared by the layers;
-        None without one. Its parameters train with the student's: give them to the optimizer, and
-        average their gradients over processes, which DistributedDataParallel does not do.
+    def projection(self) -> nn.Module | None:
+        """The student's projection to the teacher's width in feature space, an nn.Linear shared by
+        the layers; None without one. Its parameters train with the student's: give them to the
+        optimizer, and average their gradients over processes, which DistributedDataParallel does
+        not do. With `encoder_weight` in feature space an nn.ModuleDict of "decoder" and "encoder".
         """
-        return self._compare.projection
+        return self._projection
+
+    @property
+    def _router_coefficient(self) -> float:
+        return router_coefficient(self.student.model) if self.task.has_lens else 0.0
 
     @property
     def observer(self) -> Observer | None:
@@ -146,6 +154,13 @@ class Distiller:
     @observer.setter
     def observer(self, observer: Observer | None) -> None:
         self._compare.observer = observer
+
+    def idle_projection(self) -> list[str]:
+        """Return the names in `projection` of parameters that get no gradient at some step."""
+        always = all(map(self._compare.trains_projection, self.schedules.possible))
+        if self._compare.projection is None or always:
+            return []
+        return ["weight" if self.projection is self._compare.projection else "decoder.weight"]
 
     def parameters_without_gradient(self) -> list[str]:
         """Return the names of the student's parameters that train but get no gradient from this
@@ -158,16 +173,16 @@ class Distiller:
         return self._without_gradient(*self.schedules.possible)
 
     def _without_gradient(self, *possible: LossOptions) -> list[str]:
-        whole = bool(router_coefficient(self.student.model))  # every block has routers
-        idle = [m for o in possible for m in self._compare.idle(o, whole=whole)]
-        return parameters_outside(self.student.model, idle)
+        whole = bool(self._router_coefficient)  # every block has routers
+        found = {n for o in possible for n in self._compare.without_gradient(o, whole=whole)}
+        return [name for name, _ in self.student.model.named_parameters() if name in found]
 
     def count_positions(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Count the valid positions of a batch, an int64 scalar: the denominator of the mean."""
         return self._count(self.task.loss_view(batch))
 
     def _count(self, view: Mapping[str, Tensor]) -> Tensor:
-        return valid_positions(view, self.config.ignore_index).sum()
+        return self._compare.valid_rows(view).sum()
 
     def without_rows_from(self, batch: Mapping[str, Tensor], first: int) -> Mapping[str, Tensor]:
         """Return the batch without valid positions in rows `first` and later: those that a data
@@ -244,11 +259,12 @@ class Distiller:
         if teacher_states is None:
             teacher_states = self._compare.targets(self.teacher, batch, options)
         with inside_forward(model, functools.partial(self._loss, options)) as loss:
-            values, router = loss(batch, view, teacher_states, num_items_in_batch)
-        if self._watch is not None and options.compares_dynamics:
+            values, more = loss(batch, view, teacher_states, num_items_in_batch)
+        trains = self._encoder is not None or self._compare.trains_projection(options)
+        if self._watch is not None and trains:
             self._watch.look()
         terms = DistillerTerms(*values)
-        terms.router = router
+        terms.router, terms.encoder = more
         return terms
 
     def logged(self) -> dict[str, float]:
@@ -290,9 +306,9 @@ class Distiller:
         view: Mapping[str, Tensor],
         targets: Targets,
         items: Tensor | float | None,
-    ) -> tuple[FDDLossTerms, Tensor | None]:
-        """Compute the terms, and the router loss or None; `loss` includes it."""
-        coefficient, routers = router_coefficient(self.student.model), RouterLoss(self.student)
+    ) -> tuple[FDDLossTerms, list[Tensor | None]]:
+        """Compute the terms, and those of routers and encoder or None; `loss` includes them."""
+        coefficient, routers = self._router_coefficient, RouterLoss(self.student)
         with routers if coefficient else contextlib.nullcontext():
             student = self._compare.student_side(batch, options, whole=bool(coefficient))
         if self.observer is not None:
@@ -307,11 +323,16 @@ class Distiller:
             options = self.schedules.balance(student, count, compare)
         terms = compare(student, options, items)
         self.schedules.record(terms, count, items)
-        if not coefficient:
-            return terms, None
-        share = self._share(count(), items).to(terms.loss.device)
-        router = routers(batch).to(terms.loss) * share
-        return terms._replace(loss=terms.loss + coefficient * router), router.detach()
+        loss, router, encoder = terms.loss, None, None
+        if coefficient:
+            share = self._share(count(), items).to(loss.device)
+            router = routers(batch).to(loss) * share
+            loss = loss + coefficient * router
+        if self._encoder is not None:
+            encoder = self._encoder(student.states, targets, batch, view, items).to(loss)
+            loss = loss + self.config.encoder_weight * encoder
+        more = [None if term is None else term.detach() for term in (router, encoder)]
+        return terms._replace(loss=loss), more
 
     def _share(self, count: Tensor, items: Tensor | float | None) -> Tensor:
         """Return the batch's number of valid positions divided by the denominator of its terms: 1,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from fdd_kernels.engine.evaluate import evaluate
 from fdd_kernels.hf.alignment import LayerAlignment
 from fdd_kernels.hf.comparison import Comparison
-from fdd_kernels.hf.loss import hidden_inputs, token_weights_of
+from fdd_kernels.hf.loss import hidden_inputs
 from fdd_kernels.hf.model_reader import ModelReader
-from fdd_kernels.hf.positions import valid_positions
+from fdd_kernels.hf.positions import TOKEN_WEIGHTS
 from fdd_kernels.hf.projection import make_projection
 from fdd_kernels.hf.targets import HiddenTargets, StudentSide
 from fdd_kernels.hf.teachers import LiveTeacher, Teacher
@@ -22,6 +22,20 @@ from fdd_kernels.objectives.fdd.loss import fdd_call
 from fdd_kernels.objectives.fdd.options import FDDConfig, FDDLossTerms, LossOptions
 from fdd_kernels.objectives.features.deltas import row_deltas
 from fdd_kernels.objectives.inputs import LossInputs
+
+
+class Rows(NamedTuple):
+    """Tokens that are compared.
+
+    Attributes:
+        mask: (batch, sequence) bool.
+        weights: their factors, (batch, sequence), or None.
+        items: the denominator of the sum over them; None: their number.
+    """
+
+    mask: Tensor
+    weights: Tensor | None
+    items: Tensor | float | None
 
 
 class FeatureLoss(Comparison):
@@ -59,7 +73,8 @@ class FeatureLoss(Comparison):
         if config.output_in_dynamics:
             layers = (*layers[0], student.depth), (*layers[1], teacher.depth)
         super().__init__(config, student, teacher, layers, alignment)
-        self.projection = make_projection(config.projection, student, teacher.reader)
+        if self._needs_projection():
+            self.projection = make_projection(config.projection, student, teacher.reader)
 
     def __call__(
         self,
@@ -112,35 +127,33 @@ class FeatureLoss(Comparison):
     ) -> FDDLossTerms:
         """Compute trajectory and derivative of the sampled layers."""
         device = states[0].device
-        mask = valid_positions(batch, options.ignore_index).to(device)
-        targets = [state.to(device) for state in targets]
-        if self.config.rows == "deviation":
-            states, targets = (
-                [row_deltas(state, mask=mask).rows for state in of_model]
-                for of_model in (states, targets)
-            )
-        inputs = LossInputs(
+        rows = self._rows(batch, options, num_items_in_batch)
+        inputs = state_inputs(
             states,
-            self._weight(states[0]),
             targets,
-            None,
-            mask=mask,
-            num_items_in_batch=num_items_in_batch,
-            token_weights=token_weights_of(batch, device),
+            self.projection,
+            mask=rows.mask.to(device),
+            rows=self.config.rows,
+            num_items_in_batch=rows.items,
+            token_weights=None if rows.weights is None else rows.weights.to(device),
         )
         options = _of_states(options)
         if self._alignment is not None:
-            options = self._alignment.paired_options(options, inputs, step)
+            count = self.valid_rows(batch).sum()
+            options = self._alignment.paired_options(options, inputs, step, count)
         return FDDLossTerms(*evaluate(fdd_call(inputs, options)))
 
-    def _weight(self, like: Tensor) -> Tensor:
-        """Return the projection (Dt, Ds) on the device of a state; without one the identity."""
-        if self.projection is None:
-            return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
-        return self.projection.weight.to(like.device)
+    def _rows(
+        self, view: Mapping[str, Tensor], options: LossOptions, items: Tensor | float | None
+    ) -> Rows:
+        """Return the tokens whose states are compared."""
+        return Rows(self.valid_rows(view), view.get(TOKEN_WEIGHTS), items)
 
-    def idle(self, options: LossOptions, *, whole: bool = False) -> list[nn.Module]:
-        idle = super().idle(options, whole=whole)
+    def _needs_projection(self) -> bool:
+        return bool(self.config.ever("alpha") or self.config.ever("beta"))
+
+    def _idle(self, options: LossOptions, whole: bool) -> list[nn.Module]:
+        idle = super()._idle(options, whole)
         if self._needs_final(options):
             return idle
         parts = self.student.parts
@@ -149,6 +162,47 @@ class FeatureLoss(Comparison):
 
     def _compares_final(self, options: LossOptions) -> bool:
         return bool(options.output_kd_weight)
+
+
+def state_inputs(
+    states: list[Tensor],
+    targets: list[Tensor],
+    projection: nn.Linear | None,
+    *,
+    mask: Tensor,
+    rows: str,
+    num_items_in_batch: Tensor | float | None,
+    token_weights: Tensor | None,
+) -> LossInputs:
+    """Return the inputs of a loss that compares states themselves, on the device of the student's.
+
+    Args:
+        states: of the student, L x (batch, sequence, Ds).
+        targets: of the teacher, L x (batch, sequence, Dt).
+        projection: from Ds to Dt; None for the identity.
+        mask: valid rows, bool (batch, sequence).
+        rows: as `FDDConfig.rows`.
+    """
+    like = states[0]
+    targets = [state.to(like.device) for state in targets]
+    if rows == "deviation":
+        states, targets = (
+            [row_deltas(state, mask=mask).rows for state in of_model]
+            for of_model in (states, targets)
+        )
+    if projection is None:
+        weight = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
+    else:
+        weight = projection.weight.to(like.device)
+    return LossInputs(
+        states,
+        weight,
+        targets,
+        None,
+        mask=mask,
+        num_items_in_batch=num_items_in_batch,
+        token_weights=token_weights,
+    )
 
 
 def _of_states(options: LossOptions) -> LossOptions:

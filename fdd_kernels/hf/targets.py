@@ -13,12 +13,13 @@ class StudentSide(NamedTuple):
     Attributes:
         states: (batch, sequence, Ds) each, ready for the head, in depth order. The last is the
             final state, or None where the loss does not need it.
-        weight, bias: the head (V, Ds), (V,); under `vocab_group` this rank's rows.
+        weight, bias: the head (V, Ds), (V,); under `vocab_group` this rank's rows. None for a task
+            without a vocabulary, whose final state is what the model predicts.
         vocabulary: V of the whole head.
     """
 
     states: list[Tensor | None]
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
     vocabulary: int
 
@@ -45,4 +46,17 @@ class SummaryTargets(NamedTuple):
 # final state, or None where the loss does not need it. Values at positions that are not valid are
 # undefined, but finite.
 HiddenTargets = list[Tensor | None]
+
+
+class States(HiddenTargets):
+    """Hidden states as in `HiddenTargets`.
+
+    Attributes:
+        encoder: the states of an encoder's sampled blocks, L x (batch, tokens of the text, width);
+            empty without `FDDConfig.encoder_weight`.
+    """
+
+    encoder: list[Tensor]
+
+
 Targets = HiddenTargets | SummaryTargets

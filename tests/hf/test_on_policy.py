@@ -6,6 +6,7 @@ import types
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import AutoModelForMaskedLM
 
 pytest.importorskip("trl", minversion="1.10")
 from datasets import Dataset
@@ -17,6 +18,7 @@ from fdd_kernels import FDDConfig
 from fdd_kernels.hf.teachers import Teacher
 from fdd_kernels.integrations import FDDDistillationTrainer, FDDGKDTrainer
 from fdd_kernels.integrations.trl_on_policy import pad_right
+from tests.support.hf_models import tiny_config
 from tests.support.on_policy import (
     CHATS,
     PROMPTS,
@@ -211,11 +213,36 @@ def test_options_of_another_trainer(tmp_path, kind, arguments, message):
         kind(student_model(), teacher_model(), arguments(str(tmp_path), use_cpu=True, bf16=False))
 
 
+def test_other_tasks_are_refused(tmp_path):
+    bert = AutoModelForMaskedLM.from_config(tiny_config("bert", is_decoder=False))
+    for make in (sampling, answering):
+        with pytest.raises(
+            TypeError, match="is for causal LMs, but the models are of the task masked_lm"
+        ):
+            make(tmp_path, student=bert)
+
+
 def test_gkd_scales_gradients_which_deepspeed_holds(tmp_path):
     arguments = GKDConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     arguments.deepspeed_plugin = object()
     with pytest.raises(ValueError, match="DeepSpeed holds it: use DistributedDataParallel"):
         FDDGKDTrainer(student_model(), teacher_model(), arguments)
+
+
+@pytest.mark.parametrize("make", [sampling, answering])
+def test_bfloat16_which_is_trls_default(tmp_path, make):
+    """accelerate wraps the forward of GKDTrainer's teacher, whose reading is checked."""
+    models = {"student": student_model(torch.float32), "teacher": teacher_model(torch.float32)}
+    trainer = make(tmp_path, bf16=True, **models)
+    trainer.train()
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert 0 < trainer.state.log_history[0]["loss"] < 10
+
+
+def test_fewer_prompts_than_a_step_takes(tmp_path):
+    trainer = sampling(tmp_path, PROMPTS[:3])
+    with pytest.raises(ValueError, match="the data has 3 prompts, but a step takes 4"):
+        trainer.train()
 
 
 def test_an_empty_prompt_is_named(tmp_path):

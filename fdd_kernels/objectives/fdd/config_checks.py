@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fdd_kernels.objectives.alignment.methods import RANK, check_alignment
-from fdd_kernels.objectives.option_checks import require_choice, require_int
+from fdd_kernels.objectives.option_checks import require_choice, require_int, require_number
 
 if TYPE_CHECKING:
     from fdd_kernels.objectives.fdd.options import FDDConfig
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 SPACES = ("lens", "feature")
 PROJECTIONS = ("auto", "linear")
 ROWS = ("states", "deviation")
+POOLINGS = ("mean", "cls")
 # Of the logits that feature space does not have.
 _OF_LOGITS = ("temperature", "derivative_temperature")
 
@@ -23,6 +24,10 @@ def check_pairs(config: FDDConfig) -> None:
     Raises:
         TypeError, ValueError: naming the option, its value and the remedy.
     """
+    if (config.student_layers is None) != (config.teacher_layers is None):
+        raise ValueError(
+            "student_layers and teacher_layers must be given together: they are compared"
+        )
     if config.num_teacher_layers is not None:
         require_int("num_teacher_layers", config.num_teacher_layers, minimum=1)
         if config.teacher_layers is not None:
@@ -47,6 +52,19 @@ def check_pairs(config: FDDConfig) -> None:
     config.layer_pairs(*counts)
 
 
+def check_encoder(config: FDDConfig) -> None:
+    """Check the options of encoders; raise TypeError or ValueError naming option and remedy."""
+    from fdd_kernels.lens.divergences import FEATURE_DISTANCES
+
+    require_number("encoder_weight", config.encoder_weight)
+    require_choice("encoder_trajectory", config.encoder_trajectory, FEATURE_DISTANCES)
+    if config.encoder_weight and not config.num_layers:
+        raise ValueError(
+            f"encoder_weight={config.encoder_weight:g} needs sampled layers, but num_layers=0: "
+            "give num_layers=1 or more"
+        )
+
+
 def check_space(config: FDDConfig) -> None:
     """Check the options of the space in which trajectory and derivative compare.
 
@@ -56,10 +74,11 @@ def check_space(config: FDDConfig) -> None:
     require_choice("space", config.space, SPACES)
     require_choice("projection", config.projection, PROJECTIONS)
     require_choice("rows", config.rows, ROWS)
+    require_choice("pooling", config.pooling, POOLINGS)
     if config.space == "lens":
         for name in ("projection", "rows"):
             value, default = getattr(config, name), getattr(type(config), name)
-            if value != default:
+            if value != default and not config.encoder_weight:
                 raise ValueError(
                     f'{name}={value!r} is an option of feature space, but space="lens": give '
                     f'space="feature", or leave {name}={default!r}'
