@@ -1,5 +1,5 @@
-"""`python -m benchmarks COMMAND`: run, compare, table, check-records, report, gpu, traffic, list;
-see `--help` of each.
+"""`python -m benchmarks COMMAND`: run, compare, table, check-records, report, study, gpu, traffic,
+list; see `--help` of each.
 """
 
 from __future__ import annotations
@@ -62,6 +62,16 @@ def build_parser() -> argparse.ArgumentParser:
     add = command("report", do_report, "show a record; plots and HTML beside it")
     add("record", type=Path, nargs="?", help="(the newest in benchmarks/results)")
     add("--no-plots", action="store_true")
+
+    add = command("study", do_study, "train students under many objectives; docs/study.md")
+    _folder(add, "--output", record.RESULTS / "study", "of the runs (benchmarks/results/study)")
+    add("--part", choices=("main", "variants"), help="only this part (both, main first)")
+    add("--minutes", type=float, metavar="N", help="begin no training after so many (no limit)")
+    add("--threads", **number, help="of PyTorch (all cores)")
+    add("--list", action="store_true", help="only say what is done and what is missing")
+    add("--report", action="store_true", help="only write tables and plots of docs/study.md")
+    file = {"type": Path, "metavar": "FILE"}
+    add("--page", **file, default=DOCS / "study.md", help="of the tables; plots in images/ there")
 
     add = command("gpu", do_gpu, "are the Triton strategies right and fast on this GPU")
     minutes = "of this call; the next call measures the rest (%(default)s)"
@@ -209,6 +219,35 @@ def do_report(arguments: argparse.Namespace) -> int:
     """Print a record and write its plots and HTML report again."""
     path = arguments.record or record.newest_of_each_suite(record.RESULTS)[-1]
     _show(path, plots=not arguments.no_plots)
+    return 0
+
+
+def do_study(arguments: argparse.Namespace) -> int:
+    """Train students under the objectives of the study, one at a time with several objectives side
+    by side. What the record has is not trained again.
+    """
+    from benchmarks import study
+
+    if arguments.list:
+        print(study.listing(arguments.output))
+        return 0
+    if arguments.report:
+        from benchmarks import study_report
+
+        for path in study_report.write(arguments.output, arguments.page):
+            print(path)
+        return 0
+    if arguments.minutes is not None and not arguments.minutes > 0:
+        raise ValueError(f"--minutes {arguments.minutes} must be above 0")
+    if arguments.threads is not None and arguments.threads < 1:
+        raise ValueError(f"--threads {arguments.threads} must be at least 1")
+    done, missing = study.study(
+        arguments.output,
+        (arguments.part,) if arguments.part else study.PARTS,
+        arguments.minutes,
+        arguments.threads or len(os.sched_getaffinity(0)),
+    )
+    print(f"{done} runs done, {missing} missing; record: {arguments.output / study.FILE}")
     return 0
 
 

@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from fdd_kernels.cli.vocabulary import Vocabulary, shared_vocabulary
 from fdd_kernels.common.errors import UserError
+from fdd_kernels.common.model_tasks import saved_task
 from fdd_kernels.objectives.fdd.options import FDDConfig
 from fdd_kernels.teacher_cache import WindowCache, open_teacher_cache
 
@@ -77,6 +78,8 @@ def load_model(name: str, role: str, **options) -> nn.Module:
     """
     _require_directory(name, role)
     with as_user_error(f"cannot load the {role} {name}"):
+        with contextlib.suppress(OSError, ValueError):  # of the model itself, or it has adapters
+            _require_causal_lm(AutoConfig.from_pretrained(name, trust_remote_code=False), role)
         return AutoModelForCausalLM.from_pretrained(name, trust_remote_code=False, **options).eval()
 
 
@@ -84,6 +87,15 @@ def _require_directory(name: str, role: str) -> None:
     """Raise UserError if `name` is written as a path and no such directory exists."""
     if (name.startswith((".", "/", "~")) or name.count("/") > 1) and not Path(name).is_dir():
         raise UserError(f"the {role} {name}: no such directory")
+
+
+def _require_causal_lm(config: PreTrainedConfig, role: str) -> None:
+    """Raise TypeError for the config of a model that was saved for another task."""
+    if (task := saved_task(config)) != "causal_lm":
+        raise TypeError(
+            f"the {role} is of the task {task} ({', '.join(config.architectures or ())}), and the "
+            "command line is for causal LMs: use Distiller or FDDTrainer"
+        )
 
 
 def load_student(name: str) -> tuple[nn.Module, bool]:
@@ -100,6 +112,7 @@ def load_student(name: str) -> tuple[nn.Module, bool]:
         return load_model(name, "student").float(), False
     with as_user_error(f"cannot build the student from {folder / 'config.json'}"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        _require_causal_lm(config, "student")
         return AutoModelForCausalLM.from_config(
             config, trust_remote_code=False
         ).float().eval(), True

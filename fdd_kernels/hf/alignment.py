@@ -68,8 +68,8 @@ class LayerAlignment:
             inputs: of the loss; the sampled layers come first among the hidden states.
             step: optimizer steps done so far. Without gradient the last pairing stays.
         """
-        if len(inputs.student_hidden) <= len(self.student_layers):
-            return options  # of a step that compares the final states alone
+        if not options.compares_dynamics:
+            return options
         if self._is_due(step):
             self._match(options, inputs, step)
         return replace(

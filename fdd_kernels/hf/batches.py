@@ -8,12 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fdd_kernels.hf.positions import SHIFT_LABELS, TOKEN_WEIGHTS, token_shape
+from fdd_kernels.hf.positions import SHIFT_LABELS, TOKEN_WEIGHTS
 from fdd_kernels.objectives.validation import check_row_weights
 
 
-def check_batch(batch: Mapping[str, Any]) -> None:
-    """Check that a batch has the tensors and shapes that a causal LM takes.
+def check_batch(batch: Mapping[str, Any], prefix: str = "") -> None:
+    """Check that a batch has the tensors and shapes that a model takes.
+
+    Args:
+        prefix: of the names of the tokens that labels and weights belong to and of their mask:
+            "decoder_" for an encoder-decoder.
 
     Raises:
         TypeError: not a mapping, or its tokens, labels or token weights are not tensors.
@@ -25,12 +29,10 @@ def check_batch(batch: Mapping[str, Any]) -> None:
             "batch must be a mapping with input_ids, attention_mask and labels, got "
             f"{type(batch).__name__}"
         )
-    tokens = next(
-        (name for name in ("input_ids", "inputs_embeds") if batch.get(name) is not None), None
-    )
+    tokens = next((name for name in _token_names(prefix) if batch.get(name) is not None), None)
     if tokens is None:
         raise ValueError(
-            "the batch has neither input_ids nor inputs_embeds; it has "
+            f"the batch has neither {' nor '.join(_token_names(prefix))}; it has "
             f"{', '.join(map(str, batch)) or 'nothing'}"
         )
     for name in (tokens, "labels", SHIFT_LABELS, TOKEN_WEIGHTS):
@@ -40,15 +42,15 @@ def check_batch(batch: Mapping[str, Any]) -> None:
                 "needed: collate windows with fdd_kernels.data.pad_windows, or tokenize with "
                 'return_tensors="pt"'
             )
-    wanted = {"input_ids": 2, "inputs_embeds": 3}[tokens]
+    wanted = 2 if tokens.endswith("input_ids") else 3
     if batch[tokens].ndim != wanted:
         shape = "(batch, sequence)" if wanted == 2 else "(batch, sequence, width)"
         raise ValueError(f"{tokens} has shape {tuple(batch[tokens].shape)}, but {shape} is needed")
-    rows = token_shape(batch)
-    mask, ignored = batch.get("attention_mask"), "and -100 where there is nothing to learn"
+    rows, masking = batch[tokens].shape[:2], f"{prefix}attention_mask"
+    mask, ignored = batch.get(masking), "and -100 where there is nothing to learn"
     for name, remedy in (
         ("labels", f"a label of its own, not shifted, {ignored}"),
-        (SHIFT_LABELS, f"the label of the next token, {ignored}"),
+        (SHIFT_LABELS, f"the label of its prediction, {ignored}"),
         (TOKEN_WEIGHTS, "the factor of its own position's terms, not shifted"),
     ):
         if batch.get(name) is not None and batch[name].shape != rows:
@@ -60,14 +62,21 @@ def check_batch(batch: Mapping[str, Any]) -> None:
         check_row_weights(batch[TOKEN_WEIGHTS], rows, batch[TOKEN_WEIGHTS].device)
     if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape != rows:
         raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}, but {tokens} is of {tuple(rows)} "
+            f"{masking} has shape {tuple(mask.shape)}, but {tokens} is of {tuple(rows)} "
             "(batch, sequence): give every token a 1, and padding a 0"
         )
 
 
-def check_tokens(name: str, model: nn.Module, batch: Mapping[str, Any]) -> None:
+def _token_names(prefix: str) -> tuple[str, str]:
+    return f"{prefix}input_ids", f"{prefix}inputs_embeds"
+
+
+def check_tokens(name: str, model: nn.Module, inputs: Mapping[str, Any]) -> None:
     """Refuse tokens that a model has no embedding for, without a host sync on devices other than
     the CPU.
+
+    Args:
+        inputs: the arguments of its forward.
 
     A model of more than text may take other ids, which stand for images or sound. It checks them
     itself.
@@ -75,30 +84,33 @@ def check_tokens(name: str, model: nn.Module, batch: Mapping[str, Any]) -> None:
     Raises:
         ValueError: on a CPU; on other devices an assertion fails at run time.
     """
-    ids, find = batch.get("input_ids"), getattr(model, "get_input_embeddings", None)
+    find = getattr(model, "get_input_embeddings", None)
     rows = getattr(find() if find is not None else None, "num_embeddings", None)
     is_text_only = model.config.get_text_config() is model.config
-    if not isinstance(ids, Tensor) or rows is None or not is_text_only:
-        return
-    legal = (ids >= 0) & (ids < rows)
-    if ids.device.type != "cpu":
-        torch._assert_async(
-            legal.all(), f"input_ids outside [0, {rows}), for which the {name} has no embedding"
-        )
-    elif not legal.all():
-        raise ValueError(
-            f"input_ids contains {int(ids[~legal][0])}, but the {name} has embeddings for the "
-            f"tokens [0, {rows}) only: tokenize for a vocabulary that student and teacher share, "
-            "and pad with a token that both have"
-        )
+    for which in ("input_ids", "decoder_input_ids"):
+        ids = inputs.get(which)
+        if not isinstance(ids, Tensor) or rows is None or not is_text_only:
+            continue
+        legal = (ids >= 0) & (ids < rows)
+        if ids.device.type != "cpu":
+            torch._assert_async(
+                legal.all(), f"{which} outside [0, {rows}), for which the {name} has no embedding"
+            )
+        elif not legal.all():
+            raise ValueError(
+                f"{which} contains {int(ids[~legal][0])}, but the {name} has embeddings for the "
+                f"tokens [0, {rows}) only: tokenize for a vocabulary that student and teacher "
+                "share, and pad with a token that both have"
+            )
 
 
-def check_positions(name: str, model: nn.Module, batch: Mapping[str, Any]) -> None:
-    """Raise ValueError if a batch is longer than a model's positions. Call it after an IndexError:
-    some models have no limit.
+def check_positions(name: str, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """Raise ValueError if the arguments of a model's forward are longer than its positions. Call it
+    after an IndexError: some models have no limit.
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    length = token_shape(batch)[1]
+    names = (*_token_names(""), *_token_names("decoder_"))
+    length = max(inputs[name].shape[1] for name in names if inputs.get(name) is not None)
     if isinstance(positions, int) and length > positions:
         raise ValueError(
             f"the batch has {length} tokens a row, but the {name} has only {positions} positions "

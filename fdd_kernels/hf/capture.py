@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
@@ -48,7 +49,7 @@ def capture_states(
     }
     sharded = any(isinstance(module, FSDPModule) for module in backbone.modules())
     # All later blocks, not the next one only: the model may skip that.
-    unneeded = [] if final or sharded else list(blocks[max(layers) :])
+    unneeded = [] if final or sharded else range(max(layers), len(blocks))
     state = last = None
 
     def stop(module, args) -> None:
@@ -58,8 +59,9 @@ def capture_states(
             raise _Enough
 
     with _hooks(blocks, layers, read) as captured, contextlib.ExitStack() as end:
-        for module in unneeded:
-            end.enter_context(module.register_forward_pre_hook(stop))
+        for index in unneeded:
+            hook = _at_its_turn(blocks, index, stop)
+            end.enter_context(blocks[index].register_forward_pre_hook(hook))
         if head is not None:  # before other hooks that change the head's input
             end.enter_context(head.register_forward_pre_hook(stop, prepend=True))
         try:
@@ -90,15 +92,27 @@ def _hooks(
     with contextlib.ExitStack() as hooks:
         for layer in layers:
             if layer > 0:
-                after = blocks[layer - 1].register_forward_hook(
-                    lambda _m, _a, out, layer=layer: store(layer, out)
+                after = _at_its_turn(
+                    blocks, layer - 1, lambda _m, _a, out, layer=layer: store(layer, out)
                 )
-                hooks.enter_context(after)
+                hooks.enter_context(blocks[layer - 1].register_forward_hook(after))
             # For the embeddings, and for a block that was skipped, as those of images in text.
             if layer < len(blocks):
-                before = blocks[layer].register_forward_pre_hook(
+                before = _at_its_turn(
+                    blocks,
+                    layer,
                     lambda _m, args, kwargs, layer=layer: store(layer, [*args, *kwargs.values()]),
-                    with_kwargs=True,
                 )
-                hooks.enter_context(before)
+                hooks.enter_context(
+                    blocks[layer].register_forward_pre_hook(before, with_kwargs=True)
+                )
         yield captured
+
+
+def _at_its_turn(blocks: nn.ModuleList, index: int, hook: Callable) -> Callable:
+    """Return a hook of the block at `index` that does nothing at other calls than this one, where
+    the block stands at several places.
+    """
+    modules, calls = list(blocks), itertools.count()
+    turn = modules[:index].count(modules[index])
+    return lambda *args: hook(*args) if next(calls) == turn else None

@@ -4,9 +4,36 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+from torch import nn
+
 from fdd_kernels.hf.model_reader import ModelReader
+from fdd_kernels.hf.tasks import Task, task_of
 from fdd_kernels.hf.teachers import Teacher
+from fdd_kernels.hf.wrappers import unwrap
 from fdd_kernels.objectives.fdd.options import FDDConfig, LossOptions
+
+
+def require_same_task(student: nn.Module, teacher: nn.Module | Teacher) -> Task:
+    """Return the task of both models, perhaps inside wrappers.
+
+    Raises:
+        TypeError: they are of different tasks.
+        ValueError: encoder-decoders that start with different tokens.
+    """
+    is_model = isinstance(teacher, nn.Module)
+    student, teacher = unwrap(student), unwrap(teacher) if is_model else teacher
+    own = task_of(student)
+    of_teacher = task_of(teacher) if is_model else getattr(teacher, "task", own)
+    if own is not of_teacher:
+        raise TypeError(
+            f"the student ({type(student).__name__}) is of the task {own} and the teacher "
+            f"({type(teacher).__name__}) of the task {of_teacher}: their predictions cannot be "
+            "compared. Load both with the same class of transformers (AutoModelForCausalLM, "
+            "AutoModelForMaskedLM, AutoModelForSeq2SeqLM, ...)"
+        )
+    if is_model:
+        own.require_alike(student, teacher)
+    return own
 
 
 def require_shared_vocabulary(config: FDDConfig, student: int, teacher: int) -> None:

@@ -1,4 +1,4 @@
-"""Find a causal LM's blocks, and what it does between the last block and its head.
+"""Find a language model's blocks, and what it does between the last block and its head.
 
 No model family is known here. What follows the last block (norms, projections, scales, the
 transform of a head) is recorded in one forward pass over two tokens (`tail.py`); soft cap and scale
@@ -17,7 +17,9 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from fdd_kernels.hf.heads import logits_bias
 from fdd_kernels.hf.tail import Recording, Steps
+from fdd_kernels.hf.tasks import Task
 from fdd_kernels.hf.transform import (
     PROBE,
     LogitTransform,
@@ -32,9 +34,9 @@ REMEDY = (
     "the head's weight, bias, soft cap and logit scale"
 )
 SUPPORTED = (
-    "Supported are models that predict the next token: transformers' causal LMs, and "
-    "vision-language models that write text. Not supported are masked LMs (encoders), "
-    "sequence-to-sequence models and classifiers"
+    "Supported are models that predict tokens: transformers' causal LMs, masked LMs, "
+    "encoder-decoders, and vision-language models that write text. Not supported are classifiers "
+    "and base models without a head"
 )
 # Prefixes of the names of inputs other than text.
 _MEDIA = ("pixel_", "image_", "video_", "audio_", "input_features", "input_audio")
@@ -49,7 +51,7 @@ class ModelParts:
 
     Attributes:
         backbone: the module to run: the base model, or the model itself.
-        blocks: its blocks, in order.
+        blocks: its blocks, in the order of their calls.
         backbone_steps: from a block's state to the backbone's output.
         head_steps: from the backbone's output to the head's input.
         ends_at_head: the backbone is the whole model, and its forward ends where the head begins.
@@ -81,17 +83,16 @@ def find_head(name: str, model: nn.Module) -> nn.Module:
         raise TypeError(
             f"{name}: {type(model).__name__}.get_output_embeddings() gives {type(head).__name__}, "
             "but an LM head with a weight of shape (vocabulary, width) is needed. Pass a causal "
-            f"LM. {SUPPORTED}. {REMEDY}"
+            f"LM, a masked LM or an encoder-decoder. {SUPPORTED}. {REMEDY}"
         )
     return head
 
 
-def refuse_encoder_decoder(name: str, model: nn.Module) -> None:
-    """Raise TypeError for an encoder-decoder."""
-    if getattr(model.config, "is_encoder_decoder", False):
+def require_lens(name: str, model: nn.Module, task: Task) -> None:
+    """Raise TypeError for a model whose head gives no distribution over a vocabulary."""
+    if not task.has_lens:
         raise TypeError(
-            f"{name}: {type(model).__name__} is an encoder-decoder (config.is_encoder_decoder). "
-            f"{SUPPORTED}. {REMEDY}"
+            f"{name}: {type(model).__name__} is of the task {task}. {SUPPORTED}. {REMEDY}"
         )
 
 
@@ -104,7 +105,7 @@ def own_logits(model: nn.Module, tokens: dict[str, Tensor]) -> Tensor:
 
 
 def require_causal(name: str, model: nn.Module, logits: Tensor, eps: float) -> None:
-    """Refuse masked LMs, by transformers' own lists and by the model's logits.
+    """Refuse a model that transformers does not list as a causal LM and that looks ahead.
 
     Args:
         logits: (2, 3, V) of two rows of tokens that differ in their last token alone.
@@ -114,7 +115,7 @@ def require_causal(name: str, model: nn.Module, logits: Tensor, eps: float) -> N
         UserWarning: a model for causal LM whose config lets it look ahead.
 
     Raises:
-        TypeError: a masked LM.
+        TypeError: a model whose predictions change with later tokens.
     """
     from transformers.models.auto import modeling_auto as auto
 
@@ -123,18 +124,13 @@ def require_causal(name: str, model: nn.Module, logits: Tensor, eps: float) -> N
         *auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values(),
     }
     kind, largest = type(model).__name__, logits.abs().max()
-    masked = kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() and not getattr(
-        model.config, "is_decoder", False
-    )
     bound = max(_LOOKING_AHEAD, 8 * eps) * largest
     looks_ahead = (logits[0, :2] - logits[1, :2]).abs().max() > bound
-    if kind not in causal and (masked or looks_ahead):
-        why = (
-            "its predictions change with the tokens after them"
-            if looks_ahead
-            else "transformers lists it as a masked LM"
+    if looks_ahead and kind not in causal:
+        raise TypeError(
+            f"{name}: {kind} is no causal LM (its predictions change with the tokens after them), "
+            f"and transformers lists it under no other task. {SUPPORTED}. {REMEDY}"
         )
-        raise TypeError(f"{name}: {kind} is no causal LM ({why}). {SUPPORTED}. {REMEDY}")
     if looks_ahead:
         warnings.warn(
             f"{name}: the predictions of {kind}, as its config is (is_decoder, attn_type), change "
@@ -169,7 +165,10 @@ def observe(
     configured = configured_transform(model.config)
     if len(seen) != 1 or seen[0].shape != logits.shape:
         return recording, configured
-    probe, logits = seen[0].flatten().cpu(), logits.double().flatten().cpu()
+    probe, logits, more = seen[0].flatten().cpu(), logits.double(), logits_bias(model)
+    if more is not None:
+        logits = logits - more.to(logits)
+    logits = logits.flatten().cpu()
     transform = measured_transform(configured, probe, logits)
     if transform is None:
         raise ValueError(
@@ -184,14 +183,12 @@ def _lists_of_blocks(name: str, model: nn.Module) -> list[nn.ModuleList]:
     """Return every list of as many modules as the model is deep; without one, outermost lists whose
     length divides the depth, since some models count the parts of their blocks.
     """
-    config = model.config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    depth = getattr(config, "num_hidden_layers", None)
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    stack, depth = _stack(model)
+    lists = [module for module in stack.modules() if isinstance(module, nn.ModuleList)]
     fitting = [blocks for blocks in lists if len(blocks) == depth]
     if not fitting and isinstance(depth, int):
         inner = {id(m) for blocks in lists for m in blocks.modules() if m is not blocks}
-        outer = [blocks for blocks in lists if id(blocks) not in inner and len(blocks) > 1]
+        outer = [blocks for blocks in lists if id(blocks) not in inner and len(blocks)]
         fitting = [blocks for blocks in outer if depth % len(blocks) == 0]
     if not fitting:
         raise TypeError(
@@ -202,13 +199,29 @@ def _lists_of_blocks(name: str, model: nn.Module) -> list[nn.ModuleList]:
     return fitting
 
 
+def _stack(model: nn.Module) -> tuple[nn.Module, int | None]:
+    """Return the module that has the model's blocks, and how many there are by the config: those of
+    the decoder, if it has an encoder too.
+    """
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        of_decoder = config.get_text_config(decoder=True).num_hidden_layers
+        return model.get_decoder(), getattr(config, "num_decoder_layers", of_decoder)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return model, getattr(config, "num_hidden_layers", None)
+
+
 def candidates(
     model: nn.Module, recording: Recording
 ) -> Iterator[tuple[nn.ModuleList, ModelParts | None]]:
     """Yield each list of blocks, the last to run first, and the parts of a model with these blocks;
     None if the head's input is computed from more than their last state.
     """
-    for blocks, source in reversed(recording.ended.items()):
+    depth = _stack(model)[1]
+    for listed, source in reversed(recording.ended.items()):
+        calls = recording.calls[listed]
+        # Blocks that share their weights run as often as the model is deep.
+        blocks = nn.ModuleList(calls) if len(listed) < len(calls) == depth else listed
         backbone = recording.steps(source, recording.output)
         # A head that is not called as a module leaves no record: assume no step before it.
         after = (

@@ -11,18 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from fdd_kernels.hf.alignment import alignment_of
-from fdd_kernels.hf.batches import check_batch
-from fdd_kernels.hf.compatibility import options_for, require_shared_vocabulary
+from fdd_kernels.hf.comparison import Comparison
+from fdd_kernels.hf.compatibility import (
+    options_for,
+    require_same_task,
+    require_shared_vocabulary,
+)
 from fdd_kernels.hf.compiled import compile_blocks
-from fdd_kernels.hf.heads import Head
+from fdd_kernels.hf.features import FeatureLoss
 from fdd_kernels.hf.layers import paired_layers
 from fdd_kernels.hf.loss import DistillationLoss
 from fdd_kernels.hf.model_reader import ModelReader
+from fdd_kernels.hf.observer import Observer
 from fdd_kernels.hf.positions import valid_positions
+from fdd_kernels.hf.projection import ProjectionWatch
 from fdd_kernels.hf.routers import RouterLoss, router_coefficient
 from fdd_kernels.hf.schedule import Schedules
 from fdd_kernels.hf.targets import StudentSide, Targets
-from fdd_kernels.hf.teachers import Teacher, as_teacher, model_states, require_model
+from fdd_kernels.hf.tasks import require_causal_lm
+from fdd_kernels.hf.teachers import Teacher, as_teacher, require_model
+from fdd_kernels.hf.terms import DistillerTerms
 from fdd_kernels.hf.unreached import (
     is_static,
     parameters_outside,
@@ -30,25 +38,9 @@ from fdd_kernels.hf.unreached import (
     refuse_unreached,
     waits_for_all,
 )
-from fdd_kernels.hf.wrappers import inside_forward, own_rows
+from fdd_kernels.hf.wrappers import inside_forward
 from fdd_kernels.objectives.fdd.options import FDDConfig, FDDLossTerms, LossOptions
 from fdd_kernels.objectives.reduction import safe_denominator
-
-
-class DistillerTerms(FDDLossTerms):
-    """`FDDLossTerms` of a `Distiller`, with one more term for a student with experts.
-
-    Attributes:
-        router: the load balancing loss of a student with experts and
-            `config.output_router_logits`, unweighted like the others; `loss` includes it with the
-            model's own coefficient. Otherwise None.
-    """
-
-    router: Tensor | None = None
-
-    def named(self) -> dict[str, Tensor]:
-        """Return every term by its name, for logs; `router` only if there is one."""
-        return self._asdict() | ({} if self.router is None else {"router": self.router})
 
 
 class Distiller:
@@ -108,6 +100,9 @@ class Distiller:
             )
         self.config, self.vocab_group = config or FDDConfig(), vocab_group
         split = vocab_group is not None
+        self.task = require_same_task(student, teacher)
+        if split:
+            require_causal_lm(self.task, "vocab_group")
         self.student = ModelReader(student, "student", split_head=split)
         self.teacher = as_teacher(teacher, split_head=split, student=student)
         self._student = student  # as given: perhaps data-parallel
@@ -122,28 +117,35 @@ class Distiller:
         self.alignment = alignment_of(
             self.config, self.student_layers, self.teacher_layers, vocab_group
         )
-        self._compare = DistillationLoss(self.alignment)
-        self._require_trainable(self.student.read_head())
-        for options in self.schedules.possible:
-            layers = self._needed(self.teacher_layers, options)
-            self.teacher.require(self.config, options, layers)
+        layers = self.student_layers, self.teacher_layers
+        kind = FeatureLoss if self.config.space == "feature" else DistillationLoss
+        self._compare: Comparison = kind(
+            self.config, self.student, self.teacher, layers, self.alignment, vocab_group
+        )
+        self._compare.require(self.teacher, self.schedules.possible)
+        self._watch = None if self.projection is None else ProjectionWatch(self.projection, student)
 
     @property
     def options(self) -> LossOptions:
         """The loss options of the last step, soft caps and scales included."""
         return self.schedules.options
 
-    def _needed(self, layers: tuple[int, ...], *options: LossOptions) -> tuple[int, ...]:
-        """Return the sampled layers that the loss uses with any of the options."""
-        return layers if any(o.compares_dynamics for o in options) else ()
+    @property
+    def projection(self) -> nn.Linear | None:
+        """The student's projection to the teacher's width in feature space, shared by the layers;
+        None without one. Its parameters train with the student's: give them to the optimizer, and
+        average their gradients over processes, which DistributedDataParallel does not do.
+        """
+        return self._compare.projection
 
-    def _require_trainable(self, head: Head) -> None:
-        if self.config.train_head and head.requires_grad and head.storage != "parameter":
-            raise ValueError(
-                f"the student's head is {head.storage} and asks for gradient, which cannot reach "
-                "it: pass FDDConfig(train_head=False), freeze it (requires_grad_(False)), or train "
-                "a LoRA adapter on it"
-            )
+    @property
+    def observer(self) -> Observer | None:
+        """Gets both sides of every batch before its loss; None without one."""
+        return self._compare.observer
+
+    @observer.setter
+    def observer(self, observer: Observer | None) -> None:
+        self._compare.observer = observer
 
     def parameters_without_gradient(self) -> list[str]:
         """Return the names of the student's parameters that train but get no gradient from this
@@ -156,24 +158,22 @@ class Distiller:
         return self._without_gradient(*self.schedules.possible)
 
     def _without_gradient(self, *possible: LossOptions) -> list[str]:
-        idle = [] if self.config.train_head else [self.student.head]
-        for options in possible:
-            if not self._runs_to_the_end(options):
-                last = max(self._needed(self.student_layers, options), default=0)
-                idle.extend(self.student.blocks[last:])
+        whole = bool(router_coefficient(self.student.model))  # every block has routers
+        idle = [m for o in possible for m in self._compare.idle(o, whole=whole)]
         return parameters_outside(self.student.model, idle)
-
-    def _runs_to_the_end(self, options: LossOptions) -> bool:
-        """Whether the loss needs the student's last block. A router loss does: every block has
-        routers.
-        """
-        output = options.compares_output or bool(options.ce_weight)
-        return output or bool(router_coefficient(self.student.model))
 
     def count_positions(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Count the valid positions of a batch, an int64 scalar: the denominator of the mean."""
-        check_batch(batch)
-        return valid_positions(batch, self.config.ignore_index).sum()
+        return self._count(self.task.loss_view(batch))
+
+    def _count(self, view: Mapping[str, Tensor]) -> Tensor:
+        return valid_positions(view, self.config.ignore_index).sum()
+
+    def without_rows_from(self, batch: Mapping[str, Tensor], first: int) -> Mapping[str, Tensor]:
+        """Return the batch without valid positions in rows `first` and later: those that a data
+        loader repeats.
+        """
+        return self.task.without_rows_from(batch, first, self.config.ignore_index)
 
     def teacher_states(self, batch: Mapping[str, Tensor]) -> Targets:
         """Return the teacher's targets: its sampled states and its final state, ready for its head,
@@ -183,16 +183,7 @@ class Distiller:
         not need the final state at any step: no output KD, and no `output_in_dynamics`. Pass the
         targets to several students' `distiller(batch, teacher_states=...)` to run the teacher once.
         """
-        return self._targets(batch, *self.schedules.possible)
-
-    def _targets(self, batch: Mapping[str, Tensor], *options: LossOptions) -> Targets:
-        """Return the targets that the loss needs with any of the options."""
-        return self.teacher.targets(
-            batch,
-            self._needed(self.teacher_layers, *options),
-            apply_final_norm=self.config.apply_final_norm,
-            final=any(o.compares_output for o in options),
-        )
+        return self._compare.targets(self.teacher, batch, *self.schedules.possible)
 
     def __call__(
         self,
@@ -239,7 +230,7 @@ class Distiller:
                 computed; no `step` where it is needed, or an earlier one than before.
             TypeError: `batch` is no mapping of tensors.
         """
-        check_batch(batch)
+        view = self.task.loss_view(batch)
         if student is not None:
             compile_blocks(student, self.student.blocks)
         model = self._student if student is None else student
@@ -251,9 +242,11 @@ class Distiller:
             refuse_changes(self._without_gradient(options) for options in self.schedules.possible)
         options = self.schedules.begin(step)
         if teacher_states is None:
-            teacher_states = self._targets(batch, options)
+            teacher_states = self._compare.targets(self.teacher, batch, options)
         with inside_forward(model, functools.partial(self._loss, options)) as loss:
-            values, router = loss(batch, teacher_states, num_items_in_batch)
+            values, router = loss(batch, view, teacher_states, num_items_in_batch)
+        if self._watch is not None and options.compares_dynamics:
+            self._watch.look()
         terms = DistillerTerms(*values)
         terms.router = router
         return terms
@@ -291,47 +284,40 @@ class Distiller:
             self.alignment.load_state_dict(state["alignment"])
 
     def _loss(
-        self, options: LossOptions, batch: Mapping[str, Tensor], targets: Targets, items
+        self,
+        options: LossOptions,
+        batch: Mapping[str, Tensor],
+        view: Mapping[str, Tensor],
+        targets: Targets,
+        items: Tensor | float | None,
     ) -> tuple[FDDLossTerms, Tensor | None]:
         """Compute the terms, and the router loss or None; `loss` includes it."""
         coefficient, routers = router_coefficient(self.student.model), RouterLoss(self.student)
-        layers, norm = self._needed(self.student_layers, options), self.config.apply_final_norm
-        final = self._runs_to_the_end(options)
         with routers if coefficient else contextlib.nullcontext():
-            states = model_states(self.student, batch, layers, apply_final_norm=norm, final=final)
-        # Anew in each step: the head may have been resized, replaced or adapted.
-        head = self.student.read_head()
-        self._require_trainable(head)
-        weight, bias, vocabulary = head.weight, head.bias, len(head.weight)
-        if not self.config.train_head:
-            weight, bias = weight.detach(), None if bias is None else bias.detach()
-        if self.vocab_group is not None:
-            weight, bias = (
-                own_rows("the student's head", t, self.vocab_group, vocabulary)
-                for t in (weight, bias)
-            )
-        student = StudentSide(states, weight, bias, vocabulary)
+            student = self._compare.student_side(batch, options, whole=bool(coefficient))
+        if self.observer is not None:
+            self.observer(student, targets, view, options)
 
         def compare(side: StudentSide, options: LossOptions, items) -> FDDLossTerms:
-            group, step = self.vocab_group, self.schedules.step
-            return self._compare(side, self.teacher, targets, batch, options, items, group, step)
+            step = self.schedules.step
+            return self._compare(side, self.teacher, targets, view, options, items, step)
 
-        count = functools.partial(self.count_positions, batch)
+        count = functools.partial(self._count, view)
         if self.schedules.is_first:
             options = self.schedules.balance(student, count, compare)
         terms = compare(student, options, items)
         self.schedules.record(terms, count, items)
         if not coefficient:
             return terms, None
-        share = self._share(batch, items).to(terms.loss.device)
+        share = self._share(count(), items).to(terms.loss.device)
         router = routers(batch).to(terms.loss) * share
         return terms._replace(loss=terms.loss + coefficient * router), router.detach()
 
-    def _share(self, batch: Mapping[str, Tensor], items: Tensor | float | None) -> Tensor:
-        """Return the batch's valid positions divided by the denominator of its terms: 1, or its
-        share of an optimizer step.
+    def _share(self, count: Tensor, items: Tensor | float | None) -> Tensor:
+        """Return the batch's number of valid positions divided by the denominator of its terms: 1,
+        or its share of an optimizer step.
         """
-        count = self.count_positions(batch).float()
+        count = count.float()
         if items is not None:
             return (count / safe_denominator(items)).to(count.dtype)
         return count if self.options.reduction == "sum" else count.clamp(max=1)

@@ -80,6 +80,23 @@ def read_head(module: nn.Module, name: str, *, split: bool = False) -> Head:
     return Head(weight, bias, storage, stored.requires_grad)
 
 
+def with_logits_bias(head: Head, model: nn.Module) -> Head:
+    """Return a head whose bias includes what the model adds to its logits: `logits_bias`."""
+    more = logits_bias(model)
+    if more is None:
+        return head
+    more = more.to(head.weight)
+    return head._replace(bias=more if head.bias is None else head.bias + more)
+
+
+def logits_bias(model: nn.Module) -> Tensor | None:
+    """Return `final_logits_bias` (V,), which BART and models like it add to their head's output;
+    None without one.
+    """
+    bias = getattr(model, "final_logits_bias", None)
+    return bias.flatten() if isinstance(bias, Tensor) else None
+
+
 def head_digest(weight: Tensor, bias: Tensor | None) -> str:
     """Return the SHA-256 of a head's numbers in float32: the same for a wider dtype of the same
     numbers.

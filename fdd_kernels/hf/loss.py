@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor
 
 from fdd_kernels.engine.evaluate import evaluate
-from fdd_kernels.hf.alignment import LayerAlignment
+from fdd_kernels.hf.comparison import Comparison
 from fdd_kernels.hf.heads import head_digest
 from fdd_kernels.hf.positions import TOKEN_WEIGHTS, next_labels, token_shape, valid_positions
 from fdd_kernels.hf.targets import HiddenTargets, StudentSide, SummaryTargets, Targets
@@ -25,19 +25,14 @@ from fdd_kernels.objectives.inputs import LossInputs
 _WEIGHTS = frozenset(WEIGHT_OF_TERM.values())
 
 
-class DistillationLoss:
-    """`loss(student, teacher, targets, batch, options)` -> `FDDLossTerms`.
+class DistillationLoss(Comparison):
+    """`loss(student, teacher, targets, batch, options)` -> `FDDLossTerms` of predictions.
 
     Between calls it stores the `SummaryLoss` of the last summary alone.
-
-    Args:
-        alignment: pairs the sampled layers of hidden targets; None: the options say how.
     """
 
-    def __init__(self, alignment: LayerAlignment | None = None) -> None:
-        self._alignment = alignment
-        self._summary_loss: SummaryLoss | None = None
-        self._summary_key: tuple | None = None  # the student's head and summary that it is for
+    _summary_loss: SummaryLoss | None = None
+    _summary_key: tuple | None = None  # the student's head and summary that it is for
 
     def __call__(
         self,
@@ -47,29 +42,22 @@ class DistillationLoss:
         batch: Mapping[str, Tensor],
         options: LossOptions,
         num_items_in_batch: Tensor | float | None = None,
-        vocab_group: torch.distributed.ProcessGroup | None = None,
         step: int | None = None,
     ) -> FDDLossTerms:
-        """Compute the loss of one batch.
-
-        Args:
-            teacher: whose head hidden targets are multiplied by.
-            options: soft caps and scales included.
-            vocab_group: the process group that splits the rows of both heads.
-            step: optimizer steps done so far; see `LayerAlignment`.
+        """See `Comparison`.
 
         Raises:
             ValueError: hidden targets without the final state, where the loss needs it, or of a
                 teacher without a head; a summary of another student's head, or with `vocab_group`.
         """
         if not isinstance(targets, SummaryTargets):
-            inputs = _of_hidden(
-                student, teacher, targets, batch, options, num_items_in_batch, vocab_group
+            inputs = hidden_inputs(
+                student, teacher, targets, batch, options, num_items_in_batch, self.vocab_group
             )
             if self._alignment is not None:
                 options = self._alignment.paired_options(options, inputs, step)
-            return FDDLossTerms(*evaluate(fdd_call(inputs, options, vocab_group)))
-        if vocab_group is not None:
+            return FDDLossTerms(*evaluate(fdd_call(inputs, options, self.vocab_group)))
+        if self.vocab_group is not None:
             raise ValueError(
                 "vocab_group splits the student's head, which a cached summary needs whole: use a "
                 "cache of states"
@@ -90,7 +78,7 @@ class DistillationLoss:
             places, summary = places[valid], {name: t[valid] for name, t in summary.items()}
         hidden = [state.flatten(0, 1)[places].to(student.weight.device) for state in states]
         labels = next_labels(batch, ignore).flatten()[places]
-        weights = _token_weights(batch, student.weight.device)
+        weights = token_weights_of(batch, student.weight.device)
         return loss(
             hidden,
             summary,
@@ -121,16 +109,21 @@ class DistillationLoss:
         return self._summary_loss
 
 
-def _of_hidden(
+def hidden_inputs(
     student: StudentSide,
     teacher: Teacher,
     targets: HiddenTargets,
     batch: Mapping[str, Tensor],
     options: LossOptions,
-    num_items_in_batch,
-    vocab_group,
+    num_items_in_batch: Tensor | float | None = None,
+    vocab_group: torch.distributed.ProcessGroup | None = None,
 ) -> LossInputs:
-    """Check hidden targets and put both sides together."""
+    """Check hidden targets and put both sides together, on the device of the student's head.
+
+    Raises:
+        ValueError: targets without the final state, where the loss needs it, or of a teacher
+            without a head.
+    """
     device = student.weight.device
     if len(student.states) == 1:  # the targets may have layers that this loss does not compare
         targets = targets[-1:]
@@ -141,21 +134,33 @@ def _of_hidden(
             "final state too"
         )
     weight, bias = _teacher_head(teacher, device, vocab_group, student.vocabulary)
-    return LossInputs(
-        _complete(student.states, batch, student.weight),
-        student.weight,
-        _complete(targets, batch, weight),
-        weight,
-        next_labels(batch, options.ignore_index),
-        student_bias=student.bias,
+    return replace(
+        student_inputs(student, batch, options),
+        teacher_hidden=_complete(targets, batch, weight),
+        teacher_weight=weight,
         teacher_bias=bias,
-        mask=valid_positions(batch, options.ignore_index).to(device),
         num_items_in_batch=num_items_in_batch,
-        token_weights=_token_weights(batch, device),
     )
 
 
-def _token_weights(batch: Mapping[str, Tensor], device: torch.device) -> Tensor | None:
+def student_inputs(
+    student: StudentSide, batch: Mapping[str, Tensor], options: LossOptions
+) -> LossInputs:
+    """Put a student's side together, on the device of its head, without a teacher."""
+    device = student.weight.device
+    return LossInputs(
+        _complete(student.states, batch, student.weight),
+        student.weight,
+        (),
+        None,
+        next_labels(batch, options.ignore_index),
+        student_bias=student.bias,
+        mask=valid_positions(batch, options.ignore_index).to(device),
+        token_weights=token_weights_of(batch, device),
+    )
+
+
+def token_weights_of(batch: Mapping[str, Tensor], device: torch.device) -> Tensor | None:
     """Return the batch's weights of positions (batch, sequence), or None."""
     weights = batch.get(TOKEN_WEIGHTS)
     return None if weights is None else weights.to(device)

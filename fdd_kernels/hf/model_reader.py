@@ -1,4 +1,4 @@
-"""Run a Hugging Face causal LM without its head: the states of chosen layers, and the head's
+"""Run a Hugging Face language model without its head: the states of chosen layers, and the head's
 weight, bias, soft cap and scale.
 """
 
@@ -17,32 +17,37 @@ from fdd_kernels.hf.discovery import (
     find_head,
     observe,
     own_logits,
-    refuse_encoder_decoder,
     require_causal,
+    require_lens,
 )
-from fdd_kernels.hf.heads import Head, read_head
+from fdd_kernels.hf.heads import Head, read_head, with_logits_bias
 from fdd_kernels.hf.offload import device_of
+from fdd_kernels.hf.tasks import CAUSAL_LM, task_of
 from fdd_kernels.hf.transform import LogitTransform
 from fdd_kernels.hf.wrappers import evaluating, unwrap, whole
 
 
 class ModelReader:
-    """A causal LM without its head: `states` runs it for the states of chosen layers.
+    """A language model without its head: `states` runs it for the states of chosen layers; of an
+    encoder-decoder those of its decoder.
 
     What runs is the model's `base_model` (transformers' name), if the model calls it beside its
     head. Otherwise (Llama 4 with images, whose text model holds the head) it is the model itself,
     and its forward ends where the head begins.
 
     Args:
-        model: a transformers causal LM, also wrapped by peft or torch.compile.
+        model: a transformers causal LM, masked LM or encoder-decoder, also wrapped by peft or
+            torch.compile.
         name: the model's name in errors.
         split_head: the head may be a DTensor, and so may the logits. Every process of its mesh
             makes the reader.
 
     Attributes:
         model: the transformers model inside wrappers.
+        task: what it predicts.
         vocabulary: V, the rows of its head.
-        depth: number of blocks.
+        depth: number of blocks, as often as they run.
+        width: of `features`.
         parts: the backbone, its blocks, and the steps between them and the head.
         transform: soft cap and scale of its logits.
 
@@ -50,19 +55,21 @@ class ModelReader:
         UserWarning: a causal LM whose config lets it look at later tokens.
 
     Raises:
-        TypeError: no causal LM (a masked LM, an encoder-decoder, a classifier), a head of an
-            unknown kind (see `read_head`), no list of blocks; says what was looked for.
+        TypeError: another kind of model (a classifier), a head of an unknown kind (see
+            `read_head`), no list of blocks; says what was looked for.
         ValueError: what was found does not reproduce the model's logits, as where the head's input
             is made of more than the last block's state; says how far off it is.
     """
 
     parts: ModelParts
     transform: LogitTransform
+    width: int
 
     def __init__(self, model: nn.Module, name: str = "model", *, split_head: bool = False) -> None:
         self.name, self.model, self.split_head = name, unwrap(model), split_head
-        find_head(name, self.model)  # first: the error for a model without head is the clearest
-        refuse_encoder_decoder(name, self.model)
+        self.task = task_of(self.model)
+        require_lens(name, self.model, self.task)
+        find_head(name, self.model)
         with evaluating(self.model), torch.no_grad():
             self._find_parts()
         self.depth = len(self.blocks)
@@ -74,7 +81,9 @@ class ModelReader:
 
     @property
     def blocks(self) -> nn.ModuleList:
-        """The model's blocks; layer k is the state after k of them."""
+        """The model's blocks in the order in which they run; layer k is the state after k of them.
+        A block that runs several times (ALBERT) is there as often.
+        """
         return self.parts.blocks
 
     @property
@@ -86,7 +95,7 @@ class ModelReader:
         """Return the head's effective weight (V, width) and bias (V,). Call it once a step and do
         not store the result.
         """
-        return read_head(self.head, self.name, split=self.split_head)
+        return with_logits_bias(read_head(self.head, self.name, split=self.split_head), self.model)
 
     @property
     def weight(self) -> Tensor:
@@ -112,11 +121,12 @@ class ModelReader:
         def batch(ids: list[list[int]]) -> dict[str, Tensor]:
             # The last token replaces those that a smaller vocabulary does not have.
             tokens = torch.tensor(ids, device=device).clamp(max=self.vocabulary - 1)
-            return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+            return self.task.example(tokens)
 
         tokens = batch([[1, 0, 1], [1, 0, 0]])
         logits = whole(own_logits(self.model, tokens)).float()
-        require_causal(self.name, self.model, logits, eps)
+        if self.task is CAUSAL_LM:
+            require_causal(self.name, self.model, logits, eps)
         recording, self.transform = observe(
             self.name, self.model, self.head, batch([[0, 1]]), self.vocabulary
         )
@@ -144,6 +154,7 @@ class ModelReader:
         model's own; None if they agree.
         """
         (state,), final = self.states(tokens, (len(self.blocks),))
+        self.width = self.features(state).shape[-1]
         for found in (self.read(state), final):
             mine = self.logits(found).float()
             if logits.shape != mine.shape:
@@ -248,8 +259,13 @@ class ModelReader:
         Without the norm the other steps still apply (projections, scales): they give the state the
         head's width.
         """
-        parts = self.parts
-        return parts.head_steps(parts.backbone_steps(state, norms=apply_final_norm))
+        return self.parts.head_steps(self.features(state, apply_final_norm=apply_final_norm))
+
+    def features(self, state: Tensor, *, apply_final_norm: bool = True) -> Tensor:
+        """Make a raw state what the backbone would return for it: apply the steps between the last
+        block and the backbone's output, but none of the head's.
+        """
+        return self.parts.backbone_steps(state, norms=apply_final_norm)
 
 
 ModelLens = ModelReader  # its name in earlier releases

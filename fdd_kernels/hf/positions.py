@@ -13,6 +13,8 @@ SHIFT_LABELS = "shift_labels"
 # Factors of every term of a position, as in `fused_fdd_loss`; they belong to positions of hidden
 # states and are never shifted.
 TOKEN_WEIGHTS = "token_weights"
+# The window of a teacher cache in each row of a batch.
+TEACHER_INDEX = "teacher_index"
 
 
 def valid_positions(batch: Mapping[str, Tensor], ignore_index: int) -> Tensor:

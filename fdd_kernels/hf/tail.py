@@ -85,6 +85,11 @@ class Steps:
             values.update((slot, leaf) for slot, leaf in pairs if slot is not None)
         return values[self.target]
 
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules among the steps."""
+        return [step.function for step in self.steps if isinstance(step.function, nn.Module)]
+
     def __str__(self) -> str:
         functions = [step.function for step in self.steps]
         named = [type(f) if isinstance(f, nn.Module) else f for f in functions]
@@ -102,6 +107,7 @@ class Recording(TorchFunctionMode):
 
     Attributes:
         ended: for each list that ran, in the order of their ends, the slot of its last state.
+        calls: for each list its blocks in the order in which they ran.
         output, head_input: the slots of the backbone's output and of the head's input; None if they
             do not come from a block's state.
     """
@@ -116,6 +122,7 @@ class Recording(TorchFunctionMode):
         super().__init__()
         self._model, self._head, self._lists, self._backbone = model, head, lists, backbone
         self.ended: dict[nn.ModuleList, Slot] = {}
+        self.calls: dict[nn.ModuleList, list[nn.Module]] = {blocks: [] for blocks in lists}
         self.output: Slot | None = None
         self.head_input: Slot | None = None
         self._steps: list[Step] = []
@@ -168,6 +175,8 @@ class Recording(TorchFunctionMode):
             call, self._within = self._within, None
             self._note(call, args, result)
         for blocks in self._lists:
+            if module in set(blocks):
+                self.calls[blocks].append(module)
             if module is blocks[-1] and not self._over:
                 state = first_tensor(result)
                 slot = self._known.get(id(state)) or self._name(state, self._new())

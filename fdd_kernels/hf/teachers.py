@@ -15,17 +15,14 @@ from fdd_kernels.hf.batches import check_positions, check_tokens
 from fdd_kernels.hf.compiled import compile_blocks
 from fdd_kernels.hf.model_reader import ModelReader
 from fdd_kernels.hf.offload import has_place
-from fdd_kernels.hf.positions import SHIFT_LABELS, TOKEN_WEIGHTS
 from fdd_kernels.hf.sharing import as_teacher_of_itself, shares_modules
 from fdd_kernels.hf.targets import HiddenTargets, Targets
 from fdd_kernels.hf.targets import StudentSide as StudentSide
+from fdd_kernels.hf.tasks import CAUSAL_LM, Task
 from fdd_kernels.hf.transform import LogitTransform
 from fdd_kernels.hf.wrappers import inside_forward, unwrap
 from fdd_kernels.objectives.fdd.options import FDDConfig, LossOptions
 
-# The column of a batch that names the window of a teacher cache in each of its rows.
-TEACHER_INDEX = "teacher_index"
-_NOT_MODEL_INPUTS = ("labels", SHIFT_LABELS, TOKEN_WEIGHTS, "num_items_in_batch", TEACHER_INDEX)
 _LOADING = "AutoModelForCausalLM.from_pretrained(...)"
 
 
@@ -37,6 +34,7 @@ class Teacher(ABC):
         depth: number of blocks, which a grid of layers follows from.
         vocabulary: rows of its head.
         transform: soft cap and scale of its logits.
+        task: what it predicts; a cache holds a causal LM's states.
         batch_columns: columns of a batch that it needs beside a model's inputs; collators must
             pass them on.
     """
@@ -45,6 +43,7 @@ class Teacher(ABC):
     depth: int
     vocabulary: int
     transform: LogitTransform
+    task: Task = CAUSAL_LM
     batch_columns: tuple[str, ...] = ()
 
     @abstractmethod
@@ -113,7 +112,7 @@ class LiveTeacher(Teacher):
             self.reader = ModelReader(model, "teacher", split_head=split_head)
         compile_blocks(model, self.reader.blocks)
         self.depth, self.vocabulary = self.reader.depth, self.reader.vocabulary
-        self.transform = self.reader.transform
+        self.transform, self.task = self.reader.transform, self.reader.task
 
     @property
     def model(self) -> nn.Module:
@@ -154,10 +153,12 @@ class LiveTeacher(Teacher):
         *,
         apply_final_norm: bool,
         final: bool = True,
+        features: bool = False,
     ) -> HiddenTargets:
-        norm = apply_final_norm
+        """See `Teacher` and, of `features`, `model_states`."""
+        options = {"apply_final_norm": apply_final_norm, "final": final, "features": features}
         with self._as_teacher(), inside_forward(self._model, model_states) as states:
-            return states(self.reader, batch, layers, apply_final_norm=norm, final=final)
+            return states(self.reader, batch, layers, **options)
 
 
 def model_states(
@@ -167,20 +168,22 @@ def model_states(
     *,
     apply_final_norm: bool,
     final: bool = True,
+    features: bool = False,
 ) -> list[Tensor | None]:
     """Run a model's backbone on a batch. Return the states (batch, sequence, width) of `layers`,
-    ready for its head, and the final state or None.
+    ready for its head or as its `features`, and the final state or None.
 
     Raises:
         ValueError: tokens or positions that the model does not have.
     """
-    check_tokens(reader.name, reader.model, batch)
-    inputs = {key: value for key, value in batch.items() if key not in _NOT_MODEL_INPUTS}
-    read = functools.partial(reader.read, apply_final_norm=apply_final_norm)
+    inputs = reader.task.inputs(reader.model, batch)
+    check_tokens(reader.name, reader.model, inputs)
+    of_state = reader.features if features else reader.read
+    read = functools.partial(of_state, apply_final_norm=apply_final_norm)
     try:
         sampled, output = reader.states(inputs, layers, final=final, read=read)
     except IndexError:
-        check_positions(reader.name, reader.model, batch)
+        check_positions(reader.name, reader.model, inputs)
         raise
     return [*sampled, output]
 

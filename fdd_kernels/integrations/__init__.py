@@ -6,6 +6,8 @@ _HOME = {
     "FDDTrainer": "hf_trainer",
     "FDDTrainerMixin": "hf_trainer",
     "FDDSFTTrainer": "trl_sft",
+    "FDDDistillationTrainer": "trl_on_policy",
+    "FDDGKDTrainer": "trl_on_policy",
     "FDDLightningModule": "lightning_module",
     "AtomicCheckpoints": "checkpoints",
     "CheckpointError": "checkpoints",

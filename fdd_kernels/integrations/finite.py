@@ -16,6 +16,12 @@ _REMEDY = (
     "The student has diverged, or the models give such numbers themselves: lower the learning "
     "rate, warm up longer, clip gradients, or compute in float32"
 )
+# Why a step may have no valid position.
+MASKED_LABELS = (
+    "every label is -100 (or masked, or a first token's). Look at the labels of your data: a "
+    "response template that is not found, prompts as long as max_length, or a collator that "
+    "masks too much give such batches"
+)
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -52,13 +58,11 @@ def require_finite(
         )
 
 
-def warn_of_nothing(step: int) -> None:
+def warn_of_nothing(step: int, causes: str = MASKED_LABELS) -> None:
     """Warn that a step has no valid position, and name likely causes."""
     warnings.warn(
-        f"no position is valid in step {step}, so that its loss is 0 and nothing is learnt: every "
-        "label is -100 (or masked, or a first token's). Look at the labels of your data: a "
-        "response template that is not found, prompts as long as max_length, or a collator that "
-        "masks too much give such batches",
+        f"no position is valid in step {step}, so that its loss is 0 and nothing is learnt: "
+        f"{causes}",
         stacklevel=3,
     )
 

@@ -9,17 +9,19 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import ModelCard
-from torch import nn
+from torch import Tensor, nn
 from transformers import Trainer
 
 from fdd_kernels.hf.distiller import Distiller
-from fdd_kernels.hf.positions import SHIFT_LABELS, TOKEN_WEIGHTS, ignore_rows_from
+from fdd_kernels.hf.positions import SHIFT_LABELS, TOKEN_WEIGHTS
 from fdd_kernels.hf.teachers import Teacher, place_teacher, require_model
 from fdd_kernels.hf.wrappers import unwrap
-from fdd_kernels.integrations.finite import warn_of_nothing
+from fdd_kernels.integrations.finite import MASKED_LABELS, warn_of_nothing
 from fdd_kernels.integrations.model_card import TAGS, distillation_section
-from fdd_kernels.integrations.proven import ProvenCheckpoints
+from fdd_kernels.integrations.repeats import without_repeats
+from fdd_kernels.integrations.streamed_metrics import watching
 from fdd_kernels.integrations.sums import StepSums, WeightedSums
+from fdd_kernels.integrations.trained_projection import TrainedProjection
 from fdd_kernels.objectives.fdd.options import FDDConfig
 
 # In a checkpoint, the state of what changes during training: see `Distiller.state_dict`.
@@ -28,7 +30,7 @@ STATE_FILE = "fdd_state.json"
 _SKIPPED_STEPS = 20
 
 
-class FDDTrainerMixin(ProvenCheckpoints):
+class FDDTrainerMixin(TrainedProjection):
     """Replace the loss of a `transformers.Trainer`, or of a trainer built on it, by the FDD loss.
 
     Mix it in first: `class MyTrainer(FDDTrainerMixin, SomeTrainer)`. See `FDDTrainer`.
@@ -37,9 +39,16 @@ class FDDTrainerMixin(ProvenCheckpoints):
     # The denominator of the loss is the number of valid tokens of the whole optimizer step: see
     # `get_batch_samples`.
     loss_is_scaled_for_ga = True
+    # Why a step may have no valid position, for the warning.
+    _nothing = MASKED_LABELS
 
     def __init__(
-        self, *args, teacher: nn.Module | Teacher, fdd_config: FDDConfig | None = None, **kwargs
+        self,
+        *args,
+        teacher: nn.Module | Teacher,
+        fdd_config: FDDConfig | None = None,
+        evaluation_metrics: bool = True,
+        **kwargs,
     ) -> None:
         super().__init__(*args, **kwargs)
         name = type(self).__name__
@@ -54,8 +63,10 @@ class FDDTrainerMixin(ProvenCheckpoints):
                 "compute_metrics=None"
             )
         self.teacher, self.fdd_config = teacher, fdd_config
+        self.evaluation_metrics = evaluation_metrics
         place_teacher(teacher, self.args.device)
         self.distiller = Distiller(self.model, teacher, fdd_config)
+        self._require_whole_projection()
         ddp = self.accelerator.ddp_handler
         if (
             ddp is not None
@@ -66,7 +77,7 @@ class FDDTrainerMixin(ProvenCheckpoints):
         # For versions of transformers without `loss_is_scaled_for_ga`.
         self.model_accepts_loss_kwargs = True
         self._means = WeightedSums()
-        self._step = StepSums()
+        self._sums = StepSums()
         self._skipped_steps = 0  # in a row
         # Micro-batches of a stream that ended within a step; the next step begins with them.
         self._held_over: list = []
@@ -104,18 +115,17 @@ class FDDTrainerMixin(ProvenCheckpoints):
             self.control.should_epoch_stop = True
         if not batches:
             return [], None
-        count = sum(
-            (self.distiller.count_positions(batch).cpu() for batch in batches),
-            torch.zeros((), dtype=torch.int64),
-        )
-        count = self.accelerator.reduce(count.to(self.args.device), "sum")
-        if not count.item():
-            warn_of_nothing(self.state.global_step + 1)
-        self._step = StepSums()
+        count = self.accelerator.reduce(self._count(batches).to(self.args.device), "sum")
+        self._sums = StepSums()
         # Under context parallelism, the processes that will share these batches have counted the
         # same positions.
         copies = self.get_cp_size() if hasattr(self, "get_cp_size") else 1
         return batches, count.clamp(min=1) // copies
+
+    def _count(self, batches: list) -> Tensor:
+        """Count the valid positions of the data's micro-batches, an int64 scalar."""
+        counts = (self.distiller.count_positions(batch).cpu() for batch in batches)
+        return sum(counts, torch.zeros((), dtype=torch.int64))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Compute the FDD loss of one micro-batch, and record its terms for the next log."""
@@ -132,7 +142,7 @@ class FDDTrainerMixin(ProvenCheckpoints):
             self._means.add(terms.named(), torch.ones(()))
         else:
             positions = self.distiller.count_positions(inputs)
-            self._step.add(terms.named(), positions, num_items_in_batch)
+            self._sums.add(terms.named(), positions, num_items_in_batch)
             # Data parallelism averages gradients over processes, but they must add up.
             loss = loss * self.accelerator.num_processes
         return (loss, {"loss": loss}) if return_outputs else loss
@@ -153,7 +163,7 @@ class FDDTrainerMixin(ProvenCheckpoints):
             NonFiniteLossError: the step's loss is not finite, on any device; no step is taken.
         """
         loss = super().training_step(model, inputs, num_items_in_batch, *args, **kwargs)
-        step = self._step
+        step = self._sums
         if not step.has_terms:
             return loss
         step.returned.append(loss)
@@ -161,6 +171,8 @@ class FDDTrainerMixin(ProvenCheckpoints):
             return loss
         means, scale, finite = step.finish(self.accelerator.reduce)
         self._log_alignment()
+        if not step.used:
+            warn_of_nothing(self.state.global_step + 1, self._nothing)
         if finite:
             self._skipped_steps = 0
             self._means.add(means, torch.ones(()))
@@ -193,12 +205,12 @@ class FDDTrainerMixin(ProvenCheckpoints):
                 "scaled: use DistributedDataParallel or FSDP2"
             )
         with torch.no_grad():
-            for parameter in self.model.parameters():
+            for parameter in self._trained_parameters(self.model):
                 if parameter.grad is not None:
                     parameter.grad.mul_(scale)
 
     def train(self, *args, **kwargs):
-        """As `ProvenCheckpoints.train`."""
+        """As `TrainedProjection.train`."""
         self._held_over, self._epoch_iterator, self._skipped_steps = [], None, 0
         return super().train(*args, **kwargs)
 
@@ -241,15 +253,20 @@ class FDDTrainerMixin(ProvenCheckpoints):
         super().log(logs, *args, **kwargs)
 
     def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
-        """Add the terms to the loop's metrics, and make the loss a mean over tokens like them.
+        """Add the terms and metrics to the loop's, and make the loss a mean over tokens like them.
 
         Raises:
             NonFiniteLossError: during training, before a checkpoint of such a student is written.
         """
+        self._follow_model()
         training, self._means = self._means, WeightedSums()
         try:
-            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+            with watching(self.distiller, self.evaluation_metrics) as metrics:
+                output = super().evaluation_loop(
+                    *args, metric_key_prefix=metric_key_prefix, **kwargs
+                )
             means, weight = self._means.means(self.accelerator.reduce)
+            found = metrics.results(self.accelerator.reduce)
         finally:
             self._means = training
         if not weight:
@@ -257,40 +274,18 @@ class FDDTrainerMixin(ProvenCheckpoints):
                 f"no position is valid in the data of {metric_key_prefix}_loss: it is given as 0",
                 stacklevel=2,
             )
-        output.metrics.update({f"{metric_key_prefix}_{n}": mean for n, mean in means.items()})
+        found = means | found
+        output.metrics.update({f"{metric_key_prefix}_{n}": mean for n, mean in found.items()})
         if self.is_in_train and not math.isfinite(means.get("loss", 0.0)):
             self._stop(f"the evaluation after step {self.state.global_step}", means)
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Return the loss of one batch; there are no logits to return."""
-        inputs = self._without_repeats(self._prepare_inputs(inputs))
+        inputs = without_repeats(self._prepare_inputs(inputs), self.accelerator, self.distiller)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs)
         return loss.detach(), None, None
-
-    def _without_repeats(self, inputs):
-        """Return the batch without valid positions in rows that accelerate repeats to give every
-        process as many.
-        """
-        state, processes = self.accelerator.gradient_state, self.accelerator.num_processes
-        may_repeat = processes > 1 and self.accelerator.even_batches and state.end_of_dataloader
-        if not may_repeat or state.remainder == 0:
-            return inputs
-        if state.remainder < 0:
-            warnings.warn(
-                "the data of this evaluation has no length, and accelerate does not say which "
-                f"rows of its last batch repeat earlier ones for the sake of {processes} "
-                "processes: they count twice. Give data with a length, or "
-                'accelerator_config={"dispatch_batches": True}',
-                stacklevel=2,
-            )
-            return inputs
-        rows = len(next(iter(inputs.values())))
-        own = min(max(state.remainder - self.accelerator.process_index * rows, 0), rows)
-        if own == rows:
-            return inputs
-        return ignore_rows_from(inputs, own, self.distiller.config.ignore_index)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write the trainer's own card, with a section and tags on the distillation."""
@@ -314,6 +309,10 @@ class FDDTrainer(FDDTrainerMixin, Trainer):
             offloaded by accelerate, quantised). Or a teacher cache, with
             `train_dataset=cache.dataset("train")` and `data_collator=fdd_kernels.data.pad_windows`.
         fdd_config: layers and loss options.
+        evaluation_metrics: add perplexity, token accuracy and KL to the teacher to every
+            evaluation: `eval_perplexity`, `eval_accuracy`, `eval_kl`, `eval_agreement` and
+            `eval_kl_layer_k` of the student's sampled layers; see docs/evaluate.md. They cost head
+            products, in evaluation alone.
 
     Every term is logged beside the loss, in training (means since the last log) and in evaluation
     (`eval_loss`, `eval_output_kd`, ...: means over all valid tokens). The training loss is the mean
@@ -322,7 +321,8 @@ class FDDTrainer(FDDTrainerMixin, Trainer):
     student with experts and `output_router_logits` adds its router loss, logged as `router`.
 
     Options that change during training (`FDDConfig(schedules=...)` and others) follow the trainer's
-    step; they are logged under their names, and a checkpoint holds their state.
+    step; they are logged under their names, and a checkpoint holds their state. The projection of
+    feature space is in the optimizer, unless that is given, and in every checkpoint.
 
     A checkpoint is complete or does not exist, and training resumes only from a complete one: see
     `AtomicCheckpoints`.

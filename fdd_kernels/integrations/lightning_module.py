@@ -26,7 +26,6 @@ except ModuleNotFoundError as error:
         ) from error
 
 from fdd_kernels.hf.distiller import Distiller, DistillerTerms
-from fdd_kernels.hf.positions import ignore_rows_from
 from fdd_kernels.hf.teachers import Teacher, place_teacher
 from fdd_kernels.integrations.finite import require_finite, warn_of_nothing
 from fdd_kernels.objectives.fdd.options import FDDConfig
@@ -39,14 +38,15 @@ class FDDLightningModule(pl.LightningModule):
     """Distils `teacher` into `student` under a Lightning `Trainer`, with automatic optimisation.
 
     Args:
-        student: a transformers causal LM. Only it is a submodule: the teacher is in no parameter
-            list, state dict or checkpoint, and is never trained.
+        student: a transformers causal LM. Only it is a submodule, and the projection of feature
+            space, if there is one: the teacher is in no parameter list, state dict or checkpoint,
+            and is never trained.
         teacher: as for `FDDTrainer`: a transformers causal LM, which `fit`, `validate` or `test`
             move to their device unless it has a placement of its own; or a teacher cache, whose
             windows `fdd_kernels.data.pad_windows` collates.
         fdd_config: layers and loss options.
-        optimizer: maps the student's trainable parameters to the result of `configure_optimizers`;
-            default AdamW with a learning rate of 1e-4.
+        optimizer: maps the student's trainable parameters, and the projection's, to the result of
+            `configure_optimizers`; default AdamW with a learning rate of 1e-4.
 
     Batches are mappings as `Distiller` takes them. Every term is logged as `train_loss`,
     `train_output_kd`, ... each step and as `val_...`, `test_...`, means over all valid tokens, in
@@ -80,6 +80,7 @@ class FDDLightningModule(pl.LightningModule):
         # In a tuple, which is no module: keeps the teacher out of parameters() and state_dict().
         self._teacher = (teacher,)
         self.distiller = Distiller(student, teacher, fdd_config)
+        self.projection = self.distiller.projection
         self._optimizer = optimizer
         self._begin_step()
 
@@ -100,7 +101,7 @@ class FDDLightningModule(pl.LightningModule):
                 "with DDPStrategy. For models that are sharded use FDDTrainer or an accelerate "
                 "loop with FSDP2"
             )
-        names = self.distiller.parameters_without_gradient() if stage == "fit" else []
+        names = self._without_gradient() if stage == "fit" else []
         kwargs = getattr(strategy, "_ddp_kwargs", {})
         if isinstance(strategy, DDPStrategy) and names and not kwargs.get("find_unused_parameters"):
             raise ValueError(
@@ -110,6 +111,13 @@ class FDDLightningModule(pl.LightningModule):
                 "with requires_grad_(False)"
             )
         place_teacher(*self._teacher, strategy.root_device)
+
+    def _without_gradient(self) -> list[str]:
+        """Return the names of parameters that train and get no gradient at some step."""
+        names = self.distiller.parameters_without_gradient()
+        possible = self.distiller.schedules.possible
+        idle = self.projection is not None and not all(o.compares_dynamics for o in possible)
+        return names + ["projection.weight"] * idle
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.distiller.config.changes:
@@ -132,7 +140,7 @@ class FDDLightningModule(pl.LightningModule):
             self.distiller.load_state_dict(checkpoint[STATE])
 
     def configure_optimizers(self):
-        return self._optimizer([p for p in self.student.parameters() if p.requires_grad])
+        return self._optimizer([p for p in self.parameters() if p.requires_grad])
 
     def on_fit_start(self) -> None:
         # from_pretrained gives models in evaluation mode, and Lightning would leave them there
@@ -184,7 +192,7 @@ class FDDLightningModule(pl.LightningModule):
             require_finite(f"step {self.trainer.global_step + 1}", means)
         scale = self.trainer.accumulate_grad_batches * mean
         with torch.no_grad():
-            for parameter in self.student.parameters():
+            for parameter in self.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(scale.to(parameter.grad.dtype))
 
@@ -196,7 +204,7 @@ class FDDLightningModule(pl.LightningModule):
         self, stage: str, batch: Mapping[str, Tensor], batch_idx: int, loaders: Any, which: int
     ) -> None:
         loader = loaders[which] if isinstance(loaders, (list, tuple)) else loaders
-        batch = _without_repeats(batch, batch_idx, loader, self.distiller.config.ignore_index)
+        batch = _without_repeats(batch, batch_idx, loader, self.distiller)
         tokens = int(self.distiller.count_positions(batch))
         self._log(stage, self(batch), tokens, on_step=False, on_epoch=True, sync_dist=True)
 
@@ -212,7 +220,7 @@ class FDDLightningModule(pl.LightningModule):
 
 
 def _without_repeats(
-    batch: Mapping[str, Tensor], index: int, loader: Any, ignore_index: int
+    batch: Mapping[str, Tensor], index: int, loader: Any, distiller: Distiller
 ) -> Mapping[str, Tensor]:
     """Return the batch without valid positions in rows that a DistributedSampler repeats to give
     every process as many.
@@ -225,4 +233,4 @@ def _without_repeats(
         return batch
     rows = len(next(iter(batch.values())))
     own = -(-(len(sampler.dataset) - sampler.rank) // sampler.num_replicas) - index * size
-    return batch if own >= rows else ignore_rows_from(batch, max(own, 0), ignore_index)
+    return batch if own >= rows else distiller.without_rows_from(batch, max(own, 0))

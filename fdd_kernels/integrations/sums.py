@@ -22,10 +22,15 @@ class WeightedSums:
 
     def add(self, terms: Mapping[str, Tensor], weight: Tensor) -> None:
         """Add this process's weight * terms."""
-        for name, term in terms.items():
-            weighted = term.detach().double() * weight.to(term.device)
-            self._sums[name] = self._sums.get(name, 0.0) + weighted
-        self._weight = self._weight + weight.to(term.device, torch.float64)
+        terms = {name: term.detach().double() for name, term in terms.items()}
+        self.add_sums({name: t * weight.to(t.device) for name, t in terms.items()}, weight)
+
+    def add_sums(self, sums: Mapping[str, Tensor], weight: Tensor) -> None:
+        """Add sums of weight * term that this process has formed, and the sum of the weights."""
+        for name, value in sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+            weight = weight.to(value.device, torch.float64)
+        self._weight = self._weight + weight
 
     def means(self, reduce: Reduce) -> tuple[dict[str, float], float]:
         """Return the mean of each term over all processes, 0 for a weight of 0, and the total
@@ -44,7 +49,10 @@ class StepSums:
 
     Attributes:
         returned: the losses of micro-batches that the trainer has received.
+        used: after `finish`, the number of valid positions in all processes.
     """
+
+    used = 0.0
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -77,8 +85,8 @@ class StepSums:
         """
         *sums, positions = reduce(torch.stack([*self._sums.values(), self._positions]), "sum")
         means = dict(zip(self._sums, sums))
-        items, used, loss = torch.stack(
+        items, self.used, loss = torch.stack(
             [torch.as_tensor(self._items).to(positions), positions, means["loss"]]
         ).tolist()
-        scale = items / used if used else 1.0
+        scale = items / self.used if self.used else 1.0
         return {name: scale * value for name, value in means.items()}, scale, math.isfinite(loss)

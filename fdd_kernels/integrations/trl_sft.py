@@ -4,14 +4,16 @@ TRL's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 from trl import SFTTrainer
 
 from fdd_kernels.hf.positions import TOKEN_WEIGHTS
+from fdd_kernels.hf.tasks import require_causal_lm, task_of
 from fdd_kernels.hf.teachers import Teacher
+from fdd_kernels.hf.wrappers import unwrap
 from fdd_kernels.integrations.hf_trainer import FDDTrainerMixin
 
 
@@ -36,12 +38,15 @@ class FDDSFTTrainer(FDDTrainerMixin, SFTTrainer):
     Raises:
         ValueError: an option of SFTConfig that changes the loss (`loss_type`); a teacher cache, or
             data with `token_weights`, without `skip_prepare_dataset` or without a collator.
-        TypeError, ValueError: see `FDDTrainer`.
+        TypeError: the student is no causal LM; and see `FDDTrainer`.
+        ValueError: see `FDDTrainer`.
     """
 
     def __init__(
         self, model, args=None, data_collator=None, *rest, teacher: nn.Module | Teacher, **kwargs
     ) -> None:
+        if isinstance(model, nn.Module):
+            require_causal_lm(task_of(unwrap(model)), "FDDSFTTrainer")
         prepared = getattr(args, "dataset_kwargs", None) or {}
         is_ready = prepared.get("skip_prepare_dataset") and data_collator
         if isinstance(teacher, Teacher) and not is_ready:
@@ -53,7 +58,7 @@ class FDDSFTTrainer(FDDTrainerMixin, SFTTrainer):
                 "train_dataset=Dataset.from_list(cache.dataset('train'))"
             )
         sets = dict(zip(("train_dataset", "eval_dataset"), rest)) | kwargs
-        if not is_ready and any(TOKEN_WEIGHTS in names for names in _columns(sets)):
+        if not is_ready and any(TOKEN_WEIGHTS in names for names in columns_of(sets)):
             raise ValueError(
                 f"the data has {TOKEN_WEIGHTS}, which TRL's preparation and collator leave out: "
                 "tokenize the data, and give "
@@ -69,7 +74,7 @@ class FDDSFTTrainer(FDDTrainerMixin, SFTTrainer):
             )
 
 
-def _columns(sets: dict[str, Any]) -> Iterator[Iterable[str]]:
+def columns_of(sets: Mapping[str, Any]) -> Iterator[Iterable[str]]:
     """Yield the column names of all data sets; of a stream that does not know, its first row's."""
     for name in ("train_dataset", "eval_dataset"):
         given = sets.get(name)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fdd_kernels.common.errors import UserError
+from fdd_kernels.common.model_tasks import saved_task
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,8 @@ def model_from_config(make_config: Callable[[], Any], where: str) -> ModelShape:
 
     try:
         config = make_config()
+        if (task := saved_task(config)) != "causal_lm":
+            raise TypeError(f"it is of a model of the task {task}")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         text_config = config.get_text_config()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fdd_kernels.data import Windows
 from fdd_kernels.hf.targets import HiddenTargets
+from fdd_kernels.hf.tasks import require_causal_lm
 from fdd_kernels.hf.teachers import LiveTeacher
 from fdd_kernels.teacher_cache.codec import CODECS
 from fdd_kernels.teacher_cache.format import ArraySpec
@@ -83,12 +84,14 @@ def write_teacher_cache(
         **storage: batch_size, shard_size, tokenizer, data, resume, advance; see `write_cache`.
 
     Raises:
+        TypeError: the teacher is no causal LM.
         ValueError: see `hidden_states`, `pack_windows`, `CacheWriter`; states that are not finite.
         fdd_kernels.common.errors.UserError: another process writes there.
         OSError, safetensors.SafetensorError: it could not be written; the next call resumes from
             the shards that are complete.
     """
     live = LiveTeacher(teacher)
+    require_causal_lm(live.task, "a teacher cache")
     quantity = hidden_states(live, layers, apply_final_norm=apply_final_norm, codec=codec)
     write_cache(Path(folder), quantity, windows, **storage)
     return TeacherCache(folder)

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fdd_kernels.data import IGNORED, Windows, file_digest
-from fdd_kernels.hf.teachers import TEACHER_INDEX, Teacher
+from fdd_kernels.hf.positions import TEACHER_INDEX
+from fdd_kernels.hf.teachers import Teacher
 from fdd_kernels.hf.transform import LogitTransform
 from fdd_kernels.objectives.fdd.options import FDDConfig, LossOptions
 from fdd_kernels.teacher_cache.codec import CODECS

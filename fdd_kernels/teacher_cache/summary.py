@@ -17,6 +17,7 @@ from fdd_kernels.data import Windows
 from fdd_kernels.hf.heads import head_digest
 from fdd_kernels.hf.model_reader import ModelReader
 from fdd_kernels.hf.targets import SummaryTargets
+from fdd_kernels.hf.tasks import require_causal_lm
 from fdd_kernels.hf.teachers import LiveTeacher
 from fdd_kernels.objectives.fdd.options import FDDConfig, LossOptions
 from fdd_kernels.objectives.fdd.summary import SummaryMaker, check_options, summary_widths
@@ -132,8 +133,10 @@ def write_summary_cache(
     Raises:
         as `write_teacher_cache` and `teacher_summary`.
     """
+    live = LiveTeacher(teacher, student=student)
+    require_causal_lm(live.task, "a teacher cache")
     quantity = teacher_summary(
-        LiveTeacher(teacher, student=student),
+        live,
         layers,
         apply_final_norm=apply_final_norm,
         student=ModelReader(student, "student"),

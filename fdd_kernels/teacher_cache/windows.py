@@ -14,12 +14,12 @@ from torch.utils.data import Dataset
 from fdd_kernels.data import IGNORED, Window, Windows
 from fdd_kernels.hf.positions import (
     SHIFT_LABELS,
+    TEACHER_INDEX,
     TOKEN_WEIGHTS,
     attended_positions,
     precedes_label,
     valid_positions,
 )
-from fdd_kernels.hf.teachers import TEACHER_INDEX
 
 _SHOWN = 8
 

@@ -23,14 +23,16 @@ from fdd_kernels.demo.corpus import (
     token_stream,
     train_tokenizer,
 )
-from fdd_kernels.demo.students import OBJECTIVES, Budget
+from fdd_kernels.demo.students import OBJECTIVES, Budget, Evaluation, train_students
 from fdd_kernels.demo.teacher import (
     RECORD_FILE,
     SHIPPED_TEACHER,
     held_out_loss,
     held_out_windows,
+    llama,
     train_teacher,
 )
+from fdd_kernels.objectives.fdd.options import FDDConfig
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +105,17 @@ def test_a_short_run_writes_numbers_and_a_page(tmp_path, monkeypatch, capsys):
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert [row["objective"] for row in metrics["rows"]] == list(OBJECTIVES)
     assert len(metrics["runs"]) == 2 * len(OBJECTIVES)
-    assert all(len(run["held_out_kl"]) == 2 for run in metrics["runs"])
+    for run in metrics["runs"]:
+        assert run["steps"] == [1, 2]
+        lists = ("held_out_loss", "held_out_kl", "seconds", "cpu_seconds", "teacher_seconds")
+        assert all(len(run[name]) == 2 for name in lists)
+        assert all(0 < run[name][0] < run[name][1] for name in lists[2:])
+        # the mean over windows of one length is the mean over tokens; so is the last "layer"
+        assert sum(run["window_kl"]) / 2 == pytest.approx(run["held_out_kl"][-1], rel=1e-6)
+        assert len(run["window_kl"]) == 2
+        assert run["layer_kl_after"][-1] == pytest.approx(run["held_out_kl"][-1], rel=1e-4)
+        assert len(run["layer_kl_before"]) == len(run["layer_kl_after"]) == 4 + 1
+        assert run["layer_kl_before"] != run["layer_kl_after"]
     # Same initial weights and batches within a seed: only the objective makes students differ.
     assert len({run["held_out_kl"][-1] for run in metrics["runs"] if run["seed"] == 0}) == len(
         OBJECTIVES
@@ -131,6 +143,30 @@ def test_objectives_can_be_named(tmp_path, monkeypatch):
     for wrong in ("half FDD", "output KD"):
         with pytest.raises(ValueError, match=rf"'{wrong}' is not one of 'labels only'.*weighted"):
             demo.run_demo(tmp_path / "out", objectives=["output KD", wrong])
+
+
+def test_each_student_gets_the_layers_of_its_own_objective():
+    """Students of unlike layers side by side learn as each alone."""
+    torch.manual_seed(0)
+    teacher = llama(hidden_size=32, num_layers=6, num_heads=2).eval().requires_grad_(False)
+    stream = torch.randint(0, 2048, (1000,))
+    evaluation = Evaluation(teacher, held_out_windows(stream, 1))
+    configs = {
+        "output KD": FDDConfig.paper(alpha=0.0, beta=0.0),
+        "full": FDDConfig.paper(),
+        "two layers": FDDConfig.paper(num_layers=2),
+        "raw": FDDConfig.paper(apply_final_norm=False),
+    }
+    budget = Budget(steps=1, batch_size=1, hidden_size=32, num_heads=2, evaluations=1)
+
+    def train(objectives):
+        activity = SimpleNamespace(update=lambda step, terms: None)
+        runs, _ = train_students(teacher, stream, evaluation, budget, 0, activity, objectives)
+        return [run.layer_kl_after for run in runs]
+
+    together = train(configs)
+    assert together == [train({name: config})[0] for name, config in configs.items()]
+    assert len({tuple(kl) for kl in together}) == len(configs)
 
 
 def test_without_a_teacher_it_says_what_to_do(tmp_path, monkeypatch):

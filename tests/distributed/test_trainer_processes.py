@@ -1,13 +1,16 @@
-"""FDDTrainer in two gloo processes: best checkpoint, evaluation, parameters without a gradient."""
+"""FDDTrainer in two gloo processes: best checkpoint, evaluation, parameters without a gradient,
+generated text.
+"""
 
 import pytest
 import torch
 
 from fdd_kernels import Distiller
-from tests.distributed.trainer_worker import HELD_OUT, KINDS, STREAMED
+from fdd_kernels.integrations.streamed_metrics import watching
+from tests.distributed.trainer_worker import HELD_OUT, KINDS, STREAMED, features
 from tests.support.hf_models import tiny_model
 from tests.support.processes import finish_well, start
-from tests.support.training import CONFIG, TERMS, examples, pad
+from tests.support.training import CONFIG, examples, pad
 
 WORKER = "tests.distributed.trainer_worker"
 
@@ -39,13 +42,14 @@ def test_every_process_has_the_best_student_and_evaluates_each_row_once(found):
     student.load_state_dict(first["weights"])
     distiller = Distiller(student, tiny_model("gpt2", depth=3, seed=2), CONFIG)
     for key, rows in (("metrics", examples(HELD_OUT)), ("stream", examples(STREAMED, seed=3))):
-        with torch.no_grad():
+        with torch.no_grad(), watching(distiller) as watched:
             terms = distiller(pad(rows))
+        expected = {name: float(value) for name, value in terms.named().items()}
+        expected |= watched.results(lambda tensor, _: tensor)
+        assert {"perplexity", "accuracy", "kl", "kl_layer_1"} <= expected.keys()
         for metrics in (first[key], second[key]):
-            for name in ("loss", *TERMS):
-                assert metrics[f"eval_{name}"] == pytest.approx(
-                    float(getattr(terms, name)), rel=1e-5
-                ), (key, name)
+            for name, value in expected.items():
+                assert metrics[f"eval_{name}"] == pytest.approx(value, rel=1e-5), (key, name)
 
 
 @pytest.mark.slow
@@ -61,6 +65,15 @@ def test_options_that_change_are_the_same_in_every_process_and_resumed(found):
 
 
 @pytest.mark.slow
+def test_a_projection_has_the_gradient_of_all_processes(found, tmp_path):
+    expected = features(tmp_path, size=4)["weights"]["weight"]
+    for process in found[1]["features"]:
+        # float32 sums over tokens in another order.
+        torch.testing.assert_close(process["weights"]["weight"], expected, rtol=1e-4, atol=2e-6)
+    assert torch.equal(*[process["weights"]["weight"] for process in found[1]["features"]])
+
+
+@pytest.mark.slow
 def test_parameters_that_the_loss_does_not_reach(found):
     """FDDTrainer tells DistributedDataParallel of them; in a hand-written loop an error does,
     before torch would hang.
@@ -69,3 +82,18 @@ def test_parameters_that_the_loss_does_not_reach(found):
         assert result["steps"] == {False: 3, True: 3}
         assert "10 parameters that train" in result["refused"]
         assert "find_unused_parameters=True" in result["refused"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sampling", "answering"])
+def test_the_mean_is_over_what_all_processes_generated(found, kind):
+    """Two micro-batches in each, of unlike lengths."""
+    pytest.importorskip("trl", minversion="1.10")
+    from tests.support.on_policy import require_plain_loop
+
+    processes = [process[kind] for process in found[1]["generated"]]
+    texts = [text for process in processes for text in process["texts"]]
+    assert len(texts) == 8
+    assert processes[0]["texts"] != processes[1]["texts"]
+    for process in processes:
+        require_plain_loop(texts, process["log"], process["gradient"])

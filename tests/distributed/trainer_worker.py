@@ -2,6 +2,7 @@
 WORLD FOLDER, with the kinds separated by commas.
 """
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -119,7 +120,53 @@ def changing(folder: Path) -> dict:
     return found
 
 
-KINDS = {"best-first": best_first, "partial": partial, "changing": changing}
+FEATURES = FDDConfig(num_layers=2, space="feature", trajectory="mse", projection="linear")
+FEATURE_ROWS = [9, 5, 12, 7]
+
+
+def features(folder: Path, size: int = 2) -> dict:
+    """One step of gradient descent with two of the four rows in each process."""
+    run = trainer(
+        folder / "run",
+        train=examples(FEATURE_ROWS),
+        config=FEATURES,
+        per_device_train_batch_size=size,
+        max_steps=1,
+        optim="sgd",
+        learning_rate=1.0,
+        lr_scheduler_type="constant",
+    )
+    with torch.no_grad():  # the other process's is taken
+        run.distiller.projection.weight.mul_(1 + run.args.process_index)
+    run.train()
+    return {
+        "weights": {name: p.detach() for name, p in run.distiller.projection.named_parameters()}
+    }
+
+
+def generated(folder: Path) -> dict:
+    """One step of each trainer that generates: its text, log and gradients; nothing without trl."""
+    if importlib.util.find_spec("trl") is None:
+        return {}
+    from tests.support.on_policy import Gradients, answering, sampling
+
+    found = {}
+    for make, options in ((sampling, {}), (answering, {"lmbda": 0.5})):
+        seen = Gradients()
+        run = make(folder / make.__name__, callbacks=[seen], **options)
+        run.train()
+        log = run.state.log_history[0]
+        found[make.__name__] = {"texts": run.texts, "log": log, "gradient": seen.found[0]}
+    return found
+
+
+KINDS = {
+    "best-first": best_first,
+    "partial": partial,
+    "changing": changing,
+    "generated": generated,
+    "features": features,
+}
 
 
 def main(kinds: str, rank: int, world: int, folder: Path) -> None:

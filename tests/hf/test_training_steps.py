@@ -196,8 +196,8 @@ def test_float16s_scaler_may_skip_some_steps(tmp_path, monkeypatch):
     run.accelerator.scaler, run.current_gradient_accumulation_steps = object(), 1
 
     def step(loss):
-        run._step = StepSums()
-        run._step.add({"loss": torch.tensor(loss)}, torch.tensor(1), torch.tensor(1))
+        run._sums = StepSums()
+        run._sums.add({"loss": torch.tensor(loss)}, torch.tensor(1), torch.tensor(1))
         run.training_step(run.model, {}, torch.tensor(1))
 
     for _ in range(20):

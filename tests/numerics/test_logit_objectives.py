@@ -235,6 +235,28 @@ class TestRowStatistics:
             assert (got - true).abs().max() <= 200 * unit_roundoff(F32) * 10
         assert not any(t.requires_grad for t in found[:6])
 
+    @pytest.mark.parametrize("way", ["torch", "reference"])
+    @pytest.mark.parametrize("labels", [False, True])
+    def test_of_the_student_alone(self, way, labels):
+        p = random_problem(layers=1, dtype=F64, bias="plain", labels=labels, mask=True)
+        arguments = statistics_arguments(p, backend=way)
+        alone = {name: t for name, t in arguments.items() if not name.startswith("teacher_")}
+        both, found = row_statistics(**arguments), row_statistics(**alone)
+        for name, of_both in both._asdict().items():
+            got = getattr(found, name)
+            if name in ("lse_t", "entropy_t", "kl", "agree") or of_both is None:
+                assert got is None, name
+            else:  # the same operations on the same numbers
+                assert got.dtype == of_both.dtype
+                torch.testing.assert_close(got, of_both, rtol=1e-13, atol=1e-13, msg=name)
+
+    @pytest.mark.parametrize("name", ["teacher_weight", "teacher_bias"])
+    def test_half_a_teacher_is_refused(self, name):
+        arguments = statistics_arguments(random_problem(layers=1, bias="plain"))
+        alone = {n: t for n, t in arguments.items() if not n.startswith("teacher_")}
+        with pytest.raises(TypeError, match="teacher_hidden must be a tensor, got NoneType"):
+            row_statistics(**alone, **{name: arguments[name]})
+
     def test_equal_models(self):
         p = random_problem(layers=1, near=0.0, teacher_width=8)
         found = row_statistics(**statistics_arguments(p))

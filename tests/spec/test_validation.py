@@ -6,7 +6,7 @@ import json
 import pickle
 import re
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 
 import pytest
 import torch
@@ -450,6 +450,25 @@ def test_module_checks_its_options_when_it_is_built():
 def test_config(options, error, message):
     with pytest.raises(error, match=message):
         FDDConfig(**options)
+
+
+def test_the_published_setting_does_not_depend_on_the_defaults():
+    published = {"output_kd_weight": 1, "alpha": 1, "beta": 1, "ce_weight": 0, "trajectory": "kl"}
+    published |= {"derivative": "cosine", "output_divergence": "kl", "num_layers": 4}
+    published |= {"layer_grid": "floor", "temperature": 1, "output_temperature": 1}
+    assert FDDConfig.paper() == FDDConfig(**published)
+
+    @dataclass(frozen=True)
+    class Other(FDDConfig):
+        beta: float = 0.5
+        derivative: str | None = "none"
+        layer_grid: str = "linspace"
+
+    assert asdict(Other.paper()) == asdict(FDDConfig.paper())
+    changed = FDDConfig.paper(beta=0.0, apply_final_norm=False)
+    assert changed == replace(FDDConfig.paper(), beta=0.0, apply_final_norm=False)
+    with pytest.raises(ValueError, match="alpha=-1"):
+        FDDConfig.paper(alpha=-1.0)
 
 
 def test_config_is_frozen_and_keeps_lists_as_tuples():

@@ -59,7 +59,7 @@ def dense_terms(
     """The paper's loss from output_hidden_states and logits, position by position."""
     inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
 
-    def log_probabilities(model, layers, train_head=True):
+    def logits(model, layers, train_head=True):
         output = model(**inputs, output_hidden_states=True)
         read = final_norm(model)
         lens = [
@@ -80,16 +80,37 @@ def dense_terms(
         torch.testing.assert_close(
             final_logits, output.logits.double(), rtol=rounding, atol=rounding
         )
-        return [z[..., : config.vocab_size].log_softmax(-1) for z in lens], final_logits
+        return [*lens, final_logits]
 
-    ours, our_logits = log_probabilities(student, student_layers, config.train_head)
+    ours = logits(student, student_layers, config.train_head)
     with torch.no_grad():
-        theirs, their_logits = log_probabilities(teacher, teacher_layers)
-    if "labels" in batch:
-        counts = torch.zeros_like(batch["labels"], dtype=torch.bool)
-        counts[:, :-1] = batch["labels"][:, 1:] != -100
-    else:
-        counts = batch["attention_mask"].bool()
+        theirs = logits(teacher, teacher_layers)
+    if "labels" not in batch:
+        return terms_of_logits(ours, theirs, config, counts=batch["attention_mask"].bool())
+    labels = torch.full_like(batch["labels"], -100)
+    labels[:, :-1] = batch["labels"][:, 1:]
+    return terms_of_logits(ours, theirs, config, labels)
+
+
+def terms_of_logits(
+    ours: list[Tensor],
+    theirs: list[Tensor],
+    config: FDDConfig,
+    labels: Tensor | None = None,
+    *,
+    counts: Tensor | None = None,
+) -> FDDLossTerms:
+    """The paper's loss from logits (batch, sequence, V) of the sampled layers and, last, of the
+    output.
+
+    Args:
+        labels: of each position's own prediction, -100 where it is not valid.
+        counts: which positions are valid, without labels.
+    """
+    counts = labels != -100 if counts is None else counts
+    *ours, our_logits = [z[..., : config.vocab_size] for z in ours]
+    *theirs, their_logits = [z[..., : config.vocab_size] for z in theirs]
+    ours, theirs = ([z.log_softmax(-1) for z in lens] for lens in (ours, theirs))
 
     def mean(per_position: Tensor) -> Tensor:
         return per_position[counts].mean()
@@ -100,13 +121,10 @@ def dense_terms(
     trajectory = sum(kl(t, s) for s, t in zip(ours, theirs)) / len(ours)
     pairs = [(ours[i + 1] - ours[i], theirs[i + 1] - theirs[i]) for i in range(len(ours) - 1)]
     derivative = sum(mean(1 - F.cosine_similarity(s, t, dim=-1)) for s, t in pairs) / len(pairs)
-    output_kd = kl(
-        their_logits[..., : config.vocab_size].log_softmax(-1),
-        our_logits[..., : config.vocab_size].log_softmax(-1),
-    )
+    output_kd = kl(their_logits.log_softmax(-1), our_logits.log_softmax(-1))
     ce = our_logits.new_zeros(())
     if config.ce_weight:
-        ce = F.cross_entropy(our_logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+        ce = F.cross_entropy(our_logits.flatten(0, 1), labels.flatten())
     loss = (
         config.output_kd_weight * output_kd
         + config.alpha * trajectory
@@ -127,15 +145,15 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def compare_with_dense(student, teacher, batch, config=CONFIG, **tolerance):
-    """Terms and every gradient of the student against `dense_terms`."""
+def compare_with_dense(student, teacher, batch, config=CONFIG, *, dense=dense_terms, **tolerance):
+    """Terms and every gradient of the student against `dense(student, teacher, batch, config)`."""
     distiller = Distiller(student, teacher, config)
     student.train()
     terms = distiller(batch)
     terms.loss.backward()
     actual = gradients(student)
     student.zero_grad()
-    expected_terms = dense_terms(student, teacher, batch, config)
+    expected_terms = dense(student, teacher, batch, config)
     expected_terms.loss.backward()
     expected = gradients(student)
     student.zero_grad()

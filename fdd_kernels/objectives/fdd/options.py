@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fdd_kernels.objectives.alignment.methods import RANK, check_alignment
+from fdd_kernels.objectives.alignment.methods import RANK
+from fdd_kernels.objectives.fdd.config_checks import check_pairs, check_space
 from fdd_kernels.objectives.fdd.scheduled import WEIGHT_OF_TERM, Scheduled, check_scheduled
 from fdd_kernels.objectives.layer_pairs import (
     LayerPairs,
@@ -31,6 +32,20 @@ if TYPE_CHECKING:  # without torch the command line can show its options
     from fdd_kernels.objectives.gradient_balance import GradientBalance
 
 LAYER_GRIDS = ("floor", "linspace")
+# The published setting: FDDConfig.paper().
+PAPER = {
+    "output_kd_weight": 1.0,
+    "alpha": 1.0,
+    "beta": 1.0,
+    "ce_weight": 0.0,
+    "output_divergence": "kl",
+    "trajectory": "kl",
+    "derivative": "cosine",
+    "temperature": 1.0,
+    "output_temperature": 1.0,
+    "num_layers": 4,
+    "layer_grid": "floor",
+}
 
 
 class FDDLossTerms(NamedTuple):
@@ -205,7 +220,14 @@ class FDDConfig(LossOptions):
         alignment_epsilon: the temperature of attention and sinkhorn, in units of the costs; it
             follows the costs' spread if not given.
         apply_final_norm: apply the model's final norm to the sampled layers before its head, as to
-            the output.
+            the output; in feature space the last norm of its backbone.
+        space: lens compares the predictions that each sampled state gives through its model's head;
+            feature the states themselves, by trajectory mse or cosine and any derivative but
+            weighted_cosine. The output and cross-entropy stay as they are.
+        projection: of feature space, to the teacher's width: linear, or auto, which has none where
+            the widths are equal.
+        rows: of feature space: states, or deviation, each state minus the mean over the valid rows
+            of its batch, layer and model.
         train_head: whether the student's head receives gradient from the loss.
         schedules: options that change during training: a dictionary of alpha, beta,
             output_kd_weight, ce_weight, teacher_mix or a temperature to a `WeightSchedule`, of
@@ -229,10 +251,22 @@ class FDDConfig(LossOptions):
     alignment_every: int = 100
     alignment_epsilon: float | None = None
     apply_final_norm: bool = True
+    space: str = "lens"
+    projection: str = "auto"
+    rows: str = "states"
     train_head: bool = True
     schedules: Mapping[str, Schedule] | str | None = None
     stages: Stages | str | None = None
     gradient_balance: GradientBalance | str | None = None
+
+    @classmethod
+    def paper(cls, **options: Any) -> FDDConfig:
+        """Make the published setting of FDD, whatever the defaults are; `options` change it.
+
+        It is the sum, each with weight 1, of KL at the output, KL at the 4 layers of the floor grid
+        and the cosine of the change between them, at temperature 1.
+        """
+        return cls(**(PAPER | options))
 
     def __post_init__(self) -> None:
         for name in ("student_logit_scale", "teacher_logit_scale"):
@@ -258,37 +292,14 @@ class FDDConfig(LossOptions):
             raise ValueError(
                 "student_layers and teacher_layers must be given together: they are compared"
             )
-        self._check_pairs()
+        check_pairs(self)
+        check_space(self)
         if self.reduction == "none":
             raise ValueError(
                 'reduction="none" has no meaning for a training step: use "mean" or "sum"'
             )
         for name, text in check_scheduled(self, checked).texts.items():
             object.__setattr__(self, name, text)
-
-    def _check_pairs(self) -> None:
-        if self.num_teacher_layers is not None:
-            require_int("num_teacher_layers", self.num_teacher_layers, minimum=1)
-            if self.teacher_layers is not None:
-                raise ValueError(
-                    f"num_teacher_layers={self.num_teacher_layers} samples layers, but "
-                    f"teacher_layers={self.teacher_layers} names them: give one of the two"
-                )
-        check_alignment(self)
-        counts = self.dynamics_layers, self.teacher_dynamics_layers
-        if self.layer_alignment != RANK:
-            counts = counts[0], counts[0]  # for the length of `layer_weights`
-        elif counts[0] != counts[1] and not self.pairs_all_layers:
-            names = "student_layers", "teacher_layers"
-            if self.student_layers is None:
-                names = "num_layers", "num_teacher_layers"
-            given = " and ".join(f"{name}={getattr(self, name)}" for name in names)
-            raise ValueError(
-                f"{given} are unequal numbers of layers, which are paired by rank: give as many of "
-                "each, a layer_alignment, or layer_weights with a row for each layer of the "
-                "student and a column for each of the teacher"
-            )
-        self.layer_pairs(*counts)
 
     @property
     def dynamics_layers(self) -> int:

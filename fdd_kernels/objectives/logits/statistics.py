@@ -25,28 +25,30 @@ class RowStatistics(NamedTuple):
     label_logprob: the student's log-probability of the label; None without labels.
     correct: whether the student's largest logit is the label; None without labels.
 
-    Of equal largest logits the first counts. Positions that are not valid have 0 and False.
+    Without a teacher lse_t, entropy_t, kl and agree are None. Of equal largest logits the first
+    counts. Positions that are not valid have 0 and False.
     """
 
     lse_s: Tensor
-    lse_t: Tensor
+    lse_t: Tensor | None
     entropy_s: Tensor
-    entropy_t: Tensor
-    kl: Tensor
-    agree: Tensor
+    entropy_t: Tensor | None
+    kl: Tensor | None
+    agree: Tensor | None
     label_logprob: Tensor | None
     correct: Tensor | None
 
 
-_OF_LABELS = 2  # the last fields
+_OF_TEACHER = ("lse_t", "entropy_t", "kl", "agree")
+_OF_LABELS = ("label_logprob", "correct")
 
 
 @torch.no_grad()
 def row_statistics(
     student_hidden: Tensor,
     student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
+    teacher_hidden: Tensor | None = None,
+    teacher_weight: Tensor | None = None,
     labels: Tensor | None = None,
     *,
     temperature: float = 1.0,
@@ -62,7 +64,8 @@ def row_statistics(
     vocab_size: int | None = None,
     backend: str = "auto",
 ) -> RowStatistics:
-    """Numbers per position of two models, in memory that does not grow with tokens x vocabulary.
+    """Numbers per position of two models, or of the student alone, in memory that does not grow
+    with tokens x vocabulary.
 
     For weights of positions (`token_weights`), such as 3 where the student's entropy is above the
     teacher's, for gates between forward and reverse KL, and for reports. Entropies and KL are exact
@@ -71,7 +74,8 @@ def row_statistics(
 
     Args:
         student_hidden, teacher_hidden: final, normed hidden states (..., Ds) and (..., Dt).
-        student_weight, teacher_weight: LM heads (V, Ds) and (V, Dt) as in `nn.Linear`.
+        student_weight, teacher_weight: LM heads (V, Ds) and (V, Dt) as in `nn.Linear`. Without
+            `teacher_hidden` and `teacher_weight` the student's head alone is multiplied.
         labels: (...) int64 or int32 tokens, or None. Positions equal to `ignore_index` are not
             computed.
         temperature: divides the logits.
@@ -92,9 +96,12 @@ def row_statistics(
         TypeError, ValueError: an argument of a wrong type, shape, device or range; named, before
             any work.
     """
+    given = teacher_hidden, teacher_weight, teacher_bias, teacher_softcap
+    is_alone = all(argument is None for argument in given) and teacher_logit_scale == 1.0
+    teacher = teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap
     inputs, options = logit_arguments(
         Model(student_hidden, student_weight, student_bias, student_logit_scale, student_softcap),
-        Model(teacher_hidden, teacher_weight, teacher_bias, teacher_logit_scale, teacher_softcap),
+        None if is_alone else Model(*teacher),
         Positions(labels, mask, None, ignore_index, shift),
         Reduction("none"),
         temperature=temperature,
@@ -103,23 +110,33 @@ def row_statistics(
     )
     call = LogitCall.of(inputs, options, predicts_labels=True)
     per_row = () if labels is None else (call.rows.labels,)
-    outputs = len(RowStatistics._fields) - (_OF_LABELS if labels is None else 0)
-    formula = Formula("statistics", (), (float(temperature),), _dense, outputs)
-    found = [t.view(call.leading_shape) for t in call.values(formula, *per_row).unbind(-1)]
-    found = RowStatistics(*found, *[None] * (len(RowStatistics._fields) - outputs))
-    correct = None if labels is None else found.correct != 0
-    return found._replace(agree=found.agree != 0, correct=correct)
+    absent = (_OF_TEACHER if is_alone else ()) + (_OF_LABELS if labels is None else ())
+    names = [name for name in RowStatistics._fields if name not in absent]
+    formula = Formula("statistics", (), (float(temperature),), _dense, len(names))
+    found = call.values(formula, *per_row).unbind(-1)
+    found = {name: t.view(call.leading_shape) for name, t in zip(names, found)}
+    found |= {name: found[name] != 0 for name in ("agree", "correct") if name in found}
+    return RowStatistics(**dict.fromkeys(absent), **found)
 
 
 @row_function
 def statistics(block: RowBlock, temperature: float) -> tuple[Tensor, None]:
-    """Compute `RowStatistics` of a row block with labels (r,) or without, as numbers (r, n)."""
-    log_q, log_p = block.student.div_(temperature), block.teacher.div_(temperature)
-    top_s, top_t = (z.argmax(-1, keepdim=True) for z in (log_q, log_p))
-    lse = [log_softmax_(log_q), log_softmax_(log_p)]
-    entropies = [sum_over_tokens(_entropy_of, log) for log in (log_q, log_p)]
-    kl = sum_over_tokens(NamedDivergence("kl").value, log_q, log_p)
-    found = [*lse, *entropies, kl, top_s == top_t]
+    """Compute `RowStatistics` of a row block as numbers (r, n), without those of labels (r,) or of
+    a teacher that it does not have.
+    """
+    log_q = block.student.div_(temperature)
+    top_s = log_q.argmax(-1, keepdim=True)
+    lse_s = log_softmax_(log_q)
+    entropy_s = sum_over_tokens(_entropy_of, log_q)
+    if block.teacher is None:
+        found = [lse_s, entropy_s]
+    else:
+        log_p = block.teacher.div_(temperature)
+        agree = top_s == log_p.argmax(-1, keepdim=True)
+        lse_t = log_softmax_(log_p)
+        entropy_t = sum_over_tokens(_entropy_of, log_p)
+        kl = sum_over_tokens(NamedDivergence("kl").value, log_q, log_p)
+        found = [lse_s, lse_t, entropy_s, entropy_t, kl, agree]
     if block.per_row:
         labels = block.per_row[0][:, None].long()
         found += [log_q.gather(-1, labels), top_s == labels]
@@ -131,14 +148,17 @@ def _entropy_of(log_p: Tensor) -> Tensor:
     return torch.where(log_p == -torch.inf, 0.0, -log_p.exp() * log_p)
 
 
-def _dense(u_s: Tensor, u_t: Tensor, *labels_and_temperature: Tensor | float) -> Tensor:
+def _dense(u_s: Tensor, u_t: Tensor | None, *labels_and_temperature: Tensor | float) -> Tensor:
     *labels, temperature = labels_and_temperature
-    z_s, z_t = u_s / temperature, u_t / temperature
-    log_q, log_p = z_s.log_softmax(-1), z_t.log_softmax(-1)
-    kl = expected_ratio(log_p, log_q)[:, 0]
-    top = z_s.argmax(-1)
-    found = [z_s.logsumexp(-1), z_t.logsumexp(-1), _entropy_of(log_q).sum(-1)]
-    found += [_entropy_of(log_p).sum(-1), kl, top == z_t.argmax(-1)]
+    z_s = u_s / temperature
+    log_q, top = z_s.log_softmax(-1), z_s.argmax(-1)
+    found = [z_s.logsumexp(-1), _entropy_of(log_q).sum(-1)]
+    if u_t is not None:
+        z_t = u_t / temperature
+        log_p = z_t.log_softmax(-1)
+        kl = expected_ratio(log_p, log_q)[:, 0]
+        found = [found[0], z_t.logsumexp(-1), found[1], _entropy_of(log_p).sum(-1)]
+        found += [kl, top == z_t.argmax(-1)]
     for label in labels:
         found += [log_q.gather(-1, label[:, None].long())[:, 0], top == label]
     return torch.stack([t.to(u_s.dtype) for t in found], -1)

@@ -1,0 +1,285 @@
+"""The study of objectives: many small trainings, one line of a record for each.
+
+`python -m benchmarks study` trains what the record lacks; `--report` writes docs/study.md's tables
+and plots from it (study_report.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from transformers import AutoTokenizer, LlamaForCausalLM
+
+from benchmarks import record
+from fdd_kernels.common.atomic import write_text
+from fdd_kernels.common.progress import Activity
+from fdd_kernels.demo.corpus import standard_library_texts, token_stream
+from fdd_kernels.demo.students import OBJECTIVES, Budget, Evaluation, Run, train_students
+from fdd_kernels.demo.teacher import SHIPPED_TEACHER, held_out_windows
+from fdd_kernels.objectives.fdd.options import FDDConfig
+
+FOLDER = record.RESULTS / "study"
+FILE = "runs.jsonl"
+SEEDS = 5
+# 512 tokens a step
+BUDGETS = {
+    name: {"steps": steps, "batch_size": 2, "evaluations": evaluations, "evaluation_windows": 48}
+    for name, steps, evaluations in (("1x", 64, 1), ("4x", 256, 2), ("16x", 1024, 4))
+}
+# The learning rate is the best of 1.25e-3, 2.5e-3 and 5e-3 (width 48: of the last two) for output
+# KD, 125 steps, seed 0. It is the same for all objectives.
+SIZES = {
+    "width 96": {"hidden_size": 96, "num_layers": 5, "num_heads": 3, "learning_rate": 2.5e-3},
+    "width 48": {"hidden_size": 48, "num_layers": 5, "num_heads": 3, "learning_rate": 5e-3},
+}
+MAIN = ("output KD", "KD + trajectory", "full FDD", "full FDD, weighted")
+CONFIGS = {name: OBJECTIVES[name] for name in MAIN}
+VARIANTS = {
+    "KD + derivative": FDDConfig.paper(alpha=0.0),
+    "KD + weighted derivative": FDDConfig.paper(alpha=0.0, derivative="weighted_cosine"),
+    "full FDD, centred": FDDConfig.paper(derivative="centered_cosine"),
+    "full FDD, beta 0.1": FDDConfig.paper(beta=0.1),
+    "full FDD, raw states": FDDConfig.paper(apply_final_norm=False),
+    "KD + trajectory, raw states": FDDConfig.paper(beta=0.0, apply_final_norm=False),
+    "KD + trajectory, 1 layer": FDDConfig.paper(beta=0.0, num_layers=1),
+    "KD + trajectory, 2 layers": FDDConfig.paper(beta=0.0, num_layers=2),
+    "KD + trajectory, 2 layers spread": FDDConfig.paper(
+        beta=0.0, num_layers=2, layer_grid="linspace"
+    ),
+    "KD + trajectory, last layers": FDDConfig.paper(
+        beta=0.0, student_layers=(1, 2, 3, 4), teacher_layers=(6, 7, 8, 9)
+    ),
+}
+CONFIGS |= VARIANTS
+VARIANTS_AT = ("1x", "4x"), "width 96"
+PARTS = ("main", "variants")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One run of the plan, by names."""
+
+    part: str
+    budget: str
+    size: str
+    seed: int
+    objective: str
+
+    @property
+    def group(self) -> tuple[str, str, str, int]:
+        """Runs of one group are trained side by side."""
+        return self.part, self.budget, self.size, self.seed
+
+    def training(self) -> Budget:
+        """Size and training of the student."""
+        return Budget(**BUDGETS[self.budget], **SIZES[self.size])
+
+    def key(self) -> str:
+        """Identify the run by all that was set, not by names, as JSON."""
+        own, usual = CONFIGS[self.objective], FDDConfig.paper()
+        changed = {
+            f.name: getattr(own, f.name)
+            for f in fields(FDDConfig)
+            if getattr(own, f.name) != getattr(usual, f.name)
+        }
+        return json.dumps(
+            {"seed": self.seed, "paper, but": changed, "training": asdict(self.training())}
+        )
+
+
+def plan() -> Iterator[Setting]:
+    """All runs, in the order in which they are done: every stop leaves a balanced table."""
+    budgets, size = VARIANTS_AT
+    for budget in BUDGETS:
+        for seed in range(SEEDS):
+            for every in SIZES:
+                for objective in MAIN:
+                    yield Setting("main", budget, every, seed, objective)
+    for budget in budgets:
+        for seed in range(SEEDS):
+            for objective in VARIANTS:
+                yield Setting("variants", budget, size, seed, objective)
+
+
+class Record:
+    """The finished runs of a folder, by their keys; one line of JSON each.
+
+    Raises:
+        RecordError: a line that is damaged or of another teacher or text than the first.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE
+        self.runs: dict[str, dict[str, Any]] = {}
+        text = self.path.read_text("utf-8") if self.path.exists() else ""
+        for number, line in enumerate(text.splitlines(), 1):
+            where = f"{self.path}, line {number}"
+            try:
+                entry = json.loads(line)
+                key = json.dumps(entry["setting"])
+                entry["material"], entry["run"]["window_kl"][0]
+            except (ValueError, TypeError, LookupError) as error:
+                raise record.RecordError(
+                    f"{where}: is no run of the study ({error!r}): remove it, and it is run again"
+                ) from error
+            self.require_same(entry["material"], where)
+            self.runs[key] = entry
+
+    @property
+    def material(self) -> dict[str, Any] | None:
+        """Hashes of teacher and texts, the same for all runs; None if there is no run."""
+        return next((entry["material"] for entry in self.runs.values()), None)
+
+    def require_same(self, material: dict[str, Any], where: str) -> None:
+        """Refuse a run with another teacher or other text: it cannot be compared.
+
+        Raises:
+            RecordError: says what differs, and the remedy.
+        """
+        known = self.material or material
+        differs = [name for name in known if known[name] != material.get(name)]
+        if differs:
+            shown = ", ".join(f"{n} {material.get(n)} is not {known[n]}" for n in differs)
+            raise record.RecordError(
+                f"{where}: {shown}, as in the runs of {self.path}: they cannot be compared; "
+                "give another folder with --output"
+            )
+
+    def add(self, entries: list[dict[str, Any]]) -> None:
+        """Write finished runs to the file."""
+        for entry in entries:
+            self.runs[json.dumps(entry["setting"])] = entry
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.path, "".join(json.dumps(e) + "\n" for e in self.runs.values()))
+
+    def of(self, setting: Setting) -> dict[str, Any] | None:
+        """The run of a setting, or None."""
+        return self.runs.get(setting.key())
+
+
+class Material:
+    """What all runs share: the teacher, the text and the validation windows."""
+
+    def __init__(self) -> None:
+        self.teacher = LlamaForCausalLM.from_pretrained(SHIPPED_TEACHER, dtype=torch.float32)
+        self.teacher.eval().requires_grad_(False)
+        tokenizer = AutoTokenizer.from_pretrained(SHIPPED_TEACHER)
+        self.stream, self.held_out = (
+            token_stream(tokenizer, standard_library_texts(held_out=held_out))
+            for held_out in (False, True)
+        )
+        self.description = {
+            "teacher": _digest((SHIPPED_TEACHER / "model.safetensors").read_bytes()),
+            "text": _digest(self.stream),
+            "held_out_text": _digest(self.held_out),
+        }
+
+    def evaluation(self, budget: Budget) -> Evaluation:
+        return Evaluation(self.teacher, held_out_windows(self.held_out, budget.evaluation_windows))
+
+
+def _digest(data: bytes | Tensor) -> str:
+    raw = data if isinstance(data, bytes) else data.numpy().tobytes()
+    return hashlib.sha256(raw).hexdigest()[:16]
+
+
+def _entry(setting: Setting, run: Run, conditions: dict[str, Any]) -> dict[str, Any]:
+    """Make the line of a run; figures have five digits."""
+    figures = asdict(run)
+    del figures["objective"], figures["seed"]
+    for name, values in figures.items():
+        figures[name] = [float(f"{value:.5g}") for value in values]
+    figures["steps"] = run.steps
+    named = {"objective": setting.objective, "budget": setting.budget, "size": setting.size}
+    return named | {"setting": json.loads(setting.key())} | conditions | {"run": figures}
+
+
+def study(
+    output: Path, parts: tuple[str, ...], minutes: float | None, threads: int
+) -> tuple[int, int]:
+    """Train the runs that the record in `output` lacks, group by group.
+
+    Args:
+        parts: of `PARTS`.
+        minutes: no group begins after so many; None: until all are done.
+
+    Returns:
+        How many runs were done, and how many are missing.
+
+    Raises:
+        RecordError: the record is damaged, or of another teacher or text.
+    """
+    torch.set_num_threads(threads)
+    runs, started, done = Record(output), time.monotonic(), 0
+    groups: dict[tuple, list[Setting]] = {}
+    for setting in plan():
+        if setting.part in parts and runs.of(setting) is None:
+            groups.setdefault(setting.group, []).append(setting)
+    missing = sum(map(len, groups.values()))
+    if not missing:
+        return 0, 0
+    console = Console(stderr=True)
+    with Activity(console, "reading the teacher and the standard library"):
+        material = Material()
+        runs.require_same(material.description, "this machine")
+        windows = next(iter(groups.values()))[0].training()
+        evaluation = material.evaluation(windows)
+    conditions = {
+        "material": material.description,
+        "threads": threads,
+        "versions": record.versions(),
+        "git": record.git_revision(),
+        "sources": record.source_digest(),
+        "processor": record.machine("cpu")["processor"],
+    }
+    for settings in groups.values():
+        if minutes is not None and time.monotonic() - started >= 60 * minutes:
+            break
+        first = settings[0]
+        what = f"{first.part}, {first.budget}, {first.size}, seed {first.seed}"
+        with Activity(console, what, first.training().steps) as activity:
+            finished, _ = train_students(
+                material.teacher,
+                material.stream,
+                evaluation,
+                first.training(),
+                first.seed,
+                activity,
+                {setting.objective: CONFIGS[setting.objective] for setting in settings},
+            )
+        date = {"date": datetime.now(UTC).isoformat(timespec="seconds")}
+        runs.add([_entry(s, run, date | conditions) for s, run in zip(settings, finished)])
+        done += len(settings)
+        shown = ", ".join(f"{run.objective} {run.held_out_kl[-1]:.3f}" for run in finished)
+        print(f"{what}: validation KL {shown}", file=sys.stderr, flush=True)
+    return done, missing - done
+
+
+def listing(output: Path) -> str:
+    """Say what is done and what is missing, a line for each budget and size."""
+    runs, counts = Record(output), {}
+    for setting in plan():
+        found = counts.setdefault((setting.part, setting.budget, setting.size), {})
+        found.setdefault(setting.objective, []).append(runs.of(setting) is not None)
+    lines = []
+    for (part, budget, size), objectives in counts.items():
+        missing = [
+            f"{name} (seeds {', '.join(str(s) for s, there in enumerate(done) if not there)})"
+            for name, done in objectives.items()
+            if not all(done)
+        ]
+        done = sum(map(sum, objectives.values()))
+        line = f"{part}, {budget}, {size}: {done} of {sum(map(len, objectives.values()))} runs"
+        lines.append(line + (f"; missing: {', '.join(missing)}" if missing else ""))
+    return "\n".join(lines)

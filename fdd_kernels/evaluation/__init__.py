@@ -1,0 +1,1 @@
+"""Evaluate models on a held-out text: the metrics of `fdd-kernels evaluate` and of the trainers."""

@@ -1,0 +1,23 @@
+"""The terms of a `Distiller`."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fdd_kernels.objectives.fdd.options import FDDLossTerms
+
+
+class DistillerTerms(FDDLossTerms):
+    """`FDDLossTerms` of a `Distiller`, with one more term for a student with experts.
+
+    Attributes:
+        router: the load balancing loss of a student with experts and
+            `config.output_router_logits`, unweighted like the others; `loss` includes it with the
+            model's own coefficient. Otherwise None.
+    """
+
+    router: Tensor | None = None
+
+    def named(self) -> dict[str, Tensor]:
+        """Return every term by its name, for logs; `router` only if there is one."""
+        return self._asdict() | ({} if self.router is None else {"router": self.router})
