@@ -38,7 +38,7 @@ class Estimate:
         return abs(self.mean) > self.half
 
     def __str__(self) -> str:
-        return f"{self.mean:+.3f} ± {self.half:.3f}" + ("*" if self.exceeds_noise else "")
+        return f"{self.mean:+.3f} ±{self.half:.3f}" + ("*" if self.exceeds_noise else "")
 
 
 def estimate(values: np.ndarray) -> Estimate:
@@ -99,7 +99,7 @@ class Comparison:
         after = min(int(np.searchsorted(self.steps, step)), len(self.steps) - 1)
         before = max(after - 1, 0)
         share = np.interp(step, (self.steps[before], self.steps[after]), (0.0, 1.0))
-        kl = np.array([run.window_kl for run in self.runs[objective]])
+        kl = np.array([run.window_kl_curve for run in self.runs[objective]])
         return (1 - share) * kl[:, before] + share * kl[:, after]
 
     def at_steps(self, objective: str) -> np.ndarray:

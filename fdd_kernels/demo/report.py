@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 
 import jinja2
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -39,28 +40,27 @@ class Result:
 
     def table(self) -> list[tuple[str, ...]]:
         """The table as text: the header, then one row per objective."""
-        comparison, rows = self.comparison, []
-        base = comparison.baseline
-        header = ("objective", "loss", "KL", f"KL - {base}", "CPU ms per step")
-        header += (f"steps in {comparison.seconds:.0f} s", "KL then", f"KL - {base} then")
+        comparison = self.comparison
+        then = f"at {comparison.seconds:.0f} s"
+        table = [("objective", "loss", "KL", "- KD", f"KL {then}", f"- KD {then}", "ms/step")]
         for row in comparison.rows():
             steps, seconds = row["equal_steps"], row["equal_seconds"]
             differences = [
-                "" if row["objective"] == base else str(at["difference"]) for at in (steps, seconds)
+                "" if row["objective"] == comparison.baseline else str(at["difference"])
+                for at in (steps, seconds)
             ]
-            rows.append(
+            table.append(
                 (
                     row["objective"],
                     f"{row['held_out_loss']:.3f}",
                     f"{steps['kl'].mean:.3f}",
                     differences[0],
-                    f"{1000 * row['seconds_per_step']:.0f}",
-                    f"{row['steps_at_equal_seconds']:.0f}",
                     f"{seconds['kl'].mean:.3f}",
                     differences[1],
+                    f"{1000 * row['seconds_per_step']:.0f}",
                 )
             )
-        return [header, *rows]
+        return table
 
     def notes(self) -> list[str]:
         """Sentences that belong under the table."""
@@ -69,9 +69,10 @@ class Result:
         return [
             f"Nats per validation token after {self.budget.steps} steps, mean over {seeds} "
             f"seed{'s' * (seeds > 1)}; the teacher's loss is {self.teacher_held_out_loss:.3f}.",
-            f"At equal seconds: curves interpolated at {comparison.seconds:.0f} CPU seconds, when "
-            "the student that ended first had ended; they are the student's own steps and, where "
-            "its objective needs a teacher, the teacher's forward passes.",
+            f"- KD: the difference to {comparison.baseline}. At {comparison.seconds:.0f} s: every "
+            "curve interpolated at those CPU seconds of training, when the student that ended first "
+            "had ended. They count, as ms/step does, the student's own steps and, where its "
+            "objective needs a teacher, the teacher's forward passes.",
             INTERVAL if seeds > 1 else ONE_SEED,
             "* marks a difference that exceeds its interval.",
         ]
@@ -85,7 +86,7 @@ class Result:
 def print_table(result: Result, console: Console) -> None:
     """Print the table of objectives, and what it means."""
     header, *rows = result.table()
-    table = Table()
+    table = Table(box=box.SIMPLE)
     for i, column in enumerate(header):
         table.add_column(column, justify="right" if i else "left")
     best = min(row[2] for row in rows)

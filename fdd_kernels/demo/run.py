@@ -33,9 +33,9 @@ from fdd_kernels.demo.teacher import (
 )
 from fdd_kernels.demo.workers import Send, run_side_by_side
 
-FULL = Budget(steps=720, batch_size=1, warmup=60, evaluations=12)
+FULL = Budget(steps=720, batch_size=1, evaluations=12)
 QUICK = replace(FULL, steps=180, evaluations=6, evaluation_windows=24)
-SEEDS = 4
+SEEDS, WARMUP = 4, 60
 EVERY = 5.0  # seconds between two lines of progress
 TEACHER_STEPS = {False: 6000, True: 300}
 PROMPT_TOKENS, SAMPLE_TOKENS = 48, 64
@@ -154,6 +154,8 @@ def _train(task: _Task, send: Send) -> tuple[list[Run], dict[str, str]]:
         task.seed,
         _Sender(send),
         choose(task.objectives),
+        warmup=WARMUP,
+        window_curves=True,
     )
     if task.seed:
         return runs, {}

@@ -25,7 +25,7 @@ def record(objective, seed, kl, seconds, teacher):
         held_out_kl=[sum(windows) / len(windows) for windows in kl],
         cpu_seconds=[seconds * step for step in steps],
         teacher_cpu_seconds=[teacher * step for step in steps],
-        window_kl=kl,
+        window_kl_curve=kl,
     )
 
 
@@ -52,7 +52,7 @@ def test_what_all_seeds_and_windows_share_is_no_noise():
     gap = estimate((noise + 0.25) - noise)
     assert gap.mean == pytest.approx(0.25)
     assert gap.half < 1e-12
-    assert str(gap) == "+0.250 ± 0.000*"
+    assert str(gap) == "+0.250 ±0.000*"
     assert not estimate(np.array([[1.0, -1.1]])).exceeds_noise
 
 
@@ -88,4 +88,6 @@ def test_equal_seconds_count_the_teacher_where_it_is_needed():
     assert comparison.neighbours()[0] == (
         "At equal steps: output KD - full FDD = 0.300 ± 0.000, more than the noise."
     )
-    assert Comparison([run for run in runs if run.objective != "output KD"]).baseline == "labels only"
+    assert (
+        Comparison([run for run in runs if run.objective != "output KD"]).baseline == "labels only"
+    )

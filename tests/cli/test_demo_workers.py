@@ -23,7 +23,9 @@ def work(item, send):
 
 def test_one_process_is_this_one():
     threads, received = torch.get_num_threads(), []
-    results = run_side_by_side(work, "abc", 1, lambda item, message: received.append((item, message)))
+    results = run_side_by_side(
+        work, "abc", 1, lambda item, message: received.append((item, message))
+    )
     assert results == [(item, os.getpid()) for item in "abc"]
     assert received == [(item, ("threads", 1)) for item in "abc"]
     assert torch.get_num_threads() == threads
@@ -32,7 +34,9 @@ def test_one_process_is_this_one():
 @pytest.mark.slow
 def test_processes_answer_in_order_and_end():
     received = []
-    results = run_side_by_side(work, "ab", 2, lambda item, message: received.append((item, message)))
+    results = run_side_by_side(
+        work, "ab", 2, lambda item, message: received.append((item, message))
+    )
     assert [item for item, _ in results] == ["a", "b"]
     assert os.getpid() not in {pid for _, pid in results}
     assert sorted(received) == [(item, ("threads", 1)) for item in "ab"]
