@@ -70,7 +70,7 @@ class Result:
             f"Nats per validation token after {self.budget.steps} steps, mean over {seeds} "
             f"seed{'s' * (seeds > 1)}; the teacher's loss is {self.teacher_held_out_loss:.3f}.",
             f"- KD: the difference to {comparison.baseline}. At {comparison.seconds:.0f} s: every "
-            "curve interpolated at those CPU seconds of training, when the first student had ended; "
+            "curve interpolated at those CPU seconds of training, when the first student ended; "
             "as in ms/step, they count the student's own steps and, where its objective needs a "
             "teacher, the teacher's forward passes.",
             INTERVAL if seeds > 1 else ONE_SEED,
