@@ -33,8 +33,8 @@ from fdd_kernels.demo.teacher import (
 )
 from fdd_kernels.demo.workers import Send, run_side_by_side
 
-FULL = Budget(steps=720, batch_size=1, evaluations=12)
-QUICK = replace(FULL, steps=180, evaluations=6, evaluation_windows=24)
+FULL = Budget(steps=600, batch_size=1, evaluations=10)
+QUICK = replace(FULL, steps=120, evaluations=4, evaluation_windows=24)
 SEEDS, WARMUP = 4, 60
 EVERY = 5.0  # seconds between two lines of progress
 TEACHER_STEPS = {False: 6000, True: 300}
