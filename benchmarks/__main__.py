@@ -66,7 +66,12 @@ def build_parser() -> argparse.ArgumentParser:
     add = command("study", do_study, "train students under many objectives; docs/study.md")
     _folder(add, "--output", record.RESULTS / "study", "of the runs (benchmarks/results/study)")
     add("--part", choices=("main", "variants"), help="only this part (both, main first)")
-    add("--minutes", type=float, metavar="N", help="begin no training after so many (no limit)")
+    add(
+        "--minutes",
+        type=float,
+        metavar="N",
+        help="stop after the training that passes them (no limit)",
+    )
     add("--threads", **number, help="of PyTorch (all cores)")
     add("--list", action="store_true", help="only say what is done and what is missing")
     add("--report", action="store_true", help="only write tables and plots of docs/study.md")
@@ -229,7 +234,7 @@ def do_study(arguments: argparse.Namespace) -> int:
     from benchmarks import study
 
     if arguments.list:
-        print(study.listing(arguments.output))
+        print("\n".join(study.listing(arguments.output)))
         return 0
     if arguments.report:
         from benchmarks import study_report

@@ -212,7 +212,7 @@ def study(
 
     Args:
         parts: of `PARTS`.
-        minutes: no group begins after so many; None: until all are done.
+        minutes: stop after the group that passes them; None: until all are done.
 
     Returns:
         How many runs were done, and how many are missing.
@@ -244,8 +244,6 @@ def study(
         "processor": record.machine("cpu")["processor"],
     }
     for settings in groups.values():
-        if minutes is not None and time.monotonic() - started >= 60 * minutes:
-            break
         first = settings[0]
         what = f"{first.part}, {first.budget}, {first.size}, seed {first.seed}"
         with Activity(console, what, first.training().steps) as activity:
@@ -263,23 +261,33 @@ def study(
         done += len(settings)
         shown = ", ".join(f"{run.objective} {run.held_out_kl[-1]:.3f}" for run in finished)
         print(f"{what}: validation KL {shown}", file=sys.stderr, flush=True)
+        if minutes is not None and time.monotonic() - started >= 60 * minutes:
+            break
     return done, missing - done
 
 
-def listing(output: Path) -> str:
-    """Say what is done and what is missing, a line for each budget and size."""
+def listing(output: Path) -> dict[str, bool]:
+    """Say what is done and what is missing: a line for each budget and size, and whether it is
+    complete.
+    """
     runs, counts = Record(output), {}
     for setting in plan():
         found = counts.setdefault((setting.part, setting.budget, setting.size), {})
         found.setdefault(setting.objective, []).append(runs.of(setting) is not None)
-    lines = []
+    lines = {}
     for (part, budget, size), objectives in counts.items():
-        missing = [
-            f"{name} (seeds {', '.join(str(s) for s, there in enumerate(done) if not there)})"
-            for name, done in objectives.items()
-            if not all(done)
-        ]
+        names: dict[tuple[int, ...], list[str]] = {}  # by the seeds that are missing
+        for name, there in objectives.items():
+            names.setdefault(tuple(s for s in range(SEEDS) if not there[s]), []).append(name)
         done = sum(map(sum, objectives.values()))
         line = f"{part}, {budget}, {size}: {done} of {sum(map(len, objectives.values()))} runs"
-        lines.append(line + (f"; missing: {', '.join(missing)}" if missing else ""))
-    return "\n".join(lines)
+        if done:
+            missing = [
+                f"seeds {', '.join(map(str, seeds))} of "
+                + ("all objectives" if len(names) == 1 else ", ".join(some))
+                for seeds, some in names.items()
+                if seeds
+            ]
+            line += "; missing: " * bool(missing) + "; ".join(missing)
+        lines[line] = all(map(all, objectives.values()))
+    return lines

@@ -39,12 +39,21 @@ def updated(page: str, results: Path) -> str:
         RecordError: there is no record, or the markers are not there, once each and in order.
     """
     found = [details(record.load(path)) for path in record.newest_of_each_suite(results)]
-    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(BEGIN) > page.index(END):
+    return put_between(page, BEGIN, "\n\n".join(found), END)
+
+
+def put_between(page: str, begin: str, text: str, end: str) -> str:
+    """Put a text between the two marker lines of a page.
+
+    Raises:
+        RecordError: the markers are not there, once each and in order.
+    """
+    if page.count(begin) != 1 or page.count(end) != 1 or page.index(begin) > page.index(end):
         raise record.RecordError(
-            f"the page needs the lines {BEGIN!r} and {END!r}, once each, around the table"
+            f"the page needs the lines {begin!r} and {end!r}, once each, around the table"
         )
-    head, rest = page.split(BEGIN)
-    return "\n".join([head + BEGIN, "\n\n".join(found), END]) + rest.split(END)[1]
+    head, rest = page.split(begin)
+    return "\n".join([head + begin, text, end]) + rest.split(end)[1]
 
 
 def pictured(data: dict[str, Any]) -> tuple[list[tuple[str, str]], list[dict[str, Any]]]:

@@ -7,6 +7,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import Tensor, nn
 
 from fdd_kernels.hf.offload import end_forward
@@ -27,6 +28,7 @@ def capture_states(
     final: bool = True,
     read: Callable[[Tensor], Tensor] | None = None,
     head: nn.Module | None = None,
+    always: bool = False,
 ) -> tuple[dict[int, Tensor], Tensor | None]:
     """Return the states (batch, sequence, width) of `layers` by number, and the final state.
 
@@ -39,8 +41,9 @@ def capture_states(
         read: applied to each state when it is captured, which frees the raw state.
         head: the head of a `backbone` that is the whole model. Its input is the final state, and
             the forward ends there.
+        always: run up to the blocks at least, also if nothing of them is asked for.
     """
-    if not layers and not final:
+    if not (layers or final or always):
         return {}, None
     parameters = inspect.signature(backbone.forward).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
@@ -49,7 +52,7 @@ def capture_states(
     }
     sharded = any(isinstance(module, FSDPModule) for module in backbone.modules())
     # All later blocks, not the next one only: the model may skip that.
-    unneeded = [] if final or sharded else range(max(layers), len(blocks))
+    unneeded = [] if final or sharded else range(max(layers, default=0), len(blocks))
     state = last = None
 
     def stop(module, args) -> None:
@@ -58,7 +61,7 @@ def capture_states(
         if not sharded:
             raise _Enough
 
-    with _hooks(blocks, layers, read) as captured, contextlib.ExitStack() as end:
+    with captured_states(blocks, layers, read) as captured, contextlib.ExitStack() as end:
         for index in unneeded:
             hook = _at_its_turn(blocks, index, stop)
             end.enter_context(blocks[index].register_forward_pre_hook(hook))
@@ -76,10 +79,12 @@ def capture_states(
 
 
 @contextlib.contextmanager
-def _hooks(
-    blocks: nn.ModuleList, layers: tuple[int, ...], read: Callable[[Tensor], Tensor] | None
+def captured_states(
+    blocks: nn.ModuleList,
+    layers: tuple[int, ...],
+    read: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[dict[int, Tensor]]:
-    """Collect states by layer while the backbone runs."""
+    """Collect states by layer while their model runs in the `with` block."""
     captured: dict[int, Tensor] = {}
 
     def store(layer: int, value) -> None:
@@ -116,3 +121,20 @@ def _at_its_turn(blocks: nn.ModuleList, index: int, hook: Callable) -> Callable:
     modules, calls = list(blocks), itertools.count()
     turn = modules[:index].count(modules[index])
     return lambda *args: hook(*args) if next(calls) == turn else None
+
+
+def require_gradient(name: str, blocks: nn.ModuleList, states: dict[int, Tensor]) -> None:
+    """Raise RuntimeError if a state by layer has no gradient although blocks before it train."""
+    detached = [
+        layer
+        for layer, state in states.items()
+        if torch.is_grad_enabled()
+        and not state.requires_grad
+        and any(p.requires_grad for block in blocks[:layer] for p in block.parameters())
+    ]
+    if detached:
+        raise RuntimeError(
+            f"{name}: the states of layers {detached} carry no gradient although blocks before "
+            "them train: something detaches them (no_grad inside the model, or reentrant gradient "
+            'checkpointing: use gradient_checkpointing_kwargs={"use_reentrant": False})'
+        )

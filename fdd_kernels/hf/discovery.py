@@ -158,7 +158,7 @@ def observe(
     device = tokens["input_ids"].device
     measurable = device.type != "mps" and 2 * vocabulary >= len(PROBE)
     base = getattr(model, "base_model", None)
-    lists = _lists_of_blocks(name, model)
+    lists = lists_of_blocks(name, *_stack(model))
     recording = Recording(model, head, lists, None if base is model else base)
     with recording.watching(), probing(head) if measurable else contextlib.nullcontext([]) as seen:
         logits = own_logits(model, tokens)
@@ -179,11 +179,16 @@ def observe(
     return recording, transform
 
 
-def _lists_of_blocks(name: str, model: nn.Module) -> list[nn.ModuleList]:
-    """Return every list of as many modules as the model is deep; without one, outermost lists whose
-    length divides the depth, since some models count the parts of their blocks.
+def lists_of_blocks(name: str, stack: nn.Module, depth: int | None) -> list[nn.ModuleList]:
+    """Return every list of `depth` modules; without one, outermost lists whose length divides the
+    depth: some models count the parts of their blocks, and some blocks run several times.
+
+    Args:
+        stack: the module that has the blocks.
+
+    Raises:
+        TypeError: there is none.
     """
-    stack, depth = _stack(model)
     lists = [module for module in stack.modules() if isinstance(module, nn.ModuleList)]
     fitting = [blocks for blocks in lists if len(blocks) == depth]
     if not fitting and isinstance(depth, int):
@@ -192,7 +197,7 @@ def _lists_of_blocks(name: str, model: nn.Module) -> list[nn.ModuleList]:
         fitting = [blocks for blocks in outer if depth % len(blocks) == 0]
     if not fitting:
         raise TypeError(
-            f"{name}: looked in {type(model).__name__} for a ModuleList of "
+            f"{name}: looked in {type(stack).__name__} for a ModuleList of "
             f"config.num_hidden_layers={depth} blocks, found lists of "
             f"{[len(blocks) for blocks in lists]}. {REMEDY}"
         )

@@ -18,13 +18,14 @@ from fdd_kernels.hf.compatibility import (
     require_shared_vocabulary,
 )
 from fdd_kernels.hf.compiled import compile_blocks
+from fdd_kernels.hf.encoder import EncoderLoss
 from fdd_kernels.hf.features import FeatureLoss
 from fdd_kernels.hf.layers import paired_layers
 from fdd_kernels.hf.loss import DistillationLoss
 from fdd_kernels.hf.model_reader import ModelReader
 from fdd_kernels.hf.observer import Observer
 from fdd_kernels.hf.positions import valid_positions
-from fdd_kernels.hf.projection import ProjectionWatch
+from fdd_kernels.hf.projection import ProjectionWatch, both_projections
 from fdd_kernels.hf.routers import RouterLoss, router_coefficient
 from fdd_kernels.hf.schedule import Schedules
 from fdd_kernels.hf.targets import StudentSide, Targets
@@ -123,7 +124,12 @@ class Distiller:
             self.config, self.student, self.teacher, layers, self.alignment, vocab_group
         )
         self._compare.require(self.teacher, self.schedules.possible)
-        self._watch = None if self.projection is None else ProjectionWatch(self.projection, student)
+        weight = self.config.encoder_weight
+        self._encoder = EncoderLoss(self.config, self.student, self.teacher) if weight else None
+        of_encoder = None if self._encoder is None else self._encoder.projection
+        self._projection = both_projections(self._compare.projection, of_encoder)
+        watched = of_encoder or self._compare.projection
+        self._watch = None if watched is None else ProjectionWatch(watched, student)
 
     @property
     def options(self) -> LossOptions:
@@ -131,12 +137,13 @@ class Distiller:
         return self.schedules.options
 
     @property
-    def projection(self) -> nn.Linear | None:
-        """The student's projection to the teacher's width in feature space, shared by the layers;
-        None without one. Its parameters train with the student's: give them to the optimizer, and
-        average their gradients over processes, which DistributedDataParallel does not do.
+    def projection(self) -> nn.Module | None:
+        """The student's projection to the teacher's width in feature space, an nn.Linear shared by
+        the layers; None without one. Its parameters train with the student's: give them to the
+        optimizer, and average their gradients over processes, which DistributedDataParallel does
+        not do. With `encoder_weight` in feature space an nn.ModuleDict of "decoder" and "encoder".
         """
-        return self._compare.projection
+        return self._projection
 
     @property
     def observer(self) -> Observer | None:
@@ -146,6 +153,14 @@ class Distiller:
     @observer.setter
     def observer(self, observer: Observer | None) -> None:
         self._compare.observer = observer
+
+    def idle_projection(self) -> list[str]:
+        """Return the names in `projection` of parameters that get no gradient at some step."""
+        if self._compare.projection is None or all(
+            options.compares_dynamics for options in self.schedules.possible
+        ):
+            return []
+        return ["weight" if self.projection is self._compare.projection else "decoder.weight"]
 
     def parameters_without_gradient(self) -> list[str]:
         """Return the names of the student's parameters that train but get no gradient from this
@@ -244,11 +259,11 @@ class Distiller:
         if teacher_states is None:
             teacher_states = self._compare.targets(self.teacher, batch, options)
         with inside_forward(model, functools.partial(self._loss, options)) as loss:
-            values, router = loss(batch, view, teacher_states, num_items_in_batch)
-        if self._watch is not None and options.compares_dynamics:
+            values, more = loss(batch, view, teacher_states, num_items_in_batch)
+        if self._watch is not None and (self._encoder or options.compares_dynamics):
             self._watch.look()
         terms = DistillerTerms(*values)
-        terms.router = router
+        terms.router, terms.encoder = more
         return terms
 
     def logged(self) -> dict[str, float]:
@@ -290,8 +305,8 @@ class Distiller:
         view: Mapping[str, Tensor],
         targets: Targets,
         items: Tensor | float | None,
-    ) -> tuple[FDDLossTerms, Tensor | None]:
-        """Compute the terms, and the router loss or None; `loss` includes it."""
+    ) -> tuple[FDDLossTerms, list[Tensor | None]]:
+        """Compute the terms, and those of routers and encoder or None; `loss` includes them."""
         coefficient, routers = router_coefficient(self.student.model), RouterLoss(self.student)
         with routers if coefficient else contextlib.nullcontext():
             student = self._compare.student_side(batch, options, whole=bool(coefficient))
@@ -307,11 +322,16 @@ class Distiller:
             options = self.schedules.balance(student, count, compare)
         terms = compare(student, options, items)
         self.schedules.record(terms, count, items)
-        if not coefficient:
-            return terms, None
-        share = self._share(count(), items).to(terms.loss.device)
-        router = routers(batch).to(terms.loss) * share
-        return terms._replace(loss=terms.loss + coefficient * router), router.detach()
+        loss, router, encoder = terms.loss, None, None
+        if coefficient:
+            share = self._share(count(), items).to(loss.device)
+            router = routers(batch).to(loss) * share
+            loss = loss + coefficient * router
+        if self._encoder is not None:
+            encoder = self._encoder(student.states, targets, batch, view, items).to(loss)
+            loss = loss + self.config.encoder_weight * encoder
+        more = [None if term is None else term.detach() for term in (router, encoder)]
+        return terms._replace(loss=loss), more
 
     def _share(self, count: Tensor, items: Tensor | float | None) -> Tensor:
         """Return the batch's number of valid positions divided by the denominator of its terms: 1,

@@ -112,19 +112,12 @@ class FeatureLoss(Comparison):
     ) -> FDDLossTerms:
         """Compute trajectory and derivative of the sampled layers."""
         device = states[0].device
-        mask = valid_positions(batch, options.ignore_index).to(device)
-        targets = [state.to(device) for state in targets]
-        if self.config.rows == "deviation":
-            states, targets = (
-                [row_deltas(state, mask=mask).rows for state in of_model]
-                for of_model in (states, targets)
-            )
-        inputs = LossInputs(
+        inputs = state_inputs(
             states,
-            self._weight(states[0]),
             targets,
-            None,
-            mask=mask,
+            self.projection,
+            mask=valid_positions(batch, options.ignore_index).to(device),
+            rows=self.config.rows,
             num_items_in_batch=num_items_in_batch,
             token_weights=token_weights_of(batch, device),
         )
@@ -132,12 +125,6 @@ class FeatureLoss(Comparison):
         if self._alignment is not None:
             options = self._alignment.paired_options(options, inputs, step)
         return FDDLossTerms(*evaluate(fdd_call(inputs, options)))
-
-    def _weight(self, like: Tensor) -> Tensor:
-        """Return the projection (Dt, Ds) on the device of a state; without one the identity."""
-        if self.projection is None:
-            return torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
-        return self.projection.weight.to(like.device)
 
     def idle(self, options: LossOptions, *, whole: bool = False) -> list[nn.Module]:
         idle = super().idle(options, whole=whole)
@@ -149,6 +136,47 @@ class FeatureLoss(Comparison):
 
     def _compares_final(self, options: LossOptions) -> bool:
         return bool(options.output_kd_weight)
+
+
+def state_inputs(
+    states: list[Tensor],
+    targets: list[Tensor],
+    projection: nn.Linear | None,
+    *,
+    mask: Tensor,
+    rows: str,
+    num_items_in_batch: Tensor | float | None,
+    token_weights: Tensor | None,
+) -> LossInputs:
+    """Return the inputs of a loss that compares states themselves, on the device of the student's.
+
+    Args:
+        states: of the student, L x (batch, sequence, Ds).
+        targets: of the teacher, L x (batch, sequence, Dt).
+        projection: from Ds to Dt; None for the identity.
+        mask: valid rows, bool (batch, sequence).
+        rows: as `FDDConfig.rows`.
+    """
+    like = states[0]
+    targets = [state.to(like.device) for state in targets]
+    if rows == "deviation":
+        states, targets = (
+            [row_deltas(state, mask=mask).rows for state in of_model]
+            for of_model in (states, targets)
+        )
+    if projection is None:
+        weight = torch.eye(like.shape[-1], dtype=like.dtype, device=like.device)
+    else:
+        weight = projection.weight.to(like.device)
+    return LossInputs(
+        states,
+        weight,
+        targets,
+        None,
+        mask=mask,
+        num_items_in_batch=num_items_in_batch,
+        token_weights=token_weights,
+    )
 
 
 def _of_states(options: LossOptions) -> LossOptions:

@@ -5,11 +5,12 @@ weight, bias, soft cap and scale.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from fdd_kernels.hf.capture import capture_states
+from fdd_kernels.hf.capture import capture_states, require_gradient
 from fdd_kernels.hf.discovery import (
     REMEDY,
     ModelParts,
@@ -25,6 +26,9 @@ from fdd_kernels.hf.offload import device_of
 from fdd_kernels.hf.tasks import CAUSAL_LM, task_of
 from fdd_kernels.hf.transform import LogitTransform
 from fdd_kernels.hf.wrappers import evaluating, unwrap, whole
+
+if TYPE_CHECKING:
+    from fdd_kernels.hf.encoder import EncoderReader
 
 
 class ModelReader:
@@ -50,6 +54,7 @@ class ModelReader:
         width: of `features`.
         parts: the backbone, its blocks, and the steps between them and the head.
         transform: soft cap and scale of its logits.
+        encoder: what stores the states of the encoder's blocks too, in every run; None without one.
 
     Warns:
         UserWarning: a causal LM whose config lets it look at later tokens.
@@ -64,6 +69,7 @@ class ModelReader:
     parts: ModelParts
     transform: LogitTransform
     width: int
+    encoder: EncoderReader | None = None
 
     def __init__(self, model: nn.Module, name: str = "model", *, split_head: bool = False) -> None:
         self.name, self.model, self.split_head = name, unwrap(model), split_head
@@ -226,6 +232,7 @@ class ModelReader:
             final=final,
             read=read if at_once else None,
             head=self.head if self.parts.ends_at_head else None,
+            always=self.encoder is not None,
         )
         if state is not None:
             state = self.parts.head_steps(state)
@@ -234,24 +241,9 @@ class ModelReader:
             raise RuntimeError(
                 f"{self.name}: blocks {missing} did not run, so their states could not be captured"
             )
-        if torch.is_grad_enabled():
-            detached = [
-                layer
-                for layer in layers
-                if not captured[layer].requires_grad and self._trains_up_to(layer)
-            ]
-            if detached:
-                raise RuntimeError(
-                    f"{self.name}: the states of layers {detached} carry no gradient although "
-                    "blocks before them train: something detaches them (no_grad inside the model, "
-                    "or reentrant gradient checkpointing: use "
-                    'gradient_checkpointing_kwargs={"use_reentrant": False})'
-                )
+        require_gradient(self.name, self.blocks, captured)
         states = [captured[layer] for layer in layers]
         return states if at_once or read is None else [read(raw) for raw in states], state
-
-    def _trains_up_to(self, layer: int) -> bool:
-        return any(p.requires_grad for block in self.blocks[:layer] for p in block.parameters())
 
     def read(self, state: Tensor, *, apply_final_norm: bool = True) -> Tensor:
         """Make a raw state ready for the head: apply all steps between the last block and the head.

@@ -30,6 +30,13 @@ def make_projection(kind: str, student: ModelReader, teacher: ModelReader) -> nn
     return projection.to(student.device or own.device, own.dtype)
 
 
+def both_projections(decoder: nn.Linear | None, encoder: nn.Linear | None) -> nn.Module | None:
+    """Return the one that there is; a module of both, by these names; or None."""
+    if decoder is not None and encoder is not None:
+        return nn.ModuleDict({"decoder": decoder, "encoder": encoder})
+    return decoder if encoder is None else encoder
+
+
 class ProjectionWatch:
     """Warn once of a projection that is not trained with its student: no optimizer has it.
 

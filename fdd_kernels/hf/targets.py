@@ -45,4 +45,17 @@ class SummaryTargets(NamedTuple):
 # final state, or None where the loss does not need it. Values at positions that are not valid are
 # undefined, but finite.
 HiddenTargets = list[Tensor | None]
+
+
+class States(HiddenTargets):
+    """Hidden states as in `HiddenTargets`.
+
+    Attributes:
+        encoder: the states of an encoder's sampled blocks, L x (batch, tokens of the text, width);
+            empty without `FDDConfig.encoder_weight`.
+    """
+
+    encoder: list[Tensor]
+
+
 Targets = HiddenTargets | SummaryTargets

@@ -16,7 +16,7 @@ from fdd_kernels.hf.compiled import compile_blocks
 from fdd_kernels.hf.model_reader import ModelReader
 from fdd_kernels.hf.offload import has_place
 from fdd_kernels.hf.sharing import as_teacher_of_itself, shares_modules
-from fdd_kernels.hf.targets import HiddenTargets, Targets
+from fdd_kernels.hf.targets import HiddenTargets, States, Targets
 from fdd_kernels.hf.targets import StudentSide as StudentSide
 from fdd_kernels.hf.tasks import CAUSAL_LM, Task
 from fdd_kernels.hf.transform import LogitTransform
@@ -180,12 +180,16 @@ def model_states(
     check_tokens(reader.name, reader.model, inputs)
     of_state = reader.features if features else reader.read
     read = functools.partial(of_state, apply_final_norm=apply_final_norm)
+    encoder = reader.encoder
     try:
-        sampled, output = reader.states(inputs, layers, final=final, read=read)
+        with contextlib.nullcontext([]) if encoder is None else encoder.capturing() as of_encoder:
+            sampled, output = reader.states(inputs, layers, final=final, read=read)
     except IndexError:
         check_positions(reader.name, reader.model, inputs)
         raise
-    return [*sampled, output]
+    states = States([*sampled, output])
+    states.encoder = of_encoder
+    return states
 
 
 def as_teacher(

@@ -14,10 +14,14 @@ class DistillerTerms(FDDLossTerms):
         router: the load balancing loss of a student with experts and
             `config.output_router_logits`, unweighted like the others; `loss` includes it with the
             model's own coefficient. Otherwise None.
+        encoder: trajectory plus derivative of an encoder-decoder's encoder, with
+            `config.encoder_weight`, unweighted like the others. Otherwise None.
     """
 
     router: Tensor | None = None
+    encoder: Tensor | None = None
 
     def named(self) -> dict[str, Tensor]:
-        """Return every term by its name, for logs; `router` only if there is one."""
-        return self._asdict() | ({} if self.router is None else {"router": self.router})
+        """Return every term by its name, for logs; `router` and `encoder` only if there are."""
+        more = {name: getattr(self, name) for name in ("router", "encoder")}
+        return self._asdict() | {name: term for name, term in more.items() if term is not None}

@@ -115,9 +115,7 @@ class FDDLightningModule(pl.LightningModule):
     def _without_gradient(self) -> list[str]:
         """Return the names of parameters that train and get no gradient at some step."""
         names = self.distiller.parameters_without_gradient()
-        possible = self.distiller.schedules.possible
-        idle = self.projection is not None and not all(o.compares_dynamics for o in possible)
-        return names + ["projection.weight"] * idle
+        return names + [f"projection.{name}" for name in self.distiller.idle_projection()]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.distiller.config.changes:

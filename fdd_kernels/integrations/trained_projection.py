@@ -11,7 +11,7 @@ from torch import nn
 from fdd_kernels.hf.wrappers import all_processes
 from fdd_kernels.integrations.proven import ProvenCheckpoints
 
-# In a checkpoint and beside the student, the weight of `Distiller.projection`.
+# In a checkpoint and beside the student, the weights of `Distiller.projection`.
 PROJECTION_FILE = "fdd_projection.safetensors"
 
 
@@ -21,7 +21,7 @@ class TrainedProjection(ProvenCheckpoints):
     """
 
     @property
-    def _projection(self) -> nn.Linear | None:
+    def _projection(self) -> nn.Module | None:
         self._follow_model()
         return self.distiller.projection
 
@@ -44,10 +44,11 @@ class TrainedProjection(ProvenCheckpoints):
         optimizer = super().create_optimizer(*args, **kwargs)
         if projection is None or is_given:
             return optimizer
-        weight, decay = projection.weight, self.args.weight_decay
+        weights, decay = list(projection.parameters()), self.args.weight_decay
         if all_processes() is not None:
-            torch.distributed.broadcast(weight.data, 0)
-        optimizer.add_param_group({"params": [weight], "weight_decay": decay})
+            for weight in weights:
+                torch.distributed.broadcast(weight.data, 0)
+        optimizer.add_param_group({"params": weights, "weight_decay": decay})
         return optimizer
 
     def get_batch_samples(self, *args, **kwargs):
@@ -63,9 +64,9 @@ class TrainedProjection(ProvenCheckpoints):
         loss = super().training_step(*args, **kwargs)
         projection = self._projection
         if projection is not None and self.accelerator.sync_gradients:
-            gradient = projection.weight.grad
-            if gradient is not None:
-                projection.weight.grad = self.accelerator.reduce(gradient, "mean")
+            for weight in projection.parameters():
+                if weight.grad is not None:
+                    weight.grad = self.accelerator.reduce(weight.grad, "mean")
         return loss
 
     def _trained_parameters(self, model: nn.Module) -> list[nn.Parameter]:
@@ -81,10 +82,9 @@ class TrainedProjection(ProvenCheckpoints):
     def _save(self, output_dir: str | None = None, *args, **kwargs) -> None:
         super()._save(output_dir, *args, **kwargs)
         if self._projection is not None and self.args.should_save:
-            weight = self._projection.weight.detach().cpu().contiguous()
-            save_file(
-                {"weight": weight}, Path(output_dir or self.args.output_dir) / PROJECTION_FILE
-            )
+            state = self._projection.state_dict()
+            weights = {name: weight.cpu().contiguous() for name, weight in state.items()}
+            save_file(weights, Path(output_dir or self.args.output_dir) / PROJECTION_FILE)
 
     def _missing(self, folder: Path) -> list[str]:
         missing = super()._missing(folder)

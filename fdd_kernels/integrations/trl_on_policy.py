@@ -106,7 +106,7 @@ class FDDDistillationTrainer(_OnPolicyMixin, DistillationTrainer):
         TypeError, ValueError: before any work, an option above; `teacher_model`; a teacher that is
             no model, such as a cache, whose texts are fixed; data without a `prompt`, or with
             images or `token_weights`; and see `FDDTrainer`.
-        ValueError: while training, a prompt without a token.
+        ValueError: while training, a prompt without a token; fewer prompts than a step takes.
     """
 
     _config_class = DistillationConfig
@@ -132,8 +132,17 @@ class FDDDistillationTrainer(_OnPolicyMixin, DistillationTrainer):
     def _get_train_sampler(self, *args, **kwargs):
         """As TRL, but each epoch's order follows from its number, so that a resumed training has
         the same.
+
+        Raises:
+            ValueError: there are fewer prompts than a step takes; TRL would take no step.
         """
         sampler = super()._get_train_sampler(*args, **kwargs)
+        if not len(sampler):
+            raise ValueError(
+                f"the data has {sampler.num_samples} prompts, but a step takes "
+                f"{sampler.batch_size} (per_device_train_batch_size * gradient_accumulation_steps "
+                "* processes): lower one of them, or give more prompts"
+            )
         if self.shuffle_dataset:
             seed, generator = self.args.seed, sampler.generator
             sampler.set_epoch = lambda epoch: generator.manual_seed(seed + epoch)
@@ -181,7 +190,7 @@ class FDDDistillationTrainer(_OnPolicyMixin, DistillationTrainer):
         return pad_right(batch) | {"num_items_in_batch": made["num_items_in_batch"]}
 
     def _count(self, batches: list) -> Tensor:
-        """The data has prompts alone: what counts is known after generation."""
+        """Return 1: the data has prompts alone, and what counts is known after generation."""
         return torch.ones((), dtype=torch.int64)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -191,7 +200,17 @@ class FDDDistillationTrainer(_OnPolicyMixin, DistillationTrainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
-class FDDGKDTrainer(_OnPolicyMixin, GKDTrainer):
+class _PlainTeacherGKDTrainer(GKDTrainer):
+    """TRL's trainer, after which the teacher's forward is its own again: with mixed precision
+    accelerate's would round the logits, and the reading of the model is checked against them.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.accelerator.unwrap_model(self.teacher_model, keep_fp32_wrapper=False)
+
+
+class FDDGKDTrainer(_OnPolicyMixin, _PlainTeacherGKDTrainer):
     """A `trl.experimental.gkd.GKDTrainer` whose loss is Feature Dynamics Distillation from
     `teacher`, on generated answers or on those of the data.
 

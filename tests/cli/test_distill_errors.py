@@ -143,6 +143,25 @@ class TestBadInput:
             "student no-such-model-here",
         )
 
+    @pytest.mark.parametrize(
+        ("architecture", "kind", "task"),
+        [
+            ("BertForMaskedLM", "bert", "masked_lm"),
+            ("T5ForConditionalGeneration", "t5", "seq2seq_lm"),
+            ("GPT2ForSequenceClassification", "gpt2", "sequence_classification"),
+        ],
+    )
+    @pytest.mark.parametrize("role", ["student", "teacher"])
+    def test_models_of_another_task(self, inputs, tmp_path, capsys, role, architecture, kind, task):
+        shutil.copytree(inputs / role, tmp_path / role)
+        config = {"model_type": kind, "architectures": [architecture]}
+        (tmp_path / role / "config.json").write_text(json.dumps(config))
+        self.fails(
+            capsys,
+            self.replaced(inputs, tmp_path / "o", **{role: tmp_path / role}),
+            f"the {role} is of the task {task} ({architecture}), and the command line",
+        )
+
     def test_truncated_weights(self, inputs, tmp_path, capsys):
         shutil.copytree(inputs / "student", tmp_path / "student")
         with (tmp_path / "student" / "model.safetensors").open("r+b") as file:

@@ -321,6 +321,7 @@ def test_plot(tmp_path, capsys):
         ({"--backend": "cpu"}, "--backend cpu does not run on --device cuda: pass --device cpu"),
         ({"--student": "BAD"}, "has model_type None"),
         ({"--student": "UNFIT"}, "no causal LM can be built from its config"),
+        ({"--student": "MASKED"}, "it is of a model of the task masked_lm"),
         ({"--student": "0x12x100"}, "must be positive"),
         ({"--student": "BROKEN"}, "is not JSON"),
     ],
@@ -334,6 +335,8 @@ def test_bad_input_is_one_line(tmp_path, capsys, changes, message):
         "--tokens": "64",
     } | changes
     (tmp_path / "unfit.json").write_text('{"model_type": "vit"}')
+    masked = {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
+    (tmp_path / "masked.json").write_text(json.dumps(masked))
     if options["--student"].isupper():
         options["--student"] = str(tmp_path / f"{options['--student'].lower()}.json")
     assert main(["plan", *[part for item in options.items() for part in item]]) == 2

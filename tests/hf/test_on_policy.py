@@ -218,6 +218,22 @@ def test_gkd_scales_gradients_which_deepspeed_holds(tmp_path):
         FDDGKDTrainer(student_model(), teacher_model(), arguments)
 
 
+@pytest.mark.parametrize("make", [sampling, answering])
+def test_bfloat16_which_is_trls_default(tmp_path, make):
+    """accelerate wraps the forward of GKDTrainer's teacher, whose reading is checked."""
+    models = {"student": student_model(torch.float32), "teacher": teacher_model(torch.float32)}
+    trainer = make(tmp_path, bf16=True, **models)
+    trainer.train()
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert 0 < trainer.state.log_history[0]["loss"] < 10
+
+
+def test_fewer_prompts_than_a_step_takes(tmp_path):
+    trainer = sampling(tmp_path, PROMPTS[:3])
+    with pytest.raises(ValueError, match="the data has 3 prompts, but a step takes 4"):
+        trainer.train()
+
+
 def test_an_empty_prompt_is_named(tmp_path):
     trainer = sampling(tmp_path, [{"prompt": ""}] * 4)
     with pytest.raises(ValueError, match="a prompt has no token: remove empty prompts"):

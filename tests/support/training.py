@@ -49,7 +49,16 @@ def lightning_options(folder: Path) -> dict[str, object]:
 
 
 def trainer(
-    output, *, train=None, held_out=None, student=None, config=CONFIG, callbacks=None, **arguments
+    output,
+    *,
+    train=None,
+    held_out=None,
+    student=None,
+    teacher=None,
+    config=CONFIG,
+    data_collator=pad,
+    callbacks=None,
+    **arguments,
 ):
     student = student if student is not None else tiny_model("llama", depth=3, seed=1)
     defaults = {
@@ -66,11 +75,11 @@ def trainer(
     return FDDTrainer(
         model=student,
         args=TrainingArguments(output_dir=str(output), **(defaults | arguments)),
-        teacher=tiny_model("gpt2", depth=3, seed=2),
+        teacher=teacher if teacher is not None else tiny_model("gpt2", depth=3, seed=2),
         fdd_config=config,
         train_dataset=train,
         eval_dataset=held_out,
-        data_collator=pad,
+        data_collator=data_collator,
         callbacks=callbacks,
     )
 

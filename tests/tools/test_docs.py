@@ -89,6 +89,7 @@ def namespace(folder):
     """Make the objects that the pages use without making them."""
     import datasets
     import trl
+    import trl.experimental.gkd
     from torch.distributed.device_mesh import init_device_mesh
     from transformers import TrainingArguments
 
@@ -119,6 +120,8 @@ def namespace(folder):
         "use_cpu": True,
         "per_device_train_batch_size": 2,
     }
+    on_policy = arguments | {"bf16": False}
+    chat = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape):
@@ -142,6 +145,10 @@ def namespace(folder):
         "distiller": distiller,
         "training_arguments": TrainingArguments(**arguments),
         "sft_config": trl.SFTConfig(**arguments),
+        "distillation_config": trl.DistillationConfig(max_completion_length=4, **on_policy),
+        "gkd_config": trl.experimental.gkd.GKDConfig(max_new_tokens=4, **on_policy),
+        "prompts": datasets.Dataset.from_list([{"prompt": "one two three"}] * 4),
+        "chats": datasets.Dataset.from_list([{"messages": chat}] * 4),
         "train": tokens,
         "held_out": tokens[:2],
         "texts": texts,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 ROOT = Path(__file__).parents[2]
-NEEDS = {"lightning_module": "lightning", "sft": "trl"}
+NEEDS = {"lightning_module": "lightning", "sft": "trl", "on_policy": "trl"}
 
 
 def run(name, output, monkeypatch, *arguments):
@@ -44,7 +44,7 @@ def same(found, expected, **tolerance):
         "plain_loop",
         *[
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ("trainer", "sft", "accelerate_loop", "lightning_module")
+            for name in ("trainer", "sft", "on_policy", "accelerate_loop", "lightning_module")
         ],
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fdd_kernels.objectives.alignment.methods import RANK, check_alignment
-from fdd_kernels.objectives.option_checks import require_choice, require_int
+from fdd_kernels.objectives.option_checks import require_choice, require_int, require_number
 
 if TYPE_CHECKING:
     from fdd_kernels.objectives.fdd.options import FDDConfig
@@ -47,6 +47,19 @@ def check_pairs(config: FDDConfig) -> None:
     config.layer_pairs(*counts)
 
 
+def check_encoder(config: FDDConfig) -> None:
+    """Check the options of encoders; raise TypeError or ValueError naming option and remedy."""
+    from fdd_kernels.lens.divergences import FEATURE_DISTANCES
+
+    require_number("encoder_weight", config.encoder_weight)
+    require_choice("encoder_trajectory", config.encoder_trajectory, FEATURE_DISTANCES)
+    if config.encoder_weight and not config.num_layers:
+        raise ValueError(
+            f"encoder_weight={config.encoder_weight:g} needs sampled layers, but num_layers=0: "
+            "give num_layers=1 or more"
+        )
+
+
 def check_space(config: FDDConfig) -> None:
     """Check the options of the space in which trajectory and derivative compare.
 
@@ -59,7 +72,7 @@ def check_space(config: FDDConfig) -> None:
     if config.space == "lens":
         for name in ("projection", "rows"):
             value, default = getattr(config, name), getattr(type(config), name)
-            if value != default:
+            if value != default and not config.encoder_weight:
                 raise ValueError(
                     f'{name}={value!r} is an option of feature space, but space="lens": give '
                     f'space="feature", or leave {name}={default!r}'

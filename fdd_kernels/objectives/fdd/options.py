@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fdd_kernels.objectives.alignment.methods import RANK
-from fdd_kernels.objectives.fdd.config_checks import check_pairs, check_space
+from fdd_kernels.objectives.fdd.config_checks import check_encoder, check_pairs, check_space
 from fdd_kernels.objectives.fdd.scheduled import WEIGHT_OF_TERM, Scheduled, check_scheduled
 from fdd_kernels.objectives.layer_pairs import (
     LayerPairs,
@@ -228,6 +228,9 @@ class FDDConfig(LossOptions):
             the widths are equal.
         rows: of feature space: states, or deviation, each state minus the mean over the valid rows
             of its batch, layer and model.
+        encoder_weight: weight of the encoder's trajectory plus derivative in an encoder-decoder: of
+            states, as in feature space, with a projection and num_layers layers of its own.
+        encoder_trajectory: mse or cosine.
         train_head: whether the student's head receives gradient from the loss.
         schedules: options that change during training: a dictionary of alpha, beta,
             output_kd_weight, ce_weight, teacher_mix or a temperature to a `WeightSchedule`, of
@@ -254,6 +257,8 @@ class FDDConfig(LossOptions):
     space: str = "lens"
     projection: str = "auto"
     rows: str = "states"
+    encoder_weight: float = 0.0
+    encoder_trajectory: str = "mse"
     train_head: bool = True
     schedules: Mapping[str, Schedule] | str | None = None
     stages: Stages | str | None = None
@@ -294,6 +299,7 @@ class FDDConfig(LossOptions):
             )
         check_pairs(self)
         check_space(self)
+        check_encoder(self)
         if self.reduction == "none":
             raise ValueError(
                 'reduction="none" has no meaning for a training step: use "mean" or "sum"'
