@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -38,7 +39,7 @@ class Estimate:
         return abs(self.mean) > self.half
 
     def __str__(self) -> str:
-        return f"{self.mean:+.3f} ±{self.half:.3f}" + ("*" if self.exceeds_noise else "")
+        return f"{self.mean:+.3f}±{self.half:.3f}" + ("*" if self.exceeds_noise else "")
 
 
 def estimate(values: np.ndarray) -> Estimate:
@@ -65,19 +66,18 @@ class Comparison:
     """What the runs of several objectives and seeds say.
 
     Attributes:
-        objectives: in the order of the runs.
+        runs: by objective, in their order.
         baseline: the objective that differences are taken to: output KD, or else the first.
         seconds_per_step: CPU seconds of one step of each objective, mean over seeds: the student's
             own, and the teacher's forward pass where the objective needs a teacher.
-        seconds: the seconds that are compared at: when the student that ends first has ended.
+        seconds: what is compared at: the end of the student that ends first, and of the baseline's.
     """
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs: dict[str, list[Run]] = {}
         for run in runs:
             self.runs.setdefault(run.objective, []).append(run)
-        self.objectives = list(self.runs)
-        self.baseline = BASELINE if BASELINE in self.runs else self.objectives[0]
+        self.baseline = BASELINE if BASELINE in self.runs else runs[0].objective
         self.seconds_per_step = {
             objective: statistics.fmean(
                 (run.cpu_seconds[-1] + _needs_teacher(objective) * run.teacher_cpu_seconds[-1])
@@ -88,11 +88,8 @@ class Comparison:
         }
         self.seeds = sorted({run.seed for run in runs})
         self.steps = runs[0].steps
-        self.seconds = min(self.seconds_per_step.values()) * self.steps[-1]
-
-    def steps_in(self, objective: str, seconds: float) -> float:
-        """How many steps an objective makes in that many seconds."""
-        return seconds / self.seconds_per_step[objective]
+        ends = {name: each * self.steps[-1] for name, each in self.seconds_per_step.items()}
+        self.seconds = sorted({min(ends.values()), ends[self.baseline]})
 
     def kl(self, objective: str, step: float) -> np.ndarray:
         """Validation KL (seeds, windows) after `step` steps, linear between two evaluations."""
@@ -106,41 +103,54 @@ class Comparison:
         """Validation KL (seeds, windows) after all steps."""
         return self.kl(objective, self.steps[-1])
 
-    def at_seconds(self, objective: str) -> np.ndarray:
-        """Validation KL (seeds, windows) after `seconds`."""
-        return self.kl(objective, self.steps_in(objective, self.seconds))
+    def at_seconds(self, objective: str, seconds: float) -> np.ndarray | None:
+        """Validation KL (seeds, windows) after that many seconds; None if it ended before."""
+        step = seconds / self.seconds_per_step[objective]
+        return self.kl(objective, step) if step < 1.0001 * self.steps[-1] else None
+
+    def places(self) -> dict[str, Callable[[str], np.ndarray | None]]:
+        """The columns of the table: a title, and what gives an objective's KL there."""
+        return {"equal steps": self.at_steps} | {
+            f"{seconds:.0f} s": partial(self.at_seconds, seconds=seconds)
+            for seconds in self.seconds
+        }
 
     def rows(self) -> list[dict]:
         """List what the table shows, an objective a row."""
-        return [self._row(objective) for objective in self.objectives]
-
-    def _row(self, objective: str) -> dict:
-        row = {
-            "objective": objective,
-            "held_out_loss": statistics.fmean(r.held_out_loss[-1] for r in self.runs[objective]),
-            "seconds_per_step": self.seconds_per_step[objective],
-            "steps_at_equal_seconds": self.steps_in(objective, self.seconds),
-        }
-        for name, at in (("equal_steps", self.at_steps), ("equal_seconds", self.at_seconds)):
-            kl = at(objective)
-            row[name] = {
-                "kl": estimate(kl),
-                "difference": estimate(kl - at(self.baseline)),
-                "by_seed": kl.mean(1).tolist(),
+        return [
+            {
+                "objective": objective,
+                "held_out_loss": statistics.fmean(run.held_out_loss[-1] for run in runs),
+                "ms_per_step": 1000 * self.seconds_per_step[objective],
             }
-        return row
+            | {title: self._at(place, objective) for title, place in self.places().items()}
+            for objective, runs in self.runs.items()
+        ]
+
+    def _at(self, place: Callable[[str], np.ndarray | None], objective: str) -> dict | None:
+        kl = place(objective)
+        if kl is None:
+            return None
+        return {
+            "kl": estimate(kl),
+            "difference": estimate(kl - place(self.baseline)),
+            "by_seed": kl.mean(1).tolist(),
+        }
 
     def neighbours(self) -> list[str]:
         """Say of each two objectives that follow one another in KL whether noise separates them."""
         sentences = []
-        for title, at in (("steps", self.at_steps), ("seconds", self.at_seconds)):
-            order = sorted(self.objectives, key=lambda objective: at(objective).mean())
+        for title, place in self.places().items():
+            kl = {name: place(name) for name in self.runs}
+            order = sorted(
+                (name for name in kl if kl[name] is not None), key=lambda name: kl[name].mean()
+            )
             for better, worse in zip(order, order[1:]):
-                gap = estimate(at(worse) - at(better))
+                gap = estimate(kl[worse] - kl[better])
                 verdict = "more than" if gap.exceeds_noise else "within"
                 sentences.append(
-                    f"At equal {title}: {worse} - {better} = {gap.mean:.3f} ± {gap.half:.3f}, "
-                    f"{verdict} the noise."
+                    f"At {title}: {worse} - {better} = {gap.mean:.3f} ±{gap.half:.3f}, {verdict} "
+                    "the noise."
                 )
         return sentences
 

@@ -26,9 +26,10 @@ def curves(comparison: Comparison) -> str:
                 scale * steps, kl.mean(0), color=colour, label=objective, marker="o", markersize=3
             )
             axis.fill_between(scale * steps, kl.min(0), kl.max(0), color=colour, alpha=0.15)
-    axes[1].axvline(comparison.seconds, color="black", linestyle="--", linewidth=1)
+    for seconds in comparison.seconds:
+        axes[1].axvline(seconds, color="black", linestyle="--", linewidth=1)
     axes[0].set(title="at equal steps", xlabel="step", ylabel="validation KL, nats per token")
-    axes[1].set(title="at equal seconds (dashed: compared here)", xlabel="CPU seconds")
+    axes[1].set(title="at equal seconds (dashed: compared there)", xlabel="CPU seconds")
     for axis in axes:
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
@@ -40,20 +41,21 @@ def differences(comparison: Comparison) -> str:
     equal seconds.
     """
     rows = [row for row in comparison.rows() if row["objective"] != comparison.baseline]
-    figure, axis = plt.subplots(figsize=(11, 0.7 * len(rows) + 1.2), layout="constrained")
-    places = np.arange(len(rows))
-    for offset, name in ((-0.2, "equal_steps"), (0.2, "equal_seconds")):
-        gaps = [row[name]["difference"] for row in rows]
+    places = list(comparison.places())
+    figure, axis = plt.subplots(figsize=(11, 0.8 * len(rows) + 1.2), layout="constrained")
+    height = 0.8 / len(places)
+    for i, place in enumerate(places):
+        found = [(j, row[place]["difference"]) for j, row in enumerate(rows) if row[place]]
         axis.barh(
-            places + offset,
-            [gap.mean for gap in gaps],
-            xerr=[gap.half for gap in gaps],
-            height=0.38,
+            [j + (i - (len(places) - 1) / 2) * height for j, _ in found],
+            [gap.mean for _, gap in found],
+            xerr=[gap.half for _, gap in found],
+            height=height,
             capsize=3,
-            label="at " + name.replace("_", " "),
+            label=f"at {place}",
         )
     axis.axvline(0, color="black", linewidth=1)
-    axis.set_yticks(places, [row["objective"] for row in rows])
+    axis.set_yticks(range(len(rows)), [row["objective"] for row in rows])
     axis.invert_yaxis()
     axis.set(xlabel=f"KL minus that of {comparison.baseline}, nats per token (less is better)")
     axis.grid(axis="x", alpha=0.3)
@@ -69,15 +71,17 @@ def layers(comparison: Comparison) -> str:
         rows[objective] = mean_by_layer(runs, "layer_kl_after")
     values = np.array(list(rows.values()))
     figure, axis = plt.subplots(figsize=(8, 0.42 * len(rows) + 1), layout="constrained")
-    image = axis.imshow(values, cmap="viridis_r", aspect="auto")
+    axis.pcolormesh(values, cmap="viridis_r")
     middle = (values.min() + values.max()) / 2
     for (i, j), value in np.ndenumerate(values):
         colour = "white" if value > middle else "black"
-        axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour)
+        axis.text(
+            j + 0.5, i + 0.5, f"{value:.2f}", ha="center", va="center", fontsize=8, color=colour
+        )
     names = [f"layer {k}" for k in range(1, values.shape[1])] + ["output"]
-    axis.set_xticks(range(values.shape[1]), names)
-    axis.set_yticks(range(len(rows)), list(rows))
-    figure.colorbar(image, label="nats per token")
+    axis.set_xticks(np.arange(values.shape[1]) + 0.5, names)
+    axis.set_yticks(np.arange(len(rows)) + 0.5, list(rows))
+    axis.invert_yaxis()
     return _svg(figure)
 
 

@@ -40,39 +40,34 @@ class Result:
 
     def table(self) -> list[tuple[str, ...]]:
         """The table as text: the header, then one row per objective."""
-        comparison = self.comparison
-        then = f"at {comparison.seconds:.0f} s"
-        table = [("objective", "loss", "KL", "- KD", f"KL {then}", f"- KD {then}", "ms/step")]
-        for row in comparison.rows():
-            steps, seconds = row["equal_steps"], row["equal_seconds"]
+        places, base = list(self.comparison.places()), self.comparison.baseline
+        table = [("objective", "loss", "KL", "- KD", *places[1:], "ms")]
+        for row in self.comparison.rows():
             differences = [
-                "" if row["objective"] == comparison.baseline else str(at["difference"])
-                for at in (steps, seconds)
+                "" if row[place] is None or row["objective"] == base else row[place]["difference"]
+                for place in places
             ]
+            numbers = row["held_out_loss"], row[places[0]]["kl"].mean
             table.append(
                 (
                     row["objective"],
-                    f"{row['held_out_loss']:.3f}",
-                    f"{steps['kl'].mean:.3f}",
-                    differences[0],
-                    f"{seconds['kl'].mean:.3f}",
-                    differences[1],
-                    f"{1000 * row['seconds_per_step']:.0f}",
+                    *(f"{number:.3f}" for number in numbers),
+                    *map(str, differences),
+                    f"{row['ms_per_step']:.0f}",
                 )
             )
         return table
 
     def notes(self) -> list[str]:
         """Sentences that belong under the table."""
-        comparison = self.comparison
-        seeds = len(comparison.seeds)
+        seeds, base = len(self.comparison.seeds), self.comparison.baseline
         return [
             f"Nats per validation token after {self.budget.steps} steps, mean over {seeds} "
             f"seed{'s' * (seeds > 1)}; the teacher's loss is {self.teacher_held_out_loss:.3f}.",
-            f"- KD: the difference to {comparison.baseline}. At {comparison.seconds:.0f} s: every "
-            "curve interpolated at those CPU seconds of training, when the first student ended; "
-            "as in ms/step, they count the student's own steps and, where its objective needs a "
-            "teacher, the teacher's forward passes.",
+            f"- KD: KL minus that of {base}, at equal steps; then at equal CPU seconds: when the "
+            f"first student ended, and when {base} ended (empty: ended before; curves are "
+            "interpolated). Seconds, and ms per step, are the student's own steps and, where its "
+            "objective needs a teacher, the teacher's forward passes.",
             INTERVAL if seeds > 1 else ONE_SEED,
             "* marks a difference that exceeds its interval.",
         ]
@@ -86,7 +81,7 @@ class Result:
 def print_table(result: Result, console: Console) -> None:
     """Print the table of objectives, and what it means."""
     header, *rows = result.table()
-    table = Table(box=box.SIMPLE)
+    table = Table(box=box.SIMPLE, padding=0, pad_edge=False)  # fits 80 columns
     for i, column in enumerate(header):
         table.add_column(column, justify="right" if i else "left")
     best = min(row[2] for row in rows)
@@ -110,7 +105,7 @@ def write_report(result: Result, output: Path) -> None:
         "seconds": round(result.seconds, 1),
     }
     metrics = setting | {
-        "equal_seconds": comparison.seconds,
+        "seconds_compared_at": comparison.seconds,
         "rows": comparison.rows(),
         "markdown": result.markdown(),
         "notes": result.notes() + comparison.neighbours(),

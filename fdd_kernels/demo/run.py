@@ -113,7 +113,7 @@ def run_demo(
         teacher_held_out_loss=teacher_loss,
         backend=resolve_backend("auto", torch.device("cpu")),
         machine=(
-            f"{processor()[0]}, {processes} processes of one thread, Python "
+            f"{processor()[0]}, {processes} process{'es' * (processes > 1)} of one thread, Python "
             f"{platform.python_version()}, torch {torch.__version__}"
         ),
         seconds=time.monotonic() - started,
