@@ -65,7 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = command("study", do_study, "train students under many objectives; docs/study.md")
     _folder(add, "--output", record.RESULTS / "study", "of the runs (benchmarks/results/study)")
-    add("--part", choices=("main", "variants"), help="only this part (both, main first)")
+    only = "only runs in whose name --list has this, as in '4x, width 96'; may repeat"
+    add("--only", action="append", default=[], metavar="TEXT", help=only)
     add(
         "--minutes",
         type=float,
@@ -248,7 +249,7 @@ def do_study(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--threads {arguments.threads} must be at least 1")
     done, missing = study.study(
         arguments.output,
-        (arguments.part,) if arguments.part else study.PARTS,
+        arguments.only,
         arguments.minutes,
         arguments.threads or len(os.sched_getaffinity(0)),
     )

@@ -10,7 +10,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -63,7 +63,14 @@ VARIANTS = {
 }
 CONFIGS |= VARIANTS
 VARIANTS_AT = ("1x", "4x"), "width 96"
-PARTS = ("main", "variants")
+# The main objectives with another learning rate, at one budget: does their order depend on it?
+RATES = {
+    f"{size}, {word} the learning rate": options
+    | {"learning_rate": factor * options["learning_rate"]}
+    for size, options in SIZES.items()
+    for word, factor in (("half", 0.5), ("twice", 2.0))
+}
+RATES_AT = "4x"
 
 
 @dataclass(frozen=True)
@@ -77,13 +84,18 @@ class Setting:
     objective: str
 
     @property
-    def group(self) -> tuple[str, str, str, int]:
-        """Runs of one group are trained side by side."""
-        return self.part, self.budget, self.size, self.seed
+    def cell(self) -> str:
+        """The name of the runs that differ in seed and objective."""
+        return f"{self.part}, {self.budget}, {self.size}"
+
+    @property
+    def group(self) -> str:
+        """The name of the runs that are trained side by side: they differ in the objective."""
+        return f"{self.cell}, seed {self.seed}"
 
     def training(self) -> Budget:
         """Size and training of the student."""
-        return Budget(**BUDGETS[self.budget], **SIZES[self.size])
+        return Budget(**BUDGETS[self.budget], **(SIZES | RATES)[self.size])
 
     def key(self) -> str:
         """Identify the run by all that was set, not by names, as JSON."""
@@ -110,6 +122,10 @@ def plan() -> Iterator[Setting]:
         for seed in range(SEEDS):
             for objective in VARIANTS:
                 yield Setting("variants", budget, size, seed, objective)
+    for seed in range(SEEDS):
+        for of_rate in RATES:
+            for objective in MAIN:
+                yield Setting("variants", RATES_AT, of_rate, seed, objective)
 
 
 class Record:
@@ -206,12 +222,12 @@ def _entry(setting: Setting, run: Run, conditions: dict[str, Any]) -> dict[str, 
 
 
 def study(
-    output: Path, parts: tuple[str, ...], minutes: float | None, threads: int
+    output: Path, only: Sequence[str], minutes: float | None, threads: int
 ) -> tuple[int, int]:
     """Train the runs that the record in `output` lacks, group by group.
 
     Args:
-        parts: of `PARTS`.
+        only: only groups whose name contains one of these texts; empty: all.
         minutes: stop after the group that passes them; None: until all are done.
 
     Returns:
@@ -222,9 +238,10 @@ def study(
     """
     torch.set_num_threads(threads)
     runs, started, done = Record(output), time.monotonic(), 0
-    groups: dict[tuple, list[Setting]] = {}
+    groups: dict[str, list[Setting]] = {}
     for setting in plan():
-        if setting.part in parts and runs.of(setting) is None:
+        chosen = not only or any(text in setting.group for text in only)
+        if chosen and runs.of(setting) is None:
             groups.setdefault(setting.group, []).append(setting)
     missing = sum(map(len, groups.values()))
     if not missing:
@@ -243,9 +260,8 @@ def study(
         "sources": record.source_digest(),
         "processor": record.machine("cpu")["processor"],
     }
-    for settings in groups.values():
+    for what, settings in groups.items():
         first = settings[0]
-        what = f"{first.part}, {first.budget}, {first.size}, seed {first.seed}"
         with Activity(console, what, first.training().steps) as activity:
             finished, _ = train_students(
                 material.teacher,
@@ -272,15 +288,15 @@ def listing(output: Path) -> dict[str, bool]:
     """
     runs, counts = Record(output), {}
     for setting in plan():
-        found = counts.setdefault((setting.part, setting.budget, setting.size), {})
+        found = counts.setdefault(setting.cell, {})
         found.setdefault(setting.objective, []).append(runs.of(setting) is not None)
     lines = {}
-    for (part, budget, size), objectives in counts.items():
+    for cell, objectives in counts.items():
         names: dict[tuple[int, ...], list[str]] = {}  # by the seeds that are missing
         for name, there in objectives.items():
             names.setdefault(tuple(s for s in range(SEEDS) if not there[s]), []).append(name)
         done = sum(map(sum, objectives.values()))
-        line = f"{part}, {budget}, {size}: {done} of {sum(map(len, objectives.values()))} runs"
+        line = f"{cell}: {done} of {sum(map(len, objectives.values()))} runs"
         if done:
             missing = [
                 f"seeds {', '.join(map(str, seeds))} of "

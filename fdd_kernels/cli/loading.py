@@ -119,7 +119,10 @@ def load_student(name: str) -> tuple[nn.Module, bool]:
 
 
 def load_vocabulary(
-    teacher: str, student: str | None = None, vocab_size: int | None = None
+    teacher: str,
+    student: str | None = None,
+    vocab_size: int | None = None,
+    roles: tuple[str, str] = ("student", "teacher"),
 ) -> Vocabulary:
     """Load the tokenizer for both models and find the tokens they share.
 
@@ -127,6 +130,7 @@ def load_vocabulary(
 
     Args:
         vocab_size: how many tokens to compare; None: all that both share.
+        roles: what student and teacher are called in messages.
 
     Raises:
         UserError: the teacher has no tokenizer, or the two do not fit; see `shared_vocabulary`.
@@ -144,11 +148,11 @@ def load_vocabulary(
 
     if has_none(teacher):
         raise UserError(
-            f"the teacher {teacher} has no tokenizer (looked for {', '.join(TOKENIZER_FILES)})"
+            f"the {roles[1]} {teacher} has no tokenizer (looked for {', '.join(TOKENIZER_FILES)})"
         )
-    theirs = load(teacher, "teacher")
-    ours = theirs if student is None or has_none(student) else load(student, "student")
-    return shared_vocabulary(ours, theirs, vocab_size)
+    theirs = load(teacher, roles[1])
+    ours = theirs if student is None or has_none(student) else load(student, roles[0])
+    return shared_vocabulary(ours, theirs, vocab_size, roles)
 
 
 def open_cache(path: Path) -> WindowCache:

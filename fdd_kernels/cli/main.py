@@ -13,9 +13,11 @@ from pathlib import Path
 
 from fdd_kernels.cli.cache_options import CacheOptions
 from fdd_kernels.cli.distill.options import DistillOptions
+from fdd_kernels.cli.evaluate.options import EvaluateOptions
 from fdd_kernels.cli.parsing import (
     Parser,
     add_options,
+    described,
     did_you_mean,
     given_options,
     in_flags,
@@ -55,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_distill(commands)
     _add_cache_teacher(commands)
+    _add_evaluate(commands)
     _add_doctor(commands)
     add_plan(commands)
     parser.commands = commands.choices
@@ -152,6 +155,32 @@ def _add_cache_teacher(commands) -> None:
     cache.set_defaults(run=run_cache_teacher, options=(CacheOptions,))
 
 
+def _add_evaluate(commands) -> None:
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="compare models on a held-out text: loss, accuracy, KL to a teacher, ROUGE-L",
+        description=run_evaluate.__doc__,
+        usage="%(prog)s --model DIR_OR_NAME [--model ...] [--teacher DIR_OR_NAME] --data PATH "
+        "[--json FILE] [--html FILE] [options]",
+    )
+    evaluate.add_argument(
+        "--model",
+        action="append",
+        required=True,
+        metavar="DIR_OR_NAME",
+        help=described(EvaluateOptions)["model"].removesuffix("."),
+    )
+    files = {"json": (Path, "FILE"), "html": (Path, "FILE")}
+    add_options(
+        evaluate,
+        EvaluateOptions,
+        skip=("model",),
+        kinds=MODEL | FOLDERS | files,
+        required=("data",),
+    )
+    evaluate.set_defaults(run=run_evaluate, options=(EvaluateOptions,))
+
+
 def _add_doctor(commands) -> None:
     doctor = commands.add_parser(
         "doctor",
@@ -214,6 +243,16 @@ def run_cache_teacher(arguments: argparse.Namespace) -> None:
         verify_cache(arguments.output)
     else:
         cache_teacher(options)
+
+
+def run_evaluate(arguments: argparse.Namespace) -> None:
+    """Compare models on the same held-out text: loss, perplexity, token accuracy, bits per byte; KL
+    to a teacher at the output and by layer; ROUGE-L of generated answers.
+    """
+    options = EvaluateOptions(**given_options(arguments, EvaluateOptions))
+    with _needs("transformers", "safetensors", "rich", "jinja2"):
+        from fdd_kernels.cli.evaluate.run import evaluate
+    evaluate(options)
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:

@@ -21,8 +21,13 @@ def read_windows(
     eval_fraction: float,
     seed: int,
     unshared: frozenset[int] = frozenset(),
+    split: str = "training",
 ) -> Windows:
-    """Call `load_windows` with a progress bar; print what was read and what was left out."""
+    """Call `load_windows` with a progress bar; print what was read and what was left out.
+
+    Args:
+        split: what `Windows.train` is called in messages.
+    """
     source = open_source(data)
     with Activity(
         console, "reading text", source.size, count=show if source.files else str
@@ -37,9 +42,9 @@ def read_windows(
             advance=lambda amount: activity.update(activity.done + amount),
         )
     console.print(
-        f"{windows.documents} documents: {len(windows.train)} training windows of at most "
-        f"{max_length} tokens ({windows.train_tokens} tokens), {len(windows.held_out)} validation "
-        "windows"
+        f"{windows.documents} documents: {len(windows.train)} {split} windows of at most "
+        f"{max_length} tokens ({windows.train_tokens} tokens)"
+        + (f", {len(windows.held_out)} validation windows" if split == "training" else "")
     )
     if windows.without_labels:
         console.print(

@@ -31,7 +31,12 @@ class Vocabulary:
     notes: list[str] = field(default_factory=list)
 
 
-def shared_vocabulary(student, teacher, vocab_size: int | None = None) -> Vocabulary:
+def shared_vocabulary(
+    student,
+    teacher,
+    vocab_size: int | None = None,
+    roles: tuple[str, str] = ("student", "teacher"),
+) -> Vocabulary:
     """Find the vocabulary that two tokenizers share; one of them may have more tokens.
 
     If one is longer, the tokens of the shorter one are compared. Added tokens (reserved and control
@@ -41,6 +46,7 @@ def shared_vocabulary(student, teacher, vocab_size: int | None = None) -> Vocabu
 
     Args:
         vocab_size: compare so many tokens only; then only these must agree.
+        roles: what the two are called in messages.
 
     Raises:
         UserError: other tokens differ; names the first ones.
@@ -63,22 +69,23 @@ def shared_vocabulary(student, teacher, vocab_size: int | None = None) -> Vocabu
         others = [i for i in differing if i >= first]
         remedy = f", or compare only the tokens before with vocab_size={first}" if first else ""
         raise UserError(
-            f"the tokenizers of teacher ({len(teacher)} tokens) and student ({len(student)}) "
-            f"differ in {len(differing)} entries: {_named(others, ours, theirs)}. Predictions can "
-            f"only be compared over one vocabulary: take models that share one{remedy}"
+            f"the tokenizers of {roles[1]} ({len(teacher)} tokens) and {roles[0]} ({len(student)}) "
+            f"differ in {len(differing)} entries: {_named(others, ours, theirs, roles)}. "
+            "Predictions can only be compared over one vocabulary: take models that share one"
+            f"{remedy}"
         )
     size = end if first is None else vocab_size
     beyond = {i for i in ours.keys() | theirs.keys() if i >= size} if first is not None else set()
     notes = []
     if differing:
         notes.append(
-            f"the tokenizers of teacher and student differ in {len(differing)} entries "
-            f"({_named(differing, ours, theirs)}): the first {size} tokens are compared, and "
-            "windows with a token that differs are left out"
+            f"the tokenizers of {roles[1]} and {roles[0]} differ in {len(differing)} entries "
+            f"({_named(differing, ours, theirs, roles)}): the first {size} tokens are compared, "
+            "and windows with a token that differs are left out"
         )
     if student.chat_template is None and teacher.chat_template is not None:
         student.chat_template = teacher.chat_template
-        notes.append("the student's tokenizer has no chat template: the teacher's is taken")
+        notes.append(f"the {roles[0]}'s tokenizer has no chat template: the {roles[1]}'s is taken")
     partial = any(i >= size for i in differing)
     return Vocabulary(student, size, partial, frozenset(differing) | beyond, notes)
 
@@ -87,14 +94,16 @@ def _tokens(tokenizer) -> dict[int, str]:
     return {token_id: token for token, token_id in tokenizer.get_vocab().items()}
 
 
-def _named(differing: Sequence[int], ours: dict[int, str], theirs: dict[int, str]) -> str:
+def _named(
+    differing: Sequence[int], ours: dict[int, str], theirs: dict[int, str], roles: tuple[str, str]
+) -> str:
     """The first tokens that differ, with their text in both tokenizers."""
 
     def side(tokens: dict[int, str], token_id: int) -> str:
         return repr(tokens[token_id]) if token_id in tokens else "nothing"
 
     shown = [
-        f"{i} is {side(theirs, i)} to the teacher and {side(ours, i)} to the student"
+        f"{i} is {side(theirs, i)} to the {roles[1]} and {side(ours, i)} to the {roles[0]}"
         for i in differing[:_SHOWN]
     ]
     return "; ".join(shown) + (

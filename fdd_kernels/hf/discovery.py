@@ -179,6 +179,18 @@ def observe(
     return recording, transform
 
 
+def observe_backbone(name: str, base: nn.Module, tokens: dict[str, Tensor]) -> Recording:
+    """Run a base model to record the steps between its blocks and its output.
+
+    Raises:
+        TypeError: no list of modules that may be the model's blocks.
+    """
+    recording = Recording(base, nn.Identity(), lists_of_blocks(name, *_stack(base)), base)
+    with recording.watching():
+        base(**tokens)
+    return recording
+
+
 def lists_of_blocks(name: str, stack: nn.Module, depth: int | None) -> list[nn.ModuleList]:
     """Return every list of `depth` modules; without one, outermost lists whose length divides the
     depth: some models count the parts of their blocks, and some blocks run several times.

@@ -5,7 +5,7 @@ weight, bias, soft cap and scale.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +69,8 @@ class ModelReader:
     parts: ModelParts
     transform: LogitTransform
     width: int
+    # Makes the final state from the result of a model that runs with its head.
+    _result: Callable[[Any], Tensor] | None = None
     encoder: EncoderReader | None = None
 
     def __init__(self, model: nn.Module, name: str = "model", *, split_head: bool = False) -> None:
@@ -232,6 +234,7 @@ class ModelReader:
             final=final,
             read=read if at_once else None,
             head=self.head if self.parts.ends_at_head else None,
+            result=self._result,
             always=self.encoder is not None,
         )
         if state is not None:

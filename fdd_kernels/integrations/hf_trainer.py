@@ -18,6 +18,7 @@ from fdd_kernels.hf.teachers import Teacher, place_teacher, require_model
 from fdd_kernels.hf.wrappers import unwrap
 from fdd_kernels.integrations.finite import MASKED_LABELS, warn_of_nothing
 from fdd_kernels.integrations.model_card import TAGS, distillation_section
+from fdd_kernels.integrations.preparation import forget_evaluation
 from fdd_kernels.integrations.repeats import without_repeats
 from fdd_kernels.integrations.streamed_metrics import watching
 from fdd_kernels.integrations.sums import StepSums, WeightedSums
@@ -212,6 +213,7 @@ class FDDTrainerMixin(TrainedProjection):
     def train(self, *args, **kwargs):
         """As `TrainedProjection.train`."""
         self._held_over, self._epoch_iterator, self._skipped_steps = [], None, 0
+        forget_evaluation(self)
         return super().train(*args, **kwargs)
 
     def _write_more(self, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping
 
 from torch import Tensor
@@ -22,7 +23,11 @@ class StreamedMetrics(Observer):
 
     def __init__(self, distiller: Distiller) -> None:
         self._distiller, self._sums = distiller, WeightedSums()
-        self.layers = pairs_by_rank(distiller) and _gives_layers(distiller)
+
+    @functools.cached_property
+    def layers(self) -> bool:
+        """Whether student and teacher have sampled layers that can be compared."""
+        return pairs_by_rank(self._distiller) and _gives_layers(self._distiller)
 
     def __call__(
         self,
@@ -44,10 +49,10 @@ class StreamedMetrics(Observer):
 @contextlib.contextmanager
 def watching(distiller: Distiller, wanted: bool = True) -> Iterator[StreamedMetrics]:
     """Gather the metrics of all batches that a distiller sees while the block runs; nothing if they
-    are not `wanted`.
+    are not `wanted`, or for a task without a head over a vocabulary.
     """
     metrics, before = StreamedMetrics(distiller), distiller.observer
-    distiller.observer = metrics if wanted else before
+    distiller.observer = metrics if wanted and distiller.task.has_lens else before
     try:
         yield metrics
     finally:

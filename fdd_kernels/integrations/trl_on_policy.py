@@ -11,6 +11,8 @@ import torch
 import trl
 from torch import Tensor, nn
 
+from fdd_kernels.hf.tasks import require_causal_lm, task_of
+from fdd_kernels.hf.wrappers import unwrap
 from fdd_kernels.integrations.hf_trainer import FDDTrainerMixin
 from fdd_kernels.integrations.on_policy_options import (
     IGNORED,
@@ -60,6 +62,8 @@ class _OnPolicyMixin(FDDTrainerMixin):
         options: Mapping[str, Any],
     ) -> None:
         name = type(self).__name__
+        if isinstance(model, nn.Module):
+            require_causal_lm(task_of(unwrap(model)), name)
         if not isinstance(args, self._config_class):
             raise TypeError(
                 f"args must be a {self._config_class.__name__}, got {type(args).__name__}: {name} "

@@ -87,9 +87,14 @@ def test_parameters_that_the_loss_does_not_reach(found):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sampling", "answering"])
 def test_the_mean_is_over_what_all_processes_generated(found, kind):
-    """Two micro-batches in each, of unlike lengths."""
+    """Two micro-batches in each, of unlike lengths; in evaluation three rows, and one again."""
     pytest.importorskip("trl", minversion="1.10")
-    from tests.support.on_policy import require_plain_loop
+    from tests.support.on_policy import (
+        mean_terms,
+        require_plain_loop,
+        student_model,
+        teacher_model,
+    )
 
     processes = [process[kind] for process in found[1]["generated"]]
     texts = [text for process in processes for text in process["texts"]]
@@ -97,3 +102,12 @@ def test_the_mean_is_over_what_all_processes_generated(found, kind):
     assert processes[0]["texts"] != processes[1]["texts"]
     for process in processes:
         require_plain_loop(texts, process["log"], process["gradient"])
+    rows = processes[0]["evaluated"] + processes[1]["evaluated"][:1]
+    assert len(rows) == 3
+    assert len(processes[1]["evaluated"]) == 2
+    with torch.no_grad():
+        terms = mean_terms(rows, student_model(), teacher_model())
+    for name, expected in terms.items():
+        for process in processes:
+            found_term = process["metrics"][f"eval_{name}"]
+            assert found_term == pytest.approx(float(expected), rel=1e-6), name

@@ -145,18 +145,34 @@ def features(folder: Path, size: int = 2) -> dict:
 
 
 def generated(folder: Path) -> dict:
-    """One step of each trainer that generates: its text, log and gradients; nothing without trl."""
+    """An evaluation of three rows and one step of each trainer that generates: its text, metrics,
+    log and gradients; nothing without trl.
+    """
     if importlib.util.find_spec("trl") is None:
         return {}
-    from tests.support.on_policy import Gradients, answering, sampling
+    from datasets import Dataset
+
+    from tests.support.on_policy import CHATS, PROMPTS, Gradients, answering, sampling
 
     found = {}
-    for make, options in ((sampling, {}), (answering, {"lmbda": 0.5})):
+    for make, rows, options in ((sampling, PROMPTS, {}), (answering, CHATS, {"lmbda": 0.5})):
         seen = Gradients()
-        run = make(folder / make.__name__, callbacks=[seen], **options)
+        run = make(
+            folder / make.__name__,
+            callbacks=[seen],
+            eval_dataset=Dataset.from_list(rows[:3]),
+            per_device_eval_batch_size=1,
+            **options,
+        )
+        metrics = run.evaluate()
         run.train()
-        log = run.state.log_history[0]
-        found[make.__name__] = {"texts": run.texts, "log": log, "gradient": seen.found[0]}
+        found[make.__name__] = {
+            "texts": run.texts,
+            "evaluated": run.evaluated,
+            "metrics": {name: v for name, v in metrics.items() if isinstance(v, float)},
+            "log": next(log for log in run.state.log_history if "loss" in log),
+            "gradient": seen.found[0],
+        }
     return found
 
 

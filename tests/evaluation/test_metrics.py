@@ -15,6 +15,7 @@ from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.inputs import LossInputs
 from tests.support.dense_metrics import dense_metrics, layer_logits, logits_of_inputs
 from tests.support.hf_models import tiny_model
+from tests.support.tasks import batch_of, logits_of_layers, pair
 from tests.support.training import examples, pad
 
 F64 = torch.float64
@@ -164,6 +165,35 @@ def test_whatever_the_loss_compares(models, name):
             plain = distiller(batch)
         for term, value in plain.named().items():
             torch.testing.assert_close(seen.named()[term], value, **EXACT, msg=term)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"), [("bert", {}), ("bart", {}), ("bart", {"encoder_weight": 0.5})], ids=str
+)
+def test_other_tasks_with_a_vocabulary(family, changes):
+    """Masked LMs and encoder-decoders have the same metrics, of their own positions."""
+    student, teacher = pair(family)
+    distiller, batch = (
+        Distiller(student, teacher, FDDConfig(num_layers=2, **changes)),
+        batch_of(family),
+    )
+    with torch.no_grad(), watching(distiller) as metrics:
+        distiller(batch)
+    found = metrics.results(lambda tensor, _: tensor)
+    layers = distiller.student_layers, distiller.teacher_layers
+    logits = [logits_of_layers(family, *of, batch) for of in zip((student, teacher), layers)]
+    valid = batch["labels"] != -100
+    expected = dense_metrics(*logits, batch["labels"], layers[0])
+    means = {name: float(value[valid].detach().mean()) for name, value in expected.items()}
+    check(found, {"perplexity": math.exp(means.pop("nll")), **means})
+
+
+def test_a_task_without_a_vocabulary_has_no_metrics(models, monkeypatch):
+    distiller = Distiller(*models, LOSSES["all"])
+    monkeypatch.setattr(type(distiller.task), "has_lens", False)
+    with torch.no_grad(), watching(distiller) as metrics:
+        distiller(pad(ROWS))
+    assert metrics.results(lambda tensor, _: tensor) == {}
 
 
 def test_token_weights(models):

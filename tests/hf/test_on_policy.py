@@ -6,6 +6,7 @@ import types
 import pytest
 import torch
 from peft import LoraConfig
+from transformers import AutoModelForMaskedLM
 
 pytest.importorskip("trl", minversion="1.10")
 from datasets import Dataset
@@ -17,6 +18,7 @@ from fdd_kernels import FDDConfig
 from fdd_kernels.hf.teachers import Teacher
 from fdd_kernels.integrations import FDDDistillationTrainer, FDDGKDTrainer
 from fdd_kernels.integrations.trl_on_policy import pad_right
+from tests.support.hf_models import tiny_config
 from tests.support.on_policy import (
     CHATS,
     PROMPTS,
@@ -209,6 +211,15 @@ def test_what_would_be_ignored_is_refused(tmp_path, make, arguments, error, mess
 def test_options_of_another_trainer(tmp_path, kind, arguments, message):
     with pytest.raises(TypeError, match=message):
         kind(student_model(), teacher_model(), arguments(str(tmp_path), use_cpu=True, bf16=False))
+
+
+def test_other_tasks_are_refused(tmp_path):
+    bert = AutoModelForMaskedLM.from_config(tiny_config("bert", is_decoder=False))
+    for make in (sampling, answering):
+        with pytest.raises(
+            TypeError, match="is for causal LMs, but the models are of the task masked_lm"
+        ):
+            make(tmp_path, student=bert)
 
 
 def test_gkd_scales_gradients_which_deepspeed_holds(tmp_path):

@@ -158,26 +158,27 @@ def batch_of(family: str, seed: int = 1) -> dict[str, Tensor]:
     return (masked_batch if family in MASKED_LMS else translation_batch)(seed)
 
 
+def logits_of_layers(family: str, model: nn.Module, layers, batch) -> list[Tensor]:
+    """A model's logits at layers and at the output, from its own forward."""
+    read, labels = FAMILIES[family][2], batch["labels"]
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    if family in ENCODER_DECODERS:  # by the model's own forward
+        inputs["labels"] = labels
+    output = model(**inputs, output_hidden_states=True)
+    which = "decoder_hidden_states" if family in ENCODER_DECODERS else "hidden_states"
+    states = getattr(output, which)
+    return [*(read(model, states[layer]) for layer in layers), output.logits]
+
+
 def dense_terms_of(family: str, student_layers, teacher_layers):
     """Return a function (student, teacher, batch, config) -> terms, from the models' own logits and
     `output_hidden_states`.
     """
-    read = FAMILIES[family][2]
-
-    def logits(model: nn.Module, layers, batch) -> list[Tensor]:
-        labels = batch["labels"]
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        if family in ENCODER_DECODERS:  # by the model's own forward
-            inputs["labels"] = labels
-        output = model(**inputs, output_hidden_states=True)
-        which = "decoder_hidden_states" if family in ENCODER_DECODERS else "hidden_states"
-        states = getattr(output, which)
-        return [*(read(model, states[layer]) for layer in layers), output.logits]
 
     def terms(student, teacher, batch, config):
-        ours = logits(student, student_layers, batch)
+        ours = logits_of_layers(family, student, student_layers, batch)
         with torch.no_grad():
-            theirs = logits(teacher, teacher_layers, batch)
+            theirs = logits_of_layers(family, teacher, teacher_layers, batch)
         return terms_of_logits(ours, theirs, config, batch["labels"])
 
     return terms

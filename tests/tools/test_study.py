@@ -32,6 +32,7 @@ def small():
         patch.setattr(study, "SEEDS", 2)
         patch.setattr(study, "MAIN", ("output KD", "KD + trajectory"))
         patch.setattr(study, "VARIANTS", {})
+        patch.setattr(study, "RATES", {})
         patch.setattr(study, "VARIANTS_AT", ((), "small"))
         yield
 
@@ -60,6 +61,8 @@ def test_it_stops_after_the_minutes_and_resumes(done, tmp_path, capsys):
     assert main(["study", "--list", "--output", str(tmp_path)]) == 0
     listed = capsys.readouterr().out
     assert "main, 1x, small: 2 of 4 runs; missing: seeds 1 of all objectives" in listed
+    assert main(["study", "--output", str(tmp_path), "--only", "4x", "--only", "seed 0"]) == 0
+    assert "0 runs done, 0 missing" in capsys.readouterr().out
     assert main(["study", "--output", str(tmp_path), "--threads", "1"]) == 0
     assert "2 runs done, 0 missing" in capsys.readouterr().out
     assert path.read_text().startswith(first)  # untouched: nothing was run again

@@ -1,0 +1,1 @@
+"""`fdd-kernels evaluate`: models side by side on a held-out text."""
