@@ -109,7 +109,7 @@ class Distiller:
         )
         if self.task.has_lens:
             require_shared_vocabulary(self.config, self.student.vocabulary, self.teacher.vocabulary)
-        compile_blocks(student, self.student.blocks)
+        compile_blocks(student, self.student.all_blocks)
         self.schedules = Schedules(
             self.config, options_for(self.config, self.student, self.teacher)
         )
@@ -247,7 +247,7 @@ class Distiller:
         """
         view = self.task.loss_view(batch)
         if student is not None:
-            compile_blocks(student, self.student.blocks)
+            compile_blocks(student, self.student.all_blocks)
         model = self._student if student is None else student
         if waits_for_all(model):
             weight = min(options.output_kd_weight for options in self.schedules.possible)

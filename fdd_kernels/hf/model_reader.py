@@ -16,6 +16,7 @@ from fdd_kernels.hf.discovery import (
     ModelParts,
     candidates,
     find_head,
+    lists_of_blocks,
     observe,
     own_logits,
     require_causal,
@@ -93,6 +94,15 @@ class ModelReader:
         A block that runs several times (ALBERT) is there as often.
         """
         return self.parts.blocks
+
+    @property
+    def all_blocks(self) -> list[nn.Module]:
+        """The blocks, and those of the encoder before a decoder."""
+        if not getattr(self.model.config, "is_encoder_decoder", False):
+            return list(self.blocks)
+        encoder = self.model.get_encoder()
+        of_encoder = lists_of_blocks(self.name, encoder, encoder.config.num_hidden_layers)
+        return [*of_encoder[0], *self.blocks]
 
     @property
     def head(self) -> nn.Module:

@@ -111,7 +111,7 @@ class LiveTeacher(Teacher):
             model.eval()
         with self._as_teacher():
             self.reader = make_reader(model, "teacher", split_head=split_head)
-        compile_blocks(model, self.reader.blocks)
+        compile_blocks(model, self.reader.all_blocks)
         self.depth, self.vocabulary = self.reader.depth, self.reader.vocabulary
         self.transform, self.task = self.reader.transform, self.reader.task
 
