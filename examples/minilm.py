@@ -57,14 +57,14 @@ OBJECTIVES = {
 }
 # The rows of the table.
 LABELS = {
-    "cosine": "cosine to the teacher's embedding",
-    "difference_to_first": "difference to the first column",
-    "difference_to_before": "difference to the column before",
-    "cosine_5_percent": "5% quantile of the cosine",
-    "cosine_least": "least cosine",
-    "spearman": "Spearman, similarities of pairs",
-    "nearest": "same nearest docstring",
-    "cpu_seconds": "CPU seconds of the student's steps",
+    "cosine": "mean cosine",
+    "difference_to_first": "- first column",
+    "difference_to_before": "- column before",
+    "cosine_5_percent": "5% quantile",
+    "cosine_least": "least",
+    "spearman": "Spearman of pairs",
+    "nearest": "same nearest",
+    "cpu_seconds": "CPU seconds",
 }
 
 
