@@ -1,4 +1,4 @@
-"""The FDD loss for Hugging Face causal LMs.
+"""The FDD loss for Hugging Face models.
 
 `distiller.py` computes the loss of a batch: `model_reader.py` runs the student's backbone,
 `teachers.py` gives the teacher's targets, live or cached, and `loss.py` compares them.
