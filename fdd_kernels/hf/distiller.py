@@ -45,17 +45,16 @@ class Distiller:
     """`distiller(batch)` -> `DistillerTerms` for a student and a teacher that share a vocabulary.
 
     Args:
-        student, teacher: transformers models of one task: causal LMs, masked LMs or
-            encoder-decoders (also under peft or torch.compile), with any head that `read_head`
-            supports; or models with another head or none (docs/tasks.md). The teacher is put in
-            evaluation mode and never receives gradient. It may be on other devices, offloaded by
-            accelerate or quantised: its states and head are copied to the device of the student's
-            head. Neither model computes its own logits, nor runs blocks after the last state that
-            the loss needs. The blocks of a model from torch.compile are compiled, in place, with
-            its options. One peft model may be both, or its base model the teacher: the teacher is
-            then the student without its adapters, and the student's modes do not change. A teacher
-            cache (`fdd_kernels.teacher_cache.open_teacher_cache`) replaces a teacher; batches then
-            consist of its windows.
+        student, teacher: transformers models of one task (docs/tasks.md), also under peft or
+            torch.compile; language models with any head that `read_head` supports. The teacher is
+            put in evaluation mode and never receives gradient. It may be on other devices,
+            offloaded by accelerate or quantised: its states and head are copied to the device of
+            the student's head. Neither model computes its own logits, nor runs blocks after the
+            last state that the loss needs. The blocks of a model from torch.compile are compiled,
+            in place, with its options. One peft model may be both, or its base model the teacher:
+            the teacher is then the student without its adapters, and the student's modes do not
+            change. A teacher cache (`fdd_kernels.teacher_cache.open_teacher_cache`) replaces a
+            teacher; batches then consist of its windows.
         config: layers and loss options; soft caps and logit scales are the models' own unless given
             there. If options change during training (`schedules`, ...), pass `step`: see the call.
         vocab_group: the process group over which tensor parallelism splits the rows of the heads
