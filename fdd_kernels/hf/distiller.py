@@ -1,4 +1,4 @@
-"""Compute the loss of a batch for Hugging Face causal LMs, in any training loop."""
+"""Compute the loss of a batch for Hugging Face models, in any training loop."""
 
 from __future__ import annotations
 
@@ -216,12 +216,13 @@ class Distiller:
                 take (position_ids where padding is on the left). With labels, as a causal LM takes
                 them (unshifted, -100 where there is nothing to learn), position t is valid where
                 labels[t + 1] is not -100 and attention_mask[t] is not 0. Without labels every
-                attended position is valid. `shift_labels` win over labels and are used as they
-                are, as in transformers: the label of position t is shift_labels[t]. An
-                attention_mask of another shape says nothing of padding. `token_weights` (batch,
-                sequence), at least 0, multiply every term of a position and leave the denominator
-                as it is. They are never shifted: the prediction of token t + 1 has the weight of
-                position t.
+                attended position is valid. A masked LM needs labels, of the positions themselves;
+                of an encoder-decoder positions and labels are the decoder's. `shift_labels` win
+                over labels and are used as they are, as in transformers: the label of position t is
+                shift_labels[t]. An attention_mask of another shape says nothing of padding.
+                `token_weights` (batch, sequence), at least 0, multiply every term of a position and
+                leave the denominator as it is. They are never shifted: the prediction of token t +
+                1 has the weight of position t.
             num_items_in_batch: the denominator, instead of the number of valid positions in this
                 batch.
             teacher_states: the result of `teacher_states(batch)`, of this distiller or of another

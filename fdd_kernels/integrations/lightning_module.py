@@ -39,10 +39,10 @@ class FDDLightningModule(pl.LightningModule):
     """Distils `teacher` into `student` under a Lightning `Trainer`, with automatic optimisation.
 
     Args:
-        student: a transformers causal LM. Only it is a submodule, and the projection of feature
+        student: a transformers model. Only it is a submodule, and the projection of feature
             space, if there is one: the teacher is in no parameter list, state dict or checkpoint,
             and is never trained.
-        teacher: as for `FDDTrainer`: a transformers causal LM, which `fit`, `validate` or `test`
+        teacher: as for `FDDTrainer`: a model of the same task, which `fit`, `validate` or `test`
             move to their device unless it has a placement of its own; or a teacher cache, whose
             windows `fdd_kernels.data.pad_windows` collates.
         fdd_config: layers and loss options.
