@@ -9,11 +9,12 @@ import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fdd_kernels.cli.vocabulary import Vocabulary, shared_vocabulary
 from fdd_kernels.common.errors import UserError
@@ -89,7 +90,7 @@ def _require_directory(name: str, role: str) -> None:
         raise UserError(f"the {role} {name}: no such directory")
 
 
-def _require_causal_lm(config: PreTrainedConfig, role: str) -> None:
+def _require_causal_lm(config: Any, role: str) -> None:
     """Raise TypeError for the config of a model that was saved for another task."""
     if (task := saved_task(config)) != "causal_lm":
         raise TypeError(

@@ -249,8 +249,10 @@ def _stack(model: nn.Module) -> tuple[nn.Module, int | None]:
     """
     config = model.config
     if getattr(config, "is_encoder_decoder", False):
-        of_decoder = config.get_text_config(decoder=True).num_hidden_layers
-        return model.get_decoder(), getattr(config, "num_decoder_layers", of_decoder)
+        decoder = model.get_decoder()
+        names = (name for name in ("num_decoder_layers", "decoder_layers") if hasattr(config, name))
+        own = next(names, None)
+        return decoder, getattr(config, own) if own else decoder.config.num_hidden_layers
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     return model, getattr(config, "num_hidden_layers", None)
 

@@ -1,4 +1,4 @@
-"""Compute the loss of a batch for Hugging Face causal LMs, in any training loop."""
+"""Compute the loss of a batch for Hugging Face models, in any training loop."""
 
 from __future__ import annotations
 
@@ -45,16 +45,16 @@ class Distiller:
     """`distiller(batch)` -> `DistillerTerms` for a student and a teacher that share a vocabulary.
 
     Args:
-        student, teacher: transformers causal LMs (also under peft or torch.compile), with any head
-            that `read_head` supports. The teacher is put in evaluation mode and never receives
-            gradient. It may be on other devices, offloaded by accelerate or quantised: its states
-            and head are copied to the device of the student's head. Neither model computes its own
-            logits, nor runs blocks after the last state that the loss needs. The blocks of a model
-            from torch.compile are compiled, in place, with its options. One peft model may be both,
-            or its base model the teacher: the teacher is then the student without its adapters, and
-            the student's modes do not change. A teacher cache
-            (`fdd_kernels.teacher_cache.open_teacher_cache`) replaces a teacher; batches then
-            consist of its windows.
+        student, teacher: transformers models of one task (docs/tasks.md), also under peft or
+            torch.compile; language models with any head that `read_head` supports. The teacher is
+            put in evaluation mode and never receives gradient. It may be on other devices,
+            offloaded by accelerate or quantised: its states and head are copied to the device of
+            the student's head. Neither model computes its own logits, nor runs blocks after the
+            last state that the loss needs. The blocks of a model from torch.compile are compiled,
+            in place, with its options. One peft model may be both, or its base model the teacher:
+            the teacher is then the student without its adapters, and the student's modes do not
+            change. A teacher cache (`fdd_kernels.teacher_cache.open_teacher_cache`) replaces a
+            teacher; batches then consist of its windows.
         config: layers and loss options; soft caps and logit scales are the models' own unless given
             there. If options change during training (`schedules`, ...), pass `step`: see the call.
         vocab_group: the process group over which tensor parallelism splits the rows of the heads
@@ -216,12 +216,13 @@ class Distiller:
                 take (position_ids where padding is on the left). With labels, as a causal LM takes
                 them (unshifted, -100 where there is nothing to learn), position t is valid where
                 labels[t + 1] is not -100 and attention_mask[t] is not 0. Without labels every
-                attended position is valid. `shift_labels` win over labels and are used as they
-                are, as in transformers: the label of position t is shift_labels[t]. An
-                attention_mask of another shape says nothing of padding. `token_weights` (batch,
-                sequence), at least 0, multiply every term of a position and leave the denominator
-                as it is. They are never shifted: the prediction of token t + 1 has the weight of
-                position t.
+                attended position is valid. A masked LM needs labels, of the positions themselves;
+                of an encoder-decoder positions and labels are the decoder's. `shift_labels` win
+                over labels and are used as they are, as in transformers: the label of position t is
+                shift_labels[t]. An attention_mask of another shape says nothing of padding.
+                `token_weights` (batch, sequence), at least 0, multiply every term of a position and
+                leave the denominator as it is. They are never shifted: the prediction of token t +
+                1 has the weight of position t.
             num_items_in_batch: the denominator, instead of the number of valid positions in this
                 batch.
             teacher_states: the result of `teacher_states(batch)`, of this distiller or of another

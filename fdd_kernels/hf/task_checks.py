@@ -45,6 +45,11 @@ def check_task_config(task: Task, config: FDDConfig) -> None:
         )
     if not is_embedding:
         return
+    if config.output_temperature != 1:
+        raise ValueError(
+            f"output_temperature={config.output_temperature:g} divides logits, which embedding "
+            "models do not have: leave it at 1"
+        )
     if config.ever("output_kd_weight") and not of_states:
         raise ValueError(
             f"output_divergence={config.output_divergence!r} compares distributions, but embedding "

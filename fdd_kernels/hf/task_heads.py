@@ -52,6 +52,7 @@ class TaskLoss(FeatureLoss):
         if not isinstance(teacher, LiveTeacher):
             require_causal_lm(student.task, f"a {type(teacher).__name__}")
         super().__init__(config, student, teacher, *rest)
+        self._unreached: dict[tuple, list[str]] = {}
 
     def require(self, teacher: Teacher, possible: Iterable[LossOptions]) -> None:
         """Require nothing: what runs is the whole model."""
@@ -60,13 +61,20 @@ class TaskLoss(FeatureLoss):
         return view[VALID_ROWS]
 
     def without_gradient(self, options: LossOptions, *, whole: bool = False) -> list[str]:
-        """Find the names by a backward pass of a few tokens."""
-        with torch.enable_grad(), evaluating(self.student.model):
-            states = self.student_side(self.student.example(), options, whole=whole).states
-            named = [(n, p) for n, p in self.student.model.named_parameters() if p.requires_grad]
-            total = sum(state.sum() for state in states if state is not None)
-            found = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
-        return [name for (name, _), gradient in zip(named, found) if gradient is None]
+        """Find the names by a backward pass of a few tokens, once for the terms that have a weight
+        and the parameters that train.
+        """
+        model = self.student.model
+        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+        needs = self._needs_final(options), self._sampled(self._student_layers, options)
+        key = (*needs, *[name for name, _ in named])
+        if key not in self._unreached:
+            with torch.enable_grad(), evaluating(model):
+                states = self.student_side(self.student.example(), options).states
+                total = sum(state.sum() for state in states if state is not None)
+                found = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
+            self._unreached[key] = [n for (n, _), g in zip(named, found) if g is None]
+        return self._unreached[key]
 
     def _with_head(self, states: list[Tensor | None]) -> StudentSide:
         return StudentSide(states, None, None, self.student.vocabulary)

@@ -93,7 +93,7 @@ TeacherStates = Targets  # the name of earlier releases
 
 
 class LiveTeacher(Teacher):
-    """A causal LM that runs for every batch; in evaluation mode, never trained.
+    """A model that runs for every batch; in evaluation mode, never trained.
 
     Args:
         model: the teacher, perhaps data-parallel.
@@ -206,7 +206,7 @@ def as_teacher(
     if isinstance(teacher, nn.Module):
         return LiveTeacher(teacher, split_head=split_head, student=student)
     raise TypeError(
-        f"teacher must be a causal LM or a teacher cache, got {_shown(teacher)}: load it first, "
+        f"teacher must be a model or a teacher cache, got {_shown(teacher)}: load it first, as "
         f"with {_LOADING} or fdd_kernels.teacher_cache.open_teacher_cache(...)"
     )
 
@@ -215,7 +215,7 @@ def require_model(name: str, value: object) -> None:
     """Raise TypeError unless `value` is a model; a name or path is not."""
     if not isinstance(value, nn.Module):
         raise TypeError(
-            f"{name} must be a causal LM, got {_shown(value)}: load it first, with {_LOADING}"
+            f"{name} must be a model, got {_shown(value)}: load it first, as with {_LOADING}"
         )
 
 

@@ -307,9 +307,9 @@ class FDDTrainer(FDDTrainerMixin, Trainer):
     Args:
         *args, **kwargs: as for `transformers.Trainer`; `model` is the student. Only the student is
             saved.
-        teacher: a transformers causal LM; put in evaluation mode, never trained, and moved to the
-            student's device unless it has a placement of its own (loaded with a device_map,
-            offloaded by accelerate, quantised). Or a teacher cache, with
+        teacher: a transformers model of the student's task; put in evaluation mode, never trained,
+            and moved to the student's device unless it has a placement of its own (loaded with a
+            device_map, offloaded by accelerate, quantised). Or a teacher cache, with
             `train_dataset=cache.dataset("train")` and `data_collator=fdd_kernels.data.pad_windows`.
         fdd_config: layers and loss options.
         evaluation_metrics: add perplexity, token accuracy and KL to the teacher to every

@@ -164,7 +164,7 @@ class TestRefusals:
 
     def test_something_else_as_a_teacher(self, tmp_path):
         with pytest.raises(
-            TypeError, match="must be a causal LM or a teacher cache, got the string 'teacher'"
+            TypeError, match="must be a model or a teacher cache, got the string 'teacher'"
         ):
             Distiller(student_model(), "teacher")
         with pytest.raises(FileNotFoundError, match="holds no teacher cache"):

@@ -118,12 +118,12 @@ def test_no_cache_is_made_whatever_the_batch_says(distiller, use_cache):
     [
         (
             {"student": "a/student"},
-            r"student must be a causal LM, got the string 'a/student': load it first",
+            r"student must be a model, got the string 'a/student': load it first",
         ),
-        ({"student": None}, r"student must be a causal LM, got NoneType"),
+        ({"student": None}, r"student must be a model, got NoneType"),
         (
             {"teacher": "a/teacher"},
-            r"teacher must be a causal LM or a teacher cache, got the string 'a/teacher'",
+            r"teacher must be a model or a teacher cache, got the string 'a/teacher'",
         ),
         ({"config": {"alpha": 1}}, r"config must be an FDDConfig, got dict"),
     ],
@@ -135,5 +135,5 @@ def test_what_is_no_model_is_named(changes, message):
 
 
 def test_a_string_as_a_trainers_model_is_named():
-    with pytest.raises(TypeError, match=r"model must be a causal LM, got the string 'a/student'"):
+    with pytest.raises(TypeError, match=r"model must be a model, got the string 'a/student'"):
         FDDTrainer(model="a/student", teacher=tiny_model("llama", depth=5))

@@ -166,7 +166,7 @@ SHARED = [
     ({"label_smoothing_factor": 0.1}, ValueError, "label_smoothing_factor=0"),
     ({"config": FDDConfig(ignore_index=-1)}, ValueError, "ignore_index=-1, but TRL labels"),
     ({"teacher": Texts()}, TypeError, "teacher is a Texts, which holds fixed texts"),
-    ({"teacher": "a/name"}, TypeError, "teacher must be a causal LM, got the string 'a/name'"),
+    ({"teacher": "a/name"}, TypeError, "teacher must be a model, got the string 'a/name'"),
     ({"teacher_model": "a/name"}, TypeError, "takes the teacher once: give teacher="),
 ]
 OF_ONE = {

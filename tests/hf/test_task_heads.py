@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import peft
 import pytest
 import torch
 import torch.nn.functional as F
@@ -248,6 +249,7 @@ def test_parameters_without_gradient_are_named():
     [
         ("embedding", {"output_divergence": "kl"}, "embedding models give vectors: give output_di"),
         ("embedding", {"ce_weight": 1.0}, "ce_weight=1 needs labels"),
+        ("embedding", {"output_temperature": 2.0}, "output_temperature=2 divides logits"),
         ("sequence_classification", {"space": "lens", "trajectory": "kl"}, 'space="lens" compares'),
         ("sequence_classification", {"vocab_size": 3}, "vocab_size=3 is of a vocabulary"),
         ("sequence_classification", {"train_head": False}, "train_head=False is of a language mod"),
@@ -290,3 +292,32 @@ def test_models_that_do_not_fit_are_refused():
     student.config.id2label = {0: "a", 1: "b", 2: "c"}
     with pytest.warns(UserWarning, match="logits are compared by their number"):
         Distiller(student, teacher(id2label={0: "b", 1: "a", 2: "c"}), CONFIG)
+
+
+def test_lora_checkpointing_and_data_parallelism():
+    """A student inside of peft and DistributedDataParallel has the gradients of the plain one."""
+    batch = task_batch("sequence_classification")
+    student, teacher = pair("bert", "sequence_classification")
+    lora = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
+    student = peft.get_peft_model(student, lora).train()
+    distiller = Distiller(student, teacher, CONFIG)
+    terms = distiller(batch)
+    terms.loss.backward()
+    expected = gradients(student)
+    student.zero_grad()
+    assert any("lora_A" in name for name in expected)
+    assert any("classifier" in name for name in expected)
+    student.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        # BERT's pooler is frozen here, and every other parameter that trains is reached.
+        wrapped = torch.nn.parallel.DistributedDataParallel(student)
+        again = distiller(batch, student=wrapped)
+        again.loss.backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    torch.testing.assert_close(again.loss, terms.loss, **CLOSE)
+    for name, gradient in gradients(student).items():
+        torch.testing.assert_close(gradient, expected[name], **CLOSE)
