@@ -205,6 +205,9 @@ class FDDConfig(LossOptions):
     are read from the models):
 
     Args:
+        derivative: cosine, centered_cosine, weighted_cosine, mse or none; auto is weighted_cosine,
+            and in feature space, which has no probabilities, cosine. `FDDConfig.paper()` has the
+            published cosine.
         num_layers: number of layers to sample in each model; 4 is the paper's L_D.
         num_teacher_layers: number of layers to sample in the teacher; num_layers if not given.
             Another number needs a layer_alignment, or weights of pairs in layer_weights.
@@ -243,6 +246,7 @@ class FDDConfig(LossOptions):
             "output_kd=1,trajectory=0.5;every=100;smoothing=0.9".
     """
 
+    derivative: str | None = "auto"
     student_logit_scale: float | None = None
     teacher_logit_scale: float | None = None
     num_layers: int = 4
@@ -274,6 +278,9 @@ class FDDConfig(LossOptions):
         return cls(**(PAPER | options))
 
     def __post_init__(self) -> None:
+        if self.derivative == "auto":
+            default = "cosine" if self.space == "feature" else "weighted_cosine"
+            object.__setattr__(self, "derivative", default)
         for name in ("student_logit_scale", "teacher_logit_scale"):
             require_number(name, getattr(self, name), positive=True, optional=True)
         checked = LossOptions(
