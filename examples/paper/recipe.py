@@ -14,6 +14,7 @@ from dolly import DataOptions
 
 from fdd_kernels import FDDConfig
 from fdd_kernels.cli.distill.options import DistillOptions
+from fdd_kernels.cli.evaluate.options import EvaluateOptions
 from fdd_kernels.cli.parsing import did_you_mean
 from fdd_kernels.common.errors import UserError
 
@@ -25,19 +26,13 @@ OBJECTIVES: dict[str, dict[str, float]] = {
     "fdd": {},
 }
 TRAININGS = ("sft_teacher", "sft_student", "distill")
-# Options of DistillOptions that follow from the stage, or stand elsewhere in the file.
-_ELSEWHERE = ("teacher", "student", "data", "eval_data", "eval_fraction", "output", "config")
-_ELSEWHERE += ("teacher_cache", "seed", "max_length", "gradient_accumulation", "resume")
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationOptions:
-    """The answers to compare: for each seed one to each test prompt, drawn from the model."""
-
-    seeds: tuple[int, ...]
-    temperature: float
-    top_p: float
-    batch_size: int
+# Options of a command that follow from the stage, or stand elsewhere in the file.
+_OF_THE_STAGE = ("teacher", "data", "max_length")
+_NOT_IN_TRAININGS = (*_OF_THE_STAGE, "student", "eval_data", "eval_fraction", "output", "config")
+_NOT_IN_TRAININGS += ("teacher_cache", "seed", "gradient_accumulation", "resume")
+_LAYERS = ("num_layers", "layer_grid", "student_layers", "teacher_layers", "apply_final_norm")
+_NOT_IN_EVALUATE = (*_OF_THE_STAGE, *_LAYERS, "model", "json", "html", "generate")
+_SOMEWHERE = Path("-")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +46,7 @@ class Recipe:
         sft_teacher, sft_student, distill: options of `DistillOptions`, and `windows_per_step`, the
             windows of an optimizer step in all processes.
         loss: options of `FDDConfig`, for the objective "fdd".
-        evaluate: see `EvaluationOptions`.
+        evaluate: options of `EvaluateOptions`, of the answers above all.
     """
 
     teacher: str
@@ -62,7 +57,7 @@ class Recipe:
     sft_student: dict[str, Any]
     distill: dict[str, Any]
     loss: dict[str, Any]
-    evaluate: EvaluationOptions
+    evaluate: dict[str, Any]
 
     def config(self, objective: str) -> FDDConfig:
         """Return layers and loss of an objective.
@@ -91,6 +86,17 @@ class Recipe:
             given |= {"seed": self.seed, "max_length": self.data.max_length, **more}
             return DistillOptions(gradient_accumulation=windows // size, **given)
 
+    def evaluation(self, **more: Any) -> EvaluateOptions:
+        """Return the options of the evaluation: those of its section, the layers of `loss`, `more`.
+
+        Raises:
+            UserError: a value is wrong.
+        """
+        layers = {name: value for name, value in self.loss.items() if name in _LAYERS}
+        given = self.evaluate | layers | {"max_length": self.data.max_length, **more}
+        with _section("evaluate"):
+            return EvaluateOptions(generate=True, **given)
+
 
 def load_recipe(file: Path, data: str | None = None, **models: str | None) -> Recipe:
     """Load a configuration file; `data`, `teacher` and `student` replace its own if not None.
@@ -105,18 +111,21 @@ def load_recipe(file: Path, data: str | None = None, **models: str | None) -> Re
         content["data"] = DataOptions(**_checked(content["data"], DataOptions))
         if data is not None:
             content["data"] = dataclasses.replace(content["data"], file=data)
-    with _section("evaluate"):
-        evaluate = _checked(content["evaluate"], EvaluationOptions)
-        content["evaluate"] = EvaluationOptions(**evaluate)
     for section in TRAININGS:
         with _section(section):
             needed = ("windows_per_step", "batch_size")
-            content[section] = _checked(content[section], DistillOptions, needed, _ELSEWHERE)
+            content[section] = _checked(content[section], DistillOptions, needed, _NOT_IN_TRAININGS)
     with _section("loss"):
         content["loss"] = _checked(content["loss"], FDDConfig, ())
+    with _section("evaluate"):
+        needed = ("seeds",)
+        content["evaluate"] = _checked(
+            content["evaluate"], EvaluateOptions, needed, _NOT_IN_EVALUATE
+        )
     recipe = Recipe(**content)
     for section in TRAININGS:
-        recipe.training(section, teacher="-", student="-", data=Path("-"), output=Path("-"))
+        recipe.training(section, teacher="-", student="-", data=_SOMEWHERE, output=_SOMEWHERE)
+    recipe.evaluation(teacher="-", model=("-",), data=_SOMEWHERE)
     for objective in OBJECTIVES:
         recipe.config(objective)
     return recipe

@@ -10,6 +10,8 @@ that was trained, also the fine-tuned teacher.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ from rich.console import Console
 from fdd_kernels import FDDConfig
 from fdd_kernels.cli.distill.run import distill
 from fdd_kernels.cli.distill.run_folder import METRICS_FILE, STUDENT_FOLDER
+from fdd_kernels.cli.evaluate.run import evaluate
 from fdd_kernels.cli.loading import load_vocabulary
 from fdd_kernels.common.errors import SaidElsewhere, UserError
 
@@ -34,7 +37,7 @@ def write_data(recipe: Recipe, output: Path, console: Console) -> None:
     """Write the splits of the data, unless they are there."""
     folder = output / "data"
     if is_prepared(folder, recipe.data, recipe.seed):
-        console.print(f"{folder} is complete; nothing to do")
+        console.print(f"{folder} is complete; nothing to do", soft_wrap=True)
         return
     alone("data")
     tokenizer = load_vocabulary(recipe.teacher, recipe.student).tokenizer
@@ -108,10 +111,34 @@ def alone(stage: str) -> None:
         raise UserError(f"run --stage {stage} in one process, without torchrun")
 
 
-def evaluate(objectives: Sequence[str], recipe: Recipe, output: Path) -> None:
-    """Compare the teacher, the student before, and the distilled students on the test split."""
+def compare(objectives: Sequence[str], recipe: Recipe, output: Path, console: Console) -> None:
+    """Compare the student before and the distilled students with the teacher on the test split;
+    write evaluation.json and evaluation.html, unless they are newer than the models.
+    """
     alone("evaluate")
-    raise UserError("this version has no fdd-kernels evaluate: compare the students yourself")
+    teacher, *models = (
+        trained(output, name)
+        for name in ("sft-teacher", "sft-student", *(f"distill-{name}" for name in objectives))
+    )
+    file = output / "evaluation.json"
+    options = recipe.evaluation(
+        teacher=str(teacher),
+        model=tuple(map(str, models)),
+        data=output / "data" / "test.jsonl",
+        json=file,
+        html=file.with_suffix(".html"),
+    )
+    if file.is_file() and file.stat().st_mtime_ns > newest(teacher, *models):
+        before = json.loads(file.read_text("utf-8"))["options"]
+        if before == json.loads(json.dumps(dataclasses.asdict(options), default=str)):
+            console.print(f"{file} is complete; nothing to do", soft_wrap=True)
+            return
+    evaluate(options, console)
+
+
+def newest(*models: Path) -> int:
+    """Return when the last of these trainings ended, in nanoseconds of the clock."""
+    return max((folder.parent / METRICS_FILE).stat().st_mtime_ns for folder in models)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -131,7 +158,7 @@ def run(arguments: argparse.Namespace) -> None:
                 console.print(f"objective {objective}")
                 distill_with(objective, recipe, output)
         elif stage == "evaluate":
-            evaluate(objectives, recipe, output)
+            compare(objectives, recipe, output, console)
         else:
             fine_tune(stage.removeprefix("sft-"), recipe, output)
 
@@ -148,7 +175,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--stage", action="append", choices=STAGES, help="may repeat; all stages if not given"
     )
     parser.add_argument(
-        "--objective", action="append", choices=OBJECTIVES, help="may repeat; all if not given"
+        "--objective",
+        action="append",
+        choices=OBJECTIVES,
+        help="of distill and evaluate; may repeat; all four if not given",
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="runs/paper/NAME_OF_CONFIG")
     for name, text in (

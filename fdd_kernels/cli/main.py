@@ -30,7 +30,11 @@ from fdd_kernels.objectives.fdd.options import FDDConfig
 from fdd_kernels.version import __version__
 
 # Fields of the loss that the Trainer sets.
-NOT_OPTIONS = ("ignore_index", "shift", "reduction")
+# Fields of a config that are no options: without a meaning for the training of causal LMs.
+NOT_OPTIONS = (
+    *("ignore_index", "shift", "reduction"),
+    *("pooling", "encoder_weight", "encoder_trajectory"),
+)
 MODEL = {"teacher": (str, "DIR_OR_NAME"), "student": (str, "DIR_OR_NAME")}
 FOLDERS = {
     "output": (Path, "DIR"),

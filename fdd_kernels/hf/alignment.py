@@ -56,7 +56,11 @@ class LayerAlignment:
         self._trained: int | None = None  # the last step of this training
 
     def paired_options(
-        self, options: LossOptions, inputs: LossInputs, step: int | None
+        self,
+        options: LossOptions,
+        inputs: LossInputs,
+        step: int | None,
+        count: Tensor | None = None,
     ) -> LossOptions:
         """Return the options of a call with the pairing in them; find it first if it is time.
 
@@ -67,11 +71,12 @@ class LayerAlignment:
             options: of the loss, with its weights of student layers or None.
             inputs: of the loss; the sampled layers come first among the hidden states.
             step: optimizer steps done so far. Without gradient the last pairing stays.
+            count: the denominator of the costs' mean in this process; None: its valid tokens.
         """
         if not options.compares_dynamics:
             return options
         if self._is_due(step):
-            self._match(options, inputs, step)
+            self._match(options, inputs, step, inputs.mask.sum() if count is None else count)
         return replace(
             options,
             layer_weights=self._layer_weights(options),
@@ -126,9 +131,11 @@ class LayerAlignment:
         is_first = self.step is None or begins_anew
         return is_first or step - self.step >= self.config.alignment_every
 
-    def _match(self, options: LossOptions, inputs: LossInputs, step: int | None) -> None:
+    def _match(
+        self, options: LossOptions, inputs: LossInputs, step: int | None, count: Tensor
+    ) -> None:
         """Find the pairing; the same on all processes, bit for bit."""
-        costs = self._mean_costs(options, inputs)
+        costs = self._mean_costs(options, inputs, count)
         usable = bool(costs.isfinite().all() and costs.any())
         if not usable and self.weights is not None:
             return
@@ -156,8 +163,8 @@ class LayerAlignment:
             )
 
     @torch.no_grad()
-    def _mean_costs(self, options: LossOptions, inputs: LossInputs) -> Tensor:
-        """Compute the costs (Ls, Lt) over the tokens of all processes, float64 on the CPU; 0
+    def _mean_costs(self, options: LossOptions, inputs: LossInputs, count: Tensor) -> Tensor:
+        """Compute the mean costs (Ls, Lt) over the tokens of all processes, float64 on the CPU; 0
         without a token.
         """
         backend = options.backend if compares_all_pairs(options.backend) else "auto"
@@ -182,7 +189,7 @@ class LayerAlignment:
             vocab_size=options.vocab_size,
             backend=backend,
         )
-        found = torch.cat([sums.double().flatten(), inputs.mask.sum().double()[None]])
+        found = torch.cat([sums.double().flatten(), count.to(sums.device).double()[None]])
         group = all_processes()
         if group is not None:
             torch.distributed.all_reduce(found, group=group)

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,7 @@ def capture_states(
     final: bool = True,
     read: Callable[[Tensor], Tensor] | None = None,
     head: nn.Module | None = None,
+    result: Callable[[Any], Tensor] | None = None,
     always: bool = False,
 ) -> tuple[dict[int, Tensor], Tensor | None]:
     """Return the states (batch, sequence, width) of `layers` by number, and the final state.
@@ -41,6 +43,8 @@ def capture_states(
         read: applied to each state when it is captured, which frees the raw state.
         head: the head of a `backbone` that is the whole model. Its input is the final state, and
             the forward ends there.
+        result: of a `backbone` that is the whole model with its head, makes what is returned as the
+            final state from the result of its forward.
         always: run up to the blocks at least, also if nothing of them is asked for.
     """
     if not (layers or final or always):
@@ -70,9 +74,10 @@ def capture_states(
         try:
             # The whole model may be called from within its own forward (see `inside_forward`),
             # whose hooks have run.
-            output = (backbone if head is None else backbone.forward)(**accepted)
+            is_whole = head is not None or result is not None
+            output = (backbone.forward if is_whole else backbone)(**accepted)
             if head is None:
-                state = final_state(output)
+                state = (result or final_state)(output)
         except _Enough:
             end_forward(backbone, last)
     return captured, state if final else None

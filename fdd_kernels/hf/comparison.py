@@ -13,8 +13,10 @@ from fdd_kernels.hf.alignment import LayerAlignment
 from fdd_kernels.hf.heads import Head
 from fdd_kernels.hf.model_reader import ModelReader
 from fdd_kernels.hf.observer import Observer
+from fdd_kernels.hf.positions import valid_positions
 from fdd_kernels.hf.targets import StudentSide, Targets
 from fdd_kernels.hf.teachers import Teacher, model_states
+from fdd_kernels.hf.unreached import parameters_outside
 from fdd_kernels.hf.wrappers import own_rows
 from fdd_kernels.objectives.fdd.options import FDDConfig, FDDLossTerms, LossOptions
 
@@ -106,15 +108,27 @@ class Comparison(ABC):
             **self._reading,
         )
 
-    def idle(self, options: LossOptions, *, whole: bool = False) -> list[nn.Module]:
-        """Return modules of the student that get no gradient from the loss, but for what they share
-        with others. With `whole` no block is among them.
+    def without_gradient(self, options: LossOptions, *, whole: bool = False) -> list[str]:
+        """Return the names of the student's parameters that train but get no gradient from the
+        loss. With `whole` every block gets one.
         """
+        return parameters_outside(self.student.model, self._idle(options, whole))
+
+    def _idle(self, options: LossOptions, whole: bool) -> list[nn.Module]:
+        """Return the modules that get no gradient, but for what they share with others."""
         idle = [] if self.config.train_head else [self.student.head]
         if not (whole or self._needs_final(options)):
             last = max(self._sampled(self._student_layers, options), default=0)
             idle.extend({*self.student.blocks[last:]} - {*self.student.blocks[:last]})
         return idle
+
+    def trains_projection(self, options: LossOptions) -> bool:
+        """Whether the loss gives the projection a gradient."""
+        return self.projection is not None and options.compares_dynamics
+
+    def valid_rows(self, view: Mapping[str, Tensor]) -> Tensor:
+        """Return which rows of a batch the loss is a mean over, a bool tensor."""
+        return valid_positions(view, self.config.ignore_index)
 
     def _needs_final(self, options: LossOptions) -> bool:
         """Whether the loss needs the student's final state."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
-
 from torch import nn
 
 from fdd_kernels.hf.model_reader import ModelReader
@@ -57,7 +55,7 @@ def require_shared_vocabulary(config: FDDConfig, student: int, teacher: int) -> 
 
 def options_for(config: FDDConfig, student: ModelReader, teacher: Teacher) -> LossOptions:
     """Return the config's loss options, with the models' soft caps and scales where it has none."""
-    given = {f.name: getattr(config, f.name) for f in fields(LossOptions)}
+    given = config.loss_options()
     for side, model in (("student", student), ("teacher", teacher)):
         if given[f"{side}_softcap"] is None:
             given[f"{side}_softcap"] = model.transform.softcap

@@ -89,19 +89,37 @@ def find_head(name: str, model: nn.Module) -> nn.Module:
 
 
 def require_lens(name: str, model: nn.Module, task: Task) -> None:
-    """Raise TypeError for a model whose head gives no distribution over a vocabulary."""
+    """Raise TypeError for a model whose head gives no distribution over a vocabulary, and for an
+    encoder-decoder of sound or images.
+    """
     if not task.has_lens:
         raise TypeError(
             f"{name}: {type(model).__name__} is of the task {task}. {SUPPORTED}. {REMEDY}"
         )
+    takes = getattr(model, "main_input_name", "input_ids")
+    if task.name == "seq2seq_lm" and takes != "input_ids":
+        raise TypeError(
+            f"{name}: {type(model).__name__} is an encoder-decoder of {takes}: only those from "
+            f"text to text are supported. {REMEDY}"
+        )
 
 
 def own_logits(model: nn.Module, tokens: dict[str, Tensor]) -> Tensor:
-    """Return the logits that the model's own forward computes, without making a cache."""
+    """Return the logits that the model's own forward computes, without making a cache.
+
+    Raises:
+        TypeError: it gives none.
+    """
     parameters = inspect.signature(model.forward).parameters
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     options = {"use_cache": False} if takes_any or "use_cache" in parameters else {}
-    return model(**tokens, **options).logits
+    output = model(**tokens, **options)
+    if not isinstance(getattr(output, "logits", None), Tensor):
+        raise TypeError(
+            f"{type(model).__name__} gives a {type(output).__name__} without logits: load its "
+            "weights with the class of one task, such as AutoModelForMaskedLM"
+        )
+    return output.logits
 
 
 def require_causal(name: str, model: nn.Module, logits: Tensor, eps: float) -> None:
@@ -159,9 +177,18 @@ def observe(
     measurable = device.type != "mps" and 2 * vocabulary >= len(PROBE)
     base = getattr(model, "base_model", None)
     lists = lists_of_blocks(name, *_stack(model))
-    recording = Recording(model, head, lists, None if base is model else base)
-    with recording.watching(), probing(head) if measurable else contextlib.nullcontext([]) as seen:
-        logits = own_logits(model, tokens)
+
+    def record(probed: contextlib.AbstractContextManager) -> tuple[Recording, list, Tensor]:
+        recording = Recording(model, head, lists, None if base is model else base)
+        with recording.watching(), probed as seen:
+            return recording, seen, own_logits(model, tokens)
+
+    try:
+        recording, seen, logits = record(
+            probing(head) if measurable else contextlib.nullcontext([])
+        )
+    except RuntimeError:  # what follows the module does not take float64: it is no head
+        recording, seen, logits = record(contextlib.nullcontext([]))
     configured = configured_transform(model.config)
     if len(seen) != 1 or seen[0].shape != logits.shape:
         return recording, configured
@@ -177,6 +204,18 @@ def observe(
             f"config: {configured}). {REMEDY}"
         )
     return recording, transform
+
+
+def observe_backbone(name: str, base: nn.Module, tokens: dict[str, Tensor]) -> Recording:
+    """Run a base model to record the steps between its blocks and its output.
+
+    Raises:
+        TypeError: no list of modules that may be the model's blocks.
+    """
+    recording = Recording(base, nn.Identity(), lists_of_blocks(name, *_stack(base)), base)
+    with recording.watching():
+        base(**tokens)
+    return recording
 
 
 def lists_of_blocks(name: str, stack: nn.Module, depth: int | None) -> list[nn.ModuleList]:

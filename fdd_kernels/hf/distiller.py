@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fdd_kernels.hf.alignment import alignment_of
 from fdd_kernels.hf.comparison import Comparison
+from fdd_kernels.hf.comparisons import comparison_of
 from fdd_kernels.hf.compatibility import (
     options_for,
     require_same_task,
@@ -19,22 +20,18 @@ from fdd_kernels.hf.compatibility import (
 )
 from fdd_kernels.hf.compiled import compile_blocks
 from fdd_kernels.hf.encoder import EncoderLoss
-from fdd_kernels.hf.features import FeatureLoss
 from fdd_kernels.hf.layers import paired_layers
-from fdd_kernels.hf.loss import DistillationLoss
-from fdd_kernels.hf.model_reader import ModelReader
 from fdd_kernels.hf.observer import Observer
-from fdd_kernels.hf.positions import valid_positions
 from fdd_kernels.hf.projection import ProjectionWatch, both_projections
 from fdd_kernels.hf.routers import RouterLoss, router_coefficient
 from fdd_kernels.hf.schedule import Schedules
 from fdd_kernels.hf.targets import StudentSide, Targets
+from fdd_kernels.hf.task_reader import make_reader
 from fdd_kernels.hf.tasks import require_causal_lm
 from fdd_kernels.hf.teachers import Teacher, as_teacher, require_model
 from fdd_kernels.hf.terms import DistillerTerms
 from fdd_kernels.hf.unreached import (
     is_static,
-    parameters_outside,
     refuse_changes,
     refuse_unreached,
     waits_for_all,
@@ -104,14 +101,15 @@ class Distiller:
         self.task = require_same_task(student, teacher)
         if split:
             require_causal_lm(self.task, "vocab_group")
-        self.student = ModelReader(student, "student", split_head=split)
+        self.student = make_reader(student, "student", split_head=split)
         self.teacher = as_teacher(teacher, split_head=split, student=student)
         self._student = student  # as given: perhaps data-parallel
         self.student_layers, self.teacher_layers = paired_layers(
             self.config, self.student.depth, self.teacher.depth
         )
-        require_shared_vocabulary(self.config, self.student.vocabulary, self.teacher.vocabulary)
-        compile_blocks(student, self.student.blocks)
+        if self.task.has_lens:
+            require_shared_vocabulary(self.config, self.student.vocabulary, self.teacher.vocabulary)
+        compile_blocks(student, self.student.all_blocks)
         self.schedules = Schedules(
             self.config, options_for(self.config, self.student, self.teacher)
         )
@@ -119,8 +117,7 @@ class Distiller:
             self.config, self.student_layers, self.teacher_layers, vocab_group
         )
         layers = self.student_layers, self.teacher_layers
-        kind = FeatureLoss if self.config.space == "feature" else DistillationLoss
-        self._compare: Comparison = kind(
+        self._compare: Comparison = comparison_of(self.task, self.config)(
             self.config, self.student, self.teacher, layers, self.alignment, vocab_group
         )
         self._compare.require(self.teacher, self.schedules.possible)
@@ -146,6 +143,10 @@ class Distiller:
         return self._projection
 
     @property
+    def _router_coefficient(self) -> float:
+        return router_coefficient(self.student.model) if self.task.has_lens else 0.0
+
+    @property
     def observer(self) -> Observer | None:
         """Gets both sides of every batch before its loss; None without one."""
         return self._compare.observer
@@ -156,9 +157,8 @@ class Distiller:
 
     def idle_projection(self) -> list[str]:
         """Return the names in `projection` of parameters that get no gradient at some step."""
-        if self._compare.projection is None or all(
-            options.compares_dynamics for options in self.schedules.possible
-        ):
+        always = all(map(self._compare.trains_projection, self.schedules.possible))
+        if self._compare.projection is None or always:
             return []
         return ["weight" if self.projection is self._compare.projection else "decoder.weight"]
 
@@ -173,16 +173,16 @@ class Distiller:
         return self._without_gradient(*self.schedules.possible)
 
     def _without_gradient(self, *possible: LossOptions) -> list[str]:
-        whole = bool(router_coefficient(self.student.model))  # every block has routers
-        idle = [m for o in possible for m in self._compare.idle(o, whole=whole)]
-        return parameters_outside(self.student.model, idle)
+        whole = bool(self._router_coefficient)  # every block has routers
+        found = {n for o in possible for n in self._compare.without_gradient(o, whole=whole)}
+        return [name for name, _ in self.student.model.named_parameters() if name in found]
 
     def count_positions(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Count the valid positions of a batch, an int64 scalar: the denominator of the mean."""
         return self._count(self.task.loss_view(batch))
 
     def _count(self, view: Mapping[str, Tensor]) -> Tensor:
-        return valid_positions(view, self.config.ignore_index).sum()
+        return self._compare.valid_rows(view).sum()
 
     def without_rows_from(self, batch: Mapping[str, Tensor], first: int) -> Mapping[str, Tensor]:
         """Return the batch without valid positions in rows `first` and later: those that a data
@@ -247,7 +247,7 @@ class Distiller:
         """
         view = self.task.loss_view(batch)
         if student is not None:
-            compile_blocks(student, self.student.blocks)
+            compile_blocks(student, self.student.all_blocks)
         model = self._student if student is None else student
         if waits_for_all(model):
             weight = min(options.output_kd_weight for options in self.schedules.possible)
@@ -260,7 +260,8 @@ class Distiller:
             teacher_states = self._compare.targets(self.teacher, batch, options)
         with inside_forward(model, functools.partial(self._loss, options)) as loss:
             values, more = loss(batch, view, teacher_states, num_items_in_batch)
-        if self._watch is not None and (self._encoder or options.compares_dynamics):
+        trains = self._encoder is not None or self._compare.trains_projection(options)
+        if self._watch is not None and trains:
             self._watch.look()
         terms = DistillerTerms(*values)
         terms.router, terms.encoder = more
@@ -307,7 +308,7 @@ class Distiller:
         items: Tensor | float | None,
     ) -> tuple[FDDLossTerms, list[Tensor | None]]:
         """Compute the terms, and those of routers and encoder or None; `loss` includes them."""
-        coefficient, routers = router_coefficient(self.student.model), RouterLoss(self.student)
+        coefficient, routers = self._router_coefficient, RouterLoss(self.student)
         with routers if coefficient else contextlib.nullcontext():
             student = self._compare.student_side(batch, options, whole=bool(coefficient))
         if self.observer is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from fdd_kernels.engine.evaluate import evaluate
 from fdd_kernels.hf.alignment import LayerAlignment
 from fdd_kernels.hf.comparison import Comparison
-from fdd_kernels.hf.loss import hidden_inputs, token_weights_of
+from fdd_kernels.hf.loss import hidden_inputs
 from fdd_kernels.hf.model_reader import ModelReader
-from fdd_kernels.hf.positions import valid_positions
+from fdd_kernels.hf.positions import TOKEN_WEIGHTS
 from fdd_kernels.hf.projection import make_projection
 from fdd_kernels.hf.targets import HiddenTargets, StudentSide
 from fdd_kernels.hf.teachers import LiveTeacher, Teacher
@@ -22,6 +22,20 @@ from fdd_kernels.objectives.fdd.loss import fdd_call
 from fdd_kernels.objectives.fdd.options import FDDConfig, FDDLossTerms, LossOptions
 from fdd_kernels.objectives.features.deltas import row_deltas
 from fdd_kernels.objectives.inputs import LossInputs
+
+
+class Rows(NamedTuple):
+    """Tokens that are compared.
+
+    Attributes:
+        mask: (batch, sequence) bool.
+        weights: their factors, (batch, sequence), or None.
+        items: the denominator of the sum over them; None: their number.
+    """
+
+    mask: Tensor
+    weights: Tensor | None
+    items: Tensor | float | None
 
 
 class FeatureLoss(Comparison):
@@ -59,7 +73,8 @@ class FeatureLoss(Comparison):
         if config.output_in_dynamics:
             layers = (*layers[0], student.depth), (*layers[1], teacher.depth)
         super().__init__(config, student, teacher, layers, alignment)
-        self.projection = make_projection(config.projection, student, teacher.reader)
+        if self._needs_projection():
+            self.projection = make_projection(config.projection, student, teacher.reader)
 
     def __call__(
         self,
@@ -112,22 +127,33 @@ class FeatureLoss(Comparison):
     ) -> FDDLossTerms:
         """Compute trajectory and derivative of the sampled layers."""
         device = states[0].device
+        rows = self._rows(batch, options, num_items_in_batch)
         inputs = state_inputs(
             states,
             targets,
             self.projection,
-            mask=valid_positions(batch, options.ignore_index).to(device),
+            mask=rows.mask.to(device),
             rows=self.config.rows,
-            num_items_in_batch=num_items_in_batch,
-            token_weights=token_weights_of(batch, device),
+            num_items_in_batch=rows.items,
+            token_weights=None if rows.weights is None else rows.weights.to(device),
         )
         options = _of_states(options)
         if self._alignment is not None:
-            options = self._alignment.paired_options(options, inputs, step)
+            count = self.valid_rows(batch).sum()
+            options = self._alignment.paired_options(options, inputs, step, count)
         return FDDLossTerms(*evaluate(fdd_call(inputs, options)))
 
-    def idle(self, options: LossOptions, *, whole: bool = False) -> list[nn.Module]:
-        idle = super().idle(options, whole=whole)
+    def _rows(
+        self, view: Mapping[str, Tensor], options: LossOptions, items: Tensor | float | None
+    ) -> Rows:
+        """Return the tokens whose states are compared."""
+        return Rows(self.valid_rows(view), view.get(TOKEN_WEIGHTS), items)
+
+    def _needs_projection(self) -> bool:
+        return bool(self.config.ever("alpha") or self.config.ever("beta"))
+
+    def _idle(self, options: LossOptions, whole: bool) -> list[nn.Module]:
+        idle = super()._idle(options, whole)
         if self._needs_final(options):
             return idle
         parts = self.student.parts

@@ -5,7 +5,7 @@ weight, bias, soft cap and scale.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from fdd_kernels.hf.discovery import (
     ModelParts,
     candidates,
     find_head,
+    lists_of_blocks,
     observe,
     own_logits,
     require_causal,
@@ -69,6 +70,8 @@ class ModelReader:
     parts: ModelParts
     transform: LogitTransform
     width: int
+    # Makes the final state from the result of a model that runs with its head.
+    _result: Callable[[Any], Tensor] | None = None
     encoder: EncoderReader | None = None
 
     def __init__(self, model: nn.Module, name: str = "model", *, split_head: bool = False) -> None:
@@ -91,6 +94,15 @@ class ModelReader:
         A block that runs several times (ALBERT) is there as often.
         """
         return self.parts.blocks
+
+    @property
+    def all_blocks(self) -> list[nn.Module]:
+        """The blocks, and those of the encoder before a decoder."""
+        if not getattr(self.model.config, "is_encoder_decoder", False):
+            return list(self.blocks)
+        encoder = self.model.get_encoder()
+        of_encoder = lists_of_blocks(self.name, encoder, encoder.config.num_hidden_layers)
+        return [*of_encoder[0], *self.blocks]
 
     @property
     def head(self) -> nn.Module:
@@ -232,6 +244,7 @@ class ModelReader:
             final=final,
             read=read if at_once else None,
             head=self.head if self.parts.ends_at_head else None,
+            result=self._result,
             always=self.encoder is not None,
         )
         if state is not None:

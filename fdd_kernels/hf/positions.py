@@ -13,6 +13,8 @@ SHIFT_LABELS = "shift_labels"
 # Factors of every term of a position, as in `fused_fdd_loss`; they belong to positions of hidden
 # states and are never shifted.
 TOKEN_WEIGHTS = "token_weights"
+# Which rows of a task without a vocabulary are valid, (batch,) bool.
+VALID_ROWS = "valid_rows"
 # The window of a teacher cache in each row of a batch.
 TEACHER_INDEX = "teacher_index"
 

@@ -13,12 +13,13 @@ class StudentSide(NamedTuple):
     Attributes:
         states: (batch, sequence, Ds) each, ready for the head, in depth order. The last is the
             final state, or None where the loss does not need it.
-        weight, bias: the head (V, Ds), (V,); under `vocab_group` this rank's rows.
+        weight, bias: the head (V, Ds), (V,); under `vocab_group` this rank's rows. None for a task
+            without a vocabulary, whose final state is what the model predicts.
         vocabulary: V of the whole head.
     """
 
     states: list[Tensor | None]
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
     vocabulary: int
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from fdd_kernels.hf.positions import (
     SHIFT_LABELS,
     TEACHER_INDEX,
     TOKEN_WEIGHTS,
+    VALID_ROWS,
     ignore_rows_from,
     token_shape,
 )
@@ -155,9 +157,109 @@ class Seq2SeqLM(Task):
 
 
 class WithoutLens(Task):
-    """A task whose models have no head over a vocabulary."""
+    """A task whose models have no head over a vocabulary. The rows of its loss are sequences,
+    unless a subclass says otherwise: views have `VALID_ROWS` (batch,) bool.
+
+    Attributes:
+        targets: names of the labels in a batch, one for each sequence.
+    """
 
     has_lens = False
+    targets: tuple[str, ...] = ("labels",)
+
+    def loss_view(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        check_batch({k: v for k, v in batch.items() if k not in (*self.targets, *_LABELS)})
+        if batch.get(TOKEN_WEIGHTS) is not None:
+            raise ValueError(
+                f"{TOKEN_WEIGHTS} are of tokens, but the rows of the task {self} are sequences: "
+                "leave them out"
+            )
+        rows, found = token_shape(batch)[0], batch.get(VALID_ROWS)
+        for name in self.targets:
+            labels = batch.get(name)
+            if labels is not None and not (
+                isinstance(labels, Tensor) and labels.shape[:1] == (rows,)
+            ):
+                shape = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
+                raise ValueError(
+                    f"{name} has shape {shape}, but there are {rows} sequences: give a tensor with "
+                    "one entry for each"
+                )
+        return {**batch, VALID_ROWS: torch.ones(rows, dtype=torch.bool) if found is None else found}
+
+    def inputs(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+        inputs = super().inputs(model, batch)
+        return {k: v for k, v in inputs.items() if k not in (*self.targets, VALID_ROWS)}
+
+    def without_rows_from(
+        self, batch: Mapping[str, Any], first: int, ignore_index: int
+    ) -> dict[str, Any]:
+        valid = self.loss_view(batch)[VALID_ROWS].clone()
+        valid[first:] = False
+        return {**batch, VALID_ROWS: valid}
+
+    def output(self, output: Any) -> Tensor:
+        """Return what a model predicts, from the result of its forward."""
+        return output.logits
+
+
+class SequenceClassification(WithoutLens):
+    """One class, several, or a number for each sequence: `labels` (batch,) or (batch, C)."""
+
+    def require_alike(self, student: nn.Module, teacher: nn.Module) -> None:
+        """Raise ValueError unless both predict as many labels, of the same kind.
+
+        Warns:
+            UserWarning: both name their labels, and differently.
+        """
+        for name in ("num_labels", "problem_type"):
+            ours, theirs = (getattr(model.config, name, None) for model in (student, teacher))
+            if ours != theirs and None not in (ours, theirs):
+                raise ValueError(
+                    f"the student has {name}={ours!r} and the teacher {name}={theirs!r}: load the "
+                    f"student with {name}={theirs!r}"
+                )
+        names = [getattr(model.config, "id2label", None) or {} for model in (student, teacher)]
+        named = [any(str(v) != f"LABEL_{k}" for k, v in own.items()) for own in names]
+        if all(named) and names[0] != names[1]:
+            warnings.warn(
+                f"the student's labels are {names[0]} and the teacher's {names[1]}: logits are "
+                "compared by their number. Give both the same config.id2label",
+                stacklevel=5,
+            )
+
+
+class TokenClassification(SequenceClassification):
+    """A class for each token: `labels` (batch, sequence), -100 where there is none. Rows are tokens
+    with a label, or all that are attended in a batch without labels.
+    """
+
+    def loss_view(self, batch: Mapping[str, Any]) -> Mapping[str, Any]:
+        check_batch(batch)
+        return {**batch, SHIFT_LABELS: _own_labels(batch)}
+
+    def without_rows_from(
+        self, batch: Mapping[str, Any], first: int, ignore_index: int
+    ) -> dict[str, Any]:
+        return Task.without_rows_from(self, batch, first, ignore_index)
+
+
+class QuestionAnswering(WithoutLens):
+    """The first and the last token of an answer in each sequence."""
+
+    targets = ("start_positions", "end_positions")
+
+    def output(self, output: Any) -> Tensor:
+        return torch.stack([output.start_logits, output.end_logits], 1)
+
+
+class Embedding(WithoutLens):
+    """A base model: the final states of its tokens, of which a sentence's embedding is made."""
+
+    targets = ()
+
+    def output(self, output: Any) -> Tensor:
+        return output.last_hidden_state
 
 
 CAUSAL_LM = Task("causal_lm")
@@ -165,10 +267,10 @@ TASKS = {
     "causal_lm": CAUSAL_LM,
     "masked_lm": MaskedLM("masked_lm"),
     "seq2seq_lm": Seq2SeqLM("seq2seq_lm"),
-    "sequence_classification": WithoutLens("sequence_classification"),
-    "token_classification": WithoutLens("token_classification"),
-    "question_answering": WithoutLens("question_answering"),
-    "embedding": WithoutLens("embedding"),
+    "sequence_classification": SequenceClassification("sequence_classification"),
+    "token_classification": TokenClassification("token_classification"),
+    "question_answering": QuestionAnswering("question_answering"),
+    "embedding": Embedding("embedding"),
 }
 
 

@@ -18,6 +18,7 @@ from fdd_kernels.hf.offload import has_place
 from fdd_kernels.hf.sharing import as_teacher_of_itself, shares_modules
 from fdd_kernels.hf.targets import HiddenTargets, States, Targets
 from fdd_kernels.hf.targets import StudentSide as StudentSide
+from fdd_kernels.hf.task_reader import make_reader
 from fdd_kernels.hf.tasks import CAUSAL_LM, Task
 from fdd_kernels.hf.transform import LogitTransform
 from fdd_kernels.hf.wrappers import inside_forward, unwrap
@@ -109,8 +110,8 @@ class LiveTeacher(Teacher):
         if self._student is None:
             model.eval()
         with self._as_teacher():
-            self.reader = ModelReader(model, "teacher", split_head=split_head)
-        compile_blocks(model, self.reader.blocks)
+            self.reader = make_reader(model, "teacher", split_head=split_head)
+        compile_blocks(model, self.reader.all_blocks)
         self.depth, self.vocabulary = self.reader.depth, self.reader.vocabulary
         self.transform, self.task = self.reader.transform, self.reader.task
 

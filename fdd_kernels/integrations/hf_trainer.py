@@ -18,6 +18,7 @@ from fdd_kernels.hf.teachers import Teacher, place_teacher, require_model
 from fdd_kernels.hf.wrappers import unwrap
 from fdd_kernels.integrations.finite import MASKED_LABELS, warn_of_nothing
 from fdd_kernels.integrations.model_card import TAGS, distillation_section
+from fdd_kernels.integrations.predictions import labels_of, predictions_of, require_logits
 from fdd_kernels.integrations.preparation import forget_evaluation
 from fdd_kernels.integrations.repeats import without_repeats
 from fdd_kernels.integrations.streamed_metrics import watching
@@ -58,15 +59,11 @@ class FDDTrainerMixin(TrainedProjection):
                 f"{name}'s loss is the FDD loss: leave label_smoothing_factor=0 and "
                 "compute_loss_func=None"
             )
-        if self.compute_metrics is not None:
-            raise ValueError(
-                f"{name} computes no logits, which compute_metrics needs: leave "
-                "compute_metrics=None"
-            )
         self.teacher, self.fdd_config = teacher, fdd_config
         self.evaluation_metrics = evaluation_metrics
         place_teacher(teacher, self.args.device)
         self.distiller = Distiller(self.model, teacher, fdd_config)
+        require_logits(name, self.distiller.task, self.compute_metrics)
         self._require_whole_projection()
         ddp = self.accelerator.ddp_handler
         if (
@@ -283,11 +280,15 @@ class FDDTrainerMixin(TrainedProjection):
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Return the loss of one batch; there are no logits to return."""
+        """Return the loss of one batch; of a task without a vocabulary, and if they are asked for,
+        logits and labels.
+        """
         inputs = without_repeats(self._prepare_inputs(inputs), self.accelerator, self.distiller)
-        with torch.no_grad(), self.compute_loss_context_manager():
+        seeing = predictions_of(self.distiller, not prediction_loss_only)
+        with torch.no_grad(), self.compute_loss_context_manager(), seeing as seen:
             loss = self.compute_loss(model, inputs)
-        return loss.detach(), None, None
+        labels = None if seen.logits is None else labels_of(self.distiller.task, inputs)
+        return loss.detach(), seen.logits, labels
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Write the trainer's own card, with a section and tags on the distillation."""

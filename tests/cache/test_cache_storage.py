@@ -108,6 +108,10 @@ class TestRefusals:
                 rf"vocab_size=5000 is larger .*teacher {VOCAB}",
             ),
             (FDDConfig(num_layers=2, ignore_index=-1), "ignore_index=-1"),
+            (
+                FDDConfig(num_layers=2, space="feature", trajectory="mse"),
+                'space="feature" compares the states of the teacher itself, .* is a TeacherCache',
+            ),
         ],
     )
     def test_configs(self, caches, config, message):

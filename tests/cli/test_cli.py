@@ -382,6 +382,13 @@ ALIGNMENT = {
     "alignment_epsilon": ("0.5", 0.5),
     "num_teacher_layers": ("6", 6),
 }
+# Those of feature space, which compares no distributions.
+FEATURES = {
+    "space": ("feature", "feature"),
+    "trajectory": ("mse", "mse"),
+    "projection": ("linear", "linear"),
+    "rows": ("deviation", "deviation"),
+}
 
 
 def test_every_field_of_the_config_is_a_flag(fake_module):
@@ -401,17 +408,14 @@ def test_every_field_of_the_config_is_a_flag(fake_module):
         "student_layers": (1, 2),
         "teacher_layers": (3, 5),
     }
-    named = expected.keys() | ALIGNMENT.keys()
+    named = expected.keys() | ALIGNMENT.keys() | FEATURES.keys()
     assert {f.name for f in fields(FDDConfig)} - set(NOT_OPTIONS) == named
     for name, value in expected.items():
         assert getattr(config, name) == value, name
-    flags = [f"--{name.replace('_', '-')}={given}" for name, (given, _) in ALIGNMENT.items()]
-    config = run_distill(fake_module, *flags).config
-    assert {name: (given, getattr(config, name)) for name, (given, _) in ALIGNMENT.items()} == (
-        ALIGNMENT
-    )
-    config = run_distill(fake_module, "--teacher-mix", "0.4", "--derivative", "weighted_cosine")
-    assert (config.config.teacher_mix, config.config.derivative) == (0.4, "weighted_cosine")
+    for group in (ALIGNMENT, FEATURES):
+        flags = [f"--{name.replace('_', '-')}={given}" for name, (given, _) in group.items()]
+        config = run_distill(fake_module, *flags).config
+        assert {name: (given, getattr(config, name)) for name, (given, _) in group.items()} == group
 
 
 def test_weights_of_pairs_have_a_row_for_each_layer_of_the_student(fake_module):

@@ -116,6 +116,17 @@ def test_every_option_of_the_objective(inputs, tmp_path):
     assert "finished; nothing to do" in console.file.getvalue()
 
 
+def test_feature_space(inputs, tmp_path):
+    """The card names it, and a run that is extended resumes with its projection."""
+    config = FDDConfig(num_layers=2, space="feature", trajectory="mse", projection="linear")
+    distill(options(inputs, tmp_path, config=config, max_steps=2), quiet())
+    card = ModelCard.load(tmp_path / "student" / "README.md").text
+    assert "space='feature', projection='linear'" in card
+    metrics = distill(options(inputs, tmp_path, config=config, max_steps=3), quiet())
+    assert metrics["steps"] == 3
+    assert (tmp_path / "checkpoint-3" / "fdd_projection.safetensors").is_file()
+
+
 def test_an_alignment_that_was_never_needed(inputs, tmp_path):
     """A run that ends before the first stage with trajectory or derivative."""
     stages = "task=9:alpha=0,beta=0;both:alpha=1,beta=1"

@@ -14,16 +14,20 @@ from transformers import (
     AutoConfig,
     BertConfig,
     BertForMultipleChoice,
+    BertForPreTraining,
     BertForSequenceClassification,
     BertLMHeadModel,
     LlamaForSequenceClassification,
     MllamaForCausalLM,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
     XLNetLMHeadModel,
 )
 
 from fdd_kernels import Distiller, FDDConfig
 from fdd_kernels.hf.model_reader import ModelReader
 from tests.support.hf_models import VOCAB, tiny_batch, tiny_config, tiny_model
+from tests.support.tasks import task_model
 
 CONFIG = FDDConfig(
     student_layers=(1, 2), teacher_layers=(1, 2), beta=0.0, alpha=0.7, output_kd_weight=0.9
@@ -327,6 +331,14 @@ def test_vision_language_models_with_images(kind):
         require_dense(student, teacher, blocks, one, rtol=1e-4)
 
 
+def tiny_whisper() -> WhisperConfig:
+    sides = ("encoder", "decoder")
+    sizes = {"layers": 1, "attention_heads": 2, "ffn_dim": 16}
+    of_sides = {f"{side}_{name}": size for side in sides for name, size in sizes.items()}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    return WhisperConfig(d_model=16, vocab_size=VOCAB, **of_sides, **tokens)
+
+
 class TestWithoutLens:
     """The reader refuses, naming the side and the supported kinds."""
 
@@ -369,6 +381,22 @@ class TestWithoutLens:
         ):
             task = "sequence_classification"
             self.refused(model, f"{type(model).__name__} is of the task {task}")
+
+    def test_pretraining_heads(self):
+        model = self.bert(BertForPreTraining)
+        with pytest.raises(TypeError, match=r"BertForPreTrainingOutput without logits: load"):
+            ModelReader(model)
+
+    def test_speech(self):
+        model = WhisperForConditionalGeneration(tiny_whisper())
+        with pytest.raises(TypeError, match=r"student: Whisper.*-decoder of input_features"):
+            ModelReader(model, "student")
+
+    def test_a_head_that_is_no_call_of_its_module(self):
+        """Without `legacy`, get_output_embeddings of DeBERTa v2 is a layer before its head."""
+        model = task_model("deberta_v2", legacy=False, dtype=torch.float32)
+        with pytest.raises(ValueError, match=r"has shape \(2, 3, 32\) instead of \(2, 3, 97\)"):
+            ModelReader(model)
 
     def test_multiple_choice(self):
         match = "BertForMultipleChoice.get_output_embeddings.. gives None"

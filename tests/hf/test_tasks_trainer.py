@@ -1,6 +1,7 @@
 """FDDTrainer with masked LMs and encoder-decoders, over the collators of transformers."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -84,7 +85,10 @@ def test_a_step_equals_a_plain_loops(family, tmp_path):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_evaluates_saves_and_resumes(family, tmp_path):
+    """An encoder-decoder with its encoder, whose projection is trained, saved and resumed too."""
+    config = dataclasses.replace(CONFIG, encoder_weight=0.5 if family == "t5" else 0.0)
     options = {
+        "config": config,
         "held_out": rows_of(family, (5, 8, 3)),
         "max_steps": 3,
         "eval_strategy": "steps",
@@ -98,11 +102,16 @@ def test_training_evaluates_saves_and_resumes(family, tmp_path):
     resumed = run_of(family, tmp_path / "resumed", **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
     same_parameters(resumed.model, whole.model, rtol=0, atol=0)
+    if family == "t5":
+        same_parameters(resumed.distiller.projection, whole.distiller.projection, rtol=0, atol=0)
+        assert whole.state.log_history[0]["encoder"] > 0
 
     start = len(resumed.data_collator.batches)
     metrics = resumed.evaluate()
     batches = resumed.data_collator.batches[start:]
-    distiller = Distiller(resumed.model, resumed.teacher, CONFIG)
+    distiller = Distiller(resumed.model, resumed.teacher, config)
+    if family == "t5":
+        distiller.projection.load_state_dict(resumed.distiller.projection.state_dict())
     counts = [distiller.count_positions(batch) for batch in batches]
     with torch.no_grad():
         losses = [distiller(batch, num_items_in_batch=sum(counts)).loss for batch in batches]

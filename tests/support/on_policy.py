@@ -165,7 +165,7 @@ def require_plain_loop(texts, log, gradient, *, dense=False):
     """Compare a step's logged terms and gradients with a plain loop on what it generated.
 
     Float32 norms inside float64 models (Llama's) round at 6e-8, alike on both sides but for the
-    shape of the batch.
+    shape of the batch; so do denominators, which GKDTrainer's scale replaces, and logged losses.
     """
     assert len({len(completion) for _, completion in texts}) > 1
     student = student_model().train()

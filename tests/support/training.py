@@ -58,6 +58,7 @@ def trainer(
     config=CONFIG,
     data_collator=pad,
     callbacks=None,
+    compute_metrics=None,
     **arguments,
 ):
     student = student if student is not None else tiny_model("llama", depth=3, seed=1)
@@ -81,6 +82,7 @@ def trainer(
         eval_dataset=held_out,
         data_collator=data_collator,
         callbacks=callbacks,
+        compute_metrics=compute_metrics,
     )
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 SPACES = ("lens", "feature")
 PROJECTIONS = ("auto", "linear")
 ROWS = ("states", "deviation")
+POOLINGS = ("mean", "cls")
 # Of the logits that feature space does not have.
 _OF_LOGITS = ("temperature", "derivative_temperature")
 
@@ -23,6 +24,10 @@ def check_pairs(config: FDDConfig) -> None:
     Raises:
         TypeError, ValueError: naming the option, its value and the remedy.
     """
+    if (config.student_layers is None) != (config.teacher_layers is None):
+        raise ValueError(
+            "student_layers and teacher_layers must be given together: they are compared"
+        )
     if config.num_teacher_layers is not None:
         require_int("num_teacher_layers", config.num_teacher_layers, minimum=1)
         if config.teacher_layers is not None:
@@ -69,6 +74,7 @@ def check_space(config: FDDConfig) -> None:
     require_choice("space", config.space, SPACES)
     require_choice("projection", config.projection, PROJECTIONS)
     require_choice("rows", config.rows, ROWS)
+    require_choice("pooling", config.pooling, POOLINGS)
     if config.space == "lens":
         for name in ("projection", "rows"):
             value, default = getattr(config, name), getattr(type(config), name)

@@ -231,6 +231,8 @@ class FDDConfig(LossOptions):
             the widths are equal.
         rows: of feature space: states, or deviation, each state minus the mean over the valid rows
             of its batch, layer and model.
+        pooling: of embedding models, whose output_divergence is cosine or mse: mean over the tokens
+            of a sentence, or cls, its first token.
         encoder_weight: weight of the encoder's trajectory plus derivative in an encoder-decoder: of
             states, as in feature space, with a projection and num_layers layers of its own.
         encoder_trajectory: mse or cosine.
@@ -261,6 +263,7 @@ class FDDConfig(LossOptions):
     space: str = "lens"
     projection: str = "auto"
     rows: str = "states"
+    pooling: str = "mean"
     encoder_weight: float = 0.0
     encoder_trajectory: str = "mse"
     train_head: bool = True
@@ -283,13 +286,8 @@ class FDDConfig(LossOptions):
             object.__setattr__(self, "derivative", default)
         for name in ("student_logit_scale", "teacher_logit_scale"):
             require_number(name, getattr(self, name), positive=True, optional=True)
-        checked = LossOptions(
-            **{
-                f.name: getattr(self, f.name)
-                for f in fields(LossOptions)
-                if "logit_scale" not in f.name
-            }
-        )
+        given = {k: v for k, v in self.loss_options().items() if "logit_scale" not in k}
+        checked = LossOptions(**given)
         for name in ("layer_weights", "derivative_layers"):
             object.__setattr__(self, name, getattr(checked, name))
         require_int("num_layers", self.num_layers, minimum=0)
@@ -300,10 +298,6 @@ class FDDConfig(LossOptions):
                 object.__setattr__(self, name, tuple(layers))
                 for layer in getattr(self, name):
                     require_int(f"{name} entry", layer, minimum=0)
-        if (self.student_layers is None) != (self.teacher_layers is None):
-            raise ValueError(
-                "student_layers and teacher_layers must be given together: they are compared"
-            )
         check_pairs(self)
         check_space(self)
         check_encoder(self)
@@ -313,6 +307,17 @@ class FDDConfig(LossOptions):
             )
         for name, text in check_scheduled(self, checked).texts.items():
             object.__setattr__(self, name, text)
+
+    def loss_options(self) -> dict[str, Any]:
+        """Return the options that are those of `LossOptions`. The distance of embeddings, which is
+        none of them, is left out.
+        """
+        from fdd_kernels.lens.divergences import FEATURE_DISTANCES
+
+        given = {f.name: getattr(self, f.name) for f in fields(LossOptions)}
+        if self.output_divergence in FEATURE_DISTANCES:
+            given["output_divergence"] = LossOptions.output_divergence
+        return given
 
     @property
     def dynamics_layers(self) -> int:

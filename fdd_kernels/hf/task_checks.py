@@ -1,0 +1,57 @@
+"""Refuse options of a config that have no meaning for a task, before any work."""
+
+from __future__ import annotations
+
+from fdd_kernels.hf.tasks import Task
+from fdd_kernels.lens.distances import DISTANCES
+from fdd_kernels.objectives.fdd.options import FDDConfig
+
+
+def check_task_config(task: Task, config: FDDConfig) -> None:
+    """Check the options of a config that depend on the task.
+
+    Raises:
+        ValueError: naming the option, its value and the remedy.
+    """
+    is_embedding = task.name == "embedding"
+    of_states = config.output_divergence in DISTANCES
+    if of_states and not is_embedding:
+        raise ValueError(
+            f"output_divergence={config.output_divergence!r} compares embeddings, but the models "
+            f'are of the task {task}: give a divergence of distributions, such as "kl"'
+        )
+    if config.pooling != FDDConfig.pooling and not is_embedding:
+        raise ValueError(
+            f"pooling={config.pooling!r} makes embeddings of sentences, but the models are of the "
+            f"task {task}: leave it at {FDDConfig.pooling!r}"
+        )
+    if task.has_lens:
+        return
+    if config.space == "lens" and (config.ever("alpha") or config.ever("beta")):
+        raise ValueError(
+            f'space="lens" compares predictions at sampled layers, which models of the task {task} '
+            'do not make: give FDDConfig(space="feature", trajectory="mse") to compare their '
+            "states, or alpha=0 and beta=0"
+        )
+    if config.vocab_size is not None:
+        raise ValueError(
+            f"vocab_size={config.vocab_size} is of a vocabulary, which models of the task {task} "
+            "do not predict: leave it at None"
+        )
+    if not config.train_head:
+        raise ValueError(
+            f"train_head=False is of a language model's head, but the models are of the task {task}"
+            ": freeze the head with requires_grad_(False) instead"
+        )
+    if not is_embedding:
+        return
+    if config.ever("output_kd_weight") and not of_states:
+        raise ValueError(
+            f"output_divergence={config.output_divergence!r} compares distributions, but embedding "
+            'models give vectors: give output_divergence="cosine" or "mse"'
+        )
+    if config.ever("ce_weight"):
+        raise ValueError(
+            f"ce_weight={config.ever('ce_weight'):g} needs labels, which embedding models do not "
+            "predict: give ce_weight=0"
+        )
