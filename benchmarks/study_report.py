@@ -146,9 +146,14 @@ def table(runs: pd.DataFrame, every: pd.DataFrame, budget: str) -> list[str]:
     time = runs.groupby("objective").cpu.mean() / runs.groupby("objective").steps.mean()
     for objective, own in runs.groupby("objective", sort=False):
         row = {"objective": objective, "seeds": str(len(own))}
-        row |= {"KL": f"{own.kl.mean():.3f}", "loss": f"{own.loss.mean():.3f}"}
+        row |= {
+            "KL": f"{own.kl.mean():.3f}",
+            "of seeds": f"{own.kl.min():.2f} to {own.kl.max():.2f}",
+        }
+        row["loss"] = f"{own.loss.mean():.3f}"
         for reference in REFERENCES:
-            compared = difference(runs, objective, reference)
+            is_baseline = objective == "output KD"  # it stands in the other rows
+            compared = None if is_baseline else difference(runs, objective, reference)
             row[f"KL minus {reference}"] = _shown(compared)
             if compared and compared.exceeds_noise:
                 word = "below" if compared.mean < 0 else "above"

@@ -26,6 +26,7 @@ from fdd_kernels.cli.parsing import (
 )
 from fdd_kernels.cli.plan import add_plan
 from fdd_kernels.common.errors import SaidElsewhere, UserError
+from fdd_kernels.common.heartbeat import Heartbeat
 from fdd_kernels.objectives.fdd.options import FDDConfig
 from fdd_kernels.version import __version__
 
@@ -80,7 +81,7 @@ def _add_demo(commands) -> None:
         metavar="DIR",
         help="the directory for the report (%(default)s)",
     )
-    demo.add_argument("--quick", action="store_true", help="fewer steps, one seed")
+    demo.add_argument("--quick", action="store_true", help="fewer steps")
     source = demo.add_mutually_exclusive_group()
     source.add_argument(
         "--teacher",
@@ -99,7 +100,7 @@ def _add_demo(commands) -> None:
         action="append",
         metavar="NAME",
         help="train only a student of this objective; may repeat; beside the default five there "
-        'are "KD + weighted derivative" and "full FDD, weighted"',
+        'are "KD + derivative" and "KD + weighted derivative"',
     )
     demo.set_defaults(run=run_demo)
 
@@ -196,7 +197,10 @@ def _add_doctor(commands) -> None:
 
 def run_demo(arguments: argparse.Namespace) -> None:
     """Train students of one size and budget under several objectives and compare them."""
-    with _needs("transformers", "tokenizers", "rich", "matplotlib"):
+    with (
+        Heartbeat(lambda seconds: print(f"loading PyTorch: {seconds:.0f} s", file=sys.stderr)),
+        _needs("transformers", "tokenizers", "rich", "matplotlib"),
+    ):
         from fdd_kernels.demo.run import run_demo as run
     try:
         run(

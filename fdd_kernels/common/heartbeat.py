@@ -10,10 +10,10 @@ EVERY = 10.0  # seconds
 
 
 class Heartbeat:
-    """Call `beat(seconds since the start)` every ten seconds from another thread while the block
-    runs.
+    """Call `beat(seconds since the start)` regularly from another thread while the block runs.
 
     Args:
+        every: seconds from one call to the next.
         wait: wait that many seconds and return whether the block has ended; for tests.
         clock: the time in seconds; for tests.
     """
@@ -22,10 +22,12 @@ class Heartbeat:
         self,
         beat: Callable[[float], None],
         *,
+        every: float = EVERY,
         wait: Callable[[float], bool] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._beat, self._clock, self._ended = beat, clock, threading.Event()
+        self._beat, self._every, self._clock = beat, every, clock
+        self._ended = threading.Event()
         self._wait = wait or self._ended.wait
         self._thread: threading.Thread | None = None
 
@@ -45,5 +47,5 @@ class Heartbeat:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._wait(EVERY):
+        while not self._wait(self._every):
             self._beat(self.seconds)

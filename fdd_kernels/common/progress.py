@@ -1,4 +1,6 @@
-"""Show the progress of a command: a bar on a terminal, elsewhere a line every ten seconds."""
+"""Show the progress of a command: a bar on a terminal that can show one, elsewhere a line every ten
+seconds.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from fdd_kernels.common.heartbeat import Heartbeat
+from fdd_kernels.common.heartbeat import EVERY, Heartbeat
 
 BAR_WIDTH = 16
 TIME_WIDTH = 8
@@ -23,6 +25,7 @@ class Activity:
         what: the task in words, as in "distilling".
         total: number of steps; None: show the time only.
         count: format a number of steps.
+        every: seconds from one line to the next where there is no bar.
         wait, clock: see `Heartbeat`.
     """
 
@@ -33,6 +36,7 @@ class Activity:
         total: int | None = None,
         *,
         count: Callable[[int], str] = str,
+        every: float = EVERY,
         wait: Callable[[float], bool] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -40,13 +44,14 @@ class Activity:
         self.done, self._first_done, self.terms = 0, 0, ()
         self._heartbeat = Heartbeat(
             lambda seconds: console.print(self.line(seconds), soft_wrap=True),
+            every=every,
             wait=wait,
             clock=clock,
         )
         self._bar: Progress | None = None
 
     def __enter__(self) -> Activity:
-        if self.console.is_terminal:
+        if self.console.is_interactive:  # TERM=dumb is a terminal that shows no bar
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=BAR_WIDTH),

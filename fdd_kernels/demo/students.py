@@ -11,7 +11,11 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlamaForCausalLM, get_cosine_with_min_lr_schedule_with_warmup
+from transformers import (
+    LlamaForCausalLM,
+    get_cosine_with_min_lr_schedule_with_warmup,
+    get_inverse_sqrt_schedule,
+)
 
 from fdd_kernels.common.progress import Activity
 from fdd_kernels.demo.corpus import random_windows
@@ -72,16 +76,18 @@ class Run:
     """The record of one student.
 
     Attributes:
-        steps: the steps after which it was evaluated; of the next five lists there is one entry per
+        steps: the steps after which it was evaluated; of the next six lists there is one entry per
             evaluation.
         held_out_loss, held_out_kl: validation cross-entropy and KL(teacher || student), in nats per
             token.
         seconds, cpu_seconds: wall-clock and CPU time of the student's own steps so far, without
             teacher and evaluations. With one thread the CPU time is the one to compare where other
             programs run too.
-        teacher_seconds: of the teacher's forward passes so far, which several students share.
+        teacher_seconds, teacher_cpu_seconds: of the teacher's forward passes so far, which several
+            students share.
         window_kl: validation KL of every window at the last evaluation. Runs of the same teacher
             and budget have the same windows, so their differences can be taken window by window.
+        window_kl_curve: the same at every evaluation, if it was asked for.
         layer_kl_before, layer_kl_after: validation KL of the paper's layers (see `Evaluation`),
             then of the output, before the first step and after the last.
     """
@@ -94,7 +100,9 @@ class Run:
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
     teacher_seconds: list[float] = field(default_factory=list)
+    teacher_cpu_seconds: list[float] = field(default_factory=list)
     window_kl: list[float] = field(default_factory=list)
+    window_kl_curve: list[list[float]] = field(default_factory=list)
     layer_kl_before: list[float] = field(default_factory=list)
     layer_kl_after: list[float] = field(default_factory=list)
 
@@ -171,6 +179,7 @@ class _Student:
         seed: int,
         teacher: LlamaForCausalLM,
         budget: Budget,
+        warmup: int | None,
     ) -> None:
         torch.manual_seed(seed)
         self.model = llama(budget.hidden_size, budget.num_layers, budget.num_heads).train()
@@ -182,15 +191,18 @@ class _Student:
             weight_decay=0.05,
             fused=True,
         )
-        self.scheduler = get_cosine_with_min_lr_schedule_with_warmup(
-            self.optimizer,
-            num_warmup_steps=budget.steps // 10,
-            num_training_steps=budget.steps,
-            min_lr_rate=0.05,
-        )
+        if warmup is None:
+            self.scheduler = get_cosine_with_min_lr_schedule_with_warmup(
+                self.optimizer,
+                num_warmup_steps=budget.steps // 10,
+                num_training_steps=budget.steps,
+                min_lr_rate=0.05,
+            )
+        else:
+            self.scheduler = get_inverse_sqrt_schedule(self.optimizer, warmup)
         self.run, self.seconds, self.cpu_seconds = Run(objective, seed), 0.0, 0.0
 
-    def step(self, batch: dict[str, Tensor], teacher_states: Targets) -> float:
+    def step(self, batch: dict[str, Tensor], teacher_states: Targets) -> None:
         started, cpu_started = time.monotonic(), time.process_time()
         loss = self.distiller(batch, teacher_states=teacher_states).loss
         loss.backward()
@@ -200,9 +212,10 @@ class _Student:
         self.optimizer.zero_grad()
         self.seconds += time.monotonic() - started
         self.cpu_seconds += time.process_time() - cpu_started
-        return loss.item()
 
-    def evaluate(self, step: int, teacher_seconds: float, evaluation: Evaluation) -> None:
+    def evaluate(
+        self, step: int, teacher: _SharedTeacher, evaluation: Evaluation, curve: bool
+    ) -> None:
         loss, window_kl = evaluation(self.model)
         run = self.run
         run.steps.append(step)
@@ -210,15 +223,18 @@ class _Student:
         run.held_out_kl.append(window_kl.mean().item())
         run.seconds.append(self.seconds)
         run.cpu_seconds.append(self.cpu_seconds)
-        run.teacher_seconds.append(teacher_seconds)
+        run.teacher_seconds.append(teacher.seconds)
+        run.teacher_cpu_seconds.append(teacher.cpu_seconds)
         run.window_kl = window_kl.tolist()
+        if curve:
+            run.window_kl_curve.append(run.window_kl)
 
 
 class _SharedTeacher:
     """Runs the teacher once per batch for all students that compare the same of its layers."""
 
     def __init__(self, students: Sequence[_Student]) -> None:
-        self.seconds, self._widest = 0.0, {}
+        self.seconds, self.cpu_seconds, self._widest = 0.0, 0.0, {}
         for student in students:  # the one whose targets hold all that the others need
             config = student.distiller.config
             needs = config.compares_dynamics, config.compares_output
@@ -229,12 +245,13 @@ class _SharedTeacher:
         return student.distiller.teacher_layers, student.distiller.config.apply_final_norm
 
     def __call__(self, batch: dict[str, Tensor]) -> dict[tuple, Targets]:
-        started = time.monotonic()
+        started, cpu_started = time.monotonic(), time.process_time()
         targets = {
             layers: student.distiller.teacher_states(batch)
             for layers, (_, student) in self._widest.items()
         }
         self.seconds += time.monotonic() - started
+        self.cpu_seconds += time.process_time() - cpu_started
         return targets
 
     def of(self, student: _Student, targets: dict[tuple, Targets]) -> Targets:
@@ -250,16 +267,26 @@ def train_students(
     seed: int,
     activity: Activity,
     objectives: Mapping[str, FDDConfig] = OBJECTIVES,
+    *,
+    warmup: int | None = None,
+    window_curves: bool = False,
 ) -> tuple[list[Run], dict[str, LlamaForCausalLM]]:
     """Train one student per objective from the same initial weights on the same batches.
 
     The teacher runs once per batch for all of them that compare the same layers.
 
+    Args:
+        activity: told after every step, with the KL of the last evaluation of each student.
+        warmup: steps in which the learning rate rises, after which it falls with the square root of
+            the step: it does not depend on the number of steps, so that each point of a curve is a
+            run of that length. None: it rises in a tenth of the steps and falls as a cosine to 5%.
+        window_curves: keep `Run.window_kl_curve`.
+
     Returns:
         The records, and the models by objective.
     """
     students = [
-        _Student(name, config, seed, teacher, budget) for name, config in objectives.items()
+        _Student(name, config, seed, teacher, budget, warmup) for name, config in objectives.items()
     ]
     run_teacher = _SharedTeacher(students)
     before = evaluation.by_layer(students[0].model)
@@ -273,15 +300,12 @@ def train_students(
             "labels": windows,
         }
         targets = run_teacher(batch)
-        losses = [student.step(batch, run_teacher.of(student, targets)) for student in students]
+        for student in students:
+            student.step(batch, run_teacher.of(student, targets))
         if step % every == 0 or step == budget.steps:
             for student in students:
-                student.evaluate(step, run_teacher.seconds, evaluation)
-        kl = students[-1].run.held_out_kl
-        terms = [
-            f"{students[-1].run.objective} loss {losses[-1]:.3f}",
-            *(f"validation KL {value:.3f}" for value in kl[-1:]),
-        ]
+                student.evaluate(step, run_teacher, evaluation, window_curves)
+        terms = [f"{s.run.objective} {kl:.3f}" for s in students for kl in s.run.held_out_kl[-1:]]
         activity.update(step, terms=terms)
     for student in students:
         student.run.layer_kl_before = before

@@ -93,24 +93,26 @@ def train_teacher(
         The record: sizes, steps, tokens seen, validation loss in nats per token, seconds, versions.
     """
     torch.manual_seed(seed)
-    train_texts, held_out_texts = (
-        standard_library_texts(held_out=False),
-        standard_library_texts(held_out=True),
-    )
-    if start_from is None:
-        earlier = None
-        tokenizer, model = (
-            train_tokenizer(train_texts, VOCAB_SIZE),
-            llama(hidden_size=192, num_layers=10, num_heads=3),
+    progress = Console(stderr=True)
+    with Activity(progress, "reading the standard library"):
+        train_texts, held_out_texts = (
+            standard_library_texts(held_out=False),
+            standard_library_texts(held_out=True),
         )
-    else:
-        earlier = json.loads((start_from / RECORD_FILE).read_text())
-        tokenizer = AutoTokenizer.from_pretrained(start_from)
-        model = LlamaForCausalLM.from_pretrained(start_from, dtype=torch.float32).train()
-    train_stream, held_out_stream = (
-        token_stream(tokenizer, train_texts),
-        token_stream(tokenizer, held_out_texts),
-    )
+        if start_from is None:
+            earlier = None
+            tokenizer, model = (
+                train_tokenizer(train_texts, VOCAB_SIZE),
+                llama(hidden_size=192, num_layers=10, num_heads=3),
+            )
+        else:
+            earlier = json.loads((start_from / RECORD_FILE).read_text())
+            tokenizer = AutoTokenizer.from_pretrained(start_from)
+            model = LlamaForCausalLM.from_pretrained(start_from, dtype=torch.float32).train()
+        train_stream, held_out_stream = (
+            token_stream(tokenizer, train_texts),
+            token_stream(tokenizer, held_out_texts),
+        )
     evaluation = held_out_windows(held_out_stream, 128)
 
     forward = torch.compile(model) if shutil.which("c++") or shutil.which("g++") else model
@@ -130,7 +132,7 @@ def train_teacher(
     )
     generator = torch.Generator().manual_seed(seed + 1)
     curve, started = [], time.monotonic()
-    with Activity(Console(stderr=True), "training the teacher", steps) as activity:
+    with Activity(progress, "training the teacher", steps) as activity:
         for step in range(1, steps + 1):
             batch = random_windows(train_stream, batch_size, CONTEXT, generator)
             loss = forward(input_ids=batch, labels=batch).loss

@@ -39,10 +39,10 @@ def _bars(column: str, models: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
     found = {model["name"]: model["metrics"].get(column) for model in models}
     found = {name: value for name, value in found.items() if value is not None}
     ends = [end for value in found.values() for end in value.values() if _is_finite(end)]
-    longest = max(ends, default=0.0) or 1.0
+    longest = 1.01 * max(ends, default=0.0) or 1.0  # the ends of intervals are lines
 
     def share(end: float | None) -> float:
-        return min(max(100 * end / longest, 0.0), 100.0) if _is_finite(end) else 0.0
+        return round(min(max(100 * end / longest, 0.0), 100.0), 2) if _is_finite(end) else 0.0
 
     return [
         {"name": name, "text": shown(column, value)}

@@ -28,6 +28,7 @@ except ModuleNotFoundError as error:
 from fdd_kernels.hf.distiller import Distiller, DistillerTerms
 from fdd_kernels.hf.teachers import Teacher, place_teacher
 from fdd_kernels.integrations.finite import require_finite, warn_of_nothing
+from fdd_kernels.integrations.streamed_metrics import StreamedMetrics, watching
 from fdd_kernels.objectives.fdd.options import FDDConfig
 
 STATE = "fdd_state"  # in a checkpoint: see `Distiller.state_dict`
@@ -47,6 +48,7 @@ class FDDLightningModule(pl.LightningModule):
         fdd_config: layers and loss options.
         optimizer: maps the student's trainable parameters, and the projection's, to the result of
             `configure_optimizers`; default AdamW with a learning rate of 1e-4.
+        evaluation_metrics: as for `FDDTrainer`: log `val_perplexity`, `val_kl` and the others too.
 
     Batches are mappings as `Distiller` takes them. Every term is logged as `train_loss`,
     `train_output_kd`, ... each step and as `val_...`, `test_...`, means over all valid tokens, in
@@ -74,6 +76,7 @@ class FDDLightningModule(pl.LightningModule):
         fdd_config: FDDConfig | None = None,
         *,
         optimizer: Callable[[Iterable[nn.Parameter]], Any] = _ADAMW,
+        evaluation_metrics: bool = True,
     ) -> None:
         super().__init__()
         self.student = student
@@ -82,6 +85,8 @@ class FDDLightningModule(pl.LightningModule):
         self.distiller = Distiller(student, teacher, fdd_config)
         self.projection = self.distiller.projection
         self._optimizer = optimizer
+        self.evaluation_metrics = evaluation_metrics
+        self._metrics: dict[int, StreamedMetrics] = {}  # of an evaluation, by data loader
         self._begin_step()
 
     def _begin_step(self) -> None:
@@ -204,7 +209,32 @@ class FDDLightningModule(pl.LightningModule):
         loader = loaders[which] if isinstance(loaders, (list, tuple)) else loaders
         batch = _without_repeats(batch, batch_idx, loader, self.distiller)
         tokens = int(self.distiller.count_positions(batch))
-        self._log(stage, self(batch), tokens, on_step=False, on_epoch=True, sync_dist=True)
+        metrics = self._metrics.setdefault(which, StreamedMetrics(self.distiller))
+        with watching(self.distiller, self.evaluation_metrics, metrics):
+            terms = self(batch)
+        self._log(stage, terms, tokens, on_step=False, on_epoch=True, sync_dist=True)
+
+    def _log_metrics(self, stage: str) -> None:
+        """Log the metrics of all batches of an evaluation, named like Lightning's own means."""
+        metrics, self._metrics = self._metrics, {}
+        strategy = self.trainer.strategy
+        for which, of_loader in metrics.items():
+            found = of_loader.results(lambda sums, how: strategy.reduce(sums, reduce_op=how))
+            end = f"/dataloader_idx_{which}" if len(metrics) > 1 else ""
+            named = {f"{stage}_{name}{end}": value for name, value in found.items()}
+            self.log_dict(named, add_dataloader_idx=False)
+
+    def on_validation_epoch_start(self) -> None:
+        self._metrics = {}
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics("val")
+
+    def on_test_epoch_start(self) -> None:
+        self._metrics = {}
+
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics("test")
 
     def validation_step(
         self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0

@@ -47,11 +47,16 @@ class StreamedMetrics(Observer):
 
 
 @contextlib.contextmanager
-def watching(distiller: Distiller, wanted: bool = True) -> Iterator[StreamedMetrics]:
+def watching(
+    distiller: Distiller, wanted: bool = True, metrics: StreamedMetrics | None = None
+) -> Iterator[StreamedMetrics]:
     """Gather the metrics of all batches that a distiller sees while the block runs; nothing if they
     are not `wanted`, or for a task without a head over a vocabulary.
+
+    Args:
+        metrics: those to add to; new ones if not given.
     """
-    metrics, before = StreamedMetrics(distiller), distiller.observer
+    metrics, before = metrics or StreamedMetrics(distiller), distiller.observer
     distiller.observer = metrics if wanted and distiller.task.has_lens else before
     try:
         yield metrics

@@ -101,6 +101,7 @@ def test_a_short_run_writes_numbers_and_a_page(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(demo, "standard_library_texts", lambda *, held_out: texts)
     budget = Budget(steps=2, batch_size=1, evaluations=2, evaluation_windows=2)
     monkeypatch.setattr(demo, "QUICK", budget)
+    monkeypatch.setattr(demo, "SAMPLE_TOKENS", 2)
     result = demo.run_demo(tmp_path / "out", quick=True, seeds=2)
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert [row["objective"] for row in metrics["rows"]] == list(OBJECTIVES)
@@ -116,18 +117,28 @@ def test_a_short_run_writes_numbers_and_a_page(tmp_path, monkeypatch, capsys):
         assert run["layer_kl_after"][-1] == pytest.approx(run["held_out_kl"][-1], rel=1e-4)
         assert len(run["layer_kl_before"]) == len(run["layer_kl_after"]) == 4 + 1
         assert run["layer_kl_before"] != run["layer_kl_after"]
+        assert len(run["window_kl_curve"]) == 2
+        assert run["window_kl_curve"][-1] == run["window_kl"]
     # Same initial weights and batches within a seed: only the objective makes students differ.
     assert len({run["held_out_kl"][-1] for run in metrics["runs"] if run["seed"] == 0}) == len(
         OBJECTIVES
     )
-    assert {row["objective"]: row["held_out_kl"] for row in result.rows()} == {
-        row["objective"]: row["held_out_kl"] for row in metrics["rows"]
-    }
+    for row in metrics["rows"]:
+        runs = [run for run in metrics["runs"] if run["objective"] == row["objective"]]
+        kl = [run["held_out_kl"][-1] for run in runs]
+        assert row["equal steps"]["kl"]["mean"] == pytest.approx(sum(kl) / 2)
+        assert row["equal steps"]["by_seed"] == pytest.approx(kl)
+        assert row["equal steps"]["difference"].keys() == {"mean", "half"}
+    assert len(result.markdown()) == len(metrics["markdown"]) == 2 + len(OBJECTIVES)
+    assert {line.count("|") for line in metrics["markdown"]} == {1 + len(result.table()[0])}
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "<svg" in page
+    assert page.count("<svg") == 3  # curves, bars, layers
     assert all(objective in page for objective in OBJECTIVES)
     assert not re.search(r'(src|href)="(?!#)', page)  # self-contained
-    assert "full FDD" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "full FDD" in shown.out
+    for seed in (0, 1):  # a line at each evaluation
+        assert f"seed {seed}, step 1: KL labels only" in shown.err
 
 
 def test_objectives_can_be_named(tmp_path, monkeypatch):
@@ -136,9 +147,11 @@ def test_objectives_can_be_named(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "standard_library_texts", lambda *, held_out: texts)
     budget = Budget(steps=2, batch_size=1, evaluations=1, evaluation_windows=2)
     monkeypatch.setattr(demo, "QUICK", budget)
+    monkeypatch.setattr(demo, "SAMPLE_TOKENS", 2)
     names = ["full FDD, weighted", "full FDD", "output KD"]
-    result = demo.run_demo(tmp_path / "out", quick=True, objectives=names)
-    assert [row["objective"] for row in result.rows()] == names
+    result = demo.run_demo(tmp_path / "out", quick=True, seeds=1, objectives=names)
+    assert list(result.comparison.runs) == names
+    assert result.notes()[2].startswith("One seed")
     assert len({run.held_out_kl[-1] for run in result.runs}) == 3
     for wrong in ("half FDD", "output KD"):
         with pytest.raises(ValueError, match=rf"'{wrong}' is not one of 'labels only'.*weighted"):
@@ -167,6 +180,23 @@ def test_each_student_gets_the_layers_of_its_own_objective():
     together = train(configs)
     assert together == [train({name: config})[0] for name, config in configs.items()]
     assert len({tuple(kl) for kl in together}) == len(configs)
+
+
+@pytest.mark.slow
+def test_numbers_do_not_depend_on_processes(tmp_path, monkeypatch):
+    texts = standard_library_texts(held_out=True)[:20]
+    monkeypatch.setattr(demo, "standard_library_texts", lambda *, held_out: texts)
+    budget = Budget(steps=2, batch_size=1, evaluations=1, evaluation_windows=2)
+    monkeypatch.setattr(demo, "QUICK", budget)
+    monkeypatch.setattr(demo, "SAMPLE_TOKENS", 2)
+    seen = []
+    for threads in (1, 2):
+        monkeypatch.setattr(demo.torch, "get_num_threads", lambda threads=threads: threads)
+        result = demo.run_demo(tmp_path, quick=True, seeds=2, objectives=["full FDD", "output KD"])
+        assert f"{threads} process" in result.machine
+        seen.append([(run.seed, run.objective, run.window_kl) for run in result.runs])
+    assert seen[0] == seen[1]
+    assert len(result.samples) == 4  # the beginning, the teacher and two students
 
 
 def test_without_a_teacher_it_says_what_to_do(tmp_path, monkeypatch):

@@ -5,33 +5,33 @@ import io
 import pytest
 from rich.console import Console
 
-from fdd_kernels.common.heartbeat import EVERY
 from fdd_kernels.common.progress import Activity
 
 TERMS = ["loss 12.3456", "output_kd 4.5678", "trajectory 3.4567", "derivative 1.2345", "ce 10.1234"]
 
 
-def terminal(width):
+def terminal(width, term="xterm"):
     return Console(
         file=io.StringIO(),
         force_terminal=True,
         width=width,
         color_system=None,
         legacy_windows=False,
+        _environ={"TERM": term},
     )
 
 
 class Time:
     """A clock that advances by each wait; `during` holds one action for each wait."""
 
-    def __init__(self, *during):
-        self.now, self.during = 0.0, list(during)
+    def __init__(self, *during, every=10.0):
+        self.now, self.during, self.every = 0.0, list(during), every
 
     def clock(self):
         return self.now
 
     def wait(self, seconds):
-        assert seconds == EVERY == 10.0
+        assert seconds == self.every
         if not self.during:
             return True
         self.now += seconds
@@ -76,6 +76,16 @@ def test_without_a_terminal_a_line_every_ten_seconds():
         "distilling: 30/100 0:01:10 left  loss 2.5  output_kd 1.5",
         "distilling: 50/100 0:00:38 left  loss 2.5  output_kd 1.5",
     ]
+
+
+def test_a_terminal_without_a_bar_gets_lines():
+    """TERM=dumb, as in editors and agents: rich shows nothing there before a bar ends."""
+    console, time = terminal(80, term="dumb"), Time(lambda: None, every=5.0)
+    with Activity(
+        console, "distilling", 100, every=5.0, wait=time.wait, clock=time.clock
+    ) as activity:
+        activity._heartbeat._thread.join()
+    assert console.file.getvalue().splitlines() == ["distilling: 0/100 0:00:05 so far"]
 
 
 def test_what_has_no_steps_tells_its_time():

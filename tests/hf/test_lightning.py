@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 
 from fdd_kernels import Distiller  # noqa: E402
 from fdd_kernels.integrations import NonFiniteLossError  # noqa: E402
+from fdd_kernels.integrations.streamed_metrics import watching  # noqa: E402
 from tests.hf.lightning_worker import CONFIG, batches, fit, module, trainer_of  # noqa: E402
 from tests.support.training import examples, pad  # noqa: E402
 
@@ -107,6 +108,11 @@ def test_two_processes_equal_one(tmp_path):
         load_file(tmp_path / "metrics.safetensors"),
     )
     counts = torch.tensor([float(distiller.count_positions(batch)) for batch in data])
+    with torch.no_grad(), watching(distiller) as watched:
+        for batch in data:
+            distiller(batch)
+    for name, value in watched.results(lambda sums, _: sums).items():
+        assert float(metrics[f"val_{name}"]) == pytest.approx(value, rel=1e-4), name
     with torch.no_grad():
         for name in TERMS:
             values = torch.stack([getattr(distiller(batch), name) for batch in data])
@@ -322,6 +328,30 @@ def test_rows_that_are_repeated_for_other_processes_do_not_count(tmp_path, count
             counts
         )
         assert mean == pytest.approx(float(getattr(whole, name)), rel=1e-4), name
+
+
+def test_metrics_of_several_validation_sets(tmp_path):
+    """As FDDTrainer's; and none if they are not wanted."""
+    rows = examples([4, 17, 6, 12, 5])
+    loaders = [
+        torch.utils.data.DataLoader(part, batch_size=2, collate_fn=pad)
+        for part in (rows[:3], rows[3:])
+    ]
+    trainer, distiller = trainer_of(tmp_path), module().distiller
+    trainer.validate(module(), loaders, verbose=False)
+    found = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    for index, part in enumerate((rows[:3], rows[3:])):
+        with torch.no_grad(), watching(distiller) as watched:
+            distiller(pad(part))
+        for name, value in watched.results(lambda sums, _: sums).items():
+            key = f"val_{name}/dataloader_idx_{index}"
+            assert found[key] == pytest.approx(value, rel=1e-5), key
+    (alone,) = trainer_of(tmp_path).test(module(), loaders[0], verbose=False)
+    assert alone["test_kl"] == pytest.approx(found["val_kl/dataloader_idx_0"])
+    model = module(evaluation_metrics=False)
+    (plain,) = trainer_of(tmp_path).validate(model, loaders[0], verbose=False)
+    assert "val_loss" in plain
+    assert "val_kl" not in plain
 
 
 def test_gradients_that_ddp_would_wait_for_are_told_of():
