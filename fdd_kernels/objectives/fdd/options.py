@@ -33,19 +33,9 @@ if TYPE_CHECKING:  # without torch the command line can show its options
 
 LAYER_GRIDS = ("floor", "linspace")
 # The published setting: FDDConfig.paper().
-PAPER = {
-    "output_kd_weight": 1.0,
-    "alpha": 1.0,
-    "beta": 1.0,
-    "ce_weight": 0.0,
-    "output_divergence": "kl",
-    "trajectory": "kl",
-    "derivative": "cosine",
-    "temperature": 1.0,
-    "output_temperature": 1.0,
-    "num_layers": 4,
-    "layer_grid": "floor",
-}
+PAPER = {"output_kd_weight": 1.0, "alpha": 1.0, "beta": 1.0, "ce_weight": 0.0}
+PAPER |= {"output_divergence": "kl", "trajectory": "kl", "derivative": "cosine"}
+PAPER |= {"temperature": 1.0, "output_temperature": 1.0, "num_layers": 4, "layer_grid": "floor"}
 
 
 class FDDLossTerms(NamedTuple):
