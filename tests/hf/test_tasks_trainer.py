@@ -12,7 +12,7 @@ from tests.support.hf_models import VOCAB, tiny_tokenizer
 from tests.support.tasks import dense_terms_of, pair
 from tests.support.training import same_parameters, trainer
 
-CONFIG = FDDConfig(num_layers=2, alpha=0.7, ce_weight=0.5)
+CONFIG = FDDConfig.paper(num_layers=2, alpha=0.7, ce_weight=0.5)
 LAYERS = (1, 2), (2, 4)
 FAMILIES = ["bert", "t5"]
 
