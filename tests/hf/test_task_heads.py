@@ -12,7 +12,7 @@ from fdd_kernels import Distiller, FDDConfig
 from tests.support.dense import gradients
 from tests.support.task_models import TASKS, hidden_states, pair, task_batch, task_model
 
-CONFIG = FDDConfig(
+CONFIG = FDDConfig.paper(
     space="feature",
     trajectory="mse",
     student_layers=(1, 2),

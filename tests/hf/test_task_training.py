@@ -9,7 +9,9 @@ from fdd_kernels import Distiller, FDDConfig
 from tests.support.task_models import pair, task_batch
 from tests.support.training import same_parameters, trainer
 
-CONFIG = FDDConfig(space="feature", trajectory="mse", student_layers=(1, 2), teacher_layers=(2, 4))
+CONFIG = FDDConfig.paper(
+    space="feature", trajectory="mse", student_layers=(1, 2), teacher_layers=(2, 4)
+)
 CONFIGS = {
     "sequence_classification": replace(CONFIG, ce_weight=0.5),
     "token_classification": replace(CONFIG, ce_weight=0.5),
