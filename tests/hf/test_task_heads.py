@@ -23,9 +23,10 @@ CONFIG = FDDConfig.paper(
     output_temperature=1.5,
 )
 EMBEDDING = replace(CONFIG, ce_weight=0.0, output_temperature=1.0, output_divergence="cosine")
-# Norms and softmax of some families are float32 inside of float64 models: gradients differ by the
-# rounding of these, of numbers of about 1.
-CLOSE = {"rtol": 1e-6, "atol": 1e-6}
+# Both sides are float64, with sums of at most some thousand numbers of about 1.
+CLOSE = {"rtol": 1e-9, "atol": 1e-12}
+# Llama's norms are float32 inside of a float64 model: each gradient passes through a few of them.
+FLOAT32_NORMS = {"rtol": 1e-6, "atol": 1e-6}
 
 
 def config_of(task: str) -> FDDConfig:
@@ -104,12 +105,13 @@ def compare(family, task, config, batch, **changes):
     weight = distiller.projection.weight
     expected = dense_terms(family, task, student, teacher, batch, config, weight)
     expected[0].backward()
+    close = FLOAT32_NORMS if family == "llama" else CLOSE
     for name, actual, wanted in zip(terms._fields, terms, expected, strict=True):
-        torch.testing.assert_close(actual, wanted, **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(actual, wanted, **close, msg=lambda m, n=name: f"{n}: {m}")
     wanted = gradients(modules)
     assert found.keys() == wanted.keys()
     for name, gradient in wanted.items():
-        torch.testing.assert_close(found[name], gradient, **CLOSE, msg=lambda m, n=name: n + m)
+        torch.testing.assert_close(found[name], gradient, **close, msg=lambda m, n=name: n + m)
     return distiller, terms
 
 
