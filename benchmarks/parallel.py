@@ -67,7 +67,7 @@ def _model(width: int, depth: int) -> torch.nn.Module:
 
 def data_parallel_step(rank: int) -> Callable[[], None]:
     student, teacher = _model(256, 5), _model(384, 10)
-    distiller = Distiller(student, teacher, FDDConfig())
+    distiller = Distiller(student, teacher, FDDConfig.paper())
     wrapped = DistributedDataParallel(student)
     optimizer = torch.optim.AdamW(student.parameters())
     generator = torch.Generator().manual_seed(rank)

@@ -75,7 +75,9 @@ def run(measure: str, folder: Path, threads: int) -> dict[str, float]:
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    config = FDDConfig(num_layers=2, output_kd_weight=0.0 if "no output KD" in measure else 1.0)
+    config = FDDConfig.paper(
+        num_layers=2, output_kd_weight=0.0 if "no output KD" in measure else 1.0
+    )
     student = _model(256, 704, 4, 4)
     ids = torch.randint(0, VOCABULARY, (BATCH, LENGTH))
     batch = {"input_ids": ids, "labels": ids}

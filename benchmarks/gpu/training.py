@@ -51,7 +51,7 @@ def training_step(bench: Bench) -> dict:
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, fused=not card.dry)
 
     def distilled(**options: float) -> Callable[[], Tensor]:
-        distiller = Distiller(student, teacher, FDDConfig(**options, backend="triton"))
+        distiller = Distiller(student, teacher, FDDConfig.paper(**options, backend="triton"))
         return lambda: distiller(batch).loss
 
     losses = {

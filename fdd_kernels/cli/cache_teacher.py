@@ -34,7 +34,12 @@ from fdd_kernels.data.sources import open_source
 from fdd_kernels.hf.layers import layer_grid
 from fdd_kernels.hf.teachers import place_teacher
 from fdd_kernels.objectives.fdd.options import FDDConfig, LossOptions
-from fdd_kernels.teacher_cache import WindowCache, write_summary_cache, write_teacher_cache
+from fdd_kernels.teacher_cache import (
+    SummaryCache,
+    WindowCache,
+    write_summary_cache,
+    write_teacher_cache,
+)
 
 
 def cache_teacher(options: CacheOptions, console: Console | None = None) -> WindowCache:
@@ -158,9 +163,10 @@ def _report(cache: WindowCache, console: Console) -> None:
     console.print(table)
     per_position = sum(spec.bytes_per_row for spec in cache.files.arrays.values())
     logits = 2 * cache.vocabulary * (len(cache.layers) + 1)
+    derivative = " --derivative cosine" * isinstance(cache, SummaryCache)
     console.print(
         f"{len(cache)} windows, {rows} valid tokens, {show(cache.files.bytes)}; {per_position} "
         f"bytes a token, where bfloat16 logits would take {logits}. Train with fdd-kernels "
-        f"distill --teacher-cache {cache.path}",
+        f"distill --teacher-cache {cache.path}{derivative}",
         soft_wrap=True,
     )

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from fdd_kernels.cli.cache_options import CacheOptions
-from fdd_kernels.cli.distill.options import DistillOptions
+from fdd_kernels.cli.distill.options import DistillOptions, former_defaults
 from fdd_kernels.cli.evaluate.options import EvaluateOptions
 from fdd_kernels.cli.parsing import (
     Parser,
@@ -136,7 +136,7 @@ def _add_distill(commands) -> None:
         )
     add_options(distill.add_argument_group("the teacher"), DistillOptions, TEACHER, kinds=FOLDERS)
     add_options(
-        distill.add_argument_group("loss and layers (defaults: the paper's)"),
+        distill.add_argument_group("loss and layers (defaults: as FDDConfig())"),
         FDDConfig,
         skip=NOT_OPTIONS,
     )
@@ -220,11 +220,13 @@ def run_distill(arguments: argparse.Namespace) -> None:
     checkpoint.
     """
     with _needs("transformers", "accelerate", "safetensors", "rich"):
+        given = given_options(arguments, DistillOptions)
+        former = former_defaults(given["output"]) if given.get("resume", True) else {}
         try:
-            config = FDDConfig(**given_options(arguments, FDDConfig))
+            config = FDDConfig(**(former | given_options(arguments, FDDConfig)))
         except (TypeError, ValueError) as error:
             raise UserError(str(error)) from error
-        options = DistillOptions(config=config, **given_options(arguments, DistillOptions))
+        options = DistillOptions(config=config, **given)
         from fdd_kernels.cli.distill.run import distill
     distill(options)
 

@@ -131,10 +131,12 @@ class Comparison:
         kl = place(objective)
         if kl is None:
             return None
+        difference = kl - place(self.baseline)
         return {
             "kl": estimate(kl),
-            "difference": estimate(kl - place(self.baseline)),
-            "by_seed": kl.mean(1).tolist(),
+            "kl_by_seed": kl.mean(1).tolist(),
+            "difference": estimate(difference),
+            "difference_by_seed": difference.mean(1).tolist(),
         }
 
     def neighbours(self) -> list[str]:

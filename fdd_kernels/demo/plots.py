@@ -37,23 +37,27 @@ def curves(comparison: Comparison) -> str:
 
 
 def differences(comparison: Comparison) -> str:
-    """Plot a bar per objective: its KL minus the baseline's, with interval, at equal steps and at
-    equal seconds.
+    """Plot a bar per objective: its KL minus the baseline's, with interval and a dot per seed, at
+    equal steps and at equal seconds.
     """
     rows = [row for row in comparison.rows() if row["objective"] != comparison.baseline]
     places = list(comparison.places())
     figure, axis = plt.subplots(figsize=(11, 0.8 * len(rows) + 1.2), layout="constrained")
     height = 0.8 / len(places)
     for i, place in enumerate(places):
-        found = [(j, row[place]["difference"]) for j, row in enumerate(rows) if row[place]]
+        shift = (i - (len(places) - 1) / 2) * height
+        found = [(j + shift, row[place]) for j, row in enumerate(rows) if row[place]]
         axis.barh(
-            [j + (i - (len(places) - 1) / 2) * height for j, _ in found],
-            [gap.mean for _, gap in found],
-            xerr=[gap.half for _, gap in found],
+            [y for y, _ in found],
+            [at["difference"].mean for _, at in found],
+            xerr=[at["difference"].half for _, at in found],
             height=height,
             capsize=3,
             label=f"at {place}",
         )
+        for y, at in found:
+            by_seed = at["difference_by_seed"]
+            axis.plot(by_seed, [y] * len(by_seed), "ko", markersize=3, alpha=0.6)
     axis.axvline(0, color="black", linewidth=1)
     axis.set_yticks(range(len(rows)), [row["objective"] for row in rows])
     axis.invert_yaxis()

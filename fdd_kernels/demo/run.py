@@ -98,6 +98,7 @@ def run_demo(
         f"{teacher_loss:.3f} nats per token",
         soft_wrap=True,
     )
+    backend = resolve_backend("auto", torch.device("cpu"))  # compiled here, not in each process
     tasks = [
         _Task(seed, names, budget, folder, stream.numpy(), windows.numpy()) for seed in range(seeds)
     ]
@@ -111,7 +112,7 @@ def run_demo(
         runs=[run for runs, _ in answers for run in runs],
         teacher=record,
         teacher_held_out_loss=teacher_loss,
-        backend=resolve_backend("auto", torch.device("cpu")),
+        backend=backend,
         machine=(
             f"{processor()[0]}, {processes} process{'es' * (processes > 1)} of one thread, Python "
             f"{platform.python_version()}, torch {torch.__version__}"

@@ -23,12 +23,12 @@ def public_name(name: str) -> str:
 
 
 def distillation_section(distiller: Distiller) -> str:
-    """Return Markdown on the teacher, the layers, and the options other than the defaults."""
-    defaults, config = FDDConfig(), distiller.config
+    """Return Markdown on the teacher, the layers, and the options other than the published ones."""
+    published, config = FDDConfig.paper(), distiller.config
     options = {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)
-        if getattr(config, field.name) != getattr(defaults, field.name)
+        if getattr(config, field.name) != getattr(published, field.name)
     }
     weights = ("output_kd_weight", "alpha", "beta", "ce_weight")
     names = ("output KD", "trajectory", "derivative", "cross-entropy")
@@ -44,7 +44,7 @@ Dynamics for Effective Knowledge Distillation*, ACL 2025) with fdd_kernels {__ve
 - Teacher: {public_name(distiller.teacher.name)}
 - Layers of student with teacher: {_layers(distiller)}
 - Loss: {loss}
-- Options other than the defaults: {others or "none"}
+- Options other than the published ones: {others or "none"}
 """
 
 

@@ -29,7 +29,9 @@ def test_states(windows, tmp_path):
     """Also for a loss of the output alone, as far as the cache has the teacher's layers."""
     cache, found = write(tmp_path / "cache", windows), {}
     for name, layers in (("held", LAYERS), ("not held", (1, 2, 3))):
-        config = FDDConfig(student_layers=(1, 2, 3), teacher_layers=layers, alpha=0.0, beta=0.0)
+        config = FDDConfig.paper(
+            student_layers=(1, 2, 3), teacher_layers=layers, alpha=0.0, beta=0.0
+        )
         found[name], batch = metrics_and_batch(cache, config)
     of_layers = {f"kl_layer_{k}" for k in (1, 2, 3)}
     assert found["held"].keys() == OF_LABELS | OF_OUTPUT | of_layers
@@ -56,7 +58,7 @@ def test_a_summary_has_no_head_to_compare_with(windows, tmp_path):
         layers=LAYERS,
         tokenizer=tiny_tokenizer(),
     )
-    config = FDDConfig(
+    config = FDDConfig.paper(
         student_layers=(1, 2, 3), teacher_layers=LAYERS, ce_weight=0.5, train_head=False
     )
     found, batch = metrics_and_batch(cache, config)

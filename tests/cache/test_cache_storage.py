@@ -95,21 +95,21 @@ class TestRefusals:
         ("config", "message"),
         [
             (
-                FDDConfig(student_layers=(1, 2), teacher_layers=(2, 3)),
+                FDDConfig.paper(student_layers=(1, 2), teacher_layers=(2, 3)),
                 r"teacher layers \[2, 3\], but the cache .* \[1, 2, 4\]",
             ),
-            (FDDConfig(num_layers=3), r"teacher layers \[1, 2, 3\], but the cache"),
+            (FDDConfig.paper(num_layers=3), r"teacher layers \[1, 2, 3\], but the cache"),
             (
-                FDDConfig(num_layers=2, apply_final_norm=False),
+                FDDConfig.paper(num_layers=2, apply_final_norm=False),
                 "apply_final_norm=False, but the cache .*apply_final_norm=True",
             ),
             (
-                FDDConfig(num_layers=2, vocab_size=5000),
+                FDDConfig.paper(num_layers=2, vocab_size=5000),
                 rf"vocab_size=5000 is larger .*teacher {VOCAB}",
             ),
-            (FDDConfig(num_layers=2, ignore_index=-1), "ignore_index=-1"),
+            (FDDConfig.paper(num_layers=2, ignore_index=-1), "ignore_index=-1"),
             (
-                FDDConfig(num_layers=2, space="feature", trajectory="mse"),
+                FDDConfig.paper(num_layers=2, space="feature", trajectory="mse"),
                 'space="feature" compares the states of the teacher itself, .* is a TeacherCache',
             ),
         ],

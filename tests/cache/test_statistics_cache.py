@@ -37,7 +37,9 @@ from tests.support.cache_inputs import (
 from tests.support.commands import FROM_CACHE, cache_options, options, quiet
 from tests.support.hf_models import pad_left, tiny_tokenizer
 
-CONFIG = FDDConfig(student_layers=(1, 2, 3), teacher_layers=LAYERS, ce_weight=0.5, train_head=False)
+CONFIG = FDDConfig.paper(
+    student_layers=(1, 2, 3), teacher_layers=LAYERS, ce_weight=0.5, train_head=False
+)
 
 
 def write(folder, windows, teacher=None, student=None, options=None, **changes):

@@ -147,10 +147,10 @@ def test_a_teacher_in_bfloat16_is_read_in_bfloat16(windows, tmp_path):
 def test_a_run_may_use_some_of_the_layers(caches):
     student, teacher = student_model(), teacher_model()
     for config in (
-        FDDConfig(student_layers=(2,), teacher_layers=(4,)),
-        FDDConfig(student_layers=(1, 3), teacher_layers=(1, 4)),
-        FDDConfig(alpha=0, beta=0, num_layers=2),
-        FDDConfig(num_layers=2, output_in_dynamics=True),
+        FDDConfig.paper(student_layers=(2,), teacher_layers=(4,)),
+        FDDConfig.paper(student_layers=(1, 3), teacher_layers=(1, 4)),
+        FDDConfig.paper(alpha=0, beta=0, num_layers=2),
+        FDDConfig.paper(num_layers=2, output_in_dynamics=True),
     ):
         cached, live = (
             Distiller(student, caches["float32"], config),
@@ -161,7 +161,9 @@ def test_a_run_may_use_some_of_the_layers(caches):
 
 def test_pairs_of_layers_are_found_from_a_cache_as_from_the_teacher(caches):
     student, batch = student_model(), batch_of(caches["float32"])
-    config = FDDConfig(student_layers=(1, 3), teacher_layers=(1, 2, 4), layer_alignment="attention")
+    config = FDDConfig.paper(
+        student_layers=(1, 3), teacher_layers=(1, 2, 4), layer_alignment="attention"
+    )
     distillers = [Distiller(student, t, config) for t in (caches["float32"], teacher_model())]
     losses = [loss_and_gradients(student, d, batch, step=0)[0].loss for d in distillers]
     # As in `same_loss_and_gradients`.

@@ -111,6 +111,18 @@ def test_distill_defaults_are_those_of_the_options(fake_module):
     assert expected.config == FDDConfig()
 
 
+def test_a_run_of_an_earlier_release_resumes_with_the_derivative_that_it_had(fake_module, tmp_path):
+    (tmp_path / "run.json").write_text('{"config.derivative": "cosine", "config.alpha": 0.5}')
+    output = ("--output", str(tmp_path))
+    assert run_distill(fake_module, *output).config == FDDConfig(derivative="cosine")
+    assert run_distill(fake_module, *output, "--no-resume").config == FDDConfig()
+    given = run_distill(fake_module, *output, "--derivative", "mse").config
+    assert given == FDDConfig(derivative="mse")
+    for other in ('{"config.derivative": "weighted_cosine"}', "[]", "{", "{}"):
+        (tmp_path / "run.json").write_text(other)
+        assert run_distill(fake_module, *output).config == FDDConfig()
+
+
 def test_distill_passes_training_options_on(fake_module):
     options = run_distill(
         fake_module,

@@ -127,7 +127,7 @@ def test_a_short_run_writes_numbers_and_a_page(tmp_path, monkeypatch, capsys):
         runs = [run for run in metrics["runs"] if run["objective"] == row["objective"]]
         kl = [run["held_out_kl"][-1] for run in runs]
         assert row["equal steps"]["kl"]["mean"] == pytest.approx(sum(kl) / 2)
-        assert row["equal steps"]["by_seed"] == pytest.approx(kl)
+        assert row["equal steps"]["kl_by_seed"] == pytest.approx(kl)
         assert row["equal steps"]["difference"].keys() == {"mean", "half"}
     assert len(result.markdown()) == len(metrics["markdown"]) == 2 + len(OBJECTIVES)
     assert {line.count("|") for line in metrics["markdown"]} == {1 + len(result.table()[0])}

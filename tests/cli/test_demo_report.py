@@ -84,6 +84,7 @@ def test_equal_seconds_count_the_teacher_where_it_is_needed():
     assert full["45 s"]["kl"].mean == pytest.approx(10 - 0.3)
     assert labels["45 s"]["difference"].mean == pytest.approx(-0.3 + 0.225)
     assert full["120 s"]["difference"].mean == pytest.approx(-0.03 * 24 + 0.02 * 30)
+    assert full["120 s"]["difference_by_seed"] == pytest.approx([-0.12, -0.12])
     assert labels["120 s"] is None
     assert kd["120 s"]["difference"].half == 0
     assert comparison.neighbours()[0] == (

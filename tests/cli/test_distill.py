@@ -118,7 +118,7 @@ def test_every_option_of_the_objective(inputs, tmp_path):
 
 def test_feature_space(inputs, tmp_path):
     """The card names it, and a run that is extended resumes with its projection."""
-    config = FDDConfig(num_layers=2, space="feature", trajectory="mse", projection="linear")
+    config = FDDConfig.paper(num_layers=2, space="feature", trajectory="mse", projection="linear")
     distill(options(inputs, tmp_path, config=config, max_steps=2), quiet())
     card = ModelCard.load(tmp_path / "student" / "README.md").text
     assert "space='feature', projection='linear'" in card
@@ -130,7 +130,7 @@ def test_feature_space(inputs, tmp_path):
 def test_an_alignment_that_was_never_needed(inputs, tmp_path):
     """A run that ends before the first stage with trajectory or derivative."""
     stages = "task=9:alpha=0,beta=0;both:alpha=1,beta=1"
-    config = FDDConfig(num_layers=2, layer_alignment="attention", stages=stages)
+    config = FDDConfig.paper(num_layers=2, layer_alignment="attention", stages=stages)
     metrics = distill(options(inputs, tmp_path, config=config, max_steps=1), quiet())
     assert metrics["layer_alignment"] is None
     assert not (tmp_path / "layer_alignment.svg").exists()
@@ -138,7 +138,7 @@ def test_an_alignment_that_was_never_needed(inputs, tmp_path):
 
 def test_an_alignment_is_printed_stored_drawn_and_resumed(inputs, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    config = FDDConfig(num_layers=2, layer_alignment="attention", alignment_every=3)
+    config = FDDConfig.paper(num_layers=2, layer_alignment="attention", alignment_every=3)
     run, console = options(inputs, tmp_path / "run", config=config), quiet()
     metrics = distill(run, console)
     found = metrics["layer_alignment"]

@@ -156,7 +156,7 @@ def test_a_really_full_file_system(inputs, whole, tmp_path):
     ("changes", "named"),
     [
         ({"learning_rate": 1e-4}, "learning_rate was 0.003, is 0.0001"),
-        ({"config": FDDConfig(num_layers=2, beta=0.5)}, "config.beta was 1.0, is 0.5"),
+        ({"config": FDDConfig.paper(num_layers=2, beta=0.5)}, "config.beta was 1.0, is 0.5"),
         ({"seed": 4}, "seed was 0, is 4"),
     ],
 )
@@ -281,7 +281,9 @@ def test_records_of_earlier_versions_are_understood(inputs, whole, tmp_path):
         ({"layer_alignment": "emd"}, r"layer_alignment was 'rank', is 'emd'"),
     ):
         with pytest.raises(UserError, match=named):
-            distill(options(inputs, output, config=FDDConfig(num_layers=2, **changes)), quiet())
+            distill(
+                options(inputs, output, config=FDDConfig.paper(num_layers=2, **changes)), quiet()
+            )
 
 
 def test_one_divergence_in_other_words_is_the_same_run(inputs, whole, tmp_path):
@@ -293,7 +295,7 @@ def test_one_divergence_in_other_words_is_the_same_run(inputs, whole, tmp_path):
 
     def resumed(**changes) -> str:
         console = quiet()
-        distill(options(inputs, output, config=FDDConfig(num_layers=2, **changes)), console)
+        distill(options(inputs, output, config=FDDConfig.paper(num_layers=2, **changes)), console)
         return console.file.getvalue()
 
     same = {"trajectory": "jsd:0.5", "output_divergence": "jsd:0.1"}
@@ -307,7 +309,7 @@ def test_one_divergence_in_other_words_is_the_same_run(inputs, whole, tmp_path):
             resumed(**(same | {name: other}))
 
 
-CHANGING = FDDConfig(
+CHANGING = FDDConfig.paper(
     num_layers=2,
     schedules="teacher_mix=taid:60,0.4,1,0.2;alpha=linear:0,1,0,5",
     stages="both=3:ce_weight=0;task:ce_weight=1",

@@ -260,6 +260,15 @@ def test_bad_input_is_refused_before_any_model_runs(case, inputs, folder, monkey
         evaluate(options(inputs, folder, **changes), quiet(), quiet())
 
 
+def test_a_lack_of_memory_is_one_line(inputs, folder, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(ModelComparison, "__call__", fail)
+    with pytest.raises(UserError, match=r"CUDA out of memory. Give a smaller batch_size"):
+        evaluate(options(inputs, folder, max_windows=2), quiet(), quiet())
+
+
 def test_rouge_score_may_be_missing(inputs, folder, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r'pip install "fdd_kernels\[evaluate\]"'):

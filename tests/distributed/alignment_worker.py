@@ -13,7 +13,7 @@ from tests.distributed.parallel_worker import batches
 from tests.support.hf_models import tiny_model
 from tests.support.processes import leave, show_stack_when_asked
 
-CONFIG = FDDConfig(num_layers=2, num_teacher_layers=3, layer_alignment="sinkhorn")
+CONFIG = FDDConfig.paper(num_layers=2, num_teacher_layers=3, layer_alignment="sinkhorn")
 
 
 def make_distiller() -> tuple[torch.nn.Module, Distiller]:

@@ -19,7 +19,7 @@ from fdd_kernels import Distiller, FDDConfig
 from tests.support.hf_models import tiny_batch, tiny_model
 from tests.support.processes import leave, show_stack_when_asked
 
-CONFIG = FDDConfig(num_layers=2, ce_weight=0.5)
+CONFIG = FDDConfig.paper(num_layers=2, ce_weight=0.5)
 
 
 def models(kind: str):

@@ -14,7 +14,7 @@ from tests.support.hf_models import tiny_model
 from tests.support.processes import leave, show_stack_when_asked
 from tests.support.training import examples, pad
 
-CONFIG = FDDConfig(
+CONFIG = FDDConfig.paper(
     num_layers=2,
     schedules={"teacher_mix": TAIDSchedule(60, rate=0.3)},
     gradient_balance=GradientBalance({"output_kd": 1.0, "trajectory": 0.5}, every=2, smoothing=0.5),

@@ -31,7 +31,7 @@ BEST_FIRST = {
 }
 # No gradient for the head, nor for the last block: with and without gradient checkpointing, where
 # Trainer does not look for parameters without one by itself.
-PARTIAL = FDDConfig(
+PARTIAL = FDDConfig.paper(
     student_layers=(1, 2), teacher_layers=(1, 2), output_kd_weight=0.0, train_head=False
 )
 
@@ -89,7 +89,7 @@ def partial(folder: Path) -> dict:
 
 
 # State that depends on the losses and gradients of both processes.
-CHANGING = FDDConfig(
+CHANGING = FDDConfig.paper(
     num_layers=2,
     schedules="teacher_mix=taid:60,0.4,1,0.3",
     gradient_balance="output_kd=1,trajectory=0.5;every=2;smoothing=0.5",
@@ -120,7 +120,7 @@ def changing(folder: Path) -> dict:
     return found
 
 
-FEATURES = FDDConfig(num_layers=2, space="feature", trajectory="mse", projection="linear")
+FEATURES = FDDConfig.paper(num_layers=2, space="feature", trajectory="mse", projection="linear")
 FEATURE_ROWS = [9, 5, 12, 7]
 
 

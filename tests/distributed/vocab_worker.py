@@ -25,7 +25,7 @@ from tests.support.processes import leave, show_stack_when_asked
 
 COLUMNS = 37
 BOUNDS = {1: (0, 37), 2: (0, 12, 37), 4: (0, 12, 13, 30, 37)}
-CONFIG = FDDConfig(num_layers=2, ce_weight=0.5)
+CONFIG = FDDConfig.paper(num_layers=2, ce_weight=0.5)
 # How many rows' values the C++ backend of a rank keeps at a time (None: as many as it chooses), and
 # the rank's backend.
 WAYS = {

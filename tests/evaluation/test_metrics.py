@@ -139,10 +139,10 @@ def check(found: dict[str, float], expected: dict[str, float], prefix: str = "")
 
 
 LOSSES = {
-    "all": FDDConfig(num_layers=2, ce_weight=0.5),
-    "output alone": FDDConfig(num_layers=2, alpha=0.0, beta=0.0),
-    "dynamics alone": FDDConfig(num_layers=2, output_kd_weight=0.0),
-    "labels alone": FDDConfig(
+    "all": FDDConfig.paper(num_layers=2, ce_weight=0.5),
+    "output alone": FDDConfig.paper(num_layers=2, alpha=0.0, beta=0.0),
+    "dynamics alone": FDDConfig.paper(num_layers=2, output_kd_weight=0.0),
+    "labels alone": FDDConfig.paper(
         num_layers=2, alpha=0.0, beta=0.0, output_kd_weight=0.0, ce_weight=1.0
     ),
 }
@@ -174,7 +174,7 @@ def test_other_tasks_with_a_vocabulary(family, changes):
     """Masked LMs and encoder-decoders have the same metrics, of their own positions."""
     student, teacher = pair(family)
     distiller, batch = (
-        Distiller(student, teacher, FDDConfig(num_layers=2, **changes)),
+        Distiller(student, teacher, FDDConfig.paper(num_layers=2, **changes)),
         batch_of(family),
     )
     with torch.no_grad(), watching(distiller) as metrics:
@@ -238,7 +238,7 @@ def test_the_trainer_logs_them(models, tmp_path, wanted):
 )
 def test_layers_without_predictions_of_their_own(models, options):
     """Those that are not paired by rank, and those whose states are compared, have no KL."""
-    config = FDDConfig(num_layers=1, **options)
+    config = FDDConfig.paper(num_layers=1, **options)
     distiller = Distiller(*models, config)
     with torch.no_grad(), watching(distiller) as metrics:
         distiller(pad(ROWS))

@@ -14,7 +14,7 @@ from fdd_kernels.integrations import FDDLightningModule
 from tests.support.hf_models import tiny_model
 from tests.support.training import examples, lightning_options, pad
 
-CONFIG = FDDConfig(num_layers=2, ce_weight=0.5)
+CONFIG = FDDConfig.paper(num_layers=2, ce_weight=0.5)
 # Micro-batches of very unequal numbers of tokens: two optimizer steps of 2 x 2, and half a step at
 # the end of the epoch.
 LENGTHS = ([4, 5], [17, 16], [6, 18], [5, 4], [12, 13], [7, 4], [9, 3], [18, 17], [6, 6], [14, 4])

@@ -19,7 +19,7 @@ def distiller():
         tiny_model("llama", depth=5, seed=1),
         tiny_model("gpt2", depth=5, vocab_size=SHARED, seed=2),
     )
-    return Distiller(student, teacher, FDDConfig(vocab_size=SHARED))
+    return Distiller(student, teacher, FDDConfig.paper(vocab_size=SHARED))
 
 
 def batch(**changes):

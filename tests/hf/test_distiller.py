@@ -40,12 +40,12 @@ def test_float32_models():
     "pair", [("gpt2", "opt_projections"), ("opt_projections", "llama"), ("llama", "llama")]
 )
 def test_options_equal_the_dense_loss(pair, options):
-    config = FDDConfig(**({"num_layers": 3, "ce_weight": 0.5} | options))
+    config = FDDConfig.paper(**({"num_layers": 3, "ce_weight": 0.5} | options))
     compare_with_dense(*models(*pair), tiny_batch(), config, rtol=1e-6, atol=1e-8)
 
 
 def test_without_labels_every_attended_position_is_valid():
-    config = FDDConfig(num_layers=3)
+    config = FDDConfig.paper(num_layers=3)
     batch = tiny_batch(labels=False)
     terms = compare_with_dense(*models(), batch, config, rtol=1e-6, atol=1e-8)
     # Padding tokens have no influence, the last attended position has one.
@@ -60,7 +60,7 @@ def test_without_labels_every_attended_position_is_valid():
 def test_without_mask_and_labels_every_position_is_valid():
     batch = tiny_batch(labels=False)
     batch["attention_mask"][:] = 1
-    distiller = Distiller(*models(), FDDConfig(num_layers=3))
+    distiller = Distiller(*models(), FDDConfig.paper(num_layers=3))
     torch.testing.assert_close(
         distiller({"input_ids": batch["input_ids"]}).loss, distiller(batch).loss
     )
@@ -69,7 +69,7 @@ def test_without_mask_and_labels_every_position_is_valid():
 @pytest.mark.parametrize("labels", [True, False])
 def test_count_positions_is_the_divisor_of_the_mean(labels):
     batch = tiny_batch(labels=labels)
-    distiller = Distiller(*models(), FDDConfig(num_layers=3))
+    distiller = Distiller(*models(), FDDConfig.paper(num_layers=3))
     total = distiller(batch, num_items_in_batch=1).loss
     torch.testing.assert_close(total / distiller.count_positions(batch), distiller(batch).loss)
 
@@ -82,7 +82,7 @@ def test_count_positions_is_the_divisor_of_the_mean(labels):
 def test_padding_on_the_left_equals_the_right_and_none(pair, dtype, labels):
     """The first token of a sequence may have a label; the padding before it does not predict it."""
     student, teacher = models(*pair, dtype=dtype)
-    config = FDDConfig(num_layers=3, ce_weight=0.5 if labels else 0.0)
+    config = FDDConfig.paper(num_layers=3, ce_weight=0.5 if labels else 0.0)
     distiller = Distiller(student, teacher, config)
     right = tiny_batch(rows=3, length=9, labels=labels)
     right["attention_mask"][1, 4:] = 0
@@ -175,7 +175,7 @@ def test_other_attention_masks_say_nothing_of_padding():
     torch.testing.assert_close(distiller(four).loss, wanted, rtol=1e-6, atol=0)
     del four["labels"]
     with pytest.raises(ValueError, match=r"not of the shape \(2, 9\) .*or labels, with -100"):
-        Distiller(student, teacher, FDDConfig(num_layers=3))(four)
+        Distiller(student, teacher, FDDConfig.paper(num_layers=3))(four)
 
 
 @pytest.mark.parametrize("labels", [True, False])
@@ -271,7 +271,7 @@ def test_final_norm_is_applied_exactly_once(apply_final_norm):
     student, teacher = models("llama", "gpt2")
     calls = {"student": 0, "teacher": 0}
     distiller = Distiller(
-        student, teacher, FDDConfig(num_layers=3, apply_final_norm=apply_final_norm)
+        student, teacher, FDDConfig.paper(num_layers=3, apply_final_norm=apply_final_norm)
     )
 
     def count(side, *_):
@@ -287,7 +287,7 @@ def test_final_norm_is_applied_exactly_once(apply_final_norm):
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "phi_head_bias"])
 def test_a_head_that_is_not_trained_gets_no_gradient_from_the_loss(family):
     student, teacher = models(family)
-    Distiller(student, teacher, FDDConfig(num_layers=3, train_head=False))(
+    Distiller(student, teacher, FDDConfig.paper(num_layers=3, train_head=False))(
         tiny_batch()
     ).loss.backward()
     if family == "llama_tied":
@@ -369,7 +369,7 @@ def test_teacher_layers_of_another_number():
 
     def outcome(**options):
         student, teacher = models()
-        terms = Distiller(student, teacher, FDDConfig(**options))(batch)
+        terms = Distiller(student, teacher, FDDConfig.paper(**options))(batch)
         (terms.trajectory + terms.derivative).backward()
         return [terms.trajectory, terms.derivative, *gradients(student).values()]
 

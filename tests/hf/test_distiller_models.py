@@ -17,7 +17,7 @@ class TestVocabularies:
     def test_padded_vocabulary_equals_the_dense_loss_over_the_common_tokens(self):
         student = tiny_model("llama", depth=4, seed=1, dtype=torch.float64, vocab_size=VOCAB + 31)
         teacher = tiny_model("gpt2", depth=8, seed=2, dtype=torch.float64)
-        config = FDDConfig(num_layers=3, vocab_size=VOCAB - 5)
+        config = FDDConfig.paper(num_layers=3, vocab_size=VOCAB - 5)
         compare_with_dense(
             student, teacher, tiny_batch(vocab_size=VOCAB - 5), config, rtol=1e-6, atol=1e-8
         )
@@ -25,7 +25,7 @@ class TestVocabularies:
     def test_rows_beyond_the_common_tokens_get_no_gradient(self):
         student = tiny_model("llama", depth=4, seed=1, vocab_size=VOCAB + 31)
         teacher = tiny_model("gpt2", depth=8, seed=2)
-        config = FDDConfig(num_layers=3, vocab_size=VOCAB)
+        config = FDDConfig.paper(num_layers=3, vocab_size=VOCAB)
         Distiller(student, teacher, config)(tiny_batch()).loss.backward()
         assert (student.lm_head.weight.grad[:VOCAB].abs().sum(-1) > 0).all()
         assert (student.lm_head.weight.grad[VOCAB:] == 0).all()
@@ -58,7 +58,7 @@ def new_head(student):
 )
 def test_a_head_that_was_changed_after_the_distiller_was_made_is_the_one_read(change):
     student, teacher = models()
-    config = FDDConfig(num_layers=3, ce_weight=0.5, vocab_size=VOCAB)
+    config = FDDConfig.paper(num_layers=3, ce_weight=0.5, vocab_size=VOCAB)
     distiller, batch = Distiller(student, teacher, config), tiny_batch()
     changed = change(student)
     terms = distiller(batch)
@@ -216,7 +216,7 @@ def test_checkpointing_with_frozen_first_blocks_is_no_error():
 def test_teacher_states_can_be_shared():
     student, teacher = models()
     distiller = Distiller(student, teacher, CONFIG)
-    output_only = Distiller(student, teacher, FDDConfig(num_layers=3, alpha=0.0, beta=0.0))
+    output_only = Distiller(student, teacher, FDDConfig.paper(num_layers=3, alpha=0.0, beta=0.0))
     batch = tiny_batch()
     states = distiller.teacher_states(batch)
     expected = distiller(batch), output_only(batch)
@@ -250,7 +250,9 @@ def test_names_of_a_teacher_in_earlier_releases():
 def test_config_overrides_the_models_soft_cap_and_scale():
     student, teacher = models("gemma2", "granite")
     options = Distiller(
-        student, teacher, FDDConfig(num_layers=3, student_softcap=7.0, teacher_logit_scale=2.0)
+        student,
+        teacher,
+        FDDConfig.paper(num_layers=3, student_softcap=7.0, teacher_logit_scale=2.0),
     ).options
     assert (options.student_softcap, options.teacher_softcap) == (7.0, None)
     assert (options.student_logit_scale, options.teacher_logit_scale) == (1.0, 2.0)
@@ -265,7 +267,7 @@ def test_distillation_lowers_held_out_kl():
     """Fifty steps on random text: the KL to the teacher on other text falls to less than half."""
     teacher = tiny_model("gpt2", depth=3, seed=2, spread=2.0)
     student = tiny_model("llama", depth=3, seed=5)
-    distiller = Distiller(student, teacher, FDDConfig(num_layers=2))
+    distiller = Distiller(student, teacher, FDDConfig.paper(num_layers=2))
     train = [tiny_batch(rows=8, length=16, seed=10 + i, labels=False) for i in range(10)]
     held_out = tiny_batch(rows=16, length=16, seed=99, labels=False)
 

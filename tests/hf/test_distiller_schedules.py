@@ -19,7 +19,7 @@ from fdd_kernels import (
 from tests.support.dense import gradients, models
 from tests.support.hf_models import tiny_batch
 
-PLAIN = FDDConfig(num_layers=3, ce_weight=0.5)
+PLAIN = FDDConfig.paper(num_layers=3, ce_weight=0.5)
 PHASES = [
     ("dynamics", 2, {"alpha": 1.0, "beta": 1.0, "ce_weight": 0.0, "output_kd_weight": 0.0}),
     ("output", 1, {"alpha": 0.0, "beta": 0.0, "ce_weight": 0.0, "output_kd_weight": 2.0}),
@@ -203,7 +203,7 @@ def test_a_state_gives_the_same_numbers(stop):
 def test_two_distillers_share_no_state():
     student, teacher = models()
     schedule = TAIDSchedule(30, rate=0.5)
-    config = FDDConfig(num_layers=3, schedules={"teacher_mix": schedule})
+    config = FDDConfig.paper(num_layers=3, schedules={"teacher_mix": schedule})
     one, other = (Distiller(student, teacher, config) for _ in range(2))
     for step, parts in enumerate(batches(3)):
         step_of(one, student, parts, step=step)
@@ -213,17 +213,19 @@ def test_two_distillers_share_no_state():
 def test_a_stage_without_output_terms_is_told_to_ddp():
     """What gets a gradient at every step: the last stage does not need the sampled layers alone."""
     student, teacher = models()
-    with_output = Distiller(student, teacher, FDDConfig(num_layers=2))
+    with_output = Distiller(student, teacher, FDDConfig.paper(num_layers=2))
     assert with_output.parameters_without_gradient() == []
     stages = "dynamics=3:output_kd_weight=0;both:output_kd_weight=1"
-    found = Distiller(student, teacher, FDDConfig(num_layers=2, stages=stages))
-    plain = Distiller(student, teacher, FDDConfig(num_layers=2, output_kd_weight=0.0))
+    found = Distiller(student, teacher, FDDConfig.paper(num_layers=2, stages=stages))
+    plain = Distiller(student, teacher, FDDConfig.paper(num_layers=2, output_kd_weight=0.0))
     assert found.parameters_without_gradient() == plain.parameters_without_gradient() != []
 
 
 def test_a_loss_that_is_not_finite_is_left_out_by_taid():
     student, teacher = models()
-    distiller = Distiller(student, teacher, FDDConfig(num_layers=3, schedules="teacher_mix=taid:9"))
+    distiller = Distiller(
+        student, teacher, FDDConfig.paper(num_layers=3, schedules="teacher_mix=taid:9")
+    )
     (batch,) = batches(1)[0:1]
     step_of(distiller, student, batch, step=0)
     state = distiller.state_dict()
@@ -243,7 +245,7 @@ def test_a_stage_without_its_terms_says_nothing_to_taid():
     stages = (
         "task=2:alpha=0,output_kd_weight=0,ce_weight=1;both:alpha=1,output_kd_weight=1,ce_weight=1"
     )
-    config = FDDConfig(num_layers=3, stages=stages, schedules="teacher_mix=taid:9,0.4,1,0.2")
+    config = FDDConfig.paper(num_layers=3, stages=stages, schedules="teacher_mix=taid:9,0.4,1,0.2")
     distiller, schedule = Distiller(student, teacher, config), TAIDSchedule(9, rate=0.2)
     for step, (batch,) in enumerate(batches(6)):
         if step == 4:
@@ -261,7 +263,7 @@ def test_a_stage_without_its_terms_says_nothing_to_taid():
 def test_gradient_balance_measures_until_it_finds_a_gradient():
     student, teacher = models()
     balance = "output_kd=1,trajectory=1;every=50"
-    distiller = Distiller(student, teacher, FDDConfig(num_layers=3, gradient_balance=balance))
+    distiller = Distiller(student, teacher, FDDConfig.paper(num_layers=3, gradient_balance=balance))
     found = []
     for step, (batch,) in enumerate(batches(3)):
         if step == 0:

@@ -29,7 +29,7 @@ from fdd_kernels.hf.model_reader import ModelReader
 from tests.support.hf_models import VOCAB, tiny_batch, tiny_config, tiny_model
 from tests.support.tasks import task_model
 
-CONFIG = FDDConfig(
+CONFIG = FDDConfig.paper(
     student_layers=(1, 2), teacher_layers=(1, 2), beta=0.0, alpha=0.7, output_kd_weight=0.9
 )
 TEXT = {
@@ -181,7 +181,9 @@ def test_loss_and_gradients_equal_the_dense_loss(family, blocks):
 
 def test_families_can_be_mixed():
     terms = Distiller(
-        tiny_model("bert", depth=3), tiny_model("llama", depth=4, seed=2), FDDConfig(num_layers=2)
+        tiny_model("bert", depth=3),
+        tiny_model("llama", depth=4, seed=2),
+        FDDConfig.paper(num_layers=2),
     )(tiny_batch())
     terms.loss.backward()
     assert torch.isfinite(terms.loss)

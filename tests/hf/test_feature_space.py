@@ -14,7 +14,7 @@ from fdd_kernels.hf.positions import valid_positions
 from tests.support.dense import dense_terms, final_norm, gradients
 from tests.support.hf_models import tiny_batch, tiny_model
 
-CONFIG = FDDConfig(
+CONFIG = FDDConfig.paper(
     space="feature", trajectory="mse", num_layers=3, ce_weight=0.5, alpha=0.7, beta=1.3
 )
 LAYERS = (1, 2, 3), (2, 4, 6)

@@ -9,7 +9,7 @@ from fdd_kernels.integrations.trained_projection import PROJECTION_FILE
 from tests.support.hf_models import tiny_model
 from tests.support.training import examples, lightning_options, pad, same_parameters, trainer
 
-CONFIG = FDDConfig(
+CONFIG = FDDConfig.paper(
     num_layers=2, ce_weight=0.5, space="feature", trajectory="mse", projection="linear"
 )
 ROWS = examples([4, 17, 6, 12])

@@ -15,7 +15,7 @@ from fdd_kernels.hf.model_reader import ModelReader
 from tests.support.hf_models import tiny_batch, tiny_model
 
 LORA = {"r": 3, "lora_alpha": 5, "task_type": "CAUSAL_LM"}
-CONFIG = FDDConfig(
+CONFIG = FDDConfig.paper(
     student_layers=(1, 2), teacher_layers=(1, 2), beta=0.0, alpha=0.7, output_kd_weight=0.9
 )
 
@@ -193,7 +193,7 @@ def test_each_step_reads_the_adapter_as_it_is_now():
 
 def test_train_head_false_leaves_the_heads_adapter_alone():
     student, teacher = adapted("lora"), tiny_model("llama", depth=3, seed=2, dtype=torch.float64)
-    Distiller(student, teacher, FDDConfig(num_layers=2, train_head=False))(
+    Distiller(student, teacher, FDDConfig.paper(num_layers=2, train_head=False))(
         tiny_batch()
     ).loss.backward()
     assert gradients(student)
@@ -335,7 +335,7 @@ class TestQuantised:
             match=r"student's head is quantised and asks for gradient.*train_head=False.*LoRA",
         ):
             Distiller(student, teacher, CONFIG)
-        Distiller(student, teacher, FDDConfig(num_layers=2, train_head=False))(
+        Distiller(student, teacher, FDDConfig.paper(num_layers=2, train_head=False))(
             tiny_batch()
         ).loss.backward()
         assert student.lm_head.weight.grad is None

@@ -27,7 +27,7 @@ from tests.support.dense import gradients, models
 from tests.support.hf_models import tiny_batch, tiny_model
 from tests.support.training import examples, trainer
 
-CONFIG = FDDConfig(
+CONFIG = FDDConfig.paper(
     num_layers=3, num_teacher_layers=5, layer_alignment="attention", alignment_every=2
 )
 # Costs differ from those by hand by the rounding of one division, and weights by that of a cost
@@ -278,7 +278,7 @@ def copies(picked: list[int]) -> LossInputs:
 
 
 def alignment_of(method: str, picked: list[int], **changes) -> tuple[LayerAlignment, LossOptions]:
-    config = FDDConfig(
+    config = FDDConfig.paper(
         student_layers=(2, 4, 6, 8),
         teacher_layers=tuple(range(1, 1 + len(picked))),
         layer_alignment=method,
@@ -426,7 +426,7 @@ def test_a_loaded_state_replaces_what_was_trained_after_it():
 
 def test_without_an_alignment_nothing_changes():
     student, teacher = models()
-    distiller = Distiller(student, teacher, FDDConfig(num_layers=3))
+    distiller = Distiller(student, teacher, FDDConfig.paper(num_layers=3))
     assert distiller.alignment is None
     assert distiller(tiny_batch()).loss.requires_grad
     aligned = Distiller(*models(), CONFIG)
@@ -443,7 +443,7 @@ def run(folder, **arguments):
         folder,
         train=examples([9] * 24),
         held_out=examples([7] * 4),
-        config=FDDConfig(
+        config=FDDConfig.paper(
             num_layers=2,
             layer_weights=(1.0, 0.5),
             layer_alignment="attention",

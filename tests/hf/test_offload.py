@@ -19,8 +19,8 @@ from fdd_kernels.hf.offload import device_of, has_place, is_offloaded
 from fdd_kernels.integrations import FDDTrainer
 from tests.support.hf_models import tiny_batch, tiny_model
 
-FULL = FDDConfig(num_layers=3, ce_weight=0.5)  # layers 1, 2, 3 of 4 and 2, 4, 6 of 8
-DYNAMICS = FDDConfig(num_layers=3, output_kd_weight=0.0, ce_weight=0.5)
+FULL = FDDConfig.paper(num_layers=3, ce_weight=0.5)  # layers 1, 2, 3 of 4 and 2, 4, 6 of 8
+DYNAMICS = FDDConfig.paper(num_layers=3, output_kd_weight=0.0, ce_weight=0.5)
 
 
 def models(
@@ -99,7 +99,7 @@ class TestEarlyStop:
     )
     def test_as_many_blocks_run_as_the_loss_needs(self, options, runs):
         student, teacher = models()
-        distiller = Distiller(student, teacher, FDDConfig(**{"num_layers": 3, **options}))
+        distiller = Distiller(student, teacher, FDDConfig.paper(**{"num_layers": 3, **options}))
         calls = count_calls(distiller.teacher.reader.blocks)
         assert distiller(tiny_batch()).loss.isfinite()
         assert calls == [1] * runs + [0] * (8 - runs)
@@ -107,14 +107,14 @@ class TestEarlyStop:
     @pytest.mark.parametrize("checkpointing", [None, False, True])
     def test_the_student_stops_too_and_its_gradients_are_the_same(self, checkpointing):
         student, teacher = models()
-        config = FDDConfig(num_layers=3, output_kd_weight=0.0)
+        config = FDDConfig.paper(num_layers=3, output_kd_weight=0.0)
         distiller = Distiller(student, teacher, config)
         states, _ = distiller.student.states(
             tiny_batch(), distiller.student_layers, read=distiller.student.read
         )
         assert len(states) == 3
         # negligible
-        whole = Distiller(student, teacher, FDDConfig(num_layers=3, output_kd_weight=1e-30))
+        whole = Distiller(student, teacher, FDDConfig.paper(num_layers=3, output_kd_weight=1e-30))
         whole(tiny_batch()).loss.backward()
         expected = gradients(student)
         student.zero_grad()
@@ -262,7 +262,7 @@ def test_an_offloaded_students_head_cannot_be_trained():
     assert is_offloaded(student.lm_head)
     with pytest.raises(ValueError, match="student's head is offloaded and asks for gradient"):
         Distiller(student, teacher, FULL)
-    Distiller(student, teacher, FDDConfig(num_layers=3, train_head=False))(
+    Distiller(student, teacher, FDDConfig.paper(num_layers=3, train_head=False))(
         tiny_batch()
     ).loss.backward()
     assert student.model.layers[0].mlp.up_proj.weight.grad.abs().max() > 0

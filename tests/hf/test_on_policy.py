@@ -164,7 +164,7 @@ SHARED = [
     ({"beta": 0.25}, ValueError, r'beta=0.25 would be ignored.*output_divergence="jsd:0.25"'),
     ({"teacher_model_init_kwargs": {"dtype": "auto"}}, ValueError, "teacher_model_init_kwargs"),
     ({"label_smoothing_factor": 0.1}, ValueError, "label_smoothing_factor=0"),
-    ({"config": FDDConfig(ignore_index=-1)}, ValueError, "ignore_index=-1, but TRL labels"),
+    ({"config": FDDConfig.paper(ignore_index=-1)}, ValueError, "ignore_index=-1, but TRL labels"),
     ({"teacher": Texts()}, TypeError, "teacher is a Texts, which holds fixed texts"),
     ({"teacher": "a/name"}, TypeError, "teacher must be a model, got the string 'a/name'"),
     ({"teacher_model": "a/name"}, TypeError, "takes the teacher once: give teacher="),

@@ -12,7 +12,7 @@ from tests.support.training import examples, lora_student, same_parameters, trai
 
 def distiller(student, backend="auto"):
     return Distiller(
-        student, tiny_model("gpt2", depth=3, seed=2), FDDConfig(num_layers=2, backend=backend)
+        student, tiny_model("gpt2", depth=3, seed=2), FDDConfig.paper(num_layers=2, backend=backend)
     )
 
 
@@ -84,7 +84,7 @@ def test_lora_accumulation_checkpointing_and_evaluation_together(tmp_path, dtype
         train=rows,
         held_out=held_out,
         student=lora_student(),
-        config=FDDConfig(num_layers=2),
+        config=FDDConfig.paper(num_layers=2),
         max_steps=12,
         learning_rate=4e-2,
         gradient_accumulation_steps=2,
@@ -121,7 +121,7 @@ def test_a_compiled_student_computes_the_same(where):
         Counter(),
     )
     compiled = torch.compile(student, backend=counter)
-    config = FDDConfig(num_layers=2)
+    config = FDDConfig.paper(num_layers=2)
     if where == "call":  # as a Trainer passes it
         terms = Distiller(student, teacher, config)(tiny_batch(), student=compiled)
     else:

@@ -9,7 +9,7 @@ from fdd_kernels.integrations import FDDTrainer
 from tests.support.hf_models import tiny_batch, tiny_model
 from tests.support.training import examples, lightning_options, pad
 
-CONFIG = FDDConfig(num_layers=2, ce_weight=0.5)
+CONFIG = FDDConfig.paper(num_layers=2, ce_weight=0.5)
 COEFFICIENT = 0.3
 
 
@@ -35,7 +35,7 @@ def gradients(model):
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_it_is_added_with_its_coefficient(family, options):
     student, batch = mixture(family=family), tiny_batch()
-    config = FDDConfig(**({"num_layers": 2, "ce_weight": 0.5} | options))
+    config = FDDConfig.paper(**({"num_layers": 2, "ce_weight": 0.5} | options))
     terms = Distiller(student, teacher(), config)(batch)
     assert isinstance(terms, FDDLossTerms)
     assert len(terms) == 5

@@ -9,7 +9,7 @@ import torch
 from fdd_kernels import Distiller, FDDConfig
 from tests.support.hf_models import tiny_batch, tiny_model
 
-CONFIG = FDDConfig(num_layers=2, ce_weight=0.5)
+CONFIG = FDDConfig.paper(num_layers=2, ce_weight=0.5)
 KINDS = {
     "lora": peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=0.3),
     "lora on the head": peft.LoraConfig(r=4, target_modules=["q_proj", "lm_head"]),

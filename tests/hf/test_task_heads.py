@@ -12,7 +12,7 @@ from fdd_kernels import Distiller, FDDConfig
 from tests.support.dense import gradients
 from tests.support.task_models import TASKS, hidden_states, pair, task_batch, task_model
 
-CONFIG = FDDConfig(
+CONFIG = FDDConfig.paper(
     space="feature",
     trajectory="mse",
     student_layers=(1, 2),
@@ -338,6 +338,7 @@ def test_models_that_do_not_fit_are_refused():
         Distiller(student, teacher(id2label={0: "b", 1: "a", 2: "c"}), CONFIG)
 
 
+@pytest.mark.slow
 def test_lora_checkpointing_and_data_parallelism():
     """A student inside of peft and DistributedDataParallel has the gradients of the plain one."""
     batch = task_batch("sequence_classification")

@@ -18,7 +18,7 @@ from tests.support.tasks import (
     task_model,
 )
 
-CONFIG = FDDConfig(num_layers=2, ce_weight=0.5, alpha=0.7, beta=1.3, output_kd_weight=0.9)
+CONFIG = FDDConfig.paper(num_layers=2, ce_weight=0.5, alpha=0.7, beta=1.3, output_kd_weight=0.9)
 LAYERS = (1, 2), (2, 4)
 
 
@@ -61,7 +61,7 @@ class TestMaskedLMs:
 
     def test_shared_blocks_run_no_more_often_than_is_asked_for(self):
         student, teacher = pair("albert")
-        config = FDDConfig(student_layers=(0, 2), teacher_layers=(0, 4), output_kd_weight=0.0)
+        config = FDDConfig.paper(student_layers=(0, 2), teacher_layers=(0, 4), output_kd_weight=0.0)
         distiller, calls = Distiller(student, teacher, config), []
         assert distiller.student.depth == 4
         (group,) = student.albert.encoder.albert_layer_groups
@@ -170,7 +170,7 @@ class TestChangedStudents:
         for name, gradient in expected.items():
             torch.testing.assert_close(grads[name], gradient, rtol=1e-10, atol=1e-12, msg=name)
 
-    @pytest.mark.parametrize("family", ["bert", "t5", "bart"])
+    @pytest.mark.parametrize("family", ["bert", "t5"])
     def test_gradient_checkpointing(self, family):
         def enable(student):
             options = {"use_reentrant": False}
@@ -179,7 +179,7 @@ class TestChangedStudents:
 
         self.require_same(family, enable)
 
-    @pytest.mark.parametrize("family", ["albert", "bart"])
+    @pytest.mark.parametrize("family", [pytest.param("albert", marks=pytest.mark.slow), "bart"])
     def test_compiled(self, family):
         self.require_same(family, lambda student: torch.compile(student, backend="eager"))
 
@@ -299,7 +299,7 @@ class TestEncoders:
 
     def test_the_teachers_decoder_does_not_run_for_its_encoder(self):
         (student, teacher), batch = pair("bart"), batch_of("bart")
-        config = FDDConfig(
+        config = FDDConfig.paper(
             num_layers=2, alpha=0.0, beta=0.0, output_kd_weight=0.0, ce_weight=1.0, encoder_weight=1
         )
         distiller, calls = Distiller(student, teacher, config), []
@@ -313,7 +313,7 @@ class TestEncoders:
             distiller(batch, teacher_states=list(states))
 
     def test_both_projections_in_feature_space(self):
-        config = FDDConfig(
+        config = FDDConfig.paper(
             num_layers=2, space="feature", trajectory="mse", encoder_weight=1.0, ce_weight=0.5
         )
         distiller = Distiller(*pair("t5"), config)
@@ -326,8 +326,8 @@ class TestEncoders:
         with pytest.raises(
             ValueError, match=r"encoder_weight=0.5 compares the encoders .*masked_lm"
         ):
-            Distiller(*pair("bert"), FDDConfig(num_layers=2, encoder_weight=0.5))
+            Distiller(*pair("bert"), FDDConfig.paper(num_layers=2, encoder_weight=0.5))
         with pytest.raises(ValueError, match="encoder_trajectory"):
-            FDDConfig(encoder_trajectory="kl")
+            FDDConfig.paper(encoder_trajectory="kl")
         with pytest.raises(ValueError, match="encoder_weight=1 needs sampled layers"):
-            FDDConfig(encoder_weight=1.0, num_layers=0)
+            FDDConfig.paper(encoder_weight=1.0, num_layers=0)

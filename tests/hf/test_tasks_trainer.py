@@ -12,7 +12,7 @@ from tests.support.hf_models import VOCAB, tiny_tokenizer
 from tests.support.tasks import dense_terms_of, pair
 from tests.support.training import same_parameters, trainer
 
-CONFIG = FDDConfig(num_layers=2, alpha=0.7, ce_weight=0.5)
+CONFIG = FDDConfig.paper(num_layers=2, alpha=0.7, ce_weight=0.5)
 LAYERS = (1, 2), (2, 4)
 FAMILIES = ["bert", "t5"]
 
@@ -83,7 +83,7 @@ def test_a_step_equals_a_plain_loops(family, tmp_path):
     same_parameters(run.model, student, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [pytest.param("bert", marks=pytest.mark.slow), "t5"])
 def test_training_evaluates_saves_and_resumes(family, tmp_path):
     """An encoder-decoder with its encoder, whose projection is trained, saved and resumed too."""
     config = dataclasses.replace(CONFIG, encoder_weight=0.5 if family == "t5" else 0.0)

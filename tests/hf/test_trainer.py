@@ -21,7 +21,7 @@ from tests.support.training import CONFIG, TERMS, examples, pad, same_parameters
 @pytest.mark.parametrize("labels", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_accumulation_over_unequal_micro_batches_equals_one_big_batch(tmp_path, labels):
     rows = examples([4, 17, 6, 12, 5, 16, 9, 11], labels=labels)
-    config = CONFIG if labels else FDDConfig(num_layers=2)
+    config = CONFIG if labels else FDDConfig.paper(num_layers=2)
     runs = []
     for size, steps in ((8, 1), (1, 8), (2, 4)):
         # Plain gradient descent: the parameters show the gradient, not only its direction.
@@ -101,7 +101,7 @@ def test_padding_on_the_left_changes_nothing(tmp_path, labels):
             tmp_path,
             train=rows,
             held_out=rows[:5],
-            config=CONFIG if labels else FDDConfig(num_layers=2),
+            config=CONFIG if labels else FDDConfig.paper(num_layers=2),
             max_steps=2,
             per_device_train_batch_size=2,
             gradient_accumulation_steps=2,
@@ -257,7 +257,7 @@ def test_training_lowers_held_out_kl_to_the_teacher(tmp_path):
         max_steps=40,
         learning_rate=5e-3,
         logging_steps=40,
-        config=FDDConfig(num_layers=2),
+        config=FDDConfig.paper(num_layers=2),
     )
     before = run.evaluate()["eval_output_kd"]
     run.train()

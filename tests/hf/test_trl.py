@@ -57,7 +57,7 @@ def sft(
         processing_class=tokenizer,
         peft_config=peft_config,
         teacher=teacher or tiny_model("gpt2", seed=2, **sizes),
-        fdd_config=config or FDDConfig(num_layers=2),
+        fdd_config=config or FDDConfig.paper(num_layers=2),
     )
 
 
@@ -148,7 +148,7 @@ def test_trains_logs_evaluates_and_saves(tmp_path):
 
 
 def test_options_that_change_are_logged_and_resumed(tmp_path):
-    config = FDDConfig(
+    config = FDDConfig.paper(
         num_layers=2,
         schedules="teacher_mix=taid:60,0.4,1,0.2",
         gradient_balance="output_kd=1,trajectory=0.5;every=2",
@@ -196,7 +196,7 @@ def test_the_model_that_peft_config_adapts_is_its_own_teacher(tmp_path):
         teacher=model,
         peft_config=lora,
         max_steps=4,
-        config=FDDConfig(num_layers=2, ce_weight=1.0),
+        config=FDDConfig.paper(num_layers=2, ce_weight=1.0),
     )
     assert trainer.evaluate()["eval_output_kd"] == pytest.approx(0, abs=1e-6)
     trainer.train()
@@ -249,7 +249,7 @@ def test_on_policy_batches_of_trls_own_trainer(tmp_path):
         model=tiny_model("llama", seed=1, **sizes),
         teacher_model=teacher,
         teacher=teacher,
-        fdd_config=FDDConfig(num_layers=2),
+        fdd_config=FDDConfig.paper(num_layers=2),
         args=gkd.GKDConfig(
             output_dir=str(tmp_path),
             report_to="none",
@@ -275,7 +275,7 @@ def test_on_policy_batches_of_trls_own_trainer(tmp_path):
     trainer.train()
     (batch,) = used
     student = tiny_model("llama", seed=1, **sizes).train()
-    distiller = Distiller(student, teacher, FDDConfig(num_layers=2))
+    distiller = Distiller(student, teacher, FDDConfig.paper(num_layers=2))
     loss = distiller({name: batch[name] for name in ("input_ids", "attention_mask", "labels")}).loss
     assert trainer.state.log_history[0]["loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
     loss.backward()

@@ -64,7 +64,7 @@ def train(folder: Path, keep_all: bool = False) -> None:
     trainer = FDDTrainer(
         model=lora_student(),
         teacher=tiny_model("gpt2", depth=3, seed=2),
-        fdd_config=FDDConfig(num_layers=2),
+        fdd_config=FDDConfig.paper(num_layers=2),
         args=TrainingArguments(
             output_dir=str(folder),
             max_steps=STEPS,
@@ -102,7 +102,7 @@ def distill(folder: Path, keep_all: bool, **source) -> None:
         DistillOptions(
             student=str(folder.parent / "models/student"),
             output=folder,
-            config=FDDConfig(num_layers=2),
+            config=FDDConfig.paper(num_layers=2),
             max_steps=STEPS,
             learning_rate=3e-3,
             batch_size=2,

@@ -13,6 +13,7 @@ import torch
 
 from fdd_kernels import FDDConfig, FusedFDDLoss, backends, fdd_loss_reference, fused_fdd_loss
 from fdd_kernels.objectives.fdd import api
+from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.numbers import DEBUG_SWITCH
 from fdd_kernels.testing import evaluate, random_problem
 
@@ -469,6 +470,15 @@ def test_the_published_setting_does_not_depend_on_the_defaults():
     assert changed == replace(FDDConfig.paper(), beta=0.0, apply_final_norm=False)
     with pytest.raises(ValueError, match="alpha=-1"):
         FDDConfig.paper(alpha=-1.0)
+
+
+def test_a_training_has_the_weighted_derivative_unless_another_is_given():
+    assert FDDConfig().derivative == "weighted_cosine"
+    assert FDDConfig(space="feature", trajectory="mse").derivative == "cosine"  # no probabilities
+    for given in ("cosine", "mse", None):
+        assert FDDConfig(derivative=given).derivative == given
+        assert replace(FDDConfig(), derivative=given).derivative == given
+    assert FDDConfig.paper().derivative == LossOptions().derivative == "cosine"
 
 
 def test_config_is_frozen_and_keeps_lists_as_tuples():

@@ -8,7 +8,7 @@ from fdd_kernels.teacher_cache import write_teacher_cache
 from tests.support.hf_models import tiny_model, tiny_tokenizer
 
 LAYERS = (1, 2, 4)
-CONFIG = FDDConfig(student_layers=(1, 2, 3), teacher_layers=LAYERS, ce_weight=0.5)
+CONFIG = FDDConfig.paper(student_layers=(1, 2, 3), teacher_layers=LAYERS, ce_weight=0.5)
 VOCAB = len(tiny_tokenizer())
 CHAT = [
     {"role": "user", "content": "one and two"},

@@ -51,7 +51,7 @@ def options(inputs, output, **changes):
         "student": str(inputs / "student"),
         "data": inputs / "data.txt",
         "output": output,
-        "config": FDDConfig(num_layers=2),
+        "config": FDDConfig.paper(num_layers=2),
         "max_steps": 6,
         "learning_rate": 3e-3,
         "batch_size": 4,

@@ -10,7 +10,7 @@ from tests.support.hf_models import tiny_model
 STUDENT_LAYERS, TEACHER_LAYERS = (1, 2, 3), (2, 4, 6)
 
 
-CONFIG = FDDConfig(num_layers=3, ce_weight=0.5, alpha=0.7, beta=1.3, output_kd_weight=0.9)
+CONFIG = FDDConfig.paper(num_layers=3, ce_weight=0.5, alpha=0.7, beta=1.3, output_kd_weight=0.9)
 
 
 def final_norm(model: nn.Module):

@@ -14,7 +14,7 @@ from tests.support.dense import dense_terms, gradients
 from tests.support.hf_models import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
-CONFIG = FDDConfig(num_layers=2, ce_weight=0.5, alpha=0.7, beta=1.3)
+CONFIG = FDDConfig.paper(num_layers=2, ce_weight=0.5, alpha=0.7, beta=1.3)
 QUESTIONS = ["one two", "three four word words the and a is", "the", "words " * 7]
 PROMPTS = [{"prompt": text} for text in QUESTIONS * 2]
 CHATS = [

@@ -14,7 +14,7 @@ from fdd_kernels import FDDConfig
 from fdd_kernels.integrations import FDDTrainer
 from tests.support.hf_models import VOCAB, tiny_model
 
-CONFIG = FDDConfig(num_layers=2, ce_weight=0.5)
+CONFIG = FDDConfig.paper(num_layers=2, ce_weight=0.5)
 TERMS = ("output_kd", "trajectory", "derivative", "ce")
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from fdd_kernels.cli.parsing import require_at_least, require_choice, require_fraction
 from fdd_kernels.cli.teacher_options import DTYPES, TeacherOptions
@@ -22,6 +24,20 @@ SCHEDULERS = (
     "polynomial",
     "inverse_sqrt",
 )
+RUN_FILE = "run.json"
+# Defaults of `FDDConfig` in an earlier release, where they differ from today's.
+_FORMER_DEFAULTS = {"derivative": "cosine"}
+
+
+def former_defaults(output: Path) -> dict[str, Any]:
+    """Return the options of the run in `output` that have the default of an earlier release: the
+    run resumes with them, unless the command gives others.
+    """
+    try:
+        run = json.loads((output / RUN_FILE).read_text("utf-8"))
+        return {n: old for n, old in _FORMER_DEFAULTS.items() if run.get(f"config.{n}") == old}
+    except (OSError, ValueError, AttributeError):  # no run, or `settle_run` says what is wrong
+        return {}
 
 
 @dataclass(frozen=True, kw_only=True)

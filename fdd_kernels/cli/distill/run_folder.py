@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fdd_kernels.cli.distill.identity import model_identity, same_model
-from fdd_kernels.cli.distill.options import DistillOptions
+from fdd_kernels.cli.distill.options import RUN_FILE, DistillOptions
 from fdd_kernels.cli.loading import open_cache
 from fdd_kernels.common.atomic import remove_directory, write_text
 from fdd_kernels.common.errors import UserError
@@ -18,12 +18,7 @@ from fdd_kernels.integrations.checkpoints import NOT_FINITE, PREFIX, checkpoints
 from fdd_kernels.lens.divergence_text import parse_divergence
 from fdd_kernels.objectives.fdd.options import FDDConfig
 
-RUN_FILE, METRICS_FILE, STUDENT_FOLDER, ADAPTER_FOLDER = (
-    "run.json",
-    "metrics.json",
-    "student",
-    "adapter",
-)
+METRICS_FILE, STUDENT_FOLDER, ADAPTER_FOLDER = "metrics.json", "student", "adapter"
 ALIGNMENT_FILE = "layer_alignment.svg"
 # Options that may change when a run is resumed.
 _FREE_OPTIONS = (

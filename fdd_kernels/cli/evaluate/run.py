@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from rich.console import Console
 
@@ -87,9 +90,10 @@ def evaluate(
     if options.max_windows is not None:
         rows = rows.select(range(min(options.max_windows, len(rows))))
     sizes = scored_bytes(rows, tokenizer)
-    with Activity(console, "evaluating", len(rows)) as activity:
-        sums = comparison(rows, batch_size=options.batch_size, advance=activity.update)
-    answers = _answers(options, loaded, questions, sampling, console)
+    with _memory_is_enough():
+        with Activity(console, "evaluating", len(rows)) as activity:
+            sums = comparison(rows, batch_size=options.batch_size, advance=activity.update)
+        answers = _answers(options, loaded, questions, sampling, console)
     samples = [
         {
             "source": question.source,
@@ -112,6 +116,18 @@ def _require_file(name: str, path: Path | None) -> None:
     if path.is_dir():
         raise UserError(f"{name}={path} is a directory: give a file")
     make_directory(path.parent)
+
+
+@contextlib.contextmanager
+def _memory_is_enough() -> Iterator[None]:
+    """Turn a lack of GPU memory into one line with its remedy."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"{first_line(error)}. Give a smaller batch_size or max_length, dtype=bfloat16, a "
+            "quantised teacher, or fewer models: all are in memory at once"
+        ) from error
 
 
 def _answers(

@@ -33,19 +33,9 @@ if TYPE_CHECKING:  # without torch the command line can show its options
 
 LAYER_GRIDS = ("floor", "linspace")
 # The published setting: FDDConfig.paper().
-PAPER = {
-    "output_kd_weight": 1.0,
-    "alpha": 1.0,
-    "beta": 1.0,
-    "ce_weight": 0.0,
-    "output_divergence": "kl",
-    "trajectory": "kl",
-    "derivative": "cosine",
-    "temperature": 1.0,
-    "output_temperature": 1.0,
-    "num_layers": 4,
-    "layer_grid": "floor",
-}
+PAPER = {"output_kd_weight": 1.0, "alpha": 1.0, "beta": 1.0, "ce_weight": 0.0}
+PAPER |= {"output_divergence": "kl", "trajectory": "kl", "derivative": "cosine"}
+PAPER |= {"temperature": 1.0, "output_temperature": 1.0, "num_layers": 4, "layer_grid": "floor"}
 
 
 class FDDLossTerms(NamedTuple):
@@ -205,6 +195,9 @@ class FDDConfig(LossOptions):
     are read from the models):
 
     Args:
+        derivative: cosine, centered_cosine, weighted_cosine, mse or none; auto is weighted_cosine,
+            and in feature space, which has no probabilities, cosine. `FDDConfig.paper()` has the
+            published cosine.
         num_layers: number of layers to sample in each model; 4 is the paper's L_D.
         num_teacher_layers: number of layers to sample in the teacher; num_layers if not given.
             Another number needs a layer_alignment, or weights of pairs in layer_weights.
@@ -245,6 +238,7 @@ class FDDConfig(LossOptions):
             "output_kd=1,trajectory=0.5;every=100;smoothing=0.9".
     """
 
+    derivative: str | None = "auto"
     student_logit_scale: float | None = None
     teacher_logit_scale: float | None = None
     num_layers: int = 4
@@ -277,6 +271,9 @@ class FDDConfig(LossOptions):
         return cls(**(PAPER | options))
 
     def __post_init__(self) -> None:
+        if self.derivative == "auto":
+            default = "cosine" if self.space == "feature" else "weighted_cosine"
+            object.__setattr__(self, "derivative", default)
         for name in ("student_logit_scale", "teacher_logit_scale"):
             require_number(name, getattr(self, name), positive=True, optional=True)
         given = {k: v for k, v in self.loss_options().items() if "logit_scale" not in k}
