@@ -28,6 +28,7 @@ from fdd_kernels.cli.plan import add_plan
 from fdd_kernels.common.errors import SaidElsewhere, UserError
 from fdd_kernels.common.heartbeat import Heartbeat
 from fdd_kernels.objectives.fdd.options import FDDConfig
+from fdd_kernels.objectives.option_checks import require_divergence
 from fdd_kernels.version import __version__
 
 # Fields of the loss that the Trainer sets.
@@ -224,6 +225,8 @@ def run_distill(arguments: argparse.Namespace) -> None:
         former = former_defaults(given["output"]) if given.get("resume", True) else {}
         try:
             config = FDDConfig(**(former | given_options(arguments, FDDConfig)))
+            # Distances of embeddings are for models that the command does not take.
+            require_divergence("output_divergence", config.output_divergence)
         except (TypeError, ValueError) as error:
             raise UserError(str(error)) from error
         options = DistillOptions(config=config, **given)

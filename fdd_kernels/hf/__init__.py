@@ -2,7 +2,8 @@
 
 `distiller.py` computes the loss of a batch: `model_reader.py` runs the student's backbone,
 `teachers.py` gives the teacher's targets, live or cached, and a `Comparison` compares them:
-`loss.py` by predictions, `features.py` by states. `tasks.py` says what a model predicts; models
+`loss.py` by predictions, `features.py` by states; `encoder.py` compares encoders that come before
+a decoder. `tasks.py` says what a model predicts; models
 without a vocabulary run with their head (`task_reader.py`) and are compared by `task_heads.py` and
 `embeddings.py`.
 

@@ -32,8 +32,9 @@ class TrainedProjection(ProvenCheckpoints):
             if self._projection is not None:
                 raise ValueError(
                     f"{name} holds the student's parameters alone, but the projection of "
-                    'space="feature" trains beside them: use DistributedDataParallel, models of '
-                    'equal width with projection="auto", or space="lens"'
+                    'space="feature" or encoder_weight trains beside them: use '
+                    'DistributedDataParallel, models of equal width with projection="auto", or '
+                    'space="lens" and encoder_weight=0'
                 )
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
