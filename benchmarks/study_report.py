@@ -78,7 +78,8 @@ class Difference:
 
 def frame(runs: study.Record) -> pd.DataFrame:
     """One row per finished run of the plan: part, budget, size, seed, objective, `kl` and `loss` in
-    nats per token, `windows` (KL by window), `cpu` (seconds of its own steps), `steps`.
+    nats per token, `windows` (KL by window), `steps`; CPU seconds of its `own` steps, and `cpu`,
+    those with the teacher's forward passes.
     """
     rows = []
     for setting in study.plan():
@@ -88,9 +89,19 @@ def frame(runs: study.Record) -> pd.DataFrame:
             row = {name: getattr(setting, name) for name in ("part", "budget", "size", "seed")}
             row |= {"objective": setting.objective, "steps": run["steps"][-1]}
             row |= {"kl": run["held_out_kl"][-1], "loss": run["held_out_loss"][-1]}
-            row |= {"cpu": run["cpu_seconds"][-1], "windows": np.array(run["window_kl"])}
+            row |= {"own": run["cpu_seconds"][-1], "windows": np.array(run["window_kl"])}
+            row["cpu"] = row["own"] + _teacher_cpu(run)
             rows.append(row | {"run": run, "tokens": _tokens(setting)})
     return pd.DataFrame(rows)
+
+
+def _teacher_cpu(run: dict) -> float:
+    """CPU seconds of the teacher; where its wall-clock seconds alone are on record, by the ratio of
+    the two in the student's steps.
+    """
+    found = run.get("teacher_cpu_seconds")
+    ratio = run["cpu_seconds"][-1] / run["seconds"][-1]
+    return found[-1] if found else run["teacher_seconds"][-1] * ratio
 
 
 def _tokens(setting: study.Setting) -> int:
@@ -111,7 +122,7 @@ def difference(runs: pd.DataFrame, objective: str, reference: str) -> Difference
 
 
 def at_equal_time(runs: pd.DataFrame, objective: str, budget: str) -> Difference | None:
-    """Compare an objective with output KD trained for the same CPU time, of its own steps.
+    """Compare an objective with output KD trained for the same CPU time.
 
     Output KD's KL at that time is interpolated between its budgets, linearly in the logarithm of
     the time, seed by seed and window by window. None where it was not trained for so long.
@@ -143,7 +154,11 @@ def table(runs: pd.DataFrame, every: pd.DataFrame, budget: str) -> list[str]:
         every: all runs of the size.
     """
     rows, verdicts = [], []
-    time = runs.groupby("objective").cpu.mean() / runs.groupby("objective").steps.mean()
+    steps = runs.groupby("objective").steps.mean()
+    times = {
+        "time of a step": runs.groupby("objective").own.mean() / steps,
+        "with the teacher": runs.groupby("objective").cpu.mean() / steps,
+    }
     for objective, own in runs.groupby("objective", sort=False):
         row = {"objective": objective, "seeds": str(len(own))}
         row |= {
@@ -160,7 +175,8 @@ def table(runs: pd.DataFrame, every: pd.DataFrame, budget: str) -> list[str]:
                 verdicts.append(f"{objective} is {word} {reference}")
         equal = objective != "output KD" and at_equal_time(every, objective, budget)
         row["at equal CPU time"] = _shown(equal)
-        row["CPU time of a step"] = f"{time[objective] / time.get('output KD', math.nan):.2f}"
+        for name, time in times.items():
+            row[name] = f"{time[objective] / time.get('output KD', math.nan):.2f}"
         rows.append(row)
     said = "; ".join(verdicts) or "nothing"
     return [*markdown(pd.DataFrame(rows)), "", f"Beyond the noise: {said}."]
@@ -192,7 +208,7 @@ def text(runs: study.Record) -> str:
         if part == "variants":  # beside the main grid's runs of the same seeds
             some = pd.concat([every[every.budget == budget], some])
             every = pd.concat([every, some[some.part == "variants"]])
-        title = f"{budget} ({some.tokens.iloc[0] // 1000} thousand tokens), {size}"
+        title = f"{budget} ({some.tokens.iloc[0] / 1000:.0f} thousand tokens), {size}"
         lines += [f"**{title}{', variants' if part == 'variants' else ''}**", ""]
         lines += [*table(some, every, budget), ""]
     missing = [line for line, complete in study.listing(runs.path.parent).items() if not complete]
@@ -242,7 +258,7 @@ def _differences(data: pd.DataFrame) -> Figure:
 
 
 def _seconds(data: pd.DataFrame) -> Figure:
-    """KL at the end of each budget against the CPU time of the student's own steps."""
+    """KL at the end of each budget against the CPU time, the teacher's included."""
     figure, axes = _panels(data)
     for size, axis in axes.items():
         some = data[data["size"] == size]
@@ -250,7 +266,7 @@ def _seconds(data: pd.DataFrame) -> Figure:
             own = some[some.objective == objective].groupby("budget", sort=False)
             x, y = own.cpu.mean(), own.kl.mean()
             axis.plot(x, y, marker="o", color=colour, label=objective)
-        axis.set(xlabel="CPU seconds of the student's own steps", ylabel="validation KL")
+        axis.set(xlabel="CPU seconds, with the teacher's", ylabel="validation KL")
     next(iter(axes.values())).legend(fontsize=8)
     return figure
 

@@ -225,7 +225,8 @@ def run_distill(arguments: argparse.Namespace) -> None:
         former = former_defaults(given["output"]) if given.get("resume", True) else {}
         try:
             config = FDDConfig(**(former | given_options(arguments, FDDConfig)))
-            require_divergence("output_divergence", config.output_divergence)  # not of embeddings
+            # Distances of embeddings are for models that the command does not take.
+            require_divergence("output_divergence", config.output_divergence)
         except (TypeError, ValueError) as error:
             raise UserError(str(error)) from error
         options = DistillOptions(config=config, **given)

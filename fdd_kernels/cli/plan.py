@@ -203,7 +203,9 @@ def _options(arguments: argparse.Namespace) -> tuple[FDDConfig, LossOptions]:
 
     given = given_options(arguments, FDDConfig) | {"num_layers": arguments.num_layers}
     try:
-        objective = LossOptions(**given_options(arguments, LossOptions))
+        # The derivative that a training has unless told otherwise.
+        loss = {"derivative": FDDConfig().derivative} | given_options(arguments, LossOptions)
+        objective = LossOptions(**loss)
         if objective.pairs_all_layers:
             columns = len(objective.layer_weights[0]) - objective.output_in_dynamics
             given.setdefault("num_teacher_layers", columns)

@@ -36,11 +36,15 @@ class Estimate(NamedTuple):
     def minus(self, other: Estimate) -> Estimate:
         """Return the difference, sequence by sequence the same resamples."""
         paired = self.draws is not None and other.draws is not None
-        return Estimate(self.mean - other.mean, self.draws - other.draws if paired else None)
+        with np.errstate(invalid="ignore"):  # infinite numbers have no difference
+            draws = self.draws - other.draws if paired else None
+        return Estimate(self.mean - other.mean, draws)
 
     def record(self) -> dict[str, float | None]:
-        """Return the mean and the percentile interval."""
-        if self.draws is None:
+        """Return the mean and the percentile interval; no interval where a resample has no finite
+        number, as bits per byte of texts without a byte.
+        """
+        if self.draws is None or not np.isfinite(self.draws).all():
             return {"mean": self.mean, "low": None, "high": None}
         tail = (1 - CONFIDENCE) / 2
         low, high = np.quantile(self.draws, [tail, 1 - tail])

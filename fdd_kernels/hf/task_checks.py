@@ -6,6 +6,17 @@ from fdd_kernels.hf.tasks import Task
 from fdd_kernels.lens.distances import DISTANCES
 from fdd_kernels.objectives.fdd.options import FDDConfig
 
+# Options of an output that is a distribution, with the values that have no effect.
+_OF_LOGITS = {
+    "output_temperature": 1,
+    "teacher_mix": 1,
+    "scale_by_t2": False,
+    "student_softcap": None,
+    "teacher_softcap": None,
+    "student_logit_scale": None,
+    "teacher_logit_scale": None,
+}
+
 
 def check_task_config(task: Task, config: FDDConfig) -> None:
     """Check the options of a config that depend on the task.
@@ -45,11 +56,7 @@ def check_task_config(task: Task, config: FDDConfig) -> None:
         )
     if not is_embedding:
         return
-    if config.output_temperature != 1:
-        raise ValueError(
-            f"output_temperature={config.output_temperature:g} divides logits, which embedding "
-            "models do not have: leave it at 1"
-        )
+    refuse_logit_options(config, "embedding models")
     if config.ever("output_kd_weight") and not of_states:
         raise ValueError(
             f"output_divergence={config.output_divergence!r} compares distributions, but embedding "
@@ -60,3 +67,22 @@ def check_task_config(task: Task, config: FDDConfig) -> None:
             f"ce_weight={config.ever('ce_weight'):g} needs labels, which embedding models do not "
             "predict: give ce_weight=0"
         )
+
+
+def refuse_logit_options(config: FDDConfig, models: str) -> None:
+    """Refuse options that change the logits of a distribution.
+
+    Args:
+        models: which have none, for the error.
+
+    Raises:
+        ValueError: naming the option, its value and the remedy.
+    """
+    for values in config.values_at_turns():
+        for name, neutral in _OF_LOGITS.items():
+            value = values.get(name, getattr(config, name))
+            if value != neutral:
+                raise ValueError(
+                    f"{name}={value} changes the logits of a distribution, which {models} do not "
+                    f"predict: leave it at {neutral}"
+                )

@@ -25,6 +25,7 @@ from fdd_kernels.hf.positions import (
     token_shape,
 )
 from fdd_kernels.hf.targets import StudentSide
+from fdd_kernels.hf.task_checks import refuse_logit_options
 from fdd_kernels.hf.tasks import require_causal_lm
 from fdd_kernels.hf.teachers import LiveTeacher, Teacher
 from fdd_kernels.hf.wrappers import evaluating
@@ -72,7 +73,9 @@ class TaskLoss(FeatureLoss):
             with torch.enable_grad(), evaluating(model):
                 states = self.student_side(self.student.example(), options).states
                 total = sum(state.sum() for state in states if state is not None)
-                found = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
+                found = [None] * len(named)
+                if isinstance(total, Tensor) and total.requires_grad:
+                    found = torch.autograd.grad(total, [p for _, p in named], allow_unused=True)
             self._unreached[key] = [n for (n, _), g in zip(named, found) if g is None]
         return self._unreached[key]
 
@@ -152,20 +155,47 @@ class TaskLoss(FeatureLoss):
 
 
 class ClassificationLoss(TaskLoss):
-    """Classes of sequences: one of C, several, or numbers, by the student's `config.problem_type`
-    and, as in transformers, by the number of classes and the dtype of the labels.
+    """Classes of sequences: one of C, several, or numbers, by `config.problem_type` of the student,
+    or else of the teacher, and, as in transformers, by the number of classes and the dtype of the
+    labels.
+
+    Raises:
+        ValueError: options of distributions for models that predict numbers.
     """
+
+    def __init__(self, config: FDDConfig, student, teacher: Teacher, *rest) -> None:
+        super().__init__(config, student, teacher, *rest)
+        models = student.model, teacher.reader.model
+        given = (getattr(model.config, "problem_type", None) for model in models)
+        self._problem_type = next(filter(None, given), None)
+        if self._problem(None) != "regression" or not config.ever("output_kd_weight"):
+            return
+        refuse_logit_options(config, "models with problem_type=regression, or with one label,")
+        if config.output_divergence != "kl":
+            raise ValueError(
+                f"output_divergence={config.output_divergence!r} compares distributions, but the "
+                "models predict numbers (problem_type=regression, or one label), which are "
+                'compared by their squared error: leave it at "kl"'
+            )
 
     def valid_rows(self, view: Mapping[str, Tensor]) -> Tensor:
         valid, labels = view[VALID_ROWS], view.get("labels")
         if labels is None or self._problem(labels) != "single_label_classification":
             return valid
+        self._check_shape(labels, valid.shape)
         return valid & (labels != self.config.ignore_index).to(valid.device)
 
+    def _check_shape(self, labels: Tensor, shape: torch.Size) -> None:
+        """Raise ValueError unless the labels have `shape`."""
+        if labels.shape != shape:
+            raise ValueError(
+                f"labels has shape {tuple(labels.shape)}, but {self._problem(labels)} needs "
+                f"{tuple(shape)}: correct the labels, or set problem_type in the student's config"
+            )
+
     def _problem(self, labels: Tensor | None) -> str:
-        given = getattr(self.student.model.config, "problem_type", None)
-        if given is not None:
-            return given
+        if self._problem_type is not None:
+            return self._problem_type
         if self.student.vocabulary == 1:
             return "regression"
         several = labels is not None and labels.is_floating_point()
@@ -185,6 +215,7 @@ class ClassificationLoss(TaskLoss):
         problem = self._problem(labels)
         if problem == "single_label_classification":
             return _class_terms(logits, None, labels, valid, options, items).ce
+        self._check_shape(labels, logits.shape[:1] if logits.shape[1] == 1 else logits.shape)
         labels = labels.to(logits.dtype).view_as(logits)
         losses = {
             "regression": F.mse_loss,

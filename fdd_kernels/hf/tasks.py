@@ -185,7 +185,14 @@ class WithoutLens(Task):
                     f"{name} has shape {shape}, but there are {rows} sequences: give a tensor with "
                     "one entry for each"
                 )
-        return {**batch, VALID_ROWS: torch.ones(rows, dtype=torch.bool) if found is None else found}
+        valid = torch.ones(rows, dtype=torch.bool) if found is None else found
+        # As in transformers, a column of labels is one for each sequence.
+        columns = {
+            name: batch[name].squeeze(1)
+            for name in self.targets
+            if batch.get(name) is not None and batch[name].shape[1:] == (1,)
+        }
+        return {**batch, **columns, VALID_ROWS: valid}
 
     def inputs(self, model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         inputs = super().inputs(model, batch)

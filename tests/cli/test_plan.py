@@ -273,10 +273,12 @@ def test_the_objective_is_in_the_prediction(capsys):
         data = json.loads(capsys.readouterr().out)
         return data["fused"]["loss"], data["setup"]["objective"]
 
-    plain, objective = loss()
-    assert (objective["derivative"], objective["teacher_mix"]) == ("cosine", 1.0)
+    weighted, objective = loss()
+    assert (objective["derivative"], objective["teacher_mix"]) == ("weighted_cosine", 1.0)
+    arguments += ["--derivative", "cosine"]
+    plain = loss()[0]
+    assert weighted > plain
     for more in (
-        ["--derivative", "weighted_cosine"],
         ["--output-divergence", "alpha_beta:0.2,0.7"],
         ["--trajectory", "jsd:0.1"],
         ["--derivative-temperature", "2"],

@@ -50,3 +50,14 @@ def test_too_few_sequences_have_no_interval(count):
     found = paired_bootstrap({"a": Ratio(SUMS[:count], WEIGHTS[:count])})["a"].record()
     assert (found["low"], found["high"]) == (None, None)
     assert not differs(found)
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_interval_where_a_resample_has_no_number():
+    """Bits per byte of resamples that consist of the text without a byte; infinite perplexity."""
+    ratio = Ratio(np.array([1.0, 2.0]), np.array([0.0, 3.0]))
+    infinite = Ratio(np.full(2, 800.0), np.ones(2), np.exp)
+    found = paired_bootstrap({"a": ratio, "b": infinite})
+    assert found["a"].record() == {"mean": 1.0, "low": None, "high": None}
+    difference = found["b"].minus(found["b"]).record()
+    assert (difference["low"], difference["high"]) == (None, None)

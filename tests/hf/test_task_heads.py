@@ -251,7 +251,8 @@ def test_parameters_without_gradient_are_named():
     [
         ("embedding", {"output_divergence": "kl"}, "embedding models give vectors: give output_di"),
         ("embedding", {"ce_weight": 1.0}, "ce_weight=1 needs labels"),
-        ("embedding", {"output_temperature": 2.0}, "output_temperature=2 divides logits"),
+        ("embedding", {"output_temperature": 2.0}, "output_temperature=2.0 changes the logits"),
+        ("embedding", {"student_softcap": 3.0}, "student_softcap=3.0 changes the logits"),
         ("sequence_classification", {"space": "lens", "trajectory": "kl"}, 'space="lens" compares'),
         ("sequence_classification", {"vocab_size": 3}, "vocab_size=3 is of a vocabulary"),
         ("sequence_classification", {"train_head": False}, "train_head=False is of a language mod"),
@@ -272,6 +273,8 @@ def test_options_without_a_meaning_are_refused(task, options, message):
         ("sequence_classification", {"labels": torch.zeros(2)}, "shape .2,., but there are 3 seq"),
         ("sequence_classification", {"token_weights": torch.ones(3, 8)}, "token_weights are of t"),
         ("sequence_classification", {"labels": torch.tensor([0, 7, 1])}, "7"),
+        ("sequence_classification", {"labels": torch.zeros(3, 3).long()}, r"needs \(3,\): corr"),
+        ("sequence_classification", {"labels": torch.zeros(3)}, r"multi_label.* needs \(3, 3\)"),
         ("token_classification", {"labels": torch.zeros(3).long()}, "labels has shape"),
     ],
 )
@@ -280,6 +283,47 @@ def test_batches_that_do_not_fit_are_refused(task, changes, message):
     batch = {k: v for k, v in (task_batch(task) | changes).items() if v is not None}
     with pytest.raises(ValueError, match=message):
         distiller(batch)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"output_temperature": 2.0}, {"output_divergence": "tv"}, {"scale_by_t2": True}]
+)
+def test_numbers_have_no_distribution(changes):
+    models = pair("bert", "sequence_classification", num_labels=1)
+    config = replace(CONFIG, output_temperature=1.0)
+    with pytest.raises(ValueError, match=f"{next(iter(changes))}=.* predict"):
+        Distiller(*models, replace(config, **changes))
+    Distiller(*models, replace(config, **changes, output_kd_weight=0.0))
+
+
+def test_several_labels_are_told_by_the_teacher():
+    """In a batch without labels, where a new student's config does not say it."""
+    student, teacher = pair("bert", "sequence_classification")
+    teacher.config.problem_type = "multi_label_classification"
+    batch = task_batch("sequence_classification")
+    del batch["labels"]
+    config = FDDConfig(alpha=0.0, beta=0.0, num_layers=0)
+    found = Distiller(student, teacher, config)(batch).loss
+    with torch.no_grad():
+        wanted = bernoulli(teacher(**batch).logits, student(**batch).logits, 1.0).mean()
+    torch.testing.assert_close(found, wanted, **CLOSE)
+
+
+@pytest.mark.parametrize("task", ["sequence_classification", "question_answering"])
+def test_a_column_of_labels(task):
+    distiller, batch = Distiller(*pair("bert", task), CONFIG), task_batch(task)
+    columns = {name: batch[name][:, None] for name in distiller.task.targets}
+    for found, wanted in zip(distiller(batch | columns), distiller(batch)):
+        torch.testing.assert_close(found, wanted, **CLOSE)
+
+
+def test_a_frozen_student_has_no_parameter_without_gradient():
+    student, teacher = pair("bert", "embedding")
+    student.requires_grad_(False)
+    assert Distiller(student, teacher, EMBEDDING).parameters_without_gradient() == []
+    student.pooler.requires_grad_(True)
+    found = Distiller(student, teacher, EMBEDDING).parameters_without_gradient()
+    assert found == ["pooler.dense.weight", "pooler.dense.bias"]
 
 
 def test_models_that_do_not_fit_are_refused():
