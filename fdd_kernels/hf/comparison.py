@@ -112,7 +112,10 @@ class Comparison(ABC):
         """Return the names of the student's parameters that train but get no gradient from the
         loss. With `whole` every block gets one.
         """
-        return parameters_outside(self.student.model, self._idle(options, whole))
+        idle, head = self._idle(options, whole), self.student.head
+        # The transform before BERT's head holds the head's bias too.
+        bias = getattr(head, "bias", None) if head in idle else None
+        return parameters_outside(self.student.model, idle, [] if bias is None else [bias])
 
     def _idle(self, options: LossOptions, whole: bool) -> list[nn.Module]:
         """Return the modules that get no gradient, but for what they share with others."""

@@ -10,8 +10,14 @@ from torch import nn
 from fdd_kernels.hf.wrappers import data_parallel
 
 
-def parameters_outside(model: nn.Module, idle: Iterable[nn.Module]) -> list[str]:
-    """Return the names of the parameters that train and belong to modules in `idle` only."""
+def parameters_outside(
+    model: nn.Module, idle: Iterable[nn.Module], unused: Iterable[nn.Parameter] = ()
+) -> list[str]:
+    """Return the names of the parameters that train and belong to modules in `idle` only.
+
+    Args:
+        unused: parameters of `idle` that other modules hold too, but do not use.
+    """
     idle = {module for part in idle for module in part.modules()}
     if not idle:
         return []
@@ -20,7 +26,7 @@ def parameters_outside(model: nn.Module, idle: Iterable[nn.Module]) -> list[str]
         for module in model.modules()
         if module not in idle
         for p in module.parameters(recurse=False)
-    }
+    } - set(map(id, unused))
     return [
         name for name, p in model.named_parameters() if p.requires_grad and id(p) not in reached
     ]

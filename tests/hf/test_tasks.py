@@ -73,6 +73,18 @@ class TestMaskedLMs:
         assert not [name for name in idle if "albert_layer_groups" in name]
         assert all(p.grad is not None for p in group.parameters())
 
+    @pytest.mark.parametrize("family", ["bert", "albert", "roberta"])
+    def test_a_bias_that_the_transform_holds_too_is_named_without_gradient(self, family):
+        student, teacher = pair(family)
+        for changes in ({"train_head": False}, {"space": "feature", "trajectory": "mse"}):
+            config = FDDConfig(num_layers=2, output_kd_weight=0.0, **changes)
+            distiller = Distiller(student, teacher, config)
+            student.zero_grad()
+            distiller(batch_of(family)).loss.backward()
+            without = [name for name, p in student.named_parameters() if p.grad is None]
+            assert distiller.parameters_without_gradient() == without
+            assert [name for name in without if name.endswith("bias")]
+
 
 class TestEncoderDecoders:
     @pytest.mark.parametrize("family", ["t5", "bart"])
