@@ -36,6 +36,11 @@ def check_task_config(task: Task, config: FDDConfig) -> None:
             f"pooling={config.pooling!r} makes embeddings of sentences, but the models are of the "
             f"task {task}: leave it at {FDDConfig.pooling!r}"
         )
+    if task.name == "seq2seq_lm" and config.ignore_index != FDDConfig.ignore_index:
+        raise ValueError(
+            f"ignore_index={config.ignore_index}: encoder-decoders make decoder tokens of labels, "
+            f"where {FDDConfig.ignore_index} is no token: leave it at {FDDConfig.ignore_index}"
+        )
     if task.has_lens:
         return
     if config.space == "lens" and (config.ever("alpha") or config.ever("beta")):

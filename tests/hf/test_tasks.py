@@ -343,3 +343,9 @@ class TestEncoders:
             FDDConfig.paper(encoder_trajectory="kl")
         with pytest.raises(ValueError, match="encoder_weight=1 needs sampled layers"):
             FDDConfig.paper(encoder_weight=1.0, num_layers=0)
+        with pytest.raises(ValueError, match="encoder_weight=1 adds to the loss of the decoder"):
+            FDDConfig(encoder_weight=1.0, alpha=0, beta=0, output_kd_weight=0)
+
+    def test_labels_that_make_decoder_tokens(self):
+        with pytest.raises(ValueError, match=r"ignore_index=-1.*leave it at -100"):
+            Distiller(*pair("t5"), FDDConfig.paper(num_layers=2, ignore_index=-1))

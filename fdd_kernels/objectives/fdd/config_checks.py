@@ -63,6 +63,12 @@ def check_encoder(config: FDDConfig) -> None:
             f"encoder_weight={config.encoder_weight:g} needs sampled layers, but num_layers=0: "
             "give num_layers=1 or more"
         )
+    others = ("alpha", "beta", "output_kd_weight", "ce_weight")
+    if config.encoder_weight and not any(config.ever(name) for name in others):
+        raise ValueError(
+            f"encoder_weight={config.encoder_weight:g} adds to the loss of the decoder, but "
+            f"{', '.join(others)} are 0: give one of them a weight"
+        )
 
 
 def check_space(config: FDDConfig) -> None:
@@ -96,7 +102,8 @@ def check_space(config: FDDConfig) -> None:
     if derivative is not None and DISTANCES[derivative].weighted:
         raise ValueError(
             f"derivative={derivative!r} weighs tokens by the teacher's probabilities, which "
-            'space="feature" does not have: give another derivative, or space="lens"'
+            'space="feature" does not have: give another derivative ("auto" is "cosine" there), '
+            'or space="lens"'
         )
     for name in _OF_LOGITS:
         for values in config.values_at_turns():
