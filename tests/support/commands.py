@@ -127,6 +127,8 @@ def same(a, b):
 
 
 COMMAND = [
+    "--derivative",
+    "cosine",
     "--max-steps",
     "6",
     "--learning-rate",
