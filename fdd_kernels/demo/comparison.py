@@ -12,6 +12,7 @@ from functools import partial
 
 import numpy as np
 
+from fdd_kernels.common.student_t import half_width
 from fdd_kernels.demo.students import FURTHER, OBJECTIVES, Run
 
 BASELINE = "output KD"
@@ -23,8 +24,6 @@ INTERVAL = (
 ONE_SEED = (
     "One seed: ± is half of a 95% interval over windows alone, and another seed may differ by more."
 )
-# Student's t, 97.5%, for 1, 2, ... degrees of freedom.
-T_97_5 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclass(frozen=True)
@@ -46,20 +45,8 @@ def estimate(values: np.ndarray) -> Estimate:
     """Estimate the mean of values (seeds, windows) as `INTERVAL` says; from one seed the interval
     is over windows alone.
     """
-    halves = [
-        _t_97_5(len(means) - 1) * means.std(ddof=1) / math.sqrt(len(means))
-        for means in (values.mean(1), values.mean(0))
-        if len(means) > 1
-    ]
+    halves = [half_width(means) for means in (values.mean(1), values.mean(0)) if len(means) > 1]
     return Estimate(float(values.mean()), math.hypot(*halves))
-
-
-def _t_97_5(freedom: int) -> float:
-    """The 97.5% quantile of Student's t: tabulated, or by its expansion around the normal's."""
-    if freedom <= len(T_97_5):
-        return T_97_5[freedom - 1]
-    z = statistics.NormalDist().inv_cdf(0.975)
-    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
 
 
 class Comparison:

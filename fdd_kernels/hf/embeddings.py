@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fdd_kernels.engine.evaluate import evaluate
 from fdd_kernels.hf.features import state_inputs
-from fdd_kernels.hf.task_heads import TaskLoss, attended_tokens
+from fdd_kernels.hf.positions import attended_tokens
+from fdd_kernels.hf.task_heads import TaskLoss
 from fdd_kernels.objectives.fdd.loss import fdd_call
 from fdd_kernels.objectives.fdd.options import FDDLossTerms, LossOptions
 

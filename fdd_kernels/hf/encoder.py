@@ -16,7 +16,7 @@ from fdd_kernels.hf.layers import layer_grid
 from fdd_kernels.hf.loss import token_weights_of
 from fdd_kernels.hf.model_reader import ModelReader
 from fdd_kernels.hf.offload import device_of
-from fdd_kernels.hf.positions import attended_positions, token_shape, valid_positions
+from fdd_kernels.hf.positions import attended_tokens, valid_positions
 from fdd_kernels.hf.projection import make_projection
 from fdd_kernels.hf.tail import Recording, final_state
 from fdd_kernels.hf.targets import States, Targets
@@ -162,10 +162,11 @@ class EncoderLoss:
                 "teacher_states of this distiller"
             )
         ignore, device = self.config.ignore_index, student.encoder[0].device
-        attended, valid = attended_positions(batch), valid_positions(view, ignore).to(device)
-        if attended is None:
-            attended = torch.ones(token_shape(batch), dtype=torch.bool)
-        attended, weights = attended.to(device), token_weights_of(view, device)
+        attended, valid = (
+            attended_tokens(batch).to(device),
+            valid_positions(view, ignore).to(device),
+        )
+        weights = token_weights_of(view, device)
         of_targets = (valid if weights is None else valid * weights).sum(1)
         shares = of_targets / attended.sum(1).clamp(min=1)
         items = num_items_in_batch

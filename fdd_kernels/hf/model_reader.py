@@ -4,6 +4,7 @@ weight, bias, soft cap and scale.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +96,7 @@ class ModelReader:
         """
         return self.parts.blocks
 
-    @property
+    @functools.cached_property
     def all_blocks(self) -> list[nn.Module]:
         """The blocks, and those of the encoder before a decoder."""
         if not getattr(self.model.config, "is_encoder_decoder", False):

@@ -61,6 +61,14 @@ def attended_positions(batch: Mapping[str, Tensor]) -> Tensor | None:
     return mask != 0 if isinstance(mask, Tensor) and mask.shape == token_shape(batch) else None
 
 
+def attended_tokens(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return which tokens are not padding, bool (batch, sequence): all of them where no
+    `attention_mask` says so.
+    """
+    found = attended_positions(batch)
+    return torch.ones(token_shape(batch), dtype=torch.bool) if found is None else found
+
+
 def next_labels(batch: Mapping[str, Tensor], ignore_index: int) -> Tensor | None:
     """Return the label of the token after each position, (batch, sequence); None without labels.
 

@@ -21,8 +21,7 @@ from fdd_kernels.hf.positions import (
     SHIFT_LABELS,
     TOKEN_WEIGHTS,
     VALID_ROWS,
-    attended_positions,
-    token_shape,
+    attended_tokens,
 )
 from fdd_kernels.hf.targets import StudentSide
 from fdd_kernels.hf.task_checks import refuse_logit_options
@@ -308,12 +307,6 @@ def _denominator(
 def _summed(rows: Tensor, valid: Tensor, items: Tensor | float) -> Tensor:
     denominator = loss_denominator("mean", len(rows), valid, rows.device, items)
     return reduce_rows(rows, valid, None, denominator)
-
-
-def attended_tokens(view: Mapping[str, Tensor]) -> Tensor:
-    """Return which tokens are not padding, bool (batch, sequence)."""
-    found = attended_positions(view)
-    return torch.ones(token_shape(view), dtype=torch.bool) if found is None else found
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

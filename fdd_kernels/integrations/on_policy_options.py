@@ -6,13 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from fdd_kernels.data import IGNORED
 from fdd_kernels.hf.positions import TOKEN_WEIGHTS
 from fdd_kernels.hf.teachers import Teacher, require_model
 from fdd_kernels.integrations.trl_sft import columns_of
 from fdd_kernels.objectives.fdd.options import FDDConfig
 
-# The label of a token that is no part of an answer, as TRL writes it.
-IGNORED = -100
 # Options of SFTConfig that change which tokens count, or how, and that GKDTrainer leaves out; with
 # what they may be.
 SFT_OPTIONS = {

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from fdd_kernels.hf.distiller import Distiller
-from fdd_kernels.hf.observer import Observer
+from fdd_kernels.hf.observer import Observer, observing
 from fdd_kernels.hf.targets import StudentSide, Targets
 from fdd_kernels.hf.tasks import Task
 from fdd_kernels.objectives.fdd.options import LossOptions
@@ -43,14 +43,10 @@ def predictions_of(distiller: Distiller, wanted: bool) -> Iterator[Predictions]:
     """Store the predictions of a batch that a distiller sees while the block runs; nothing if they
     are not `wanted`, or of a task without logits of its own.
     """
-    names, before = _labels_of(distiller.task), distiller.observer
+    names = _labels_of(distiller.task)
     found = Predictions(len(names))
-    if wanted and names:
-        distiller.observer = found
-    try:
+    with observing(distiller, found if wanted and names else None):
         yield found
-    finally:
-        distiller.observer = before
 
 
 def labels_of(task: Task, inputs: Mapping[str, Tensor]) -> Tensor | tuple[Tensor, ...] | None:

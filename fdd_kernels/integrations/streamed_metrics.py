@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fdd_kernels.evaluation.metrics import observed_sums, pairs_by_rank, with_perplexity
 from fdd_kernels.hf.distiller import Distiller
-from fdd_kernels.hf.observer import Observer
+from fdd_kernels.hf.observer import Observer, observing
 from fdd_kernels.hf.targets import StudentSide, Targets
 from fdd_kernels.integrations.sums import Reduce, WeightedSums
 from fdd_kernels.objectives.fdd.options import LossOptions
@@ -56,12 +56,9 @@ def watching(
     Args:
         metrics: those to add to; new ones if not given.
     """
-    metrics, before = metrics or StreamedMetrics(distiller), distiller.observer
-    distiller.observer = metrics if wanted and distiller.task.has_lens else before
-    try:
+    metrics = metrics or StreamedMetrics(distiller)
+    with observing(distiller, metrics if wanted and distiller.task.has_lens else None):
         yield metrics
-    finally:
-        distiller.observer = before
 
 
 def _gives_layers(distiller: Distiller) -> bool:

@@ -11,11 +11,11 @@ import torch
 import trl
 from torch import Tensor, nn
 
+from fdd_kernels.data import IGNORED
 from fdd_kernels.hf.tasks import require_causal_lm, task_of
 from fdd_kernels.hf.wrappers import unwrap
 from fdd_kernels.integrations.hf_trainer import FDDTrainerMixin
 from fdd_kernels.integrations.on_policy_options import (
-    IGNORED,
     SFT_OPTIONS,
     require_ignored,
     require_options,

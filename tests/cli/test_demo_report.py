@@ -10,7 +10,8 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("rich")
 
-from fdd_kernels.demo.comparison import Comparison, _t_97_5, estimate
+from fdd_kernels.common.student_t import t_quantile
+from fdd_kernels.demo.comparison import Comparison, estimate
 from fdd_kernels.demo.students import Run
 
 
@@ -44,7 +45,7 @@ def test_the_interval_is_that_of_its_definition():
         2.201 * np.std(values[0], ddof=1) / math.sqrt(12), rel=2e-3
     )
     for freedom, tabulated in ((1, 12.706), (10, 2.228), (20, 2.086), (47, 2.0117), (10**6, 1.96)):
-        assert _t_97_5(freedom) == pytest.approx(tabulated, rel=2e-3)
+        assert t_quantile(freedom) == pytest.approx(tabulated, rel=2e-3)
 
 
 def test_what_all_seeds_and_windows_share_is_no_noise():

@@ -13,6 +13,7 @@ pytest.importorskip("matplotlib")
 
 from benchmarks import record, study, study_report
 from benchmarks.__main__ import main
+from fdd_kernels.common.student_t import t_quantile
 from fdd_kernels.demo import corpus
 
 PAGE = f"before\n{study_report.BEGIN}\nold\n{study_report.END}\nafter\n"
@@ -174,4 +175,4 @@ def test_a_difference_is_paired_and_counts_only_beyond_both_spreads():
     ("freedom", "expected"), [(4, 2.776), (10, 2.228), (30, 2.042), (47, 2.012)]
 )
 def test_the_quantile_of_t(freedom, expected):
-    assert study_report.t_quantile(freedom) == pytest.approx(expected, abs=1e-3)
+    assert t_quantile(freedom) == pytest.approx(expected, abs=1e-3)
