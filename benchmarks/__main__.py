@@ -128,6 +128,7 @@ def do_run(arguments: argparse.Namespace) -> int:
         repeats=arguments.repeats or DEFAULT_REPEATS[arguments.suite],
         device=device,
         fresh=arguments.fresh,
+        part=bool(arguments.workload or arguments.provider),
     )
     try:
         path = run.execute()
@@ -175,8 +176,9 @@ def do_compare(arguments: argparse.Namespace) -> int:
 
 
 def do_table(arguments: argparse.Namespace) -> int:
-    """Write the tables of the newest record of each suite between the markers of
-    docs/benchmarks.md, and of the suite "full" the picture of the README.
+    """Write the tables of the newest record of each suite and kind of processor between the markers
+    of docs/benchmarks.md, and of the newest of suite full the picture of the README. Records of a
+    part of a suite (--workload, --provider) are left out.
     """
     from benchmarks.report.docs import generated
 

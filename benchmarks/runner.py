@@ -37,6 +37,7 @@ class Run:
     """A record that grows: written after every measurement, resumed from `folder` if unfinished.
 
     `say` is called with one line per step. `fresh` discards an unfinished record in `folder`.
+    `part` marks a part of the suite, which no table shows.
     """
 
     folder: Path
@@ -47,6 +48,7 @@ class Run:
     repeats: int
     device: str
     fresh: bool = False
+    part: bool = False
     say: Callable[[str], None] = print
     record: dict[str, Any] = field(init=False)
 
@@ -60,6 +62,7 @@ class Run:
         return {
             "format": record.FORMAT,
             "suite": self.suite,
+            "part": self.part,
             "device": self.device,
             "threads": self.threads,
             "repeats": self.repeats,
