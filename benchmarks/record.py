@@ -21,6 +21,7 @@ PARTIAL = "unfinished.json"
 _REQUIRED = ("format", "suite", "date", "device", "threads", "machine", "versions", "git")
 _REQUIRED += ("sources", "results")
 _PACKAGES = ("fdd_kernels", "torch", "triton", "liger-kernel", "trl", "orda-kernel")
+_PACKAGES += ("transformers",)
 _INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 

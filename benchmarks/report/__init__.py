@@ -1,6 +1,7 @@
 """The figures of a record as a pandas frame, and as texts; tables, plots and pages show these.
 
 objectives.py one table of the objectives
+steps.py      tables of whole training steps
 compare.py    changes between two records beyond noise
 terminal.py   tables in the terminal
 plots.py      plots;  page.py, page.html  the HTML report
@@ -58,7 +59,8 @@ def _row(result: dict[str, Any], name: str, entry: dict[str, Any]) -> dict[str, 
         row[f"{which}_max"] = spread.get("max")
     row["beside"] = time.get("beside", {}).get("median")
     row["tokens_per_second"] = time.get("tokens_per_second")
-    row["gemms"] = gemms["total"] if gemms else None
+    # of a whole step they are only those that FDD adds
+    row["gemms"] = gemms["total"] if gemms and described.pair is None else None
     row["memory"], row["gradients"] = held.get("beyond_inputs"), held.get("gradients")
     row["predicted"] = entry["predicted_memory"]
     row["value_error"] = accuracy.get("value_error")
@@ -115,7 +117,7 @@ def texts(frame: pd.DataFrame) -> pd.DataFrame:
     table["computes"] = frame.computes.where(frame.status == "ok", reasons)
     result = frame.result.iloc[0]
     gemms, dtype = result["products"], result["workload"]["dtype"]
-    if gemms:
+    if gemms and not result["workload"].get("pair"):
         about = f"the GEMM-only lower bound, {gemms['operations']['total'] / 1e9:.4g} GFLOP"
         if dtype != "float32":
             about += f"; in {dtype} alone {seconds(gemms['input_dtype_total'])}"
