@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from benchmarks.gemms import MM
 from benchmarks.report import NOTHING, memory, seconds
 from benchmarks.steps import GROUP, LOSSES
 from benchmarks.workloads import Workload
@@ -107,14 +108,17 @@ def added(result: Figures, how: str) -> list[float] | None:
 
 
 def _of_added(result: Figures) -> dict[str, str]:
+    """Write what FDD adds beside the limit: the GEMMs of the sampled layers, without all else."""
     found = {how: added(result, how) for how in ("dense", "ours")}
-    gemms = result["products"] and result["products"]["total"]
-    ratio = NOTHING
-    if gemms and found["ours"]:
-        ratio = f"{statistics.median(found['ours']) / gemms:.2f}"
     texts = {how: NOTHING if of is None else _spread(of) for how, of in found.items()}
-    texts["the GEMMs that it adds"] = seconds(gemms) if gemms else NOTHING
-    return texts | {"ours / GEMMs": ratio}
+    texts |= dict.fromkeys(("the limit", f"{MM} alone", "ours / limit"), NOTHING)
+    if gemms := result["products"]:
+        texts["the limit"] = _spread([gemms[f"total{end}"] for end in ("_min", "", "_max")])
+        texts[f"{MM} alone"] = seconds(gemms["by_library"][MM])
+        if found["ours"]:
+            ratio = statistics.median(found["ours"]) / gemms["total"]
+            texts["ours / limit"] = f"{ratio:.2f}"
+    return texts
 
 
 def pictured(record: Figures) -> tuple[list[tuple[str, str]], list[Figures]]:
