@@ -21,6 +21,7 @@ PARTIAL = "unfinished.json"
 _REQUIRED = ("format", "suite", "date", "device", "threads", "machine", "versions", "git")
 _REQUIRED += ("sources", "results")
 _PACKAGES = ("fdd_kernels", "torch", "triton", "liger-kernel", "trl", "orda-kernel")
+_PACKAGES += ("transformers",)
 # Instruction sets that figures depend on, the fastest first, and how tables name them.
 _INSTRUCTIONS = {
     "amx_bf16": "AMX",

@@ -29,7 +29,8 @@ class Workload:
     in turn with it, for the ratio of their times. `providers` are names or kinds of providers, all
     if None (`providers.of_workload`); `repeats` and `threads` are the run's if None. `sweep` is the
     field that a scaling sweep varies. `near` makes the teacher the student plus noise of this
-    relative size.
+    relative size. With `pair` the measured call is a whole training step of a pair of models
+    (`steps.PAIRS`), and the other fields describe its FDD loss.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Workload:
     beside: tuple[tuple[str, Any], ...] = ()
     feature_space: bool = False
     near: float | None = None
+    pair: str | None = None
     group: str = "pairs"
     providers: tuple[str, ...] | None = None
     measures: tuple[str, ...] = MEASURES

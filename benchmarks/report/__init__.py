@@ -2,6 +2,7 @@
 
 overview.py   one table of a suite, and one of its sweeps
 objectives.py one table of the objectives
+steps.py      tables of whole training steps
 compare.py    changes between two records beyond noise
 terminal.py   tables in the terminal
 plots.py      plots;  page.py, page.html  the HTML report
@@ -73,6 +74,8 @@ def _row(result: dict[str, Any], name: str, entry: dict[str, Any]) -> dict[str, 
         row[f"{which}_max"] = spread.get("max")
     row["beside"] = time.get("beside", {}).get("median")
     row["tokens_per_second"] = time.get("tokens_per_second")
+    # of a whole step they are only those that FDD adds
+    gemms = gemms if described.pair is None else None
     for end in ("", "_min", "_max"):
         row[f"limit{end}"] = gemms.get(f"total{end}") if gemms else None
     row["memory"], row["gradients"] = held.get("beyond_inputs"), held.get("gradients")
@@ -151,7 +154,7 @@ def limits(result: dict[str, Any]) -> list[dict[str, str]]:
     they differ.
     """
     gemms, dtype = result["products"], result["workload"]["dtype"]
-    if not gemms:
+    if not gemms or result["workload"].get("pair"):
         return []
     about = f"the GEMMs alone by {libraries(gemms)}; {gemms['operations']['total'] / 1e9:.4g} GFLOP"
     time = spread(gemms["total"], gemms.get("total_min"), gemms.get("total_max"))
