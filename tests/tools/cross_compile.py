@@ -1,7 +1,7 @@
 """Compile the C++ kernels for AArch64, and run their row kernels there if an emulator is installed.
 
     python -m tests.tools.cross_compile                  (minutes; no part of .ci/run)
-    python -m tests.tools.cross_compile --torch FOLDER   (headers of the target's own torch)
+    python -m tests.tools.cross_compile --only macOS --torch FOLDER      (with the target's torch)
 
 | target | compiler | Debian or Python package |
 |---|---|---|
@@ -159,11 +159,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--torch", type=Path, help="folder torch of an unpacked wheel for the target (this one's)")
+    add("--only", default="", metavar="TEXT", help="targets whose name contains it, as macOS")
     arguments = parser.parse_args()
     torch = arguments.torch or Path(importlib.util.find_spec("torch").origin).parent
     if not (torch / "include").is_dir():
         sys.exit(f"--torch {torch} has no folder include: give the folder torch of a wheel")
-    for target in targets():
+    chosen = [target for target in targets() if arguments.only in target.name]
+    if not chosen:
+        sys.exit(f"--only {arguments.only} is in no target: give a part of Linux, g++; macOS, clang")
+    for target in chosen:
         if target.missing:
             print(f"{target.name}: skipped, {target.missing}", flush=True)
             continue
