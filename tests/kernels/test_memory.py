@@ -59,14 +59,12 @@ MEASURE = textwrap.dedent("""
 @pytest.mark.parametrize(
     ("layers", "rows", "columns", "dtype", "train_head"),
     [
-        (1, 2048, 131072, "bfloat16", True),  # one (rows, columns) tensor in float32: 1 GiB
-        (3, 640, 131072, "float32", False),  # six of them: 1.9 GiB
+        (1, 1152, 131072, "bfloat16", True),
+        (3, 384, 131072, "float32", False),
     ],
 )
 def test_peak_memory_of_a_fresh_process(layers, rows, columns, dtype, train_head):
-    assert 2 * layers * rows * columns * 4 > 3 * LIMIT, (
-        "the dense computation would nearly fit: nothing is shown"
-    )
+    assert layers * rows * columns * 4 > LIMIT, "one model's logits would fit: nothing is shown"
     arguments = json.dumps([layers, rows, columns, 16, dtype, train_head])
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, arguments], capture_output=True, text=True, timeout=300
