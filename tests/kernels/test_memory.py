@@ -19,6 +19,8 @@ from fdd_kernels.testing import evaluate, random_problem
 from tests.support.allocations import Allocations
 
 LIMIT = 512 * MIB
+# Of these widths: a tile, the sum of a gradient that has another dtype, and the allocator's slack.
+MEASURED_LIMIT = tiling.TILE_BYTES["cpu"] + tiling.ACCUMULATOR_BYTES + 64 * MIB
 
 MEASURE = textwrap.dedent("""
     import json, sys
@@ -59,19 +61,21 @@ MEASURE = textwrap.dedent("""
 @pytest.mark.parametrize(
     ("layers", "rows", "columns", "dtype", "train_head"),
     [
-        (1, 1152, 131072, "bfloat16", True),
-        (3, 384, 131072, "float32", False),
+        (1, 448, 131072, "bfloat16", True),
+        (3, 144, 131072, "float32", False),
     ],
 )
 def test_peak_memory_of_a_fresh_process(layers, rows, columns, dtype, train_head):
-    assert layers * rows * columns * 4 > LIMIT, "one model's logits would fit: nothing is shown"
+    assert layers * rows * columns * 4 > MEASURED_LIMIT, (
+        "one model's logits would fit: nothing is shown"
+    )
     arguments = json.dumps([layers, rows, columns, 16, dtype, train_head])
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, arguments], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     extra = json.loads(done.stdout)["extra"]
-    assert extra < LIMIT, f"{extra / MIB:.0f} MiB beyond inputs and outputs"
+    assert extra < MEASURED_LIMIT, f"{extra / MIB:.0f} MiB beyond inputs and outputs"
 
 
 EXTREMES = tuple(
