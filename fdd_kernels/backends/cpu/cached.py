@@ -73,7 +73,7 @@ def stats_and_grad(
     weight = grad_weight
     if weight is not None and weight.dtype != torch.float32 and block_rows < len(rows):
         weight = torch.zeros(weight.shape, **F32)
-    tiles = tiling.cached_tiles(block_rows, spec.columns)
+    tiles = tiling.cached_tiles(block_rows, spec.columns, torch.get_num_threads())
     memory = None
     statistics = zero_statistics(inputs, spec)
     per_row = (*statistics, *[torch.zeros_like(t) for t in statistics[1:]])
