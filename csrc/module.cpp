@@ -17,7 +17,7 @@ namespace {
 // Found in the file before it is loaded (fdd_kernels/backends/cpu/extension.py): with another
 // torch, loading may crash. Raise the number of the interface, there too, with every change of what
 // the functions of this module take or return.
-constexpr char kBuiltFor[] = "fdd_kernels built for torch " TORCH_VERSION "; interface 6;";
+constexpr char kBuiltFor[] = "fdd_kernels built for torch " TORCH_VERSION "; interface 7;";
 
 // (hidden states, weight, bias, logit scale, soft cap or 0)
 using ModelArguments = std::tuple<std::vector<at::Tensor>, std::optional<at::Tensor>,
@@ -153,10 +153,13 @@ fdd::Upstream upstream(const at::Tensor& requests, const at::Tensor& moments) {
 
 fdd::Gradients gradients(const std::optional<at::Tensor>& hidden,
                          const std::optional<at::Tensor>& weight,
-                         const std::optional<at::Tensor>& bias) {
+                         const std::optional<at::Tensor>& bias,
+                         const std::optional<at::Tensor>& weight_low, bool rounds_weight) {
   fdd::Gradients out;
   if (hidden) out.hidden = hidden->data_ptr<float>();
   if (weight) out.weight = *weight;
+  if (weight_low) out.weight_low = *weight_low;
+  out.rounds_weight = rounds_weight;
   if (bias) out.bias = bias->data_ptr<float>();
   return out;
 }
@@ -178,12 +181,14 @@ void grad(const fdd::Problem& p, const at::Tensor& shifts, const at::Tensor& req
           const at::Tensor& moments, const at::Tensor& grad_requests,
           const at::Tensor& grad_moments, const std::optional<at::Tensor>& grad_hidden,
           const std::optional<at::Tensor>& grad_weight,
-          const std::optional<at::Tensor>& grad_bias) {
+          const std::optional<at::Tensor>& grad_bias,
+          const std::optional<at::Tensor>& weight_low, bool rounds_weight) {
   py::gil_scoped_release release;
   at::NoGradGuard no_grad;
   fdd::compute_gradients(p, statistics(shifts, requests, moments),
                          upstream(grad_requests, grad_moments),
-                         gradients(grad_hidden, grad_weight, grad_bias), check_signals);
+                         gradients(grad_hidden, grad_weight, grad_bias, weight_low, rounds_weight),
+                         check_signals);
 }
 
 void stats_and_cache(const fdd::Problem& p, const at::Tensor& memory, const at::Tensor& shifts,
@@ -200,12 +205,13 @@ void grad_of_cached(const fdd::Problem& p, const at::Tensor& memory, const at::T
                     const at::Tensor& grad_requests, const at::Tensor& grad_moments,
                     const std::optional<at::Tensor>& grad_hidden,
                     const std::optional<at::Tensor>& grad_weight,
-                    const std::optional<at::Tensor>& grad_bias) {
+                    const std::optional<at::Tensor>& grad_bias,
+                    const std::optional<at::Tensor>& weight_low, bool rounds_weight) {
   py::gil_scoped_release release;
   at::NoGradGuard no_grad;
   fdd::gradients_of(cached_logits(p, memory), statistics(shifts, requests, moments),
                     upstream(grad_requests, grad_moments),
-                    gradients(grad_hidden, grad_weight, grad_bias));
+                    gradients(grad_hidden, grad_weight, grad_bias, weight_low, rounds_weight));
 }
 
 }  // namespace

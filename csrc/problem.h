@@ -218,8 +218,11 @@ struct Upstream {
 // Where gradients of the student go, zeroed by the caller; undefined or null: not wanted.
 struct Gradients {
   float* hidden = nullptr;  // (L, problem.count(), D), rows in the order of problem.rows; added to
-  // (C', D) contiguous; float32 is added to, any other dtype written once per column.
+  // (C', D) contiguous; float32 is added to, any other dtype rounded to once per row.
   at::Tensor weight;
+  // (C', D) int16, zeros at first: lets several calls sum a 16-bit gradient (see HeadGradient).
+  at::Tensor weight_low;
+  bool rounds_weight = true;  // this is the last of these calls
   float* bias = nullptr;  // (C'); added to
 };
 

@@ -102,6 +102,15 @@ def zero_gradients(
     return grad_hidden, grad_weight, grad_bias
 
 
+def low_halves(grad_weight: Tensor | None) -> Tensor | None:
+    """Allocate what a 16-bit gradient of the head needs to be summed by several calls of the
+    kernels (csrc/head_gradient.h); None for a float32 one.
+    """
+    if grad_weight is None or grad_weight.dtype == torch.float32:
+        return None
+    return torch.zeros(grad_weight.shape, dtype=torch.int16, device="cpu")
+
+
 def place(sums: Tensor, rows: Tensor, grad_hidden: list[Tensor | None]) -> None:
     """Round the float32 sums (L, rows, width) into the gradients of those rows."""
     for total, out in zip(sums, grad_hidden):
