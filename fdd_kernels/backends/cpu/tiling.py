@@ -79,10 +79,14 @@ def choose_tiles(
 
 
 def cached_columns(columns: int, threads: int) -> int:
-    """Choose the columns of a tile of cached logits: wide, and as many for every thread."""
+    """Choose the columns of a tile of cached logits: the widest tiles that give the busiest thread
+    within 2% of the fewest columns.
+    """
     widths = range(TILE_COLUMNS, MAX_CACHED_COLUMNS + 1, 16)
-    most = {width: -(-columns // width) for width in widths}  # tiles
-    width = min(widths, key=lambda width: (-(-most[width] // threads) * width, -width))
+    busiest = {
+        width: round_up(round_up(columns, width) // width, threads) * width for width in widths
+    }
+    width = max(width for width in widths if busiest[width] <= 1.02 * min(busiest.values()))
     return min(width, round_up(columns, 16))
 
 
