@@ -1,27 +1,36 @@
-"""The GEMM-only lower bound: the time of the GEMMs that every implementation of the loss needs.
+"""The limit: the time of the GEMMs that every implementation of the loss needs, without all else.
 
 Per layer: both models' logits, h W^T, 2 R V (Ds + Dt) operations; dH = G W, 2 R V Ds; and with a
-trainable head dW = G^T h, another 2 R V Ds. Each is one `torch.mm`, timed as A B and as (B^T
-A^T)^T, in the inputs' dtype and, where that is narrower, in float32 too: on processors without
-matrix units float32 is faster. A GEMM is timed for one layer and counted once per layer.
+trainable head dW = G^T h, another 2 R V Ds. Each is timed by `torch.mm` and by ATen's brgemm
+(`benchmarks/brgemm.py`), as A B and as (B^T A^T)^T, in the inputs' dtype and, where that is
+narrower, in float32 too: on processors without matrix units float32 is faster. The limit takes the
+fastest way of each GEMM. A GEMM is timed for one layer and counted once per layer.
 
 Of attention each is one `torch.bmm` over the heads. Causal attention needs half of the scores: the
-bound takes half of the rows.
+limit takes half of the rows.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from benchmarks import brgemm
 from benchmarks.objectives import OBJECTIVES, has_teacher
 from benchmarks.workloads import Workload
 from fdd_kernels.testing import Problem
 
 FORWARD = ("student", "teacher")
+MM = "torch.mm"
+
+
+def library_of(way: str) -> str:
+    """Name the library of a way to compute a GEMM; old records timed torch.mm alone."""
+    return brgemm.NAME if f" {brgemm.NAME} " in way else MM
 
 
 def gemm_rows(workload: Workload) -> int:
@@ -57,12 +66,13 @@ def operations(workload: Workload) -> dict[str, int]:
 
 
 class GemmTimes:
-    """Times of the GEMMs of a workload on its own tensors; `measure` times each variant once."""
+    """Times of the GEMMs of a workload on its own tensors; `measure` times each way once."""
 
     def __init__(self, workload: Workload, problem: Problem):
         self.workload, self.problem = workload, problem
         self.dtypes = list(dict.fromkeys([getattr(torch, workload.dtype), torch.float32]))
         self.seconds: dict[tuple[str, str], list[float]] = {}
+        self.no_brgemm = brgemm.why_missing(problem.student_weight.device)
 
     def _operands(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         p, rows, heads = self.problem, gemm_rows(self.workload), self.workload.heads
@@ -80,45 +90,70 @@ class GemmTimes:
         gradient = torch.randn(shape, dtype=dtype, device=hidden.device)
         return (gradient, weight) if name == "grad_hidden" else (gradient.mT, hidden)
 
+    def _ways(self, a: Tensor, b: Tensor) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+        """Yield the ways to compute a b, with operands in place and pages that were touched."""
+        for orientation in ("ab", "ba"):
+            left, right = (a, b) if orientation == "ab" else (b.mT, a.mT)
+            out = left.new_empty(*left.shape[:-1], right.shape[-1]).zero_()
+            yield f"{MM} {orientation}", partial(torch.matmul, left, right, out=out)
+        if self.no_brgemm is None and a.ndim == 2 and brgemm.multiplies(a.dtype):
+            yield from brgemm.products(a, b)
+
     def measure(self, timed: Callable[[Callable[[], object]], float]) -> None:
-        """Time every GEMM in every variant once more; `timed` runs a function, returns seconds."""
+        """Time every GEMM in every way once more; `timed` runs a function, returns seconds.
+
+        Raises:
+            ValueError: the first result of brgemm is not that of torch.mm.
+        """
         for name in gemm_shapes(self.workload):
             for dtype in self.dtypes:
                 a, b = self._operands(name, dtype)
-                variants = {"ab": lambda a=a, b=b: a @ b, "ba": lambda a=a, b=b: b.mT @ a.mT}
-                for orientation, run in variants.items():
-                    key = name, f"{str(dtype).removeprefix('torch.')} {orientation}"
-                    self.seconds.setdefault(key, []).append(timed(run))
-                del a, b, variants, run
+                for way, run in self._ways(a, b):
+                    key = name, f"{str(dtype).removeprefix('torch.')} {way}"
+                    seconds = timed(run)
+                    if key not in self.seconds and way.startswith(brgemm.NAME):
+                        brgemm.check(run(), a, b, a.float() @ b.float())
+                    self.seconds.setdefault(key, []).append(seconds)
 
     def drop_first(self) -> None:
-        """Forget the first measurement of each variant, the warm-up."""
+        """Forget the first measurement of each way, the warm-up."""
         for values in self.seconds.values():
             del values[0]
 
     def summary(self) -> dict:
-        """Sum the best variants by their medians, all layers, in seconds; in the form of
-        records.
+        """Sum the fastest ways by their medians, all layers, in seconds; in the form of records.
+
+        `total_min` and `total_max` sum the shortest and the longest times of the same ways,
+        `by_library` the fastest ways of one library.
         """
         medians: dict[str, dict[str, float]] = {}
-        for (name, variant), values in self.seconds.items():
-            medians.setdefault(name, {})[variant] = statistics.median(values)
+        for (name, way), values in self.seconds.items():
+            medians.setdefault(name, {})[way] = statistics.median(values)
+        best = {name: min(ways, key=ways.get) for name, ways in medians.items()}
+        counts = {name: gemm_count(self.workload, name) for name in medians}
 
-        def total(names: Iterable[str], dtype: str = "") -> float:
+        def total(names: Iterable[str], part: str = "") -> float:
             return sum(
-                gemm_count(self.workload, name)
-                * min(s for v, s in medians[name].items() if v.startswith(dtype))
+                counts[name] * min(s for way, s in medians[name].items() if part in f"{way} ")
                 for name in names
             )
 
+        def ends(of: Callable[[list[float]], float]) -> float:
+            return sum(counts[name] * of(self.seconds[name, way]) for name, way in best.items())
+
         forward = [n for n in medians if n in FORWARD]
+        libraries = dict.fromkeys(library_of(way) for ways in medians.values() for way in ways)
         return {
             "operations": operations(self.workload),
-            "best": {name: min(variants, key=variants.get) for name, variants in medians.items()},
+            "best": best,
             "seconds_of_one_layer": medians,
             "forward": total(forward),
             "total": total(medians),
-            "input_dtype_forward": total(forward, self.workload.dtype),
-            "input_dtype_total": total(medians, self.workload.dtype),
+            "total_min": ends(min),
+            "total_max": ends(max),
+            "by_library": {library: total(medians, f" {library} ") for library in libraries},
+            "no_brgemm": self.no_brgemm,
+            "input_dtype_forward": total(forward, f"{self.workload.dtype} "),
+            "input_dtype_total": total(medians, f"{self.workload.dtype} "),
             "repeats": len(next(iter(self.seconds.values()))),
         }

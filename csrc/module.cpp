@@ -1,5 +1,6 @@
 // The Python module fdd_kernels._C: both operations on tensors that fdd_kernels/backends/cpu/ has
 // checked and cut.
+#include <ATen/Parallel.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/extension.h>
 #include <torch/version.h>
@@ -17,7 +18,7 @@ namespace {
 // Found in the file before it is loaded (fdd_kernels/backends/cpu/extension.py): with another
 // torch, loading may crash. Raise the number of the interface, there too, with every change of what
 // the functions of this module take or return.
-constexpr char kBuiltFor[] = "fdd_kernels built for torch " TORCH_VERSION "; interface 6;";
+constexpr char kBuiltFor[] = "fdd_kernels built for torch " TORCH_VERSION "; interface 7;";
 
 // (hidden states, weight, bias, logit scale, soft cap or 0)
 using ModelArguments = std::tuple<std::vector<at::Tensor>, std::optional<at::Tensor>,
@@ -153,10 +154,15 @@ fdd::Upstream upstream(const at::Tensor& requests, const at::Tensor& moments) {
 
 fdd::Gradients gradients(const std::optional<at::Tensor>& hidden,
                          const std::optional<at::Tensor>& weight,
-                         const std::optional<at::Tensor>& bias) {
+                         const std::optional<at::Tensor>& bias,
+                         const std::optional<at::Tensor>& weight_low, bool first_call,
+                         bool last_call) {
   fdd::Gradients out;
   if (hidden) out.hidden = hidden->data_ptr<float>();
   if (weight) out.weight = *weight;
+  if (weight_low) out.weight_low = *weight_low;
+  out.first_call = first_call;
+  out.last_call = last_call;
   if (bias) out.bias = bias->data_ptr<float>();
   return out;
 }
@@ -165,6 +171,11 @@ fdd::CachedLogits cached_logits(const fdd::Problem& p, const at::Tensor& memory)
   TORCH_CHECK(memory.is_contiguous() && memory.numel() >= fdd::CachedLogits::size(p),
               "memory too small for the logits");
   return {p, memory.data_ptr<float>()};
+}
+
+// Asks for huge pages in memory that nothing was written to yet.
+void ask_for_huge_pages(const at::Tensor& tensor) {
+  fdd::ask_for_huge_pages(tensor.data_ptr(), tensor.nbytes());
 }
 
 void stats(const fdd::Problem& p, const at::Tensor& shifts, const at::Tensor& requests,
@@ -178,12 +189,16 @@ void grad(const fdd::Problem& p, const at::Tensor& shifts, const at::Tensor& req
           const at::Tensor& moments, const at::Tensor& grad_requests,
           const at::Tensor& grad_moments, const std::optional<at::Tensor>& grad_hidden,
           const std::optional<at::Tensor>& grad_weight,
-          const std::optional<at::Tensor>& grad_bias) {
+          const std::optional<at::Tensor>& grad_bias,
+          const std::optional<at::Tensor>& weight_low, bool first_call,
+                         bool last_call) {
   py::gil_scoped_release release;
   at::NoGradGuard no_grad;
   fdd::compute_gradients(p, statistics(shifts, requests, moments),
                          upstream(grad_requests, grad_moments),
-                         gradients(grad_hidden, grad_weight, grad_bias), check_signals);
+                         gradients(grad_hidden, grad_weight, grad_bias, weight_low, first_call,
+                                   last_call),
+                         check_signals);
 }
 
 void stats_and_cache(const fdd::Problem& p, const at::Tensor& memory, const at::Tensor& shifts,
@@ -200,12 +215,53 @@ void grad_of_cached(const fdd::Problem& p, const at::Tensor& memory, const at::T
                     const at::Tensor& grad_requests, const at::Tensor& grad_moments,
                     const std::optional<at::Tensor>& grad_hidden,
                     const std::optional<at::Tensor>& grad_weight,
-                    const std::optional<at::Tensor>& grad_bias) {
+                    const std::optional<at::Tensor>& grad_bias,
+                    const std::optional<at::Tensor>& weight_low, bool first_call,
+                         bool last_call) {
   py::gil_scoped_release release;
   at::NoGradGuard no_grad;
   fdd::gradients_of(cached_logits(p, memory), statistics(shifts, requests, moments),
                     upstream(grad_requests, grad_moments),
-                    gradients(grad_hidden, grad_weight, grad_bias));
+                    gradients(grad_hidden, grad_weight, grad_bias, weight_low, first_call,
+                              last_call));
+}
+
+// out (m, n) = a (m, k) b, for benchmarks: the GEMM library alone on every thread. a and b are both
+// float32, b (k, n), or both bf16 with an even k, b (k / 2, n, 2) as an operand B; out is float32.
+// `tile` has rows, columns and depth: tiles of the output are computed in parallel, each as a sum
+// over pieces of that depth.
+void multiply(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out,
+              const std::array<int64_t, 3>& tile) {
+  const bool bf16 = a.scalar_type() == at::kBFloat16;
+  const int64_t together = bf16 ? 2 : 1, m = a.size(0), k = a.size(1), n = b.size(1);
+  const auto [rows, columns, depth] = tile;
+  TORCH_CHECK_VALUE(b.scalar_type() == a.scalar_type() && out.scalar_type() == at::kFloat &&
+                        (bf16 || a.scalar_type() == at::kFloat),
+                    "multiply: a and b must be both float32 or both bfloat16, out float32, not ",
+                    a.scalar_type(), ", ", b.scalar_type(), " and ", out.scalar_type());
+  TORCH_CHECK_VALUE(b.numel() == k * n && b.size(0) * together == k && out.size(0) == m &&
+                        out.size(1) == n && a.is_contiguous() && b.is_contiguous() &&
+                        out.is_contiguous(),
+                    "multiply: a must be (m, k), b (k, n), in bfloat16 (k / 2, n, 2), and out "
+                    "(m, n), all contiguous, not ",
+                    a.sizes(), ", ", b.sizes(), " and ", out.sizes());
+  TORCH_CHECK_VALUE(rows > 0 && columns > 0 && depth > 0 && depth % together == 0,
+                    "multiply: tile must be three positive sizes, in bfloat16 with an even depth");
+  py::gil_scoped_release release;
+  const fdd::Operand operand_a{a.const_data_ptr(), k, bf16}, operand_b{b.const_data_ptr(), n, bf16};
+  float* c = out.data_ptr<float>();
+  const int64_t down = (m + rows - 1) / rows, across = (n + columns - 1) / columns;
+  at::parallel_for(0, down * across, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i % down * rows, column = i / down * columns;
+      for (int64_t first = 0; first < k; first += depth)
+        fdd::gemm(std::min(rows, m - row), std::min(columns, n - column),
+                  std::min(depth, k - first), operand_a.from(row * k + first),
+                  operand_b.from(first * n + together * column), c + row * n + column, n,
+                  first > 0);
+    }
+    fdd::release_gemm();
+  });
 }
 
 }  // namespace
@@ -213,6 +269,7 @@ void grad_of_cached(const fdd::Problem& p, const at::Tensor& memory, const at::T
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<fdd::Problem>(m, "Problem").def(py::init(&problem));
   m.attr("built_for") = kBuiltFor;
+  m.def("ask_for_huge_pages", &ask_for_huge_pages);
   m.def("stats", &stats);
   m.def("grad", &grad);
   m.def("cache_size", &fdd::CachedLogits::size);
@@ -222,4 +279,5 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("instruction_set", [] { return std::string(fdd::row_kernels().name); });
   m.def("gemm_library", [] { return std::string(fdd::gemm_library()); });
   m.def("bf16_gemm", &fdd::bf16_gemm);
+  m.def("multiply", &multiply);
 }

@@ -39,6 +39,11 @@ class SequenceSums(NamedTuple):
     sums: dict[str, Tensor]
 
 
+def is_metric(name: str) -> bool:
+    """Say whether an evaluation's number of this name is a metric, as terms of the loss are not."""
+    return name in (PERPLEXITY, ACCURACY, KL, AGREEMENT) or name.startswith(OF_LAYER)
+
+
 def perplexity(nll: float) -> float:
     """Return exp(nll) of the mean negative log-likelihood of a token, in nats."""
     return math.exp(nll) if nll <= _LARGEST_EXPONENT else math.inf

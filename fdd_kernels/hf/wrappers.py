@@ -111,11 +111,16 @@ def forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Run the model in evaluation mode; every module returns to its own mode afterwards."""
+    """Run the model in evaluation mode, and without the autocast that accelerate's mixed precision
+    has put around its forward: checks compare its output with its parts, which have none. All is as
+    before afterwards.
+    """
     training = [module for module in model.modules() if module.training]
+    own = model.__dict__.get("_original_forward", model.forward)  # accelerate's name
     model.eval()
     try:
-        yield
+        with forward_replaced(model, own):
+            yield
     finally:
         for module in training:
             module.training = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import warnings
 from pathlib import Path
@@ -21,18 +20,16 @@ from fdd_kernels.integrations.model_card import TAGS, distillation_section
 from fdd_kernels.integrations.predictions import labels_of, predictions_of, require_logits
 from fdd_kernels.integrations.preparation import forget_evaluation
 from fdd_kernels.integrations.repeats import without_repeats
+from fdd_kernels.integrations.saved_options import SavedOptions
 from fdd_kernels.integrations.streamed_metrics import watching
 from fdd_kernels.integrations.sums import StepSums, WeightedSums
-from fdd_kernels.integrations.trained_projection import TrainedProjection
 from fdd_kernels.objectives.fdd.options import FDDConfig
 
-# In a checkpoint, the state of what changes during training: see `Distiller.state_dict`.
-STATE_FILE = "fdd_state.json"
 # Steps in a row that float16's scaler may skip; each skip halves its scale, which starts at 65536.
 _SKIPPED_STEPS = 20
 
 
-class FDDTrainerMixin(TrainedProjection):
+class FDDTrainerMixin(SavedOptions):
     """Replace the loss of a `transformers.Trainer`, or of a trainer built on it, by the FDD loss.
 
     Mix it in first: `class MyTrainer(FDDTrainerMixin, SomeTrainer)`. See `FDDTrainer`.
@@ -208,38 +205,10 @@ class FDDTrainerMixin(TrainedProjection):
                     parameter.grad.mul_(scale)
 
     def train(self, *args, **kwargs):
-        """As `TrainedProjection.train`."""
+        """As `AtomicCheckpoints.train`."""
         self._held_over, self._epoch_iterator, self._skipped_steps = [], None, 0
         forget_evaluation(self)
         return super().train(*args, **kwargs)
-
-    def _write_more(self, folder: Path) -> None:
-        super()._write_more(folder)
-        if self.distiller.config.changes:
-            state = self.distiller.state_dict()  # of all processes
-            if self.args.should_save:
-                (folder / STATE_FILE).write_text(json.dumps(state, allow_nan=False) + "\n", "utf-8")
-
-    def _missing(self, folder: Path) -> list[str]:
-        missing, changes = super()._missing(folder), self.distiller.config.changes
-        if changes and not (folder / STATE_FILE).is_file():
-            missing.append(f"{STATE_FILE} (which a training with {', '.join(changes)} writes)")
-        return missing
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
-            return
-        file = Path(checkpoint) / STATE_FILE
-        if self.distiller.config.changes:
-            self._follow_model()
-            self.distiller.load_state_dict(json.loads(file.read_text("utf-8")))
-        elif file.is_file():
-            warnings.warn(
-                f"{file} is of a training with options that change, which this fdd_config does not "
-                "have: it is left out",
-                stacklevel=2,
-            )
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Add the mean of each term since the last training log, and the options that change as
@@ -325,7 +294,8 @@ class FDDTrainer(FDDTrainerMixin, Trainer):
 
     Options that change during training (`FDDConfig(schedules=...)` and others) follow the trainer's
     step; they are logged under their names, and a checkpoint holds their state. The projection of
-    feature space is in the optimizer, unless that is given, and in every checkpoint.
+    feature space is in the optimizer, unless that is given, and in every checkpoint. A checkpoint
+    also holds the config, and a training that resumes from it with another one is warned.
 
     A checkpoint is complete or does not exist, and training resumes only from a complete one: see
     `AtomicCheckpoints`.

@@ -28,10 +28,12 @@ except ModuleNotFoundError as error:
 from fdd_kernels.hf.distiller import Distiller, DistillerTerms
 from fdd_kernels.hf.teachers import Teacher, place_teacher
 from fdd_kernels.integrations.finite import require_finite, warn_of_nothing
+from fdd_kernels.integrations.saved_config import config_record, warn_of_another_config
 from fdd_kernels.integrations.streamed_metrics import StreamedMetrics, watching
 from fdd_kernels.objectives.fdd.options import FDDConfig
 
 STATE = "fdd_state"  # in a checkpoint: see `Distiller.state_dict`
+CONFIG = "fdd_config"  # likewise: the options of its training
 _ADAMW = functools.partial(torch.optim.AdamW, lr=1e-4)
 
 
@@ -123,11 +125,12 @@ class FDDLightningModule(pl.LightningModule):
         return names + [f"projection.{name}" for name in self.distiller.idle_projection()]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[CONFIG] = config_record(self.distiller.config)
         if self.distiller.config.changes:
             checkpoint[STATE] = self.distiller.state_dict()  # of all processes
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over the state of the options that change.
+        """Take over the state of the options that change, and warn of another config.
 
         Raises:
             ValueError: there are such options, and the checkpoint has none of their state.
@@ -139,6 +142,7 @@ class FDDLightningModule(pl.LightningModule):
                 "training without them. Load its student's weights alone, or give an fdd_config "
                 "without them"
             )
+        warn_of_another_config("the checkpoint", checkpoint.get(CONFIG), self.distiller.config)
         if changes:
             self.distiller.load_state_dict(checkpoint[STATE])
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from fdd_kernels.evaluation.metrics import is_metric
 from fdd_kernels.hf.distiller import Distiller
 from fdd_kernels.objectives.fdd.options import FDDConfig
 from fdd_kernels.version import __version__
@@ -58,6 +59,22 @@ def _layers(distiller: Distiller) -> str:
     return f"{students} with {teachers}{', paired from data' if found else ''}"
 
 
+def validation_rows(metrics: Mapping[str, Any], terms: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Return name, number before and number after of each term and metric; "" for a number that is
+    not known, as of a run that an earlier release began.
+
+    Args:
+        metrics, terms: as in `model_card`, with a validation split.
+    """
+    before, after = metrics["held_out_before"], metrics["held_out"]
+    names = [name for name in terms if name in after] + [name for name in after if is_metric(name)]
+
+    def shown(value: float | None) -> str:
+        return "" if value is None else f"{value:.4f}"
+
+    return [(name, shown(before.get(name)), shown(after[name])) for name in names]
+
+
 def model_card(
     student: str,
     distiller: Distiller,
@@ -74,7 +91,7 @@ def model_card(
         data: names of files or data sets.
         training: options of the run to show; None is left out.
         metrics: the contents of metrics.json.
-        terms: the terms of the loss to show.
+        terms: the terms of the loss to show, before the metrics.
     """
     metadata = ModelCardData(
         library_name="transformers",
@@ -98,16 +115,18 @@ def model_card(
         *(f"- {name}: {value}" for name, value in training.items() if value is not None),
         *(f"- {name} {version}" for name, version in metrics["versions"].items()),
     ]
-    before, after = metrics["held_out_before"], metrics["held_out"]
-    if after is not None:
+    if metrics["held_out"] is not None:
         lines += [
             "",
             "## On the validation split",
             "",
-            "Means over tokens, in nats (derivative: 1 - cosine).",
+            "Means over tokens, in nats (derivative: 1 - cosine). kl, kl_layer_k: KL(teacher ‖ "
+            "student) at the output and at layer k of the student. accuracy, agreement: shares of "
+            "tokens whose largest logit is the text's token, or the teacher's. perplexity: of the "
+            "text.",
             "",
             "| | before | after |",
             "|---|---|---|",
-            *(f"| {n} | {before[n]:.4f} | {after[n]:.4f} |" for n in terms if n in after),
+            *(f"| {' | '.join(row)} |" for row in validation_rows(metrics, terms)),
         ]
     return ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n")

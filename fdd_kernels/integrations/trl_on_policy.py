@@ -204,17 +204,7 @@ class FDDDistillationTrainer(_OnPolicyMixin, DistillationTrainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
 
-class _PlainTeacherGKDTrainer(GKDTrainer):
-    """TRL's trainer, after which the teacher's forward is its own again: with mixed precision
-    accelerate's would round the logits, and the reading of the model is checked against them.
-    """
-
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.accelerator.unwrap_model(self.teacher_model, keep_fp32_wrapper=False)
-
-
-class FDDGKDTrainer(_OnPolicyMixin, _PlainTeacherGKDTrainer):
+class FDDGKDTrainer(_OnPolicyMixin, GKDTrainer):
     """A `trl.experimental.gkd.GKDTrainer` whose loss is Feature Dynamics Distillation from
     `teacher`, on generated answers or on those of the data.
 

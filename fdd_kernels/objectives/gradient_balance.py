@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fdd_kernels.objectives.option_checks import require_int, require_number
 from fdd_kernels.objectives.schedules import (
+    NoFormError,
     Schedule,
     as_number,
     as_numbers,
@@ -69,6 +70,8 @@ class GradientBalance(Schedule):
         given = [part.partition("=")[::2] for part in rest]
         kinds = {"every": int, "smoothing": float}
         options = {name: as_number(value, kinds.get(name, _unknown)) for name, value in given}
+        if len(options) < len(given):
+            raise NoFormError
         return cls(as_numbers(ratios), **options)
 
     def __str__(self) -> str:

@@ -35,7 +35,7 @@ class Schedule:
         try:
             return cls._of(text)
         except NoFormError:
-            raise ValueError(f"{text!r} is no {cls.__name__}: write {cls._form}") from None
+            raise NoFormError(f"{text!r} is no {cls.__name__}: write {cls._form}") from None
 
     @classmethod
     def _of(cls, text: str) -> Schedule:
@@ -97,8 +97,8 @@ def number_text(value: float) -> str:
 
 
 def numbers_text(values: Mapping[str, float]) -> str:
-    """Write numbers as `as_numbers` parses them."""
-    return ",".join(f"{name}={number_text(value)}" for name, value in values.items())
+    """Write numbers as `as_numbers` parses them, by name: the same for the same numbers."""
+    return ",".join(f"{name}={number_text(value)}" for name, value in sorted(values.items()))
 
 
 class WeightSchedule(Schedule):

@@ -16,6 +16,7 @@ from fdd_kernels import FDDConfig
 from fdd_kernels.cli.distill import trainer as trainer_module
 from fdd_kernels.cli.distill.run import distill
 from fdd_kernels.common.errors import UserError
+from fdd_kernels.integrations.model_card import validation_rows
 from tests.support.commands import TEXT, command, options, quiet, same, weights
 from tests.support.hf_models import tiny_model
 
@@ -65,6 +66,28 @@ def test_the_student_has_a_model_card(inputs, whole):
     assert "base_model" not in card.content
 
 
+def test_the_metrics_are_in_the_result_and_on_the_card(whole):
+    metrics = json.loads((whole / "metrics.json").read_text())
+    last = [entry for entry in metrics["history"] if "eval_kl" in entry][-1]
+    card = ModelCard.load(whole / "student" / "README.md").text
+    for name in ("perplexity", "accuracy", "kl", "agreement", "kl_layer_1", "kl_layer_2"):
+        before, after = metrics["held_out_before"][name], metrics["held_out"][name]
+        assert after == last[f"eval_{name}"], name
+        assert f"| {name} | {before:.4f} | {after:.4f} |" in card, name
+    assert "eval_runtime" in last
+    assert "runtime" not in card
+
+
+def test_numbers_that_are_not_known_are_left_blank():
+    """Of a run that an earlier release began, or of an infinite perplexity in a checkpoint."""
+    found = {"held_out_before": {"loss": 2.0}, "held_out": {"loss": 1.0, "perplexity": None}}
+    assert validation_rows(found | {"held_out": {**found["held_out"], "kl": 0.5}}, ["loss"]) == [
+        ("loss", "2.0000", "1.0000"),
+        ("perplexity", "", ""),
+        ("kl", "", "0.5000"),
+    ]
+
+
 def test_every_term_is_in_the_history(whole):
     history = json.loads((whole / "metrics.json").read_text())["history"]
     trained = [entry for entry in history if "loss" in entry]
@@ -96,7 +119,10 @@ def test_every_option_of_the_objective(inputs, tmp_path):
         layer_weights=(1.0, 0.5),
     )
     run = options(inputs, tmp_path, config=config, max_steps=2)
-    metrics = distill(run, quiet())
+    console = quiet()
+    metrics = distill(run, console)
+    printed = console.file.getvalue()
+    assert f"{metrics['held_out']['kl_layer_2']:.4f}" in printed
     plain = distill(options(inputs, tmp_path / "plain", max_steps=2), quiet())
     for name in ("output_kd", "trajectory", "derivative"):
         assert metrics["held_out_before"][name] != plain["held_out_before"][name], name

@@ -286,11 +286,14 @@ def test_records_of_earlier_versions_are_understood(inputs, whole, tmp_path):
             )
 
 
-def test_one_divergence_in_other_words_is_the_same_run(inputs, whole, tmp_path):
+def test_options_in_other_words_are_the_same_run(inputs, whole, tmp_path):
+    """Such as a record of an earlier release, in whose texts weights stood as they were given."""
     output = tmp_path / "run"
     shutil.copytree(whole, output)
     record = json.loads((output / "run.json").read_text())
     record |= {"config.trajectory": "jsd", "config.output_divergence": "jsd:1e-1"}
+    record["config.stages"] = "both=9:beta=1,alpha=1;late:beta=0,alpha=1"
+    record["config.gradient_balance"] = "trajectory=2,output_kd=1"
     (output / "run.json").write_text(json.dumps(record))
 
     def resumed(**changes) -> str:
@@ -299,6 +302,8 @@ def test_one_divergence_in_other_words_is_the_same_run(inputs, whole, tmp_path):
         return console.file.getvalue()
 
     same = {"trajectory": "jsd:0.5", "output_divergence": "jsd:0.1"}
+    same["stages"] = "both=9:alpha=1,beta=1;late:alpha=1,beta=0"
+    same["gradient_balance"] = "output_kd=1,trajectory=2"
     assert "finished; nothing to do" in resumed(**same)
     for name, other in (
         ("trajectory", "jsd:0.4"),
@@ -307,6 +312,8 @@ def test_one_divergence_in_other_words_is_the_same_run(inputs, whole, tmp_path):
     ):
         with pytest.raises(UserError, match=f"{name} was 'jsd.*', is '{other}'"):
             resumed(**(same | {name: other}))
+    with pytest.raises(UserError, match=r"stages was .both=9:.*, is .both=9:alpha=1;late"):
+        resumed(**(same | {"stages": "both=9:alpha=1;late:alpha=0"}))
 
 
 CHANGING = FDDConfig.paper(

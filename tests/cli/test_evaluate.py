@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from fdd_kernels import FDDConfig
 from fdd_kernels.cli.evaluate.options import EvaluateOptions
+from fdd_kernels.cli.evaluate.prepare import names_of
 from fdd_kernels.cli.evaluate.run import evaluate
 from fdd_kernels.cli.main import main
 from fdd_kernels.common.errors import UserError
@@ -228,7 +229,11 @@ BAD = {
         "12 of 12 prompts with max_new_tokens=64 exceed the positions of a model: give fewer",
     ),
     "long windows": ({"max_length": 65}, "max_length=65, but the .* has only 64 positions"),
-    "twice": ({"model": ("student", "student")}, "model=.*student was given twice"),
+    "twice": ({"model": ("student", "student")}, "model=.*student was given twice: give each"),
+    "twice, by two paths": (
+        {"model": ("student", "student/")},
+        r"model=.*student/ was given twice \(it is .*student\): give each model once",
+    ),
     "layers without a teacher": ({"teacher": None, "num_layers": 1}, "give --teacher too"),
     "seeds alone": ({"seeds": (0,)}, r"seeds=\(0,\) is for generated answers"),
     "greedy temperature": (
@@ -248,9 +253,10 @@ def test_bad_input_is_refused_before_any_model_runs(case, inputs, folder, monkey
     monkeypatch.setattr(ModelComparison, "__call__", fail)
     changes, message = BAD[case]
     paths = {"student": inputs, "other": folder, "data.txt": inputs, "absent.jsonl": folder}
+    paths["student/"] = inputs
 
     def placed(value):
-        return str(paths[value] / value) if value in paths else value
+        return f"{paths[value]}/{value}" if value in paths else value
 
     changes = {
         name: tuple(map(placed, value)) if name == "model" else placed(value)
@@ -258,6 +264,22 @@ def test_bad_input_is_refused_before_any_model_runs(case, inputs, folder, monkey
     }
     with pytest.raises(UserError, match=message):
         evaluate(options(inputs, folder, **changes), quiet(), quiet())
+
+
+def test_names_are_as_few_last_parts_of_paths_as_tell_them_apart(tmp_path, monkeypatch):
+    for name in ("kd/0/student", "kd/1/student", "fdd/0/student", "teacher", "x"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "kd")
+    given = ("0/student/", "1/student", "../fdd/0/student", "../teacher", "../x/.", "org/gpt2")
+    names = ("kd/0/student", "1/student", "fdd/0/student", f"{tmp_path.name}/teacher", "x", "gpt2")
+    assert names_of(given) == dict(zip(names, given))
+    (tmp_path / "kd" / "a" / "student").mkdir(parents=True)
+    assert list(names_of(("0/student", "b/student", "a/student"))) == [
+        "0/student",
+        "b/student",
+        "a/student",
+    ]
+    assert list(names_of(("student",))) == ["student"]
 
 
 def test_a_lack_of_memory_is_one_line(inputs, folder, monkeypatch):

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,6 +45,36 @@ def whole(tmp_path_factory):
     run = trainer(folder, train=examples([9] * 28), **SAVING)
     run.train()
     return folder, run.model
+
+
+def test_a_resume_with_other_options_is_warned_and_continues(whole, tmp_path):
+    """Also of a checkpoint without its config, if FDDConfig's default is another since then."""
+    checkpoint = tmp_path / "checkpoint-6"
+    shutil.copytree(whole[0] / "checkpoint-6", checkpoint)
+    changed = replace(
+        CONFIG, derivative="weighted_cosine", student_layers=(1,), teacher_layers=(2,)
+    )
+
+    def warnings_of(config):
+        run = trainer(tmp_path, train=examples([9] * 28), config=config, **SAVING)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run.train(resume_from_checkpoint=str(checkpoint))
+        assert run.state.global_step == 6
+        return [str(one.message) for one in caught if "has derivative" in str(one.message)]
+
+    assert not warnings_of(replace(CONFIG, backend="reference"))
+    (found,) = warnings_of(changed)
+    assert found == (
+        f"{checkpoint} has derivative='cosine', student_layers=None, teacher_layers=None, and "
+        "fdd_config has derivative='weighted_cosine', student_layers=[1], teacher_layers=[2]: the "
+        "training continues with fdd_config, another loss than before. Give FDDConfig the options "
+        "of the checkpoint to continue with its loss"
+    )
+    (checkpoint / "fdd_config.json").unlink()
+    (found,) = warnings_of(replace(CONFIG, derivative="weighted_cosine"))
+    assert "has derivative='cosine', if it was trained with FDDConfig's default, and fdd" in found
+    assert not warnings_of(CONFIG)
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from fdd_kernels import Distiller  # noqa: E402
+from fdd_kernels import Distiller, FDDConfig  # noqa: E402
 from fdd_kernels.integrations import NonFiniteLossError  # noqa: E402
 from fdd_kernels.integrations.streamed_metrics import watching  # noqa: E402
 from tests.hf.lightning_worker import CONFIG, batches, fit, module, trainer_of  # noqa: E402
@@ -208,6 +208,8 @@ def test_options_that_change_are_logged_and_resumed(tmp_path):
     assert [log["ce_weight"] for log in logs] == [0.0] * 8 + [1.0] * 4
     trainer = fit(first, tmp_path, train=data, max_epochs=1, **options)
     trainer.save_checkpoint(tmp_path / "half.ckpt", weights_only=False)
+    saved = torch.load(tmp_path / "half.ckpt", weights_only=True)["fdd_config"]
+    assert FDDConfig(**saved) == first.distiller.config
     options |= {"train": data, "max_epochs": 2}
     trainer = fit(second, tmp_path, resume=tmp_path / "half.ckpt", **options)
     assert trainer.global_step == 6

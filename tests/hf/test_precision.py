@@ -4,9 +4,12 @@ accumulation; torch.compile.
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from fdd_kernels import Distiller, FDDConfig
 from tests.support.hf_models import tiny_batch, tiny_model
+from tests.support.task_models import pair, task_batch
 from tests.support.training import examples, lora_student, same_parameters, trainer
 
 
@@ -72,6 +75,33 @@ def test_a_step_that_overflows_is_skipped_and_the_scale_halved():
         if not moved:
             assert scaler.get_scale() == 2.0**59
             scaler.update(2.0**10)
+
+
+@pytest.fixture
+def accelerator():
+    """accelerate with mixed precision; its state belongs to the process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield Accelerator(mixed_precision="bf16", cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "sequence_classification"])
+def test_models_that_accelerate_has_prepared_already(accelerator, task):
+    """Its forwards round to bfloat16; the parts that are checked against them do not."""
+    config = FDDConfig.paper(num_layers=1)
+    if task == "causal_lm":
+        models, batch = (tiny_model("llama", depth=3), tiny_model("gpt2", depth=3)), tiny_batch()
+    else:
+        models, batch = pair("gpt2", task, dtype=torch.float32), task_batch(task)
+        config = FDDConfig.paper(num_layers=1, space="feature", trajectory="mse", beta=0.0)
+    torch.manual_seed(0)  # of the projection
+    before = Distiller(*models, config)
+    prepared = [accelerator.prepare_model(model, evaluation_mode=True) for model in models]
+    wrapped = [model.forward for model in prepared]
+    torch.manual_seed(0)
+    after = Distiller(*prepared, config)
+    assert [model.forward for model in prepared] == wrapped
+    assert torch.equal(after(batch).loss, before(batch).loss)
 
 
 @pytest.mark.parametrize(

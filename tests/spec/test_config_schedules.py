@@ -25,6 +25,13 @@ WRONG = [
     ({"schedules": 3}, TypeError, "schedules must be a mapping of names to schedules"),
     ({"schedules": {"alpha": 3}}, TypeError, "schedules: alpha must be a WeightSchedule or its"),
     ({"schedules": "alpha"}, ValueError, "schedules: alpha: '' is no WeightSchedule: write linear"),
+    (
+        {"schedules": "teacher_mix=tait:9"},
+        ValueError,
+        r"schedules: teacher_mix: 'tait:9' is no WeightSchedule: write linear:.*; or a "
+        r"TAIDSchedule: taid:total_steps\[,start",
+    ),
+    ({"schedules": "teacher_mix=taid"}, ValueError, "'taid' is no TAIDSchedule: write taid:total"),
     ({"schedules": "alpha=linear:0,1,0,5;alpha=linear:0,1,0,5"}, ValueError, "an option twice"),
     ({"schedules": {"num_layers": LINEAR}}, ValueError, "schedules names 'num_layers', which is"),
     ({"schedules": {"alpha": TAIDSchedule(9)}}, ValueError, "gives alpha a TAIDSchedule, which"),
@@ -85,7 +92,7 @@ def test_a_config_has_its_schedules_as_text():
     texts = {
         "schedules": "alpha=linear:0,1,2,9;teacher_mix=taid:8",
         "stages": "a=4:ce_weight=0;b:ce_weight=0.5",
-        "gradient_balance": "output_kd=1,ce=0.5;every=7",
+        "gradient_balance": "ce=0.5,output_kd=1;every=7",
     }
     config = FDDConfig(**given)
     assert config == FDDConfig(**texts)
@@ -99,6 +106,13 @@ def test_a_config_has_its_schedules_as_text():
         assert found == config
         assert hash(found) == hash(config)
     assert config != FDDConfig(**texts | {"stages": "a:ce_weight=0.5"})
+    other_order = {
+        "schedules": "teacher_mix=taid:8;alpha=linear:0,1,2,9",
+        "gradient_balance": "output_kd=1,ce=0.5;every=7",
+    }
+    assert FDDConfig(**texts | other_order) == config
+    first, second = (f"a=4:{w};b:{w}" for w in ("alpha=1,ce_weight=0", "ce_weight=0,alpha=1"))
+    assert FDDConfig(stages=first) == FDDConfig(stages=second) != FDDConfig(stages=first[:-1] + "1")
     assert config.changes == tuple(texts)
     assert FDDConfig().changes == ()
     assert (config.ever("alpha"), config.ever("ce_weight"), config.ever("beta")) == (1, 0.5, 1)

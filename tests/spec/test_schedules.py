@@ -196,7 +196,7 @@ TEXTS = [
         "dynamics=3:alpha=1,ce_weight=0;both=2:alpha=0.5,ce_weight=0.5;task:alpha=0,ce_weight=1",
     ),
     (Stages([("only", 1, {})]), "only=1:"),
-    (GradientBalance({"a": 1, "b": 0.3}), "a=1,b=0.3"),
+    (GradientBalance({"b": 0.3, "a": 1}), "a=1,b=0.3"),
     (
         GradientBalance({"output_kd": 2}, every=7, smoothing=0.9),
         "output_kd=2;every=7;smoothing=0.9",
@@ -248,7 +248,10 @@ WRONG = [
             (WeightSchedule, ("", "linear", "linear:0,1,0", "linear:0,1,0,x", "step:0,1,0,1")),
             (TAIDSchedule, ("taid", "taid:", "taid:1.5", "tait:5", "taid:5,0.4,1,0,0.99,1")),
             (Stages, ("", "a", "a=1", "a=x:alpha=1", "a:alpha", "a:alpha=1,alpha=2", "a:alpha=x")),
-            (GradientBalance, ("a", "a=x", "a=1;every", "a=1;every=1.5", "a=1;each=3")),
+            (
+                GradientBalance,
+                ("a", "a=x", "a=1;every", "a=1;every=1.5", "a=1;each=3", "a=1;every=5;every=7"),
+            ),
         )
         for text in texts
     ),

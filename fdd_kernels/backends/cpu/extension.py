@@ -36,7 +36,7 @@ _loading = threading.Lock()
 
 
 # The number of kBuiltFor in csrc/module.cpp.
-INTERFACE = 6
+INTERFACE = 7
 
 
 class _Missing(Exception):

@@ -29,9 +29,10 @@ from fdd_kernels.common.atomic import atomic_directory, write_text
 from fdd_kernels.common.errors import UserError
 from fdd_kernels.common.progress import Activity
 from fdd_kernels.data.sources import open_source
+from fdd_kernels.evaluation.metrics import is_metric
 from fdd_kernels.integrations.checkpoints import last_checkpoint
 from fdd_kernels.integrations.finite import as_json, require_finite
-from fdd_kernels.integrations.model_card import model_card
+from fdd_kernels.integrations.model_card import model_card, validation_rows
 from fdd_kernels.version import __version__
 
 _ON_THE_CARD = (
@@ -45,8 +46,8 @@ _ON_THE_CARD = (
 
 
 def evaluations_of(run: Run, console: Console) -> list[dict[str, float]]:
-    """The terms of the loss at every evaluation of a run, the last one after its last step; empty
-    without a validation split.
+    """Return the terms of the loss and the metrics of every evaluation of a run, the last one after
+    its last step; nothing without a validation split.
 
     Raises:
         NonFiniteLossError: the last loss is not finite.
@@ -56,9 +57,11 @@ def evaluations_of(run: Run, console: Console) -> list[dict[str, float]]:
     if run.windows.held_out and logs[-1]["step"] != trainer.state.global_step:
         with Activity(console, "evaluating"):
             logs.append(trainer.evaluate())
-    found = [{name: log[f"eval_{name}"] for name in TERMS if f"eval_{name}" in log} for log in logs]
-    if found:
-        require_finite("the last evaluation", found[-1])
+    named = [{key.removeprefix("eval_"): value for key, value in log.items()} for log in logs]
+    found = [{n: v for n, v in log.items() if n in TERMS or is_metric(n)} for log in named]
+    if found:  # not the metrics: an infinite perplexity is null in a checkpoint
+        terms = {name: value for name, value in found[-1].items() if name in TERMS}
+        require_finite("the last evaluation", terms)
     return found
 
 
@@ -105,10 +108,8 @@ def write_result(
         processes.first(lambda: _write(options, run, metrics, console))
     if windows.held_out:
         table = Table("validation", "before", "after", title=f"after {metrics['steps']} steps")
-        before, after = metrics["held_out_before"], metrics["held_out"]
-        for name in shown_terms(run.config):
-            if name in after:
-                table.add_row(name, f"{before[name]:.4f}", f"{after[name]:.4f}")
+        for row in validation_rows(metrics, shown_terms(run.config)):
+            table.add_row(*row)
         console.print(table)
     if found:
         print_alignment(metrics["layer_alignment"], console)

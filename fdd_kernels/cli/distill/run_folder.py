@@ -17,6 +17,8 @@ from fdd_kernels.data.sources import open_source
 from fdd_kernels.integrations.checkpoints import NOT_FINITE, PREFIX, checkpoints
 from fdd_kernels.lens.divergence_text import parse_divergence
 from fdd_kernels.objectives.fdd.options import FDDConfig
+from fdd_kernels.objectives.gradient_balance import GradientBalance
+from fdd_kernels.objectives.schedules import Stages
 
 METRICS_FILE, STUDENT_FOLDER, ADAPTER_FOLDER = "metrics.json", "student", "adapter"
 ALIGNMENT_FILE = "layer_alignment.svg"
@@ -31,6 +33,13 @@ _FREE_OPTIONS = (
     "teacher_offload_folder",
 )
 _LENGTH = ("epochs", "max_steps")
+# Of options whose text may be written in several ways.
+_PARSERS = {
+    "config.trajectory": parse_divergence,
+    "config.output_divergence": parse_divergence,
+    "config.stages": Stages.parse,
+    "config.gradient_balance": GradientBalance.parse,
+}
 
 
 def steps_of(options: DistillOptions, train_windows: int, processes: int = 1) -> int:
@@ -140,7 +149,7 @@ def _differences(before: dict[str, Any], now: dict[str, Any], options: DistillOp
     found = []
     for key in {**before, **now}:
         was, is_now = (record.get(key, defaults.get(key)) for record in (before, now))
-        if key in _LENGTH or was == is_now or _same_divergence(key, was, is_now):
+        if key in _LENGTH or was == is_now or _same_text(key, was, is_now):
             continue
         if key in ("teacher", "student") and same_model(was, is_now, getattr(options, key)):
             continue
@@ -148,13 +157,11 @@ def _differences(before: dict[str, Any], now: dict[str, Any], options: DistillOp
     return found
 
 
-def _same_divergence(key: str, was: Any, is_now: Any) -> bool:
-    """Whether two texts name one divergence: "jsd" is "jsd:0.5"."""
-    if key not in ("config.trajectory", "config.output_divergence"):
-        return False
+def _same_text(key: str, was: Any, is_now: Any) -> bool:
+    """Whether two texts say the same: "jsd" is "jsd:0.5", and weights may stand in any order."""
     try:
-        return parse_divergence(was) == parse_divergence(is_now)
-    except (AttributeError, ValueError):  # a distance of features, or a record with other content
+        return _PARSERS[key](was) == _PARSERS[key](is_now)
+    except (AttributeError, KeyError, TypeError, ValueError):  # no text of these options
         return False
 
 

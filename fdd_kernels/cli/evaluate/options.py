@@ -74,14 +74,22 @@ class EvaluateOptions(TeacherOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "model", tuple(self.model))
-        repeated = next((name for name in self.model if self.model.count(name) > 1), None)
-        if repeated is not None:
-            raise UserError(f"model={repeated} was given twice")
+        self._check_models()
         require_at_least(self, num_layers=0, max_length=2, max_windows=1, batch_size=1)
         require_at_least(self, vocab_size=1, questions=1, max_new_tokens=1)
         require_choice(self, dtype=DTYPES, teacher_dtype=DTYPES, layer_grid=LAYER_GRIDS)
         self._check_layers()
         self._check_answers()
+
+    def _check_models(self) -> None:
+        """Refuse one model that is given twice, also by two paths of its folder."""
+        seen: dict[str | Path, str] = {}
+        for name in self.model:
+            place = Path(name).resolve() if Path(name).is_dir() else name
+            if place in seen:
+                also = "" if seen[place] == name else f" (it is {seen[place]})"
+                raise UserError(f"model={name} was given twice{also}: give each model once")
+            seen[place] = name
 
     def _check_layers(self) -> None:
         for name in (*_OF_LAYERS, "teacher_dtype", "vocab_size"):

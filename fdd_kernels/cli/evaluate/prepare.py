@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,14 +45,20 @@ class Models:
 
 
 def names_of(given: tuple[str, ...]) -> dict[str, str]:
-    """Return what to load by the name to show: the last part of a path where that tells them
-    apart.
+    """Return what to load by the name to show: of each path as few of its last parts as no other
+    ends in.
     """
-    last = [Path(text).name for text in given]
-    return {
-        text if last.count(name) > 1 or name in ("", TEACHER) else name: text
-        for name, text in zip(last, given)
-    }
+    paths = [Path(text).absolute() if Path(text).is_dir() else Path(text) for text in given]
+    paths = [Path(os.path.normpath(path)) for path in paths]
+    return {_name_of(path, [p for p in paths if p != path]): t for path, t in zip(paths, given)}
+
+
+def _name_of(path: Path, others: list[Path]) -> str:
+    for count in range(1, len(path.parts)):
+        end = path.parts[-count:]
+        if end != (TEACHER,) and all(other.parts[-count:] != end for other in others):
+            return str(Path(*end))
+    return str(path)
 
 
 def vocabulary_of(options: EvaluateOptions, names: dict[str, str]) -> Vocabulary:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from fdd_kernels.objectives.schedules import Schedule, Stages, WeightSchedule
+from fdd_kernels.objectives.schedules import NoFormError, Schedule, Stages, WeightSchedule
 from fdd_kernels.objectives.taid import TAIDSchedule
 
 if TYPE_CHECKING:  # imports torch
@@ -126,7 +126,12 @@ def _schedules_of(given: Mapping[str, Schedule] | str | None) -> dict[str, Any]:
                 "WeightSchedule"
             )
         kind = TAIDSchedule if is_taid else WeightSchedule
-        found[name] = _fresh(f"schedules: {name}", value, kind)
+        try:
+            found[name] = _fresh(f"schedules: {name}", value, kind)
+        except NoFormError as error:
+            if name != "teacher_mix" or is_taid:
+                raise
+            raise ValueError(f"{error}; or a TAIDSchedule: {TAIDSchedule._form}") from None
     return found
 
 

@@ -1,0 +1,57 @@
+"""The GEMM library alone, which the benchmarks time as a limit (`multiply` of the C++ kernels)."""
+
+import pytest
+import torch
+
+from benchmarks import brgemm
+from fdd_kernels.backends.cpu import extension
+
+if extension.kernels is None:
+    pytest.skip(f"no C++ kernels: {extension.why_missing}", allow_module_level=True)
+
+multiply = extension.kernels.multiply
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (5, 33, 300), (270, 1300, 17)], ids=str)
+def test_every_way_gives_the_product(threads, dtype, shape):
+    m, k, n = shape
+    generator = torch.Generator().manual_seed(m)
+    a, b = (torch.randn(s, generator=generator).to(dtype) for s in ((m, k), (k, n)))
+    expected = a.double() @ b.double()
+    names = []
+    for name, run in brgemm.products(a, b):
+        got = run()
+        brgemm.check(got, a, b, expected)
+        names.append(name)
+        with pytest.raises(ValueError, match="differ by"):
+            brgemm.check(got + 0.1 * expected.abs().max(), a, b, expected)
+    assert len(set(names)) == 4
+
+
+def test_small_tiles_and_wrong_operands():
+    a, b, out = torch.randn(7, 9), torch.randn(9, 20), torch.empty(7, 20)
+    multiply(a, b, out, (2, 3, 4))
+    brgemm.check(out, a, b, a.double() @ b.double())
+    wrong = [
+        ((a, b.bfloat16(), out), "both float32 or both bfloat16"),
+        ((a.half(), b.half(), out), "both float32 or both bfloat16"),
+        ((a, b, out.double()), "out float32"),
+        ((a, b[:8], out), "all contiguous"),
+        ((a, b.T.contiguous().T, out), "all contiguous"),
+        ((a[:, :8].bfloat16().contiguous(), b[:8].bfloat16(), out), r"\(k / 2, n, 2\)"),
+    ]
+    for arguments, message in wrong:
+        with pytest.raises(ValueError, match=message):
+            multiply(*arguments, (2, 3, 4))
+    for tile in ((0, 3, 4), (2, -1, 4), (2, 3, 0)):
+        with pytest.raises(ValueError, match="three positive sizes"):
+            multiply(a, b, out, tile)
