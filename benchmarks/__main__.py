@@ -1,5 +1,5 @@
-"""`python -m benchmarks COMMAND`: run, compare, table, check-records, report, study, gpu, traffic,
-list; see `--help` of each.
+"""`python -m benchmarks COMMAND`: run, step, compare, table, check-records, report, study, gpu,
+traffic, list; see `--help` of each.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import record
-from benchmarks.workloads import SUITES, select, suite
+from benchmarks.workloads import SUITES, Workload, select, suite
 from fdd_kernels.common.atomic import write_text
 from fdd_kernels.common.sizes import show
 
@@ -37,12 +38,16 @@ def build_parser() -> argparse.ArgumentParser:
     add("--suite", choices=SUITES, default="quick", help="what to measure (%(default)s)")
     add("--workload", **names, help="only this one or this group; may repeat; *? as in a shell")
     add("--provider", **names, help="only this one; may repeat")
-    _folder(add, "--output", record.RESULTS, "where records go (benchmarks/results)")
-    add("--threads", **number, help="of PyTorch (all cores)")
-    add("--repeats", **number, help="interleaved rounds after the warm-up (3)")
-    add("--device", choices=("cpu", "cuda"), help="(cuda if there is one)")
-    add("--fresh", action="store_true", help="discard an unfinished run in --output")
+    _measuring(add, "3")
     add("--no-plots", action="store_true", help="no plots and no HTML report")
+
+    add = command("step", do_step, "a whole training step: output KD and FDD, dense and ours")
+    several = {"nargs": "+", "metavar": "NAME"}
+    add("--pairs", **several, help="of models: gpt2, llama, tiny (gpt2 llama)")
+    add("--tokens", nargs="+", type=int, metavar="N", help="of the batch (128 512)")
+    add("--dtypes", **several, help="of both models (float32 bfloat16; on a GPU bfloat16)")
+    add("--quick", action="store_true", help="16 tokens and one round, a record of its own suite")
+    _measuring(add, "5")
 
     add = command("compare", do_compare, "what changed between two records beyond noise")
     add("before", type=Path)
@@ -97,6 +102,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _measuring(add: Callable, rounds: str) -> None:
+    """Add the options of every command that measures."""
+    number = {"type": int, "metavar": "N"}
+    _folder(add, "--output", record.RESULTS, "where records go (benchmarks/results)")
+    add("--threads", **number, help="of PyTorch (all cores)")
+    add("--repeats", **number, help=f"interleaved rounds after the warm-up ({rounds})")
+    add("--device", choices=("cpu", "cuda"), help="(cuda if there is one)")
+    add("--fresh", action="store_true", help="discard an unfinished run in --output")
+
+
 def _folder(add: Callable, name: str, default: Path, text: str) -> None:
     add(name, type=Path, default=default, metavar="DIR", help=text)
 
@@ -105,29 +120,86 @@ def do_run(arguments: argparse.Namespace) -> int:
     """Measure. An interrupted run resumes where it stopped. Nothing else should run on the machine
     meanwhile.
     """
-    import torch
-
     from benchmarks.providers import choose
-    from benchmarks.runner import DEFAULT_REPEATS, Run
 
     workloads = select(suite(arguments.suite), arguments.workload)
     providers = choose(arguments.provider)
-    for name in ("threads", "repeats"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} {value} must be at least 1")
+    device, plots = _device(arguments), not arguments.no_plots
+    part = bool(arguments.workload or arguments.provider)
+    return _measure(arguments, arguments.suite, workloads, providers, device, plots, part=part)
+
+
+def do_step(arguments: argparse.Namespace) -> int:
+    """Measure whole training steps of pairs of real architectures with random weights. Losses and
+    gradients of dense and ours are compared first, and refused if they differ. An interrupted run
+    resumes where it stopped. Nothing else should run on the machine meanwhile.
+    """
+    from benchmarks import steps
+
+    device = _device(arguments)
+    tokens = steps.QUICK_TOKENS if arguments.quick else steps.TOKENS
+    dtypes = ("bfloat16",) if device == "cuda" else ("float32", "bfloat16")
+    workloads = steps.workloads(
+        arguments.pairs or steps.DEFAULT_PAIRS,
+        arguments.tokens or tokens,
+        arguments.dtypes or dtypes,
+    )
+    name = f"{steps.SUITE}-quick" if arguments.quick else steps.SUITE
+    losses = list(steps.LOSSES.values())
+    about = {"module": "benchmarks.step_measure", "show": _show_step}
+    return _measure(arguments, name, workloads, losses, device, False, **about)
+
+
+def _show_step(result: dict) -> None:
+    """Print the tables of one training step, as far as the packages for it are installed."""
+    try:
+        from benchmarks.report import steps
+        from benchmarks.report.terminal import print_tables
+    except ModuleNotFoundError:
+        return  # the end of the run says what is missing
+    print_tables(steps.tables({"results": [result]}))
+
+
+def _device(arguments: argparse.Namespace) -> str:
+    """Choose the device that a command measures on.
+
+    Raises:
+        ValueError: a GPU is asked for and there is none.
+    """
+    import torch
+
     device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch sees no GPU")
+    return device
+
+
+def _measure(
+    arguments: argparse.Namespace,
+    name: str,
+    workloads: list[Workload],
+    providers: list,
+    device: str,
+    plots: bool,
+    **about: Any,
+) -> int:
+    """Run the measurements of a suite of this name and show its record."""
+    from benchmarks.runner import DEFAULT_REPEATS, Run
+
+    for option in ("threads", "repeats"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            raise ValueError(f"--{option} {value} must be at least 1")
     run = Run(
         arguments.output,
-        arguments.suite,
+        name,
         workloads,
         providers,
         threads=arguments.threads or len(os.sched_getaffinity(0)),
-        repeats=arguments.repeats or DEFAULT_REPEATS[arguments.suite],
+        repeats=arguments.repeats or DEFAULT_REPEATS[name],
         device=device,
         fresh=arguments.fresh,
+        **about,
     )
     try:
         path = run.execute()
@@ -135,7 +207,7 @@ def do_run(arguments: argparse.Namespace) -> int:
         rest = "the same command measures the rest"
         print(f"\ninterrupted; finished results are in {run.path}, {rest}", file=sys.stderr)
         return 130
-    _show(path, plots=not arguments.no_plots)
+    _show(path, plots=plots)
     statuses = [e["status"] for r in run.record["results"] for e in r["providers"].values()]
     return 1 if {"refused", "failed"} & set(statuses) else 0
 
@@ -175,8 +247,9 @@ def do_compare(arguments: argparse.Namespace) -> int:
 
 
 def do_table(arguments: argparse.Namespace) -> int:
-    """Write the tables of the newest record of each suite between the markers of
-    docs/benchmarks.md, and of the suite "full" the picture of the README.
+    """Write the tables of the newest record of each suite and kind of processor between the markers
+    of docs/benchmarks.md, and of the newest of suite full the picture of the README. Records of a
+    part of a suite (--workload, --provider) are left out.
     """
     from benchmarks.report.docs import generated
 

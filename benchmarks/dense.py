@@ -97,9 +97,9 @@ def row_losses(
     *,
     upcast: bool = False,
 ) -> Tensor:
-    """Compute output KD + trajectory (KL) + derivative per row, (R,), at temperature 1.
+    """Compute the loss per row, (R,), at temperature 1, from states and heads.
 
-    Of the options it knows the soft caps, output_divergence, derivative and teacher_mix.
+    Of the options it knows the soft caps and those of `row_losses_of`.
     """
 
     def model(states: list[Tensor], weight: Tensor, cap: float | None) -> list[Tensor]:
@@ -108,6 +108,15 @@ def row_losses(
     student = model(student_hidden, student_weight, options.get("student_softcap"))
     with torch.no_grad():
         teacher = model(teacher_hidden, teacher_weight, options.get("teacher_softcap"))
+    return row_losses_of(student, teacher, options)
+
+
+def row_losses_of(student: list[Tensor], teacher: list[Tensor], options: dict) -> Tensor:
+    """Compute output KD + trajectory (KL) + derivative per row, (R,), from the log-probabilities
+    of the sampled layers and the output, (R, V) each.
+
+    Of the options it knows output_divergence, derivative and teacher_mix.
+    """
     target, mix = teacher, options.get("teacher_mix", 1.0)
     if mix != 1:
         mixed = [(1 - mix) * q.detach() + mix * p for q, p in zip(student, teacher)]

@@ -34,7 +34,7 @@ MEMORY_IN_USE = {
 }
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -48,15 +48,15 @@ def step(
     def loss_of(problem: Problem, options: dict) -> torch.Tensor:
         nonlocal middle
         loss = provider.loss(problem, options)
-        _synchronize(device)
+        synchronize(device)
         middle = time.perf_counter()
         return loss
 
     problem = problem.map(lambda t: t)
-    _synchronize(device)
+    synchronize(device)
     start = time.perf_counter()
     _, gradients = gradients_of(loss_of, problem, options)
-    _synchronize(device)
+    synchronize(device)
     return middle - start, time.perf_counter() - start, gradients
 
 
@@ -84,10 +84,10 @@ def time_workload(
     found: dict[str, dict[str, Any]] = {}
 
     def clock(run: Callable[[], object]) -> float:
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         run()
-        _synchronize(device)
+        synchronize(device)
         return time.perf_counter() - start
 
     gemms.measure(clock)
@@ -122,7 +122,11 @@ def time_workload(
 
 
 def check_accuracy(
-    workload: Workload, providers: list[Provider], device: torch.device, report: Report
+    workload: Workload,
+    providers: list[Provider],
+    repeats: int,
+    device: torch.device,
+    report: Report,
 ) -> None:
     """Run the small check of every provider; call `report(provider, result)`."""
     check = small_check(workload, device)
@@ -153,8 +157,29 @@ def give_back_memory() -> None:
         trim(0)
 
 
+def begin_peak(device: torch.device) -> int:
+    """Begin to watch the peak of memory; the bytes in use now."""
+    give_back_memory()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    reset_high_water()
+    return status_bytes("VmRSS")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes in use since `begin_peak`."""
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else status_bytes("VmHWM")
+
+
 def measure_memory(
-    workload: Workload, provider: Provider, device: torch.device, report: Report
+    workload: Workload,
+    providers: list[Provider],
+    repeats: int,
+    device: torch.device,
+    report: Report,
 ) -> None:
     """Measure peak memory of one forward and backward pass beyond the inputs, in a fresh process.
 
@@ -162,24 +187,19 @@ def measure_memory(
     On a CPU the peak is of resident memory, in a process whose allocator gives freed memory back
     (`runner.RETURN_FREED_MEMORY`). The gradients are part of it, and are also reported alone.
     """
+    (provider,) = providers
     widths = min(workload.student_width, 64), min(workload.teacher_width, 64)
     tiny = workload.resized(min(workload.rows, 64), min(workload.columns, 256), *widths)
     step(provider, build_problem(tiny, device), provider.options(tiny), device)
     if provider.rows is not None:  # another path through the code may load modules of its own
-        provider.rows(build_problem(tiny, device), provider.options(tiny)).sum().backward()
+        rows = provider.rows(build_problem(tiny, device), provider.options(tiny)).sum()
+        if rows.requires_grad:
+            rows.backward()
     problem = build_problem(workload, device)
     report("running", provider.name)
-    give_back_memory()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        reset_high_water()
-        before = status_bytes("VmRSS")
+    before = begin_peak(device)
     _, seconds, gradients = step(provider, problem, provider.options(workload), device)
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else status_bytes("VmHWM")
+    peak = peak_memory(device)
     inputs = [*problem.student_hidden, problem.student_weight, *problem.teacher_hidden]
     inputs += [] if problem.teacher_weight is None else [problem.teacher_weight]
     result = {
@@ -193,25 +213,26 @@ def measure_memory(
     report(provider.name, result)
 
 
-def main(job_file: str) -> None:
-    """Do the job and report."""
+def do_job(
+    job_file: str,
+    providers: dict[str, Provider],
+    measures: dict[str, Callable[..., None]],
+) -> None:
+    """Do a job and report: `measures[name](workload, providers, repeats, device, report)`."""
     job: dict[str, Any] = json.loads(Path(job_file).read_text())
     torch.set_num_threads(job["threads"])
     workload, device = Workload.from_json(job["workload"]), torch.device(job["device"])
-    providers = [PROVIDERS[name] for name in job["providers"]]
+    chosen = [providers[name] for name in job["providers"]]
     with open(job["events"], "a") as events:
 
         def report(key: str, value: Any) -> None:
             events.write(json.dumps([key, value]) + "\n")
             events.flush()
 
-        if job["measure"] == "time":
-            time_workload(workload, providers, job["repeats"], device, report)
-        elif job["measure"] == "accuracy":
-            check_accuracy(workload, providers, device, report)
-        else:
-            measure_memory(workload, *providers, device, report)
+        measures[job["measure"]](workload, chosen, job["repeats"], device, report)
 
+
+MEASURES = {"time": time_workload, "accuracy": check_accuracy, "memory": measure_memory}
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    do_job(sys.argv[1], PROVIDERS, MEASURES)

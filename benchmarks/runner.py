@@ -30,13 +30,16 @@ from fdd_kernels.objectives.fdd.options import LossOptions
 # max_memory_allocated is on a GPU.
 RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 DEFAULT_REPEATS = {"tiny": 2, "quick": 3, "full": 3, "limits": 3, "objectives": 5, "streamed": 3}
+DEFAULT_REPEATS |= {"step": 5, "step-quick": 1}
 
 
 @dataclass
 class Run:
     """A record that grows: written after every measurement, resumed from `folder` if unfinished.
 
-    `say` is called with one line per step. `fresh` discards an unfinished record in `folder`.
+    `say` is called with one line per step, `show` with each finished workload's entry. `fresh`
+    discards an unfinished record in `folder`. `module` is the process of a measurement. `part`
+    marks a part of the suite, which no table shows.
     """
 
     folder: Path
@@ -47,7 +50,10 @@ class Run:
     repeats: int
     device: str
     fresh: bool = False
+    part: bool = False
     say: Callable[[str], None] = print
+    show: Callable[[dict[str, Any]], None] = lambda result: None
+    module: str = "benchmarks.measure"
     record: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -60,6 +66,7 @@ class Run:
         return {
             "format": record.FORMAT,
             "suite": self.suite,
+            "part": self.part,
             "device": self.device,
             "threads": self.threads,
             "repeats": self.repeats,
@@ -108,6 +115,7 @@ class Run:
         for number, workload in enumerate(self.workloads, 1):
             self.say(f"[{number}/{len(self.workloads)}] {workload.name}: {workload.describe()}")
             self._workload(workload)
+            self.show(self._result(workload))
         stamp = datetime.fromisoformat(self.record["date"]).strftime("%Y%m%d-%H%M%S")
         final = self.folder / f"{stamp}-{self.suite}.json"
         record.save(final, self.record)
@@ -170,8 +178,8 @@ class Run:
             for name, entry in result["providers"].items():
                 check = entry["time"] and entry["time"]["check"]
                 if check and not check["passed"]:
-                    error = f"{check['error']:.3g} relative error"
-                    self._refuse(name, entry, f"the timed call's gradient is wrong: {error}")
+                    error = f"gradient is wrong: {check['error']:.3g} relative error"
+                    self._refuse(name, entry, f"the timed call's {check.get('reason') or error}")
         if "memory" in workload.measures:
             for name in self._able(result):
                 if f"memory {name}" not in result["done"]:
@@ -219,7 +227,7 @@ class Run:
             job.write_text(json.dumps(description))
             limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
             limits |= RETURN_FREED_MEMORY if measure == "memory" else {}
-            status, last = _run_job(job, os.environ | limits)
+            status, last = _run_job(self.module, job, os.environ | limits)
             running, gathered = None, {}
             for line in events.read_text().splitlines():
                 key, value = json.loads(line)
@@ -241,9 +249,9 @@ class Run:
         return False
 
 
-def _run_job(job: Path, environment: dict[str, str]) -> tuple[int, str]:
+def _run_job(module: str, job: Path, environment: dict[str, str]) -> tuple[int, str]:
     """Run a measuring process; its exit status and the last line that it printed."""
-    command = [sys.executable, "-m", "benchmarks.measure", str(job)]
+    command = [sys.executable, "-m", module, str(job)]
     with job.with_name("output.txt").open("w+", errors="replace") as output:
         process = subprocess.Popen(
             command, cwd=record.ROOT, env=environment, stdout=output, stderr=output
@@ -277,7 +285,7 @@ def loss_shape(workload: Workload) -> LossShape:
 
 def predicted_memory(workload: Workload, provider: str, **where: Any) -> LossMemory | None:
     """Ask the planner, which knows the loss, and its dense form with the default options alone."""
-    unknown = workload.group == "objectives" and provider == "dense"
+    unknown = (workload.group == "objectives" and provider == "dense") or workload.pair is not None
     if unknown or workload.objective != LOSS:
         return None
     return loss_memory(loss_shape(workload), provider, **where)

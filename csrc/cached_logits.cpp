@@ -145,7 +145,7 @@ void gradients_of(const CachedLogits& cached, const Statistics& statistics,
       if (out.weight.defined()) {
         split.gemm(columns, width, all, grad_cM.get(), all,
                    {hidden.get(), width, problem.student.bf16},
-                   head_gradient.open(first, columns), width, true);
+                   head_gradient.open(first, columns), width, head_gradient.adds());
         head_gradient.close();
       }
       if (out.bias) add_sums(grad_cM.get(), all, columns, all, out.bias + first);

@@ -98,7 +98,8 @@ class Backward {
           for (int64_t row = 0; target && row < problem_.count(); row += kRowChunk) {
             const int64_t last = std::min(row + kRowChunk, problem_.count());
             const Operand h = hidden_as_b(problem_, problem_.student, layer, row, last, &copy);
-            split.gemm(count, width, last - row, g + row, ld_rows_, h, target, width, true);
+            split.gemm(count, width, last - row, g + row, ld_rows_, h, target, width,
+                       head.adds() || layer || row);
           }
           if (out_.bias) add_sums(g, ld_rows_, count, problem_.count(), out_.bias + first);
         }

@@ -2,8 +2,6 @@
 
 #include <ATen/ops/from_blob.h>
 
-#include <cstring>
-
 namespace fdd {
 
 HeadGradient::HeadGradient(const Gradients& out, int64_t most_rows, int64_t width)
@@ -21,16 +19,13 @@ float* HeadGradient::open(int64_t first, int64_t count) {
   first_ = first;
   count_ = count;
   if (in_place()) return out_.weight.data_ptr<float>() + first * width_;
-  if (out_.weight_low.defined())
-    row_kernels().interleave(low(), high(), sums_.halves(), count * width_);
-  else
-    std::memset(sums_.get(), 0, sizeof(float) * count * width_);
+  if (adds()) row_kernels().interleave(low(), high(), sums_.halves(), count * width_);
   return sums_.get();
 }
 
 void HeadGradient::close() {
   if (in_place()) return;
-  if (out_.weight_low.defined() && !out_.rounds_weight)
+  if (!out_.last_call)
     return row_kernels().separate(sums_.halves(), low(), high(), count_ * width_);
   out_.weight.narrow(0, first_, count_)
       .copy_(at::from_blob(sums_.get(), {count_, width_}, at::kFloat));

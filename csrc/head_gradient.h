@@ -13,7 +13,9 @@ class HeadGradient {
   // `most_rows` are the most rows of the head in a tile.
   HeadGradient(const Gradients& out, int64_t most_rows, int64_t width);
   bool wanted() const { return out_.weight.defined(); }
-  // Returns rows [first, first + count) of the sum so far, (count, D), to be added to.
+  // Whether the rows that open() returns hold a sum so far. Else they are to be overwritten.
+  bool adds() const { return !out_.first_call; }
+  // Returns rows [first, first + count) of the sum, (count, D).
   float* open(int64_t first, int64_t count);
   // Stores these rows.
   void close();

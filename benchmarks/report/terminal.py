@@ -4,25 +4,42 @@ from __future__ import annotations
 
 from typing import Any
 
+import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.report import SHOWN, conditions, memory, notes, seconds, tables
+from benchmarks.report import SHOWN, conditions, memory, notes, seconds, steps, tables
 from benchmarks.report.compare import Comparison
 from benchmarks.report.objectives import side_by_side
 
 
 def print_record(record: dict[str, Any]) -> None:
-    """Print a table per workload, then the notes and the conditions."""
+    """Print a table per workload, or those of training steps, then the notes and the conditions."""
+    if steps.is_of_steps(record):
+        print_tables(steps.tables(record))
+        lines = [*steps.pairs(record), *steps.reasons(record)]
+    else:
+        shown = [
+            (f"{workload.name}: {workload.text}; {workload.describe()}", texts)
+            for workload, texts in tables(record)
+        ]
+        together = side_by_side(record)
+        print_tables(shown + ([("objectives", together)] if len(together) else []))
+        lines = notes(record)
+    for line in [*lines, conditions(record)]:
+        _console().print(line, highlight=False)
+
+
+def _console() -> Console:
     console = Console()
     if not console.is_terminal:  # a file has no width, and the table needs some
         console.width = 160
-    shown = [
-        (f"{workload.name}: {workload.text}; {workload.describe()}", texts)
-        for workload, texts in tables(record)
-    ]
-    together = side_by_side(record)
-    shown += [("objectives", together)] if len(together) else []
+    return console
+
+
+def print_tables(shown: list[tuple[str, pd.DataFrame]]) -> None:
+    """Print tables of texts, each below its title."""
+    console = _console()
     for title, texts in shown:
         table = Table(title=title, title_justify="left")
         names = [name for name in texts if name != "predicted"]
@@ -32,8 +49,6 @@ def print_record(record: dict[str, Any]) -> None:
         for row in texts[names].itertuples(index=False):
             table.add_row(*row)
         console.print(table)
-    for line in [*notes(record), conditions(record)]:
-        console.print(line, highlight=False)
 
 
 def print_comparison(result: Comparison) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import re
 import signal
@@ -516,6 +517,28 @@ def test_a_16_bit_head_is_rounded_once(monkeypatch):
     rounding = 2 * unit_roundoff(BF16) * whole.abs() + 1e-5 * whole.abs().amax(1, keepdim=True)
     assert ((whole - in_blocks).abs() <= rounding).all()
     assert (whole != in_blocks).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 16, 64])
+@pytest.mark.parametrize("columns", [1, 300, 4096, 50257, 262144])
+def test_tiles_of_cached_logits_are_wide_and_divide_equally(monkeypatch, columns, threads):
+    monkeypatch.undo()  # `several_tiles`
+    width = tiling.cached_columns(columns, threads)
+    assert width % 16 == 0
+    assert width <= min(tiling.MAX_CACHED_COLUMNS, columns + 15)
+    assert columns < 1024 * threads or width >= 256
+
+    def of_busiest_thread(width: int) -> int:
+        return math.ceil(math.ceil(columns / width) / threads) * width
+
+    narrow = min(tiling.TILE_COLUMNS, tiling.round_up(columns, 16))
+    assert of_busiest_thread(width) <= 1.02 * of_busiest_thread(narrow)
+
+
+def test_wide_tiles_of_cached_logits(monkeypatch):
+    monkeypatch.undo()  # `several_tiles`
+    assert tiling.cached_columns(1100, torch.get_num_threads()) > tiling.TILE_COLUMNS
+    check(random_problem((40,), 1100, 24, 33, layers=3))
 
 
 @pytest.mark.parametrize("layers", [(1, 1), (5, 5), (49, 49), (4, 33), (33, 4)], ids=str)

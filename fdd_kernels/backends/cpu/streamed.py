@@ -17,11 +17,11 @@ from fdd_kernels.backends.cpu import extension, tiling
 from fdd_kernels.backends.cpu.problem import (
     F32,
     low_halves,
+    new_gradients,
     place,
     problem_of,
     valid_rows,
     wanted,
-    zero_gradients,
     zero_statistics,
 )
 from fdd_kernels.lens.inputs import LensInputs
@@ -72,7 +72,10 @@ def grad(
     *needs_hidden, needs_weight, needs_bias = needed
     rows, layers = valid_rows(inputs), len(inputs.student_hidden)
     width = inputs.student_hidden[0].shape[1]
-    grad_hidden, grad_weight, grad_bias = zero_gradients(inputs, needed)
+    grad_hidden, grad_weight, grad_bias = new_gradients(inputs, spec, needed, rows)
+
+    if not len(rows):
+        return wanted(inputs, grad_hidden, grad_weight, grad_bias)
 
     def walk(some_rows: Tensor, sums: Tensor | None, *of_head) -> None:
         problem = _streamed_problem(inputs, spec, some_rows, backward=True)
@@ -82,14 +85,15 @@ def grad(
         low = low_halves(weight) if len(row_sets) > 1 else None
         for some_rows in row_sets:
             sums = torch.zeros(layers, len(some_rows), width, **F32)
-            walk(some_rows, sums, weight, bias, low, some_rows is row_sets[-1])
+            place_in_sum = some_rows is row_sets[0], some_rows is row_sets[-1]
+            walk(some_rows, sums, weight, bias, low, *place_in_sum)
             place(sums, some_rows, grad_hidden)
 
     most_rows = max(1, tiling.HIDDEN_BYTES // (FLOAT * layers * width))
     row_sets = rows.split(most_rows) if any(needs_hidden) else ()
     if not row_sets:
         if needs_weight or needs_bias:
-            walk(rows, None, grad_weight, grad_bias, None, True)
+            walk(rows, None, grad_weight, grad_bias, None, True, True)
     elif (
         not needs_weight
         or grad_weight.dtype == torch.float32
@@ -99,5 +103,5 @@ def grad(
         walk_sets(grad_weight, grad_bias)
     else:
         walk_sets(None, None)
-        walk(rows, None, grad_weight, grad_bias, None, True)
+        walk(rows, None, grad_weight, grad_bias, None, True, True)
     return wanted(inputs, grad_hidden, grad_weight, grad_bias)

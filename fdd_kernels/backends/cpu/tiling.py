@@ -17,6 +17,9 @@ from fdd_kernels.common.environment import byte_limit
 from fdd_kernels.common.sizes import MIB
 
 TILE_COLUMNS = 128
+# of a tile of cached logits: the sums of hidden gradients, which may exceed a core's L2, are loaded
+# and stored once per tile
+MAX_CACHED_COLUMNS = 512
 TILE_BYTES = MIB // 2  # of both models' logits of a tile, all layers: well inside a core's L2
 PACK_BYTES = 8 * MIB  # of both heads' rows of a panel
 GRADIENT_BYTES = 24 * MIB  # of dL/dlogits of a panel for all rows and layers
@@ -75,9 +78,21 @@ def choose_tiles(
     return CpuTiles(tile_rows, tile_columns, min(panel, round_up(columns, tile_columns)))
 
 
-def cached_tiles(block_rows: int, columns: int) -> CpuTiles:
-    """Return the tiles of cached logits: all rows of a block by `TILE_COLUMNS` columns."""
-    return CpuTiles(block_rows, min(TILE_COLUMNS, round_up(columns, 16)), columns)
+def cached_columns(columns: int, threads: int) -> int:
+    """Choose the columns of a tile of cached logits: the widest tiles that give the busiest thread
+    within 2% of the fewest columns.
+    """
+    widths = range(TILE_COLUMNS, MAX_CACHED_COLUMNS + 1, 16)
+    busiest = {
+        width: round_up(round_up(columns, width) // width, threads) * width for width in widths
+    }
+    width = max(width for width in widths if busiest[width] <= 1.02 * min(busiest.values()))
+    return min(width, round_up(columns, 16))
+
+
+def cached_tiles(block_rows: int, columns: int, threads: int) -> CpuTiles:
+    """Return the tiles of cached logits: all rows of a block by `cached_columns` columns."""
+    return CpuTiles(block_rows, cached_columns(columns, threads), columns)
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -109,11 +124,12 @@ def block_rows(
             the gradient itself.
         threads: threads of the kernels.
     """
-    tiles, student_layers, most_layers = -(-columns // TILE_COLUMNS), layers[0], max(layers)
-    if rows == 0 or tiles < threads:
+    student_layers, most_layers = layers[0], max(layers)
+    if rows == 0 or -(-columns // TILE_COLUMNS) < threads:
         return 0
+    tiled_columns = round_up(columns, cached_columns(columns, threads))
     most = min(
-        CACHED_BYTES // (FLOAT * sum(layers) * tiles * TILE_COLUMNS),
+        CACHED_BYTES // (FLOAT * sum(layers) * tiled_columns),
         # Operands and each thread's sum of the hidden states' gradients.
         HIDDEN_BYTES // (FLOAT * width * (student_layers * threads + 3 * most_layers)),
         MAX_GEMM_ROWS // most_layers,
@@ -149,7 +165,7 @@ def memory(shape: CallShape) -> dict[str, int]:
 def _cached_memory(shape: CallShape, rows: int, head_sum: int) -> dict[str, int]:
     width, teacher_width = shape.student_width, shape.teacher_width if shape.teacher_head else 0
     student_rows, teacher_rows = (n * round_up(rows, ROW_PADDING) for n in shape.depths)
-    tile = min(TILE_COLUMNS, shape.columns)
+    tile = cached_columns(shape.columns, shape.threads)
     head_rows = tile * max(width, teacher_width) if shape.narrow else 0
     head_gradient = tile * width if shape.narrow and shape.train_head else 0
     states, teacher_states = student_rows * width, teacher_rows * teacher_width
