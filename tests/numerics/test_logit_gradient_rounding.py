@@ -15,17 +15,10 @@ import torch
 
 from fdd_kernels.objectives.fdd.api import fdd_loss_reference
 from fdd_kernels.testing import Outcome, Problem, evaluate, exact, excesses, random_problem
+from tests.support.heads_alike import with_common_direction
 
 BF16 = torch.bfloat16
 ONE_LAYER = {"alpha": 0.0, "beta": 0.0}  # output KD alone
-
-
-def with_common_direction(problem: Problem, size: float) -> Problem:
-    """Add one vector to all rows of the student's head, `size` times as long as they are."""
-    weight = problem.student_weight.detach().float()
-    vector = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(1))
-    vector *= size * weight.norm(dim=1).mean() / vector.norm()
-    return replace(problem, student_weight=(weight + vector).to(BF16).requires_grad_())
 
 
 def logit_gradient(problem: Problem) -> torch.Tensor:
