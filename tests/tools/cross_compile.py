@@ -43,7 +43,15 @@ UNIT = 2.0**-24
 # numbers: 75. Together below 600.
 TOLERANCE = 2 * 600 * UNIT
 # No arithmetic, or one that is exact.
-SAME_BITS = ("largest", "to_bfloat16", "from_bfloat16", "from_half", "interleave", "transpose")
+SAME_BITS = (
+    "largest",
+    "to_bfloat16",
+    "from_bfloat16",
+    "from_half",
+    "interleave",
+    "separate",
+    "transpose",
+)
 
 
 @dataclass(frozen=True)
@@ -166,7 +174,9 @@ def main() -> None:
         sys.exit(f"--torch {torch} has no folder include: give the folder torch of a wheel")
     chosen = [target for target in targets() if arguments.only in target.name]
     if not chosen:
-        sys.exit(f"--only {arguments.only} is in no target: give a part of Linux, g++; macOS, clang")
+        sys.exit(
+            f"--only {arguments.only} is in no target: give a part of Linux, g++; macOS, clang"
+        )
     for target in chosen:
         if target.missing:
             print(f"{target.name}: skipped, {target.missing}", flush=True)

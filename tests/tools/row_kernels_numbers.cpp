@@ -133,6 +133,10 @@ void conversions(const Case& c) {
   print_row("to_bfloat16", c.n, low);
   kernels.interleave(high.data(), low.data(), pairs.data(), c.n);
   print_row("interleave", 2 * c.n, pairs);
+  Halves first(c.n), second(c.n);
+  kernels.separate(pairs.data(), first.data(), second.data(), c.n);
+  print_row("separate", c.n, first);
+  print_row("separate", c.n, second);
   Floats back(c.n);
   kernels.from_bfloat16(high.data(), back.data(), c.n);
   print_row("from_bfloat16", c.n, back);
