@@ -125,7 +125,8 @@ def do_run(arguments: argparse.Namespace) -> int:
     workloads = select(suite(arguments.suite), arguments.workload)
     providers = choose(arguments.provider)
     device, plots = _device(arguments), not arguments.no_plots
-    return _measure(arguments, arguments.suite, workloads, providers, device, plots)
+    part = bool(arguments.workload or arguments.provider)
+    return _measure(arguments, arguments.suite, workloads, providers, device, plots, part=part)
 
 
 def do_step(arguments: argparse.Namespace) -> int:
@@ -246,8 +247,9 @@ def do_compare(arguments: argparse.Namespace) -> int:
 
 
 def do_table(arguments: argparse.Namespace) -> int:
-    """Write the tables of the newest record of each suite between the markers of
-    docs/benchmarks.md, and of the suite "full" the picture of the README.
+    """Write the tables of the newest record of each suite and kind of processor between the markers
+    of docs/benchmarks.md, and of the newest of suite full the picture of the README. Records of a
+    part of a suite (--workload, --provider) are left out.
     """
     from benchmarks.report.docs import generated
 

@@ -57,11 +57,8 @@ def operands(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 def tiles(m: int, n: int, k: int, threads: int) -> dict[str, tuple[int, int, int]]:
     """Name ways to share the output among threads: (rows, columns, depth) of a tile."""
-    return {
-        "columns": (m, BLOCK, k),
-        "blocks": (BLOCK, BLOCK, k),
-        "rows": (min(BLOCK, -(-m // threads)), n, DEPTH),
-    }
+    parts = threads * -(-m // (threads * BLOCK))  # as many for each thread
+    return {"blocks": (BLOCK, BLOCK, k), "rows": (-(-m // parts), n, DEPTH)}
 
 
 def products(a: Tensor, b: Tensor) -> Iterator[tuple[str, Callable[[], Tensor]]]:

@@ -196,7 +196,9 @@ def measure_memory(
     tiny = workload.resized(min(workload.rows, 64), min(workload.columns, 256), *widths)
     step(provider, build_problem(tiny, device), provider.options(tiny), device)
     if provider.rows is not None:  # another path through the code may load modules of its own
-        provider.rows(build_problem(tiny, device), provider.options(tiny)).sum().backward()
+        rows = provider.rows(build_problem(tiny, device), provider.options(tiny)).sum()
+        if rows.requires_grad:
+            rows.backward()
     problem = build_problem(workload, device)
     report("running", provider.name)
     before = begin_peak(device)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fdd_kernels.common.atomic import write_text
-from fdd_kernels.common.processor import processor
+from fdd_kernels.common.processor import generation, processor
 
 FORMAT = 1
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,7 +22,15 @@ _REQUIRED = ("format", "suite", "date", "device", "threads", "machine", "version
 _REQUIRED += ("sources", "results")
 _PACKAGES = ("fdd_kernels", "torch", "triton", "liger-kernel", "trl", "orda-kernel")
 _PACKAGES += ("transformers",)
-_INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
+# Instruction sets that figures depend on, the fastest first, and how tables name them.
+_INSTRUCTIONS = {
+    "amx_bf16": "AMX",
+    "avx512_bf16": "AVX-512 with bfloat16",
+    "avx512f": "AVX-512",
+    "avx2": "AVX2",
+    "sve": "SVE",
+    "asimd": "NEON",
+}
 
 
 class RecordError(Exception):
@@ -34,8 +42,9 @@ def machine(device: str) -> dict[str, Any]:
     name, flags = processor()
     info: dict[str, Any] = {"processor": name, "cores": os.cpu_count()}
     info |= {
+        "generation": generation(),
         "system": platform.platform(),
-        "instructions": [f for f in _INSTRUCTIONS if f in flags],
+        "instructions": [f for f in reversed(_INSTRUCTIONS) if f in flags],
     }
     try:
         memory = Path("/proc/meminfo").read_text().split()
@@ -128,17 +137,37 @@ def save(path: Path, data: dict[str, Any]) -> None:
     write_text(path, json.dumps(data, indent=1) + "\n")
 
 
+def kind(data: dict[str, Any]) -> str:
+    """Name the kind of processor or GPU that a record is of: its tables stand beside those of
+    other kinds.
+    """
+    about = data["machine"]
+    sets = about.get("instructions", [])
+    widest = next((text for name, text in _INSTRUCTIONS.items() if name in sets), None)
+    name = about.get("gpu") or about.get("generation") or about["processor"]
+    return name if widest is None or about.get("gpu") else f"{name}, {widest}"
+
+
 def newest_of_each_suite(folder: Path) -> list[Path]:
-    """Find the newest finished record of each suite in a folder, by their own dates, oldest first.
+    """Find the newest finished record of each suite and kind of processor in a folder, by their own
+    dates, oldest first. A record of a part of its suite does not count.
 
     Raises:
         RecordError: there is none.
     """
-    found: dict[str, tuple[str, Path]] = {}
+    found: dict[tuple[str, str], tuple[str, Path]] = {}
     for path in sorted(folder.glob("*.json")):
-        if path.name != PARTIAL:
-            data = load(path)
-            found[data["suite"]] = max(found.get(data["suite"], ("", path)), (data["date"], path))
+        if path.name != PARTIAL and not (data := load(path)).get("part"):
+            key = data["suite"], kind(data)
+            found[key] = max(found.get(key, ("", path)), (data["date"], path))
     if not found:
-        raise RecordError(f"{folder}: has no record; run `python -m benchmarks run` first")
+        raise RecordError(
+            f"{folder}: has no record of a whole suite; run `python -m benchmarks run` first"
+        )
     return [path for _, path in sorted(found.values())]
+
+
+def newest(folder: Path, suite: str) -> dict[str, Any] | None:
+    """Load the newest record of a suite, of whatever kind; None without one."""
+    records = map(load, reversed(newest_of_each_suite(folder)))
+    return next((data for data in records if data["suite"] == suite), None)

@@ -38,7 +38,8 @@ class Run:
     """A record that grows: written after every measurement, resumed from `folder` if unfinished.
 
     `say` is called with one line per step, `show` with each finished workload's entry. `fresh`
-    discards an unfinished record in `folder`. `module` is the process of a measurement.
+    discards an unfinished record in `folder`. `module` is the process of a measurement. `part`
+    marks a part of the suite, which no table shows.
     """
 
     folder: Path
@@ -49,6 +50,7 @@ class Run:
     repeats: int
     device: str
     fresh: bool = False
+    part: bool = False
     say: Callable[[str], None] = print
     show: Callable[[dict[str, Any]], None] = lambda result: None
     module: str = "benchmarks.measure"
@@ -64,6 +66,7 @@ class Run:
         return {
             "format": record.FORMAT,
             "suite": self.suite,
+            "part": self.part,
             "device": self.device,
             "threads": self.threads,
             "repeats": self.repeats,

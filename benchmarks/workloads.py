@@ -161,11 +161,14 @@ KD = Workload("kd", _OUTPUT, 512, 50257, 768, 1600, layers=1)
 
 # Kinds of providers: every backend of the registry, and the one that "auto" takes on the device.
 BASELINES = ("dense", "backends")
+COMPILED = ("dense", "dense-compile", "backends")
 DEFAULT = ("dense", "default")
 
 
-def _sweep(base: Workload, field: str, values: tuple[int, ...]) -> list[Workload]:
-    about = {"group": "scaling", "sweep": field, "providers": BASELINES}
+def _sweep(
+    base: Workload, field: str, values: tuple[int, ...], providers: tuple[str, ...] = BASELINES
+) -> list[Workload]:
+    about = {"group": "scaling", "sweep": field, "providers": providers}
     about |= {"text": f"scaling over {SWEPT[field]}, GPT-2 pair", "measures": ("time", "memory")}
     return [replace(base, name=f"{field}-{n}", **{field: n}, **about) for n in values]
 
@@ -194,8 +197,8 @@ def _full() -> list[Workload]:
     narrow = replace(GPT2, name="gpt2-bf16", dtype="bfloat16", rows=128)
     return [
         *(GPT2, narrow, TINYLLAMA, QWEN, GEMMA, FEATURE, KD),
-        *_sweep(GPT2, "rows", (64, 128, 256, 512)),
-        *_sweep(GPT2, "columns", (8192, 16384, 32768, 65536)),
+        *_sweep(GPT2, "rows", (16, 32, 64, 128, 256, 512), COMPILED),
+        *_sweep(GPT2, "columns", (4096, 8192, 16384, 32768, 65536), COMPILED),
         *_sweep(GPT2, "layers", (2, 3, 5, 9)),
     ]
 
@@ -285,7 +288,7 @@ def streamed(rows: int = 4096, positions: int = 2048, costs: Workload = _FEW) ->
     tokens x vocabulary, and points of their memory against these.
     """
     one = {"layers": 1, "group": "objectives"}
-    about = one | {"providers": ("dense", "dense-compile", "backends")}
+    about = one | {"providers": COMPILED}
     scales = ("scale", 14.0), ("teacher_scale", 14.0)
     contrastive = {"objective": "fused_contrastive_kd", "tensors": ("own",)}
     infonce = Workload(

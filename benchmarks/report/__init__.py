@@ -1,5 +1,6 @@
 """The figures of a record as a pandas frame, and as texts; tables, plots and pages show these.
 
+overview.py   one table of a suite, and one of its sweeps
 objectives.py one table of the objectives
 steps.py      tables of whole training steps
 compare.py    changes between two records beyond noise
@@ -16,11 +17,14 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.call import LOSS
+from benchmarks.gemms import MM, library_of
 from benchmarks.workloads import Workload
 from fdd_kernels.common.sizes import GIB, MIB
 
-GEMMS = "GEMMs only"
+LIMIT = "limit"
 NOTHING = "-"
+GEMM_NAMES = {"student": "student's logits", "teacher": "teacher's logits"}
+GEMM_NAMES |= {"grad_hidden": "dH", "grad_head": "dW"}
 
 
 def seconds(value: float) -> str:
@@ -28,6 +32,17 @@ def seconds(value: float) -> str:
     if value < 1e-3:
         return f"{value * 1e6:.3g} us"
     return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"
+
+
+def spread(middle: float, low: float | None, high: float | None) -> str:
+    """Write a median with the smallest and largest time, in its unit; alone where they lack."""
+    text = seconds(middle)
+    if pd.isna(low) or pd.isna(high):
+        return text
+    unit = text.split()[1]
+    scaled = [value * {"us": 1e6, "ms": 1e3, "s": 1.0}[unit] for value in (low, high)]
+    ends = [f"{value:.0f}" if value >= 1000 else f"{value:.3g}" for value in scaled]
+    return f"{text} ({' to '.join(ends)})"
 
 
 def memory(value: float) -> str:
@@ -60,7 +75,9 @@ def _row(result: dict[str, Any], name: str, entry: dict[str, Any]) -> dict[str, 
     row["beside"] = time.get("beside", {}).get("median")
     row["tokens_per_second"] = time.get("tokens_per_second")
     # of a whole step they are only those that FDD adds
-    row["gemms"] = gemms["total"] if gemms and described.pair is None else None
+    gemms = gemms if described.pair is None else None
+    for end in ("", "_min", "_max"):
+        row[f"limit{end}"] = gemms.get(f"total{end}") if gemms else None
     row["memory"], row["gradients"] = held.get("beyond_inputs"), held.get("gradients")
     row["predicted"] = entry["predicted_memory"]
     row["value_error"] = accuracy.get("value_error")
@@ -75,10 +92,10 @@ _TEXTS += ("objective", "extent_name", "against")
 def figures(record: dict[str, Any]) -> pd.DataFrame:
     """Make one row per workload and provider: seconds, bytes, errors, NaN where not measured.
 
-    `of_gemms`: time over the GEMM-only lower bound; `vs_dense`: how many times as fast as dense
-    eager PyTorch; `off`: predicted over measured memory, minus 1; `point`: the value of the swept
-    field; `beside`: seconds of the call beside it; `result`: the record's entry of the workload;
-    `extent_name`, `against`, `extent`: those of `Workload.extent`.
+    `limit`: seconds of the GEMMs alone; `of_limit`: time over these; `vs_dense`: how many times as
+    fast as dense eager PyTorch; `off`: predicted over measured memory, minus 1; `point`: the value
+    of the swept field; `beside`: seconds of the call beside it; `result`: the record's entry of the
+    workload; `extent_name`, `against`, `extent`: those of `Workload.extent`.
     """
     rows = [_row(r, name, e) for r in record["results"] for name, e in r["providers"].items()]
     frame = pd.DataFrame(rows)
@@ -86,18 +103,19 @@ def figures(record: dict[str, Any]) -> pd.DataFrame:
     frame[numbers] = frame[numbers].astype(float)
     dense = frame[frame.provider == "dense"].set_index("workload").total
     frame["vs_dense"] = frame.workload.map(dense) / frame.total
-    frame["of_gemms"] = frame.total / frame.gemms.where(frame.gemms > 0)
+    frame["of_limit"] = frame.total / frame.limit.where(frame.limit > 0)
     frame["off"] = frame.predicted / frame.memory.where(frame.memory > 0) - 1
     return frame
 
 
+TIME = "forward + backward"
 # Heading: column of `figures`, and how a number is written. The last one, "computes", is a text.
 SHOWN = {
     "forward": ("forward", seconds),
-    "forward + backward": ("total", seconds),
+    TIME: ("total", seconds),
     "tokens/s": ("tokens_per_second", "{:.4g}".format),
     "vs dense": ("vs_dense", "{:.2f}x".format),
-    "x GEMMs": ("of_gemms", "{:.2f}".format),
+    "x limit": ("of_limit", "{:.2f}".format),
     "memory": ("memory", memory),
     "predicted": ("predicted", memory),
     "value error": ("value_error", "{:.1e}".format),
@@ -105,26 +123,49 @@ SHOWN = {
 }
 
 
+def libraries(gemms: dict[str, Any]) -> str:
+    """Say which library was the fastest for each GEMM of a workload's limit."""
+    found: dict[str, list[str]] = {}
+    for name, way in gemms.get("best", {}).items():
+        found.setdefault(library_of(way), []).append(GEMM_NAMES.get(name, name))
+    if len(found) < 2:
+        return next(iter(found), MM)
+    return "; ".join(f"{library}: {', '.join(names)}" for library, names in found.items())
+
+
 def texts(frame: pd.DataFrame) -> pd.DataFrame:
     """Write the figures of one workload under the headings "provider", SHOWN and "computes".
 
-    A provider without figures has its reason instead; the GEMM-only lower bound comes last.
+    A provider without figures has its reason instead; the limit comes last.
     """
     table = pd.DataFrame({"provider": frame.provider})
     for heading, (column, write) in SHOWN.items():
         table[heading] = [NOTHING if pd.isna(x) else write(x) for x in frame[column]]
+    first = frame[["total", "total_min", "total_max"]].itertuples(index=False)
+    table[TIME] = [NOTHING if pd.isna(row.total) else spread(*row) for row in first]
     reasons = frame.status + ": " + frame.reason.fillna("").astype(str)
     table["computes"] = frame.computes.where(frame.status == "ok", reasons)
-    result = frame.result.iloc[0]
+    rows = [dict.fromkeys(table, NOTHING) | row for row in limits(frame.result.iloc[0])]
+    return pd.concat([table, pd.DataFrame(rows)], ignore_index=True) if rows else table
+
+
+def limits(result: dict[str, Any]) -> list[dict[str, str]]:
+    """Write the limit of a workload, and that of each library and of the inputs' dtype alone where
+    they differ.
+    """
     gemms, dtype = result["products"], result["workload"]["dtype"]
-    if gemms and not result["workload"].get("pair"):
-        about = f"the GEMM-only lower bound, {gemms['operations']['total'] / 1e9:.4g} GFLOP"
-        if dtype != "float32":
-            about += f"; in {dtype} alone {seconds(gemms['input_dtype_total'])}"
-        row = dict.fromkeys(table, NOTHING) | {"provider": GEMMS, "computes": about}
-        row |= {"forward": seconds(gemms["forward"]), "forward + backward": seconds(gemms["total"])}
-        table = pd.concat([table, pd.DataFrame([row])], ignore_index=True)
-    return table
+    if not gemms or result["workload"].get("pair"):
+        return []
+    about = f"the GEMMs alone by {libraries(gemms)}; {gemms['operations']['total'] / 1e9:.4g} GFLOP"
+    time = spread(gemms["total"], gemms.get("total_min"), gemms.get("total_max"))
+    rows = [
+        {"provider": LIMIT, "forward": seconds(gemms["forward"]), TIME: time, "computes": about}
+    ]
+    others = gemms.get("by_library", {})
+    others = dict(others) if len(others) > 1 else {}
+    if dtype != "float32":
+        others[dtype] = gemms["input_dtype_total"]
+    return rows + [{"provider": f"{name} alone", TIME: seconds(s)} for name, s in others.items()]
 
 
 def tables(record: dict[str, Any]) -> list[tuple[Workload, pd.DataFrame]]:
@@ -190,7 +231,8 @@ def conditions(record: dict[str, Any]) -> str:
     """Write suite, date, processor, versions and commit in one sentence."""
     machine, versions, git = record["machine"], record["versions"], record["git"]
     cores = f"{record['threads']} of {machine['cores']} cores"
-    where = machine.get("gpu") or f"{machine['processor']}, {cores}"
+    processor = ", ".join(filter(None, (machine["processor"], machine.get("generation"))))
+    where = machine.get("gpu") or f"{processor}, {cores}"
     sets = ", ".join(machine.get("instructions", [])) or "no vector extensions known"
     revision = git["revision"][:10] + (" with uncommitted changes" if git["changed"] else "")
     times = record.get("interruptions")

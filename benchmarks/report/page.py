@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from benchmarks.providers import PROVIDERS
-from benchmarks.report import GEMMS, conditions, notes, tables
+from benchmarks.report import conditions, notes, tables
 from benchmarks.report.plots import TITLES, write_plots
 
 TEMPLATES = Environment(
@@ -55,8 +55,8 @@ def _embedded(path: Path) -> str:
 
 
 def _kind(name: str, result: dict[str, Any]) -> str:
-    if name == GEMMS:
-        return "gemms"
+    if name not in result["providers"]:
+        return "limit"
     if result["providers"][name]["status"] != "ok":
         return "none"
     return PROVIDERS[name].kind if name in PROVIDERS else ""

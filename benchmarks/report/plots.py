@@ -80,9 +80,7 @@ def _overview(frame: pd.DataFrame, column: str) -> list[tuple[Workload, pd.DataF
 
 
 def bars(frame: pd.DataFrame, column: str) -> Figure | None:
-    """Plot time (the GEMM-only lower bound dashed) or memory of each provider, a panel per
-    workload.
-    """
+    """Plot time (the limit dashed) or memory of each provider, a panel per workload."""
     panels = _overview(frame, column)
     if not panels:
         return None
@@ -94,9 +92,9 @@ def bars(frame: pd.DataFrame, column: str) -> Figure | None:
             values, write, ends = rows.total, seconds, rows.total_max
             errors = [rows.total - rows.total_min, rows.total_max - rows.total]
             label = "seconds, forward + backward"
-            if rows.gemms.notna().any():
-                axis.axvline(rows.gemms.iloc[0], color="black", ls="--", lw=1)
-                axis.set_title("dashed: GEMMs only", fontsize=8, loc="right")
+            if rows.limit.notna().any():
+                axis.axvline(rows.limit.iloc[0], color="black", ls="--", lw=1)
+                axis.set_title("dashed: the limit", fontsize=8, loc="right")
         drawn = {"xerr": errors, "error_kw": {"lw": 1, "capsize": 2}}
         axis.barh(rows.provider, values, color=rows.provider.map(color), **drawn)
         for i, row in enumerate(rows.itertuples()):

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 
 from benchmarks.gemms import MM
-from benchmarks.report import NOTHING, memory, seconds
+from benchmarks.report import NOTHING, memory, seconds, spread
 from benchmarks.steps import GROUP, LOSSES
 from benchmarks.workloads import Workload
 
@@ -63,9 +63,8 @@ def _total(result: Figures, name: str) -> Figures | None:
     return None if time is None else time["total"]
 
 
-def _spread(values: list[float]) -> str:
-    middle, ends = seconds(statistics.median(values)), (min(values), max(values))
-    return f"{middle} ({' to '.join(map(seconds, ends))})"
+def _spread(times: list[float]) -> str:
+    return spread(statistics.median(times), min(times), max(times))
 
 
 def _of_seconds(result: Figures) -> dict[str, str]:

@@ -220,7 +220,8 @@ def observe_backbone(name: str, base: nn.Module, tokens: dict[str, Tensor]) -> R
 
 def lists_of_blocks(name: str, stack: nn.Module, depth: int | None) -> list[nn.ModuleList]:
     """Return every list of `depth` modules; without one, outermost lists whose length divides the
-    depth: some models count the parts of their blocks, and some blocks run several times.
+    depth: some models count the parts of their blocks, and some blocks run several times. ALBERT's
+    groups of blocks run unequally often where it does not.
 
     Args:
         stack: the module that has the blocks.
@@ -233,7 +234,8 @@ def lists_of_blocks(name: str, stack: nn.Module, depth: int | None) -> list[nn.M
     if not fitting and isinstance(depth, int):
         inner = {id(m) for blocks in lists for m in blocks.modules() if m is not blocks}
         outer = [blocks for blocks in lists if id(blocks) not in inner and len(blocks)]
-        fitting = [blocks for blocks in outer if depth % len(blocks) == 0]
+        groups = getattr(getattr(stack, "config", None), "num_hidden_groups", None)
+        fitting = [b for b in outer if depth % len(b) == 0 or len(b) == groups < depth]
     if not fitting:
         raise TypeError(
             f"{name}: looked in {type(stack).__name__} for a ModuleList of "

@@ -142,6 +142,14 @@ def test_families(family, task):
     compare(family, task, config_of(task), task_batch(task))
 
 
+def test_shared_blocks_that_run_unequally_often():
+    """ALBERT with two groups in three layers: the first runs twice."""
+    task = "sequence_classification"
+    distiller, _ = compare("albert", task, config_of(task), task_batch(task), num_hidden_groups=2)
+    first, second = distiller.student.model.albert.encoder.albert_layer_groups
+    assert list(distiller.student.blocks) == [first, first, second]
+
+
 @pytest.mark.parametrize("task", ["question_answering", "embedding"])
 def test_padding_on_the_left(task):
     config = replace(config_of(task), pooling="cls" if task == "embedding" else "mean")

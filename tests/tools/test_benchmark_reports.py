@@ -17,6 +17,7 @@ pytest.importorskip("jinja2")
 from benchmarks import record, report
 from benchmarks.__main__ import main
 from benchmarks.measure import MEMORY_IN_USE
+from benchmarks.providers import NO_DERIVATIVE
 from benchmarks.report import docs
 from benchmarks.report.compare import compare
 from benchmarks.runner import loss_shape
@@ -119,9 +120,9 @@ def test_tables_are_generated_and_staleness_is_found(paths):
     text = paths.page.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
-    assert "| dense | 8 s | 1.00x | 8.00 |" in text
-    assert "| cpu | 2 s | 4.00x | 2.00 |" in text
-    assert "| GEMMs only | 1 s | - | - |" in text
+    assert "| gpt2 | dense | 8 s (7.84 to 8.16) | 1.00x | 8.00 | 100 MiB | 1.0e-07 |" in text
+    assert "| gpt2 | cpu | 2 s (1.96 to 2.04) | 4.00x | 2.00 |" in text
+    assert "| gpt2 | limit (torch.mm) | 1 s | - | - |" in text
     assert not paths.image.exists()  # of the suite "full"
     newer = copy.deepcopy(synthetic(cpu=entry(3.0)))
     newer["date"] = "2026-02-02T03:04:05+00:00"
@@ -130,8 +131,66 @@ def test_tables_are_generated_and_staleness_is_found(paths):
     write(paths.results / "b.json", synthetic() | {"suite": "another"})
     assert main(command) == 0
     text = paths.page.read_text()
-    assert "| 3 s |" in text  # the newest of its suite
+    assert "| 3 s (" in text  # the newest of its suite
     assert "4.00x" in text  # the only one of the other
+
+
+def of_processor(total, date, **machine):
+    """A record of one time of the backend cpu, by its processor."""
+    data = synthetic(cpu=entry(total)) | {"suite": "full", "date": f"2026-{date}T03:04:05+00:00"}
+    return data | {"machine": {"processor": "a virtual one", "cores": 2} | machine}
+
+
+def test_the_newest_of_each_kind_of_processor(paths):
+    zen = {"generation": "Zen 5", "instructions": ["avx2", "avx512f", "avx512_bf16"]}
+    hidden = {"generation": "Zen 5", "instructions": ["avx2", "avx512f"]}
+    records = [
+        of_processor(1.0, "01-01", **zen),
+        of_processor(3.0, "03-01", **zen),
+        of_processor(5.0, "02-01", **hidden),
+        of_processor(7.0, "04-01", **zen) | {"part": True},
+        of_processor(9.0, "02-02", instructions=["avx2"]),
+        of_processor(11.0, "02-03", gpu="H100", instructions=["avx2"]),
+    ]
+    for number, data in enumerate(records):
+        write(paths.results / f"{number}.json", data)
+    assert main(["table", *paths.options]) == 0
+    text = paths.page.read_text()
+    assert text.count("## Suite full\n") == 1
+    headings = [line for line in text.splitlines() if line.startswith("### ")]
+    assert headings == [
+        "### Zen 5, AVX-512",
+        "### a virtual one, AVX2",
+        "### H100",
+        "### Zen 5, AVX-512 with bfloat16",
+    ]
+    shown = [n for n in (1, 3, 5, 7, 9, 11) if f"| cpu | {n} s (" in text]
+    assert shown == [3, 5, 9, 11]
+    assert "3 s" in paths.image.read_text()  # the newest of suite full
+    assert record.newest(paths.results, "quick") is None
+
+
+def test_one_table_says_what_providers_do_not_compute(paths):
+    part = entry(4.0) | {"computes": f"{NO_DERIVATIVE}, plus something"}
+    none = entry(status="unsupported", reason="has no soft cap")
+    data = synthetic(dense=entry(8.0), trl=part, orda=part, liger=none)
+    for rows in (8, 16):
+        point = replace(GPT2, name=f"rows-{rows}", rows=rows, sweep="rows", group="scaling")
+        times = {"dense": entry(4.0), "cpu": entry(0.0011 * rows)}
+        data["results"] += synthetic(point, **times)["results"]
+    lines = docs.details(data).splitlines()
+    assert "- **gpt2**: GPT-2 from GPT-2 XL, the FDD paper's pair; " + GPT2.describe() in lines
+    assert sum(line.startswith("| gpt2 | trl * | 4 s") for line in lines) == 1
+    assert not any(line.startswith("| gpt2 | liger") for line in lines)
+    assert f"- trl *, orda *: {part['computes']} (gpt2)" in lines
+    assert "- liger: unsupported: has no soft cap (gpt2)" in lines
+    expected = "| rows-8 | 1 s | 4 s (3.92 to 4.08) | 8.8 ms (8.62 to 8.98) | 0.01 |"
+    assert lines[lines.index("| workload | limit | dense | cpu | cpu x limit |") + 2] == expected
+
+
+def test_spread_keeps_the_unit_of_the_median():
+    assert report.spread(0.95, 0.9, 1.19) == "950 ms (900 to 1190)"
+    assert report.spread(1.0, None, None) == "1 s"
 
 
 def test_picture_of_the_suite_full(paths):

@@ -59,7 +59,9 @@ def test_run_end_to_end(tmp_path, capsys):
     assert torch_entry["time"]["total"]["min"] >= torch_entry["time"]["forward"]["min"] > 0
     assert len(torch_entry["time"]["total"]["all"]) == 2
     assert torch_entry["memory"]["beyond_inputs"] >= 0
-    assert result["products"]["total"] > result["products"]["forward"] > 0
+    limit = result["products"]
+    assert limit["total_max"] >= limit["total"] >= limit["total_min"] > 0
+    assert limit["total"] > limit["forward"] > 0
     if data["device"] == "cpu":
         assert triton_entry["status"] == "missing"
         assert "GPU" in triton_entry["reason"]
@@ -104,6 +106,9 @@ def test_an_interrupted_run_keeps_what_is_finished(unfinished, tmp_path, capsys)
     assert "continuing" in capsys.readouterr().out
     (path,) = tmp_path.glob("*-tiny.json")
     assert record.load(path)["interruptions"] == 1
+    assert record.load(path)["part"]
+    with pytest.raises(record.RecordError, match="no record of a whole suite"):
+        record.newest_of_each_suite(tmp_path)
 
 
 def test_an_unfinished_run_of_other_settings_is_not_mixed_in(unfinished, tmp_path, capsys):
@@ -209,6 +214,9 @@ def test_workloads_choose_providers_by_name_and_kind(device):
     (pair,) = [w for w in suite("limits") if w.name == "limits-f32-frozen"]
     assert {p.name for p in of_workload(pair, chosen, device)} == {"dense", expected}
     swept = next(w for w in suite("full") if w.sweep)
+    compiled = {"dense", "dense-compile", *BACKENDS}
+    assert {p.name for p in of_workload(swept, chosen, device)} == compiled
+    (swept,) = [w for w in suite("full") if w.name == "layers-9"]
     assert {p.name for p in of_workload(swept, chosen, device)} == {"dense", *BACKENDS}
     assert of_workload(GPT2, chosen, device) == chosen
     assert {p.color for p in chosen if p.kind == "backends"} == {b.color for b in BACKENDS.values()}

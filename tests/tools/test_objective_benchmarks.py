@@ -138,8 +138,8 @@ def test_the_report_has_one_table_and_the_ratios():
     (row,) = side_by_side(data).to_dict("records")
     assert row["objective"] == "weighted_cosine"
     assert row["backend"] == "cpu"
-    times = ("forward + backward", "dense: forward + backward", "torch.compile: forward + backward")
-    assert [row[name] for name in times] == ["2.1 s", "8 s", "4 s"]
+    times = [row[name] for name in ("forward + backward", "dense", "torch.compile", "limit")]
+    assert times == ["2.1 s (2.06 to 2.14)", "8 s (7.84 to 8.16)", "4 s (3.92 to 4.08)", "1 s"]
     assert row["dense: memory"] == "100 MiB"
     expected = "weighted_cosine, cpu: 1.050 times the time of derivative=cosine, called in turn"
     assert expected in report.notes(data)

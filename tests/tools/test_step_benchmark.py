@@ -100,9 +100,9 @@ def test_what_fdd_adds_is_the_difference_within_rounds(data):
     result["products"] |= {"total": 0.25, "total_min": 0.2, "total_max": 0.3}
     assert report.added(result, "ours") == [0.5, 0.25, 1.0]
     (_, _, (_, table)) = report.tables({"results": [result]})
-    assert table["the limit"].tolist() == ["250 ms (200 ms to 300 ms)"]
+    assert table["the limit"].tolist() == ["250 ms (200 to 300)"]
     assert table["ours / limit"].tolist() == ["2.00"]
-    assert table["ours"].tolist() == ["500 ms (250 ms to 1 s)"]
+    assert table["ours"].tolist() == ["500 ms (250 to 1000)"]
 
 
 def larger_loss(loss):
