@@ -4,13 +4,13 @@
 // head is loaded once per pass and needs no packing. Rows of the head are operand A, and the hidden
 // states, transposed once, operand B.
 #include <ATen/Parallel.h>
-#include <ATen/ops/from_blob.h>
 
 #include <algorithm>
 #include <cstring>
 #include <map>
 #include <mutex>
 
+#include "head_gradient.h"
 #include "problem.h"
 
 namespace fdd {
@@ -121,14 +121,13 @@ void gradients_of(const CachedLogits& cached, const Statistics& statistics,
   const int64_t width = problem.student.width(), ld = cached.ld();
   const Scratch hidden =
       out.weight.defined() ? stack_paired(problem, problem.student, padded) : Scratch();
-  const bool in_place = out.weight.defined() && out.weight.scalar_type() == at::kFloat;
   // dH of each thread's columns, by its first tile: added in that order at the end.
   std::map<int64_t, Scratch> sums;
   std::mutex guard;
   at::parallel_for(0, cached.tiles(), 1, [&](int64_t begin, int64_t end) {
     Scratch weight, grad_Mc(all * ld), grad_cM(problem.tiles.columns * all),
-        sum(out.hidden ? all * width : 0),
-        rounded_later(out.weight.defined() && !in_place ? problem.tiles.columns * width : 0);
+        sum(out.hidden ? all * width : 0);
+    HeadGradient head_gradient(out, problem.tiles.columns, width);
     SplitGemm split;
     if (out.hidden) std::memset(sum.get(), 0, sizeof(float) * all * width);
     for (int64_t tile = begin; tile < end; ++tile) {
@@ -144,13 +143,10 @@ void gradients_of(const CachedLogits& cached, const Statistics& statistics,
       if (!out.weight.defined() && !out.bias) continue;
       row_kernels().transpose(grad_Mc.get(), ld, all, columns, grad_cM.get(), all);
       if (out.weight.defined()) {
-        float* target =
-            in_place ? out.weight.data_ptr<float>() + first * width : rounded_later.get();
         split.gemm(columns, width, all, grad_cM.get(), all,
-                   {hidden.get(), width, problem.student.bf16}, target, width, in_place);
-        if (!in_place)
-          out.weight.narrow(0, first, columns)
-              .copy_(at::from_blob(target, {columns, width}, at::kFloat));
+                   {hidden.get(), width, problem.student.bf16},
+                   head_gradient.open(first, columns), width, head_gradient.adds());
+        head_gradient.close();
       }
       if (out.bias) add_sums(grad_cM.get(), all, columns, all, out.bias + first);
     }

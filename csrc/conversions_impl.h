@@ -90,5 +90,14 @@ void interleave(const uint16_t* first, const uint16_t* second, uint16_t* out, in
   }
 }
 
+void separate(const uint16_t* in, uint16_t* first, uint16_t* second, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t pair;
+    __builtin_memcpy(&pair, in + 2 * i, 4);
+    first[i] = uint16_t(pair);
+    second[i] = uint16_t(pair >> 16);
+  }
+}
+
 }  // namespace
 }  // namespace fdd::FDD_ISA

@@ -191,6 +191,10 @@ void Matrix::read(int64_t row, int64_t first, int64_t count, float* out) const {
   const int64_t start = row * row_stride_ + first * column_stride_;
   if (type_ == at::kFloat) {
     const float* in = reinterpret_cast<const float*>(data_) + start;
+    if (column_stride_ == 1) {
+      std::memcpy(out, in, sizeof(float) * count);
+      return;
+    }
     for (int64_t i = 0; i < count; ++i) out[i] = in[i * column_stride_];
     return;
   }

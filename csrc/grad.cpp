@@ -3,11 +3,11 @@
 // own rows of dW. Every sum has one owner and one order: all runs with the same tiles give the same
 // bits.
 #include <ATen/Parallel.h>
-#include <ATen/ops/from_blob.h>
 
 #include <algorithm>
 #include <cstring>
 
+#include "head_gradient.h"
 #include "problem.h"
 
 namespace fdd {
@@ -85,27 +85,25 @@ class Backward {
   void reduce_columns() {
     const int64_t tile = problem_.tiles.columns, tiles = (panel_.count() + tile - 1) / tile;
     const int64_t width = problem_.student.width();
-    const bool in_place = out_.weight.defined() && out_.weight.scalar_type() == at::kFloat;
     at::parallel_for(0, tiles, 1, [&](int64_t begin, int64_t end) {
-      Scratch copy, sum(out_.weight.defined() && !in_place ? tile * width : 0);
+      HeadGradient head(out_, tile, width);
+      Scratch copy;
       SplitGemm split;
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t local = unit * tile, count = std::min(tile, panel_.count() - local),
                       first = panel_.first() + local;
-        float* target = in_place ? out_.weight.data_ptr<float>() + first * width : sum.get();
-        if (target && !in_place) std::memset(target, 0, sizeof(float) * count * width);
+        float* target = head.wanted() ? head.open(first, count) : nullptr;
         for (int64_t layer = 0; layer < layers_; ++layer) {
           const float* g = columns_of(layer, local);
           for (int64_t row = 0; target && row < problem_.count(); row += kRowChunk) {
             const int64_t last = std::min(row + kRowChunk, problem_.count());
             const Operand h = hidden_as_b(problem_, problem_.student, layer, row, last, &copy);
-            split.gemm(count, width, last - row, g + row, ld_rows_, h, target, width, true);
+            split.gemm(count, width, last - row, g + row, ld_rows_, h, target, width,
+                       head.adds() || layer || row);
           }
           if (out_.bias) add_sums(g, ld_rows_, count, problem_.count(), out_.bias + first);
         }
-        if (target && !in_place)
-          out_.weight.narrow(0, first, count)
-              .copy_(at::from_blob(target, {count, width}, at::kFloat));
+        if (target) head.close();
       }
       release_gemm();
     });

@@ -154,10 +154,15 @@ fdd::Upstream upstream(const at::Tensor& requests, const at::Tensor& moments) {
 
 fdd::Gradients gradients(const std::optional<at::Tensor>& hidden,
                          const std::optional<at::Tensor>& weight,
-                         const std::optional<at::Tensor>& bias) {
+                         const std::optional<at::Tensor>& bias,
+                         const std::optional<at::Tensor>& weight_low, bool first_call,
+                         bool last_call) {
   fdd::Gradients out;
   if (hidden) out.hidden = hidden->data_ptr<float>();
   if (weight) out.weight = *weight;
+  if (weight_low) out.weight_low = *weight_low;
+  out.first_call = first_call;
+  out.last_call = last_call;
   if (bias) out.bias = bias->data_ptr<float>();
   return out;
 }
@@ -166,6 +171,11 @@ fdd::CachedLogits cached_logits(const fdd::Problem& p, const at::Tensor& memory)
   TORCH_CHECK(memory.is_contiguous() && memory.numel() >= fdd::CachedLogits::size(p),
               "memory too small for the logits");
   return {p, memory.data_ptr<float>()};
+}
+
+// Asks for huge pages in memory that nothing was written to yet.
+void ask_for_huge_pages(const at::Tensor& tensor) {
+  fdd::ask_for_huge_pages(tensor.data_ptr(), tensor.nbytes());
 }
 
 void stats(const fdd::Problem& p, const at::Tensor& shifts, const at::Tensor& requests,
@@ -179,12 +189,16 @@ void grad(const fdd::Problem& p, const at::Tensor& shifts, const at::Tensor& req
           const at::Tensor& moments, const at::Tensor& grad_requests,
           const at::Tensor& grad_moments, const std::optional<at::Tensor>& grad_hidden,
           const std::optional<at::Tensor>& grad_weight,
-          const std::optional<at::Tensor>& grad_bias) {
+          const std::optional<at::Tensor>& grad_bias,
+          const std::optional<at::Tensor>& weight_low, bool first_call,
+                         bool last_call) {
   py::gil_scoped_release release;
   at::NoGradGuard no_grad;
   fdd::compute_gradients(p, statistics(shifts, requests, moments),
                          upstream(grad_requests, grad_moments),
-                         gradients(grad_hidden, grad_weight, grad_bias), check_signals);
+                         gradients(grad_hidden, grad_weight, grad_bias, weight_low, first_call,
+                                   last_call),
+                         check_signals);
 }
 
 void stats_and_cache(const fdd::Problem& p, const at::Tensor& memory, const at::Tensor& shifts,
@@ -201,12 +215,15 @@ void grad_of_cached(const fdd::Problem& p, const at::Tensor& memory, const at::T
                     const at::Tensor& grad_requests, const at::Tensor& grad_moments,
                     const std::optional<at::Tensor>& grad_hidden,
                     const std::optional<at::Tensor>& grad_weight,
-                    const std::optional<at::Tensor>& grad_bias) {
+                    const std::optional<at::Tensor>& grad_bias,
+                    const std::optional<at::Tensor>& weight_low, bool first_call,
+                         bool last_call) {
   py::gil_scoped_release release;
   at::NoGradGuard no_grad;
   fdd::gradients_of(cached_logits(p, memory), statistics(shifts, requests, moments),
                     upstream(grad_requests, grad_moments),
-                    gradients(grad_hidden, grad_weight, grad_bias));
+                    gradients(grad_hidden, grad_weight, grad_bias, weight_low, first_call,
+                              last_call));
 }
 
 // out (m, n) = a (m, k) b, for benchmarks: the GEMM library alone on every thread. a and b are both
@@ -252,6 +269,7 @@ void multiply(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out,
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<fdd::Problem>(m, "Problem").def(py::init(&problem));
   m.attr("built_for") = kBuiltFor;
+  m.def("ask_for_huge_pages", &ask_for_huge_pages);
   m.def("stats", &stats);
   m.def("grad", &grad);
   m.def("cache_size", &fdd::CachedLogits::size);

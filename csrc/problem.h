@@ -215,12 +215,17 @@ struct Upstream {
   const float* moments;
 };
 
-// Where gradients of the student go, zeroed by the caller; undefined or null: not wanted.
+// Where gradients of the student go; undefined or null: not wanted. `hidden` and `bias` are
+// added to.
 struct Gradients {
-  float* hidden = nullptr;  // (L, problem.count(), D), rows in the order of problem.rows; added to
-  // (C', D) contiguous; float32 is added to, any other dtype written once per column.
+  float* hidden = nullptr;  // (L, problem.count(), D), rows in the order of problem.rows
+  // (C', D) contiguous; the first of the calls that sum it writes `columns` rows. Of a dtype other
+  // than float32 it is rounded to by the last.
   at::Tensor weight;
-  float* bias = nullptr;  // (C'); added to
+  // (C', D) int16: lets several calls sum a 16-bit gradient (see HeadGradient).
+  at::Tensor weight_low;
+  bool first_call = true, last_call = true;
+  float* bias = nullptr;  // (C')
 };
 
 // Called between panels from the calling thread; may throw to stop.

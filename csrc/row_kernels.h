@@ -106,6 +106,8 @@ struct RowKernels {
                     int64_t ld_out);
   // out (n, 2) from two rows of n.
   void (*interleave)(const uint16_t* first, const uint16_t* second, uint16_t* out, int64_t n);
+  // The inverse.
+  void (*separate)(const uint16_t* in, uint16_t* first, uint16_t* second, int64_t n);
 };
 
 const RowKernels& row_kernels_generic();

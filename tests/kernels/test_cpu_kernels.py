@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import re
 import signal
@@ -21,7 +22,7 @@ import pytest
 import torch
 
 from fdd_kernels import _build, fused_fdd_loss
-from fdd_kernels.backends import check_spec, cpu
+from fdd_kernels.backends import CallShape, check_spec, cpu
 from fdd_kernels.backends.cpu import extension, tiling
 from fdd_kernels.engine import ops
 from fdd_kernels.lens import layout
@@ -33,7 +34,7 @@ from fdd_kernels.lens.spec import NLL, Layers, LensSpec, PairMoments, Request
 from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.fdd.plan import make_plan
 from fdd_kernels.objectives.inputs import LossInputs
-from fdd_kernels.testing import assert_within_budget, evaluate, random_problem
+from fdd_kernels.testing import assert_within_budget, evaluate, random_problem, unit_roundoff
 
 if extension.kernels is None:
     pytest.skip(f"no C++ kernels: {extension.why_missing}", allow_module_level=True)
@@ -316,13 +317,13 @@ while True:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
-@pytest.mark.parametrize("weight_bytes", [0, 2**30])
-def test_rows_in_several_sets(monkeypatch, threads, dtype, weight_bytes):
+@pytest.mark.parametrize("head_sum", ["0", ""], ids=["in two walks", "in one walk"])
+def test_rows_in_several_sets(monkeypatch, threads, dtype, head_sum):
     problem = random_problem((90,), 200, 16, 24, layers=3, dtype=dtype, labels=True, bias="plain")
     whole = gradients(problem)
     monkeypatch.setattr(tiling, "CACHED_BYTES", 0)
     monkeypatch.setattr(tiling, "HIDDEN_BYTES", 20 * 4 * 3 * 16)  # 20 rows a set
-    monkeypatch.setattr(tiling, "WEIGHT_BYTES", weight_bytes)
+    monkeypatch.setenv(tiling.HEAD_SUM, head_sum)
     check(problem)
     for a, b in zip(whole, gradients(problem)):
         torch.testing.assert_close(a, b, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
@@ -462,14 +463,17 @@ def test_gradients_of_single_terms_after_gradients_were_formed_for_the_loss(way)
         torch.testing.assert_close(again, 2 * before, rtol=0, atol=0)
 
 
-def test_logits_are_cached_where_that_pays():
-    def rows(dtype=torch.float32, count=512, columns=50257, train_head=True) -> int:
-        states = [torch.empty(count, 8, dtype=dtype) for _ in range(5)]
-        weight = torch.empty(columns, 8, dtype=dtype)
-        plan, _ = make_plan(LossOptions(), LossInputs(states, weight, states, weight))
-        inputs = LensInputs(states, weight, None, states, weight, None, None, None)
-        return cpu.cached_rows(inputs, plan.spec, [True] * 5 + [train_head, False])
+def rows_of_a_block(dtype=torch.float32, count=512, columns=50257, width=8, layers=5) -> int:
+    """Ask the rows of a block whose logits are cached, where the head is trained."""
+    states = [torch.empty(count, width, dtype=dtype) for _ in range(layers)]
+    weight = torch.empty(columns, width, dtype=dtype)
+    plan, _ = make_plan(LossOptions(), LossInputs(states, weight, states, weight))
+    inputs = LensInputs(states, weight, None, states, weight, None, None, None)
+    return cpu.cached_rows(inputs, plan.spec, [True] * (layers + 1) + [False])
 
+
+def test_logits_are_cached_where_that_pays():
+    rows = rows_of_a_block
     assert rows() * 10 * 50304 * 4 <= tiling.CACHED_BYTES
     assert rows() >= 40
     assert rows(count=3) == 3
@@ -483,12 +487,58 @@ def test_logits_are_cached_where_that_pays():
     assert 0 < rows(count=100) <= 50  # in equal blocks
 
 
-def test_the_head_gradient_in_half_precision_needs_no_float32_copy(monkeypatch):
-    monkeypatch.setattr(tiling, "WEIGHT_BYTES", 0)
-    problem = random_problem((40,), 300, 24, 33, layers=3, dtype=BF16)
-    check(problem)
+def test_a_16_bit_head_is_summed_within_the_budget_of_its_sum(monkeypatch):
+    """Half of each float32 number lies in the gradient, 2 bytes beside it."""
     monkeypatch.setattr(tiling, "CACHED_BYTES", 16 * 2 * 3 * 384 * 4)
-    check(problem)
+    problem = random_problem((40,), 300, 24, 33, layers=3, dtype=BF16)
+    shape = CallShape(3, 40, 300, 24, 33, 2)
+    sizes = {"count": 40, "columns": 300, "width": 24, "layers": 3}
+    for limit, is_cached in ((2 * 300 * 24, True), (0, False)):
+        monkeypatch.setenv(tiling.HEAD_SUM, str(limit))
+        assert rows_of_a_block(BF16, **sizes) == (16 if is_cached else 0)
+        assert rows_of_a_block(torch.float32, **sizes) == 16
+        assert ("cached logits" in cpu.memory(shape)) == is_cached
+        assert cpu.memory(shape)["sum of the head's gradient"] == limit
+        check(problem)
+    monkeypatch.setenv(tiling.HEAD_SUM, "1GiB")
+    with pytest.raises(ValueError, match="FDD_KERNELS_HEAD_SUM_BYTES='1GiB' is not a number of"):
+        check(problem)
+
+
+def test_a_16_bit_head_is_rounded_once(monkeypatch):
+    """In blocks or at once: the float32 sums differ in their last bits, which moves a number over a
+    midpoint here and there and no further than one unit of its last place.
+    """
+    problem = random_problem((40,), 300, 24, 33, layers=3, dtype=BF16)
+    whole = evaluate(problem, backend="cpu").gradients["student_weight"].float()
+    monkeypatch.setattr(tiling, "CACHED_BYTES", 16 * 2 * 3 * 384 * 4)
+    in_blocks = evaluate(problem, backend="cpu").gradients["student_weight"].float()
+    # Cancellation leaves the error of a float32 sum, relative to the largest numbers of a row.
+    rounding = 2 * unit_roundoff(BF16) * whole.abs() + 1e-5 * whole.abs().amax(1, keepdim=True)
+    assert ((whole - in_blocks).abs() <= rounding).all()
+    assert (whole != in_blocks).float().mean() < 0.01
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 16, 64])
+@pytest.mark.parametrize("columns", [1, 300, 4096, 50257, 262144])
+def test_tiles_of_cached_logits_are_wide_and_divide_equally(monkeypatch, columns, threads):
+    monkeypatch.undo()  # `several_tiles`
+    width = tiling.cached_columns(columns, threads)
+    assert width % 16 == 0
+    assert width <= min(tiling.MAX_CACHED_COLUMNS, columns + 15)
+    assert columns < 1024 * threads or width >= 256
+
+    def of_busiest_thread(width: int) -> int:
+        return math.ceil(math.ceil(columns / width) / threads) * width
+
+    narrow = min(tiling.TILE_COLUMNS, tiling.round_up(columns, 16))
+    assert of_busiest_thread(width) <= 1.02 * of_busiest_thread(narrow)
+
+
+def test_wide_tiles_of_cached_logits(monkeypatch):
+    monkeypatch.undo()  # `several_tiles`
+    assert tiling.cached_columns(1100, torch.get_num_threads()) > tiling.TILE_COLUMNS
+    check(random_problem((40,), 1100, 24, 33, layers=3))
 
 
 @pytest.mark.parametrize("layers", [(1, 1), (5, 5), (49, 49), (4, 33), (33, 4)], ids=str)

@@ -124,7 +124,7 @@ def test_every_product_is_of_a_layer_that_exists(counted, depths):
 @DEPTHS
 def test_the_cache_holds_the_logits_of_the_layers_that_exist(depths):
     inputs, spec = call(depths)
-    tiles = tiling.cached_tiles(ROWS, COLUMNS)
+    tiles = tiling.cached_tiles(ROWS, COLUMNS, torch.get_num_threads())
     numbers = extension.kernels.cache_size(
         problem.problem_of(inputs, spec, problem.valid_rows(inputs), tiles)
     )
@@ -168,7 +168,8 @@ def test_fewer_layers_of_one_model_take_less_memory(monkeypatch, way):
 
 def test_a_layer_that_is_not_there_is_refused():
     inputs, spec = call((2, 1))
-    tiles, rows = tiling.cached_tiles(ROWS, COLUMNS), problem.valid_rows(inputs)
+    tiles = tiling.cached_tiles(ROWS, COLUMNS, torch.get_num_threads())
+    rows = problem.valid_rows(inputs)
     lacking = [
         {"requests": (Request(0, 1, 1.0, "kl"),)},
         {"requests": (Request(2, 0, 1.0, "kl"),)},

@@ -9,15 +9,16 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fdd_kernels.backends.call_shape import FLOAT
 from fdd_kernels.backends.cpu import extension, tiling
 from fdd_kernels.backends.cpu.problem import (
     F32,
+    empty,
+    low_halves,
+    new_gradients,
     place,
     problem_of,
     valid_rows,
     wanted,
-    zero_gradients,
     zero_statistics,
 )
 from fdd_kernels.lens.inputs import LensInputs
@@ -46,7 +47,7 @@ def cached_rows(inputs: LensInputs, spec: LensSpec, needed: list[bool]) -> int:
         inputs.rows if inputs.valid is None else int(inputs.valid.sum()),
         spec.columns,
         weight.shape[1],
-        head_sum_bytes=weight.numel() * FLOAT
+        head_sum_bytes=weight.numel() * tiling.HALF
         if needed[-2] and weight.dtype != torch.float32
         else 0,
         threads=torch.get_num_threads(),
@@ -69,26 +70,29 @@ def stats_and_grad(
     """
     rows, layers = valid_rows(inputs), len(inputs.student_hidden)
     width = inputs.student_hidden[0].shape[1]
-    grad_hidden, grad_weight, grad_bias = zero_gradients(inputs, needed)
-    weight = grad_weight
-    if weight is not None and weight.dtype != torch.float32 and block_rows < len(rows):
-        weight = torch.zeros(weight.shape, **F32)
-    tiles = tiling.cached_tiles(block_rows, spec.columns)
+    grad_hidden, grad_weight, grad_bias = new_gradients(inputs, spec, needed, rows)
+    low = low_halves(grad_weight) if block_rows < len(rows) else None
+    tiles = tiling.cached_tiles(block_rows, spec.columns, torch.get_num_threads())
     memory = None
     statistics = zero_statistics(inputs, spec)
     per_row = (*statistics, *[torch.zeros_like(t) for t in statistics[1:]])
-    for block in rows.split(block_rows) if len(rows) else ():
+    blocks = rows.split(block_rows) if len(rows) else ()
+    for block in blocks:
         problem = problem_of(inputs, spec, block, tiles)
         if memory is None:  # the first block is the largest
-            memory = torch.empty(extension.kernels.cache_size(problem), **F32)
+            memory = empty(extension.kernels.cache_size(problem))
         extension.kernels.stats_and_cache(problem, memory, *statistics)
         of_block = upstream_of(block, *[t[..., block] for t in statistics])
         for whole, part in zip(per_row, of_block, strict=True):
             whole[..., block] = part
         sums = torch.zeros(layers, len(block), width, **F32) if any(needed[:layers]) else None
-        extension.kernels.grad_of_cached(problem, memory, *per_row, sums, weight, grad_bias)
+        extension.kernels.grad_of_cached(
+            problem,
+            memory,
+            *(*per_row, sums, grad_weight, grad_bias, low),
+            block is blocks[0],
+            block is blocks[-1],
+        )
         if sums is not None:
             place(sums, block, grad_hidden)
-    if weight is not grad_weight:
-        grad_weight.copy_(weight)
     return wanted(inputs, grad_hidden, grad_weight, grad_bias), Statistics(*per_row[:3])

@@ -84,28 +84,50 @@ def zero_statistics(inputs: LensInputs, spec: LensSpec) -> Statistics:
     )
 
 
-def zero_gradients(
-    inputs: LensInputs, needed: list[bool]
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Allocate a tensor without values, of huge pages where it is large."""
+    tensor = torch.empty(shape, dtype=dtype, device="cpu")
+    extension.kernels.ask_for_huge_pages(tensor)
+    return tensor
+
+
+def new_gradients(
+    inputs: LensInputs, spec: LensSpec, needed: list[bool], rows: Tensor
 ) -> tuple[list[Tensor | None], Tensor | None, Tensor | None]:
-    """Allocate zeros for the wanted gradients: one per layer, the head's, the bias's in float32."""
+    """Allocate the wanted gradients: one per layer, the head's, the bias's in float32.
+
+    They are zeros, but for the rows of the head that the kernels write if there are valid `rows`.
+    """
     *needs_hidden, needs_weight, needs_bias = needed
     grad_hidden = [
         torch.zeros_like(h, memory_format=torch.contiguous_format) if need else None
         for h, need in zip(inputs.student_hidden, needs_hidden)
     ]
-    grad_weight = (
-        torch.zeros_like(inputs.student_weight, memory_format=torch.contiguous_format)
-        if needs_weight
-        else None
-    )
+    grad_weight = None
+    if needs_weight:
+        grad_weight = empty(*inputs.student_weight.shape, dtype=inputs.student_weight.dtype)
+        grad_weight[spec.columns if len(rows) else 0 :] = 0
     grad_bias = torch.zeros(len(inputs.student_bias), **F32) if needs_bias else None
     return grad_hidden, grad_weight, grad_bias
 
 
+def low_halves(grad_weight: Tensor | None) -> Tensor | None:
+    """Allocate what a 16-bit gradient of the head needs to be summed by several calls of the
+    kernels (csrc/head_gradient.h); None for a float32 one.
+    """
+    if grad_weight is None or grad_weight.dtype == torch.float32:
+        return None
+    return empty(*grad_weight.shape, dtype=torch.int16)
+
+
 def place(sums: Tensor, rows: Tensor, grad_hidden: list[Tensor | None]) -> None:
     """Round the float32 sums (L, rows, width) into the gradients of those rows."""
+    first, last = int(rows[0]), int(rows[-1])
+    consecutive = last - first == len(rows) - 1
     for total, out in zip(sums, grad_hidden):
-        if out is not None:
+        if out is not None and consecutive:
+            out[first : last + 1] = total
+        elif out is not None:
             out[rows] = total.to(out.dtype)
 
 

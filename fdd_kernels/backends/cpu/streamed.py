@@ -16,11 +16,12 @@ from fdd_kernels.backends.call_shape import FLOAT
 from fdd_kernels.backends.cpu import extension, tiling
 from fdd_kernels.backends.cpu.problem import (
     F32,
+    low_halves,
+    new_gradients,
     place,
     problem_of,
     valid_rows,
     wanted,
-    zero_gradients,
     zero_statistics,
 )
 from fdd_kernels.lens.inputs import LensInputs
@@ -61,9 +62,9 @@ def grad(
 ) -> list[Tensor]:
     """Compute gradients of [*student_hidden, student_weight, student_bias] marked in `needed`.
 
-    Rows are taken in sets whose float32 sums fit the budget. The head's gradient of one set is
-    rounded once. That of several sets is summed in float32 or, where this sum does not fit,
-    computed in a second walk over all rows.
+    Rows are taken in sets whose float32 sums fit the budget. The head's gradient is rounded once:
+    that of several sets is summed in float32 or, where this sum does not fit, computed in a second
+    walk over all rows.
     """
     if inputs.statistics_dtype == torch.float64:
         return torch_stream.grad(inputs, spec, per_row, needed)
@@ -71,32 +72,36 @@ def grad(
     *needs_hidden, needs_weight, needs_bias = needed
     rows, layers = valid_rows(inputs), len(inputs.student_hidden)
     width = inputs.student_hidden[0].shape[1]
-    grad_hidden, grad_weight, grad_bias = zero_gradients(inputs, needed)
+    grad_hidden, grad_weight, grad_bias = new_gradients(inputs, spec, needed, rows)
 
-    def walk(
-        some_rows: Tensor, sums: Tensor | None, weight: Tensor | None, bias: Tensor | None
-    ) -> None:
+    if not len(rows):
+        return wanted(inputs, grad_hidden, grad_weight, grad_bias)
+
+    def walk(some_rows: Tensor, sums: Tensor | None, *of_head) -> None:
         problem = _streamed_problem(inputs, spec, some_rows, backward=True)
-        extension.kernels.grad(problem, *per_row, sums, weight, bias)
+        extension.kernels.grad(problem, *per_row, sums, *of_head)
 
     def walk_sets(weight: Tensor | None, bias: Tensor | None) -> None:
+        low = low_halves(weight) if len(row_sets) > 1 else None
         for some_rows in row_sets:
             sums = torch.zeros(layers, len(some_rows), width, **F32)
-            walk(some_rows, sums, weight, bias)
+            place_in_sum = some_rows is row_sets[0], some_rows is row_sets[-1]
+            walk(some_rows, sums, weight, bias, low, *place_in_sum)
             place(sums, some_rows, grad_hidden)
 
     most_rows = max(1, tiling.HIDDEN_BYTES // (FLOAT * layers * width))
     row_sets = rows.split(most_rows) if any(needs_hidden) else ()
     if not row_sets:
         if needs_weight or needs_bias:
-            walk(rows, None, grad_weight, grad_bias)
-    elif not needs_weight or grad_weight.dtype == torch.float32 or len(row_sets) == 1:
+            walk(rows, None, grad_weight, grad_bias, None, True, True)
+    elif (
+        not needs_weight
+        or grad_weight.dtype == torch.float32
+        or len(row_sets) == 1
+        or tiling.HALF * grad_weight.numel() <= tiling.head_sum_limit()
+    ):
         walk_sets(grad_weight, grad_bias)
-    elif grad_weight.numel() * FLOAT <= tiling.WEIGHT_BYTES:
-        total = torch.zeros(grad_weight.shape, **F32)
-        walk_sets(total, grad_bias)
-        grad_weight.copy_(total)
     else:
         walk_sets(None, None)
-        walk(rows, None, grad_weight, grad_bias)
+        walk(rows, None, grad_weight, grad_bias, None, True, True)
     return wanted(inputs, grad_hidden, grad_weight, grad_bias)

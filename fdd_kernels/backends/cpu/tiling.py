@@ -1,5 +1,11 @@
 """How the C++ kernels cut the work: tile sizes, row blocks of cached logits, and the memory they
 take.
+
+FDD_KERNELS_HEAD_SUM_BYTES bounds what the sum of a 16-bit head's gradient over several row blocks
+takes beside the gradient. The sum is float32 and rounded once, at the last block: the gradient
+holds the upper halves of its numbers, and HALF bytes for each of them the lower ones. No order of
+the loops needs less without computing logits twice: a row block of dL/dlogits exists only once its
+statistics do, and that of all rows, L R V float32 numbers, is larger where 2 L R > D.
 """
 
 from __future__ import annotations
@@ -7,9 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fdd_kernels.backends.call_shape import FLOAT, CallShape
+from fdd_kernels.common.environment import byte_limit
 from fdd_kernels.common.sizes import MIB
 
 TILE_COLUMNS = 128
+# of a tile of cached logits: the sums of hidden gradients, which may exceed a core's L2, are loaded
+# and stored once per tile
+MAX_CACHED_COLUMNS = 512
 TILE_BYTES = MIB // 2  # of both models' logits of a tile, all layers: well inside a core's L2
 PACK_BYTES = 8 * MIB  # of both heads' rows of a panel
 GRADIENT_BYTES = 24 * MIB  # of dL/dlogits of a panel for all rows and layers
@@ -20,8 +30,15 @@ ROW_PADDING = 8  # rows of a block are padded to a multiple of this (CachedLogit
 MAX_GEMM_ROWS = 512
 MIN_GEMM_ROWS = 32
 HIDDEN_BYTES = 48 * MIB  # of float32 sums of the hidden states' gradients
-WEIGHT_BYTES = 32 * MIB  # of a float32 sum of the head's gradient, where its dtype is narrower
+HEAD_SUM = "FDD_KERNELS_HEAD_SUM_BYTES"
+HEAD_SUM_BYTES = 1024 * MIB  # its default: Llama 3 8B (V = 128256, D = 4096) needs 1002
+HALF = 2  # bytes of half a float32 number
 RUNTIME_BYTES = 2 * MIB  # of generated code and buffers of the GEMM library
+
+
+def head_sum_limit() -> int:
+    """Return the bytes that a sum of the head's gradient may take beside it."""
+    return byte_limit(HEAD_SUM, HEAD_SUM_BYTES)
 
 
 @dataclass(frozen=True)
@@ -61,9 +78,21 @@ def choose_tiles(
     return CpuTiles(tile_rows, tile_columns, min(panel, round_up(columns, tile_columns)))
 
 
-def cached_tiles(block_rows: int, columns: int) -> CpuTiles:
-    """Return the tiles of cached logits: all rows of a block by `TILE_COLUMNS` columns."""
-    return CpuTiles(block_rows, min(TILE_COLUMNS, round_up(columns, 16)), columns)
+def cached_columns(columns: int, threads: int) -> int:
+    """Choose the columns of a tile of cached logits: the widest tiles that give the busiest thread
+    within 2% of the fewest columns.
+    """
+    widths = range(TILE_COLUMNS, MAX_CACHED_COLUMNS + 1, 16)
+    busiest = {
+        width: round_up(round_up(columns, width) // width, threads) * width for width in widths
+    }
+    width = max(width for width in widths if busiest[width] <= 1.02 * min(busiest.values()))
+    return min(width, round_up(columns, 16))
+
+
+def cached_tiles(block_rows: int, columns: int, threads: int) -> CpuTiles:
+    """Return the tiles of cached logits: all rows of a block by `cached_columns` columns."""
+    return CpuTiles(block_rows, cached_columns(columns, threads), columns)
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -91,22 +120,23 @@ def block_rows(
         rows: valid rows of the call.
         columns: V.
         width: the student's hidden width.
-        head_sum_bytes: bytes that a float32 sum of the head's gradient over several blocks takes
-            beyond the gradient itself.
+        head_sum_bytes: bytes that a sum of the head's gradient over several blocks takes beside
+            the gradient itself.
         threads: threads of the kernels.
     """
-    tiles, student_layers, most_layers = -(-columns // TILE_COLUMNS), layers[0], max(layers)
-    if rows == 0 or tiles < threads:
+    student_layers, most_layers = layers[0], max(layers)
+    if rows == 0 or -(-columns // TILE_COLUMNS) < threads:
         return 0
+    tiled_columns = round_up(columns, cached_columns(columns, threads))
     most = min(
-        CACHED_BYTES // (FLOAT * sum(layers) * tiles * TILE_COLUMNS),
+        CACHED_BYTES // (FLOAT * sum(layers) * tiled_columns),
         # Operands and each thread's sum of the hidden states' gradients.
         HIDDEN_BYTES // (FLOAT * width * (student_layers * threads + 3 * most_layers)),
         MAX_GEMM_ROWS // most_layers,
     )
     most = most // ROW_PADDING * ROW_PADDING
     if most == 0 or (
-        rows > most and (most * most_layers < MIN_GEMM_ROWS or head_sum_bytes > WEIGHT_BYTES)
+        rows > most and (most * most_layers < MIN_GEMM_ROWS or head_sum_bytes > head_sum_limit())
     ):
         return 0
     # blocks of nearly equal size
@@ -118,7 +148,7 @@ def memory(shape: CallShape) -> dict[str, int]:
     if not shape.backward:
         return _memory_of_statistics(shape) | {"runtime": RUNTIME_BYTES}
     head_sum = (
-        FLOAT * shape.columns * shape.student_width if shape.narrow and shape.train_head else 0
+        HALF * shape.columns * shape.student_width if shape.narrow and shape.train_head else 0
     )
     rows = block_rows(
         shape.depths,
@@ -135,8 +165,9 @@ def memory(shape: CallShape) -> dict[str, int]:
 def _cached_memory(shape: CallShape, rows: int, head_sum: int) -> dict[str, int]:
     width, teacher_width = shape.student_width, shape.teacher_width if shape.teacher_head else 0
     student_rows, teacher_rows = (n * round_up(rows, ROW_PADDING) for n in shape.depths)
-    tile = min(TILE_COLUMNS, shape.columns)
+    tile = cached_columns(shape.columns, shape.threads)
     head_rows = tile * max(width, teacher_width) if shape.narrow else 0
+    head_gradient = tile * width if shape.narrow and shape.train_head else 0
     states, teacher_states = student_rows * width, teacher_rows * teacher_width
     forward = (
         states
@@ -145,7 +176,11 @@ def _cached_memory(shape: CallShape, rows: int, head_sum: int) -> dict[str, int]
         + shape.threads * (tile * max(student_rows, teacher_rows) + head_rows)
     )
     trained = states if shape.train_head else 0
-    backward = states + trained + shape.threads * (states + 2 * tile * student_rows + head_rows)
+    backward = (
+        states
+        + trained
+        + shape.threads * (states + 2 * tile * student_rows + head_rows + head_gradient)
+    )
     return {
         "cached logits": FLOAT * (student_rows + teacher_rows) * round_up(shape.columns, tile),
         "operands and sums of a block": FLOAT * max(forward, backward),
@@ -169,7 +204,7 @@ def _streamed_memory(shape: CallShape, head_sum: int) -> dict[str, int]:
         "sums of hidden gradients": FLOAT * layers * set_rows * width
         + (shape.itemsize * set_rows * width if shape.narrow else 0),
         "sum of the head's gradient": head_sum
-        if set_rows < rows and head_sum <= WEIGHT_BYTES
+        if set_rows < rows and head_sum <= head_sum_limit()
         else 0,
         "packed heads": FLOAT * panel * (width + teacher_width + (width if shape.narrow else 0)),
         "gradient of a panel": FLOAT * layers * panel * round_up(set_rows, 16)

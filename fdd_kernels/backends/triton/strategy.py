@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from fdd_kernels.backends.call_shape import FLOAT, CallShape
+from fdd_kernels.common.environment import byte_limit
 from fdd_kernels.common.sizes import MIB
 
 STRATEGY = "FDD_KERNELS_TRITON_STRATEGY"
@@ -65,18 +66,10 @@ def cache_budget(device_memory: int | None) -> int:
     Raises:
         ValueError: the environment variable is no number of bytes.
     """
-    asked = os.environ.get(CACHE_BYTES)
-    if asked:
-        if not asked.isdigit():
-            raise ValueError(
-                f"{CACHE_BYTES}={asked!r} is not a number of bytes, such as {MOST_CACHE_BYTES}"
-            )
-        return int(asked)
-    return (
-        MOST_CACHE_BYTES
-        if device_memory is None
-        else min(MOST_CACHE_BYTES, device_memory // CACHE_SHARE)
-    )
+    most = MOST_CACHE_BYTES
+    if device_memory is not None:
+        most = min(most, device_memory // CACHE_SHARE)
+    return byte_limit(CACHE_BYTES, most)
 
 
 def padded(columns: int) -> int:
