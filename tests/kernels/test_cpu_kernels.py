@@ -35,6 +35,7 @@ from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.fdd.plan import make_plan
 from fdd_kernels.objectives.inputs import LossInputs
 from fdd_kernels.testing import assert_within_budget, evaluate, random_problem, unit_roundoff
+from tests.support.heads_alike import with_common_direction
 
 if extension.kernels is None:
     pytest.skip(f"no C++ kernels: {extension.why_missing}", allow_module_level=True)
@@ -213,6 +214,12 @@ def test_low_precision_and_strided_inputs(dtype, contiguous):
         ),
         ce_weight=0.5,
     )
+
+
+@pytest.mark.parametrize("dtype", [BF16], ids=str)
+def test_low_precision_heads_with_a_direction_in_common(dtype):
+    """One rounding of dL/dlogits to bf16 would not do (test_logit_gradient_rounding.py)."""
+    check(with_common_direction(random_problem((12,), 300, 32, 32, layers=2, dtype=dtype), 8.0))
 
 
 def test_unaligned_inputs(threads):
@@ -475,7 +482,7 @@ def rows_of_a_block(dtype=torch.float32, count=512, columns=50257, width=8, laye
 def test_logits_are_cached_where_that_pays():
     rows = rows_of_a_block
     assert rows() * 10 * 50304 * 4 <= tiling.CACHED_BYTES
-    assert rows() >= 40
+    assert rows() >= 80
     assert rows(count=3) == 3
     few = {"head_sum_bytes": 0, "threads": 4}
     assert tiling.block_rows((5, 5), 100, 4 * tiling.TILE_COLUMNS, 8, **few) > 0
@@ -484,7 +491,7 @@ def test_logits_are_cached_where_that_pays():
     assert rows(torch.float16) == 0  # sums before the loss scale would underflow
     assert rows(torch.float64) == 0
     assert rows(columns=2**20) == 0  # too few rows at a time
-    assert 0 < rows(count=100) <= 50  # in equal blocks
+    assert 0 < rows(count=200) <= 100  # in equal blocks
 
 
 def test_a_16_bit_head_is_summed_within_the_budget_of_its_sum(monkeypatch):

@@ -23,7 +23,9 @@ MAX_CACHED_COLUMNS = 512
 TILE_BYTES = MIB // 2  # of both models' logits of a tile, all layers: well inside a core's L2
 PACK_BYTES = 8 * MIB  # of both heads' rows of a panel
 GRADIENT_BYTES = 24 * MIB  # of dL/dlogits of a panel for all rows and layers
-CACHED_BYTES = 96 * MIB  # of the cached logits of a row block, all layers and columns
+# Of the cached logits of a row block, all layers and columns. Every block moves both heads and the
+# head's gradient through memory again.
+CACHED_BYTES = 200 * MIB
 ROW_PADDING = 8  # rows of a block are padded to a multiple of this (CachedLogits::kRowPadding)
 # Rows x layers of a block, of the model with more layers: more would leave the L2; fewer were
 # slower than streaming (45, V = 262144).
