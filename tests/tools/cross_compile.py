@@ -108,7 +108,7 @@ def compile_for(target: Target, torch: Path, work: Path) -> str:
             run([*target.command, *flags, "-fsyntax-only", str(file)])
             continue
         run([*target.command, *flags, "-S", str(file), "-o", str(work / "row_kernels.s")])
-        adds, compared, compared_alone = neon((work / "row_kernels.s").read_text())
+        adds, compared, compared_alone = neon((work / "row_kernels.s").read_text(errors="replace"))
         if not adds or compared < compared_alone:
             sys.exit(
                 f"{target.name}: the row kernels do not use NEON: {adds} multiply-adds and "
