@@ -7,8 +7,6 @@ a process of its own.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os
 
 import hypothesis
@@ -31,25 +29,9 @@ hypothesis.settings.load_profile("fdd")
 
 
 if INTERPRETED:
-    from triton import language
-    from triton.runtime import interpreter
+    from tests.support.interpreter import speed_up
 
-    @functools.cache
-    def _builtins(module: object) -> list[str]:
-        return [
-            name for name, member in inspect.getmembers(module) if language.core.is_builtin(member)
-        ]
-
-    def _patch_builtin(module: object, *how, patch=interpreter._patch_builtin) -> None:
-        """Call Triton's own at a kernel's first device function alone: again at each of them it
-        took a third of all time.
-
-        The patch stays for the session: processes with TRITON_INTERPRET=1 test nothing else.
-        """
-        if any(language.core.is_builtin(getattr(module, name)) for name in _builtins(module)):
-            patch(module, *how)
-
-    interpreter._patch_builtin = _patch_builtin
+    speed_up()
 
 # tests/tools/sanitize.py: fail if another package than the sanitised one would be tested
 if "FDD_TEST_PACKAGE" in os.environ:

@@ -14,7 +14,7 @@ type (float16), is part of other code (no deltas; a single head at few rows), or
 with registers to spare (pairs of dtypes, ragged widths).
 
 It covers options, tiles and targets by pairs: every option with each of TARGETS, every option with
-each tile, every tile with each target. At few rows a target has every second option. A target that
+each tile, every tile with each target. At few rows a target has every fourth option. A target that
 is not of TARGETS, and shares the compiler of one that is, has every second option at all.
 """
 
@@ -35,9 +35,10 @@ from fdd_kernels.backends.triton.launch import Launch, recorded
 from fdd_kernels.lens.divergences import DIVERGENCES
 
 TARGETS = ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"]
-# The first of the options of which the quick subset has every second one.
-HALVES = {"cuda:80": 0, "cuda:90": 1, "cuda:100": 0, "hip:gfx942": 1}
-HALVES |= {"cuda:89": 1, "cuda:120": 0, "hip:gfx950": 0}
+# The first of the options of which the quick subset has every fourth one; of every second one, the
+# first is its parity.
+FIRSTS = {"cuda:80": 0, "cuda:90": 1, "cuda:100": 2, "hip:gfx942": 3}
+FIRSTS |= {"cuda:89": 1, "cuda:120": 0, "hip:gfx950": 2}
 HEAVY = ("lens_stats_kernel", "divergence_stats_kernel", "lens_grad_kernel")
 MOST_ROWS = 768  # rows a block where the backend would not cache logits (float16 gradients)
 
@@ -101,9 +102,9 @@ def cases(quick: bool, target: str = TARGETS[0]) -> Iterator[Case]:
             [c for c in found if not any(part in c.name for part in left_out)]
             for found in (every_option(), every_option(", few rows", **few))
         )
-        half = slice(HALVES[target], None, 2)
-        yield from many if target in TARGETS else many[half]
-        yield from some[half]
+        first = FIRSTS[target]
+        yield from many if target in TARGETS else many[first % 2 :: 2]
+        yield from some[first::4]
         yield Case("jsd", LENS["jsd"], **floats)
         yield from row_variants()
         return

@@ -35,6 +35,7 @@ from fdd_kernels.objectives.fdd.options import LossOptions
 from fdd_kernels.objectives.fdd.plan import make_plan
 from fdd_kernels.objectives.inputs import LossInputs
 from fdd_kernels.testing import assert_within_budget, evaluate, random_problem, unit_roundoff
+from tests.support.heads_alike import with_common_direction
 
 if extension.kernels is None:
     pytest.skip(f"no C++ kernels: {extension.why_missing}", allow_module_level=True)
@@ -213,6 +214,12 @@ def test_low_precision_and_strided_inputs(dtype, contiguous):
         ),
         ce_weight=0.5,
     )
+
+
+@pytest.mark.parametrize("dtype", [BF16], ids=str)
+def test_low_precision_heads_with_a_direction_in_common(dtype):
+    """One rounding of dL/dlogits to bf16 would not do (test_logit_gradient_rounding.py)."""
+    check(with_common_direction(random_problem((12,), 300, 32, 32, layers=2, dtype=dtype), 8.0))
 
 
 def test_unaligned_inputs(threads):

@@ -19,6 +19,8 @@ from fdd_kernels.testing import evaluate, random_problem
 from tests.support.allocations import Allocations
 
 LIMIT = 512 * MIB
+# Of these widths: a tile, the sum of a gradient that has another dtype, and the allocator's slack.
+MEASURED_LIMIT = tiling.TILE_BYTES["cpu"] + tiling.ACCUMULATOR_BYTES + 64 * MIB
 
 MEASURE = textwrap.dedent("""
     import json, sys
@@ -59,13 +61,13 @@ MEASURE = textwrap.dedent("""
 @pytest.mark.parametrize(
     ("layers", "rows", "columns", "dtype", "train_head"),
     [
-        (1, 2048, 131072, "bfloat16", True),  # one (rows, columns) tensor in float32: 1 GiB
-        (3, 640, 131072, "float32", False),  # six of them: 1.9 GiB
+        (1, 448, 131072, "bfloat16", True),
+        (3, 144, 131072, "float32", False),
     ],
 )
 def test_peak_memory_of_a_fresh_process(layers, rows, columns, dtype, train_head):
-    assert 2 * layers * rows * columns * 4 > 3 * LIMIT, (
-        "the dense computation would nearly fit: nothing is shown"
+    assert layers * rows * columns * 4 > MEASURED_LIMIT, (
+        "one model's logits would fit: nothing is shown"
     )
     arguments = json.dumps([layers, rows, columns, 16, dtype, train_head])
     done = subprocess.run(
@@ -73,7 +75,7 @@ def test_peak_memory_of_a_fresh_process(layers, rows, columns, dtype, train_head
     )
     assert done.returncode == 0, done.stderr
     extra = json.loads(done.stdout)["extra"]
-    assert extra < LIMIT, f"{extra / MIB:.0f} MiB beyond inputs and outputs"
+    assert extra < MEASURED_LIMIT, f"{extra / MIB:.0f} MiB beyond inputs and outputs"
 
 
 EXTREMES = tuple(

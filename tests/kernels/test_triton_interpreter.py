@@ -43,9 +43,9 @@ def test_smoke():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", KERNELS)
-def test_kernels_alone(path):
-    interpreted_tests(path, "-m", "slow")
+@pytest.mark.timeout(1800)
+def test_kernels_alone():
+    interpreted_tests(*KERNELS, "-m", "slow")
 
 
 @pytest.mark.slow

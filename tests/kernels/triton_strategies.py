@@ -39,7 +39,7 @@ def run(problem, upstream=None, **options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("columns", [1, TOKENS - 1, TOKENS, TOKENS + 1])
-@pytest.mark.parametrize(("rows", "layers"), [(1, 1), (3, 6)])
+@pytest.mark.parametrize(("rows", "layers"), [(1, 1), (2, 3)])
 def test_shapes(named, columns, rows, layers):
     problem = random_problem((rows,), columns, layers=layers, dtype=torch.float32)
     options = {"beta": 0.0} if columns == 1 else {}  # deltas over one token have no direction
@@ -49,7 +49,13 @@ def test_shapes(named, columns, rows, layers):
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [2, 17])
 def test_rows_that_are_masked_are_not_computed(named, rows):
-    problem = random_problem((rows,), TOKENS + 3, layers=2, dtype=torch.bfloat16, labels=True)
+    """More rows than a tile for the kernels that have tiles of rows, whose tile of columns is
+    smaller.
+    """
+    if rows > 2 and named == "slabbed":
+        pytest.skip("its rows are moved as for cached logits, and a program owns one")
+    columns = TOKENS + 3 if rows == 2 else 40
+    problem = random_problem((rows,), columns, layers=2, dtype=torch.bfloat16, labels=True)
     problem = replace(problem, mask=torch.arange(rows) % 3 != 1)
     assert_within_budget(problem, run(problem, ce_weight=1.0), None, ce_weight=1.0)
 
@@ -57,7 +63,7 @@ def test_rows_that_are_masked_are_not_computed(named, rows):
 @pytest.mark.slow
 def test_the_strategies_agree(monkeypatch):
     """To the rounding of sums of float32, far below any budget."""
-    problem = random_problem((4,), 2 * TOKENS + 5, dtype=torch.float32, labels=True)
+    problem = random_problem((3,), 2 * TOKENS + 5, dtype=torch.float32, labels=True)
     options = {
         "trajectory": "jsd",
         "ce_weight": 0.5,
@@ -78,7 +84,7 @@ def test_the_strategies_agree(monkeypatch):
 
 @pytest.mark.slow
 def test_several_blocks_and_slabs(monkeypatch):
-    """Scratch for three rows: every loop on the host turns more than once, and each dtype of a head
+    """Scratch for two rows: every loop on the host turns more than once, and each dtype of a head
     is summed.
     """
     monkeypatch.setattr(strategy, "FEWEST_CACHED_ROWS", {"trained": 1, "frozen": 1})
@@ -87,12 +93,12 @@ def test_several_blocks_and_slabs(monkeypatch):
     monkeypatch.setattr(strategy, "GRADIENT_BYTES", 1)
     columns = 2 * TOKENS + 5
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        problem = random_problem((7,), columns, layers=2, dtype=dtype, labels=True)
+        problem = random_problem((4,), columns, layers=2, dtype=dtype, labels=True)
         layers = len(problem.student_hidden)
-        monkeypatch.setenv(strategy.CACHE_BYTES, str(3 * 2 * 4 * layers * strategy.padded(columns)))
+        monkeypatch.setenv(strategy.CACHE_BYTES, str(2 * 2 * 4 * layers * strategy.padded(columns)))
         for name in ("cached", "slabbed"):
             monkeypatch.setenv(strategy.STRATEGY, name)
-            masked = replace(problem, mask=torch.arange(7) != 4)
+            masked = replace(problem, mask=torch.arange(4) != 1)
             assert_within_budget(masked, run(masked, trajectory="jsd"), None, trajectory="jsd")
 
 
@@ -101,7 +107,7 @@ def test_mixed_dtypes_and_odd_layouts(named):
     """Hidden states in float32 with heads in bfloat16, converted part by part, one a transposed
     view.
     """
-    problem = random_problem((4,), TOKENS + 9, dtype=torch.bfloat16)
+    problem = random_problem((2,), TOKENS + 9, dtype=torch.bfloat16)
     wide = tuple([h.detach().float().requires_grad_() for h in problem.student_hidden])
     weight = problem.student_weight.detach().t().contiguous().t().requires_grad_()
     problem = replace(problem, student_hidden=wide, student_weight=weight)
@@ -193,24 +199,27 @@ def test_not_a_number_shows(named):
     """
     for options in ({"trajectory": "jsd"}, {"trajectory": "cosine", "derivative": "mse"}):
         for side in ("student_hidden", "teacher_hidden"):
-            problem = random_problem((3,), TOKENS + 9, layers=2, dtype=torch.float32)
+            problem = random_problem((2,), TOKENS + 9, layers=2, dtype=torch.float32)
             with torch.no_grad():
                 getattr(problem, side)[0][1, 0] = torch.nan
             found = run(
-                problem, upstream=torch.ones(3), reduction="none", output_kd_weight=0.0, **options
+                problem, upstream=torch.ones(2), reduction="none", output_kd_weight=0.0, **options
             )
-            assert found.terms.loss.isnan().tolist() == [False, True, False], (options, side)
+            assert found.terms.loss.isnan().tolist() == [False, True], (options, side)
             rows = found.gradients["student_hidden[0]"]
-            assert rows.isnan().any(-1).tolist() == [False, True, False], (options, side)
+            assert rows.isnan().any(-1).tolist() == [False, True], (options, side)
 
 
 @pytest.mark.slow
 def test_biases_of_minus_infinity(named):
+    """The kernels know no distance of deltas, only their sums: the gradients of these two flow
+    through different ones.
+    """
     problem = random_problem((2,), 2 * TOKENS + 9, dtype=torch.float32, bias="plain")
     with torch.no_grad():
         for bias in (problem.student_bias, problem.teacher_bias):
             bias[TOKENS : 2 * TOKENS + 3] = -torch.inf  # a whole tile and more
-    for derivative in ("cosine", "centered_cosine", "mse"):
+    for derivative in ("cosine", "mse"):
         assert_within_budget(
             problem, run(problem, derivative=derivative), None, derivative=derivative
         )

@@ -7,6 +7,7 @@ larger ones.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from dataclasses import replace
@@ -21,6 +22,9 @@ from fdd_kernels.testing import Problem, assert_within_budget, evaluate, random_
 from tests.support.options import FEATURE_DERIVATIVES, INTERPRETED, skip_what_triton_refuses
 
 F32, F64 = torch.float32, torch.float64
+# Most of an interpreted kernel's programs own a row: few rows, four of them valid under a mask, one
+# of these without a label. tests/kernels/triton_*.py cross the edges of tiles.
+drawn = functools.partial(random_problem, (2, 3), seed=1) if INTERPRETED else random_problem
 
 
 def check(problem: Problem, backend: str, upstream=None, **options) -> None:
@@ -102,7 +106,7 @@ def test_smoke_has_every_option():
 def test_smoke(backend, device, name):
     """Use every option in few calls: `make test` runs no more of an interpreted kernel."""
     options, features = SMOKE[name], name == "features"
-    problem = random_problem(
+    problem = drawn(
         device=device,
         columns=12 if features else 37,
         feature_space=features,
@@ -133,7 +137,7 @@ def test_every_trajectory_and_derivative(backend, device, precision, trajectory,
         and derivative not in BESIDE_EVERY_TRAJECTORY
     ):
         pytest.skip("its kernels form the same sums as beside another trajectory")
-    problem = random_problem(dtype=precision, device=device, layers=4)
+    problem = drawn(dtype=precision, device=device, layers=3 if INTERPRETED else 4)
     check(problem, backend, trajectory=trajectory, derivative=derivative, reduction="none")
 
 
@@ -191,7 +195,7 @@ def test_every_option(backend, device, precision, options, bias):
     """Interpreted kernels run without a bias the options of the logits that it is added to."""
     if INTERPRETED and bias is None and not OF_LOGITS & {*options}:
         pytest.skip("its kernels add the bias before they look at these options")
-    problem = random_problem(dtype=precision, device=device, bias=bias, labels=True, mask=True)
+    problem = drawn(dtype=precision, device=device, bias=bias, labels=True, mask=True)
     skip_what_triton_refuses(problem, backend, **options)
     if "ignore_index" in options:
         problem = replace(
@@ -212,9 +216,10 @@ def test_every_option(backend, device, precision, options, bias):
     ids=lambda options: ",".join(options),
 )
 def test_token_weights(backend, device, precision, options):
-    drawn = {"labels": True, "mask": True, "token_weights": True, "bias": "padded"}
-    problem = random_problem((2, 9), dtype=precision, device=device, **drawn)
-    assert 0 < int((problem.token_weights == 0).sum()) < 18
+    problem = drawn(
+        dtype=precision, device=device, labels=True, mask=True, token_weights=True, bias="padded"
+    )
+    assert 0 < int((problem.token_weights == 0).sum()) < problem.token_weights.numel()
     check(problem, backend, **options)
 
 
@@ -237,7 +242,7 @@ def test_a_token_of_weight_zero_may_hold_anything(backend, device):
     "names", [("student_bias",), ("teacher_bias",)], ids=lambda n: f"without_{n[0]}"
 )
 def test_one_bias_alone(backend, device, precision, names):
-    problem = random_problem(dtype=precision, device=device, bias="plain")
+    problem = drawn(dtype=precision, device=device, bias="plain")
     check(replace(problem, **dict.fromkeys(names)), backend)
 
 
@@ -245,7 +250,11 @@ def test_one_bias_alone(backend, device, precision, names):
 @pytest.mark.parametrize("derivative", [*FEATURE_DERIVATIVES, None])
 @pytest.mark.parametrize("trajectory", ["mse", "cosine"])
 def test_feature_space(backend, device, precision, trajectory, derivative, output_in_dynamics):
-    problem = random_problem(
+    """Interpreted kernels run every pair of two of the three options."""
+    parity = output_in_dynamics + (trajectory == "mse") + (derivative in ("mse", None))
+    if INTERPRETED and parity % 2:
+        pytest.skip("every pair of its options is in another case")
+    problem = drawn(
         dtype=precision, device=device, columns=12, layers=4, feature_space=True, mask=True
     )
     check(
@@ -261,7 +270,7 @@ def test_feature_space(backend, device, precision, trajectory, derivative, outpu
 @pytest.mark.parametrize("output_in_dynamics", [False, True])
 def test_numbers_of_layers(backend, device, precision, layers, output_in_dynamics):
     check(
-        random_problem(dtype=precision, device=device, layers=layers),
+        drawn(dtype=precision, device=device, layers=layers),
         backend,
         output_in_dynamics=output_in_dynamics,
     )
@@ -287,13 +296,13 @@ def test_widths(backend, device, precision, widths):
     ],
 )
 def test_only_the_gradients_that_are_needed(backend, device, precision, trained, frozen):
-    problem = random_problem(dtype=precision, device=device, bias="plain").frozen(*frozen)
+    problem = drawn(dtype=precision, device=device, bias="plain").frozen(*frozen)
     assert problem.leaves
     check(problem, backend)
 
 
 def test_one_layer_of_the_student_requires_grad(backend, device):
-    problem = random_problem(device=device, layers=4)
+    problem = drawn(device=device, layers=4)
     first, *others = problem.student_hidden
     others[0] = others[0].detach()
     check(replace(problem, student_hidden=(first, *others)), backend)
@@ -301,7 +310,7 @@ def test_one_layer_of_the_student_requires_grad(backend, device):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_any_upstream_gradient(backend, device, seed):
-    problem = random_problem(device=device, labels=True, bias="plain")
+    problem = drawn(device=device, labels=True, bias="plain")
     upstream = torch.randn(problem.leading_shape, generator=torch.Generator().manual_seed(seed)).to(
         device
     )

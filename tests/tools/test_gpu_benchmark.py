@@ -4,6 +4,7 @@ model.
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -25,13 +26,28 @@ from benchmarks.gpu_calibration import calibration, fit
 from benchmarks.record import read_json, save
 from fdd_kernels.testing import evaluate
 
+RUNNER = """
+import sys
+from tests.support.interpreter import speed_up
+
+speed_up()
+from benchmarks.gpu.runner import main
+
+sys.exit(main())
+"""
+
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_dry_run_takes_every_step(tmp_path, capfd):
-    assert main(["gpu", "--dry-run", "--minutes", "24", "--output", str(tmp_path)]) == 0, (
-        capfd.readouterr()
-    )
+def test_dry_run_takes_every_step(tmp_path, capfd, monkeypatch):
+    with monkeypatch.context() as patch:
+        command = [sys.executable, "-c", RUNNER]
+        patch.setattr(
+            supervisor, "supervise", functools.partial(supervisor.supervise, command=command)
+        )
+        assert main(["gpu", "--dry-run", "--minutes", "24", "--output", str(tmp_path)]) == 0, (
+            capfd.readouterr()
+        )
     found = read_json(tmp_path / supervisor.RECORD)["steps"]
     assert list(found) == [step.name for step in steps()]
     for name, entry in found.items():
@@ -40,7 +56,7 @@ def test_dry_run_takes_every_step(tmp_path, capfd):
             entry["status"] == "not here" and entry["reason"].endswith(allowed)
         ), (name, entry)
     assert "DRY RUN" in capfd.readouterr().out
-    # The same command again has nothing left to do.
+    # The same command again, with the runner as it is, has nothing left to do.
     assert main(["gpu", "--dry-run", "--minutes", "1", "--output", str(tmp_path)]) == 0
     assert read_json(tmp_path / supervisor.RECORD)["steps"] == found
 
