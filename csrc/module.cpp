@@ -155,7 +155,8 @@ fdd::Upstream upstream(const at::Tensor& requests, const at::Tensor& moments) {
 fdd::Gradients gradients(const std::optional<at::Tensor>& hidden,
                          const std::optional<at::Tensor>& weight,
                          const std::optional<at::Tensor>& bias,
-                         const std::optional<at::Tensor>& weight_low, bool first_call, bool last_call) {
+                         const std::optional<at::Tensor>& weight_low, bool first_call,
+                         bool last_call) {
   fdd::Gradients out;
   if (hidden) out.hidden = hidden->data_ptr<float>();
   if (weight) out.weight = *weight;
