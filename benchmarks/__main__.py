@@ -46,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--pairs", **several, help="of models: gpt2, llama, tiny (gpt2 llama)")
     add("--tokens", nargs="+", type=int, metavar="N", help="of the batch (128 512)")
     add("--dtypes", **several, help="of both models (float32 bfloat16; on a GPU bfloat16)")
-    add("--quick", action="store_true", help="16 tokens and one round, a record of its own suite")
+    add("--quick", action="store_true", help="16 tokens, one round; its record is in no table")
     _measuring(add, "5")
 
     add = command("compare", do_compare, "what changed between two records beyond noise")
@@ -144,10 +144,11 @@ def do_step(arguments: argparse.Namespace) -> int:
         arguments.tokens or tokens,
         arguments.dtypes or dtypes,
     )
-    name = f"{steps.SUITE}-quick" if arguments.quick else steps.SUITE
+    if arguments.quick:
+        arguments.repeats = arguments.repeats or 1
     losses = list(steps.LOSSES.values())
-    about = {"module": "benchmarks.step_measure", "show": _show_step}
-    return _measure(arguments, name, workloads, losses, device, False, **about)
+    about = {"module": "benchmarks.step_measure", "show": _show_step, "part": arguments.quick}
+    return _measure(arguments, steps.SUITE, workloads, losses, device, False, **about)
 
 
 def _show_step(result: dict) -> None:

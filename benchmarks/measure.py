@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,15 @@ MEMORY_IN_USE = {
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def clock(device: torch.device, run: Callable[[], object]) -> float:
+    """Run a function: its seconds until the device has finished."""
+    synchronize(device)
+    start = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - start
 
 
 def step(
@@ -83,14 +93,8 @@ def time_workload(
     gemms, check = GemmTimes(workload, problem), TimedCallCheck(workload, problem)
     found: dict[str, dict[str, Any]] = {}
 
-    def clock(run: Callable[[], object]) -> float:
-        synchronize(device)
-        start = time.perf_counter()
-        run()
-        synchronize(device)
-        return time.perf_counter() - start
-
-    gemms.measure(clock)
+    timed = partial(clock, device)
+    gemms.measure(timed)
     for provider in providers:
         report("running", provider.name)
         _, warm_up, gradients = step(provider, problem, provider.options(workload), device)
@@ -104,7 +108,7 @@ def time_workload(
     report("running", None)
     gemms.drop_first()
     for _ in range(repeats):
-        gemms.measure(clock)
+        gemms.measure(timed)
         for provider in providers:
             forward, total, _ = step(provider, problem, provider.options(workload), device)
             found[provider.name]["forward"].append(forward)

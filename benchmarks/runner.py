@@ -30,7 +30,7 @@ from fdd_kernels.objectives.fdd.options import LossOptions
 # max_memory_allocated is on a GPU.
 RETURN_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**16)}
 DEFAULT_REPEATS = {"tiny": 2, "quick": 3, "full": 3, "limits": 3, "objectives": 5, "streamed": 3}
-DEFAULT_REPEATS |= {"step": 5, "step-quick": 1}
+DEFAULT_REPEATS |= {"step": 5}
 
 
 @dataclass

@@ -7,6 +7,7 @@ from __future__ import annotations
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from benchmarks.measure import (
     MEMORY_IN_USE,
     Report,
     begin_peak,
+    clock,
     do_job,
     peak_memory,
     spread,
@@ -46,11 +48,9 @@ def train(models: Models, provider: Provider, device: torch.device) -> tuple[flo
         middle = time.perf_counter()
         return loss
 
-    synchronize(device)
     start = time.perf_counter()
-    models.train(loss_of)
-    synchronize(device)
-    return middle - start, time.perf_counter() - start
+    whole = clock(device, lambda: models.train(loss_of))
+    return middle - start, whole
 
 
 def loss_and_gradients(models: Models, provider: Provider) -> tuple[float, list[Tensor]]:
@@ -141,16 +141,9 @@ def time_steps(
     added = replace(workload, layers=LAYERS - 1)
     gemms = GemmTimes(added, build_problem(added, device))
 
-    def clock(run: Any) -> float:
-        synchronize(device)
-        start = time.perf_counter()
-        run()
-        synchronize(device)
-        return time.perf_counter() - start
-
     times: dict[str, list[tuple[float, float]]] = {p.name: [] for p in able}
     for _ in range(1 + repeats):
-        gemms.measure(clock)
+        gemms.measure(partial(clock, device))
         for provider in able:
             report("running", provider.name)
             times[provider.name].append(train(models, provider, device))

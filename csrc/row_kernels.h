@@ -110,12 +110,12 @@ struct RowKernels {
   void (*separate)(const uint16_t* in, uint16_t* first, uint16_t* second, int64_t n);
 };
 
-const RowKernels& row_kernels_generic();
-const RowKernels& row_kernels_avx2();
+const RowKernels& row_kernels_generic();  // on every architecture
+const RowKernels& row_kernels_avx2();     // these two on x86-64 alone
 const RowKernels& row_kernels_avx512();
 
 // The widest set that this processor runs, or the one that FDD_KERNELS_ISA names (generic, avx2,
-// avx512).
+// avx512; on AArch64 neon alone).
 const RowKernels& row_kernels();
 
 }  // namespace fdd

@@ -1,4 +1,4 @@
-// Row kernels: avx2.
+// Row kernels: avx2. Empty on other architectures.
 #include "row_kernels.h"
 
 #if defined(__x86_64__)
@@ -7,17 +7,17 @@
 #else
 #pragma GCC target("avx2,fma,f16c")
 #endif
-#endif
 
 #define FDD_ISA isa_avx2
 #define FDD_ISA_NAME "avx2"
 #define FDD_LANES 8
 #include "row_kernels_impl.h"
 
-#if defined(__x86_64__) && defined(__clang__)
+#if defined(__clang__)
 #pragma clang attribute pop
 #endif
 
 namespace fdd {
 const RowKernels& row_kernels_avx2() { return isa_avx2::kKernels; }
 }  // namespace fdd
+#endif  // __x86_64__

@@ -6,6 +6,7 @@ FDD_KERNELS_SANITIZE=1 compiles with AddressSanitizer and UndefinedBehaviorSanit
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -24,8 +25,6 @@ FLAGS = (
     "-Wno-unused-parameter",
     "-Werror=switch",
 )
-# torch's own thread pool, through ATen/Parallel.h; its wheels bring the OpenMP runtime of g++.
-OPENMP = () if sys.platform == "darwin" else ("-fopenmp",)
 SANITIZERS = (
     "-fsanitize=address,undefined",
     "-fno-sanitize-recover=undefined",
@@ -45,9 +44,26 @@ def sources(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*") if path.suffix in (".cpp", ".h"))
 
 
+def openmp() -> tuple[list[str], list[str]]:
+    """Flags of the compiler and of the linker for OpenMP.
+
+    Without them at::parallel_for (ATen/Parallel.h) runs in one thread. On macOS clang knows the
+    option behind -Xclang alone, and torch's wheel brings omp.h and the runtime. The runtime is
+    loaded with torch, and the linker looks up its symbols then (-undefined dynamic_lookup, which
+    Python sets for every extension). One thread if this torch has no omp.h.
+    """
+    if sys.platform != "darwin":
+        return ["-fopenmp"], ["-fopenmp"]
+    torch = importlib.util.find_spec("torch")
+    if torch is None or not Path(torch.origin).parent.joinpath("include", "omp.h").is_file():
+        return [], []
+    return ["-Xclang", "-fopenmp"], []
+
+
 def flags() -> tuple[list[str], list[str]]:
     """Flags of the compiler and of the linker."""
-    compiling, linking = [*FLAGS, *OPENMP], list(OPENMP)
+    compiling, linking = openmp()
+    compiling = [*FLAGS, *compiling]
     if os.environ.get("FDD_KERNELS_SANITIZE", "0") == "1":
         compiling += [*SANITIZERS, "-O1"]
         linking += SANITIZERS

@@ -56,20 +56,29 @@ def run(command: list[str], folder: Path, **environment: str) -> str:
     return done.stdout
 
 
+def fresh_environment(folder: Path) -> tuple[str, Path]:
+    """Make an environment in folder/venv with this torch; return its Python and its packages."""
+    venv.create(folder / "venv", with_pip=True)
+    python = str(folder / "venv" / "bin" / "python")
+    packages = run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], folder
+    ).strip()
+    Path(packages, "torch_of_the_other_environment.pth").write_text(
+        f"{Path(torch.__file__).parent.parent}\n"
+    )
+    return python, Path(packages)
+
+
+def copy_sources(folder: Path) -> Path:
+    """Copy what an installation needs to folder/sources: pip builds among the sources."""
+    return shutil.copytree(ROOT, folder / "sources", ignore=shutil.ignore_patterns(*NOT_COPIED))
+
+
 def main() -> None:
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        venv.create(folder / "venv", with_pip=True)
-        python = str(folder / "venv" / "bin" / "python")
-        packages = run(
-            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], folder
-        ).strip()
-        Path(packages, "torch_of_the_other_environment.pth").write_text(
-            f"{Path(torch.__file__).parent.parent}\n"
-        )
-        # pip builds among them
-        shutil.copytree(ROOT, folder / "sources", ignore=shutil.ignore_patterns(*NOT_COPIED))
+        python, packages = fresh_environment(folder)
         run(
             [
                 python,
@@ -78,11 +87,11 @@ def main() -> None:
                 "install",
                 "--quiet",
                 "--disable-pip-version-check",
-                str(folder / "sources"),
+                str(copy_sources(folder)),
             ],
             folder,
         )
-        demo = Path(packages, "fdd_kernels", "demo")
+        demo = packages / "fdd_kernels" / "demo"
         assert (demo / "report.html.jinja").is_file()
         assert not (demo / "assets").exists()  # 9.8 MB, in the repository only
         print(f"installed, {time.monotonic() - started:.0f} s", flush=True)
