@@ -57,6 +57,9 @@ VARIANTS = {
     "KD + trajectory, 2 layers spread": FDDConfig.paper(
         beta=0.0, num_layers=2, layer_grid="linspace"
     ),
+    "full FDD, weighted, 2 layers spread": FDDConfig.paper(
+        derivative="weighted_cosine", num_layers=2, layer_grid="linspace"
+    ),
     "KD + trajectory, last layers": FDDConfig.paper(
         beta=0.0, student_layers=(1, 2, 3, 4), teacher_layers=(6, 7, 8, 9)
     ),

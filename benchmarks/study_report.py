@@ -56,9 +56,10 @@ class Difference:
 def frame(runs: study.Record) -> pd.DataFrame:
     """One row per finished run of the plan: part, budget, size, seed, objective, `kl` and `loss` in
     nats per token, `windows` (KL by window), `steps`; CPU seconds of its `own` steps, and `cpu`,
-    those with the teacher's forward passes.
+    those with the teacher's forward passes: of the main objectives, since variants that sample
+    other layers than each other run the teacher once for each.
     """
-    rows = []
+    rows, teacher = [], {}
     for setting in study.plan():
         entry = runs.of(setting)
         if entry is not None:
@@ -67,7 +68,8 @@ def frame(runs: study.Record) -> pd.DataFrame:
             row |= {"objective": setting.objective, "steps": run["steps"][-1]}
             row |= {"kl": run["held_out_kl"][-1], "loss": run["held_out_loss"][-1]}
             row |= {"own": run["cpu_seconds"][-1], "windows": np.array(run["window_kl"])}
-            row["cpu"] = row["own"] + _teacher_cpu(run)
+            group = setting.budget, setting.size, setting.seed
+            row["cpu"] = row["own"] + teacher.setdefault(group, _teacher_cpu(run))
             rows.append(row | {"run": run, "tokens": _tokens(setting)})
     return pd.DataFrame(rows)
 

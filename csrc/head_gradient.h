@@ -6,7 +6,7 @@
 namespace fdd {
 
 // Lends a thread tiles of the head's gradient as float32, whatever its dtype. A float32 gradient is
-// added to in place. A 16-bit one is rounded once, at its last sum: before, its own memory holds the
+// summed in place. A 16-bit one is rounded once, at its last sum: before, its own memory holds the
 // upper halves of the float32 sums, and `Gradients::weight_low` the lower ones.
 class HeadGradient {
  public:

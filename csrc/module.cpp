@@ -190,8 +190,7 @@ void grad(const fdd::Problem& p, const at::Tensor& shifts, const at::Tensor& req
           const at::Tensor& grad_moments, const std::optional<at::Tensor>& grad_hidden,
           const std::optional<at::Tensor>& grad_weight,
           const std::optional<at::Tensor>& grad_bias,
-          const std::optional<at::Tensor>& weight_low, bool first_call,
-                         bool last_call) {
+          const std::optional<at::Tensor>& weight_low, bool first_call, bool last_call) {
   py::gil_scoped_release release;
   at::NoGradGuard no_grad;
   fdd::compute_gradients(p, statistics(shifts, requests, moments),
@@ -216,8 +215,7 @@ void grad_of_cached(const fdd::Problem& p, const at::Tensor& memory, const at::T
                     const std::optional<at::Tensor>& grad_hidden,
                     const std::optional<at::Tensor>& grad_weight,
                     const std::optional<at::Tensor>& grad_bias,
-                    const std::optional<at::Tensor>& weight_low, bool first_call,
-                         bool last_call) {
+                    const std::optional<at::Tensor>& weight_low, bool first_call, bool last_call) {
   py::gil_scoped_release release;
   at::NoGradGuard no_grad;
   fdd::gradients_of(cached_logits(p, memory), statistics(shifts, requests, moments),
