@@ -373,7 +373,7 @@ VALUES = {
     "train_head": (False, False),
     "schedules": ("teacher_mix=linear:1,1,0,9", "teacher_mix=linear:1,1,0,9"),
     "stages": (STAGES, STAGES),
-    "gradient_balance": ("output_kd=1,ce=2;every=5", "output_kd=1,ce=2;every=5"),
+    "gradient_balance": ("output_kd=1,ce=2;every=5", "ce=2,output_kd=1;every=5"),
 }
 # Those that do not go with the others' `derivative_layers`.
 ALIGNMENT = {

@@ -18,6 +18,7 @@ from benchmarks.providers import PROVIDERS
 from benchmarks.runner import loss_shape
 from benchmarks.workloads import GPT2 as PAIR
 from fdd_kernels.backends import BACKENDS, why_unavailable
+from fdd_kernels.backends.cpu import tiling
 from fdd_kernels.cli.main import main
 from fdd_kernels.common.errors import UserError
 from fdd_kernels.common.sizes import parse_count, parse_size
@@ -189,7 +190,10 @@ def test_the_paper_pair_without_logits():
     one = 2048 * 151936 * 4
     assert dense.total > 23 * one
     gradients = 2 * (151936 * 896 + 5 * 2048 * 896)
-    assert fused.total - gradients < 128 * 2**20
+    # a 16-bit head's gradient over several blocks is summed in float32: 2 bytes more a number
+    head_sum = fused.parts["sum of the head's gradient"]
+    assert head_sum == 2 * 151936 * 896
+    assert fused.total - gradients - head_sum < tiling.CACHED_BYTES + 32 * 2**20
     assert input_bytes(shape) == 2 * (151936 + 5 * 2048) * (896 + 3584)
     assert "logits" in dense.arithmetic()
 
