@@ -4,11 +4,6 @@
 
 #include <ATen/core/Tensor.h>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
@@ -47,19 +42,6 @@ const char* gemm_library();
 // float32: only speed and, in the gradients, the rounding of `SplitGemm` depend on it.
 bool bf16_gemm();
 
-// Asks for huge pages in memory that is about to be written for the first time, where the system
-// gives them on request: one page fault instead of 512.
-inline void ask_for_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] size_t bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr size_t kHugePage = size_t(2) << 20;
-  if (bytes < 2 * kHugePage) return;
-  const size_t page = size_t(sysconf(_SC_PAGESIZE));
-  const size_t begin = (size_t(data) + page - 1) / page * page;
-  const size_t end = (size_t(data) + bytes) / page * page;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // may fail: a wish
-#endif
-}
-
 // Uninitialised floats, aligned for the widest vectors.
 class Scratch {
  public:
@@ -70,7 +52,6 @@ class Scratch {
     const size_t bytes = (size_t(count) * sizeof(float) + 127) / 64 * 64;
     data_.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
     if (!data_) throw std::bad_alloc();
-    ask_for_huge_pages(data_.get(), bytes);
     size_ = count;
   }
   float* get() const { return data_.get(); }

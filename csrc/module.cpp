@@ -173,11 +173,6 @@ fdd::CachedLogits cached_logits(const fdd::Problem& p, const at::Tensor& memory)
   return {p, memory.data_ptr<float>()};
 }
 
-// Asks for huge pages in memory that nothing was written to yet.
-void ask_for_huge_pages(const at::Tensor& tensor) {
-  fdd::ask_for_huge_pages(tensor.data_ptr(), tensor.nbytes());
-}
-
 void stats(const fdd::Problem& p, const at::Tensor& shifts, const at::Tensor& requests,
            const at::Tensor& moments) {
   py::gil_scoped_release release;
@@ -267,7 +262,6 @@ void multiply(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out,
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   py::class_<fdd::Problem>(m, "Problem").def(py::init(&problem));
   m.attr("built_for") = kBuiltFor;
-  m.def("ask_for_huge_pages", &ask_for_huge_pages);
   m.def("stats", &stats);
   m.def("grad", &grad);
   m.def("cache_size", &fdd::CachedLogits::size);

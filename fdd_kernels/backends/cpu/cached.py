@@ -12,7 +12,6 @@ from torch import Tensor
 from fdd_kernels.backends.cpu import extension, tiling
 from fdd_kernels.backends.cpu.problem import (
     F32,
-    empty,
     low_halves,
     new_gradients,
     place,
@@ -80,7 +79,7 @@ def stats_and_grad(
     for block in blocks:
         problem = problem_of(inputs, spec, block, tiles)
         if memory is None:  # the first block is the largest
-            memory = empty(extension.kernels.cache_size(problem))
+            memory = torch.empty(extension.kernels.cache_size(problem), **F32)
         extension.kernels.stats_and_cache(problem, memory, *statistics)
         of_block = upstream_of(block, *[t[..., block] for t in statistics])
         for whole, part in zip(per_row, of_block, strict=True):

@@ -84,13 +84,6 @@ def zero_statistics(inputs: LensInputs, spec: LensSpec) -> Statistics:
     )
 
 
-def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Allocate a tensor without values, of huge pages where it is large."""
-    tensor = torch.empty(shape, dtype=dtype, device="cpu")
-    extension.kernels.ask_for_huge_pages(tensor)
-    return tensor
-
-
 def new_gradients(
     inputs: LensInputs, spec: LensSpec, needed: list[bool], rows: Tensor
 ) -> tuple[list[Tensor | None], Tensor | None, Tensor | None]:
@@ -105,7 +98,7 @@ def new_gradients(
     ]
     grad_weight = None
     if needs_weight:
-        grad_weight = empty(*inputs.student_weight.shape, dtype=inputs.student_weight.dtype)
+        grad_weight = torch.empty_like(inputs.student_weight, memory_format=torch.contiguous_format)
         grad_weight[spec.columns if len(rows) else 0 :] = 0
     grad_bias = torch.zeros(len(inputs.student_bias), **F32) if needs_bias else None
     return grad_hidden, grad_weight, grad_bias
@@ -117,7 +110,7 @@ def low_halves(grad_weight: Tensor | None) -> Tensor | None:
     """
     if grad_weight is None or grad_weight.dtype == torch.float32:
         return None
-    return empty(*grad_weight.shape, dtype=torch.int16)
+    return torch.empty(grad_weight.shape, dtype=torch.int16, device="cpu")
 
 
 def place(sums: Tensor, rows: Tensor, grad_hidden: list[Tensor | None]) -> None:
