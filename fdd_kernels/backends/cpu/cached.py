@@ -46,7 +46,7 @@ def cached_rows(inputs: LensInputs, spec: LensSpec, needed: list[bool]) -> int:
         inputs.rows if inputs.valid is None else int(inputs.valid.sum()),
         spec.columns,
         weight.shape[1],
-        head_sum_bytes=weight.numel() * tiling.HALF
+        head_sum_bytes=tiling.HALF * weight.numel()
         if needed[-2] and weight.dtype != torch.float32
         else 0,
         threads=torch.get_num_threads(),
@@ -85,12 +85,9 @@ def stats_and_grad(
         for whole, part in zip(per_row, of_block, strict=True):
             whole[..., block] = part
         sums = torch.zeros(layers, len(block), width, **F32) if any(needed[:layers]) else None
+        first, last = block is blocks[0], block is blocks[-1]
         extension.kernels.grad_of_cached(
-            problem,
-            memory,
-            *(*per_row, sums, grad_weight, grad_bias, low),
-            block is blocks[0],
-            block is blocks[-1],
+            problem, memory, *per_row, sums, grad_weight, grad_bias, low, first, last
         )
         if sums is not None:
             place(sums, block, grad_hidden)

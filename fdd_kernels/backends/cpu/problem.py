@@ -116,12 +116,10 @@ def low_halves(grad_weight: Tensor | None) -> Tensor | None:
 def place(sums: Tensor, rows: Tensor, grad_hidden: list[Tensor | None]) -> None:
     """Round the float32 sums (L, rows, width) into the gradients of those rows."""
     first, last = int(rows[0]), int(rows[-1])
-    consecutive = last - first == len(rows) - 1
+    where = slice(first, last + 1) if last - first == len(rows) - 1 else rows
     for total, out in zip(sums, grad_hidden):
-        if out is not None and consecutive:
-            out[first : last + 1] = total
-        elif out is not None:
-            out[rows] = total.to(out.dtype)
+        if out is not None:
+            out[where] = total.to(out.dtype)
 
 
 def wanted(

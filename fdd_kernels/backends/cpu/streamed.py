@@ -77,23 +77,31 @@ def grad(
     if not len(rows):
         return wanted(inputs, grad_hidden, grad_weight, grad_bias)
 
-    def walk(some_rows: Tensor, sums: Tensor | None, *of_head) -> None:
+    def walk(
+        some_rows: Tensor,
+        sums: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        low: Tensor | None = None,
+        first: bool = True,
+        last: bool = True,
+    ) -> None:
         problem = _streamed_problem(inputs, spec, some_rows, backward=True)
-        extension.kernels.grad(problem, *per_row, sums, *of_head)
+        extension.kernels.grad(problem, *per_row, sums, weight, bias, low, first, last)
 
     def walk_sets(weight: Tensor | None, bias: Tensor | None) -> None:
         low = low_halves(weight) if len(row_sets) > 1 else None
         for some_rows in row_sets:
             sums = torch.zeros(layers, len(some_rows), width, **F32)
-            place_in_sum = some_rows is row_sets[0], some_rows is row_sets[-1]
-            walk(some_rows, sums, weight, bias, low, *place_in_sum)
+            first, last = some_rows is row_sets[0], some_rows is row_sets[-1]
+            walk(some_rows, sums, weight, bias, low, first, last)
             place(sums, some_rows, grad_hidden)
 
     most_rows = max(1, tiling.HIDDEN_BYTES // (FLOAT * layers * width))
     row_sets = rows.split(most_rows) if any(needs_hidden) else ()
     if not row_sets:
         if needs_weight or needs_bias:
-            walk(rows, None, grad_weight, grad_bias, None, True, True)
+            walk(rows, None, grad_weight, grad_bias)
     elif (
         not needs_weight
         or grad_weight.dtype == torch.float32
@@ -103,5 +111,5 @@ def grad(
         walk_sets(grad_weight, grad_bias)
     else:
         walk_sets(None, None)
-        walk(rows, None, grad_weight, grad_bias, None, True, True)
+        walk(rows, None, grad_weight, grad_bias)
     return wanted(inputs, grad_hidden, grad_weight, grad_bias)
