@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,8 @@ RATES = {
     for word, factor in (("half", 0.5), ("twice", 2.0))
 }
 RATES_AT = "4x"
-# Deep students at one budget: which layers to sample? In those of 10 layers four spread ones are
-# the paper's. The learning rate is the better of 2.5e-3 and 5e-3 for output KD in 10 layers.
+# Deep students: which layers to sample? The learning rate is the better of 2.5e-3 and 5e-3 for
+# output KD in 10 layers, 125 steps, seed 0.
 DEEP = {
     f"{depth} layers, width 64": {
         "hidden_size": 64,
@@ -85,9 +86,20 @@ DEEP = {
     }
     for depth in (10, 12)
 }
-DEEP_AT = "4x"
-DEEP_MAIN = ("output KD", "KD + trajectory", "full FDD, weighted")
-DEEP_VARIANTS = ("KD + trajectory, 2 layers spread", "full FDD, weighted, 2 layers spread")
+# In a student of 5 or 10 layers these are the paper's.
+CONFIGS["KD + trajectory, 4 layers spread"] = FDDConfig.paper(beta=0.0, layer_grid="linspace")
+# Part, budget, sizes, objectives. Output KD at 16x is what others are compared with at equal time.
+DEEP_RUNS = (
+    ("main", "4x", tuple(DEEP), ("output KD", "KD + trajectory", "full FDD, weighted")),
+    ("main", "16x", tuple(DEEP), ("output KD",)),
+    (
+        "variants",
+        "4x",
+        tuple(DEEP),
+        ("KD + trajectory, 2 layers spread", "full FDD, weighted, 2 layers spread"),
+    ),
+    ("variants", "4x", ("12 layers, width 64",), ("KD + trajectory, 4 layers spread",)),
+)
 
 
 @dataclass(frozen=True)
@@ -130,11 +142,11 @@ class Setting:
 def plan() -> Iterator[Setting]:
     """All runs, in the order in which they are done: every stop leaves a balanced table."""
 
-    def deep(part: str, objectives: tuple[str, ...]) -> Iterator[Setting]:
-        for seed in range(SEEDS):
-            for size in DEEP:
+    def deep(part: str) -> Iterator[Setting]:
+        for of_part, budget, sizes, objectives in DEEP_RUNS:
+            for seed, size in product(range(SEEDS), sizes if of_part == part else ()):
                 for objective in objectives:
-                    yield Setting(part, DEEP_AT, size, seed, objective)
+                    yield Setting(part, budget, size, seed, objective)
 
     budgets, size = VARIANTS_AT
     for budget in BUDGETS:
@@ -142,7 +154,7 @@ def plan() -> Iterator[Setting]:
             for every in SIZES:
                 for objective in MAIN:
                     yield Setting("main", budget, every, seed, objective)
-    yield from deep("main", DEEP_MAIN)
+    yield from deep("main")
     for budget in budgets:
         for seed in range(SEEDS):
             for objective in VARIANTS:
@@ -151,7 +163,7 @@ def plan() -> Iterator[Setting]:
         for of_rate in RATES:
             for objective in MAIN:
                 yield Setting("variants", RATES_AT, of_rate, seed, objective)
-    yield from deep("variants", DEEP_VARIANTS)
+    yield from deep("variants")
 
 
 class Record:
