@@ -86,6 +86,11 @@ DEEP = {
     }
     for depth in (10, 12)
 }
+DEEP_SLOW = {
+    f"{size}, half the learning rate": options | {"learning_rate": 2.5e-3}
+    for size, options in DEEP.items()
+    if options["num_layers"] == 10
+}
 # In a student of 5 or 10 layers these are the paper's.
 CONFIGS["KD + trajectory, 4 layers spread"] = FDDConfig.paper(beta=0.0, layer_grid="linspace")
 # Part, budget, sizes, objectives. Output KD at 16x is what others are compared with at equal time.
@@ -99,6 +104,7 @@ DEEP_RUNS = (
         ("KD + trajectory, 2 layers spread", "full FDD, weighted, 2 layers spread"),
     ),
     ("variants", "4x", ("12 layers, width 64",), ("KD + trajectory, 4 layers spread",)),
+    ("variants", "4x", tuple(DEEP_SLOW), ("output KD", "KD + trajectory")),
 )
 
 
@@ -124,7 +130,7 @@ class Setting:
 
     def training(self) -> Budget:
         """Size and training of the student."""
-        return Budget(**BUDGETS[self.budget], **(SIZES | RATES | DEEP)[self.size])
+        return Budget(**BUDGETS[self.budget], **(SIZES | RATES | DEEP | DEEP_SLOW)[self.size])
 
     def key(self) -> str:
         """Identify the run by all that was set, not by names, as JSON."""
