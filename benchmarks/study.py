@@ -87,9 +87,8 @@ DEEP = {
     for depth in (10, 12)
 }
 DEEP_SLOW = {
-    f"{size}, half the learning rate": options | {"learning_rate": 2.5e-3}
-    for size, options in DEEP.items()
-    if options["num_layers"] == 10
+    "10 layers, width 64, half the learning rate": DEEP["10 layers, width 64"]
+    | {"learning_rate": 2.5e-3}
 }
 # In a student of 5 or 10 layers these are the paper's.
 CONFIGS["KD + trajectory, 4 layers spread"] = FDDConfig.paper(beta=0.0, layer_grid="linspace")
