@@ -147,7 +147,9 @@ def do_step(arguments: argparse.Namespace) -> int:
     if arguments.quick:
         arguments.repeats = arguments.repeats or 1
     losses = list(steps.LOSSES.values())
-    about = {"module": "benchmarks.step_measure", "show": _show_step, "part": arguments.quick}
+    about = {"module": "benchmarks.step_measure", "part": arguments.quick}
+    if len(workloads) > 1:  # the tables of the whole record are those of its only step
+        about["show"] = _show_step
     return _measure(arguments, steps.SUITE, workloads, losses, device, False, **about)
 
 
