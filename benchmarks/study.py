@@ -92,10 +92,9 @@ DEEP_SLOW = {
 }
 # In a student of 5 or 10 layers these are the paper's.
 CONFIGS["KD + trajectory, 4 layers spread"] = FDDConfig.paper(beta=0.0, layer_grid="linspace")
-# Part, budget, sizes, objectives. Output KD at 16x is what others are compared with at equal time.
+# Part, budget, sizes, objectives.
 DEEP_RUNS = (
     ("main", "4x", tuple(DEEP), ("output KD", "KD + trajectory", "full FDD, weighted")),
-    ("main", "16x", tuple(DEEP), ("output KD",)),
     (
         "variants",
         "4x",

@@ -145,9 +145,10 @@ def table(runs: pd.DataFrame, every: pd.DataFrame, budget: str) -> list[str]:
             "of seeds": f"{own.kl.min():.2f} to {own.kl.max():.2f}",
         }
         row["loss"] = f"{own.loss.mean():.3f}"
-        for reference in REFERENCES:
-            is_baseline = objective == "output KD"  # it stands in the other rows
-            compared = None if is_baseline else difference(runs, objective, reference)
+        rank = REFERENCES.index(objective) if objective in REFERENCES else len(REFERENCES)
+        for reference in REFERENCES:  # an earlier one stands in the rows of the later ones
+            earlier = reference in REFERENCES[:rank]
+            compared = difference(runs, objective, reference) if earlier else None
             row[f"KL minus {reference}"] = _shown(compared)
             if compared and compared.exceeds_noise:
                 word = "below" if compared.mean < 0 else "above"
