@@ -16,7 +16,7 @@ namespace fdd {
 namespace {
 
 constexpr int64_t kPieceDepth = 256;
-constexpr int64_t kPieceColumns = 256;
+constexpr int64_t kPieceColumns = 512;
 
 // How many rows of an operand B of type T are interleaved.
 template <class T>

@@ -79,7 +79,7 @@ def stats_and_grad(
     for block in blocks:
         problem = problem_of(inputs, spec, block, tiles)
         if memory is None:  # the first block is the largest
-            memory = torch.empty(extension.kernels.cache_size(problem), **F32)
+            memory = extension.kernels.cache_memory(problem)
         extension.kernels.stats_and_cache(problem, memory, *statistics)
         of_block = upstream_of(block, *[t[..., block] for t in statistics])
         for whole, part in zip(per_row, of_block, strict=True):
