@@ -84,7 +84,7 @@ def stats_and_grad(
         of_block = upstream_of(block, *[t[..., block] for t in statistics])
         for whole, part in zip(per_row, of_block, strict=True):
             whole[..., block] = part
-        sums = torch.zeros(layers, len(block), width, **F32) if any(needed[:layers]) else None
+        sums = torch.empty(layers, len(block), width, **F32) if any(needed[:layers]) else None
         first, last = block is blocks[0], block is blocks[-1]
         extension.kernels.grad_of_cached(
             problem, memory, *per_row, sums, grad_weight, grad_bias, low, first, last
