@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,28 @@ from benchmarks.providers import PROVIDERS, Provider, gradients_of
 from benchmarks.workloads import Workload
 from fdd_kernels.testing import Problem
 
-Report = Callable[[str, Any], None]
 # How peak memory is measured on each kind of device, as records name it.
 MEMORY_IN_USE = {
     "cuda": "max_memory_allocated",
     "cpu": "resident high-water, freed memory given back",
 }
+
+
+@dataclass(frozen=True)
+class Job:
+    """One measurement of some providers on one workload.
+
+    Attributes:
+        repeats: rounds of a measurement of time, after its warm-up.
+        report: `report(key, value)` writes an event: ("running", provider or None), (provider,
+            result), ("products", summary of the GEMMs).
+    """
+
+    workload: Workload
+    providers: list[Provider]
+    repeats: int
+    device: torch.device
+    report: Callable[[str, Any], None]
 
 
 def synchronize(device: torch.device) -> None:
@@ -49,25 +66,35 @@ def clock(device: torch.device, run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def time_step(
+    device: torch.device,
+    loss: Callable[..., torch.Tensor],
+    run: Callable[[Callable[..., torch.Tensor]], Any],
+) -> tuple[float, float, Any]:
+    """Time `run(loss)`: seconds until the loss is there, seconds of all, and what it returns."""
+    middle = 0.0
+
+    def timed(*arguments: Any) -> torch.Tensor:
+        nonlocal middle
+        found = loss(*arguments)
+        synchronize(device)
+        middle = time.perf_counter()
+        return found
+
+    synchronize(device)
+    start = time.perf_counter()
+    found = run(timed)
+    synchronize(device)
+    return middle - start, time.perf_counter() - start, found
+
+
 def step(
     provider: Provider, problem: Problem, options: dict, device: torch.device
 ) -> tuple[float, float, dict]:
     """Run one forward and backward pass: seconds of the forward, of both, gradients by name."""
-    middle = 0.0
-
-    def loss_of(problem: Problem, options: dict) -> torch.Tensor:
-        nonlocal middle
-        loss = provider.loss(problem, options)
-        synchronize(device)
-        middle = time.perf_counter()
-        return loss
-
-    problem = problem.map(lambda t: t)
-    synchronize(device)
-    start = time.perf_counter()
-    _, gradients = gradients_of(loss_of, problem, options)
-    synchronize(device)
-    return middle - start, time.perf_counter() - start, gradients
+    leaves = problem.map(lambda t: t)
+    run = lambda loss: gradients_of(loss, leaves, options)[1]  # noqa: E731
+    return time_step(device, provider.loss, run)
 
 
 def spread(values: list[float]) -> dict[str, Any]:
@@ -76,19 +103,11 @@ def spread(values: list[float]) -> dict[str, Any]:
     return {"median": statistics.median(values)} | ends
 
 
-def time_workload(
-    workload: Workload,
-    providers: list[Provider],
-    repeats: int,
-    device: torch.device,
-    report: Report,
-) -> None:
+def time_workload(job: Job) -> None:
     """Time the providers in turn, `repeats` rounds after a warm-up round, GEMMs in every round, and
     the call beside it by this package's backends.
-
-    Calls `report(key, value)`: ("running", provider) before each warm-up, (provider, result),
-    ("products", summary of the GEMMs).
     """
+    workload, providers, device = job.workload, job.providers, job.device
     problem = build_problem(workload, device)
     gemms, check = GemmTimes(workload, problem), TimedCallCheck(workload, problem)
     found: dict[str, dict[str, Any]] = {}
@@ -96,7 +115,7 @@ def time_workload(
     timed = partial(clock, device)
     gemms.measure(timed)
     for provider in providers:
-        report("running", provider.name)
+        job.report("running", provider.name)
         _, warm_up, gradients = step(provider, problem, provider.options(workload), device)
         found[provider.name] = {"warm_up": warm_up, "check": check.run(provider, gradients)}
         found[provider.name] |= {"forward": [], "total": []}
@@ -105,9 +124,9 @@ def time_workload(
     for provider in besides:
         step(provider, problem, workload.options_beside, device)
         found[provider.name]["beside"] = []
-    report("running", None)
+    job.report("running", None)
     gemms.drop_first()
-    for _ in range(repeats):
+    for _ in range(job.repeats):
         gemms.measure(timed)
         for provider in providers:
             forward, total, _ = step(provider, problem, provider.options(workload), device)
@@ -116,28 +135,22 @@ def time_workload(
         for provider in besides:
             _, total, _ = step(provider, problem, workload.options_beside, device)
             found[provider.name]["beside"].append(total)
-    report("products", gemms.summary())
+    job.report("products", gemms.summary())
     for name, result in found.items():
         rate = workload.rows / statistics.median(result["total"])
         times = {
             key: spread(result[key]) for key in ("forward", "total", "beside") if key in result
         }
-        report(name, result | times | {"tokens_per_second": rate})
+        job.report(name, result | times | {"tokens_per_second": rate})
 
 
-def check_accuracy(
-    workload: Workload,
-    providers: list[Provider],
-    repeats: int,
-    device: torch.device,
-    report: Report,
-) -> None:
-    """Run the small check of every provider; call `report(provider, result)`."""
-    check = small_check(workload, device)
-    for provider in providers:
-        report("running", provider.name)
-        report(provider.name, check.run(provider))
-    report("running", None)
+def check_accuracy(job: Job) -> None:
+    """Run the small check of every provider."""
+    check = small_check(job.workload, job.device)
+    for provider in job.providers:
+        job.report("running", provider.name)
+        job.report(provider.name, check.run(provider))
+    job.report("running", None)
 
 
 def status_bytes(field: str) -> int:
@@ -178,20 +191,14 @@ def peak_memory(device: torch.device) -> int:
     return torch.cuda.max_memory_allocated() if device.type == "cuda" else status_bytes("VmHWM")
 
 
-def measure_memory(
-    workload: Workload,
-    providers: list[Provider],
-    repeats: int,
-    device: torch.device,
-    report: Report,
-) -> None:
+def measure_memory(job: Job) -> None:
     """Measure peak memory of one forward and backward pass beyond the inputs, in a fresh process.
 
     A call of tiny shape comes first, so that libraries, their code and their threads do not count.
     On a CPU the peak is of resident memory, in a process whose allocator gives freed memory back
     (`runner.RETURN_FREED_MEMORY`). The gradients are part of it, and are also reported alone.
     """
-    (provider,) = providers
+    (provider,), workload, device = job.providers, job.workload, job.device
     widths = min(workload.student_width, 64), min(workload.teacher_width, 64)
     tiny = workload.resized(min(workload.rows, 64), min(workload.columns, 256), *widths)
     step(provider, build_problem(tiny, device), provider.options(tiny), device)
@@ -200,7 +207,7 @@ def measure_memory(
         if rows.requires_grad:
             rows.backward()
     problem = build_problem(workload, device)
-    report("running", provider.name)
+    job.report("running", provider.name)
     before = begin_peak(device)
     _, seconds, gradients = step(provider, problem, provider.options(workload), device)
     peak = peak_memory(device)
@@ -214,26 +221,29 @@ def measure_memory(
         "measure": MEMORY_IN_USE[device.type],
         "seconds": seconds,
     }
-    report(provider.name, result)
+    job.report(provider.name, result)
 
 
 def do_job(
-    job_file: str,
-    providers: dict[str, Provider],
-    measures: dict[str, Callable[..., None]],
+    job_file: str, providers: dict[str, Provider], measures: dict[str, Callable[[Job], None]]
 ) -> None:
-    """Do a job and report: `measures[name](workload, providers, repeats, device, report)`."""
-    job: dict[str, Any] = json.loads(Path(job_file).read_text())
-    torch.set_num_threads(job["threads"])
-    workload, device = Workload.from_json(job["workload"]), torch.device(job["device"])
-    chosen = [providers[name] for name in job["providers"]]
-    with open(job["events"], "a") as events:
+    """Do the job of a file, in the form that `runner.py` writes."""
+    about: dict[str, Any] = json.loads(Path(job_file).read_text())
+    torch.set_num_threads(about["threads"])
+    with open(about["events"], "a") as events:
 
         def report(key: str, value: Any) -> None:
             events.write(json.dumps([key, value]) + "\n")
             events.flush()
 
-        measures[job["measure"]](workload, chosen, job["repeats"], device, report)
+        job = Job(
+            Workload.from_json(about["workload"]),
+            [providers[name] for name in about["providers"]],
+            about["repeats"],
+            torch.device(about["device"]),
+            report,
+        )
+        measures[about["measure"]](job)
 
 
 MEASURES = {"time": time_workload, "accuracy": check_accuracy, "memory": measure_memory}

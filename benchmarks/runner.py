@@ -305,8 +305,9 @@ def memory_limit(device: str) -> int:
     return min(limits)
 
 
-def peaks_on_record(data: dict[str, Any]) -> list[tuple[str, int, int]]:
-    """List (workload / provider, predicted bytes, measured bytes) of every peak of memory in use.
+def peaks_on_record(data: dict[str, Any]) -> list[tuple[str, int, int, int | None]]:
+    """List (workload / provider, predicted bytes, measured bytes, bytes predicted by the code that
+    was measured) of every peak of memory in use.
 
     The oldest records count memory that an allocator cached besides, and are left out.
     """
@@ -322,6 +323,6 @@ def peaks_on_record(data: dict[str, Any]) -> list[tuple[str, int, int]]:
                 where = {"threads": threads, "device": data["device"]}
                 predicted = predicted_memory(workload, name, **where)
                 if predicted is not None:
-                    peak = held["beyond_inputs"]
-                    found.append((f"{workload.name} / {name}", predicted.total, peak))
+                    peak, then = held["beyond_inputs"], entry["predicted_memory"]
+                    found.append((f"{workload.name} / {name}", predicted.total, peak, then))
     return found

@@ -5,7 +5,6 @@ benchmarks.step_measure JOB.json`, started by `runner.py`.
 from __future__ import annotations
 
 import sys
-import time
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,21 +15,21 @@ from torch import Tensor
 from benchmarks import steps
 from benchmarks.accuracy import COARSE, COARSE_ROUNDED
 from benchmarks.call import Call
+from benchmarks.dense import fdd_rows
 from benchmarks.gemms import GemmTimes
 from benchmarks.inputs import build_problem
 from benchmarks.measure import (
     MEMORY_IN_USE,
-    Report,
+    Job,
     begin_peak,
     clock,
     do_job,
     peak_memory,
     spread,
-    synchronize,
+    time_step,
 )
 from benchmarks.providers import Provider
 from benchmarks.steps import LAYERS, LOSSES, Models
-from benchmarks.workloads import Workload
 from fdd_kernels.testing import unit_roundoff, value_floors
 
 CHECKED_ROWS = 8  # whose rounding is bounded
@@ -39,18 +38,9 @@ WARM_UP_TOKENS = 16
 
 def train(models: Models, provider: Provider, device: torch.device) -> tuple[float, float]:
     """Run one training step: seconds until the loss is there, and of the whole step."""
-    middle = 0.0
-
-    def loss_of() -> Tensor:
-        nonlocal middle
-        loss = provider.loss(models, provider.drops)
-        synchronize(device)
-        middle = time.perf_counter()
-        return loss
-
-    start = time.perf_counter()
-    whole = clock(device, lambda: models.train(loss_of))
-    return middle - start, whole
+    run = lambda loss: models.train(lambda: loss(models, provider.drops))  # noqa: E731
+    forward, total, _ = time_step(device, provider.loss, run)
+    return forward, total
 
 
 def loss_and_gradients(models: Models, provider: Provider) -> tuple[float, list[Tensor]]:
@@ -63,21 +53,22 @@ def loss_and_gradients(models: Models, provider: Provider) -> tuple[float, list[
 def allowed_difference(models: Models, options: dict[str, Any], loss: float) -> float:
     """Bound the difference of two right losses of the batch, of the size of `loss`.
 
-    Either may round its logits to the models' dtype: a row's value is then off by at most
-    `value_floors`, and the mean over rows by at most the largest of these, taken from a few rows.
-    The float32 mean itself rounds by (2 + sqrt(R)) u, as in `fdd_kernels.testing.budgets`.
+    As in `fdd_kernels.testing.budgets`, a row is off by at most twice the error of the dense loss
+    against float64 (in bf16 its logits are rounded), plus what float32 arithmetic may lose. The
+    mean over rows is off by at most the largest of these, taken from a few rows. The float32 mean
+    itself rounds by (2 + sqrt(R)) u.
     """
     student, teacher = models.head_inputs(options, CHECKED_ROWS)
     heads = [m.get_output_embeddings().weight for m in (models.student, models.teacher)]
     call = Call(student, heads[0].detach(), teacher, heads[1])
-    rounding = unit_roundoff(heads[0].dtype)
+    found, exact = (fdd_rows(p, steps.DERIVATIVE) for p in (call, call.to(torch.float64)))
     about = steps.loss_options(models, options) | {"reduction": "none"}
-    floors = value_floors(call, rounding=rounding, **about).loss
-    rows = models.batch["labels"].numel()
-    return 2 * (float(floors.max()) + (2 + rows**0.5) * unit_roundoff(torch.float32) * abs(loss))
+    rows = 2 * (found.double() - exact).abs() + value_floors(call, **about).loss
+    relative = (2 + models.batch["labels"].numel() ** 0.5) * unit_roundoff(torch.float32)
+    return float(rows.max()) + 2 * relative * abs(loss)
 
 
-def compare(models: Models, providers: list[Provider], report: Report) -> dict[str, dict]:
+def compare(models: Models, job: Job) -> dict[str, dict]:
     """Check that dense and ours compute the same loss and gradients, for output KD and for FDD.
 
     Returns the check of each provider, in the form of records. Which of two that differ is wrong
@@ -85,16 +76,16 @@ def compare(models: Models, providers: list[Provider], report: Report) -> dict[s
     """
     checks: dict[str, dict] = {}
     for options in (steps.KD, {}):
-        both = [p for p in providers if p.drops == options]
+        both = [p for p in job.providers if p.drops == options]
         found = []
         for provider in both:
-            report("running", provider.name)
+            job.report("running", provider.name)
             found.append(loss_and_gradients(models, provider))
         check: dict[str, Any] = {"losses": [loss for loss, _ in found], "passed": True}
         if len(found) == 2:
             check |= _difference(models, options, *found)
         checks |= {provider.name: check for provider in both}
-    report("running", None)
+    job.report("running", None)
     return checks
 
 
@@ -121,65 +112,52 @@ def _difference(
     return found | {"passed": not reasons, "reason": "; its ".join(reasons) or None}
 
 
-def time_steps(
-    workload: Workload,
-    providers: list[Provider],
-    repeats: int,
-    device: torch.device,
-    report: Report,
-) -> None:
+def time_steps(job: Job) -> None:
     """Time steps with the losses in turn, `repeats` rounds after a warm-up round, on the same two
     models; in every round the GEMMs that FDD adds to output KD.
 
-    Calls `report(key, value)`: ("running", provider), (provider, result), ("products", summary of
-    the GEMMs). A provider whose loss is not its partner's is not timed: its result has the check
-    alone.
+    A provider whose loss is not its partner's is not timed: its result has the check alone.
     """
+    workload, device = job.workload, job.device
     models = steps.of_workload(workload, device)
-    checks = compare(models, providers, report)
-    able = [p for p in providers if checks[p.name]["passed"]]
+    checks = compare(models, job)
+    able = [p for p in job.providers if checks[p.name]["passed"]]
     added = replace(workload, layers=LAYERS - 1)
     gemms = GemmTimes(added, build_problem(added, device))
 
     times: dict[str, list[tuple[float, float]]] = {p.name: [] for p in able}
-    for _ in range(1 + repeats):
+    for _ in range(1 + job.repeats):
         gemms.measure(partial(clock, device))
         for provider in able:
-            report("running", provider.name)
+            job.report("running", provider.name)
             times[provider.name].append(train(models, provider, device))
-    report("running", None)
+    job.report("running", None)
     gemms.drop_first()
-    report("products", gemms.summary())
+    job.report("products", gemms.summary())
     for name, check in checks.items():
         if name not in times:
-            report(name, {"check": check})
+            job.report(name, {"check": check})
             continue
         (_, warm_up), *rounds = times[name]
         forward, total = (spread(list(of_round)) for of_round in zip(*rounds))
         result = {"check": check, "warm_up": warm_up, "forward": forward, "total": total}
-        report(name, result | {"tokens_per_second": (workload.rows + 1) / total["median"]})
+        job.report(name, result | {"tokens_per_second": (workload.rows + 1) / total["median"]})
 
 
-def step_memory(
-    workload: Workload,
-    providers: list[Provider],
-    repeats: int,
-    device: torch.device,
-    report: Report,
-) -> None:
+def step_memory(job: Job) -> None:
     """Measure the peak memory of one training step in a fresh process: beyond the interpreter, and
     beyond both models.
 
     A step of a toy pair comes first, so that libraries, their code and their threads do not count;
     a step with few tokens makes the optimizer's state, which is there in every later step.
     """
-    (provider,) = providers
+    (provider,), workload, device = job.providers, job.workload, job.device
     pair, dtype = steps.PAIRS[workload.pair], getattr(torch, workload.dtype)
     train(Models(pair.toy, (1, WARM_UP_TOKENS), dtype, device), provider, device)
     interpreter = begin_peak(device)
     models = steps.of_workload(workload, device)
     loaded = begin_peak(device)
-    report("running", provider.name)
+    job.report("running", provider.name)
     whole = models.batch
     models.batch = {name: tensor[:, :WARM_UP_TOKENS] for name, tensor in whole.items()}
     train(models, provider, device)
@@ -198,7 +176,7 @@ def step_memory(
         "measure": MEMORY_IN_USE[device.type],
         "seconds": seconds,
     }
-    report(provider.name, result)
+    job.report(provider.name, result)
 
 
 MEASURES = {"time": time_steps, "memory": step_memory}

@@ -27,6 +27,7 @@ _UNTIED = {"tie_word_embeddings": False} | _TOKENS
 # All losses are those of the same states.
 _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} | _TOKENS
 KD = {"alpha": 0.0, "beta": 0.0}  # options that leave output KD alone
+DERIVATIVE = {"derivative": "cosine"}  # of the published FDD, as `dense.row_losses_of` takes it
 
 
 @dataclass(frozen=True)
@@ -176,13 +177,18 @@ class Models:
             self._distillers[key] = Distiller(self.student, self.teacher, config)
         return self._distillers[key]
 
+    def _run(self, model: nn.Module, *, hidden: bool) -> tuple[nn.Module, Any]:
+        """Run a model on the batch: its final norm, and its output, with states if `hidden`."""
+        inputs = {name: self.batch[name] for name in ("input_ids", "attention_mask")}
+        output = model(**inputs, output_hidden_states=hidden, use_cache=False)
+        return model.get_submodule(self.pair.norm), output
+
     def log_probabilities(self, model: nn.Module, layers: Sequence[int]) -> list[Tensor]:
         """Compute log-probabilities of the tokens that have a next one, (R, V) each: after so many
         blocks through final norm and head, then those of the model's own logits.
         """
-        inputs = {name: self.batch[name] for name in ("input_ids", "attention_mask")}
-        found = model(**inputs, output_hidden_states=bool(layers), use_cache=False)
-        norm, head = model.get_submodule(self.pair.norm), model.get_output_embeddings().weight
+        norm, found = self._run(model, hidden=bool(layers))
+        head = model.get_output_embeddings().weight
         states = [found.hidden_states[layer][:, :-1] for layer in layers]
         lens = [dense.log_probabilities(norm(h).flatten(0, 1), head) for h in states]
         logits = found.logits[:, :-1].flatten(0, 1)
@@ -195,9 +201,8 @@ class Models:
         """
         found = []
         for model, layers in zip((self.student, self.teacher), self.layers(options)):
-            inputs = {name: self.batch[name] for name in ("input_ids", "attention_mask")}
-            states = model(**inputs, output_hidden_states=True, use_cache=False).hidden_states
-            norm = model.get_submodule(self.pair.norm)
+            norm, output = self._run(model, hidden=True)
+            states = output.hidden_states
             rows = torch.linspace(0, self.batch["labels"].shape[1] - 2, count).long().unique()
             # The last of transformers' states is normed already.
             normed = [*[norm(states[layer]) for layer in layers], states[-1]]
@@ -232,7 +237,7 @@ def dense_loss(models: Models, options: dict[str, Any]) -> Tensor:
     student = models.log_probabilities(models.student, of_student)
     with torch.no_grad():
         teacher = models.log_probabilities(models.teacher, of_teacher)
-    return dense.row_losses_of(student, teacher, {"derivative": "cosine"}).mean()
+    return dense.row_losses_of(student, teacher, DERIVATIVE).mean()
 
 
 def fused_loss(models: Models, options: dict[str, Any]) -> Tensor:

@@ -14,9 +14,11 @@ from typing import Any
 
 PACKAGE = Path(__file__).resolve().parent
 # The instruction sets of GEMMs and row kernels are chosen at run time, so no flag depends on this
-# machine. -Werror=switch: a divergence missing in a switch would be computed as another one.
+# machine. -Werror=switch: a divergence missing in a switch would be computed as another one. -g0:
+# Python adds -g, which is most of the library's size.
 FLAGS = (
     "-O3",
+    "-g0",
     "-std=c++20",
     "-fno-math-errno",
     "-Wall",

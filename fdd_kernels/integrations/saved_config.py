@@ -40,5 +40,5 @@ def warn_of_another_config(where: str, saved: Mapping[str, Any] | None, config: 
             f"{where} has {before}, and fdd_config has {given}: the training continues with "
             "fdd_config, another loss than before. Give FDDConfig the options of the checkpoint to "
             "continue with its loss",
-            stacklevel=3,
+            stacklevel=4,
         )

@@ -40,9 +40,8 @@ class SavedOptions(TrainedProjection):
         if checkpoint is None:
             return
         self._follow_model()
-        config, state = (Path(checkpoint) / name for name in (CONFIG_FILE, STATE_FILE))
-        saved = json.loads(config.read_text("utf-8")) if config.is_file() else None
-        warn_of_another_config(checkpoint, saved, self.distiller.config)
+        self._compare_options(Path(checkpoint))
+        state = Path(checkpoint) / STATE_FILE
         if self.distiller.config.changes:
             self.distiller.load_state_dict(json.loads(state.read_text("utf-8")))
         elif state.is_file():
@@ -51,3 +50,9 @@ class SavedOptions(TrainedProjection):
                 "not have: it is left out",
                 stacklevel=2,
             )
+
+    def _compare_options(self, checkpoint: Path) -> None:
+        """Warn of options of the loss that are not those of the checkpoint."""
+        config = checkpoint / CONFIG_FILE
+        saved = json.loads(config.read_text("utf-8")) if config.is_file() else None
+        warn_of_another_config(str(checkpoint), saved, self.distiller.config)

@@ -166,17 +166,13 @@ class DenseCall:
         return lost
 
 
-def dense_call(
-    problem: Problem, unit: float | None, options: dict[str, Any], rounding: float | None = None
-) -> DenseCall:
+def dense_call(problem: Problem, unit: float | None, options: dict[str, Any]) -> DenseCall:
     """Compute a call's plan and dense logits, differentiable in float64 leaves of `problem`.
 
-    `unit` is the roundoff of GEMMs and sums, `rounding` that of the finished logits, as a bfloat16
-    GEMM rounds the sums that it adds up in float32; None: the same.
+    `unit` is the roundoff of GEMMs and sums.
     """
     tiny = torch.finfo(working_dtype(problem)).tiny
     unit = working_unit(problem) if unit is None else unit
-    rounding = unit if rounding is None else rounding
     p = problem if problem.student_weight.dtype == torch.float64 else problem.to(torch.float64)
     options = dict(options)
     items = options.pop("num_items_in_batch", None)
@@ -196,6 +192,6 @@ def dense_call(
             # A soft cap's derivative is at most 1; scaling, capping and dividing round three times
             # more.
             off = scale * gemm_rounding(h, weight, bias, unit)
-            off = off + 3 * rounding * u.abs().where(u.isfinite(), 0.0)
+            off = off + 3 * unit * u.abs().where(u.isfinite(), 0.0)
             models[-1].append((u, off.detach()))
     return DenseCall(o, plan, unit, tiny, tensors.valid, denominator, weights, *models)

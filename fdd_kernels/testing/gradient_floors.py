@@ -160,16 +160,18 @@ def _gradient_parts(call: DenseCall, s: Tensor, t: Tensor, z: Tensor) -> list[Te
     """Compute the multiples of s, t and s - t, (R, C) each, whose sum is the gradient of a weighted
     distance. Where few tokens have all the weight, the vectors are nearly parallel and it cancels.
 
-    The factor of s may be a difference of t.t and s.s: it has the size of these.
+    The factor of s may be a difference of t.t and s.s, over 2 |s|^3 |t|: it has the size of these.
+    |s|^3 may underflow where the gradient is finite, so that s is divided by |s| first.
     """
     kind, root = call.options.derivative, z.softmax(-1).sqrt()
     s, t = centred(kind, s, t, z)
     sums, (_, of_st, of_dd) = sums_and_grads(kind, s, t)
     ss, tt = sums.squares[0]
-    ratio = torch.where((ss > 0) & (tt > 0), tt / ss, torch.inf)
-    of_ss = torch.where(ratio.isfinite(), (1 + ratio) / (4 * ratio.sqrt() * ss), 0.0)
-    of_ss, of_st, of_dd = (grad[:, None] for grad in (of_ss, of_st, of_dd))
-    return [root * x for x in (2 * of_ss * s, of_st * t, 2 * of_dd * (s - t))]
+    ratio = torch.where((ss > 0) & (tt > 0), (tt / ss).sqrt(), torch.inf)
+    along_s = torch.where(ratio.isfinite(), (1 / ratio + ratio) / (2 * ss.sqrt()), 0.0)
+    direction = s / ss.sqrt().where(ss > 0, 1.0)[:, None]
+    along_s, of_st, of_dd = (factor[:, None] for factor in (along_s, of_st, of_dd))
+    return [root * x for x in (along_s * direction, of_st * t, 2 * of_dd * (s - t))]
 
 
 def _softmax_floors(
@@ -219,8 +221,8 @@ def _softmax_floors(
         # A weight that is no normal number may be 0.
         off = torch.where(z.softmax(-1) < UNDERFLOW * tiny, 1.0, summation)
         for vector in _gradient_parts(call, s.detach(), t, z):
-            part = (off * vector * s).sum(-1) / len(pairs)
-            found.append(("derivative", torch.where(underflow, 0.0, part)))
+            vector = vector.masked_fill(underflow[:, None], 0.0)  # it may be infinite there
+            found.append(("derivative", (off * vector * s).sum(-1) / len(pairs)))
     leaves = problem.leaves
     floors = dict.fromkeys(leaves, 0.0)
     for term, of_rows in found:

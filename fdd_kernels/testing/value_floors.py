@@ -148,15 +148,12 @@ def _weighted_floor(
     return floor.masked_fill(call.underflow(first, second), 2.0)
 
 
-def value_floors(
-    problem: Problem, unit: float | None = None, *, rounding: float | None = None, **options
-) -> FDDLossTerms:
+def value_floors(problem: Problem, unit: float | None = None, **options) -> FDDLossTerms:
     """Compute the floor of the error of every term, reduced like the terms; see `budgets.py`.
 
-    `unit` is the roundoff of GEMMs and sums, that of the working dtype unless given; `rounding`
-    that of the finished logits, `unit` unless given.
+    `unit` is the roundoff of GEMMs and sums, that of the working dtype unless given.
     """
-    call = dense_call(problem, unit, options, rounding)
+    call = dense_call(problem, unit, options)
     o, plan, live = call.options, call.plan, call.live()
 
     def vectors(layers: Layers, temperature: float, softmax: bool) -> tuple[Tensor, Tensor, Tensor]:

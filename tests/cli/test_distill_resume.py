@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 
 import peft
@@ -194,27 +195,33 @@ def test_checkpoints_of_somebody_else_are_not_touched(inputs, tmp_path):
 
 
 def test_a_finished_run_can_be_made_longer(inputs, tmp_path):
+    """Also from checkpoints of a release that did not write the config: run.json has the same."""
     output = tmp_path / "run"
-    distill(options(inputs, output, max_steps=2, scheduler="constant"), quiet())
+    config = FDDConfig(num_layers=2, derivative="weighted_cosine")
+
+    def run(folder, console=None, **changes):
+        about = {"scheduler": "constant", "config": config} | changes
+        return distill(options(inputs, folder, **about), console or quiet())
+
+    run(output, max_steps=2)
+    (output / "checkpoint-2" / "fdd_config.json").unlink()
     console = quiet()
-    metrics = distill(options(inputs, output, max_steps=6, scheduler="constant"), console)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        metrics = run(output, console, max_steps=6)
+    assert not [one for one in caught if "fdd_config" in str(one.message)]
     assert "resuming from checkpoint-2" in console.file.getvalue()
     assert metrics["steps"] == 6
-    distill(options(inputs, tmp_path / "at-once", scheduler="constant"), quiet())
+    run(tmp_path / "at-once")
     same(weights(output), weights(tmp_path / "at-once"))
     # By epochs too: 13 windows are four steps. Fewer steps than were done are refused: they would
     # be lost.
-    assert (
-        distill(options(inputs, output, max_steps=None, epochs=1.5, scheduler="constant"), quiet())[
-            "steps"
-        ]
-        == 6
-    )
+    assert run(output, max_steps=None, epochs=1.5)["steps"] == 6
     with pytest.raises(
         UserError,
         match=r"holds this run after 6 steps, and 4 are wanted: give more --steps or --epochs",
     ):
-        distill(options(inputs, output, max_steps=None, epochs=1.0, scheduler="constant"), quiet())
+        run(output, max_steps=None, epochs=1.0)
     assert json.loads((output / "metrics.json").read_text())["steps"] == 6
 
 

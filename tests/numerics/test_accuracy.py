@@ -20,6 +20,7 @@ from fdd_kernels.testing import (
     Problem,
     assert_within_budget,
     beyond_budget,
+    budgets,
     evaluate,
     exact,
     excesses,
@@ -415,6 +416,17 @@ def test_budget_catches_one_wrong_row():
     caught = {name for name, excess in excesses(problem, outcome).items() if excess.fraction > 1}
     assert caught == {"student_weight"}
     assert excesses(problem, outcome)["student_weight"].at == 17
+
+
+def test_a_budget_that_is_not_a_number_is_exceeded(monkeypatch):
+    """Or a fault of the budget would hide one of the outcome."""
+    problem = random_problem((2,), 20, 8, 8, layers=2)
+    outcome = evaluate(problem, backend="reference")
+    outcome.gradients["student_weight"][3] *= 1.01
+    nothing = {name: torch.tensor(torch.nan) for name in outcome.gradients}
+    monkeypatch.setattr(budgets, "gradient_floors", lambda *args, **options: nothing)
+    found = beyond_budget(problem, outcome)
+    assert {name: excess.fraction for name, excess in found.items()} == {"student_weight": math.inf}
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.1, 1e-3])

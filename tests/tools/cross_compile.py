@@ -9,10 +9,10 @@
 | Linux, macOS | clang with the headers of both | ziglang |
 | to run the row kernels | qemu-aarch64 | qemu-user |
 
-A target without a compiler is skipped, and a line says so. Every source is checked; only the row
-kernels become code, which must use NEON. Nothing is linked against torch. FOLDER is the folder
-"torch" of an unpacked wheel for the target. With that of macOS, whose omp.h Linux lacks, the code
-is compiled with OpenMP as on macOS.
+A target without a compiler is skipped, and a line says so. Every source is compiled; only the row
+kernels are optimised, and their code must use NEON. Nothing is linked against torch. FOLDER is the
+folder "torch" of an unpacked wheel for the target. With that of macOS, whose omp.h Linux lacks, the
+code is compiled with OpenMP as on macOS.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def neon(assembly: str) -> tuple[int, int, int]:
 
 
 def compile_for(target: Target, torch: Path, work: Path) -> str:
-    """Check every source for a target and say what the row kernels became; end if one fails."""
+    """Compile every source for a target and say what the row kernels became; end if one fails."""
     flags = [*_build.FLAGS, "-fPIC", "-DTORCH_EXTENSION_NAME=_C"]
     if target.command[0].endswith("g++") or (torch / "include" / "omp.h").is_file():
         flags += target.openmp
@@ -105,7 +105,8 @@ def compile_for(target: Target, torch: Path, work: Path) -> str:
     sources = [file for file in _build.sources(_build.source_folder()) if file.suffix == ".cpp"]
     for file in sources:
         if file.stem != "row_kernels_generic":
-            run([*target.command, *flags, "-fsyntax-only", str(file)])
+            # Not -fsyntax-only: zig would first compile the libraries of a linked program.
+            run([*target.command, *flags, "-O0", "-c", str(file), "-o", str(work / "checked.o")])
             continue
         run([*target.command, *flags, "-S", str(file), "-o", str(work / "row_kernels.s")])
         adds, compared, compared_alone = neon((work / "row_kernels.s").read_text(errors="replace"))

@@ -13,7 +13,7 @@ from benchmarks import objectives, record, report
 from benchmarks.accuracy import TimedCallCheck, small_check
 from benchmarks.gemms import gemm_shapes, operations
 from benchmarks.inputs import build_problem
-from benchmarks.measure import step, time_workload
+from benchmarks.measure import Job, step, time_workload
 from benchmarks.providers import PROVIDERS, of_workload
 from benchmarks.report.compare import compare
 from benchmarks.report.objectives import side_by_side
@@ -76,7 +76,7 @@ def test_every_streamed_objective_is_measured():
 def test_streamed_objectives_are_timed_and_checked(name):
     reported = {}
     providers = [PROVIDERS["dense"], PROVIDERS["torch"]]
-    time_workload(WORKLOADS[name], providers, 1, CPU, reported.__setitem__)
+    time_workload(Job(WORKLOADS[name], providers, 1, CPU, reported.__setitem__))
     for provider in providers:
         assert reported[provider.name]["check"]["passed"]
         assert len(reported[provider.name]["total"]["all"]) == 1
@@ -86,7 +86,7 @@ def test_a_call_beside_is_timed_in_the_same_rounds():
     reported = {}
     workload = WORKLOADS["weighted_cosine"]
     providers = [PROVIDERS["dense"], PROVIDERS["torch"]]
-    time_workload(workload, providers, 3, CPU, reported.__setitem__)
+    time_workload(Job(workload, providers, 3, CPU, reported.__setitem__))
     assert len(reported["torch"]["beside"]["all"]) == len(reported["torch"]["total"]["all"]) == 3
     assert "beside" not in reported["dense"]
     assert workload.options_beside == {"derivative": "cosine"}

@@ -41,6 +41,9 @@ class ResumableTrainer(FDDTrainer):
         # A pickle that nobody loads: run.json has the same.
         (Path(output_dir or self.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
 
+    def _compare_options(self, checkpoint: Path) -> None:
+        """Do nothing: the options are those of run.json, or `settle_run` has refused them."""
+
 
 class Report(TrainerCallback):
     """Show progress with the last loss terms, and a line per evaluation and checkpoint; without a
