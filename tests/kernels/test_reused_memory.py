@@ -51,7 +51,9 @@ def test_memory_is_lent_to_one_call_at_a_time():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="MADV_FREE of Linux")
 def test_released_memory_is_lent_again():
-    assert memory().data_ptr() == memory().data_ptr()
+    first = memory().data_ptr()
+    second = memory().data_ptr()
+    assert first == second
 
 
 def test_what_the_last_call_left_is_not_read():
