@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,35 @@ RATES = {
     for word, factor in (("half", 0.5), ("twice", 2.0))
 }
 RATES_AT = "4x"
+# Deep students: which layers to sample? The learning rate is the better of 2.5e-3 and 5e-3 for
+# output KD in 10 layers, 125 steps, seed 0.
+DEEP = {
+    f"{depth} layers, width 64": {
+        "hidden_size": 64,
+        "num_layers": depth,
+        "num_heads": 2,
+        "learning_rate": 5e-3,
+    }
+    for depth in (10, 12)
+}
+DEEP_SLOW = {
+    "10 layers, width 64, half the learning rate": DEEP["10 layers, width 64"]
+    | {"learning_rate": 2.5e-3}
+}
+# In a student of 5 or 10 layers these are the paper's.
+CONFIGS["KD + trajectory, 4 layers spread"] = FDDConfig.paper(beta=0.0, layer_grid="linspace")
+# Part, budget, sizes, objectives.
+DEEP_RUNS = (
+    ("main", "4x", tuple(DEEP), ("output KD", "KD + trajectory", "full FDD, weighted")),
+    (
+        "variants",
+        "4x",
+        tuple(DEEP),
+        ("KD + trajectory, 2 layers spread", "full FDD, weighted, 2 layers spread"),
+    ),
+    ("variants", "4x", ("12 layers, width 64",), ("KD + trajectory, 4 layers spread",)),
+    ("variants", "4x", tuple(DEEP_SLOW), ("output KD", "KD + trajectory")),
+)
 
 
 @dataclass(frozen=True)
@@ -98,7 +128,7 @@ class Setting:
 
     def training(self) -> Budget:
         """Size and training of the student."""
-        return Budget(**BUDGETS[self.budget], **(SIZES | RATES)[self.size])
+        return Budget(**BUDGETS[self.budget], **(SIZES | RATES | DEEP | DEEP_SLOW)[self.size])
 
     def key(self) -> str:
         """Identify the run by all that was set, not by names, as JSON."""
@@ -115,12 +145,20 @@ class Setting:
 
 def plan() -> Iterator[Setting]:
     """All runs, in the order in which they are done: every stop leaves a balanced table."""
+
+    def deep(part: str) -> Iterator[Setting]:
+        for of_part, budget, sizes, objectives in DEEP_RUNS:
+            for seed, size in product(range(SEEDS), sizes if of_part == part else ()):
+                for objective in objectives:
+                    yield Setting(part, budget, size, seed, objective)
+
     budgets, size = VARIANTS_AT
     for budget in BUDGETS:
         for seed in range(SEEDS):
             for every in SIZES:
                 for objective in MAIN:
                     yield Setting("main", budget, every, seed, objective)
+    yield from deep("main")
     for budget in budgets:
         for seed in range(SEEDS):
             for objective in VARIANTS:
@@ -129,6 +167,7 @@ def plan() -> Iterator[Setting]:
         for of_rate in RATES:
             for objective in MAIN:
                 yield Setting("variants", RATES_AT, of_rate, seed, objective)
+    yield from deep("variants")
 
 
 class Record:

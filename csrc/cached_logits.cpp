@@ -26,36 +26,38 @@ float* read_stacked(const Problem& problem, const Model& model, int64_t padded, 
   return out;
 }
 
-// The stacked hidden states (M, D).
-Scratch stack(const Problem& problem, const Model& model, int64_t padded) {
-  const int64_t words = model.words(), all = model.layers() * padded;
-  Scratch out(all * words);
+// The stacked hidden states (M, D), rows `ld` words apart.
+Scratch stack(const Problem& problem, const Model& model, int64_t padded, int64_t ld) {
+  const int64_t all = model.layers() * padded;
+  Scratch out(all * ld);
   at::parallel_for(0, all, 16, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m)
-      read_stacked(problem, model, padded, m, out.get() + m * words);
+      read_stacked(problem, model, padded, m, out.get() + m * ld);
   });
   return out;
 }
 
-// The same as an operand B (M, D).
-Scratch stack_paired(const Problem& problem, const Model& model, int64_t padded) {
-  if (!model.bf16) return stack(problem, model, padded);
-  Scratch out;
-  interleaved(model.layers() * padded, model.width(), &out, [&](int64_t m, float* buffer) {
-    return read_stacked(problem, model, padded, m, buffer);
-  });
-  return out;
+// The same as an operand B (M, D) in `out`.
+Operand stack_paired(const Problem& problem, const Model& model, int64_t padded, Scratch* out) {
+  if (model.bf16)
+    return interleaved(model.layers() * padded, model.width(), out, [&](int64_t m, float* buffer) {
+      return read_stacked(problem, model, padded, m, buffer);
+    });
+  const int64_t ld = leading_dimension(model.width());
+  *out = stack(problem, model, padded, ld);
+  return {out->get(), ld};
 }
 
 // The same as an operand B (D, M); empty for the identity.
 Scratch stack_transposed(const Problem& problem, const Model& model, int64_t padded) {
   if (!model.weight.defined()) return Scratch();
   const int64_t words = model.words(), all = model.layers() * padded;
-  const Scratch rows = stack(problem, model, padded);
+  const int64_t ld = leading_dimension(words);
+  const Scratch rows = stack(problem, model, padded, ld);
   Scratch out(words * all);
   at::parallel_for(0, (words + kPadding - 1) / kPadding, 1, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kPadding, last = std::min(end * kPadding, words);
-    row_kernels().transpose(rows.get() + first, words, all, last - first, out.get() + first * all,
+    row_kernels().transpose(rows.get() + first, ld, all, last - first, out.get() + first * all,
                             all);
   });
   return out;
@@ -119,8 +121,10 @@ void gradients_of(const CachedLogits& cached, const Statistics& statistics,
   const int64_t rows = problem.count(), padded = cached.padded_rows(),
                 layers = problem.layers(kStudent), all = layers * padded;
   const int64_t width = problem.student.width(), ld = cached.ld();
-  const Scratch hidden =
-      out.weight.defined() ? stack_paired(problem, problem.student, padded) : Scratch();
+  Scratch stacked;
+  const Operand hidden = out.weight.defined()
+                             ? stack_paired(problem, problem.student, padded, &stacked)
+                             : Operand();
   // dH of each thread's columns, by its first tile: added in that order at the end.
   std::map<int64_t, Scratch> sums;
   std::mutex guard;
@@ -129,7 +133,6 @@ void gradients_of(const CachedLogits& cached, const Statistics& statistics,
         sum(out.hidden ? all * width : 0);
     HeadGradient head_gradient(out, problem.tiles.columns, width);
     SplitGemm split;
-    if (out.hidden) std::memset(sum.get(), 0, sizeof(float) * all * width);
     for (int64_t tile = begin; tile < end; ++tile) {
       const int64_t first = cached.first(tile), columns = cached.count(tile);
       std::memset(grad_Mc.get(), 0, sizeof(float) * all * ld);
@@ -138,13 +141,12 @@ void gradients_of(const CachedLogits& cached, const Statistics& statistics,
                  columns);
       if (out.hidden) {
         const Operand head = head_as_b(problem.student, first, columns, &weight);
-        split.gemm(all, width, columns, grad_Mc.get(), ld, head, sum.get(), width, true);
+        split.gemm(all, width, columns, grad_Mc.get(), ld, head, sum.get(), width, tile > begin);
       }
       if (!out.weight.defined() && !out.bias) continue;
       row_kernels().transpose(grad_Mc.get(), ld, all, columns, grad_cM.get(), all);
       if (out.weight.defined()) {
-        split.gemm(columns, width, all, grad_cM.get(), all,
-                   {hidden.get(), width, problem.student.bf16},
+        split.gemm(columns, width, all, grad_cM.get(), all, hidden,
                    head_gradient.open(first, columns), width, head_gradient.adds());
         head_gradient.close();
       }
@@ -156,11 +158,16 @@ void gradients_of(const CachedLogits& cached, const Statistics& statistics,
     sums.emplace(begin, std::move(sum));
   });
   at::parallel_for(0, out.hidden ? layers * rows : 0, 16, [&](int64_t begin, int64_t end) {
-    for (const auto& [_, sum] : sums)
-      for (int64_t m = begin; m < end; ++m) {
+    for (int64_t m = begin; m < end; ++m) {
+      float* total = out.hidden + m * width;
+      for (const auto& [first, sum] : sums) {
         const float* part = sum.get() + (m / rows * padded + m % rows) * width;
-        for (int64_t i = 0; i < width; ++i) out.hidden[m * width + i] += part[i];
+        if (first == 0)
+          std::memcpy(total, part, sizeof(float) * width);
+        else
+          for (int64_t i = 0; i < width; ++i) total[i] += part[i];
       }
+    }
   });
 }
 

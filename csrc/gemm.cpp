@@ -15,8 +15,10 @@
 namespace fdd {
 namespace {
 
-constexpr int64_t kPieceDepth = 256;
-constexpr int64_t kPieceColumns = 256;
+constexpr int64_t kPieceColumns = 512;
+
+// Rows of a piece of B. Rows a multiple of 4 KiB apart share few sets of the caches.
+constexpr int64_t piece_depth(int64_t ldb) { return ldb % 1024 == 0 ? 256 : 512; }
 
 // How many rows of an operand B of type T are interleaved.
 template <class T>
@@ -114,10 +116,10 @@ void gemm_of(int64_t m, int64_t n, int64_t k, Operand operand_a, Operand operand
   k = round_up(k, kTogether<T>);
   if (!brgemm_works<T>())
     return gemm_without_brgemm(m, n, k, a, operand_a.ld, b, operand_b.ld, c, ldc, add);
+  const int64_t most = piece_depth(operand_b.ld), pieces = (k + most - 1) / most,
+                depth = round_up((k + pieces - 1) / pieces, 32);
   for (int64_t column = 0; column < n; column += kPieceColumns) {
     const int64_t columns = std::min(kPieceColumns, n - column);
-    const int64_t pieces = (k + kPieceDepth - 1) / kPieceDepth,
-                  depth = round_up((k + pieces - 1) / pieces, 32);
     for (int64_t first = 0; first < k; first += depth)
       brgemm(m, columns, std::min(depth, k - first), a + first, operand_a.ld,
              b + first * operand_b.ld + kTogether<T> * column, operand_b.ld, c + column, ldc,

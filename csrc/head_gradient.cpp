@@ -2,6 +2,8 @@
 
 #include <ATen/ops/from_blob.h>
 
+#include "memory.h"
+
 namespace fdd {
 
 HeadGradient::HeadGradient(const Gradients& out, int64_t most_rows, int64_t width)
@@ -18,7 +20,11 @@ uint16_t* HeadGradient::high() const {
 float* HeadGradient::open(int64_t first, int64_t count) {
   first_ = first;
   count_ = count;
-  if (in_place()) return out_.weight.data_ptr<float>() + first * width_;
+  if (in_place()) {
+    float* rows = out_.weight.data_ptr<float>() + first * width_;
+    if (!adds()) populate(rows, sizeof(float) * count * width_);
+    return rows;
+  }
   if (adds()) row_kernels().interleave(low(), high(), sums_.halves(), count * width_);
   return sums_.get();
 }

@@ -11,6 +11,7 @@
 #include <string>
 #include <utility>
 
+#include "memory.h"
 #include "problem.h"
 
 namespace {
@@ -18,7 +19,7 @@ namespace {
 // Found in the file before it is loaded (fdd_kernels/backends/cpu/extension.py): with another
 // torch, loading may crash. Raise the number of the interface, there too, with every change of what
 // the functions of this module take or return.
-constexpr char kBuiltFor[] = "fdd_kernels built for torch " TORCH_VERSION "; interface 7;";
+constexpr char kBuiltFor[] = "fdd_kernels built for torch " TORCH_VERSION "; interface 8;";
 
 // (hidden states, weight, bias, logit scale, soft cap or 0)
 using ModelArguments = std::tuple<std::vector<at::Tensor>, std::optional<at::Tensor>,
@@ -264,7 +265,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("built_for") = kBuiltFor;
   m.def("stats", &stats);
   m.def("grad", &grad);
-  m.def("cache_size", &fdd::CachedLogits::size);
+  m.def("cache_memory",
+        [](const fdd::Problem& p) { return fdd::reused_memory(fdd::CachedLogits::size(p)); });
   m.def("stats_and_cache", &stats_and_cache);
   m.def("grad_of_cached", &grad_of_cached);
   m.def("divergences", &divergences);

@@ -215,10 +215,11 @@ struct Upstream {
   const float* moments;
 };
 
-// Where gradients of the student go; undefined or null: not wanted. `hidden` and `bias` are
-// added to.
+// Where gradients of the student go; undefined or null: not wanted. `bias` is added to.
 struct Gradients {
-  float* hidden = nullptr;  // (L, problem.count(), D), rows in the order of problem.rows
+  // (L, problem.count(), D), rows in the order of problem.rows: written from cached logits, else
+  // added to.
+  float* hidden = nullptr;
   // (C', D) contiguous; the first of the calls that sum it writes `columns` rows. Of a dtype other
   // than float32 it is rounded to by the last.
   at::Tensor weight;

@@ -34,6 +34,7 @@ def small():
         patch.setattr(study, "MAIN", ("output KD", "KD + trajectory"))
         patch.setattr(study, "VARIANTS", {})
         patch.setattr(study, "RATES", {})
+        patch.setattr(study, "DEEP_RUNS", ())
         patch.setattr(study, "VARIANTS_AT", ((), "small"))
         yield
 

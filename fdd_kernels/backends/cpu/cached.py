@@ -79,12 +79,12 @@ def stats_and_grad(
     for block in blocks:
         problem = problem_of(inputs, spec, block, tiles)
         if memory is None:  # the first block is the largest
-            memory = torch.empty(extension.kernels.cache_size(problem), **F32)
+            memory = extension.kernels.cache_memory(problem)
         extension.kernels.stats_and_cache(problem, memory, *statistics)
         of_block = upstream_of(block, *[t[..., block] for t in statistics])
         for whole, part in zip(per_row, of_block, strict=True):
             whole[..., block] = part
-        sums = torch.zeros(layers, len(block), width, **F32) if any(needed[:layers]) else None
+        sums = torch.empty(layers, len(block), width, **F32) if any(needed[:layers]) else None
         first, last = block is blocks[0], block is blocks[-1]
         extension.kernels.grad_of_cached(
             problem, memory, *per_row, sums, grad_weight, grad_bias, low, first, last

@@ -89,11 +89,13 @@ def new_gradients(
 ) -> tuple[list[Tensor | None], Tensor | None, Tensor | None]:
     """Allocate the wanted gradients: one per layer, the head's, the bias's in float32.
 
-    They are zeros, but for the rows of the head that the kernels write if there are valid `rows`.
+    They are zeros, but for what is written later: of the hidden states if all rows are among the
+    valid `rows`, of the head if there are any.
     """
     *needs_hidden, needs_weight, needs_bias = needed
+    new = torch.empty_like if len(rows) == inputs.rows else torch.zeros_like
     grad_hidden = [
-        torch.zeros_like(h, memory_format=torch.contiguous_format) if need else None
+        new(h, memory_format=torch.contiguous_format) if need else None
         for h, need in zip(inputs.student_hidden, needs_hidden)
     ]
     grad_weight = None
