@@ -4,9 +4,15 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <mutex>
 #include <new>
+#include <utility>
+
+#if defined(__linux__) && !defined(MADV_POPULATE_WRITE)
+#define MADV_POPULATE_WRITE 23  // of Linux 5.14, which may be newer than the C library's headers
+#endif
 
 namespace fdd {
 namespace {
