@@ -95,6 +95,8 @@ CONFIGS["KD + trajectory, 4 layers spread"] = FDDConfig.paper(beta=0.0, layer_gr
 # Part, budget, sizes, objectives.
 DEEP_RUNS = (
     ("main", "4x", tuple(DEEP), ("output KD", "KD + trajectory", "full FDD, weighted")),
+    # For the comparison at equal CPU time.
+    ("main", "16x", ("10 layers, width 64",), ("output KD",)),
     (
         "variants",
         "4x",
