@@ -11,6 +11,7 @@
 #include <mutex>
 
 #include "head_gradient.h"
+#include "memory.h"
 #include "problem.h"
 
 namespace fdd {
@@ -65,16 +66,22 @@ Scratch stack_transposed(const Problem& problem, const Model& model, int64_t pad
 
 }  // namespace
 
-CachedLogits::CachedLogits(const Problem& problem, float* memory)
+CachedLogits::CachedLogits(const Problem& problem, float* memory, float* gradient)
     : problem_(problem),
       memory_(memory),
+      gradient_(gradient),
       width_(problem.tiles.columns),
-      ld_(round_up(width_, kPadding)),
       rows_(round_up(problem.count(), kRowPadding)) {}
 
 int64_t CachedLogits::size(const Problem& problem) {
-  const CachedLogits cached(problem, nullptr);
-  return cached.tiles() * problem.all_layers() * cached.rows_ * cached.ld_;
+  const CachedLogits cached(problem, nullptr, nullptr);
+  return cached.tiles() * cached.layers(false) * cached.rows_ * round_up(cached.width_, kPadding);
+}
+
+bool CachedLogits::fits_gradient() const {
+  for (int64_t tile = 0; tile < tiles(); ++tile)
+    if (layers(true) * rows_ * ld(tile) > count(tile) * problem_.student.width()) return false;
+  return true;
 }
 
 void CachedLogits::compute() {
@@ -85,6 +92,10 @@ void CachedLogits::compute() {
   at::parallel_for(0, tiles(), 1, [&](int64_t begin, int64_t end) {
     Scratch weight, raw(width_ * most_layers * rows_);
     for (int64_t tile = begin; tile < end; ++tile) {
+      if (layers(true)) {
+        const int64_t width = problem_.student.width();
+        populate(gradient_ + first(tile) * width, sizeof(float) * count(tile) * width);
+      }
       compute_model(problem_.student, tile, student.get(), &weight, raw.get(),
                     logits(tile, kStudent));
       if (problem_.needs_teacher)
@@ -97,21 +108,21 @@ void CachedLogits::compute() {
 
 void CachedLogits::compute_model(const Model& model, int64_t tile, const float* hidden_DM,
                                  Scratch* weight, float* raw_cM, float* out_Mc) const {
-  const int64_t all = model.layers() * rows_, columns = count(tile);
+  const int64_t all = model.layers() * rows_, columns = count(tile), ld_out = ld(tile);
   if (model.weight.defined()) {
     const Operand head = head_as_a(model, first(tile), columns, weight);
     gemm(columns, all, model.width(), head, {hidden_DM, all, model.bf16}, raw_cM, all, false);
-    row_kernels().transpose(raw_cM, all, columns, all, out_Mc, ld_);
+    row_kernels().transpose(raw_cM, all, columns, all, out_Mc, ld_out);
   } else {
     for (int64_t layer = 0; layer < model.layers(); ++layer)
       for (int64_t row = 0; row < problem_.count(); ++row)
         model.hidden[layer].read(problem_.rows[row], first(tile), columns,
-                                 out_Mc + (layer * rows_ + row) * ld_);
+                                 out_Mc + (layer * rows_ + row) * ld_out);
   }
   const float* bias = model.bias.empty() ? nullptr : model.bias.data() + first(tile);
   for (int64_t layer = 0; layer < model.layers(); ++layer)
     for (int64_t row = 0; row < problem_.count(); ++row)
-      row_kernels().transform(out_Mc + (layer * rows_ + row) * ld_, columns, bias, model.scale,
+      row_kernels().transform(out_Mc + (layer * rows_ + row) * ld_out, columns, bias, model.scale,
                               model.softcap);
 }
 
@@ -120,7 +131,8 @@ void gradients_of(const CachedLogits& cached, const Statistics& statistics,
   const Problem& problem = cached.problem();
   const int64_t rows = problem.count(), padded = cached.padded_rows(),
                 layers = problem.layers(kStudent), all = layers * padded;
-  const int64_t width = problem.student.width(), ld = cached.ld();
+  const int64_t width = problem.student.width(),
+                most_columns = round_up(problem.tiles.columns, kPadding);
   Scratch stacked;
   const Operand hidden = out.weight.defined()
                              ? stack_paired(problem, problem.student, padded, &stacked)
@@ -129,16 +141,16 @@ void gradients_of(const CachedLogits& cached, const Statistics& statistics,
   std::map<int64_t, Scratch> sums;
   std::mutex guard;
   at::parallel_for(0, cached.tiles(), 1, [&](int64_t begin, int64_t end) {
-    Scratch weight, grad_Mc(all * ld), grad_cM(problem.tiles.columns * all),
+    Scratch weight, grad_Mc(all * most_columns), grad_cM(most_columns * all),
         sum(out.hidden ? all * width : 0);
     HeadGradient head_gradient(out, problem.tiles.columns, width);
     SplitGemm split;
     for (int64_t tile = begin; tile < end; ++tile) {
-      const int64_t first = cached.first(tile), columns = cached.count(tile);
+      const TileView logits = cached.view(tile);
+      const int64_t first = cached.first(tile), columns = cached.count(tile), ld = logits.ld;
       std::memset(grad_Mc.get(), 0, sizeof(float) * all * ld);
       for (int64_t row = 0; row < rows; ++row)
-        form_row(problem, statistics, upstream, cached.view(tile), grad_Mc.get(), row, row, first,
-                 columns);
+        form_row(problem, statistics, upstream, logits, grad_Mc.get(), row, row, first, columns);
       if (out.hidden) {
         const Operand head = head_as_b(problem.student, first, columns, &weight);
         split.gemm(all, width, columns, grad_Mc.get(), ld, head, sum.get(), width, tile > begin);

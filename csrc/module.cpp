@@ -19,7 +19,7 @@ namespace {
 // Found in the file before it is loaded (fdd_kernels/backends/cpu/extension.py): with another
 // torch, loading may crash. Raise the number of the interface, there too, with every change of what
 // the functions of this module take or return.
-constexpr char kBuiltFor[] = "fdd_kernels built for torch " TORCH_VERSION "; interface 8;";
+constexpr char kBuiltFor[] = "fdd_kernels built for torch " TORCH_VERSION "; interface 9;";
 
 // (hidden states, weight, bias, logit scale, soft cap or 0)
 using ModelArguments = std::tuple<std::vector<at::Tensor>, std::optional<at::Tensor>,
@@ -117,7 +117,8 @@ fdd::Problem problem(const ModelArguments& student, const ModelArguments& teache
                      const std::optional<at::Tensor>& labels,
                      const std::vector<RequestArguments>& requests,
                      const std::vector<PairArguments>& moments,
-                     const std::array<int64_t, 3>& tiles) {
+                     const std::array<int64_t, 3>& tiles,
+                     const std::array<bool, 2>& in_gradient) {
   fdd::Problem p;
   p.student = model(student, columns);
   p.teacher = model(teacher, columns);
@@ -132,6 +133,7 @@ fdd::Problem problem(const ModelArguments& student, const ModelArguments& teache
   for (const auto& [first, second, temperature, weighted] : moments)
     p.moments.push_back({first, second, float(1 / temperature), weighted});
   p.tiles = {tiles[0], tiles[1], tiles[2]};
+  p.in_gradient = in_gradient;
   p.excluded = excluded_columns(p);
   check_layers(p);
   return p;
@@ -168,10 +170,18 @@ fdd::Gradients gradients(const std::optional<at::Tensor>& hidden,
   return out;
 }
 
-fdd::CachedLogits cached_logits(const fdd::Problem& p, const at::Tensor& memory) {
+// `gradient` is the head's, needed where logits lie in it.
+fdd::CachedLogits cached_logits(const fdd::Problem& p, const at::Tensor& memory,
+                                const std::optional<at::Tensor>& gradient) {
   TORCH_CHECK(memory.is_contiguous() && memory.numel() >= fdd::CachedLogits::size(p),
               "memory too small for the logits");
-  return {p, memory.data_ptr<float>()};
+  const bool lent = p.in_gradient[fdd::kStudent] || p.in_gradient[fdd::kTeacher];
+  fdd::CachedLogits cached(p, memory.data_ptr<float>(),
+                           lent ? gradient.value().data_ptr<float>() : nullptr);
+  TORCH_CHECK(!lent || (gradient->is_contiguous() && gradient->size(0) >= p.columns &&
+                        gradient->size(1) == p.student.width() && cached.fits_gradient()),
+              "a gradient too small for the logits");
+  return cached;
 }
 
 void stats(const fdd::Problem& p, const at::Tensor& shifts, const at::Tensor& requests,
@@ -196,11 +206,12 @@ void grad(const fdd::Problem& p, const at::Tensor& shifts, const at::Tensor& req
                          check_signals);
 }
 
-void stats_and_cache(const fdd::Problem& p, const at::Tensor& memory, const at::Tensor& shifts,
+void stats_and_cache(const fdd::Problem& p, const at::Tensor& memory,
+                     const std::optional<at::Tensor>& grad_weight, const at::Tensor& shifts,
                      const at::Tensor& requests, const at::Tensor& moments) {
   py::gil_scoped_release release;
   at::NoGradGuard no_grad;
-  fdd::CachedLogits cached = cached_logits(p, memory);
+  fdd::CachedLogits cached = cached_logits(p, memory, grad_weight);
   cached.compute();
   fdd::statistics_of(cached, statistics(shifts, requests, moments));
 }
@@ -214,7 +225,7 @@ void grad_of_cached(const fdd::Problem& p, const at::Tensor& memory, const at::T
                     const std::optional<at::Tensor>& weight_low, bool first_call, bool last_call) {
   py::gil_scoped_release release;
   at::NoGradGuard no_grad;
-  fdd::gradients_of(cached_logits(p, memory), statistics(shifts, requests, moments),
+  fdd::gradients_of(cached_logits(p, memory, grad_weight), statistics(shifts, requests, moments),
                     upstream(grad_requests, grad_moments),
                     gradients(grad_hidden, grad_weight, grad_bias, weight_low, first_call,
                               last_call));

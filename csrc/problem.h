@@ -80,6 +80,8 @@ struct Problem {
   // (C) padded: -inf at tokens that moments leave out, 0 elsewhere; empty: none is left out.
   std::vector<float> excluded;
   Tiles tiles{};
+  // Whether the cached logits of a model lie in the memory of the head's gradient.
+  std::array<bool, 2> in_gradient{};
 
   int64_t count() const { return int64_t(rows.size()); }
   // Layers whose logits are computed: 0 of a teacher that nothing is compared with.
@@ -161,40 +163,56 @@ class TileLogits {
 };
 
 // All logits of the problem's rows, in memory that the caller keeps between the two operations:
-// tiles of problem.tiles.columns columns, one after another.
+// tiles of problem.tiles.columns columns, one after another. A tile of a model in
+// problem.in_gradient lies in the rows of the head's float32 gradient (C', D) that are the tile's
+// columns: these are written after the last use of the tile.
 //
 // Rows are padded with zeros to a multiple of kRowPadding, so that the GEMM library meets few
 // shapes: it compiles a kernel for each. M = L * padded rows of all layers of a model.
 class CachedLogits {
  public:
   static constexpr int64_t kRowPadding = 8;
-  // Floats of memory that a problem needs.
+  // Floats of memory that a problem needs beside the gradient.
   static int64_t size(const Problem& problem);
-  CachedLogits(const Problem& problem, float* memory);
+  // `gradient` may be null if no model is in it.
+  CachedLogits(const Problem& problem, float* memory, float* gradient);
   void compute();
   const Problem& problem() const { return problem_; }
   int64_t tiles() const { return (problem_.columns + width_ - 1) / width_; }
   int64_t first(int64_t tile) const { return tile * width_; }
   int64_t count(int64_t tile) const { return std::min(width_, problem_.columns - first(tile)); }
   TileView view(int64_t tile) const {
-    return {logits(tile, kStudent), logits(tile, kTeacher), rows_ * ld_, ld_};
+    return {logits(tile, kStudent), logits(tile, kTeacher), rows_ * ld(tile), ld(tile)};
   }
-  int64_t ld() const { return ld_; }
+  int64_t ld(int64_t tile) const { return round_up(count(tile), kPadding); }
   int64_t padded_rows() const { return rows_; }
+  // Whether every tile's rows of the gradient hold its logits.
+  bool fits_gradient() const;
 
  private:
   void compute_model(const Model& model, int64_t tile, const float* hidden_DM, Scratch* weight,
                      float* raw_cM, float* out_Mc) const;
 
+  // Layers whose logits lie in the gradient, or beside it.
+  int64_t layers(bool in_gradient) const {
+    int64_t all = 0;
+    for (const ModelIndex model : {kStudent, kTeacher})
+      if (problem_.in_gradient[model] == in_gradient) all += problem_.layers(model);
+    return all;
+  }
   // A tile has the layers of the student first.
   float* logits(int64_t tile, ModelIndex model) const {
-    const int64_t before = model == kTeacher ? problem_.layers(kStudent) : 0;
-    return memory_ + (tile * problem_.all_layers() + before) * rows_ * ld_;
+    const bool in_gradient = problem_.in_gradient[model];
+    float* const begin = in_gradient
+                             ? gradient_ + first(tile) * problem_.student.width()
+                             : memory_ + tile * layers(false) * rows_ * round_up(width_, kPadding);
+    const bool second = model == kTeacher && problem_.in_gradient[kStudent] == in_gradient;
+    return begin + (second ? problem_.layers(kStudent) * rows_ * ld(tile) : 0);
   }
 
   const Problem& problem_;
-  float* memory_;
-  int64_t width_, ld_, rows_;
+  float *memory_, *gradient_;
+  int64_t width_, rows_;
 };
 
 // Statistics as one float array each, in the layout of layout.h: shifts (2, L, R), requests

@@ -1,4 +1,6 @@
-"""Memory of cached logits: lent from one call to the next, never to two at once."""
+"""Memory of cached logits: that of the head's gradient until it is written, and memory lent from
+one call to the next, never to two at once.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +20,16 @@ from fdd_kernels.testing import random_problem
 ROWS, COLUMNS, WIDTHS = 9, 700, (24, 40)
 
 
-def gradients(seed: int = 0) -> list[torch.Tensor]:
+def gradients(seed: int = 0, width: int = WIDTHS[0], columns: int = COLUMNS) -> list[torch.Tensor]:
     """Compute the gradients of a call whose logits are cached."""
-    p = random_problem((ROWS,), COLUMNS, *WIDTHS, layers=3, seed=seed)
+    p = random_problem((ROWS,), columns, width, WIDTHS[1], layers=3, seed=seed)
     leaves = [*p.student_hidden, p.student_weight]
     states = p.student_hidden, p.student_weight, p.teacher_hidden, p.teacher_weight
     return list(torch.autograd.grad(fused_fdd_loss(*states, backend="cpu"), leaves))
 
 
-def memory(columns: int = COLUMNS) -> torch.Tensor:
-    """Borrow the memory of a call's logits."""
+def cached_problem(columns: int = COLUMNS, in_gradient: tuple[bool, bool] = (False, False)):
+    """Build a call of one request with KL, all rows in one block."""
     p = random_problem((ROWS,), columns, *WIDTHS, layers=3)
     tensors = [[h.detach() for h in states] for states in (p.student_hidden, p.teacher_hidden)]
     heads = p.student_weight.detach(), p.teacher_weight.detach()
@@ -35,7 +37,22 @@ def memory(columns: int = COLUMNS) -> torch.Tensor:
     spec = cost_spec(CostOptions(), columns, 3, 3)
     tiles = tiling.cached_tiles(ROWS, columns, torch.get_num_threads())
     rows = problem.valid_rows(inputs)
-    return extension.kernels.cache_memory(problem.problem_of(inputs, spec, rows, tiles))
+    call = problem.problem_of(inputs, spec, rows, tiles, in_gradient)
+    return call, problem.zero_statistics(inputs, spec)
+
+
+def memory(columns: int = COLUMNS) -> torch.Tensor:
+    """Borrow the memory of a call's logits."""
+    return extension.kernels.cache_memory(cached_problem(columns)[0])
+
+
+@pytest.fixture
+def two_threads():
+    """With many threads, calls of few columns are not cached."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 def same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:
@@ -70,3 +87,39 @@ def test_calls_of_several_threads_do_not_share_it():
         for _ in range(5):
             for found, one in zip(threads.map(gradients, range(4)), expected):
                 assert same(found, one)
+
+
+@pytest.mark.parametrize("columns", [512, COLUMNS, 1500])
+@pytest.mark.parametrize(
+    ("width", "expected"), [(40, (False, False)), (60, (True, False)), (120, (True, True))]
+)
+def test_logits_in_the_memory_of_the_heads_gradient(
+    monkeypatch, two_threads, width, expected, columns
+):
+    """Three layers of 16 padded rows are 48 numbers a column of each model, for `width` numbers."""
+    rule, chosen = tiling.in_gradient, []
+    monkeypatch.setattr(
+        tiling, "in_gradient", lambda *sizes: chosen.append(rule(*sizes)) or chosen[-1]
+    )
+    found = gradients(width=width, columns=columns)
+    assert chosen == [expected]
+    monkeypatch.setattr(tiling, "in_gradient", lambda *_: (False, False))
+    assert same(found, gradients(width=width, columns=columns))
+
+
+def test_which_models_logits_lie_in_the_gradient():
+    of_tiles = 16, 1024, 512, 100  # rows, columns, columns of a tile, width
+    assert tiling.in_gradient((8, 2), *of_tiles) == (False, True)
+    assert tiling.in_gradient((2, 8), *of_tiles) == (True, False)
+    assert tiling.in_gradient((3, 0), *of_tiles) == (True, True)
+    # a last tile of one column: 16 columns with padding
+    assert tiling.in_gradient((3, 3), 16, 1025, 512, 100) == (False, False)
+    assert tiling.in_gradient((3, 3), 16, 1025, 512, 16 * 96) == (True, True)
+
+
+def test_a_gradient_that_is_too_small_is_refused():
+    call, statistics = cached_problem(in_gradient=(True, True))
+    own = extension.kernels.cache_memory(call)
+    for shape in ((COLUMNS, WIDTHS[0]), (COLUMNS - 1, WIDTHS[0]), (COLUMNS, 200)):
+        with pytest.raises(RuntimeError, match="gradient too small"):
+            extension.kernels.stats_and_cache(call, own, torch.empty(shape), *statistics)

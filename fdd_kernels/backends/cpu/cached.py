@@ -72,15 +72,21 @@ def stats_and_grad(
     grad_hidden, grad_weight, grad_bias = new_gradients(inputs, spec, needed, rows)
     low = low_halves(grad_weight) if block_rows < len(rows) else None
     tiles = tiling.cached_tiles(block_rows, spec.columns, torch.get_num_threads())
+    in_gradient = False, False
+    if grad_weight is not None and grad_weight.dtype == torch.float32 and block_rows >= len(rows):
+        layers_of_both = layers, inputs.depths[1] if spec.needs_teacher else 0
+        in_gradient = tiling.in_gradient(
+            layers_of_both, len(rows), spec.columns, tiles.columns, width
+        )
     memory = None
     statistics = zero_statistics(inputs, spec)
     per_row = (*statistics, *[torch.zeros_like(t) for t in statistics[1:]])
     blocks = rows.split(block_rows) if len(rows) else ()
     for block in blocks:
-        problem = problem_of(inputs, spec, block, tiles)
+        problem = problem_of(inputs, spec, block, tiles, in_gradient)
         if memory is None:  # the first block is the largest
             memory = extension.kernels.cache_memory(problem)
-        extension.kernels.stats_and_cache(problem, memory, *statistics)
+        extension.kernels.stats_and_cache(problem, memory, grad_weight, *statistics)
         of_block = upstream_of(block, *[t[..., block] for t in statistics])
         for whole, part in zip(per_row, of_block, strict=True):
             whole[..., block] = part

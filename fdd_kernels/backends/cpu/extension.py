@@ -36,7 +36,7 @@ _loading = threading.Lock()
 
 
 # The number of kBuiltFor in csrc/module.cpp.
-INTERFACE = 8
+INTERFACE = 9
 
 
 class _Missing(Exception):

@@ -40,8 +40,17 @@ def refusal(spec: LensSpec) -> str | None:
     return None
 
 
-def problem_of(inputs: LensInputs, spec: LensSpec, rows: Tensor, tiles: CpuTiles):
-    """Build the C++ side's view of a call, restricted to some rows, int64 positions."""
+def problem_of(
+    inputs: LensInputs,
+    spec: LensSpec,
+    rows: Tensor,
+    tiles: CpuTiles,
+    in_gradient: tuple[bool, bool] = (False, False),
+):
+    """Build the C++ side's view of a call, restricted to some rows, int64 positions.
+
+    `in_gradient` is of `tiling.in_gradient`.
+    """
     student_scale = (spec.student_logit_scale, spec.student_softcap or 0.0)
     teacher_scale = (spec.teacher_logit_scale, spec.teacher_softcap or 0.0)
     return extension.kernels.Problem(
@@ -65,6 +74,7 @@ def problem_of(inputs: LensInputs, spec: LensSpec, rows: Tensor, tiles: CpuTiles
         ],
         spec.moments,
         (tiles.rows, tiles.columns, tiles.panel),
+        in_gradient,
     )
 
 

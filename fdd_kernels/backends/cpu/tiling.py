@@ -97,6 +97,27 @@ def cached_tiles(block_rows: int, columns: int, threads: int) -> CpuTiles:
     return CpuTiles(block_rows, cached_columns(columns, threads), columns)
 
 
+def in_gradient(
+    layers: tuple[int, int], rows: int, columns: int, tile: int, width: int
+) -> tuple[bool, bool]:
+    """Choose the models whose cached logits lie in the memory of the head's float32 gradient.
+
+    The logits of a tile lie in the rows of the gradient (V, width) that are the tile's columns.
+    These are written after the last use of the logits. So all `rows` must be one block: a later
+    one would find a sum there.
+    """
+    each = round_up(rows, ROW_PADDING)
+    sizes = {min(tile, columns), columns % tile or min(tile, columns)}  # the last tile's too
+
+    def fit(count: int) -> bool:
+        return all(count * each * round_up(n, 16) <= n * width for n in sizes)
+
+    student, teacher = layers
+    if fit(student + teacher):
+        return True, True
+    return fit(student), not fit(student) and fit(teacher)
+
+
 def round_up(n: int, multiple: int) -> int:
     """Return the smallest multiple that is not below n."""
     return -(-n // multiple) * multiple
@@ -168,6 +189,10 @@ def _cached_memory(shape: CallShape, rows: int, head_sum: int) -> dict[str, int]
     width, teacher_width = shape.student_width, shape.teacher_width if shape.teacher_head else 0
     student_rows, teacher_rows = (n * round_up(rows, ROW_PADDING) for n in shape.depths)
     tile = cached_columns(shape.columns, shape.threads)
+    beside = student_rows + teacher_rows
+    if shape.train_head and not shape.narrow and rows == shape.rows:
+        lent = in_gradient(shape.depths, rows, shape.columns, tile, width)
+        beside -= student_rows * lent[0] + teacher_rows * lent[1]
     head_rows = tile * max(width, teacher_width) if shape.narrow else 0
     head_gradient = tile * width if shape.narrow and shape.train_head else 0
     states, teacher_states = student_rows * width, teacher_rows * teacher_width
@@ -184,7 +209,7 @@ def _cached_memory(shape: CallShape, rows: int, head_sum: int) -> dict[str, int]
         + shape.threads * (states + 2 * tile * student_rows + head_rows + head_gradient)
     )
     return {
-        "cached logits": FLOAT * (student_rows + teacher_rows) * round_up(shape.columns, tile),
+        "cached logits": FLOAT * beside * round_up(shape.columns, tile),
         "operands and sums of a block": FLOAT * max(forward, backward),
         "sum of the head's gradient": head_sum if rows < shape.rows else 0,
     }
