@@ -92,10 +92,9 @@ void CachedLogits::compute() {
   at::parallel_for(0, tiles(), 1, [&](int64_t begin, int64_t end) {
     Scratch weight, raw(width_ * most_layers * rows_);
     for (int64_t tile = begin; tile < end; ++tile) {
-      if (layers(true)) {
-        const int64_t width = problem_.student.width();
-        populate(gradient_ + first(tile) * width, sizeof(float) * count(tile) * width);
-      }
+      if (layers(true))
+        populate(gradient_ + first(tile) * problem_.student.width(),
+                 sizeof(float) * layers(true) * rows_ * ld(tile));
       compute_model(problem_.student, tile, student.get(), &weight, raw.get(),
                     logits(tile, kStudent));
       if (problem_.needs_teacher)
