@@ -1,6 +1,7 @@
 #include "memory.h"
 
 #include <ATen/ops/from_blob.h>
+#include <c10/core/Allocator.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -66,6 +67,11 @@ class Spare {
   Pages pages_;
 };
 
+// Shows memory that is lent (bytes > 0) or given back to torch's profiler, like torch's allocator.
+void report(void* begin, int64_t bytes) {
+  c10::reportMemoryUsageToProfiler(begin, bytes, 0, 0, c10::Device(c10::kCPU));
+}
+
 Spare& spare() {
   static Spare* const one = new Spare;  // outlives every tensor
   return *one;
@@ -74,11 +80,17 @@ Spare& spare() {
 }  // namespace
 
 at::Tensor reused_memory(int64_t count) {
+  const int64_t asked = sizeof(float) * count;
   const size_t page = page_size(),
-               bytes = (sizeof(float) * std::max<int64_t>(count, 1) + page - 1) / page * page;
+               bytes = (size_t(std::max<int64_t>(asked, 1)) + page - 1) / page * page;
   Pages pages = spare().take(bytes);
   if (!pages.begin) pages = map(bytes);
-  return at::from_blob(pages.begin, {count}, [pages](void*) { spare().give(pages); }, at::kFloat);
+  report(pages.begin, asked);
+  const auto give_back = [pages, asked](void* begin) {
+    report(begin, -asked);
+    spare().give(pages);
+  };
+  return at::from_blob(pages.begin, {count}, give_back, at::kFloat);
 }
 
 void populate(void* begin, size_t bytes) {

@@ -132,15 +132,15 @@ def test_the_cache_holds_the_logits_of_the_layers_that_exist(depths):
     assert numbers == sum(depths) * tiling.round_up(ROWS, tiling.ROW_PADDING) * padded
     predicted = cpu.memory(replace(shape(depths), train_head=False))
     assert predicted["cached logits"] == FLOAT * numbers
-    # What the kernels allocate by themselves is not seen: cached logits, operands, and sums of
-    # threads.
+    # What the kernels allocate by themselves is not seen: operands, and sums of threads.
     peak = allocated_peak(lambda: with_cached_logits(inputs, spec))
     students, requests = depths[0], len(spec.requests)
     gradients = students * ROWS * WIDTHS[0] + COLUMNS * WIDTHS[0]
     # twice: the caller's, and the block's of `upstream_of`
     statistics = 2 * (2 * max(depths) + 2 * requests * 4) * ROWS
     sums = students * ROWS * WIDTHS[0]
-    assert peak <= FLOAT * (gradients + statistics + sums) + 2**12
+    beside = cpu.memory(shape(depths))["cached logits"]  # the rest lies in the head's gradient
+    assert beside <= peak <= beside + FLOAT * (gradients + statistics + sums) + 2**12
 
 
 def shape(depths: tuple[int, int], rows: int = ROWS, columns: int = COLUMNS) -> CallShape:
