@@ -92,9 +92,8 @@ def step(
     provider: Provider, problem: Problem, options: dict, device: torch.device
 ) -> tuple[float, float, dict]:
     """Run one forward and backward pass: seconds of the forward, of both, gradients by name."""
-    leaves = problem.map(lambda t: t)
-    run = lambda loss: gradients_of(loss, leaves, options)[1]  # noqa: E731
-    return time_step(device, provider.loss, run)
+    fresh = problem.map(lambda t: t)
+    return time_step(device, provider.loss, lambda loss: gradients_of(loss, fresh, options)[1])
 
 
 def spread(values: list[float]) -> dict[str, Any]:

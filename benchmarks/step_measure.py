@@ -38,8 +38,9 @@ WARM_UP_TOKENS = 16
 
 def train(models: Models, provider: Provider, device: torch.device) -> tuple[float, float]:
     """Run one training step: seconds until the loss is there, and of the whole step."""
-    run = lambda loss: models.train(lambda: loss(models, provider.drops))  # noqa: E731
-    forward, total, _ = time_step(device, provider.loss, run)
+    forward, total, _ = time_step(
+        device, provider.loss, lambda loss: models.train(lambda: loss(models, provider.drops))
+    )
     return forward, total
 
 

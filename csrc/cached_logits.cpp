@@ -75,7 +75,7 @@ CachedLogits::CachedLogits(const Problem& problem, float* memory, float* gradien
 
 int64_t CachedLogits::size(const Problem& problem) {
   const CachedLogits cached(problem, nullptr, nullptr);
-  return cached.tiles() * cached.layers(false) * cached.rows_ * round_up(cached.width_, kPadding);
+  return cached.tiles() * cached.layers(false) * cached.rows_ * cached.most_ld();
 }
 
 bool CachedLogits::fits_gradient() const {
@@ -130,8 +130,7 @@ void gradients_of(const CachedLogits& cached, const Statistics& statistics,
   const Problem& problem = cached.problem();
   const int64_t rows = problem.count(), padded = cached.padded_rows(),
                 layers = problem.layers(kStudent), all = layers * padded;
-  const int64_t width = problem.student.width(),
-                most_columns = round_up(problem.tiles.columns, kPadding);
+  const int64_t width = problem.student.width();
   Scratch stacked;
   const Operand hidden = out.weight.defined()
                              ? stack_paired(problem, problem.student, padded, &stacked)
@@ -140,7 +139,7 @@ void gradients_of(const CachedLogits& cached, const Statistics& statistics,
   std::map<int64_t, Scratch> sums;
   std::mutex guard;
   at::parallel_for(0, cached.tiles(), 1, [&](int64_t begin, int64_t end) {
-    Scratch weight, grad_Mc(all * most_columns), grad_cM(most_columns * all),
+    Scratch weight, grad_Mc(all * cached.most_ld()), grad_cM(problem.tiles.columns * all),
         sum(out.hidden ? all * width : 0);
     HeadGradient head_gradient(out, problem.tiles.columns, width);
     SplitGemm split;

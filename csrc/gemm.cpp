@@ -17,8 +17,8 @@ namespace {
 
 constexpr int64_t kPieceColumns = 512;
 
-// Rows of a piece of B. Rows a multiple of 4 KiB apart share few sets of the caches.
-constexpr int64_t piece_depth(int64_t ldb) { return ldb % 1024 == 0 ? 256 : 512; }
+// Rows of a piece of B.
+int64_t piece_depth(int64_t ldb) { return share_sets(ldb) ? 256 : 512; }
 
 // How many rows of an operand B of type T are interleaved.
 template <class T>

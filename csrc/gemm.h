@@ -14,10 +14,12 @@ inline int64_t round_up(int64_t n, int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-// The leading dimension of a matrix of our own: rows a multiple of 4 KiB apart would share few sets of
-// the caches.
+// Whether rows `ld` words apart, a multiple of 4 KiB, share few sets of the caches.
+inline bool share_sets(int64_t ld) { return ld % 1024 == 0; }
+
+// The leading dimension of a matrix of our own.
 inline int64_t leading_dimension(int64_t columns) {
-  return columns + (columns % 1024 == 0 ? 16 : 0);
+  return columns + (share_sets(columns) ? 16 : 0);
 }
 
 // An operand of a GEMM, row-major with a leading dimension in elements. A bf16 operand B (k, n) has

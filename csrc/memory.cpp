@@ -38,9 +38,9 @@ void unmap(Pages pages) {
   if (pages.begin) munmap(pages.begin, pages.bytes);
 }
 
-bool offer_to_system(Pages pages) {
+bool offer_to_system(void* begin, size_t bytes) {
 #if defined(MADV_FREE)
-  return madvise(pages.begin, pages.bytes, MADV_FREE) == 0;
+  return madvise(begin, bytes, MADV_FREE) == 0;
 #else
   return false;
 #endif
@@ -54,8 +54,9 @@ class Spare {
     const std::lock_guard lock(guard_);
     return pages_.bytes < bytes ? Pages() : std::exchange(pages_, {});
   }
-  void give(Pages pages) {
-    if (offer_to_system(pages)) {
+  // Only the first `used` bytes were lent: the others have been offered before.
+  void give(Pages pages, size_t used) {
+    if (offer_to_system(pages.begin, used)) {
       const std::lock_guard lock(guard_);
       if (pages.bytes > pages_.bytes) std::swap(pages, pages_);
     }
@@ -88,7 +89,7 @@ at::Tensor reused_memory(int64_t count) {
   report(pages.begin, asked);
   const auto give_back = [pages, asked](void* begin) {
     report(begin, -asked);
-    spare().give(pages);
+    spare().give(pages, asked);
   };
   return at::from_blob(pages.begin, {count}, give_back, at::kFloat);
 }

@@ -1,5 +1,5 @@
-// Pages of large buffers. The system provides a page at its first touch: about 0.4 ms per MiB in
-// pages of 4 KiB, as long as 50 multiplications with every float32 number of them.
+// Pages of large buffers. The system provides a page at its first touch: in pages of 4 KiB this took
+// nearly 0.5 ms per MiB on Emerald Rapids (docs/design.md, "Strategies and memory").
 #pragma once
 
 #include <ATen/core/Tensor.h>

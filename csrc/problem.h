@@ -185,6 +185,8 @@ class CachedLogits {
     return {logits(tile, kStudent), logits(tile, kTeacher), rows_ * ld(tile), ld(tile)};
   }
   int64_t ld(int64_t tile) const { return round_up(count(tile), kPadding); }
+  // Of the widest tile.
+  int64_t most_ld() const { return round_up(width_, kPadding); }
   int64_t padded_rows() const { return rows_; }
   // Whether every tile's rows of the gradient hold its logits.
   bool fits_gradient() const;
@@ -203,9 +205,8 @@ class CachedLogits {
   // A tile has the layers of the student first.
   float* logits(int64_t tile, ModelIndex model) const {
     const bool in_gradient = problem_.in_gradient[model];
-    float* const begin = in_gradient
-                             ? gradient_ + first(tile) * problem_.student.width()
-                             : memory_ + tile * layers(false) * rows_ * round_up(width_, kPadding);
+    float* const begin = in_gradient ? gradient_ + first(tile) * problem_.student.width()
+                                     : memory_ + tile * layers(false) * rows_ * most_ld();
     const bool second = model == kTeacher && problem_.in_gradient[kStudent] == in_gradient;
     return begin + (second ? problem_.layers(kStudent) * rows_ * ld(tile) : 0);
   }
