@@ -71,11 +71,12 @@ CachedLogits::CachedLogits(const Problem& problem, float* memory, float* gradien
       memory_(memory),
       gradient_(gradient),
       width_(problem.tiles.columns),
-      rows_(round_up(problem.count(), kRowPadding)) {}
+      rows_(problem.tiles.whole ? problem.count() : round_up(problem.count(), kRowPadding)) {}
 
 int64_t CachedLogits::size(const Problem& problem) {
   const CachedLogits cached(problem, nullptr, nullptr);
-  return cached.tiles() * cached.layers(false) * cached.rows_ * cached.most_ld();
+  return cached.states_size() +
+         cached.tiles() * cached.layers(false) * cached.rows_ * cached.most_ld();
 }
 
 bool CachedLogits::fits_gradient() const {
@@ -84,7 +85,15 @@ bool CachedLogits::fits_gradient() const {
   return true;
 }
 
-void CachedLogits::compute() {
+void CachedLogits::compute() { return problem_.tiles.whole ? compute_whole() : compute_tiles(); }
+
+void CachedLogits::gradients(const Statistics& statistics, const Upstream& upstream,
+                             const Gradients& out) const {
+  return problem_.tiles.whole ? gradients_whole(statistics, upstream, out)
+                              : gradients_of_tiles(statistics, upstream, out);
+}
+
+void CachedLogits::compute_tiles() {
   const Scratch student = stack_transposed(problem_, problem_.student, rows_);
   const Scratch teacher =
       problem_.needs_teacher ? stack_transposed(problem_, problem_.teacher, rows_) : Scratch();
@@ -97,7 +106,7 @@ void CachedLogits::compute() {
                  sizeof(float) * layers(true) * rows_ * ld(tile));
       compute_model(problem_.student, tile, student.get(), &weight, raw.get(),
                     logits(tile, kStudent));
-      if (problem_.needs_teacher)
+      if (cached_layers(kTeacher))
         compute_model(problem_.teacher, tile, teacher.get(), &weight, raw.get(),
                       logits(tile, kTeacher));
     }
@@ -111,7 +120,9 @@ void CachedLogits::compute_model(const Model& model, int64_t tile, const float* 
   if (model.weight.defined()) {
     const Operand head = head_as_a(model, first(tile), columns, weight);
     gemm(columns, all, model.width(), head, {hidden_DM, all, model.bf16}, raw_cM, all, false);
-    row_kernels().transpose(raw_cM, all, columns, all, out_Mc, ld_out);
+    const auto transpose =
+        model.transforms() ? row_kernels().transpose : row_kernels().transpose_to_memory;
+    transpose(raw_cM, all, columns, all, out_Mc, ld_out);
   } else {
     for (int64_t layer = 0; layer < model.layers(); ++layer)
       for (int64_t row = 0; row < problem_.count(); ++row)
@@ -125,32 +136,31 @@ void CachedLogits::compute_model(const Model& model, int64_t tile, const float* 
                               model.softcap);
 }
 
-void gradients_of(const CachedLogits& cached, const Statistics& statistics,
-                  const Upstream& upstream, const Gradients& out) {
-  const Problem& problem = cached.problem();
-  const int64_t rows = problem.count(), padded = cached.padded_rows(),
-                layers = problem.layers(kStudent), all = layers * padded;
-  const int64_t width = problem.student.width();
+void CachedLogits::gradients_of_tiles(const Statistics& statistics, const Upstream& upstream,
+                                      const Gradients& out) const {
+  const int64_t rows = problem_.count(), layers = problem_.layers(kStudent), all = layers * rows_,
+                width = problem_.student.width();
   Scratch stacked;
   const Operand hidden = out.weight.defined()
-                             ? stack_paired(problem, problem.student, padded, &stacked)
+                             ? stack_paired(problem_, problem_.student, rows_, &stacked)
                              : Operand();
   // dH of each thread's columns, by its first tile: added in that order at the end.
   std::map<int64_t, Scratch> sums;
   std::mutex guard;
-  at::parallel_for(0, cached.tiles(), 1, [&](int64_t begin, int64_t end) {
-    Scratch weight, grad_Mc(all * cached.most_ld()), grad_cM(problem.tiles.columns * all),
+  at::parallel_for(0, tiles(), 1, [&](int64_t begin, int64_t end) {
+    Scratch weight, grad_Mc(all * most_ld()), grad_cM(problem_.tiles.columns * all),
         sum(out.hidden ? all * width : 0);
-    HeadGradient head_gradient(out, problem.tiles.columns, width);
+    HeadGradient head_gradient(out, problem_.tiles.columns, width);
     SplitGemm split;
     for (int64_t tile = begin; tile < end; ++tile) {
-      const TileView logits = cached.view(tile);
-      const int64_t first = cached.first(tile), columns = cached.count(tile), ld = logits.ld;
+      const TileView logits = view(tile);
+      const int64_t first = this->first(tile), columns = count(tile), ld = logits.ld;
       std::memset(grad_Mc.get(), 0, sizeof(float) * all * ld);
       for (int64_t row = 0; row < rows; ++row)
-        form_row(problem, statistics, upstream, logits, grad_Mc.get(), row, row, first, columns);
+        form_row(problem_, statistics, upstream, logits,
+                 {grad_Mc.get() + row * ld, logits.layer_stride}, row, row, first, columns);
       if (out.hidden) {
-        const Operand head = head_as_b(problem.student, first, columns, &weight);
+        const Operand head = head_as_b(problem_.student, first, columns, &weight);
         split.gemm(all, width, columns, grad_Mc.get(), ld, head, sum.get(), width, tile > begin);
       }
       if (!out.weight.defined() && !out.bias) continue;
@@ -171,7 +181,7 @@ void gradients_of(const CachedLogits& cached, const Statistics& statistics,
     for (int64_t m = begin; m < end; ++m) {
       float* total = out.hidden + m * width;
       for (const auto& [first, sum] : sums) {
-        const float* part = sum.get() + (m / rows * padded + m % rows) * width;
+        const float* part = sum.get() + (m / rows * rows_ + m % rows) * width;
         if (first == 0)
           std::memcpy(total, part, sizeof(float) * width);
         else

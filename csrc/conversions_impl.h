@@ -66,21 +66,49 @@ inline void transpose_square(Vec* rows) {
   if constexpr (2 * S < FDD_LANES) transpose_square<2 * S>(rows);
 }
 
-void transpose(const float* in, int64_t ld_in, int64_t rows, int64_t columns, float* out,
-               int64_t ld_out) {
+// Stores a vector past the caches where FDD_STREAM can: it is not loaded into them first. `to` is
+// aligned to a vector.
+inline void stream(float* to, Vec v) {
+#if defined(FDD_STREAM)
+  FDD_STREAM(to, v);
+#else
+  store(to, v);
+#endif
+}
+
+template <bool kStream>
+inline void transpose_by(const float* in, int64_t ld_in, int64_t rows, int64_t columns, float* out,
+                         int64_t ld_out) {
   for (int64_t c = 0; c < columns; c += kLanes)
     for (int64_t r = 0; r < rows; r += kLanes) {
       if (r + kLanes <= rows && c + kLanes <= columns) {
         Vec square[kLanes];
         for (int64_t i = 0; i < kLanes; ++i) square[i] = load(in + (r + i) * ld_in + c);
         transpose_square<1>(square);
-        for (int64_t i = 0; i < kLanes; ++i) store(out + (c + i) * ld_out + r, square[i]);
+        for (int64_t i = 0; i < kLanes; ++i)
+          kStream ? stream(out + (c + i) * ld_out + r, square[i])
+                  : store(out + (c + i) * ld_out + r, square[i]);
       } else {
         for (int64_t j = c; j < columns && j < c + kLanes; ++j)
           for (int64_t i = r; i < rows && i < r + kLanes; ++i)
             out[j * ld_out + i] = in[i * ld_in + j];
       }
     }
+}
+
+void transpose(const float* in, int64_t ld_in, int64_t rows, int64_t columns, float* out,
+               int64_t ld_out) {
+  transpose_by<false>(in, ld_in, rows, columns, out, ld_out);
+}
+
+void transpose_to_memory(const float* in, int64_t ld_in, int64_t rows, int64_t columns, float* out,
+                         int64_t ld_out) {
+  if ((reinterpret_cast<uintptr_t>(out) | sizeof(float) * ld_out) % sizeof(Vec))
+    return transpose(in, ld_in, rows, columns, out, ld_out);
+  transpose_by<true>(in, ld_in, rows, columns, out, ld_out);
+#if defined(FDD_STREAM)
+  _mm_sfence();  // before anything that tells other threads of them
+#endif
 }
 
 void interleave(const uint16_t* first, const uint16_t* second, uint16_t* out, int64_t n) {

@@ -169,11 +169,18 @@ const char* gemm_library() { return brgemm_works<float>() ? "brgemm" : "blas"; }
 Matrix::Matrix(const at::Tensor& tensor)
     : data_(static_cast<const char*>(tensor.const_data_ptr())),
       type_(tensor.scalar_type()),
+      rows_(tensor.size(0)),
       columns_(tensor.size(1)),
       row_stride_(tensor.stride(0)),
       column_stride_(tensor.stride(1)) {
   TORCH_CHECK(type_ == at::kFloat || type_ == at::kBFloat16 || type_ == at::kHalf,
               "unsupported dtype ", type_);
+}
+
+at::Tensor Matrix::view() const {
+  TORCH_INTERNAL_ASSERT(type_ == at::kFloat);
+  return at::from_blob(const_cast<char*>(data_), {rows_, columns_}, {row_stride_, column_stride_},
+                       at::kFloat);
 }
 
 const void* Matrix::direct(int64_t row, bool bf16) const {

@@ -87,11 +87,13 @@ class Matrix {
   // A pointer to the row if it lies in memory as float32, or as bfloat16 if `bf16`; else null.
   const void* direct(int64_t row, bool bf16) const;
   int64_t row_stride() const { return row_stride_; }
+  // The tensor again; float32 alone.
+  at::Tensor view() const;
 
  private:
   const char* data_ = nullptr;
   at::ScalarType type_ = at::kFloat;
-  int64_t columns_ = 0, row_stride_ = 0, column_stride_ = 0;
+  int64_t rows_ = 0, columns_ = 0, row_stride_ = 0, column_stride_ = 0;
 };
 
 // A GEMM with a float32 operand A. Beside a bf16 operand B it splits A into a sum of two bfloat16,

@@ -59,7 +59,8 @@ class Backward {
           logits.compute(panel_, panel_.first() + local, count);
           std::memset(grad.get(), 0, sizeof(float) * layers_ * logits.layer_stride());
           for (int64_t row = first_row; row < last_row; ++row)
-            form_row(problem_, statistics_, upstream_, logits.view(), grad.get(), row,
+            form_row(problem_, statistics_, upstream_, logits.view(),
+                     {grad.get() + (row - first_row) * logits.ld(), logits.layer_stride()}, row,
                      row - first_row, panel_.first() + local, count);
           for (int64_t layer = 0; layer < layers_; ++layer) {
             const float* g = grad.get() + layer * logits.layer_stride();
@@ -123,11 +124,11 @@ class Backward {
 }  // namespace
 
 void form_row(const Problem& problem, const Statistics& statistics, const Upstream& gradients,
-              const TileView& logits, float* grad, int64_t row, int64_t local, int64_t first_column,
+              const TileView& logits, GradientRow grad, int64_t row, int64_t local, int64_t first_column,
               int64_t count) {
   const RowKernels& kernels = row_kernels();
-  const int64_t stride = logits.layer_stride, total = statistics.total_rows, at = problem.rows[row];
-  const auto grad_row = [&](int64_t layer) { return grad + layer * stride + local * logits.ld; };
+  const int64_t total = statistics.total_rows, at = problem.rows[row];
+  const auto grad_row = [&](int64_t layer) { return grad.begin + layer * grad.layer_stride; };
   const float* shifts_s = statistics.shifts_of(kStudent) + at;
   const float* shifts_t = statistics.shifts_of(kTeacher) + at;
   for (size_t i = 0; i < problem.requests.size(); ++i) {
@@ -173,8 +174,8 @@ void form_row(const Problem& problem, const Statistics& statistics, const Upstre
     float* grad_first = pair.first ? grad_row((*pair.first)[kStudent]) : nullptr;
     kernels.moment_gradient(
         grad_row(pair.second[kStudent]), grad_first,
-        problem.vector(pair, kStudent, logits.student(0, local), stride, shifts_s, total),
-        problem.vector(pair, kTeacher, logits.teacher(0, local), stride, shifts_t, total),
+        vector_of(pair, kStudent, logits, local, shifts_s, total),
+        vector_of(pair, kTeacher, logits, local, shifts_t, total),
         problem.excluded_from(first_column), pair.inv_temperature, count, upstream);
   }
   for (int64_t layer = 0; layer < problem.layers(kStudent); ++layer)

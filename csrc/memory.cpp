@@ -1,12 +1,14 @@
 #include "memory.h"
 
-#include <ATen/ops/from_blob.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/Allocator.h>
+#include <c10/core/Storage.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <new>
 #include <utility>
@@ -49,14 +51,15 @@ bool offer_to_system(void* begin, size_t bytes) {
 // The largest buffer released so far, while nobody has it.
 class Spare {
  public:
-  // Its pages if they are enough, else none.
+  // Its pages if they are enough and not more than twice that, else none.
   Pages take(size_t bytes) {
     const std::lock_guard lock(guard_);
-    return pages_.bytes < bytes ? Pages() : std::exchange(pages_, {});
+    const bool suits = bytes <= pages_.bytes && pages_.bytes / 2 <= bytes;
+    return suits ? std::exchange(pages_, {}) : Pages();
   }
   // Only the first `used` bytes were lent: the others have been offered before.
   void give(Pages pages, size_t used) {
-    if (offer_to_system(pages.begin, used)) {
+    if (pages.bytes <= size_t(kMostRetained) && offer_to_system(pages.begin, used)) {
       const std::lock_guard lock(guard_);
       if (pages.bytes > pages_.bytes) std::swap(pages, pages_);
     }
@@ -73,25 +76,38 @@ void report(void* begin, int64_t bytes) {
   c10::reportMemoryUsageToProfiler(begin, bytes, 0, 0, c10::Device(c10::kCPU));
 }
 
-Spare& spare() {
-  static Spare* const one = new Spare;  // outlives every tensor
-  return *one;
+Spare& spare(Use use) {
+  static Spare* const all = new Spare[2];  // outlives every tensor
+  return all[size_t(use)];
+}
+
+// A loan, while a tensor has it.
+struct Lent {
+  Pages pages;
+  int64_t asked;
+  Use use;
+};
+
+void give_back(void* context) {
+  const std::unique_ptr<Lent> lent(static_cast<Lent*>(context));
+  report(lent->pages.begin, -lent->asked);
+  spare(lent->use).give(lent->pages, lent->asked);
 }
 
 }  // namespace
 
-at::Tensor reused_memory(int64_t count) {
-  const int64_t asked = sizeof(float) * count;
+at::Tensor reused_memory(at::IntArrayRef sizes, at::ScalarType dtype, Use use) {
+  const int64_t asked = c10::multiply_integers(sizes) * c10::elementSize(dtype);
   const size_t page = page_size(),
                bytes = (size_t(std::max<int64_t>(asked, 1)) + page - 1) / page * page;
-  Pages pages = spare().take(bytes);
+  Pages pages = spare(use).take(bytes);
   if (!pages.begin) pages = map(bytes);
   report(pages.begin, asked);
-  const auto give_back = [pages, asked](void* begin) {
-    report(begin, -asked);
-    spare().give(pages, asked);
-  };
-  return at::from_blob(pages.begin, {count}, give_back, at::kFloat);
+  c10::DataPtr data(pages.begin, new Lent{pages, asked, use}, &give_back, c10::kCPU);
+  // With an allocator the storage can be resized, as that of any tensor.
+  const c10::Storage storage(c10::Storage::use_byte_size_t(), asked, std::move(data),
+                             c10::GetAllocator(c10::kCPU), /*resizable=*/true);
+  return at::empty({0}, dtype).set_(storage, 0, sizes);
 }
 
 void populate(void* begin, size_t bytes) {

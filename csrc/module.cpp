@@ -19,7 +19,7 @@ namespace {
 // Found in the file before it is loaded (fdd_kernels/backends/cpu/extension.py): with another
 // torch, loading may crash. Raise the number of the interface, there too, with every change of what
 // the functions of this module take or return.
-constexpr char kBuiltFor[] = "fdd_kernels built for torch " TORCH_VERSION "; interface 9;";
+constexpr char kBuiltFor[] = "fdd_kernels built for torch " TORCH_VERSION "; interface 10;";
 
 // (hidden states, weight, bias, logit scale, soft cap or 0)
 using ModelArguments = std::tuple<std::vector<at::Tensor>, std::optional<at::Tensor>,
@@ -117,7 +117,7 @@ fdd::Problem problem(const ModelArguments& student, const ModelArguments& teache
                      const std::optional<at::Tensor>& labels,
                      const std::vector<RequestArguments>& requests,
                      const std::vector<PairArguments>& moments,
-                     const std::array<int64_t, 3>& tiles,
+                     const std::array<int64_t, 3>& tiles, bool whole, bool teacher_in_place,
                      const std::array<bool, 2>& in_gradient) {
   fdd::Problem p;
   p.student = model(student, columns);
@@ -132,8 +132,15 @@ fdd::Problem problem(const ModelArguments& student, const ModelArguments& teache
   for (const RequestArguments& arguments : requests) p.requests.push_back(request(arguments));
   for (const auto& [first, second, temperature, weighted] : moments)
     p.moments.push_back({first, second, float(1 / temperature), weighted});
-  p.tiles = {tiles[0], tiles[1], tiles[2]};
+  p.tiles = {tiles[0], tiles[1], tiles[2], whole};
   p.in_gradient = in_gradient;
+  p.teacher_in_place = teacher_in_place;
+  TORCH_CHECK(!teacher_in_place ||
+                  (needs_teacher && !p.teacher.weight.defined() && !p.teacher.transforms() &&
+                   columns % fdd::kPadding == 0 &&
+                   std::all_of(p.teacher.hidden.begin(), p.teacher.hidden.end(),
+                               [](const fdd::Matrix& h) { return h.direct(0, false); })),
+              "the teacher's hidden states cannot be read in place");
   p.excluded = excluded_columns(p);
   check_layers(p);
   return p;
@@ -225,10 +232,9 @@ void grad_of_cached(const fdd::Problem& p, const at::Tensor& memory, const at::T
                     const std::optional<at::Tensor>& weight_low, bool first_call, bool last_call) {
   py::gil_scoped_release release;
   at::NoGradGuard no_grad;
-  fdd::gradients_of(cached_logits(p, memory, grad_weight), statistics(shifts, requests, moments),
-                    upstream(grad_requests, grad_moments),
-                    gradients(grad_hidden, grad_weight, grad_bias, weight_low, first_call,
-                              last_call));
+  cached_logits(p, memory, grad_weight)
+      .gradients(statistics(shifts, requests, moments), upstream(grad_requests, grad_moments),
+                 gradients(grad_hidden, grad_weight, grad_bias, weight_low, first_call, last_call));
 }
 
 // out (m, n) = a (m, k) b, for benchmarks: the GEMM library alone on every thread. a and b are both
@@ -276,8 +282,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.attr("built_for") = kBuiltFor;
   m.def("stats", &stats);
   m.def("grad", &grad);
-  m.def("cache_memory",
-        [](const fdd::Problem& p) { return fdd::reused_memory(fdd::CachedLogits::size(p)); });
+  m.def("logits_memory", [](const fdd::Problem& p) {
+    return fdd::reused_memory({fdd::CachedLogits::size(p)}, at::kFloat, fdd::Use::kLogits);
+  });
+  m.def("gradient_memory", [](const at::Tensor& like) {
+    return fdd::reused_memory(like.sizes(), like.scalar_type(), fdd::Use::kGradient);
+  });
   m.def("stats_and_cache", &stats_and_cache);
   m.def("grad_of_cached", &grad_of_cached);
   m.def("divergences", &divergences);

@@ -19,13 +19,13 @@ void Model::pack(int64_t first_column, int64_t count, int64_t ld, float* out_DC)
   }
 }
 
-VectorView Problem::vector(const PairMoments& pair, ModelIndex model, const float* logits,
-                           int64_t layer_stride, const float* shifts, int64_t shift_stride) const {
+VectorView vector_of(const PairMoments& pair, ModelIndex model, const TileView& logits, int64_t row,
+                     const float* shifts, int64_t shift_stride) {
   const int64_t second = pair.second[model];
-  VectorView view{logits + second * layer_stride, nullptr, shifts[second * shift_stride], 0.f};
+  VectorView view{logits.of(model, second, row), nullptr, shifts[second * shift_stride], 0.f};
   if (pair.first) {
     const int64_t first = (*pair.first)[model];
-    view.first = logits + first * layer_stride;
+    view.first = logits.of(model, first, row);
     view.shift_first = shifts[first * shift_stride];
   }
   return view;

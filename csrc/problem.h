@@ -51,6 +51,7 @@ struct PairMoments {
 // panel, whose head rows are packed at a time.
 struct Tiles {
   int64_t rows, columns, panel;
+  bool whole = false;  // of cached logits: one tile of all columns, GEMMs of the whole block
 };
 
 struct Model {
@@ -61,6 +62,8 @@ struct Model {
   bool bf16 = false;  // head and hidden states are multiplied as bfloat16
 
   int64_t layers() const { return int64_t(hidden.size()); }
+  // Whether logits are more than products.
+  bool transforms() const { return !bias.empty() || scale != 1.f || softcap != 0.f; }
   int64_t width() const { return hidden[0].columns(); }
   // 4-byte words of a row of W or of a hidden state as an operand. Transposing words also
   // transposes a bf16 operand B, whose rows come in pairs.
@@ -82,6 +85,8 @@ struct Problem {
   Tiles tiles{};
   // Whether the cached logits of a model lie in the memory of the head's gradient.
   std::array<bool, 2> in_gradient{};
+  // Whether the teacher's hidden states are its logits and are read where they lie.
+  bool teacher_in_place = false;
 
   int64_t count() const { return int64_t(rows.size()); }
   // Layers whose logits are computed: 0 of a teacher that nothing is compared with.
@@ -92,9 +97,10 @@ struct Problem {
   const float* excluded_from(int64_t column) const {
     return excluded.empty() ? nullptr : excluded.data() + column;
   }
-  // The vector of one model of a pair, from that model's logits and shifts of one row.
-  VectorView vector(const PairMoments& pair, ModelIndex model, const float* logits,
-                    int64_t layer_stride, const float* shifts, int64_t shift_stride) const;
+  // Row `row` of `rows` of a layer of the teacher in place.
+  const float* in_place(int64_t layer, int64_t row) const {
+    return static_cast<const float*>(teacher.hidden[layer].direct(rows[row], false));
+  }
 };
 
 // The packed heads of a panel of columns, shared by all threads.
@@ -131,13 +137,24 @@ Operand interleaved(int64_t count, int64_t width, Scratch* copy,
 struct TileView {
   const float *logits_s, *logits_t;
   int64_t layer_stride, ld;
+  // Of a teacher in place: whose hidden states are read, and from which column.
+  const Problem* in_place = nullptr;
+  int64_t first = 0;
   const float* student(int64_t layer, int64_t row) const {
     return logits_s + layer * layer_stride + row * ld;
   }
   const float* teacher(int64_t layer, int64_t row) const {
+    if (in_place) return in_place->in_place(layer, row) + first;
     return logits_t + layer * layer_stride + row * ld;
   }
+  const float* of(ModelIndex model, int64_t layer, int64_t row) const {
+    return model == kStudent ? student(layer, row) : teacher(layer, row);
+  }
 };
+
+// The vector of one model of a pair, from that model's logits and shifts of one row.
+VectorView vector_of(const PairMoments& pair, ModelIndex model, const TileView& logits, int64_t row,
+                     const float* shifts, int64_t shift_stride);
 
 // Computes tiles of logits from a panel; one per thread.
 class TileLogits {
@@ -160,60 +177,6 @@ class TileLogits {
   Scratch logits_s_, logits_t_;
   std::vector<Scratch> copies_s_, copies_t_;
   std::vector<Operand> operands_s_, operands_t_;
-};
-
-// All logits of the problem's rows, in memory that the caller keeps between the two operations:
-// tiles of problem.tiles.columns columns, one after another. A tile of a model in
-// problem.in_gradient lies in the rows of the head's float32 gradient (C', D) that are the tile's
-// columns: these are written after the last use of the tile.
-//
-// Rows are padded with zeros to a multiple of kRowPadding, so that the GEMM library meets few
-// shapes: it compiles a kernel for each. M = L * padded rows of all layers of a model.
-class CachedLogits {
- public:
-  static constexpr int64_t kRowPadding = 8;
-  // Floats of memory that a problem needs beside the gradient.
-  static int64_t size(const Problem& problem);
-  // `gradient` may be null if no model is in it.
-  CachedLogits(const Problem& problem, float* memory, float* gradient);
-  void compute();
-  const Problem& problem() const { return problem_; }
-  int64_t tiles() const { return (problem_.columns + width_ - 1) / width_; }
-  int64_t first(int64_t tile) const { return tile * width_; }
-  int64_t count(int64_t tile) const { return std::min(width_, problem_.columns - first(tile)); }
-  TileView view(int64_t tile) const {
-    return {logits(tile, kStudent), logits(tile, kTeacher), rows_ * ld(tile), ld(tile)};
-  }
-  int64_t ld(int64_t tile) const { return round_up(count(tile), kPadding); }
-  // Of the widest tile.
-  int64_t most_ld() const { return round_up(width_, kPadding); }
-  int64_t padded_rows() const { return rows_; }
-  // Whether every tile's rows of the gradient hold its logits.
-  bool fits_gradient() const;
-
- private:
-  void compute_model(const Model& model, int64_t tile, const float* hidden_DM, Scratch* weight,
-                     float* raw_cM, float* out_Mc) const;
-
-  // Layers whose logits lie in the gradient, or beside it.
-  int64_t layers(bool in_gradient) const {
-    int64_t all = 0;
-    for (const ModelIndex model : {kStudent, kTeacher})
-      if (problem_.in_gradient[model] == in_gradient) all += problem_.layers(model);
-    return all;
-  }
-  // A tile has the layers of the student first.
-  float* logits(int64_t tile, ModelIndex model) const {
-    const bool in_gradient = problem_.in_gradient[model];
-    float* const begin = in_gradient ? gradient_ + first(tile) * problem_.student.width()
-                                     : memory_ + tile * layers(false) * rows_ * most_ld();
-    const bool second = model == kTeacher && problem_.in_gradient[kStudent] == in_gradient;
-    return begin + (second ? problem_.layers(kStudent) * rows_ * ld(tile) : 0);
-  }
-
-  const Problem& problem_;
-  float *memory_, *gradient_;
-  int64_t width_, rows_;
 };
 
 // Statistics as one float array each, in the layout of layout.h: shifts (2, L, R), requests
@@ -248,6 +211,83 @@ struct Gradients {
   float* bias = nullptr;  // (C')
 };
 
+// All logits of the problem's rows, in memory that the caller keeps between the two operations:
+// tiles of problem.tiles.columns columns, one after another (cached_logits.cpp), or one tile whose
+// products are GEMMs of the whole block (whole_gemms.cpp). A tile of a model in
+// problem.in_gradient lies in the rows of the head's float32 gradient (C', D) that are the tile's
+// columns: these are written after the last use of the tile.
+//
+// Rows are padded with zeros to a multiple of kRowPadding, so that the GEMM library meets few
+// shapes: it compiles a kernel for each. M = L * padded rows of all layers of a model.
+class CachedLogits {
+ public:
+  static constexpr int64_t kRowPadding = 8;
+  // Floats of memory that a problem needs beside the gradient.
+  static int64_t size(const Problem& problem);
+  // `gradient` may be null if no model is in it.
+  CachedLogits(const Problem& problem, float* memory, float* gradient);
+  void compute();
+  // Where GEMMs are whole, out.hidden is the beginning of the memory.
+  void gradients(const Statistics& statistics, const Upstream& upstream, const Gradients& out) const;
+  const Problem& problem() const { return problem_; }
+  int64_t tiles() const { return (problem_.columns + width_ - 1) / width_; }
+  int64_t first(int64_t tile) const { return tile * width_; }
+  int64_t count(int64_t tile) const { return std::min(width_, problem_.columns - first(tile)); }
+  TileView view(int64_t tile) const {
+    const bool in_place = problem_.teacher_in_place;
+    return {logits(tile, kStudent), in_place ? nullptr : logits(tile, kTeacher), rows_ * ld(tile),
+            ld(tile), in_place ? &problem_ : nullptr, first(tile)};
+  }
+  int64_t ld(int64_t tile) const { return round_up(count(tile), kPadding); }
+  // Of the widest tile.
+  int64_t most_ld() const { return round_up(width_, kPadding); }
+  // Whether every tile's rows of the gradient hold its logits.
+  bool fits_gradient() const;
+
+ private:
+  void compute_model(const Model& model, int64_t tile, const float* hidden_DM, Scratch* weight,
+                     float* raw_cM, float* out_Mc) const;
+
+  // Floats of the student's stacked hidden states, in front of the logits where GEMMs are whole.
+  // Their gradients take their place.
+  int64_t states_size() const {
+    return problem_.tiles.whole
+               ? round_up(problem_.layers(kStudent) * rows_ * problem_.student.width(), kPadding)
+               : 0;
+  }
+  void compute_tiles();
+  void compute_whole();
+  void gradients_of_tiles(const Statistics& statistics, const Upstream& upstream,
+                          const Gradients& out) const;
+  void gradients_whole(const Statistics& statistics, const Upstream& upstream,
+                       const Gradients& out) const;
+
+  // Layers of a model whose logits are computed.
+  int64_t cached_layers(ModelIndex model) const {
+    return model == kTeacher && problem_.teacher_in_place ? 0 : problem_.layers(model);
+  }
+  // Layers whose logits lie in the gradient, or beside it.
+  int64_t layers(bool in_gradient) const {
+    int64_t all = 0;
+    for (const ModelIndex model : {kStudent, kTeacher})
+      if (problem_.in_gradient[model] == in_gradient) all += cached_layers(model);
+    return all;
+  }
+  // A tile has the layers of the student first.
+  float* logits(int64_t tile, ModelIndex model) const {
+    const bool in_gradient = problem_.in_gradient[model];
+    float* const begin = in_gradient ? gradient_ + first(tile) * problem_.student.width()
+                                     : memory_ + states_size() +
+                                           tile * layers(false) * rows_ * most_ld();
+    const bool second = model == kTeacher && problem_.in_gradient[kStudent] == in_gradient;
+    return begin + (second ? problem_.layers(kStudent) * rows_ * ld(tile) : 0);
+  }
+
+  const Problem& problem_;
+  float *memory_, *gradient_;
+  int64_t width_, rows_;
+};
+
 // Called between panels from the calling thread; may throw to stop.
 using Interrupt = std::function<void()>;
 
@@ -256,13 +296,16 @@ void compute_gradients(const Problem& problem, const Statistics& statistics,
                        const Upstream& upstream, const Gradients& out, const Interrupt& interrupt);
 // The same from cached logits.
 void statistics_of(const CachedLogits& cached, const Statistics& out);
-void gradients_of(const CachedLogits& cached, const Statistics& statistics,
-                  const Upstream& upstream, const Gradients& out);
 
-// grad += dL/dx of one row of a tile, all layers of the student: `row` counts within problem.rows,
-// `local` within the tile; grad has the layout of the tile's student.
+// One row of a gradient of a tile, all layers of the student.
+struct GradientRow {
+  float* begin;
+  int64_t layer_stride;
+};
+
+// grad += dL/dx of one row of a tile: `row` counts within problem.rows, `local` within the tile.
 void form_row(const Problem& problem, const Statistics& statistics, const Upstream& upstream,
-              const TileView& logits, float* grad, int64_t row, int64_t local, int64_t first_column,
+              const TileView& logits, GradientRow grad, int64_t row, int64_t local, int64_t first_column,
               int64_t count);
 
 // out[r] += the sum of row r of in (rows, columns).

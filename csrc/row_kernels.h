@@ -104,6 +104,10 @@ struct RowKernels {
   // out (columns, rows) = in (rows, columns) transposed, with leading dimensions; 4-byte words.
   void (*transpose)(const float* in, int64_t ld_in, int64_t rows, int64_t columns, float* out,
                     int64_t ld_out);
+  // The same past the caches, where the processor can and `out` is aligned: for much that is not
+  // read again at once.
+  void (*transpose_to_memory)(const float* in, int64_t ld_in, int64_t rows, int64_t columns,
+                              float* out, int64_t ld_out);
   // out (n, 2) from two rows of n.
   void (*interleave)(const uint16_t* first, const uint16_t* second, uint16_t* out, int64_t n);
   // The inverse.

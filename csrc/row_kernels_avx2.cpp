@@ -2,6 +2,8 @@
 #include "row_kernels.h"
 
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
@@ -10,6 +12,7 @@
 
 #define FDD_ISA isa_avx2
 #define FDD_ISA_NAME "avx2"
+#define FDD_STREAM _mm256_stream_ps
 #define FDD_LANES 8
 #include "row_kernels_impl.h"
 

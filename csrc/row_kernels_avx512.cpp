@@ -2,6 +2,8 @@
 #include "row_kernels.h"
 
 #if defined(__x86_64__)
+#include <immintrin.h>
+
 #if defined(__clang__)
 #pragma clang attribute push(                                                    \
     __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), \
@@ -12,6 +14,7 @@
 
 #define FDD_ISA isa_avx512
 #define FDD_ISA_NAME "avx512"
+#define FDD_STREAM _mm512_stream_ps
 #define FDD_LANES 16
 #include "row_kernels_impl.h"
 

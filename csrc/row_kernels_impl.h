@@ -344,7 +344,7 @@ void chain(float* grad, const float* u, int64_t n, float scale, float softcap) {
 const RowKernels kKernels = {
     FDD_ISA_NAME,     transform,  largest,          softmax,         moments,
     weighted_moments, divergence, request_gradient, moment_gradient, chain,
-    from_bfloat16,    from_half,  to_bfloat16,      transpose,       interleave,
-    separate};
+    from_bfloat16,    from_half,  to_bfloat16,      transpose,       transpose_to_memory,
+    interleave,       separate};
 
 }  // namespace fdd::FDD_ISA

@@ -112,12 +112,9 @@ class Rows {
       }
       for (size_t i = 0; i < problem_.moments.size(); ++i) {
         const PairMoments& pair = problem_.moments[i];
-        const VectorView s =
-            problem_.vector(pair, kStudent, logits.student(0, local), logits.layer_stride,
-                            shift(kStudent, 0, row), out_.total_rows);
-        const VectorView t =
-            problem_.vector(pair, kTeacher, logits.teacher(0, local), logits.layer_stride,
-                            shift(kTeacher, 0, row), out_.total_rows);
+        const VectorView
+            s = vector_of(pair, kStudent, logits, local, shift(kStudent, 0, row), out_.total_rows),
+            t = vector_of(pair, kTeacher, logits, local, shift(kTeacher, 0, row), out_.total_rows);
         const float* excluded = problem_.excluded_from(column);
         MomentState* state = &state_.moments[i * problem_.rows.size() + row];
         if (pair.weighted)

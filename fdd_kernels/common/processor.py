@@ -40,6 +40,11 @@ def processor() -> tuple[str, frozenset[str]]:
     return name, frozenset(f"{fields.get('flags', '')} {fields.get('features', '')}".split())
 
 
+def vendor() -> str | None:
+    """Name the maker of the processor as /proc/cpuinfo does: GenuineIntel, AuthenticAMD."""
+    return _fields().get("vendor_id")
+
+
 def generation() -> str | None:
     """Name the processor's generation, as in Zen 5; None if it is not known here."""
     fields = _fields()

@@ -337,12 +337,17 @@ def test_rows_in_several_sets(monkeypatch, threads, dtype, head_sum):
 
 
 CACHED = {"cached at once": 2**40, "cached in blocks": 16 * 2 * 3 * 384 * 4, "streamed": 0}
+# Rows x layers of a block whose GEMMs are whole.
+WHOLE = {"whole at once": 10**6, "whole in blocks": 16 * 3}
 
 
 THREADS = [
     ("cached at once", 1),
     ("cached at once", 3),
     ("cached in blocks", 2),
+    ("whole at once", 2),
+    ("whole in blocks", 1),
+    ("whole in blocks", 3),
     ("streamed", 1),
     ("streamed", 2),
     ("streamed", 3),
@@ -351,11 +356,14 @@ THREADS = [
 
 @pytest.fixture(params=THREADS, ids=lambda p: f"{p[0]}-{p[1]}")
 def way(request, monkeypatch):
-    """The three ways to the gradients, with 1 to 3 threads; a block holds 16 rows of 3 layers and
-    up to 384 columns.
+    """The ways to the gradients, with 1 to 3 threads; a block holds 16 rows of 3 layers and up to
+    384 columns.
     """
     name, threads = request.param
-    monkeypatch.setattr(tiling, "CACHED_BYTES", CACHED[name])
+    monkeypatch.setattr(tiling, "CACHED_BYTES", CACHED.get(name, 2**40))
+    monkeypatch.setattr(tiling, "fast_blas", lambda: name in WHOLE)
+    monkeypatch.setattr(tiling, "MIN_WHOLE_ROWS", 1)
+    monkeypatch.setattr(tiling, "MAX_WHOLE_ROWS", WHOLE.get(name, 0))
     monkeypatch.setattr(tiling, "MIN_GEMM_ROWS", 0)
     with threads_of(threads):
         yield name
@@ -392,8 +400,13 @@ def test_identical_models_have_no_gradient_in_every_way(way, divergence):
     assert not any(gradient.any() for gradient in found)
 
 
-def test_every_way_in_feature_space(way):
-    problem = random_problem((40,), 300, 24, layers=3, feature_space=True)
+@pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "strided"])
+@pytest.mark.parametrize("columns", [300, 304])
+def test_every_way_in_feature_space(way, columns, contiguous):
+    """The teacher's states are read in place where rows of columns are whole vectors (304)."""
+    problem = random_problem(
+        (40,), columns, 24, layers=3, feature_space=True, contiguous=contiguous, mask=True
+    )
     check(problem, trajectory="mse", derivative="mse", output_in_dynamics=True)
 
 
@@ -484,7 +497,7 @@ def test_logits_are_cached_where_that_pays():
     assert rows() * 10 * 50304 * 4 <= tiling.CACHED_BYTES
     assert rows() >= 80
     assert rows(count=3) == 3
-    few = {"head_sum_bytes": 0, "threads": 4}
+    few = {"head_sum_bytes": 0, "threads": 4, "narrow": False}
     assert tiling.block_rows((5, 5), 100, 4 * tiling.TILE_COLUMNS, 8, **few) > 0
     # a thread would have nothing to do
     assert tiling.block_rows((5, 5), 100, 3 * tiling.TILE_COLUMNS, 8, **few) == 0

@@ -28,7 +28,11 @@ def gradients(seed: int = 0, width: int = WIDTHS[0], columns: int = COLUMNS) -> 
     return list(torch.autograd.grad(fused_fdd_loss(*states, backend="cpu"), leaves))
 
 
-def cached_problem(columns: int = COLUMNS, in_gradient: tuple[bool, bool] = (False, False)):
+def cached_problem(
+    columns: int = COLUMNS,
+    in_gradient: tuple[bool, bool] = (False, False),
+    in_place: bool = False,
+):
     """Build a call of one request with KL, all rows in one block."""
     p = random_problem((ROWS,), columns, *WIDTHS, layers=3)
     tensors = [[h.detach() for h in states] for states in (p.student_hidden, p.teacher_hidden)]
@@ -37,13 +41,13 @@ def cached_problem(columns: int = COLUMNS, in_gradient: tuple[bool, bool] = (Fal
     spec = cost_spec(CostOptions(), columns, 3, 3)
     tiles = tiling.cached_tiles(ROWS, columns, torch.get_num_threads())
     rows = problem.valid_rows(inputs)
-    call = problem.problem_of(inputs, spec, rows, tiles, in_gradient)
+    call = problem.problem_of(inputs, spec, rows, tiles, in_gradient, in_place=in_place)
     return call, problem.zero_statistics(inputs, spec)
 
 
 def memory(columns: int = COLUMNS) -> torch.Tensor:
     """Borrow the memory of a call's logits."""
-    return extension.kernels.cache_memory(cached_problem(columns)[0])
+    return extension.kernels.logits_memory(cached_problem(columns)[0])
 
 
 @pytest.fixture
@@ -71,6 +75,32 @@ def test_released_memory_is_lent_again():
     first = memory().data_ptr()
     second = memory().data_ptr()
     assert first == second
+
+
+def gradient(rows: int = COLUMNS) -> torch.Tensor:
+    """Borrow the memory of a head's gradient."""
+    return extension.kernels.gradient_memory(torch.empty(rows, WIDTHS[0], dtype=torch.bfloat16))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="MADV_FREE of Linux")
+def test_gradients_have_memory_of_their_own_that_is_lent_again():
+    first, logits = gradient(), memory()
+    assert first.shape == (COLUMNS, WIDTHS[0])
+    assert first.dtype == torch.bfloat16
+    assert first.is_contiguous()
+    address, of_logits = first.data_ptr(), logits.data_ptr()
+    del first, logits
+    few = gradient(COLUMNS // 4)  # a small tensor does not keep a large one's memory
+    assert few.data_ptr() != address
+    assert gradient().data_ptr() == address
+    assert memory().data_ptr() == of_logits
+
+
+def test_a_gradient_can_be_resized_as_any_tensor():
+    found = gradients()[-1]
+    expected = found.clone()
+    found.resize_(2 * COLUMNS, WIDTHS[0])
+    assert torch.equal(found[:COLUMNS], expected)
 
 
 def test_what_the_last_call_left_is_not_read():
@@ -117,9 +147,15 @@ def test_which_models_logits_lie_in_the_gradient():
     assert tiling.in_gradient((3, 3), 16, 1025, 512, 16 * 96) == (True, True)
 
 
+def test_states_that_cannot_be_read_in_place_are_refused():
+    for columns in (COLUMNS, COLUMNS // 16 * 16):  # both models have a head
+        with pytest.raises(RuntimeError, match="cannot be read in place"):
+            cached_problem(columns, in_place=True)
+
+
 def test_a_gradient_that_is_too_small_is_refused():
     call, statistics = cached_problem(in_gradient=(True, True))
-    own = extension.kernels.cache_memory(call)
+    own = extension.kernels.logits_memory(call)
     for shape in ((COLUMNS, WIDTHS[0]), (COLUMNS - 1, WIDTHS[0]), (COLUMNS, 200)):
         with pytest.raises(RuntimeError, match="gradient too small"):
             extension.kernels.stats_and_cache(call, own, torch.empty(shape), *statistics)

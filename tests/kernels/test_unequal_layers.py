@@ -125,7 +125,7 @@ def test_every_product_is_of_a_layer_that_exists(counted, depths):
 def test_the_cache_holds_the_logits_of_the_layers_that_exist(depths):
     inputs, spec = call(depths)
     tiles = tiling.cached_tiles(ROWS, COLUMNS, torch.get_num_threads())
-    numbers = extension.kernels.cache_memory(
+    numbers = extension.kernels.logits_memory(
         problem.problem_of(inputs, spec, problem.valid_rows(inputs), tiles)
     ).numel()
     padded = tiling.round_up(COLUMNS, tiles.columns)

@@ -16,6 +16,7 @@ from fdd_kernels.backends.cpu.problem import (
     new_gradients,
     place,
     problem_of,
+    teacher_in_place,
     valid_rows,
     wanted,
     zero_statistics,
@@ -40,9 +41,8 @@ def cached_rows(inputs: LensInputs, spec: LensSpec, needed: list[bool]) -> int:
         or any(t.dtype == torch.float16 for t in trained)
     ):
         return 0
-    student_layers, teacher_layers = inputs.depths
     return tiling.block_rows(
-        (student_layers, teacher_layers if spec.needs_teacher else 0),
+        _depths(inputs, spec),
         inputs.rows if inputs.valid is None else int(inputs.valid.sum()),
         spec.columns,
         weight.shape[1],
@@ -50,7 +50,22 @@ def cached_rows(inputs: LensInputs, spec: LensSpec, needed: list[bool]) -> int:
         if needed[-2] and weight.dtype != torch.float32
         else 0,
         threads=torch.get_num_threads(),
+        narrow=_narrow(inputs, spec),
     )
+
+
+def _depths(inputs: LensInputs, spec: LensSpec) -> tuple[int, int]:
+    """Count the layers of both models whose logits are cached."""
+    student, teacher = inputs.depths
+    return student, 0 if not spec.needs_teacher or teacher_in_place(inputs, spec) else teacher
+
+
+def _narrow(inputs: LensInputs, spec: LensSpec) -> bool:
+    """Say whether an operand of a GEMM is not float32."""
+    operands = [*inputs.student_hidden, inputs.student_weight]
+    if spec.needs_teacher and inputs.teacher_weight is not None:
+        operands += [*inputs.teacher_hidden, inputs.teacher_weight]
+    return any(t.dtype != torch.float32 for t in operands)
 
 
 def stats_and_grad(
@@ -71,26 +86,41 @@ def stats_and_grad(
     width = inputs.student_hidden[0].shape[1]
     grad_hidden, grad_weight, grad_bias = new_gradients(inputs, spec, needed, rows)
     low = low_halves(grad_weight) if block_rows < len(rows) else None
-    tiles = tiling.cached_tiles(block_rows, spec.columns, torch.get_num_threads())
+    depths = _depths(inputs, spec)
+    at_once = tiling.whole_rows(depths, len(rows), spec.columns, width) == block_rows
+    tiles = tiling.cached_tiles(
+        block_rows,
+        spec.columns,
+        torch.get_num_threads(),
+        whole=at_once and not _narrow(inputs, spec),
+    )
     in_gradient = False, False
-    if grad_weight is not None and grad_weight.dtype == torch.float32 and block_rows >= len(rows):
-        layers_of_both = layers, inputs.depths[1] if spec.needs_teacher else 0
-        in_gradient = tiling.in_gradient(
-            layers_of_both, len(rows), spec.columns, tiles.columns, width
-        )
+    if (
+        grad_weight is not None
+        and grad_weight.dtype == torch.float32
+        and block_rows >= len(rows)
+        and not tiles.whole
+    ):
+        in_gradient = tiling.in_gradient(depths, len(rows), spec.columns, tiles.columns, width)
     memory = None
     statistics = zero_statistics(inputs, spec)
     per_row = (*statistics, *[torch.zeros_like(t) for t in statistics[1:]])
     blocks = rows.split(block_rows) if len(rows) else ()
     for block in blocks:
-        problem = problem_of(inputs, spec, block, tiles, in_gradient)
+        problem = problem_of(
+            inputs, spec, block, tiles, in_gradient, in_place=teacher_in_place(inputs, spec)
+        )
         if memory is None:  # the first block is the largest
-            memory = extension.kernels.cache_memory(problem)
+            memory = extension.kernels.logits_memory(problem)
         extension.kernels.stats_and_cache(problem, memory, grad_weight, *statistics)
         of_block = upstream_of(block, *[t[..., block] for t in statistics])
         for whole, part in zip(per_row, of_block, strict=True):
             whole[..., block] = part
-        sums = torch.empty(layers, len(block), width, **F32) if any(needed[:layers]) else None
+        sums = None
+        if any(needed[:layers]):
+            # where GEMMs are whole, in place of the stacked hidden states
+            numbers = memory if tiles.whole else torch.empty(layers * len(block) * width, **F32)
+            sums = numbers[: layers * len(block) * width].view(layers, len(block), width)
         first, last = block is blocks[0], block is blocks[-1]
         extension.kernels.grad_of_cached(
             problem, memory, *per_row, sums, grad_weight, grad_bias, low, first, last

@@ -36,7 +36,7 @@ _loading = threading.Lock()
 
 
 # The number of kBuiltFor in csrc/module.cpp.
-INTERFACE = 9
+INTERFACE = 10
 
 
 class _Missing(Exception):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fdd_kernels.backends.cpu import extension
-from fdd_kernels.backends.cpu.tiling import CpuTiles
+from fdd_kernels.backends.cpu.tiling import COLUMN_PADDING, CpuTiles
 from fdd_kernels.lens.divergences import expectation_of
 from fdd_kernels.lens.inputs import LensInputs
 from fdd_kernels.lens.layout import MOMENT_STATS, REQUEST_STATS, Statistics
@@ -46,10 +46,12 @@ def problem_of(
     rows: Tensor,
     tiles: CpuTiles,
     in_gradient: tuple[bool, bool] = (False, False),
+    *,
+    in_place: bool = False,
 ):
     """Build the C++ side's view of a call, restricted to some rows, int64 positions.
 
-    `in_gradient` is of `tiling.in_gradient`.
+    `in_gradient` is of `tiling.in_gradient`, `in_place` of `teacher_in_place`.
     """
     student_scale = (spec.student_logit_scale, spec.student_softcap or 0.0)
     teacher_scale = (spec.teacher_logit_scale, spec.teacher_softcap or 0.0)
@@ -74,7 +76,25 @@ def problem_of(
         ],
         spec.moments,
         (tiles.rows, tiles.columns, tiles.panel),
+        tiles.whole,
+        in_place,
         in_gradient,
+    )
+
+
+def teacher_in_place(inputs: LensInputs, spec: LensSpec) -> bool:
+    """Say whether the teacher's hidden states are its logits and can be read where they lie."""
+    return (
+        spec.needs_teacher
+        and inputs.teacher_weight is None
+        and inputs.teacher_bias is None
+        and spec.teacher_logit_scale == 1
+        and not spec.teacher_softcap
+        and spec.columns % COLUMN_PADDING == 0
+        and all(
+            h.dtype == torch.float32 and h.stride(1) == 1 and h.stride(0) >= spec.columns
+            for h in inputs.teacher_hidden
+        )
     )
 
 
@@ -110,7 +130,7 @@ def new_gradients(
     ]
     grad_weight = None
     if needs_weight:
-        grad_weight = torch.empty_like(inputs.student_weight, memory_format=torch.contiguous_format)
+        grad_weight = extension.kernels.gradient_memory(inputs.student_weight)
         grad_weight[spec.columns if len(rows) else 0 :] = 0
     grad_bias = torch.zeros(len(inputs.student_bias), **F32) if needs_bias else None
     return grad_hidden, grad_weight, grad_bias

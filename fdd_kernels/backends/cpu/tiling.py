@@ -10,9 +10,13 @@ statistics do, and that of all rows, L R V float32 numbers, is larger where 2 L 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
+import torch
+
 from fdd_kernels.backends.call_shape import FLOAT, CallShape
+from fdd_kernels.common import processor
 from fdd_kernels.common.environment import byte_limit
 from fdd_kernels.common.sizes import MIB
 
@@ -26,11 +30,17 @@ GRADIENT_BYTES = 24 * MIB  # of dL/dlogits of a panel for all rows and layers
 # Of the cached logits of a row block, all layers and columns. Every block moves both heads and the
 # head's gradient through memory again.
 CACHED_BYTES = 200 * MIB
+COLUMN_PADDING = 16  # columns of logits are padded to a multiple of this (kPadding)
 ROW_PADDING = 8  # rows of a block are padded to a multiple of this (CachedLogits::kRowPadding)
 # Rows x layers of a block, of the model with more layers: more would leave the L2; fewer were
 # slower than streaming (45, V = 262144).
 MAX_GEMM_ROWS = 512
 MIN_GEMM_ROWS = 32
+# The same where GEMMs are of whole blocks, of at most so many columns. Measured beside tiles on
+# Emerald Rapids: fewer rows or more columns are no faster (V = 32000 with one layer: 6% slower),
+# and more rows need memory.
+MIN_WHOLE_ROWS, MAX_WHOLE_ROWS = 640, 1280
+MAX_WHOLE_COLUMNS = 8192
 HIDDEN_BYTES = 48 * MIB  # of float32 sums of the hidden states' gradients
 HEAD_SUM = "FDD_KERNELS_HEAD_SUM_BYTES"
 HEAD_SUM_BYTES = 1024 * MIB  # its default: Llama 3 8B (V = 128256, D = 4096) needs 1002
@@ -45,11 +55,12 @@ def head_sum_limit() -> int:
 
 @dataclass(frozen=True)
 class CpuTiles:
-    """Rows and columns of a tile, and columns of a panel."""
+    """Rows and columns of a tile, and columns of a panel; whether GEMMs are of whole blocks."""
 
     rows: int
     columns: int
     panel: int
+    whole: bool = False
 
 
 def choose_tiles(
@@ -92,9 +103,34 @@ def cached_columns(columns: int, threads: int) -> int:
     return min(width, round_up(columns, 16))
 
 
-def cached_tiles(block_rows: int, columns: int, threads: int) -> CpuTiles:
-    """Return the tiles of cached logits: all rows of a block by `cached_columns` columns."""
-    return CpuTiles(block_rows, cached_columns(columns, threads), columns)
+def cached_tiles(block_rows: int, columns: int, threads: int, whole: bool = False) -> CpuTiles:
+    """Return the tiles of cached logits: all rows of a block by `cached_columns` columns, or by all
+    columns where GEMMs are `whole`.
+    """
+    width = round_up(columns, COLUMN_PADDING) if whole else cached_columns(columns, threads)
+    return CpuTiles(block_rows, width, columns, whole)
+
+
+@functools.cache
+def fast_blas() -> bool:
+    """Say whether torch's BLAS multiplies large matrices faster than brgemm: MKL on Intel does."""
+    return torch.backends.mkl.is_available() and processor.vendor() == "GenuineIntel"
+
+
+def whole_rows(layers: tuple[int, int], rows: int, columns: int, width: int) -> int:
+    """Choose the rows of a block whose products are one GEMM each; 0 where tiles are faster.
+
+    For float32 alone. The arguments are those of `block_rows`.
+    """
+    most = min(
+        CACHED_BYTES // (FLOAT * sum(layers) * round_up(columns, COLUMN_PADDING)),
+        HIDDEN_BYTES // (FLOAT * width * max(layers)),
+        MAX_WHOLE_ROWS // max(layers),
+    )
+    if columns > MAX_WHOLE_COLUMNS or not fast_blas() or min(rows, most) == 0:
+        return 0
+    block = -(-rows // -(-rows // most))  # blocks of nearly equal size
+    return block if block * max(layers) >= MIN_WHOLE_ROWS else 0
 
 
 def in_gradient(
@@ -131,6 +167,7 @@ def block_rows(
     *,
     head_sum_bytes: int,
     threads: int,
+    narrow: bool,
 ) -> int:
     """Choose the rows of a block whose logits fit the cache budget; 0 means recompute in backward.
 
@@ -146,8 +183,11 @@ def block_rows(
         head_sum_bytes: bytes that a sum of the head's gradient over several blocks takes beside
             the gradient itself.
         threads: threads of the kernels.
+        narrow: an operand of a GEMM is not float32.
     """
     student_layers, most_layers = layers[0], max(layers)
+    if not narrow and (whole := whole_rows(layers, rows, columns, width)):
+        return whole
     if rows == 0 or -(-columns // TILE_COLUMNS) < threads:
         return 0
     tiled_columns = round_up(columns, cached_columns(columns, threads))
@@ -173,25 +213,48 @@ def memory(shape: CallShape) -> dict[str, int]:
     head_sum = (
         HALF * shape.columns * shape.student_width if shape.narrow and shape.train_head else 0
     )
+    in_place = not shape.teacher_head and not shape.narrow and shape.columns % COLUMN_PADDING == 0
+    depths = shape.depths[0], 0 if in_place else shape.depths[1]
     rows = block_rows(
-        shape.depths,
+        depths,
         shape.rows,
         shape.columns,
         shape.student_width,
         head_sum_bytes=head_sum,
         threads=shape.threads,
+        narrow=shape.narrow,
     )
-    parts = _cached_memory(shape, rows, head_sum) if rows else _streamed_memory(shape, head_sum)
+    if rows == 0:
+        parts = _streamed_memory(shape, head_sum)
+    elif not shape.narrow and rows == whole_rows(
+        depths, shape.rows, shape.columns, shape.student_width
+    ):
+        parts = _whole_memory(shape, depths, rows)
+    else:
+        parts = _cached_memory(shape, depths, rows, head_sum)
     return parts | {"runtime": RUNTIME_BYTES}
 
 
-def _cached_memory(shape: CallShape, rows: int, head_sum: int) -> dict[str, int]:
+def _whole_memory(shape: CallShape, depths: tuple[int, int], rows: int) -> dict[str, int]:
+    teacher_width = shape.teacher_width if shape.teacher_head else 0
+    columns = round_up(shape.columns, COLUMN_PADDING)
+    return {
+        "cached logits": FLOAT * sum(depths) * rows * columns,
+        "hidden states of a block": FLOAT
+        * rows
+        * (depths[0] * shape.student_width + depths[1] * teacher_width),
+    }
+
+
+def _cached_memory(
+    shape: CallShape, depths: tuple[int, int], rows: int, head_sum: int
+) -> dict[str, int]:
     width, teacher_width = shape.student_width, shape.teacher_width if shape.teacher_head else 0
-    student_rows, teacher_rows = (n * round_up(rows, ROW_PADDING) for n in shape.depths)
+    student_rows, teacher_rows = (n * round_up(rows, ROW_PADDING) for n in depths)
     tile = cached_columns(shape.columns, shape.threads)
     beside = student_rows + teacher_rows
     if shape.train_head and not shape.narrow and rows == shape.rows:
-        lent = in_gradient(shape.depths, rows, shape.columns, tile, width)
+        lent = in_gradient(depths, rows, shape.columns, tile, width)
         beside -= student_rows * lent[0] + teacher_rows * lent[1]
     head_rows = tile * max(width, teacher_width) if shape.narrow else 0
     head_gradient = tile * width if shape.narrow and shape.train_head else 0

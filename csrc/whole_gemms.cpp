@@ -1,0 +1,105 @@
+// Cached logits by GEMMs of the whole block: each product is one call of the BLAS on all threads,
+// and between them threads divide the rows. All is float32, and the logits are one tile of all
+// columns. dL/dlogits takes the place of the student's logits, dL/dh that of the stacked hidden
+// states. For which problems: fdd_kernels/backends/cpu/tiling.py, `whole_rows`.
+#include <ATen/Parallel.h>
+#include <ATen/ops/addmm.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/sum.h>
+
+#include <cstring>
+
+#include "problem.h"
+
+namespace fdd {
+namespace {
+
+constexpr int64_t kRowsAtOnce = 4;  // of a thread
+
+at::Tensor matrix(float* data, int64_t rows, int64_t columns, int64_t ld) {
+  return at::from_blob(data, {rows, columns}, {ld, 1}, at::kFloat);
+}
+
+// Copies the hidden states of all layers (L r, D) to `out`, converted to float32.
+at::Tensor stack(const Problem& problem, const Model& model, float* out) {
+  const int64_t count = problem.count(), width = model.width(), all = model.layers() * count;
+  at::parallel_for(0, all, kRowsAtOnce, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m)
+      model.hidden[m / count].read(problem.rows[m % count], 0, width, out + m * width);
+  });
+  return matrix(out, all, width, width);
+}
+
+// The head's rows of the columns (C, D).
+at::Tensor head(const Problem& problem, const Model& model) {
+  return model.weight.view().narrow(0, 0, problem.columns);
+}
+
+// `states` is memory for the stacked hidden states.
+void compute_logits(const Problem& problem, const Model& model, float* states, int64_t ld,
+                    float* out) {
+  const int64_t count = problem.count(), all = model.layers() * count;
+  if (model.weight.defined()) {
+    at::Tensor logits = matrix(out, all, problem.columns, ld);
+    at::mm_out(logits, stack(problem, model, states), head(problem, model).t());
+    if (!model.transforms()) return;
+  }
+  at::parallel_for(0, all, kRowsAtOnce, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m) {
+      float* row = out + m * ld;
+      if (!model.weight.defined())
+        model.hidden[m / count].read(problem.rows[m % count], 0, problem.columns, row);
+      row_kernels().transform(row, problem.columns, model.bias.empty() ? nullptr : model.bias.data(),
+                              model.scale, model.softcap);
+    }
+  });
+}
+
+}  // namespace
+
+void CachedLogits::compute_whole() {
+  if (cached_layers(kTeacher)) {
+    const Scratch states(problem_.layers(kTeacher) * rows_ * problem_.teacher.width());
+    compute_logits(problem_, problem_.teacher, states.get(), most_ld(), logits(0, kTeacher));
+  }
+  compute_logits(problem_, problem_.student, memory_, most_ld(), logits(0, kStudent));
+}
+
+void CachedLogits::gradients_whole(const Statistics& statistics, const Upstream& upstream,
+                                   const Gradients& out) const {
+  const int64_t count = problem_.count(), layers = problem_.layers(kStudent), ld = most_ld(),
+                width = problem_.student.width();
+  float* const student = logits(0, kStudent);
+  const TileView all = view(0);
+  at::parallel_for(0, count, kRowsAtOnce, [&](int64_t begin, int64_t end) {
+    Scratch grad(layers * ld);
+    for (int64_t row = begin; row < end; ++row) {
+      std::memset(grad.get(), 0, sizeof(float) * layers * ld);
+      form_row(problem_, statistics, upstream, all, {grad.get(), ld}, row, row, 0,
+               problem_.columns);
+      for (int64_t layer = 0; layer < layers; ++layer)
+        std::memcpy(student + layer * all.layer_stride + row * ld, grad.get() + layer * ld,
+                    sizeof(float) * ld);
+    }
+  });
+  const at::Tensor grad = matrix(student, layers * count, problem_.columns, ld);
+  at::Tensor states = matrix(memory_, layers * count, width, width);
+  if (out.weight.defined()) {
+    at::Tensor weight = out.weight.narrow(0, 0, problem_.columns);
+    if (out.first_call)
+      at::mm_out(weight, grad.t(), states);
+    else
+      weight.addmm_(grad.t(), states);
+  }
+  if (out.hidden) {
+    TORCH_INTERNAL_ASSERT(out.hidden == memory_);
+    at::mm_out(states, grad, head(problem_, problem_.student));
+  }
+  if (out.bias) {
+    at::Tensor bias = at::from_blob(out.bias, {problem_.columns}, at::kFloat);
+    bias.add_(grad.sum(0, false, at::kDouble));
+  }
+}
+
+}  // namespace fdd
