@@ -97,7 +97,7 @@ void CachedLogits::compute_tiles() {
   const Scratch student = stack_transposed(problem_, problem_.student, rows_);
   const Scratch teacher =
       problem_.needs_teacher ? stack_transposed(problem_, problem_.teacher, rows_) : Scratch();
-  const int64_t most_layers = std::max(problem_.layers(kStudent), problem_.layers(kTeacher));
+  const int64_t most_layers = std::max(cached_layers(kStudent), cached_layers(kTeacher));
   at::parallel_for(0, tiles(), 1, [&](int64_t begin, int64_t end) {
     Scratch weight, raw(width_ * most_layers * rows_);
     for (int64_t tile = begin; tile < end; ++tile) {

@@ -85,9 +85,13 @@ inline void transpose_by(const float* in, int64_t ld_in, int64_t rows, int64_t c
         Vec square[kLanes];
         for (int64_t i = 0; i < kLanes; ++i) square[i] = load(in + (r + i) * ld_in + c);
         transpose_square<1>(square);
-        for (int64_t i = 0; i < kLanes; ++i)
-          kStream ? stream(out + (c + i) * ld_out + r, square[i])
-                  : store(out + (c + i) * ld_out + r, square[i]);
+        for (int64_t i = 0; i < kLanes; ++i) {
+          float* to = out + (c + i) * ld_out + r;
+          if constexpr (kStream)
+            stream(to, square[i]);
+          else
+            store(to, square[i]);
+        }
       } else {
         for (int64_t j = c; j < columns && j < c + kLanes; ++j)
           for (int64_t i = r; i < rows && i < r + kLanes; ++i)

@@ -124,8 +124,8 @@ class Backward {
 }  // namespace
 
 void form_row(const Problem& problem, const Statistics& statistics, const Upstream& gradients,
-              const TileView& logits, GradientRow grad, int64_t row, int64_t local, int64_t first_column,
-              int64_t count) {
+              const TileView& logits, GradientRow grad, int64_t row, int64_t local,
+              int64_t first_column, int64_t count) {
   const RowKernels& kernels = row_kernels();
   const int64_t total = statistics.total_rows, at = problem.rows[row];
   const auto grad_row = [&](int64_t layer) { return grad.begin + layer * grad.layer_stride; };

@@ -48,25 +48,28 @@ bool offer_to_system(void* begin, size_t bytes) {
 #endif
 }
 
-// The largest buffer released so far, while nobody has it.
+// A released buffer of one use, while nobody has it. Of logits, which live for a call, it is the
+// largest so far; of gradients, which live for a step, the last.
 class Spare {
  public:
-  // Its pages if they are enough and not more than twice that, else none.
+  explicit Spare(Use use) : largest_(use == Use::kLogits) {}
+  // Its pages if they are enough, else none. A small gradient does not take a large one's.
   Pages take(size_t bytes) {
     const std::lock_guard lock(guard_);
-    const bool suits = bytes <= pages_.bytes && pages_.bytes / 2 <= bytes;
+    const bool suits = bytes <= pages_.bytes && (largest_ || pages_.bytes / 2 <= bytes);
     return suits ? std::exchange(pages_, {}) : Pages();
   }
   // Only the first `used` bytes were lent: the others have been offered before.
   void give(Pages pages, size_t used) {
     if (pages.bytes <= size_t(kMostRetained) && offer_to_system(pages.begin, used)) {
       const std::lock_guard lock(guard_);
-      if (pages.bytes > pages_.bytes) std::swap(pages, pages_);
+      if (!largest_ || pages.bytes > pages_.bytes) std::swap(pages, pages_);
     }
     unmap(pages);
   }
 
  private:
+  const bool largest_;
   std::mutex guard_;
   Pages pages_;
 };
@@ -77,8 +80,10 @@ void report(void* begin, int64_t bytes) {
 }
 
 Spare& spare(Use use) {
-  static Spare* const all = new Spare[2];  // outlives every tensor
-  return all[size_t(use)];
+  // They outlive every tensor.
+  static Spare* const logits = new Spare(Use::kLogits);
+  static Spare* const gradients = new Spare(Use::kGradient);
+  return use == Use::kLogits ? *logits : *gradients;
 }
 
 // A loan, while a tensor has it.

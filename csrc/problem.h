@@ -89,7 +89,7 @@ struct Problem {
   bool teacher_in_place = false;
 
   int64_t count() const { return int64_t(rows.size()); }
-  // Layers whose logits are computed: 0 of a teacher that nothing is compared with.
+  // Layers that are compared: 0 of a teacher that nothing is compared with.
   int64_t layers(ModelIndex model) const {
     return model == kStudent ? student.layers() : needs_teacher ? teacher.layers() : 0;
   }
@@ -98,7 +98,7 @@ struct Problem {
     return excluded.empty() ? nullptr : excluded.data() + column;
   }
   // Row `row` of `rows` of a layer of the teacher in place.
-  const float* in_place(int64_t layer, int64_t row) const {
+  const float* teacher_row(int64_t layer, int64_t row) const {
     return static_cast<const float*>(teacher.hidden[layer].direct(rows[row], false));
   }
 };
@@ -137,14 +137,14 @@ Operand interleaved(int64_t count, int64_t width, Scratch* copy,
 struct TileView {
   const float *logits_s, *logits_t;
   int64_t layer_stride, ld;
-  // Of a teacher in place: whose hidden states are read, and from which column.
-  const Problem* in_place = nullptr;
+  // Of a teacher in place: where its hidden states are, and the tile's first column.
+  const Problem* teacher_states = nullptr;
   int64_t first = 0;
   const float* student(int64_t layer, int64_t row) const {
     return logits_s + layer * layer_stride + row * ld;
   }
   const float* teacher(int64_t layer, int64_t row) const {
-    if (in_place) return in_place->in_place(layer, row) + first;
+    if (teacher_states) return teacher_states->teacher_row(layer, row) + first;
     return logits_t + layer * layer_stride + row * ld;
   }
   const float* of(ModelIndex model, int64_t layer, int64_t row) const {
@@ -217,8 +217,8 @@ struct Gradients {
 // problem.in_gradient lies in the rows of the head's float32 gradient (C', D) that are the tile's
 // columns: these are written after the last use of the tile.
 //
-// Rows are padded with zeros to a multiple of kRowPadding, so that the GEMM library meets few
-// shapes: it compiles a kernel for each. M = L * padded rows of all layers of a model.
+// Rows of tiles are padded with zeros to a multiple of kRowPadding, so that the GEMM library meets
+// few shapes: it compiles a kernel for each. M = L * padded rows of all layers of a model.
 class CachedLogits {
  public:
   static constexpr int64_t kRowPadding = 8;
@@ -227,8 +227,9 @@ class CachedLogits {
   // `gradient` may be null if no model is in it.
   CachedLogits(const Problem& problem, float* memory, float* gradient);
   void compute();
-  // Where GEMMs are whole, out.hidden is the beginning of the memory.
-  void gradients(const Statistics& statistics, const Upstream& upstream, const Gradients& out) const;
+  // Once: the logits are lost. Where GEMMs are whole, out.hidden is the beginning of the memory.
+  void gradients(const Statistics& statistics, const Upstream& upstream,
+                 const Gradients& out) const;
   const Problem& problem() const { return problem_; }
   int64_t tiles() const { return (problem_.columns + width_ - 1) / width_; }
   int64_t first(int64_t tile) const { return tile * width_; }
@@ -262,7 +263,7 @@ class CachedLogits {
   void gradients_whole(const Statistics& statistics, const Upstream& upstream,
                        const Gradients& out) const;
 
-  // Layers of a model whose logits are computed.
+  // Layers of a model whose logits are computed: not of a teacher in place.
   int64_t cached_layers(ModelIndex model) const {
     return model == kTeacher && problem_.teacher_in_place ? 0 : problem_.layers(model);
   }
@@ -305,8 +306,8 @@ struct GradientRow {
 
 // grad += dL/dx of one row of a tile: `row` counts within problem.rows, `local` within the tile.
 void form_row(const Problem& problem, const Statistics& statistics, const Upstream& upstream,
-              const TileView& logits, GradientRow grad, int64_t row, int64_t local, int64_t first_column,
-              int64_t count);
+              const TileView& logits, GradientRow grad, int64_t row, int64_t local,
+              int64_t first_column, int64_t count);
 
 // out[r] += the sum of row r of in (rows, columns).
 void add_sums(const float* in, int64_t ld, int64_t rows, int64_t columns, float* out);

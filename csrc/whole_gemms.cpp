@@ -6,16 +6,16 @@
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
-#include <ATen/ops/sum.h>
 
 #include <cstring>
+#include <vector>
 
 #include "problem.h"
 
 namespace fdd {
 namespace {
 
-constexpr int64_t kRowsAtOnce = 4;  // of a thread
+constexpr int64_t kLeastRows = 4, kLeastColumns = 256;  // of a thread
 
 at::Tensor matrix(float* data, int64_t rows, int64_t columns, int64_t ld) {
   return at::from_blob(data, {rows, columns}, {ld, 1}, at::kFloat);
@@ -24,7 +24,7 @@ at::Tensor matrix(float* data, int64_t rows, int64_t columns, int64_t ld) {
 // Copies the hidden states of all layers (L r, D) to `out`, converted to float32.
 at::Tensor stack(const Problem& problem, const Model& model, float* out) {
   const int64_t count = problem.count(), width = model.width(), all = model.layers() * count;
-  at::parallel_for(0, all, kRowsAtOnce, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, all, kLeastRows, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m)
       model.hidden[m / count].read(problem.rows[m % count], 0, width, out + m * width);
   });
@@ -45,13 +45,13 @@ void compute_logits(const Problem& problem, const Model& model, float* states, i
     at::mm_out(logits, stack(problem, model, states), head(problem, model).t());
     if (!model.transforms()) return;
   }
-  at::parallel_for(0, all, kRowsAtOnce, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, all, kLeastRows, [&](int64_t begin, int64_t end) {
     for (int64_t m = begin; m < end; ++m) {
       float* row = out + m * ld;
       if (!model.weight.defined())
         model.hidden[m / count].read(problem.rows[m % count], 0, problem.columns, row);
-      row_kernels().transform(row, problem.columns, model.bias.empty() ? nullptr : model.bias.data(),
-                              model.scale, model.softcap);
+      const float* bias = model.bias.empty() ? nullptr : model.bias.data();
+      row_kernels().transform(row, problem.columns, bias, model.scale, model.softcap);
     }
   });
 }
@@ -72,7 +72,7 @@ void CachedLogits::gradients_whole(const Statistics& statistics, const Upstream&
                 width = problem_.student.width();
   float* const student = logits(0, kStudent);
   const TileView all = view(0);
-  at::parallel_for(0, count, kRowsAtOnce, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, count, kLeastRows, [&](int64_t begin, int64_t end) {
     Scratch grad(layers * ld);
     for (int64_t row = begin; row < end; ++row) {
       std::memset(grad.get(), 0, sizeof(float) * layers * ld);
@@ -96,10 +96,13 @@ void CachedLogits::gradients_whole(const Statistics& statistics, const Upstream&
     TORCH_INTERNAL_ASSERT(out.hidden == memory_);
     at::mm_out(states, grad, head(problem_, problem_.student));
   }
-  if (out.bias) {
-    at::Tensor bias = at::from_blob(out.bias, {problem_.columns}, at::kFloat);
-    bias.add_(grad.sum(0, false, at::kDouble));
-  }
+  if (!out.bias) return;
+  at::parallel_for(0, problem_.columns, kLeastColumns, [&](int64_t begin, int64_t end) {
+    std::vector<double> sums(end - begin);
+    for (int64_t m = 0; m < layers * count; ++m)
+      for (int64_t c = begin; c < end; ++c) sums[c - begin] += student[m * ld + c];
+    for (int64_t c = begin; c < end; ++c) out.bias[c] += float(sums[c - begin]);
+  });
 }
 
 }  // namespace fdd

@@ -23,7 +23,7 @@ import torch
 
 from fdd_kernels import _build, fused_fdd_loss
 from fdd_kernels.backends import CallShape, check_spec, cpu
-from fdd_kernels.backends.cpu import extension, tiling
+from fdd_kernels.backends.cpu import cached, extension, tiling
 from fdd_kernels.engine import ops
 from fdd_kernels.lens import layout
 from fdd_kernels.lens.divergence_text import parse_divergence
@@ -356,7 +356,7 @@ THREADS = [
 
 @pytest.fixture(params=THREADS, ids=lambda p: f"{p[0]}-{p[1]}")
 def way(request, monkeypatch):
-    """The ways to the gradients, with 1 to 3 threads; a block holds 16 rows of 3 layers and up to
+    """The ways to the gradients, with 1 to 3 threads; a block holds up to 16 rows of 3 layers and
     384 columns.
     """
     name, threads = request.param
@@ -367,6 +367,21 @@ def way(request, monkeypatch):
     monkeypatch.setattr(tiling, "MIN_GEMM_ROWS", 0)
     with threads_of(threads):
         yield name
+
+
+@pytest.fixture
+def taken(monkeypatch) -> set[tuple[bool, bool]]:
+    """Record of every block of cached logits whether its GEMMs are whole, and whether the teacher
+    is read in place.
+    """
+    build, found = cached.problem_of, set()
+
+    def recorded(inputs, spec, rows, tiles, in_gradient, *, in_place):
+        found.add((tiles.whole, in_place))
+        return build(inputs, spec, rows, tiles, in_gradient, in_place=in_place)
+
+    monkeypatch.setattr(cached, "problem_of", recorded)
+    return found
 
 
 WAYS = {
@@ -381,13 +396,15 @@ WAYS = {
 
 @pytest.mark.parametrize("options", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("dtype", [torch.float32, BF16], ids=str)
-def test_every_way_to_the_gradients(way, dtype, options):
+def test_every_way_to_the_gradients(way, taken, dtype, options):
     check(
         random_problem(
             (40,), 300, 24, 33, layers=3, dtype=dtype, labels=True, bias="plain", contiguous=False
         ),
         **options,
     )
+    whole = way in WHOLE and dtype == torch.float32
+    assert taken == (set() if way == "streamed" else {(whole, False)})
 
 
 @pytest.mark.parametrize("divergence", ["kl", "reverse_kl"])
@@ -400,14 +417,59 @@ def test_identical_models_have_no_gradient_in_every_way(way, divergence):
     assert not any(gradient.any() for gradient in found)
 
 
-@pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "strided"])
+@pytest.mark.parametrize("layout", ["contiguous", "apart", "strided"])
 @pytest.mark.parametrize("columns", [300, 304])
-def test_every_way_in_feature_space(way, columns, contiguous):
-    """The teacher's states are read in place where rows of columns are whole vectors (304)."""
+def test_every_way_in_feature_space(way, taken, columns, layout):
+    """The teacher's states are read in place where a row lies in one piece, of whole vectors."""
     problem = random_problem(
-        (40,), columns, 24, layers=3, feature_space=True, contiguous=contiguous, mask=True
+        (40,), columns, 24, layers=3, feature_space=True, contiguous=layout != "strided", mask=True
     )
+    if layout == "apart":
+        wide = [torch.nn.functional.pad(h, (1, 16)) for h in problem.teacher_hidden]
+        problem = replace(problem, teacher_hidden=tuple([h[:, 1:-16] for h in wide]))
     check(problem, trajectory="mse", derivative="mse", output_in_dynamics=True)
+    in_place = columns == 304 and layout != "strided"
+    assert taken == (set() if way == "streamed" else {(way in WHOLE, in_place)})
+
+
+def whole_always(monkeypatch) -> None:
+    """Let GEMMs be whole wherever they may."""
+    monkeypatch.setattr(tiling, "fast_blas", lambda: True)
+    monkeypatch.setattr(tiling, "MIN_WHOLE_ROWS", 1)
+
+
+def test_whole_blocks_of_many_columns(monkeypatch, taken):
+    whole_always(monkeypatch)
+    check(random_problem((20,), tiling.MAX_WHOLE_COLUMNS, 24, 33, layers=3, bias="plain"))
+    assert taken == {(True, False)}
+
+
+def test_whole_blocks_only_where_the_blas_is_exact(monkeypatch):
+    whole_always(monkeypatch)
+    of_call = (3, 3), 20, 300, 24
+    before = torch.get_float32_matmul_precision()
+    assert tiling.whole_rows(*of_call, narrow=False) == 20
+    assert tiling.whole_rows(*of_call, narrow=True) == 0
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert tiling.whole_rows(*of_call, narrow=False) == 0
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert tiling.whole_rows(*of_call, narrow=False) == 20
+
+
+def test_memory_of_whole_blocks(monkeypatch):
+    """One block: what the kernels ask for, and the teacher's stacked states beside it."""
+    whole_always(monkeypatch)
+    asked = []
+    kernels, reserve = extension.kernels, extension.kernels.logits_memory
+    monkeypatch.setattr(
+        kernels, "logits_memory", lambda p: asked.append(reserve(p).nbytes) or reserve(p)
+    )
+    check(random_problem((40,), 300, 24, 33, layers=3))
+    predicted = cpu.memory(CallShape(3, 40, 300, 24, 33, 4))
+    in_all = predicted["cached logits"] + predicted["hidden states of a block"]
+    assert set(asked) == {in_all - 4 * 3 * 40 * 33}
 
 
 def test_every_way_with_a_padded_vocabulary(way):
@@ -597,7 +659,8 @@ def test_divergences_that_are_not_compiled_are_refused():
 
 
 def test_constants_of_the_cpp_side_are_those_of_python():
-    """csrc/layout.h repeats lens/layout.py; csrc/problem.h the padding of row blocks."""
+    """csrc/layout.h repeats lens/layout.py; csrc/problem.h and row_kernels.h have the padding of
+    logits."""
     header = (_build.source_folder() / "layout.h").read_text()
     for prefix, size in (("Request", "REQUEST_STATS"), ("Moment", "MOMENT_STATS")):
         names = re.search(rf"enum {prefix}Stat {{([^}}]+)}};", header)[1].split(",")
@@ -612,6 +675,8 @@ def test_constants_of_the_cpp_side_are_those_of_python():
     assert f"kCertain = {layout.CERTAIN}f;" in header
     problem = (_build.source_folder() / "problem.h").read_text()
     assert f"kRowPadding = {tiling.ROW_PADDING};" in problem
+    row_kernels = (_build.source_folder() / "row_kernels.h").read_text()
+    assert f"kPadding = {tiling.COLUMN_PADDING};" in row_kernels
 
 
 def pairing_spec(teacher_of: list[int], teachers: int = 2) -> LensSpec:

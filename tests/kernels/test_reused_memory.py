@@ -28,11 +28,7 @@ def gradients(seed: int = 0, width: int = WIDTHS[0], columns: int = COLUMNS) -> 
     return list(torch.autograd.grad(fused_fdd_loss(*states, backend="cpu"), leaves))
 
 
-def cached_problem(
-    columns: int = COLUMNS,
-    in_gradient: tuple[bool, bool] = (False, False),
-    in_place: bool = False,
-):
+def cached_problem(columns: int = COLUMNS, in_gradient: tuple[bool, bool] = (False, False)):
     """Build a call of one request with KL, all rows in one block."""
     p = random_problem((ROWS,), columns, *WIDTHS, layers=3)
     tensors = [[h.detach() for h in states] for states in (p.student_hidden, p.teacher_hidden)]
@@ -41,7 +37,7 @@ def cached_problem(
     spec = cost_spec(CostOptions(), columns, 3, 3)
     tiles = tiling.cached_tiles(ROWS, columns, torch.get_num_threads())
     rows = problem.valid_rows(inputs)
-    call = problem.problem_of(inputs, spec, rows, tiles, in_gradient, in_place=in_place)
+    call = problem.problem_of(inputs, spec, rows, tiles, in_gradient)
     return call, problem.zero_statistics(inputs, spec)
 
 
@@ -77,23 +73,28 @@ def test_released_memory_is_lent_again():
     assert first == second
 
 
-def gradient(rows: int = COLUMNS) -> torch.Tensor:
+MANY = 2**20  # rows of a head: larger than any other test's, and never touched
+
+
+def gradient(rows: int = MANY) -> torch.Tensor:
     """Borrow the memory of a head's gradient."""
     return extension.kernels.gradient_memory(torch.empty(rows, WIDTHS[0], dtype=torch.bfloat16))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="MADV_FREE of Linux")
 def test_gradients_have_memory_of_their_own_that_is_lent_again():
-    first, logits = gradient(), memory()
-    assert first.shape == (COLUMNS, WIDTHS[0])
+    first = gradient()
+    assert first.shape == (MANY, WIDTHS[0])
     assert first.dtype == torch.bfloat16
     assert first.is_contiguous()
-    address, of_logits = first.data_ptr(), logits.data_ptr()
-    del first, logits
-    few = gradient(COLUMNS // 4)  # a small tensor does not keep a large one's memory
-    assert few.data_ptr() != address
+    address = first.data_ptr()
+    del first
+    between = gradient(MANY // 4)  # a small tensor does not keep a large one's memory
+    logits = memory()
+    assert address not in (between.data_ptr(), logits.data_ptr())
     assert gradient().data_ptr() == address
-    assert memory().data_ptr() == of_logits
+    del between  # the last one released is kept
+    assert gradient().data_ptr() != address
 
 
 def test_a_gradient_can_be_resized_as_any_tensor():
@@ -147,10 +148,30 @@ def test_which_models_logits_lie_in_the_gradient():
     assert tiling.in_gradient((3, 3), 16, 1025, 512, 16 * 96) == (True, True)
 
 
-def test_states_that_cannot_be_read_in_place_are_refused():
-    for columns in (COLUMNS, COLUMNS // 16 * 16):  # both models have a head
-        with pytest.raises(RuntimeError, match="cannot be read in place"):
-            cached_problem(columns, in_place=True)
+NOT_IN_PLACE = {
+    "a head": {"teacher_weight": torch.zeros(48, 48)},
+    "a bias": {"teacher_bias": torch.zeros(48)},
+    "half a vector": {"columns": 40},
+    "bfloat16": {"states": torch.zeros(ROWS, 48, dtype=torch.bfloat16)},
+    "columns apart": {"states": torch.zeros(ROWS, 96)[:, ::2]},
+}
+
+
+@pytest.mark.parametrize("changed", [{}, *NOT_IN_PLACE.values()], ids=["none", *NOT_IN_PLACE])
+def test_states_that_cannot_be_read_in_place_are_refused(changed):
+    columns = changed.get("columns", 48)
+    states = [changed.get("states", torch.zeros(ROWS, 48))] * 3
+    student = [torch.zeros(ROWS, 8)] * 3
+    head, bias = changed.get("teacher_weight"), changed.get("teacher_bias")
+    inputs = LensInputs(student, torch.zeros(48, 8), None, states, head, bias, None, None)
+    spec = cost_spec(CostOptions(), columns, 3, 3)
+    call = inputs, spec, problem.valid_rows(inputs), tiling.cached_tiles(ROWS, columns, 1)
+    assert problem.teacher_in_place(inputs, spec) == (not changed)
+    if not changed:
+        problem.problem_of(*call, in_place=True)
+        return
+    with pytest.raises(RuntimeError, match="cannot be read in place"):
+        problem.problem_of(*call, in_place=True)
 
 
 def test_a_gradient_that_is_too_small_is_refused():

@@ -87,12 +87,11 @@ def stats_and_grad(
     grad_hidden, grad_weight, grad_bias = new_gradients(inputs, spec, needed, rows)
     low = low_halves(grad_weight) if block_rows < len(rows) else None
     depths = _depths(inputs, spec)
-    at_once = tiling.whole_rows(depths, len(rows), spec.columns, width) == block_rows
+    whole_rows = tiling.whole_rows(
+        depths, len(rows), spec.columns, width, narrow=_narrow(inputs, spec)
+    )
     tiles = tiling.cached_tiles(
-        block_rows,
-        spec.columns,
-        torch.get_num_threads(),
-        whole=at_once and not _narrow(inputs, spec),
+        block_rows, spec.columns, torch.get_num_threads(), whole=block_rows == whole_rows
     )
     in_gradient = False, False
     if (
@@ -114,8 +113,8 @@ def stats_and_grad(
             memory = extension.kernels.logits_memory(problem)
         extension.kernels.stats_and_cache(problem, memory, grad_weight, *statistics)
         of_block = upstream_of(block, *[t[..., block] for t in statistics])
-        for whole, part in zip(per_row, of_block, strict=True):
-            whole[..., block] = part
+        for of_rows, part in zip(per_row, of_block, strict=True):
+            of_rows[..., block] = part
         sums = None
         if any(needed[:layers]):
             # where GEMMs are whole, in place of the stacked hidden states

@@ -41,6 +41,7 @@ MIN_GEMM_ROWS = 32
 # and more rows need memory.
 MIN_WHOLE_ROWS, MAX_WHOLE_ROWS = 640, 1280
 MAX_WHOLE_COLUMNS = 8192
+BLAS_BYTES = 8 * MIB  # of MKL in GEMMs of whole blocks; 7 were measured
 HIDDEN_BYTES = 48 * MIB  # of float32 sums of the hidden states' gradients
 HEAD_SUM = "FDD_KERNELS_HEAD_SUM_BYTES"
 HEAD_SUM_BYTES = 1024 * MIB  # its default: Llama 3 8B (V = 128256, D = 4096) needs 1002
@@ -117,17 +118,30 @@ def fast_blas() -> bool:
     return torch.backends.mkl.is_available() and processor.vendor() == "GenuineIntel"
 
 
-def whole_rows(layers: tuple[int, int], rows: int, columns: int, width: int) -> int:
-    """Choose the rows of a block whose products are one GEMM each; 0 where tiles are faster.
+def exact_blas() -> bool:
+    """Say whether torch multiplies float32 matrices in float32: it does not after
+    `torch.set_float32_matmul_precision("medium")` where there are bf16 instructions.
+    """
+    settings = getattr(torch.backends.mkldnn, "matmul", None)
+    if hasattr(settings, "fp32_precision"):
+        return settings.fp32_precision in ("none", "ieee")
+    return torch.get_float32_matmul_precision() == "highest"
 
-    For float32 alone. The arguments are those of `block_rows`.
+
+def whole_rows(
+    layers: tuple[int, int], rows: int, columns: int, width: int, *, narrow: bool
+) -> int:
+    """Choose the rows of a block whose products are one GEMM each; 0 where tiles are faster or
+    more exact. The arguments are those of `block_rows`.
     """
     most = min(
         CACHED_BYTES // (FLOAT * sum(layers) * round_up(columns, COLUMN_PADDING)),
         HIDDEN_BYTES // (FLOAT * width * max(layers)),
         MAX_WHOLE_ROWS // max(layers),
     )
-    if columns > MAX_WHOLE_COLUMNS or not fast_blas() or min(rows, most) == 0:
+    if narrow or columns > MAX_WHOLE_COLUMNS or min(rows, most) == 0:
+        return 0
+    if not (fast_blas() and exact_blas()):
         return 0
     block = -(-rows // -(-rows // most))  # blocks of nearly equal size
     return block if block * max(layers) >= MIN_WHOLE_ROWS else 0
@@ -186,7 +200,7 @@ def block_rows(
         narrow: an operand of a GEMM is not float32.
     """
     student_layers, most_layers = layers[0], max(layers)
-    if not narrow and (whole := whole_rows(layers, rows, columns, width)):
+    if whole := whole_rows(layers, rows, columns, width, narrow=narrow):
         return whole
     if rows == 0 or -(-columns // TILE_COLUMNS) < threads:
         return 0
@@ -226,13 +240,13 @@ def memory(shape: CallShape) -> dict[str, int]:
     )
     if rows == 0:
         parts = _streamed_memory(shape, head_sum)
-    elif not shape.narrow and rows == whole_rows(
-        depths, shape.rows, shape.columns, shape.student_width
+    elif rows == whole_rows(
+        depths, shape.rows, shape.columns, shape.student_width, narrow=shape.narrow
     ):
         parts = _whole_memory(shape, depths, rows)
     else:
         parts = _cached_memory(shape, depths, rows, head_sum)
-    return parts | {"runtime": RUNTIME_BYTES}
+    return {"runtime": RUNTIME_BYTES} | parts
 
 
 def _whole_memory(shape: CallShape, depths: tuple[int, int], rows: int) -> dict[str, int]:
@@ -243,6 +257,8 @@ def _whole_memory(shape: CallShape, depths: tuple[int, int], rows: int) -> dict[
         "hidden states of a block": FLOAT
         * rows
         * (depths[0] * shape.student_width + depths[1] * teacher_width),
+        "gradients of rows": FLOAT * shape.threads * depths[0] * columns,
+        "runtime": RUNTIME_BYTES + BLAS_BYTES,
     }
 
 
