@@ -66,13 +66,15 @@ inline void transpose_square(Vec* rows) {
   if constexpr (2 * S < FDD_LANES) transpose_square<2 * S>(rows);
 }
 
-// Stores a vector past the caches where FDD_STREAM can: it is not loaded into them first. `to` is
-// aligned to a vector.
+// Stores a vector past the caches where there is FDD_STREAM: it is not loaded into them first. `to`
+// is aligned to a vector.
 inline void stream(float* to, Vec v) {
-#if defined(FDD_STREAM)
-  FDD_STREAM(to, v);
-#else
+#if !defined(FDD_STREAM)
   store(to, v);
+#elif defined(__clang__)
+  __builtin_nontemporal_store(v, reinterpret_cast<Vec*>(to));
+#else
+  FDD_STREAM(to, v);
 #endif
 }
 
