@@ -1,10 +1,10 @@
 """The limit: the time of the GEMMs that every implementation of the loss needs, without all else.
 
 Per layer: both models' logits, h W^T, 2 R V (Ds + Dt) operations; dH = G W, 2 R V Ds; and with a
-trainable head dW = G^T h, another 2 R V Ds. Each is timed by `torch.mm` and by ATen's brgemm
-(`benchmarks/brgemm.py`), as A B and as (B^T A^T)^T, in the inputs' dtype and, where that is
-narrower, in float32 too: on processors without matrix units float32 is faster. The limit takes the
-fastest way of each GEMM. A GEMM is timed for one layer and counted once per layer.
+trainable head dW = G^T h, another 2 R V Ds. Each is timed by `torch.mm` and in tiles by ATen's
+brgemm (`benchmarks/tiled_gemms.py`), as A B and as (B^T A^T)^T, in the inputs' dtype and, where
+that is narrower, in float32 too: on processors without matrix units float32 is faster. The limit
+takes the fastest way of each GEMM. A GEMM is timed for one layer and counted once per layer.
 
 Of attention each is one `torch.bmm` over the heads. Causal attention needs half of the scores: the
 limit takes half of the rows.
@@ -19,18 +19,18 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks import brgemm
+from benchmarks import tiled_gemms
 from benchmarks.objectives import OBJECTIVES, has_teacher
+from benchmarks.tiled_gemms import BRGEMM, MM
 from benchmarks.workloads import Workload
 from fdd_kernels.testing import Problem
 
 FORWARD = ("student", "teacher")
-MM = "torch.mm"
 
 
 def library_of(way: str) -> str:
     """Name the library of a way to compute a GEMM; old records timed torch.mm alone."""
-    return brgemm.NAME if f" {brgemm.NAME} " in way else MM
+    return BRGEMM if f" {BRGEMM} " in way else MM
 
 
 def gemm_rows(workload: Workload) -> int:
@@ -72,7 +72,7 @@ class GemmTimes:
         self.workload, self.problem = workload, problem
         self.dtypes = list(dict.fromkeys([getattr(torch, workload.dtype), torch.float32]))
         self.seconds: dict[tuple[str, str], list[float]] = {}
-        self.no_brgemm = brgemm.why_missing(problem.student_weight.device)
+        self.no_brgemm = tiled_gemms.why_no_brgemm(problem.student_weight.device)
 
     def _operands(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         p, rows, heads = self.problem, gemm_rows(self.workload), self.workload.heads
@@ -96,14 +96,14 @@ class GemmTimes:
             left, right = (a, b) if orientation == "ab" else (b.mT, a.mT)
             out = left.new_empty(*left.shape[:-1], right.shape[-1]).zero_()
             yield f"{MM} {orientation}", partial(torch.matmul, left, right, out=out)
-        if self.no_brgemm is None and a.ndim == 2 and brgemm.multiplies(a.dtype):
-            yield from brgemm.products(a, b)
+        if a.ndim == 2:
+            yield from tiled_gemms.products(a, b)
 
     def measure(self, timed: Callable[[Callable[[], object]], float]) -> None:
         """Time every GEMM in every way once more; `timed` runs a function, returns seconds.
 
         Raises:
-            ValueError: the first result of brgemm is not that of torch.mm.
+            ValueError: the first result in tiles is not that of torch.mm.
         """
         for name in gemm_shapes(self.workload):
             for dtype in self.dtypes:
@@ -111,8 +111,8 @@ class GemmTimes:
                 for way, run in self._ways(a, b):
                     key = name, f"{str(dtype).removeprefix('torch.')} {way}"
                     seconds = timed(run)
-                    if key not in self.seconds and way.startswith(brgemm.NAME):
-                        brgemm.check(run(), a, b, a.float() @ b.float())
+                    if key not in self.seconds and way.endswith(tuple(tiled_gemms.TILINGS)):
+                        tiled_gemms.check(run(), a, b, a.float() @ b.float())
                     self.seconds.setdefault(key, []).append(seconds)
 
     def drop_first(self) -> None:

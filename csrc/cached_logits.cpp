@@ -4,6 +4,7 @@
 // head is loaded once per pass and needs no packing. Rows of the head are operand A, and the hidden
 // states, transposed once, operand B.
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <cstring>
@@ -27,25 +28,15 @@ float* read_stacked(const Problem& problem, const Model& model, int64_t padded, 
   return out;
 }
 
-// The stacked hidden states (M, D), rows `ld` words apart.
-Scratch stack(const Problem& problem, const Model& model, int64_t padded, int64_t ld) {
-  const int64_t all = model.layers() * padded;
-  Scratch out(all * ld);
-  at::parallel_for(0, all, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; ++m)
-      read_stacked(problem, model, padded, m, out.get() + m * ld);
-  });
-  return out;
-}
-
-// The same as an operand B (M, D) in `out`.
+// The stacked hidden states as an operand B (M, D) in `out`.
 Operand stack_paired(const Problem& problem, const Model& model, int64_t padded, Scratch* out) {
   if (model.bf16)
     return interleaved(model.layers() * padded, model.width(), out, [&](int64_t m, float* buffer) {
       return read_stacked(problem, model, padded, m, buffer);
     });
   const int64_t ld = leading_dimension(model.width());
-  *out = stack(problem, model, padded, ld);
+  out->resize(model.layers() * padded * ld);
+  stack_hidden(problem, model, padded, ld, out->get());
   return {out->get(), ld};
 }
 
@@ -54,8 +45,9 @@ Scratch stack_transposed(const Problem& problem, const Model& model, int64_t pad
   if (!model.weight.defined()) return Scratch();
   const int64_t words = model.words(), all = model.layers() * padded;
   const int64_t ld = leading_dimension(words);
-  const Scratch rows = stack(problem, model, padded, ld);
+  const Scratch rows(all * ld);
   Scratch out(words * all);
+  stack_hidden(problem, model, padded, ld, rows.get());
   at::parallel_for(0, (words + kPadding - 1) / kPadding, 1, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kPadding, last = std::min(end * kPadding, words);
     row_kernels().transpose(rows.get() + first, ld, all, last - first, out.get() + first * all,
@@ -65,6 +57,14 @@ Scratch stack_transposed(const Problem& problem, const Model& model, int64_t pad
 }
 
 }  // namespace
+
+void stack_hidden(const Problem& problem, const Model& model, int64_t padded, int64_t ld,
+                  float* out) {
+  at::parallel_for(0, model.layers() * padded, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t m = begin; m < end; ++m)
+      read_stacked(problem, model, padded, m, out + m * ld);
+  });
+}
 
 CachedLogits::CachedLogits(const Problem& problem, float* memory, float* gradient)
     : problem_(problem),
@@ -83,6 +83,13 @@ bool CachedLogits::fits_gradient() const {
   for (int64_t tile = 0; tile < tiles(); ++tile)
     if (layers(true) * rows_ * ld(tile) > count(tile) * problem_.student.width()) return false;
   return true;
+}
+
+at::Tensor CachedLogits::hidden_gradients(const at::Tensor& memory) const {
+  const std::array<int64_t, 3> shape{problem_.layers(kStudent), problem_.count(),
+                                     problem_.student.width()};
+  if (!problem_.tiles.whole) return at::empty(shape, at::kFloat);
+  return memory.narrow(0, 0, shape[0] * shape[1] * shape[2]).view(shape);
 }
 
 void CachedLogits::compute() { return problem_.tiles.whole ? compute_whole() : compute_tiles(); }

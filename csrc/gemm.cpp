@@ -43,12 +43,10 @@ void release_brgemm() {
 }
 
 // Whether brgemm multiplies T on this processor, with or without instructions for T: tried once on
-// a small GEMM. Not with FDD_KERNELS_GEMM=blas.
+// a small GEMM.
 template <class T>
 bool brgemm_works() {
   static const bool works = [] {
-    const char* wanted = std::getenv("FDD_KERNELS_GEMM");
-    if (wanted && std::strcmp(wanted, "blas") == 0) return false;
     T a[16 * 32], b[32 * 16];
     float c[16 * 16];
     for (int i = 0; i < 512; ++i) a[i] = float(i % 7) - 3.f, b[i] = float(i % 5) - 2.f;
@@ -69,6 +67,26 @@ bool brgemm_works() {
     return true;
   }();
   return works;
+}
+
+// Whether brgemm is to multiply, by FDD_KERNELS_GEMM, "brgemm" or "blas". Without it, on x86 with
+// AVX-512 alone: with AVX2 it loses time by reading B in place (Zen 3, one thread, B (768, 320): 62
+// GFLOP/s, MKL 82).
+bool wants_brgemm() {
+  if (const char* wanted = std::getenv("FDD_KERNELS_GEMM"); wanted && *wanted)
+    return std::strcmp(wanted, "blas") != 0;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f");
+#else
+  return true;
+#endif
+}
+
+template <class T>
+bool uses_brgemm() {
+  static const bool uses = wants_brgemm() && brgemm_works<T>();
+  return uses;
 }
 
 bool has_bfloat16_instructions() {
@@ -110,11 +128,11 @@ void gemm_without_brgemm(int64_t m, int64_t n, int64_t k, const float* a, int64_
 // Takes pieces of B that stay in L2 while the rows of A stream by. The sums over the depth of a
 // piece are short enough to round no worse than a BLAS.
 template <class T>
-void gemm_of(int64_t m, int64_t n, int64_t k, Operand operand_a, Operand operand_b, float* c,
-             int64_t ldc, bool add) {
+void gemm_of(bool by_brgemm, int64_t m, int64_t n, int64_t k, Operand operand_a, Operand operand_b,
+             float* c, int64_t ldc, bool add) {
   const T *a = static_cast<const T*>(operand_a.data), *b = static_cast<const T*>(operand_b.data);
   k = round_up(k, kTogether<T>);
-  if (!brgemm_works<T>())
+  if (!by_brgemm)
     return gemm_without_brgemm(m, n, k, a, operand_a.ld, b, operand_b.ld, c, ldc, add);
   const int64_t most = piece_depth(operand_b.ld), pieces = (k + most - 1) / most,
                 depth = round_up((k + pieces - 1) / pieces, 32);
@@ -130,10 +148,16 @@ void gemm_of(int64_t m, int64_t n, int64_t k, Operand operand_a, Operand operand
 }  // namespace
 
 void gemm(int64_t m, int64_t n, int64_t k, Operand a, Operand b, float* c, int64_t ldc, bool add) {
+  const bool by_brgemm = b.bf16 ? uses_brgemm<at::BFloat16>() : uses_brgemm<float>();
+  gemm_by(by_brgemm, m, n, k, a, b, c, ldc, add);
+}
+
+void gemm_by(bool brgemm, int64_t m, int64_t n, int64_t k, Operand a, Operand b, float* c,
+             int64_t ldc, bool add) {
   TORCH_INTERNAL_ASSERT_DEBUG_ONLY(a.bf16 == b.bf16);
   if (m == 0 || n == 0) return;
-  return b.bf16 ? gemm_of<at::BFloat16>(m, n, k, a, b, c, ldc, add)
-                : gemm_of<float>(m, n, k, a, b, c, ldc, add);
+  return b.bf16 ? gemm_of<at::BFloat16>(brgemm, m, n, k, a, b, c, ldc, add)
+                : gemm_of<float>(brgemm, m, n, k, a, b, c, ldc, add);
 }
 
 void SplitGemm::gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t lda, Operand b,
@@ -159,12 +183,16 @@ bool bf16_gemm() {
   static const bool chosen = [] {
     const char* wanted = std::getenv("FDD_KERNELS_BF16_PRODUCTS");
     if (wanted && *wanted) return std::strcmp(wanted, "0") != 0;
-    return has_bfloat16_instructions() && brgemm_works<at::BFloat16>();
+    return has_bfloat16_instructions() && uses_brgemm<at::BFloat16>();
   }();
   return chosen;
 }
 
-const char* gemm_library() { return brgemm_works<float>() ? "brgemm" : "blas"; }
+bool has_brgemm(bool bf16) {
+  return bf16 ? brgemm_works<at::BFloat16>() : brgemm_works<float>();
+}
+
+const char* gemm_library() { return uses_brgemm<float>() ? "brgemm" : "blas"; }
 
 Matrix::Matrix(const at::Tensor& tensor)
     : data_(static_cast<const char*>(tensor.const_data_ptr())),

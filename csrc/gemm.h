@@ -37,12 +37,19 @@ struct Operand {
 // c (m, n) = a (m, k) b (k, n), or += with `add`; both operands bf16 or neither. Single-threaded.
 void gemm(int64_t m, int64_t n, int64_t k, Operand a, Operand b, float* c, int64_t ldc, bool add);
 
+// The same by brgemm, which must run on this processor, or by ATen's mm.
+void gemm_by(bool brgemm, int64_t m, int64_t n, int64_t k, Operand a, Operand b, float* c,
+             int64_t ldc, bool add);
+
 // Releases resources of the GEMM library that the calling thread holds; once at the end of each
 // parallel section.
 void release_gemm();
 
-// "brgemm" (oneDNN's kernels through ATen), or "blas" (ATen's mm) where brgemm does not run or
-// FDD_KERNELS_GEMM=blas forbids it.
+// Whether brgemm (oneDNN's kernels through ATen) multiplies float32, or bfloat16, on this processor.
+bool has_brgemm(bool bf16);
+
+// What `gemm` multiplies float32 by: "brgemm", or "blas" (ATen's mm) where that is faster or brgemm
+// does not run. FDD_KERNELS_GEMM forces one of them.
 const char* gemm_library();
 
 // Whether bfloat16 operands stay bfloat16: the processor has instructions for them (AMX,

@@ -19,7 +19,7 @@ namespace {
 // Found in the file before it is loaded (fdd_kernels/backends/cpu/extension.py): with another
 // torch, loading may crash. Raise the number of the interface, there too, with every change of what
 // the functions of this module take or return.
-constexpr char kBuiltFor[] = "fdd_kernels built for torch " TORCH_VERSION "; interface 10;";
+constexpr char kBuiltFor[] = "fdd_kernels built for torch " TORCH_VERSION "; interface 11;";
 
 // (hidden states, weight, bias, logit scale, soft cap or 0)
 using ModelArguments = std::tuple<std::vector<at::Tensor>, std::optional<at::Tensor>,
@@ -223,26 +223,30 @@ void stats_and_cache(const fdd::Problem& p, const at::Tensor& memory,
   fdd::statistics_of(cached, statistics(shifts, requests, moments));
 }
 
-void grad_of_cached(const fdd::Problem& p, const at::Tensor& memory, const at::Tensor& shifts,
-                    const at::Tensor& requests, const at::Tensor& moments,
-                    const at::Tensor& grad_requests, const at::Tensor& grad_moments,
-                    const std::optional<at::Tensor>& grad_hidden,
-                    const std::optional<at::Tensor>& grad_weight,
-                    const std::optional<at::Tensor>& grad_bias,
-                    const std::optional<at::Tensor>& weight_low, bool first_call, bool last_call) {
+// Returns the hidden states' gradients of the problem's rows (L, r, D) if `hidden`: valid until
+// `memory` is written again.
+std::optional<at::Tensor> grad_of_cached(
+    const fdd::Problem& p, const at::Tensor& memory, const at::Tensor& shifts,
+    const at::Tensor& requests, const at::Tensor& moments, const at::Tensor& grad_requests,
+    const at::Tensor& grad_moments, bool hidden, const std::optional<at::Tensor>& grad_weight,
+    const std::optional<at::Tensor>& grad_bias, const std::optional<at::Tensor>& weight_low,
+    bool first_call, bool last_call) {
   py::gil_scoped_release release;
   at::NoGradGuard no_grad;
-  cached_logits(p, memory, grad_weight)
-      .gradients(statistics(shifts, requests, moments), upstream(grad_requests, grad_moments),
-                 gradients(grad_hidden, grad_weight, grad_bias, weight_low, first_call, last_call));
+  const fdd::CachedLogits cached = cached_logits(p, memory, grad_weight);
+  std::optional<at::Tensor> sums;
+  if (hidden) sums = cached.hidden_gradients(memory);
+  cached.gradients(statistics(shifts, requests, moments), upstream(grad_requests, grad_moments),
+                   gradients(sums, grad_weight, grad_bias, weight_low, first_call, last_call));
+  return sums;
 }
 
-// out (m, n) = a (m, k) b, for benchmarks: the GEMM library alone on every thread. a and b are both
+// out (m, n) = a (m, k) b, for benchmarks: a GEMM library alone on every thread. a and b are both
 // float32, b (k, n), or both bf16 with an even k, b (k / 2, n, 2) as an operand B; out is float32.
 // `tile` has rows, columns and depth: tiles of the output are computed in parallel, each as a sum
-// over pieces of that depth.
+// over pieces of that depth. `brgemm` or ATen's mm multiplies them.
 void multiply(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out,
-              const std::array<int64_t, 3>& tile) {
+              const std::array<int64_t, 3>& tile, bool brgemm) {
   const bool bf16 = a.scalar_type() == at::kBFloat16;
   const int64_t together = bf16 ? 2 : 1, m = a.size(0), k = a.size(1), n = b.size(1);
   const auto [rows, columns, depth] = tile;
@@ -258,6 +262,7 @@ void multiply(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out,
                     a.sizes(), ", ", b.sizes(), " and ", out.sizes());
   TORCH_CHECK_VALUE(rows > 0 && columns > 0 && depth > 0 && depth % together == 0,
                     "multiply: tile must be three positive sizes, in bfloat16 with an even depth");
+  TORCH_CHECK_VALUE(!brgemm || fdd::has_brgemm(bf16), "multiply: no brgemm on this processor");
   py::gil_scoped_release release;
   const fdd::Operand operand_a{a.const_data_ptr(), k, bf16}, operand_b{b.const_data_ptr(), n, bf16};
   float* c = out.data_ptr<float>();
@@ -266,10 +271,10 @@ void multiply(const at::Tensor& a, const at::Tensor& b, const at::Tensor& out,
     for (int64_t i = begin; i < end; ++i) {
       const int64_t row = i % down * rows, column = i / down * columns;
       for (int64_t first = 0; first < k; first += depth)
-        fdd::gemm(std::min(rows, m - row), std::min(columns, n - column),
-                  std::min(depth, k - first), operand_a.from(row * k + first),
-                  operand_b.from(first * n + together * column), c + row * n + column, n,
-                  first > 0);
+        fdd::gemm_by(brgemm, std::min(rows, m - row), std::min(columns, n - column),
+                     std::min(depth, k - first), operand_a.from(row * k + first),
+                     operand_b.from(first * n + together * column), c + row * n + column, n,
+                     first > 0);
     }
     fdd::release_gemm();
   });
@@ -292,6 +297,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("grad_of_cached", &grad_of_cached);
   m.def("divergences", &divergences);
   m.def("instruction_set", [] { return std::string(fdd::row_kernels().name); });
+  m.def("has_brgemm", &fdd::has_brgemm);
   m.def("gemm_library", [] { return std::string(fdd::gemm_library()); });
   m.def("bf16_gemm", &fdd::bf16_gemm);
   m.def("multiply", &multiply);

@@ -124,6 +124,10 @@ Operand hidden_as_a(const Problem& problem, const Model& model, int64_t layer, i
                     int64_t end, Scratch* copy);
 Operand hidden_as_b(const Problem& problem, const Model& model, int64_t layer, int64_t begin,
                     int64_t end, Scratch* copy);
+// Copies the hidden states of all layers as 4-byte words to `out`, rows `ld` words apart: `padded`
+// rows of each layer, those beyond problem.count() of zeros.
+void stack_hidden(const Problem& problem, const Model& model, int64_t padded, int64_t ld,
+                  float* out);
 // Rows [first, first + count) of a head as an operand (count, D), likewise.
 Operand head_as_a(const Model& model, int64_t first, int64_t count, Scratch* copy);
 Operand head_as_b(const Model& model, int64_t first, int64_t count, Scratch* copy);
@@ -227,7 +231,10 @@ class CachedLogits {
   // `gradient` may be null if no model is in it.
   CachedLogits(const Problem& problem, float* memory, float* gradient);
   void compute();
-  // Once: the logits are lost. Where GEMMs are whole, out.hidden is the beginning of the memory.
+  // Memory for the hidden states' gradients (L, r, D): where GEMMs are whole, the beginning of
+  // `memory`, that of the logits.
+  at::Tensor hidden_gradients(const at::Tensor& memory) const;
+  // Once: the logits are lost. out.hidden is null or of hidden_gradients().
   void gradients(const Statistics& statistics, const Upstream& upstream,
                  const Gradients& out) const;
   const Problem& problem() const { return problem_; }

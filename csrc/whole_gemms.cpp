@@ -21,16 +21,6 @@ at::Tensor matrix(float* data, int64_t rows, int64_t columns, int64_t ld) {
   return at::from_blob(data, {rows, columns}, {ld, 1}, at::kFloat);
 }
 
-// Copies the hidden states of all layers (L r, D) to `out`, converted to float32.
-at::Tensor stack(const Problem& problem, const Model& model, float* out) {
-  const int64_t count = problem.count(), width = model.width(), all = model.layers() * count;
-  at::parallel_for(0, all, kLeastRows, [&](int64_t begin, int64_t end) {
-    for (int64_t m = begin; m < end; ++m)
-      model.hidden[m / count].read(problem.rows[m % count], 0, width, out + m * width);
-  });
-  return matrix(out, all, width, width);
-}
-
 // The head's rows of the columns (C, D).
 at::Tensor head(const Problem& problem, const Model& model) {
   return model.weight.view().narrow(0, 0, problem.columns);
@@ -39,10 +29,11 @@ at::Tensor head(const Problem& problem, const Model& model) {
 // `states` is memory for the stacked hidden states.
 void compute_logits(const Problem& problem, const Model& model, float* states, int64_t ld,
                     float* out) {
-  const int64_t count = problem.count(), all = model.layers() * count;
+  const int64_t count = problem.count(), all = model.layers() * count, width = model.width();
   if (model.weight.defined()) {
+    stack_hidden(problem, model, count, width, states);
     at::Tensor logits = matrix(out, all, problem.columns, ld);
-    at::mm_out(logits, stack(problem, model, states), head(problem, model).t());
+    at::mm_out(logits, matrix(states, all, width, width), head(problem, model).t());
     if (!model.transforms()) return;
   }
   at::parallel_for(0, all, kLeastRows, [&](int64_t begin, int64_t end) {

@@ -660,7 +660,8 @@ def test_divergences_that_are_not_compiled_are_refused():
 
 def test_constants_of_the_cpp_side_are_those_of_python():
     """csrc/layout.h repeats lens/layout.py; csrc/problem.h and row_kernels.h have the padding of
-    logits."""
+    logits.
+    """
     header = (_build.source_folder() / "layout.h").read_text()
     for prefix, size in (("Request", "REQUEST_STATS"), ("Moment", "MOMENT_STATS")):
         names = re.search(rf"enum {prefix}Stat {{([^}}]+)}};", header)[1].split(",")

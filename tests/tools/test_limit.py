@@ -7,9 +7,10 @@ import torch
 
 pytest.importorskip("pandas")
 
-from benchmarks import brgemm, report
-from benchmarks.gemms import MM, GemmTimes, library_of
+from benchmarks import report, tiled_gemms
+from benchmarks.gemms import GemmTimes, library_of
 from benchmarks.inputs import build_problem
+from benchmarks.tiled_gemms import BRGEMM, MM
 from benchmarks.workloads import suite
 from fdd_kernels.backends.cpu import extension
 from fdd_kernels.common import processor
@@ -18,7 +19,7 @@ from tests.support.benchmark_records import entry, synthetic
 TINY = {w.name: w for w in suite("tiny")}
 GEMMS = ["student", "teacher", "grad_hidden", "grad_head"]
 needs_brgemm = pytest.mark.skipif(
-    brgemm.why_missing(torch.device("cpu")) is not None, reason="no brgemm here"
+    tiled_gemms.why_no_brgemm(torch.device("cpu")) is not None, reason="no brgemm here"
 )
 
 
@@ -37,8 +38,9 @@ def measured(name, seconds):
 
 
 @needs_brgemm
-def test_the_fastest_way_counts():
+def test_the_fastest_way_counts(monkeypatch):
     """Ways take 1, 2, ... seconds in turn: two by torch.mm, then four by brgemm, of each GEMM."""
+    monkeypatch.setattr(tiled_gemms, "libraries", lambda device, dtype: [BRGEMM])
     found = measured("gpt2", lambda n: 1.0 + n % 24 + n // 24 / 100).summary()
     assert list(found["seconds_of_one_layer"]) == GEMMS
     assert [len(ways) for ways in found["seconds_of_one_layer"].values()] == [6] * 4
@@ -49,11 +51,11 @@ def test_the_fastest_way_counts():
     assert found["total_max"] == pytest.approx(layers * (sum(firsts) + 4 * 0.02))
     assert found["by_library"] == {
         MM: pytest.approx(found["total"]),
-        brgemm.NAME: pytest.approx(found["total"] + layers * 4 * 2),
+        BRGEMM: pytest.approx(found["total"] + layers * 4 * 2),
     }
     backwards = measured("gpt2", lambda n: 100.0 - n % 24).summary()
-    assert {library_of(way) for way in backwards["best"].values()} == {brgemm.NAME}
-    assert backwards["total"] == pytest.approx(backwards["by_library"][brgemm.NAME])
+    assert {library_of(way) for way in backwards["best"].values()} == {BRGEMM}
+    assert backwards["total"] == pytest.approx(backwards["by_library"][BRGEMM])
     assert backwards["no_brgemm"] is None
 
 
@@ -69,7 +71,8 @@ def test_other_dtypes_and_feature_space(name):
 
 
 def test_without_brgemm_the_limit_is_torch_mm(monkeypatch):
-    monkeypatch.setattr(brgemm, "why_missing", lambda device: "no such library")
+    monkeypatch.setattr(tiled_gemms, "why_no_brgemm", lambda device: "no such library")
+    monkeypatch.setattr(tiled_gemms, "libraries", lambda device, dtype: [])
     found = measured("gpt2", lambda n: 1.0).summary()
     assert list(found["by_library"]) == [MM]
     assert found["no_brgemm"] == "no such library"
@@ -77,27 +80,26 @@ def test_without_brgemm_the_limit_is_torch_mm(monkeypatch):
 
 @needs_brgemm
 def test_a_wrong_product_is_not_timed(monkeypatch):
-    multiply = brgemm._multiply
+    multiply = tiled_gemms._multiply
 
-    def wrong(a, b, out, tile, shown):
-        multiply(a, b, out, tile, shown)
-        return shown.mul_(1.01)
+    def wrong(*arguments):
+        return multiply(*arguments).mul_(1.01)
 
-    monkeypatch.setattr(brgemm, "_multiply", wrong)
-    with pytest.raises(ValueError, match=r"differ by .*FDD_KERNELS_GEMM=blas"):
+    monkeypatch.setattr(tiled_gemms, "_multiply", wrong)
+    with pytest.raises(ValueError, match=r"differ by .*another FDD_KERNELS_GEMM"):
         measured("gpt2", lambda n: 1.0)
 
 
 def test_why_there_is_no_brgemm(monkeypatch):
-    assert brgemm.why_missing(torch.device("cuda")) == "runs on a CPU"
+    assert tiled_gemms.why_no_brgemm(torch.device("cuda")) == "runs on a CPU"
     cpu = torch.device("cpu")
     for kernels, reason in (
         (None, "no compiler"),
-        (type("Kernels", (), {"gemm_library": lambda: "blas"}), "multiply by blas"),
+        (type("Kernels", (), {"has_brgemm": lambda bf16: False}), "not run on this"),
     ):
         monkeypatch.setattr(extension, "kernels", kernels, raising=False)
         monkeypatch.setattr(extension, "why_missing", "no compiler", raising=False)
-        assert reason in brgemm.why_missing(cpu)
+        assert reason in tiled_gemms.why_no_brgemm(cpu)
 
 
 def test_tables_name_the_libraries():
@@ -107,7 +109,7 @@ def test_tables_name_the_libraries():
         "best": best,
         "total_min": 0.9,
         "total_max": 1.2,
-        "by_library": {MM: 1.5, brgemm.NAME: 1.1},
+        "by_library": {MM: 1.5, BRGEMM: 1.1},
     }
     (_, table), *_ = report.tables(data)
     rows = {row["provider"]: row for row in table.to_dict("records")}

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fdd_kernels.backends.cpu import extension, tiling
 from fdd_kernels.backends.cpu.problem import (
-    F32,
     low_halves,
     new_gradients,
     place,
@@ -82,8 +81,8 @@ def stats_and_grad(
     See `Backend` for `upstream_of` and the return values. `refine` changes nothing: no VALUE here
     is replaced by a better one.
     """
-    rows, layers = valid_rows(inputs), len(inputs.student_hidden)
-    width = inputs.student_hidden[0].shape[1]
+    rows, width = valid_rows(inputs), inputs.student_hidden[0].shape[1]
+    wants_hidden = any(needed[: len(inputs.student_hidden)])
     grad_hidden, grad_weight, grad_bias = new_gradients(inputs, spec, needed, rows)
     low = low_halves(grad_weight) if block_rows < len(rows) else None
     depths = _depths(inputs, spec)
@@ -101,28 +100,22 @@ def stats_and_grad(
         and not tiles.whole
     ):
         in_gradient = tiling.in_gradient(depths, len(rows), spec.columns, tiles.columns, width)
+    in_place = teacher_in_place(inputs, spec)
     memory = None
     statistics = zero_statistics(inputs, spec)
     per_row = (*statistics, *[torch.zeros_like(t) for t in statistics[1:]])
     blocks = rows.split(block_rows) if len(rows) else ()
     for block in blocks:
-        problem = problem_of(
-            inputs, spec, block, tiles, in_gradient, in_place=teacher_in_place(inputs, spec)
-        )
+        problem = problem_of(inputs, spec, block, tiles, in_gradient, in_place=in_place)
         if memory is None:  # the first block is the largest
             memory = extension.kernels.logits_memory(problem)
         extension.kernels.stats_and_cache(problem, memory, grad_weight, *statistics)
         of_block = upstream_of(block, *[t[..., block] for t in statistics])
         for of_rows, part in zip(per_row, of_block, strict=True):
             of_rows[..., block] = part
-        sums = None
-        if any(needed[:layers]):
-            # where GEMMs are whole, in place of the stacked hidden states
-            numbers = memory if tiles.whole else torch.empty(layers * len(block) * width, **F32)
-            sums = numbers[: layers * len(block) * width].view(layers, len(block), width)
         first, last = block is blocks[0], block is blocks[-1]
-        extension.kernels.grad_of_cached(
-            problem, memory, *per_row, sums, grad_weight, grad_bias, low, first, last
+        sums = extension.kernels.grad_of_cached(
+            problem, memory, *per_row, wants_hidden, grad_weight, grad_bias, low, first, last
         )
         if sums is not None:
             place(sums, block, grad_hidden)

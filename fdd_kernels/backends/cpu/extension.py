@@ -36,7 +36,7 @@ _loading = threading.Lock()
 
 
 # The number of kBuiltFor in csrc/module.cpp.
-INTERFACE = 10
+INTERFACE = 11
 
 
 class _Missing(Exception):

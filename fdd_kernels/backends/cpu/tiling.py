@@ -114,8 +114,12 @@ def cached_tiles(block_rows: int, columns: int, threads: int, whole: bool = Fals
 
 @functools.cache
 def fast_blas() -> bool:
-    """Say whether torch's BLAS multiplies large matrices faster than brgemm: MKL on Intel does."""
-    return torch.backends.mkl.is_available() and processor.vendor() == "GenuineIntel"
+    """Say whether torch's BLAS multiplies large matrices faster than brgemm: MKL does on Intel, and
+    on others without AVX-512, where the kernels multiply by it in any case (csrc/gemm.cpp).
+    """
+    return torch.backends.mkl.is_available() and (
+        processor.vendor() == "GenuineIntel" or "avx512f" not in processor.processor()[1]
+    )
 
 
 def exact_blas() -> bool:

@@ -1,6 +1,7 @@
-"""GEMMs by ATen's brgemm, the library of the C++ kernels, as a limit beside torch.mm.
+"""GEMMs in tiles, one at a time on every thread, as a limit beside torch.mm on all threads: by
+ATen's brgemm, and by torch.mm where the C++ kernels multiply by it.
 
-ATen has no Python entry for it: `multiply` of the C++ kernels runs it alone on every thread.
+ATen has no Python entry for brgemm: `multiply` of the C++ kernels runs either library alone.
 
 Shape suffixes: m rows, k inner, n columns.
 """
@@ -16,7 +17,8 @@ from torch import Tensor
 
 from fdd_kernels.backends.cpu import extension
 
-NAME = "brgemm"
+BRGEMM, MM = "brgemm", "torch.mm"  # as records name them
+TILINGS = "blocks", "rows"
 # Rows or columns of the output that a thread computes at a time, and the depth of a partial sum.
 BLOCK, DEPTH = 256, 1024
 UNIT = 2.0**-24  # the unit roundoff of float32
@@ -25,19 +27,26 @@ UNIT = 2.0**-24  # the unit roundoff of float32
 DEVIATIONS = 10
 
 
-def why_missing(device: torch.device) -> str | None:
+def why_no_brgemm(device: torch.device) -> str | None:
     """Say why there is no brgemm; None if there is."""
     if device.type != "cpu":
         return "runs on a CPU"
     if extension.kernels is None:
         return extension.why_missing
-    library = extension.kernels.gemm_library()
-    return None if library == NAME else f"the C++ kernels multiply by {library} here"
+    return None if extension.kernels.has_brgemm(False) else "does not run on this processor"
 
 
-def multiplies(dtype: torch.dtype) -> bool:
-    """Tell whether it multiplies a dtype by instructions that this processor has."""
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and extension.kernels.bf16_gemm())
+def libraries(device: torch.device, dtype: torch.dtype) -> list[str]:
+    """List the libraries that multiply a dtype in tiles, by instructions of this processor."""
+    kernels = extension.kernels
+    if device.type != "cpu" or kernels is None:
+        return []
+    if dtype == torch.bfloat16:
+        return [BRGEMM] if kernels.bf16_gemm() and kernels.has_brgemm(True) else []
+    if dtype != torch.float32:
+        return []
+    found = {BRGEMM: kernels.has_brgemm(False), MM: kernels.gemm_library() == "blas"}
+    return [name for name, multiplies in found.items() if multiplies]
 
 
 def _even(a: Tensor, dim: int) -> Tensor:
@@ -58,14 +67,15 @@ def operands(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 def tiles(m: int, n: int, k: int, threads: int) -> dict[str, tuple[int, int, int]]:
     """Name ways to share the output among threads: (rows, columns, depth) of a tile."""
     parts = threads * -(-m // (threads * BLOCK))  # as many for each thread
-    return {"blocks": (BLOCK, BLOCK, k), "rows": (-(-m // parts), n, DEPTH)}
+    return dict(zip(TILINGS, ((BLOCK, BLOCK, k), (-(-m // parts), n, DEPTH)), strict=True))
 
 
 def products(a: Tensor, b: Tensor) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     """Yield names of ways to compute a b, as A B and as (B^T A^T)^T, and functions that return it
     in float32. Operands are packed before; the result is overwritten by the next function.
     """
-    for orientation in ("ab", "ba"):
+    found = libraries(a.device, a.dtype)
+    for orientation in ("ab", "ba") if found else ():
         left, right = (a, b) if orientation == "ab" else (b.mT, a.mT)
         m, n = left.shape[0], right.shape[1]
         left, right = operands(left, right)
@@ -73,13 +83,15 @@ def products(a: Tensor, b: Tensor) -> Iterator[tuple[str, Callable[[], Tensor]]]
         shown = out if orientation == "ab" else out.mT
 
         for name, tile in tiles(m, n, left.shape[1], torch.get_num_threads()).items():
-            yield f"{NAME} {orientation} {name}", partial(_multiply, left, right, out, tile, shown)
+            for library in found:
+                run = partial(_multiply, left, right, out, tile, library, shown)
+                yield f"{library} {orientation} {name}", run
 
 
 def _multiply(
-    a: Tensor, b: Tensor, out: Tensor, tile: tuple[int, int, int], shown: Tensor
+    a: Tensor, b: Tensor, out: Tensor, tile: tuple[int, int, int], library: str, shown: Tensor
 ) -> Tensor:
-    extension.kernels.multiply(a, b, out, tile)
+    extension.kernels.multiply(a, b, out, tile, library == BRGEMM)
     return shown
 
 
@@ -94,6 +106,6 @@ def check(got: Tensor, a: Tensor, b: Tensor, expected: Tensor) -> None:
     worst = (got - expected).abs_().sub_(bound).max()
     if not worst <= 0:
         raise ValueError(
-            f"{NAME} and torch.mm differ by {worst:.3g} more than rounding explains: run with "
-            "FDD_KERNELS_GEMM=blas"
+            f"a product in tiles and one by torch.mm differ by {worst:.3g} more than rounding "
+            "explains: run with another FDD_KERNELS_GEMM (brgemm, blas)"
         )

@@ -1,9 +1,9 @@
-"""The GEMM library alone, which the benchmarks time as a limit (`multiply` of the C++ kernels)."""
+"""GEMM libraries alone, which the benchmarks time as a limit (`multiply` of the C++ kernels)."""
 
 import pytest
 import torch
 
-from benchmarks import brgemm
+from benchmarks import tiled_gemms
 from fdd_kernels.backends.cpu import extension
 
 if extension.kernels is None:
@@ -28,19 +28,22 @@ def test_every_way_gives_the_product(threads, dtype, shape):
     a, b = (torch.randn(s, generator=generator).to(dtype) for s in ((m, k), (k, n)))
     expected = a.double() @ b.double()
     names = []
-    for name, run in brgemm.products(a, b):
+    for name, run in tiled_gemms.products(a, b):
         got = run()
-        brgemm.check(got, a, b, expected)
+        tiled_gemms.check(got, a, b, expected)
         names.append(name)
         with pytest.raises(ValueError, match="differ by"):
-            brgemm.check(got + 0.1 * expected.abs().max(), a, b, expected)
-    assert len(set(names)) == 4
+            tiled_gemms.check(got + 0.1 * expected.abs().max(), a, b, expected)
+    assert len(set(names)) == 4 * len(tiled_gemms.libraries(a.device, dtype))
 
 
-def test_small_tiles_and_wrong_operands():
+@pytest.mark.parametrize("brgemm", [False, True], ids=["blas", "brgemm"])
+def test_small_tiles_and_wrong_operands(brgemm):
+    if brgemm and not extension.kernels.has_brgemm(False):
+        pytest.skip("no brgemm on this processor")
     a, b, out = torch.randn(7, 9), torch.randn(9, 20), torch.empty(7, 20)
-    multiply(a, b, out, (2, 3, 4))
-    brgemm.check(out, a, b, a.double() @ b.double())
+    multiply(a, b, out, (2, 3, 4), brgemm)
+    tiled_gemms.check(out, a, b, a.double() @ b.double())
     wrong = [
         ((a, b.bfloat16(), out), "both float32 or both bfloat16"),
         ((a.half(), b.half(), out), "both float32 or both bfloat16"),
@@ -51,7 +54,7 @@ def test_small_tiles_and_wrong_operands():
     ]
     for arguments, message in wrong:
         with pytest.raises(ValueError, match=message):
-            multiply(*arguments, (2, 3, 4))
+            multiply(*arguments, (2, 3, 4), brgemm)
     for tile in ((0, 3, 4), (2, -1, 4), (2, 3, 0)):
         with pytest.raises(ValueError, match="three positive sizes"):
-            multiply(a, b, out, tile)
+            multiply(a, b, out, tile, brgemm)
