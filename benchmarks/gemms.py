@@ -1,10 +1,11 @@
 """The limit: the time of the GEMMs that every implementation of the loss needs, without all else.
 
 Per layer: both models' logits, h W^T, 2 R V (Ds + Dt) operations; dH = G W, 2 R V Ds; and with a
-trainable head dW = G^T h, another 2 R V Ds. Each is timed by `torch.mm` and in tiles by ATen's
-brgemm (`benchmarks/tiled_gemms.py`), as A B and as (B^T A^T)^T, in the inputs' dtype and, where
-that is narrower, in float32 too: on processors without matrix units float32 is faster. The limit
-takes the fastest way of each GEMM. A GEMM is timed for one layer and counted once per layer.
+trainable head dW = G^T h, another 2 R V Ds. Each is timed by `torch.mm` and in tiles by the
+libraries of the C++ kernels (`benchmarks/tiled_gemms.py`), as A B and as (B^T A^T)^T, in the
+inputs' dtype and, where that is narrower, in float32 too: on processors without matrix units
+float32 is faster. The limit takes the fastest way of each GEMM. A GEMM is timed for one layer and
+counted once per layer.
 
 Of attention each is one `torch.bmm` over the heads. Causal attention needs half of the scores: the
 limit takes half of the rows.

@@ -1,5 +1,6 @@
 #include "gemm.h"
 
+#include <ATen/Context.h>
 #include <ATen/native/CPUBlas.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/from_blob.h>
@@ -9,6 +10,8 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 #include "row_kernels.h"
 
@@ -42,11 +45,24 @@ void release_brgemm() {
 #endif
 }
 
+// FDD_KERNELS_GEMM: "brgemm", "blas", or empty.
+const std::string& wanted_library() {
+  static const std::string wanted = [] {
+    const char* value = std::getenv("FDD_KERNELS_GEMM");
+    const std::string library = value ? value : "";
+    if (!library.empty() && library != "brgemm" && library != "blas")
+      throw std::invalid_argument("FDD_KERNELS_GEMM=" + library + " is not one of brgemm, blas");
+    return library;
+  }();
+  return wanted;
+}
+
 // Whether brgemm multiplies T on this processor, with or without instructions for T: tried once on
-// a small GEMM.
+// a small GEMM. Not with FDD_KERNELS_GEMM=blas.
 template <class T>
 bool brgemm_works() {
   static const bool works = [] {
+    if (wanted_library() == "blas") return false;
     T a[16 * 32], b[32 * 16];
     float c[16 * 16];
     for (int i = 0; i < 512; ++i) a[i] = float(i % 7) - 3.f, b[i] = float(i % 5) - 2.f;
@@ -69,23 +85,21 @@ bool brgemm_works() {
   return works;
 }
 
-// Whether brgemm is to multiply, by FDD_KERNELS_GEMM, "brgemm" or "blas". Without it, on x86 with
-// AVX-512 alone: with AVX2 it loses time by reading B in place (Zen 3, one thread, B (768, 320): 62
-// GFLOP/s, MKL 82).
-bool wants_brgemm() {
-  if (const char* wanted = std::getenv("FDD_KERNELS_GEMM"); wanted && *wanted)
-    return std::strcmp(wanted, "blas") != 0;
+// Whether MKL is there and faster than brgemm: on x86 without AVX-512, where brgemm loses time by
+// reading B in place (Zen 3, one thread, B (768, 320): 62 GFLOP/s, MKL 82).
+bool blas_is_faster() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx512f");
+  return at::hasMKL() && !__builtin_cpu_supports("avx512f");
 #else
-  return true;
+  return false;
 #endif
 }
 
 template <class T>
 bool uses_brgemm() {
-  static const bool uses = wants_brgemm() && brgemm_works<T>();
+  static const bool uses =
+      brgemm_works<T>() && (wanted_library() == "brgemm" || !blas_is_faster());
   return uses;
 }
 
@@ -175,8 +189,8 @@ void SplitGemm::gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld
 }
 
 void release_gemm() {
-  if (brgemm_works<float>()) release_brgemm<float>();
-  if (bf16_gemm() && brgemm_works<at::BFloat16>()) release_brgemm<at::BFloat16>();
+  if (uses_brgemm<float>()) release_brgemm<float>();
+  if (bf16_gemm() && uses_brgemm<at::BFloat16>()) release_brgemm<at::BFloat16>();
 }
 
 bool bf16_gemm() {

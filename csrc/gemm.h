@@ -34,7 +34,8 @@ struct Operand {
   }
 };
 
-// c (m, n) = a (m, k) b (k, n), or += with `add`; both operands bf16 or neither. Single-threaded.
+// c (m, n) = a (m, k) b (k, n), or += with `add`; both operands bf16 or neither. Inside a parallel
+// section, by the calling thread alone.
 void gemm(int64_t m, int64_t n, int64_t k, Operand a, Operand b, float* c, int64_t ldc, bool add);
 
 // The same by brgemm, which must run on this processor, or by ATen's mm.
@@ -49,7 +50,7 @@ void release_gemm();
 bool has_brgemm(bool bf16);
 
 // What `gemm` multiplies float32 by: "brgemm", or "blas" (ATen's mm) where that is faster or brgemm
-// does not run. FDD_KERNELS_GEMM forces one of them.
+// does not run. FDD_KERNELS_GEMM forces one of them; another value throws std::invalid_argument.
 const char* gemm_library();
 
 // Whether bfloat16 operands stay bfloat16: the processor has instructions for them (AMX,

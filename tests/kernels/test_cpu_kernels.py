@@ -172,19 +172,45 @@ def test_bfloat16_gemms():
     assert narrow.split(" ", 1)[1] != wide.split(" ", 1)[1]
 
 
+OTHER_LIBRARY = "brgemm" if extension.kernels.gemm_library() == "blas" else "blas"
+
+
 @pytest.mark.slow
-def test_many_bfloat16_gemms():
-    chosen = "bfloat16 and (ragged or low_precision or several_sets or every_way)"
+@pytest.mark.parametrize(
+    ("dtype", "environment"),
+    [
+        ("bfloat16", {"FDD_KERNELS_BF16_PRODUCTS": "1"}),
+        ("float32", {"FDD_KERNELS_GEMM": OTHER_LIBRARY}),
+    ],
+    ids=["bfloat16", OTHER_LIBRARY],
+)
+def test_many_gemms_that_are_not_the_default(dtype, environment):
+    chosen = f"{dtype} and (ragged or low_precision or several_sets or every_way)"
     run = subprocess.run(
         [sys.executable, "-m", "pytest", __file__, "-k", chosen, "-q", "-p", "no:cacheprovider"],
         cwd=ROOT,
         timeout=600,
-        env=os.environ | {"FDD_KERNELS_BF16_PRODUCTS": "1"},
+        env=os.environ | environment,
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stdout[-3000:]
     assert " passed" in run.stdout
+
+
+@pytest.mark.parametrize("library", ["brgemm", "blas", "mkl"])
+def test_the_library_of_gemms_can_be_chosen(library):
+    process = python(
+        "from fdd_kernels.backends.cpu.extension import kernels; print(kernels.gemm_library())",
+        FDD_KERNELS_GEMM=library,
+    )
+    out, err = process.communicate(timeout=120)
+    if library == "mkl":
+        assert "FDD_KERNELS_GEMM=mkl is not one of brgemm, blas" in err
+    elif library == "brgemm" and not extension.kernels.has_brgemm(False):
+        assert out.strip() == "blas"
+    else:
+        assert out.strip() == library
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ one call to the next, never to two at once.
 
 from __future__ import annotations
 
+import mmap
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -94,8 +95,11 @@ def test_gradients_have_memory_of_their_own_that_is_lent_again():
     assert address not in (between.data_ptr(), logits.data_ptr())
     assert gradient().data_ptr() == address
     small = between.data_ptr()
-    del between  # the last one released is kept
+    del between
+    other = mmap.mmap(-1, MANY // 4 * WIDTHS[0] * 2)  # so that no freed address comes back
+    # the last one released is kept
     assert gradient(MANY // 4).data_ptr() == small
+    other.close()
 
 
 def test_a_gradient_can_be_resized_as_any_tensor():

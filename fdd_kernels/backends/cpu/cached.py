@@ -119,4 +119,5 @@ def stats_and_grad(
         )
         if sums is not None:
             place(sums, block, grad_hidden)
+            del sums  # before the next block's are allocated
     return wanted(inputs, grad_hidden, grad_weight, grad_bias), Statistics(*per_row[:3])

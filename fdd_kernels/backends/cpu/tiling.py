@@ -115,10 +115,11 @@ def cached_tiles(block_rows: int, columns: int, threads: int, whole: bool = Fals
 @functools.cache
 def fast_blas() -> bool:
     """Say whether torch's BLAS multiplies large matrices faster than brgemm: MKL does on Intel, and
-    on others without AVX-512, where the kernels multiply by it in any case (csrc/gemm.cpp).
+    on others with AVX2 alone, where tiles are multiplied by it too (csrc/gemm.cpp).
     """
+    _, flags = processor.processor()
     return torch.backends.mkl.is_available() and (
-        processor.vendor() == "GenuineIntel" or "avx512f" not in processor.processor()[1]
+        processor.vendor() == "GenuineIntel" or ("avx2" in flags and "avx512f" not in flags)
     )
 
 
