@@ -161,8 +161,10 @@ void TileLogits::compute_model(const Model& model, const std::vector<Operand>& o
   for (int64_t layer = 0; layer < model.layers(); ++layer) {
     float* logits = out + layer * layer_stride();
     if (model.weight.defined()) {
-      gemm(rows, count, model.width(), operands[layer], {packed, count, model.bf16}, logits, ld_,
-           false);
+      // Both passes need the same bits, or exp(logit - log-sum-exp) does not sum to 1. A product by
+      // brgemm does not depend on the shape of its tile; one by a BLAS may.
+      gemm_by(has_brgemm(model.bf16), rows, count, model.width(), operands[layer],
+              {packed, count, model.bf16}, logits, ld_, false);
     } else {
       for (int64_t r = 0; r < rows; ++r)
         model.hidden[layer].read(problem_.rows[begin_ + r], first, count, logits + r * ld_);

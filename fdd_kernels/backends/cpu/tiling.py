@@ -77,16 +77,19 @@ def choose_tiles(
     within its budget.
 
     `layers` are numbers of layers, the student's and the teacher's. A budget is exceeded only by a
-    panel of the smallest tile, 16 columns: gradients of more than 78,000 rows of 5 layers.
+    panel of the smallest tile, 16 columns: gradients of more than 78,000 rows of 5 layers. Tiles of
+    the same rows are as wide in both passes: a BLAS may round logits of another shape differently.
     """
     tile_columns = min(TILE_COLUMNS, round_up(columns, 16))
-    most_columns = GRADIENT_BYTES // (FLOAT * layers[0] * max(rows, 1)) if backward else columns
+    most_columns = GRADIENT_BYTES // (FLOAT * layers[0] * max(rows, 1))
     if most_columns < tile_columns:
         tile_columns = max(16, most_columns // 16 * 16)
     rows_in_cache = TILE_BYTES // (FLOAT * sum(layers) * tile_columns)
     # At least two blocks a thread where there are rows enough: no thread waits long for others.
     tile_rows = max(8, min(rows_in_cache, 128, round_up(-(-rows // (2 * threads)), 8)))
-    panel = min(PACK_BYTES // (FLOAT * max(packed_width, 1)), most_columns)
+    panel = PACK_BYTES // (FLOAT * max(packed_width, 1))
+    if backward:
+        panel = min(panel, most_columns)
     # A whole number of tiles for every thread, since dW is reduced tile by tile.
     panel = max(tile_columns, panel // tile_columns * tile_columns)
     return CpuTiles(tile_rows, tile_columns, min(panel, round_up(columns, tile_columns)))
