@@ -189,8 +189,8 @@ void SplitGemm::gemm(int64_t m, int64_t n, int64_t k, const float* a, int64_t ld
 }
 
 void release_gemm() {
-  if (uses_brgemm<float>()) release_brgemm<float>();
-  if (bf16_gemm() && uses_brgemm<at::BFloat16>()) release_brgemm<at::BFloat16>();
+  if (has_brgemm(false)) release_brgemm<float>();
+  if (bf16_gemm() && has_brgemm(true)) release_brgemm<at::BFloat16>();
 }
 
 bool bf16_gemm() {

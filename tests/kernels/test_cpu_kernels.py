@@ -362,6 +362,19 @@ def test_rows_in_several_sets(monkeypatch, threads, dtype, head_sum):
         torch.testing.assert_close(a, b, rtol=4 * torch.finfo(dtype).eps, atol=1e-6)
 
 
+@pytest.mark.parametrize("columns", [1, 24, 129, 50257])
+@pytest.mark.parametrize("rows", [1, 9, 300, 20_000, 100_000])
+def test_both_passes_cut_the_same_tiles(rows, columns):
+    """A BLAS may round logits of another shape differently."""
+    for layers in ((1, 1), (5, 5), (4, 9)):
+        first, second = (
+            tiling.choose_tiles(layers, rows, columns, 64, 2, backward=backward)
+            for backward in (False, True)
+        )
+        assert (first.rows, first.columns) == (second.rows, second.columns)
+        assert first.panel % first.columns == second.panel % second.columns == 0
+
+
 CACHED = {"cached at once": 2**40, "cached in blocks": 16 * 2 * 3 * 384 * 4, "streamed": 0}
 # Rows x layers of a block whose GEMMs are whole.
 WHOLE = {"whole at once": 10**6, "whole in blocks": 16 * 3}
